@@ -1,0 +1,36 @@
+#pragma once
+
+#include <fovea/plan.h>
+
+namespace fovea {
+
+/// Exact attention in tiles, without the seqlen_q × seqlen_kv matrix (FlashAttention, 2205.14135; 2307.08691).
+///
+/// q    [batch, seqlen_q, num_q_heads, head_dim]     fp32, fp16 or bf16, any strides with the last dimension contiguous
+/// k    [batch, seqlen_kv, num_kv_heads, head_dim]   same dtype; num_q_heads is a multiple of num_kv_heads
+/// v    [batch, seqlen_kv, num_kv_heads, head_dim_v]
+/// out  [batch, seqlen_q, num_q_heads, head_dim_v]   same dtype
+/// lse  [batch, num_q_heads, seqlen_q]               fp32, optional; natural logarithm of the softmax denominator
+///
+/// With options.cu_seqlens_q/kv the tensors are packed: [total, heads, dim], and lse is [num_q_heads, total_q].
+/// Throws Error; nothing is written then.  Owns its workspace; for repeated calls make a Plan.
+FOVEA_API void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options,
+                                 const Tensor& out, const Tensor& lse = {});
+
+/// The gradients that attention_backward writes.  dq, dk, dv are required; the others where they are wanted.
+struct Gradients {
+  Tensor dq;             ///< like q
+  Tensor dk;             ///< like k
+  Tensor dv;             ///< like v
+  Tensor dbias;          ///< like options.bias, summed over its broadcast dimensions
+  Tensor dalibi_slopes;  ///< like options.alibi_slopes
+  Tensor dsink;          ///< like options.sink
+};
+
+/// Gradients of attention_forward, recomputed from q, k, v, out and lse tile by tile.  `options` are the forward's, dropout
+/// seed and offset included.  `dlse`, optional, is the gradient that came in through lse.
+FOVEA_API void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                                  const Tensor& lse, const Tensor& dout, const AttentionOptions& options,
+                                  const Gradients& gradients, const Tensor& dlse = {});
+
+}  // namespace fovea

@@ -1,0 +1,73 @@
+#pragma once
+
+#include <fovea/export.h>
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+namespace fovea {
+
+/// Element types.  q, k, v and their gradients share one of the three floating types.
+enum class DType : std::uint8_t { kFloat32, kFloat16, kBFloat16, kBool, kInt32 };
+
+/// "fp32", "fp16", "bf16", "bool", "int32".
+[[nodiscard]] FOVEA_API const char* name(DType dtype) noexcept;
+[[nodiscard]] FOVEA_API std::int64_t size_bytes(DType dtype) noexcept;
+
+enum class DeviceKind : std::uint8_t { kCpu, kCuda };
+
+/// Where tensors live.  `compute_capability` (90 for sm_90) matters to a dry run without the GPU; 0 asks the driver.
+struct Device {
+  DeviceKind kind = DeviceKind::kCpu;
+  int index = 0;
+  int compute_capability = 0;
+  friend bool operator==(const Device&, const Device&) = default;
+};
+
+/// "cpu", "cuda:0", "sm_90".
+[[nodiscard]] FOVEA_API std::string name(const Device& device);
+
+/// A non-owning view of up to four dimensions.  The library never writes through a tensor that is an input.
+struct Tensor {
+  static constexpr int kMaxRank = 4;
+
+  void* data = nullptr;  ///< first element; may be null where a dimension is 0
+  DType dtype = DType::kFloat32;
+  Device device{};
+  int rank = 0;                                  ///< 0: no tensor at all
+  std::array<std::int64_t, kMaxRank> shape{};    ///< in elements
+  std::array<std::int64_t, kMaxRank> strides{};  ///< in elements; 0 broadcasts (masks and biases only)
+
+  [[nodiscard]] bool defined() const noexcept { return rank > 0; }
+
+  /// A view of densely packed elements, last dimension fastest.
+  [[nodiscard]] static Tensor contiguous(const void* data, DType dtype, std::initializer_list<std::int64_t> shape,
+                                         Device device = {}) noexcept {
+    Tensor t;
+    t.data = const_cast<void*>(data);
+    t.dtype = dtype;
+    t.device = device;
+    for (const std::int64_t extent : shape) {
+      if (t.rank < kMaxRank) t.shape[t.rank++] = extent;
+    }
+    std::int64_t stride = 1;
+    for (int i = t.rank - 1; i >= 0; --i) {
+      t.strides[i] = stride;
+      stride *= t.shape[i];
+    }
+    return t;
+  }
+
+  /// The same elements with two dimensions exchanged: a [batch, heads, seqlen, dim] buffer seen as
+  /// [batch, seqlen, heads, dim] is `view.transposed(1, 2)`.
+  [[nodiscard]] Tensor transposed(int a, int b) const noexcept {
+    Tensor t = *this;
+    std::swap(t.shape[a], t.shape[b]);
+    std::swap(t.strides[a], t.strides[b]);
+    return t;
+  }
+};
+
+}  // namespace fovea

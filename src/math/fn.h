@@ -1,0 +1,27 @@
+#pragma once
+
+// What the rules of src/math are compiled as.  Always inlined on the host: the same text is compiled for several instruction
+// sets, and an out-of-line copy made for one of them must never be picked by the linker for another.
+#ifdef __CUDACC__
+#define FOVEA_FN __host__ __device__ __forceinline__
+#else
+#define FOVEA_FN [[gnu::always_inline]] inline
+#endif
+
+namespace fovea::math {
+
+using i64 = long long;
+using u64 = unsigned long long;
+using u32 = unsigned int;
+using u16 = unsigned short;
+
+template <class T>
+FOVEA_FN constexpr T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+FOVEA_FN constexpr T larger(T a, T b) {
+  return a < b ? b : a;
+}
+
+}  // namespace fovea::math
