@@ -1,0 +1,53 @@
+#include <fovea/attention.h>
+
+namespace fovea {
+namespace {
+
+Inputs operands(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+  Inputs in;
+  in.q = q;
+  in.k = k;
+  in.v = v;
+  in.mask = options.mask;
+  in.bias = options.bias;
+  in.alibi_slopes = options.alibi_slopes;
+  in.sink = options.sink;
+  in.q_lengths = options.q_lengths;
+  in.kv_lengths = options.kv_lengths;
+  in.cu_seqlens_q = options.cu_seqlens_q;
+  in.cu_seqlens_kv = options.cu_seqlens_kv;
+  return in;
+}
+
+PlanOptions plan_options(const AttentionOptions& options) {
+  return {.backend = options.backend, .strict = options.strict, .num_threads = options.num_threads};
+}
+
+}  // namespace
+
+void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options,
+                       const Tensor& out, const Tensor& lse) {
+  const Problem problem = describe(Direction::kForward, q, k, v, options);
+  plan_forward(problem, q.device, plan_options(options))
+      .execute(operands(q, k, v, options), {.out = out, .lse = lse});
+}
+
+void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                        const Tensor& dout, const AttentionOptions& options, const Gradients& gradients,
+                        const Tensor& dlse) {
+  const Problem problem = describe(Direction::kBackward, q, k, v, options);
+  Inputs in = operands(q, k, v, options);
+  in.out = out;
+  in.lse = lse;
+  in.dout = dout;
+  in.dlse = dlse;
+  plan_backward(problem, q.device, plan_options(options))
+      .execute(in, {.dq = gradients.dq,
+                    .dk = gradients.dk,
+                    .dv = gradients.dv,
+                    .dbias = gradients.dbias,
+                    .dalibi_slopes = gradients.dalibi_slopes,
+                    .dsink = gradients.dsink});
+}
+
+}  // namespace fovea

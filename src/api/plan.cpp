@@ -1,0 +1,128 @@
+#include <fovea/error.h>
+#include <fovea/plan.h>
+
+#include <new>
+
+#include "dispatch/backend.h"
+#include "problem/validate.h"
+
+namespace fovea {
+namespace {
+
+constexpr std::align_val_t kAlignment{64};
+
+struct AlignedDelete {
+  void operator()(void* memory) const { ::operator delete(memory, kAlignment); }
+};
+
+/// One sentence out of all verdicts: "a: reason, reason; b: reason".
+std::string all_reasons(const std::vector<Verdict>& verdicts) {
+  std::string text;
+  for (const Verdict& verdict : verdicts) {
+    if (verdict.reasons.empty()) continue;
+    text += (text.empty() ? "" : "; ") + verdict.backend + ": ";
+    for (std::size_t i = 0; i < verdict.reasons.size(); ++i) text += (i == 0 ? "" : ", ") + verdict.reasons[i];
+  }
+  return text;
+}
+
+/// Strict mode: nobody this device has may have been passed over on account of the problem.
+void refuse_second_choice(const Report& report) {
+  for (const Verdict& verdict : report.verdicts) {
+    if (verdict.backend == report.backend) return;
+    if (verdict.available) {
+      throw Error(ErrorCode::kUnsupported, "strict mode: " + report.backend + " would run '" + to_string(report.problem) +
+                                               "' because " + all_reasons({verdict}));
+    }
+  }
+}
+
+struct Prepared {
+  Report report;
+  std::shared_ptr<const PlannedKernel> kernel;
+};
+
+Prepared prepare(Problem problem, Direction direction, const Device& device, const PlanOptions& options) {
+  problem.direction = direction;
+  validate(problem);
+  if (options.num_threads < 0) {
+    throw Error(ErrorCode::kInvalidArgument, "num_threads (" + std::to_string(options.num_threads) +
+                                                 ") must be at least 0, where 0 means as many as the process may use");
+  }
+  dispatch::Choice choice = dispatch::choose(problem, device, options);
+  Prepared prepared{.report = {.problem = problem, .device = device}};
+  prepared.report.verdicts = std::move(choice.verdicts);
+  if (choice.backend == nullptr) return prepared;
+  prepared.report.backend = choice.backend->name();
+  if (options.strict && options.backend.empty()) refuse_second_choice(prepared.report);
+  prepared.kernel = choice.backend->plan(problem, device, options);
+  prepared.report.details = prepared.kernel->details();
+  prepared.report.workspace_bytes = prepared.kernel->workspace_bytes();
+  return prepared;
+}
+
+Plan make_plan(const Problem& problem, Direction direction, const Device& device, const PlanOptions& options) {
+  Prepared prepared = prepare(problem, direction, device, options);
+  if (prepared.kernel == nullptr) {
+    throw Error(ErrorCode::kUnsupported, "no backend runs '" + to_string(prepared.report.problem) + "' on " +
+                                             name(device) + ": " + all_reasons(prepared.report.verdicts));
+  }
+  return {std::move(prepared.report), std::move(prepared.kernel)};
+}
+
+}  // namespace
+
+std::string to_string(const Report& report) {
+  std::string text = to_string(report.problem) + "\non " + name(report.device) + ": ";
+  text += report.backend.empty() ? "nobody runs it\n" : report.backend + "\n";
+  for (const auto& [key, value] : report.details) text += "  " + key + ": " + value + "\n";
+  if (!report.backend.empty()) text += "  workspace: " + std::to_string(report.workspace_bytes) + " bytes\n";
+  for (const Verdict& verdict : report.verdicts) {
+    if (verdict.backend == report.backend) continue;
+    text += "not " + verdict.backend + ": ";
+    text += verdict.reasons.empty() ? "an earlier backend runs it\n" : all_reasons({verdict}).substr(verdict.backend.size() + 2) + "\n";
+  }
+  return text;
+}
+
+Plan::Plan(Report report, std::shared_ptr<const PlannedKernel> kernel)
+    : report_(std::move(report)), kernel_(std::move(kernel)) {}
+
+void Plan::execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const {
+  if (problem().direction == Direction::kBackward) {
+    validate_backward(problem(), report_.device, inputs, outputs);
+  } else {
+    validate_forward(problem(), report_.device, inputs, outputs);
+  }
+  std::unique_ptr<void, AlignedDelete> owned;
+  if (workspace == nullptr && workspace_bytes() > 0) {
+    if (report_.device.kind != DeviceKind::kCpu) {
+      throw Error(ErrorCode::kInvalidArgument, "workspace is null; give " + std::to_string(workspace_bytes()) + " bytes on " + name(report_.device));
+    }
+    owned.reset(::operator new(workspace_bytes(), kAlignment, std::nothrow));
+    workspace = owned.get();
+    if (workspace == nullptr) {
+      throw Error(ErrorCode::kOutOfMemory, "a workspace of " + std::to_string(workspace_bytes()) +
+                                               " bytes could not be allocated; free memory or use fewer threads");
+    }
+  }
+  if (reinterpret_cast<std::uintptr_t>(workspace) % static_cast<std::size_t>(kAlignment) != 0) {
+    throw Error(ErrorCode::kInvalidArgument, "the workspace is not aligned to 64 bytes; allocate it so");
+  }
+  kernel_->execute(inputs, outputs, workspace, stream);
+}
+
+Plan plan_forward(const Problem& problem, const Device& device, const PlanOptions& options) {
+  return make_plan(problem, Direction::kForward, device, options);
+}
+
+Plan plan_backward(const Problem& problem, const Device& device, const PlanOptions& options) {
+  return make_plan(problem, Direction::kBackward, device, options);
+}
+
+Report explain(const Problem& problem, const Device& device, const PlanOptions& options) {
+  const Direction direction = problem.direction == Direction::kBackward ? Direction::kBackward : Direction::kForward;
+  return prepare(problem, direction, device, options).report;
+}
+
+}  // namespace fovea

@@ -1,0 +1,40 @@
+#include "cpu/flash_backend.h"
+#include "cpu/reference_backend.h"
+#include "dispatch/backend.h"
+
+#include <fovea/error.h>
+
+namespace fovea::dispatch {
+
+std::span<const std::unique_ptr<const Backend>> backends() {
+  // The one list of who may run a problem, best first.  A new backend is one line here.
+  static const std::vector<std::unique_ptr<const Backend>> list = [] {
+    std::vector<std::unique_ptr<const Backend>> all;
+    for (auto& flash : cpu::make_flash_backends()) all.push_back(std::move(flash));
+    all.push_back(cpu::make_reference_backend());
+    return all;
+  }();
+  return list;
+}
+
+Choice choose(const Problem& problem, const Device& device, const PlanOptions& options) {
+  Choice choice;
+  bool known = options.backend.empty();
+  for (const auto& backend : backends()) {
+    Verdict verdict = backend->judge(problem, device);
+    if (!options.backend.empty() && options.backend != verdict.backend) {
+      verdict.reasons.push_back("the caller named backend " + options.backend);
+    }
+    known = known || options.backend == verdict.backend;
+    if (verdict.reasons.empty() && choice.backend == nullptr) choice.backend = backend.get();
+    choice.verdicts.push_back(std::move(verdict));
+  }
+  if (!known) {
+    std::string names;
+    for (const Verdict& verdict : choice.verdicts) names += (names.empty() ? "" : ", ") + verdict.backend;
+    throw Error(ErrorCode::kInvalidArgument, "backend '" + options.backend + "' is unknown; name one of " + names);
+  }
+  return choice;
+}
+
+}  // namespace fovea::dispatch
