@@ -19,16 +19,16 @@ FOVEA_API void attention_forward(const Tensor& q, const Tensor& k, const Tensor&
 
 /// The gradients that attention_backward writes.  dq, dk, dv are required; the others where they are wanted.
 struct Gradients {
-  Tensor dq;             ///< like q
-  Tensor dk;             ///< like k
-  Tensor dv;             ///< like v
-  Tensor dbias;          ///< like options.bias, summed over its broadcast dimensions
-  Tensor dalibi_slopes;  ///< like options.alibi_slopes
-  Tensor dsink;          ///< like options.sink
+  Tensor dq{};             ///< like q
+  Tensor dk{};             ///< like k
+  Tensor dv{};             ///< like v
+  Tensor dbias{};          ///< like options.bias, summed over its broadcast dimensions
+  Tensor dalibi_slopes{};  ///< like options.alibi_slopes
+  Tensor dsink{};          ///< like options.sink
 };
 
-/// Gradients of attention_forward, recomputed from q, k, v, out and lse tile by tile.  `options` are the forward's, dropout
-/// seed and offset included.  `dlse`, optional, is the gradient that came in through lse.
+/// Gradients of attention_forward, recomputed from q, k, v, out and lse tile by tile.  `options` are the forward's,
+/// dropout seed and offset included.  `dlse`, optional, is the gradient that came in through lse.
 FOVEA_API void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                                   const Tensor& lse, const Tensor& dout, const AttentionOptions& options,
                                   const Gradients& gradients, const Tensor& dlse = {});
