@@ -89,7 +89,7 @@ FOVEA_API void parse_options(std::string_view options, Problem& problem);
 FOVEA_API void validate(const Problem& problem);
 
 /// Equal problems have equal hashes; stable within one version of the library.
-[[nodiscard]] FOVEA_API std::uint64_t hash(const Problem& problem) noexcept;
+[[nodiscard]] FOVEA_API std::uint64_t hash(const Problem& problem);
 
 /// The problem that these tensors and options pose; validated.  q is [batch, seqlen_q, num_q_heads, head_dim], or
 /// [total_q, num_q_heads, head_dim] where options.cu_seqlens_q is given; k and v likewise.

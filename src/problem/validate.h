@@ -2,12 +2,23 @@
 
 #include <fovea/plan.h>
 
+#include <cstdint>
+#include <vector>
+
 namespace fovea {
 
 /// Throws Error(kInvalidArgument) unless the tensors are those of the problem: shapes, dtypes, device, contiguous last
-/// dimension, no zero strides in what is written; on the CPU also the values of lengths and cu_seqlens.  After this nobody
-/// checks again.
+/// dimension, no element of an output written twice; on the CPU also the values of lengths and cu_seqlens.  Tensors of
+/// the other direction are not looked at.  After this nobody checks again.
 void validate_forward(const Problem& problem, const Device& device, const Inputs& inputs, const Outputs& outputs);
 void validate_backward(const Problem& problem, const Device& device, const Inputs& inputs, const Outputs& outputs);
+
+/// The values of an int32 [count] tensor on the CPU; of cu_seqlens the differences, one a sequence.
+[[nodiscard]] std::vector<std::int64_t> read_lengths(const char* name, const Tensor& tensor, std::int64_t count);
+[[nodiscard]] std::vector<std::int64_t> read_cu_seqlens(const char* name, const Tensor& tensor, std::int64_t batch,
+                                                        std::int64_t total);
+
+/// "[2, 128, 16, 64]".
+[[nodiscard]] std::string shape_text(const Tensor& tensor);
 
 }  // namespace fovea

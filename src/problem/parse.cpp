@@ -1,0 +1,453 @@
+#include <fovea/problem.h>
+
+#include "problem/refuse.h"
+
+#include <cctype>
+#include <utility>
+
+namespace fovea {
+namespace {
+
+struct Row;
+
+/// One word of the line: `name`, `name=value`, or a size such as `d128`.
+struct Token {
+  std::string_view text;
+  std::string_view value;
+  const Row* row = nullptr;
+};
+
+/// One row per token: how it is read, and how it is printed.  A new token is a new row.
+struct Row {
+  std::string_view name;
+  std::string_view field;    // what validate's sentences call it
+  std::string_view example;  // how it is written
+  void (*read)(Problem& problem, const Token& token);
+  std::optional<std::string> (*print)(
+      const Problem& problem);  // the value; nothing where the line does without the token
+
+  [[nodiscard]] bool is_size() const { return example.size() > name.size() && example[name.size()] != '='; }
+};
+
+template <typename T>
+struct Word {
+  T value;
+  std::string_view name;
+};
+constexpr Word<Direction> kDirections[] = {
+    {Direction::kForward, "fwd"}, {Direction::kBackward, "bwd"}, {Direction::kForwardBackward, "fwd+bwd"}};
+constexpr Word<DType> kDTypes[] = {{DType::kFloat32, "fp32"}, {DType::kFloat16, "fp16"}, {DType::kBFloat16, "bf16"}};
+constexpr Word<Causal> kCorners[] = {{Causal::kTopLeft, "top_left"}, {Causal::kBottomRight, "bottom_right"}};
+constexpr Word<Layout> kLayouts[] = {
+    {Layout::kBshd, "bshd"}, {Layout::kBhsd, "bhsd"}, {Layout::kQkvPacked, "qkv_packed"}};
+
+template <typename T, std::size_t N>
+const Word<T>* find(const Word<T> (&words)[N], std::string_view name) {
+  const auto found = std::find_if(words, words + N, [&](const Word<T>& word) { return word.name == name; });
+  return found == words + N ? nullptr : found;
+}
+
+template <typename T, std::size_t N>
+std::string word_of(const Word<T> (&words)[N], T value) {
+  const auto found = std::find_if(words, words + N, [&](const Word<T>& word) { return word.value == value; });
+  return found == words + N ? "?" : std::string(found->name);
+}
+
+template <typename T, std::size_t N>
+std::string list(const Word<T> (&words)[N]) {
+  std::string text;
+  for (std::size_t i = 0; i < N; ++i) text.append(i == 0 ? "" : i + 1 == N ? " or " : ", ").append(words[i].name);
+  return text;
+}
+
+/// The user's text, safe to print: short, and without control characters.
+std::string quote(std::string_view text) {
+  constexpr std::size_t kLongest = 60;
+  std::string quoted = "'";
+  for (const char c : text.substr(0, kLongest)) quoted += std::isprint(static_cast<unsigned char>(c)) != 0 ? c : '?';
+  return quoted + (text.size() > kLongest ? "...'" : "'");
+}
+
+/// How many letters must change to make one word of the other.
+std::size_t distance(std::string_view a, std::string_view b) {
+  std::vector<std::size_t> row(b.size() + 1);
+  for (std::size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (std::size_t i = 1; i <= a.size(); ++i) {
+    std::size_t diagonal = std::exchange(row[0], i);
+    for (std::size_t j = 1; j <= b.size(); ++j) {
+      const std::size_t changed = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      diagonal = std::exchange(row[j], std::min({changed, row[j] + 1, row[j - 1] + 1}));
+    }
+  }
+  return row[b.size()];
+}
+
+/// "; did you mean 'causal'?" where a known word is near.
+template <typename Words>
+std::string suggestion(const Words& words, std::string_view name) {
+  constexpr std::size_t kNear = 2;
+  std::string_view best;
+  std::size_t least = std::min(kNear + 1, name.size());
+  if (name.size() > 32) return {};
+  for (const auto& word : words) {
+    if (const std::size_t d = distance(name, word.name); d < least) {
+      least = d;
+      best = word.name;
+    }
+  }
+  return best.empty() ? "" : "; did you mean " + quote(best) + "?";
+}
+
+[[noreturn]] void refuse_form(const Token& token) {
+  refuse("token ", quote(token.text), " is not understood; it is written like ", quote(token.row->example));
+}
+
+template <typename T>
+T number(const Token& token, std::string_view text) {
+  T value{};
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error == std::errc::result_out_of_range) {
+    refuse("token ", quote(token.text), ": ", quote(text), " is out of range");
+  }
+  if (error != std::errc{} || end != text.data() + text.size()) refuse_form(token);
+  return value;
+}
+
+template <typename T, std::size_t N>
+T word(const Token& token, const Word<T> (&words)[N], std::string_view text) {
+  if (const Word<T>* found = find(words, text)) return found->value;
+  refuse("token ", quote(token.text), " must name one of ", list(words), suggestion(words, text));
+}
+
+/// Cuts the text before the separator off, and the separator with it.
+std::string_view next(std::string_view& text, char separator) {
+  const std::size_t end = std::min(text.find(separator), text.size());
+  const std::string_view head = text.substr(0, end);
+  text.remove_prefix(std::min(end + 1, text.size()));
+  return head;
+}
+
+std::vector<std::int64_t> numbers(const Token& token, std::string_view text, char separator) {
+  if (text.empty() || text.back() == separator) refuse_form(token);
+  std::vector<std::int64_t> values;
+  while (!text.empty()) values.push_back(number<std::int64_t>(token, next(text, separator)));
+  return values;
+}
+
+template <std::int64_t Problem::*size>
+void read_size(Problem& p, const Token& t) {
+  p.*size = number<std::int64_t>(t, t.value);
+}
+template <std::int64_t Problem::*size>
+std::optional<std::string> print_size(const Problem& p) {
+  return std::to_string(p.*size);
+}
+
+/// A flag has no value; `=` would have been refused before.
+void flag(const Token& token) {
+  if (!token.value.empty()) refuse_form(token);
+}
+std::optional<std::string> print_flag(bool set) { return set ? std::optional<std::string>("") : std::nullopt; }
+
+Extent read_extent(const Token& token, std::string_view text) {
+  if (text.size() != 4) refuse_form(token);
+  const auto own = [&](std::size_t i, char letter) {
+    if (text[i] != letter && text[i] != '1') refuse_form(token);
+    return text[i] == letter;
+  };
+  return {own(0, 'b'), own(1, 'h'), own(2, 'q'), own(3, 'k')};
+}
+std::string print_extent(const Extent& e) {
+  return {e.batch ? 'b' : '1', e.heads ? 'h' : '1', e.queries ? 'q' : '1', e.keys ? 'k' : '1'};
+}
+
+void read_window(Problem& p, const Token& t) {
+  std::string_view text = t.value;
+  const auto side = [&](std::string_view s) {
+    return s == "-" ? std::nullopt : std::optional(number<std::int64_t>(t, s));
+  };
+  if (std::count(text.begin(), text.end(), ',') != 1) refuse_form(t);
+  p.window_left = side(next(text, ','));
+  p.window_right = side(text);
+}
+std::optional<std::string> print_window(const Problem& p) {
+  if (!p.window_left && !p.window_right) return {};
+  const auto side = [](const std::optional<std::int64_t>& s) { return s ? std::to_string(*s) : "-"; };
+  return side(p.window_left) + "," + side(p.window_right);
+}
+
+void read_bias(Problem& p, const Token& t) {
+  std::string_view text = t.value;
+  const bool named = text.find(':') != std::string_view::npos;
+  p.bias = read_extent(t, next(text, ':'));
+  p.bias_dtype = named ? word(t, kDTypes, text) : p.dtype;
+}
+std::optional<std::string> print_bias(const Problem& p) {
+  if (!p.bias) return {};
+  return print_extent(*p.bias) + (p.bias_dtype == p.dtype ? "" : std::string(":") + name(p.bias_dtype));
+}
+
+constexpr std::string_view kRandom = "random";  // lengths that are known only when the plan runs
+
+template <Lengths Problem::*lengths>
+void read_lengths(Problem& p, const Token& t) {
+  (p.*lengths).present = true;
+  (p.*lengths).values = t.value == kRandom ? std::vector<std::int64_t>{} : numbers(t, t.value, ',');
+}
+template <Lengths Problem::*lengths>
+std::optional<std::string> print_lengths(const Problem& p) {
+  if (!(p.*lengths).present) return {};
+  return (p.*lengths).values.empty() ? std::string(kRandom) : join((p.*lengths).values, ",");
+}
+
+/// Packed sequences: their lengths `700+1300`, or `random:2000` where only the total is known now.
+template <Lengths Problem::*packed, std::int64_t Problem::*seqlen, std::int64_t Problem::*total>
+void read_packed(Problem& p, const Token& t) {
+  std::string_view text = t.value;
+  (p.*packed).present = true;
+  if (text.starts_with("random:")) {
+    text.remove_prefix(kRandom.size() + 1);
+    p.*total = number<std::int64_t>(t, text);
+    return;
+  }
+  const auto& values = (p.*packed).values = numbers(t, text, '+');
+  p.batch = static_cast<std::int64_t>(values.size());
+  p.*seqlen = longest(values);
+  p.*total = saturating_sum(values);
+}
+constexpr auto read_packed_q = read_packed<&Problem::packed_q, &Problem::seqlen_q, &Problem::total_q>;
+constexpr auto read_packed_kv = read_packed<&Problem::packed_kv, &Problem::seqlen_kv, &Problem::total_kv>;
+
+std::string print_packed(const Lengths& packed, std::int64_t total) {
+  return packed.values.empty() ? std::string(kRandom) + ":" + std::to_string(total) : join(packed.values, "+");
+}
+bool packed_alike(const Problem& p) { return p.packed_q == p.packed_kv && p.total_q == p.total_kv; }
+bool known(const Lengths& packed) { return !packed.values.empty(); }
+
+/// Every token but the first two, in canonical order.
+constexpr Row kRows[] = {
+    {"b", "batch", "b2", read_size<&Problem::batch>,
+     [](const Problem& p) {
+       return known(p.packed_q) || known(p.packed_kv) ? std::nullopt : print_size<&Problem::batch>(p);
+     }},
+    {"hq", "num_q_heads", "hq16", read_size<&Problem::num_q_heads>, print_size<&Problem::num_q_heads>},
+    {"hkv", "num_kv_heads", "hkv4", read_size<&Problem::num_kv_heads>, print_size<&Problem::num_kv_heads>},
+    {"sq", "seqlen_q", "sq1024", read_size<&Problem::seqlen_q>,
+     [](const Problem& p) { return known(p.packed_q) ? std::nullopt : print_size<&Problem::seqlen_q>(p); }},
+    {"skv", "seqlen_kv", "skv1024", read_size<&Problem::seqlen_kv>,
+     [](const Problem& p) { return known(p.packed_kv) ? std::nullopt : print_size<&Problem::seqlen_kv>(p); }},
+    {"d", "head_dim", "d128", read_size<&Problem::head_dim>, print_size<&Problem::head_dim>},
+    {"dv", "head_dim_v", "dv64", read_size<&Problem::head_dim_v>,
+     [](const Problem& p) { return p.head_dim_v == p.head_dim ? std::nullopt : print_size<&Problem::head_dim_v>(p); }},
+    {"packed", "packed", "packed=700+1300+96",
+     [](Problem& p, const Token& t) { read_packed_q(p, t), read_packed_kv(p, t); },
+     [](const Problem& p) {
+       return p.packed() && packed_alike(p) ? std::optional(print_packed(p.packed_q, p.total_q)) : std::nullopt;
+     }},
+    {"packed_q", "packed_q", "packed_q=700+1300+96", read_packed_q,
+     [](const Problem& p) {
+       return p.packed() && !packed_alike(p) ? std::optional(print_packed(p.packed_q, p.total_q)) : std::nullopt;
+     }},
+    {"packed_kv", "packed_kv", "packed_kv=700+1300+96", read_packed_kv,
+     [](const Problem& p) {
+       return p.packed() && !packed_alike(p) ? std::optional(print_packed(p.packed_kv, p.total_kv)) : std::nullopt;
+     }},
+    {"qlen", "q_lengths", "qlen=1000,700", read_lengths<&Problem::q_lengths>, print_lengths<&Problem::q_lengths>},
+    {"kvlen", "kv_lengths", "kvlen=1000,700", read_lengths<&Problem::kv_lengths>, print_lengths<&Problem::kv_lengths>},
+    {"causal", "causal", "causal=bottom_right",
+     [](Problem& p, const Token& t) { p.causal = word(t, kCorners, t.value); },
+     [](const Problem& p) {
+       return p.causal == Causal::kNone ? std::nullopt : std::optional(word_of(kCorners, p.causal));
+     }},
+    {"window", "window", "window=256,-", read_window, print_window},
+    {"mask", "mask", "mask=b11k", [](Problem& p, const Token& t) { p.mask = read_extent(t, t.value); },
+     [](const Problem& p) { return p.mask ? std::optional(print_extent(*p.mask)) : std::nullopt; }},
+    {"bias", "bias", "bias=1hqk:fp32", read_bias, print_bias},
+    {"alibi", "alibi", "alibi=b",
+     [](Problem& p, const Token& t) {
+       if (!t.value.empty() && t.value != "b") refuse_form(t);
+       p.alibi = t.value.empty() ? Alibi::kPerHead : Alibi::kPerBatchAndHead;
+     },
+     [](const Problem& p) {
+       return p.alibi == Alibi::kPerBatchAndHead ? std::optional<std::string>("b")
+                                                 : print_flag(p.alibi != Alibi::kNone);
+     }},
+    {"sink", "sink", "sink", [](Problem& p, const Token& t) { flag(t), p.sink = true; },
+     [](const Problem& p) { return print_flag(p.sink); }},
+    {"softcap", "softcap", "softcap=30", [](Problem& p, const Token& t) { p.softcap = number<float>(t, t.value); },
+     [](const Problem& p) { return p.softcap == 0.0F ? std::nullopt : std::optional(shortest(p.softcap)); }},
+    {"scale", "softmax_scale", "scale=0.125",
+     [](Problem& p, const Token& t) { p.softmax_scale = number<float>(t, t.value); },
+     [](const Problem& p) { return p.softmax_scale ? std::optional(shortest(*p.softmax_scale)) : std::nullopt; }},
+    {"dropout", "dropout", "dropout=0.1",
+     [](Problem& p, const Token& t) { p.dropout.probability = number<float>(t, t.value); },
+     [](const Problem& p) {
+       return p.dropout.probability == 0.0F ? std::nullopt : std::optional(shortest(p.dropout.probability));
+     }},
+    {"seed", "seed", "seed=7", [](Problem& p, const Token& t) { p.dropout.seed = number<std::uint64_t>(t, t.value); },
+     [](const Problem& p) {
+       return p.dropout.seed == 0 ? std::nullopt : std::optional(std::to_string(p.dropout.seed));
+     }},
+    {"offset", "offset", "offset=0",
+     [](Problem& p, const Token& t) { p.dropout.offset = number<std::uint64_t>(t, t.value); },
+     [](const Problem& p) {
+       return p.dropout.offset == 0 ? std::nullopt : std::optional(std::to_string(p.dropout.offset));
+     }},
+    {"layout", "layout", "layout=bhsd", [](Problem& p, const Token& t) { p.layout = word(t, kLayouts, t.value); },
+     [](const Problem& p) {
+       return p.layout == Layout::kBshd ? std::nullopt : std::optional(word_of(kLayouts, p.layout));
+     }},
+    {"deterministic", "deterministic", "deterministic",
+     [](Problem& p, const Token& t) { flag(t), p.deterministic = true; },
+     [](const Problem& p) { return print_flag(p.deterministic); }},
+};
+
+/// The next word of the line; empty at its end.
+std::string_view next_word(std::string_view& line) {
+  constexpr std::string_view kBlank = " \t\r\n\v\f";
+  line.remove_prefix(std::min(line.find_first_not_of(kBlank), line.size()));
+  const std::string_view text = line.substr(0, line.find_first_of(kBlank));
+  line.remove_prefix(text.size());
+  return text;
+}
+
+/// What a line said, token by token.
+class Line {
+ public:
+  void read(std::string_view text, Problem& problem) {
+    while (true) {
+      const std::string_view word = next_word(text);
+      if (word.empty()) return;
+      const Token token = recognise(word);
+      std::string_view& said = said_[static_cast<std::size_t>(token.row - kRows)];
+      if (!said.empty()) refuse("token ", quote(word), " comes after ", quote(said), "; say it once");
+      said = word;
+      token.row->read(problem, token);
+    }
+  }
+
+  [[nodiscard]] std::string_view said(std::string_view name) const {
+    for (std::size_t i = 0; i < std::size(kRows); ++i) {
+      if (kRows[i].name == name) return said_[i];
+    }
+    return {};
+  }
+
+  void require(std::string_view name) const {
+    if (!said(name).empty()) return;
+    const Row* row = std::find_if(std::begin(kRows), std::end(kRows), [&](const Row& r) { return r.name == name; });
+    refuse("token '", name, "' is missing: the line must say ", row->field, ", as in ", quote(row->example));
+  }
+
+  void forbid(std::string_view name, std::string_view because_of) const {
+    if (said(name).empty()) return;
+    refuse("token ", quote(said(name)), " contradicts ", quote(said(because_of)), "; leave one of them out");
+  }
+
+  /// Names the token that a sentence of `validate` blames.
+  [[noreturn]] void blame(const Error& error) const {
+    const std::string_view sentence = error.what();
+    std::size_t blamed = std::size(kRows);
+    for (std::size_t i = 0; i < std::size(kRows); ++i) {  // the longest: head_dim_v starts with head_dim
+      const bool starts = !said_[i].empty() && sentence.starts_with(kRows[i].field);
+      if (starts && (blamed == std::size(kRows) || kRows[i].field.size() > kRows[blamed].field.size())) blamed = i;
+    }
+    if (blamed == std::size(kRows)) throw Error(error);
+    refuse("token ", quote(said_[blamed]), ": ", sentence);
+  }
+
+ private:
+  static Token recognise(std::string_view text) {
+    const std::size_t equals = text.find('=');
+    const bool assigned = equals != std::string_view::npos;
+    const std::size_t digits = text.find_first_of("-+.0123456789");
+    const std::string_view name = text.substr(0, std::min(equals, digits));
+    for (const Row& row : kRows) {
+      if (row.name != name) continue;
+      const Token token{text, text.substr(std::min(name.size() + (assigned ? 1 : 0), text.size())), &row};
+      const bool malformed = row.is_size() ? assigned || token.value.empty() : assigned == token.value.empty();
+      if (malformed) refuse_form(token);
+      return token;
+    }
+    if (find(kDirections, text) != nullptr || find(kDTypes, text) != nullptr) {
+      refuse("token ", quote(text), " is out of place; direction and dtype come first, once each");
+    }
+    refuse("unknown token ", quote(text), suggestion(kRows, name));
+  }
+
+  std::array<std::string_view, std::size(kRows)> said_{};
+};
+
+/// Sizes the line leaves to others: defaults, and what the lengths of packed sequences tell.
+void complete(const Line& line, Problem& p) {
+  const auto has = [&](std::string_view name) { return !line.said(name).empty(); };
+  if (has("packed")) {
+    line.forbid("packed_q", "packed");
+    line.forbid("packed_kv", "packed");
+  } else if (has("packed_q") || has("packed_kv")) {
+    line.require("packed_q");
+    line.require("packed_kv");
+  }
+  const std::string_view q = has("packed") ? "packed" : "packed_q", kv = has("packed") ? "packed" : "packed_kv";
+  for (const auto token : {"b", "sq"}) {
+    if (known(p.packed_q)) line.forbid(token, q);
+  }
+  for (const auto token : {"b", "skv"}) {
+    if (known(p.packed_kv)) line.forbid(token, kv);
+  }
+  if (!known(p.packed_q) && !known(p.packed_kv)) line.require("b");
+  if (!known(p.packed_q)) line.require("sq");
+  line.require("hq");
+  line.require("d");
+  if (!has("hkv")) p.num_kv_heads = p.num_q_heads;
+  if (!has("skv") && !known(p.packed_kv)) p.seqlen_kv = p.seqlen_q;
+  if (!has("dv")) p.head_dim_v = p.head_dim;
+}
+
+template <typename T, std::size_t N>
+T leading(std::string_view text, const Word<T> (&words)[N], std::string_view place) {
+  if (const Word<T>* found = find(words, text)) return found->value;
+  refuse("the ", place, " token must be ", list(words), ", not ", quote(text), suggestion(words, text));
+}
+
+}  // namespace
+
+Problem parse_problem(std::string_view text) {
+  Problem problem;
+  problem.direction = leading(next_word(text), kDirections, "first");
+  problem.dtype = leading(next_word(text), kDTypes, "second");
+  Line line;
+  line.read(text, problem);
+  complete(line, problem);
+  try {
+    validate(problem);
+  } catch (const Error& error) {
+    line.blame(error);
+  }
+  return problem;
+}
+
+void parse_options(std::string_view options, Problem& problem) {
+  Problem result = problem;
+  Line line;
+  line.read(options, result);
+  for (const Row& row : kRows) {
+    const bool of_tensors = row.is_size() || row.name.starts_with("packed");
+    if (of_tensors && !line.said(row.name).empty()) {
+      refuse("token ", quote(line.said(row.name)), " is not an option; sizes come from the tensors");
+    }
+  }
+  problem = std::move(result);
+}
+
+std::string to_string(const Problem& problem) {
+  std::string line = word_of(kDirections, problem.direction) + " " + name(problem.dtype);
+  for (const Row& row : kRows) {
+    const std::optional<std::string> value = row.print(problem);
+    if (!value) continue;
+    line.append(" ").append(row.name).append(row.is_size() || value->empty() ? "" : "=").append(*value);
+  }
+  return line;
+}
+
+}  // namespace fovea

@@ -1,0 +1,100 @@
+#include <fovea/problem.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace fovea {
+
+const char* name(DType dtype) noexcept {
+  switch (dtype) {
+    case DType::kFloat32:
+      return "fp32";
+    case DType::kFloat16:
+      return "fp16";
+    case DType::kBFloat16:
+      return "bf16";
+    case DType::kBool:
+      return "bool";
+    case DType::kInt32:
+      return "int32";
+  }
+  return "?";
+}
+
+std::int64_t size_bytes(DType dtype) noexcept {
+  switch (dtype) {
+    case DType::kFloat32:
+    case DType::kInt32:
+      return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return 2;
+    case DType::kBool:
+      return 1;
+  }
+  return 0;
+}
+
+std::string name(const Device& device) {
+  if (device.kind == DeviceKind::kCpu) return "cpu";
+  if (device.compute_capability > 0) return "sm_" + std::to_string(device.compute_capability);
+  return "cuda:" + std::to_string(device.index);
+}
+
+float Problem::scale() const noexcept {
+  return softmax_scale.value_or(static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim))));
+}
+
+std::uint64_t hash(const Problem& problem) {
+  std::uint64_t h = 0xcbf29ce484222325;  // FNV-1a over the canonical line: one text for equal problems
+  for (const char c : to_string(problem)) h = (h ^ static_cast<unsigned char>(c)) * 0x100000001b3;
+  return h;
+}
+
+namespace {
+
+/// Σ max(0, i + start) for i in [0, count).
+double sum_of_positives(double start, double count) {
+  const auto triangle = [](double n) { return n > 0 ? n * (n + 1) / 2 : 0.0; };
+  return triangle(start + count - 1) - triangle(start - 1);
+}
+
+/// Query–key pairs of one sequence: half of all where causal, exactly those inside a window.
+double pairs(const Problem& p, double seqlen_q, double seqlen_kv) {
+  if (!p.window_left && !p.window_right) return seqlen_q * seqlen_kv * (p.causal == Causal::kNone ? 1.0 : 0.5);
+  const double unbounded = seqlen_q + seqlen_kv;
+  const double offset = p.causal == Causal::kTopLeft ? 0.0 : seqlen_kv - seqlen_q;
+  const double left = p.window_left ? static_cast<double>(*p.window_left) : unbounded;
+  const double right = p.causal != Causal::kNone ? 0.0
+                       : p.window_right          ? static_cast<double>(*p.window_right)
+                                                 : unbounded;
+  const auto keys_before = [&](double start) {  // Σ over rows i of i + start, clipped to [0, seqlen_kv]
+    return sum_of_positives(start, seqlen_q) - sum_of_positives(start - seqlen_kv, seqlen_q);
+  };
+  return keys_before(offset + right + 1) - keys_before(offset - left);
+}
+
+}  // namespace
+
+double flops(const Problem& p) noexcept {
+  const auto length = [&](const Lengths& slots, const Lengths& used, std::int64_t total, std::int64_t seqlen, auto b) {
+    double n = static_cast<double>(seqlen);
+    if (slots.present)
+      n = slots.values.empty() ? static_cast<double>(total) / static_cast<double>(p.batch)
+                               : static_cast<double>(slots.values[b]);
+    return used.values.empty() ? n : std::min(n, static_cast<double>(used.values[b]));
+  };
+  const auto pairs_of = [&](std::size_t b) {
+    return pairs(p, length(p.packed_q, p.q_lengths, p.total_q, p.seqlen_q, b),
+                 length(p.packed_kv, p.kv_lengths, p.total_kv, p.seqlen_kv, b));
+  };
+  const std::size_t known = std::max(
+      {p.packed_q.values.size(), p.packed_kv.values.size(), p.q_lengths.values.size(), p.kv_lengths.values.size()});
+  double sum = 0;
+  if (known == 0) sum = static_cast<double>(p.batch) * pairs_of(0);
+  for (std::size_t b = 0; b < known; ++b) sum += pairs_of(b);
+  const double passes = (p.forward() ? 1.0 : 0.0) + (p.backward() ? 2.5 : 0.0);
+  return passes * 2.0 * static_cast<double>(p.head_dim + p.head_dim_v) * static_cast<double>(p.num_q_heads) * sum;
+}
+
+}  // namespace fovea

@@ -1,0 +1,54 @@
+#pragma once
+
+#include <fovea/error.h>
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cstdint>
+#include <limits>
+#include <locale>
+#include <span>
+#include <sstream>
+#include <string>
+#include <string_view>
+
+namespace fovea {
+
+/// Throws Error(kInvalidArgument); the parts make one sentence, the same in every locale.
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream sentence;
+  sentence.imbue(std::locale::classic());
+  (sentence << ... << parts);
+  throw Error(ErrorCode::kInvalidArgument, sentence.str());
+}
+
+/// The shortest text that reads back as the same number; −0 is 0.
+[[nodiscard]] inline std::string shortest(float value) {
+  std::array<char, 32> buffer;
+  const auto end = std::to_chars(buffer.begin(), buffer.end(), value == 0.0F ? 0.0F : value).ptr;
+  return {buffer.data(), end};
+}
+
+/// "700+1300+96".
+[[nodiscard]] inline std::string join(std::span<const std::int64_t> values, std::string_view separator) {
+  std::string text;
+  for (const std::int64_t value : values) text.append(text.empty() ? "" : separator).append(std::to_string(value));
+  return text;
+}
+
+/// The sum, or the largest number there is where it does not fit.
+[[nodiscard]] inline std::int64_t saturating_sum(std::span<const std::int64_t> values) noexcept {
+  std::int64_t sum = 0;
+  for (const std::int64_t value : values) {
+    if (__builtin_add_overflow(sum, value, &sum)) return std::numeric_limits<std::int64_t>::max();
+  }
+  return sum;
+}
+
+[[nodiscard]] inline std::int64_t longest(std::span<const std::int64_t> values) noexcept {
+  return values.empty() ? 0 : *std::max_element(values.begin(), values.end());
+}
+
+}  // namespace fovea

@@ -1,0 +1,388 @@
+#include "problem/validate.h"
+
+#include "problem/refuse.h"
+
+#include <cmath>
+#include <initializer_list>
+#include <optional>
+
+namespace fovea {
+namespace {
+
+constexpr std::int64_t kMaxElements = std::int64_t{1} << 58;  // of one tensor: bytes and offsets stay below 2^63
+constexpr std::int64_t kMaxHeadDim = 512;
+
+struct Size {
+  const char* name;
+  std::int64_t value;
+};
+
+void check_range(const Size& size, std::int64_t least, std::int64_t most) {
+  if (size.value < least) refuse(size.name, " (", size.value, ") must be at least ", least);
+  if (size.value > most) refuse(size.name, " (", size.value, ") must be at most ", most);
+}
+
+/// Sizes of 0 count as 1, so that no product of some of the dimensions overflows either.
+void check_product(const char* tensor, std::initializer_list<Size> sizes) {
+  std::int64_t product = 1;
+  for (const Size& size : sizes) {
+    if (!__builtin_mul_overflow(product, std::max<std::int64_t>(size.value, 1), &product) && product <= kMaxElements)
+      continue;
+    const Size& largest =
+        *std::max_element(sizes.begin(), sizes.end(), [](auto a, auto b) { return a.value < b.value; });
+    refuse(largest.name, " (", largest.value, ") is too large: ", tensor, " would hold more than 2^58 elements");
+  }
+}
+
+void check_tensor_sizes(const Problem& p) {
+  const Size b{"batch", p.batch}, hq{"num_q_heads", p.num_q_heads}, hkv{"num_kv_heads", p.num_kv_heads};
+  const Size sq{"seqlen_q", p.seqlen_q}, skv{"seqlen_kv", p.seqlen_kv};
+  const Size d{"head_dim", std::max(p.head_dim, p.head_dim_v)};
+  check_product("q", {b, sq, hq, d});
+  check_product("k", {b, skv, hkv, d});
+  if (p.packed()) {
+    check_product("q", {{"packed_q", p.total_q}, hq, d});
+    check_product("k", {{"packed_kv", p.total_kv}, hkv, d});
+  }
+  if (p.layout == Layout::kQkvPacked) check_product("the qkv buffer", {b, sq, {"num_q_heads", 3 * p.num_q_heads}, d});
+  const auto check_extent = [&](const char* tensor, const std::optional<Extent>& extent) {
+    if (!extent) return;
+    const auto own = [](bool has, const Size& size) { return has ? size : Size{size.name, 1}; };
+    check_product(tensor,
+                  {own(extent->batch, b), own(extent->heads, hq), own(extent->queries, sq), own(extent->keys, skv)});
+  };
+  check_extent("mask", p.mask);
+  check_extent("bias", p.bias);
+}
+
+void check_length(const char* field, std::size_t i, std::int64_t length, const char* limit_name, std::int64_t limit) {
+  if (length < 0) refuse(field, "[", i, "] (", length, ") must be at least 0");
+  if (length > limit) refuse(field, "[", i, "] (", length, ") must be at most ", limit_name, " (", limit, ")");
+}
+
+/// What packed lengths must agree with: one a sequence, the longest and the total.
+void check_packed(const char* field, const Lengths& packed, std::int64_t batch, const Size& seqlen, const Size& total) {
+  const auto& values = packed.values;
+  if (values.empty()) {  // known at run time
+    check_range(total, 0, kMaxElements);
+    const double most = static_cast<double>(batch) * static_cast<double>(seqlen.value);
+    if (total.value < seqlen.value || static_cast<double>(total.value) > most) {
+      refuse(field, " of ", total.value, " rows cannot be ", batch, " sequences, the longest of ", seqlen.value);
+    }
+    return;
+  }
+  if (std::ssize(values) != batch) refuse(field, " has ", values.size(), " lengths but batch is ", batch);
+  for (std::size_t i = 0; i < values.size(); ++i) check_length(field, i, values[i], "2^58", kMaxElements);
+  if (longest(values) != seqlen.value) {
+    refuse(seqlen.name, " (", seqlen.value, ") must be the longest sequence of ", field, " (", longest(values), ")");
+  }
+  if (saturating_sum(values) != total.value) {
+    refuse(total.name, " (", total.value, ") must be the sum of ", field, " (", saturating_sum(values), ")");
+  }
+}
+
+/// Lengths lie within their sequence: the padded one, or the slot of a packed one.
+void check_lengths(const char* field, const Lengths& lengths, std::int64_t batch, const Size& seqlen,
+                   const Lengths& packed) {
+  const auto& values = lengths.values;
+  if (values.empty()) return;
+  if (!lengths.present) refuse(field, " has ", values.size(), " values although it is not present");
+  if (std::ssize(values) != batch) refuse(field, " has ", values.size(), " values but batch is ", batch);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (packed.values.empty()) {
+      check_length(field, i, values[i], seqlen.name, seqlen.value);
+    } else {
+      check_length(field, i, values[i], "the length of its sequence", packed.values[i]);
+    }
+  }
+}
+
+void check_real(const char* field, float value, bool in_range, const char* rule) {
+  if (!std::isfinite(value) || !in_range) refuse(field, " (", shortest(value), ") must be ", rule);
+}
+
+bool is_floating(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+}
+
+}  // namespace
+
+void validate(const Problem& p) {
+  if (!is_floating(p.dtype)) refuse("dtype (", name(p.dtype), ") must be fp32, fp16 or bf16");
+  check_range({"batch", p.batch}, 1, kMaxElements);
+  check_range({"num_q_heads", p.num_q_heads}, 1, kMaxElements);
+  check_range({"num_kv_heads", p.num_kv_heads}, 1, kMaxElements);
+  if (p.num_q_heads % p.num_kv_heads != 0) {
+    refuse("num_q_heads (", p.num_q_heads, ") must be a multiple of num_kv_heads (", p.num_kv_heads, ")");
+  }
+  if (p.packed_q.present != p.packed_kv.present) refuse("packed_q and packed_kv must be given together");
+  if (p.packed()) {
+    check_packed("packed_q", p.packed_q, p.batch, {"seqlen_q", p.seqlen_q}, {"total_q", p.total_q});
+    check_packed("packed_kv", p.packed_kv, p.batch, {"seqlen_kv", p.seqlen_kv}, {"total_kv", p.total_kv});
+  } else if (p.total_q != 0 || p.total_kv != 0 || !p.packed_q.values.empty() || !p.packed_kv.values.empty()) {
+    refuse("total_q (", p.total_q, "), total_kv (", p.total_kv, ") and packed lengths belong to packed problems alone");
+  }
+  check_range({"seqlen_q", p.seqlen_q}, 0, kMaxElements);
+  check_range({"seqlen_kv", p.seqlen_kv}, 0, kMaxElements);
+  check_range({"head_dim", p.head_dim}, 1, kMaxHeadDim);
+  check_range({"head_dim_v", p.head_dim_v}, 1, kMaxHeadDim);
+
+  check_tensor_sizes(p);
+  check_lengths("q_lengths", p.q_lengths, p.batch, {"seqlen_q", p.seqlen_q}, p.packed_q);
+  check_lengths("kv_lengths", p.kv_lengths, p.batch, {"seqlen_kv", p.seqlen_kv}, p.packed_kv);
+
+  if (p.window_left) check_range({"window_left", *p.window_left}, 0, kMaxElements);
+  if (p.window_right) check_range({"window_right", *p.window_right}, 0, kMaxElements);
+  if (p.bias_dtype != DType::kFloat32 && (!p.bias || p.bias_dtype != p.dtype)) {
+    refuse("bias_dtype (", name(p.bias_dtype), ") must be fp32",
+           p.bias ? " or the problem's dtype" : " where there is no bias");
+  }
+  check_real("softcap", p.softcap, p.softcap >= 0, "finite and at least 0 (0: no softcap)");
+  if (p.softmax_scale) check_real("softmax_scale", *p.softmax_scale, true, "finite");
+  const float drop = p.dropout.probability;
+  check_real("dropout", drop, drop >= 0 && drop < 1, "at least 0 and less than 1");
+  if (std::lround((1.0 - static_cast<double>(drop)) * 65536.0) < 1) {
+    refuse("dropout (", shortest(drop), ") keeps fewer than one in 65536 entries; lower it");
+  }
+  if (p.layout == Layout::kQkvPacked &&
+      (p.seqlen_q != p.seqlen_kv || p.total_q != p.total_kv || p.packed_q != p.packed_kv)) {
+    refuse("layout qkv_packed needs keys as long as queries, but seqlen_q is ", p.seqlen_q, " and seqlen_kv is ",
+           p.seqlen_kv, p.packed() ? " (or the packed lengths differ)" : "");
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- tensors
+
+std::string shape_text(const Tensor& t) {
+  return "[" + join({t.shape.data(), static_cast<std::size_t>(t.rank)}, ", ") + "]";
+}
+
+namespace {
+
+/// What a tensor may be.
+enum class Use {
+  kInput,      // last dimension contiguous
+  kBroadcast,  // an input whose last dimension may also have stride 0
+  kOutput,     // contiguous last dimension, and no two elements in one place
+};
+
+void check_shape(const char* name, const Tensor& t, std::initializer_list<std::int64_t> shape) {
+  Tensor wanted;
+  for (const std::int64_t extent : shape) wanted.shape[wanted.rank++] = extent;
+  if (t.rank < 1 || t.rank > Tensor::kMaxRank) {
+    refuse(name, " has ", t.rank, " dimensions but must have the shape ", shape_text(wanted));
+  }
+  if (t.rank != wanted.rank || t.shape != wanted.shape) {
+    refuse(name, " has the shape ", shape_text(t), " but must have ", shape_text(wanted));
+  }
+}
+
+/// No step leads to an element that a smaller step already reaches.
+bool overlaps_itself(const Tensor& t) {
+  std::array<int, Tensor::kMaxRank> order{0, 1, 2, 3};
+  std::sort(order.begin(), order.begin() + t.rank, [&](int a, int b) { return t.strides[a] < t.strides[b]; });
+  std::int64_t reach = 0;  // offset of the last element of the dimensions so far
+  for (int i = 0; i < t.rank; ++i) {
+    const std::int64_t extent = t.shape[order[i]], stride = t.strides[order[i]];
+    if (extent > 1 && stride <= reach) return true;
+    reach += (extent - 1) * stride;
+  }
+  return false;
+}
+
+void check_memory(const char* name, const Tensor& t, Use use) {
+  std::int64_t elements = 1, last = 0;
+  for (int i = 0; i < t.rank; ++i) elements *= t.shape[i];
+  if (elements == 0) return;
+  if (t.data == nullptr) refuse(name, " has ", elements, " elements but its data is null");
+  if (reinterpret_cast<std::uintptr_t>(t.data) % static_cast<std::uintptr_t>(size_bytes(t.dtype)) != 0) {
+    refuse(name, "'s data must be aligned to the ", size_bytes(t.dtype), " bytes of its elements");
+  }
+  for (int i = 0; i < t.rank; ++i) {
+    std::int64_t step = 0;
+    if (t.strides[i] < 0) refuse(name, "'s stride of dimension ", i, " (", t.strides[i], ") must not be negative");
+    if (__builtin_mul_overflow(t.shape[i] - 1, t.strides[i], &step) || __builtin_add_overflow(last, step, &last) ||
+        last > 2 * kMaxElements) {
+      refuse(name, "'s stride of dimension ", i, " (", t.strides[i], ") leads beyond 64-bit addresses");
+    }
+  }
+  const std::int64_t stride = t.strides[t.rank - 1];
+  if (t.shape[t.rank - 1] > 1 && stride != 1 && !(use == Use::kBroadcast && stride == 0)) {
+    refuse(name, "'s last dimension must be contiguous, but its stride is ", stride);
+  }
+  if (use == Use::kOutput && overlaps_itself(t)) {
+    refuse(name, " is written but its strides [", join({t.strides.data(), static_cast<std::size_t>(t.rank)}, ", "),
+           "] put several elements in one place");
+  }
+}
+
+/// Every tensor of one call, checked against the problem one by one.
+class Checker {
+ public:
+  Checker(const Problem& problem, const Device& device) : p_(problem), device_(device) {}
+
+  void check(const char* name, const Tensor& t, DType dtype, std::initializer_list<std::int64_t> shape, Use use) const {
+    if (t.rank == 0) refuse(name, " is missing");
+    check_shape(name, t, shape);
+    if (t.dtype != dtype) refuse(name, " is ", fovea::name(t.dtype), " but must be ", fovea::name(dtype));
+    if (t.device.kind != device_.kind || t.device.index != device_.index) {
+      refuse(name, " is on ", fovea::name(t.device), " but the plan is for ", fovea::name(device_));
+    }
+    check_memory(name, t, use);
+  }
+
+  /// A tensor that is there exactly where the problem has the option.
+  void check_option(const char* name, const Tensor& t, bool wanted, DType dtype,
+                    std::initializer_list<std::int64_t> shape, Use use) const {
+    if (wanted) return check(name, t, dtype, shape, use);
+    if (t.rank != 0) refuse(name, " is given but the problem has none: ", to_string(p_));
+  }
+
+  /// A tensor that may be left out, and must be where the problem lacks the option.
+  void check_optional(const char* name, const Tensor& t, bool allowed, DType dtype,
+                      std::initializer_list<std::int64_t> shape, Use use) const {
+    if (t.rank != 0) check_option(name, t, allowed, dtype, shape, use);
+  }
+
+  void heads_of_tokens(const char* name, const Tensor& t, bool query, std::int64_t heads, std::int64_t dim,
+                       Use use) const {
+    if (p_.packed()) return check(name, t, p_.dtype, {query ? p_.total_q : p_.total_kv, heads, dim}, use);
+    check(name, t, p_.dtype, {p_.batch, query ? p_.seqlen_q : p_.seqlen_kv, heads, dim}, use);
+  }
+  void q_like(const char* name, const Tensor& t, Use use) const {
+    heads_of_tokens(name, t, true, p_.num_q_heads, p_.head_dim, use);
+  }
+  void k_like(const char* name, const Tensor& t, Use use) const {
+    heads_of_tokens(name, t, false, p_.num_kv_heads, p_.head_dim, use);
+  }
+  void v_like(const char* name, const Tensor& t, Use use) const {
+    heads_of_tokens(name, t, false, p_.num_kv_heads, p_.head_dim_v, use);
+  }
+  void out_like(const char* name, const Tensor& t, Use use) const {
+    heads_of_tokens(name, t, true, p_.num_q_heads, p_.head_dim_v, use);
+  }
+  void lse_like(const char* name, const Tensor& t, Use use) const {
+    if (p_.packed()) return check(name, t, DType::kFloat32, {p_.num_q_heads, p_.total_q}, use);
+    check(name, t, DType::kFloat32, {p_.batch, p_.num_q_heads, p_.seqlen_q}, use);
+  }
+
+  // Options, and their gradients, which have their shape: `checks` is check_option or check_optional.
+  using Checks = void (Checker::*)(const char*, const Tensor&, bool, DType, std::initializer_list<std::int64_t>,
+                                   Use) const;
+  void matrix(Checks checks, const char* name, const Tensor& t, const std::optional<Extent>& extent, DType dtype,
+              Use use) const {
+    const Extent e = extent.value_or(Extent{});
+    (this->*checks)(
+        name, t, extent.has_value(), dtype,
+        {e.batch ? p_.batch : 1, e.heads ? p_.num_q_heads : 1, e.queries ? p_.seqlen_q : 1, e.keys ? p_.seqlen_kv : 1},
+        use);
+  }
+  void alibi(Checks checks, const char* name, const Tensor& t, Use use) const {
+    const bool wanted = p_.alibi != Alibi::kNone;
+    if (p_.alibi != Alibi::kPerBatchAndHead)
+      return (this->*checks)(name, t, wanted, DType::kFloat32, {p_.num_q_heads}, use);
+    (this->*checks)(name, t, wanted, DType::kFloat32, {p_.batch, p_.num_q_heads}, use);
+  }
+  void sink(Checks checks, const char* name, const Tensor& t, Use use) const {
+    (this->*checks)(name, t, p_.sink, DType::kFloat32, {p_.num_q_heads}, use);
+  }
+
+  /// Lengths, or cu_seqlens: shape, and on the CPU the values.
+  std::vector<std::int64_t> slots(const char* name, const Tensor& t, const Lengths& packed, std::int64_t total,
+                                  const Size& seqlen) const {
+    check_option(name, t, packed.present, DType::kInt32, {p_.batch + 1}, Use::kInput);
+    if (!packed.present || device_.kind != DeviceKind::kCpu) return {};
+    auto values = read_cu_seqlens(name, t, p_.batch, total);
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      if (values[i] > seqlen.value) {
+        refuse(name, " makes sequence ", i, " ", values[i], " long, more than ", seqlen.name, " (", seqlen.value, ")");
+      }
+    }
+    same_values(name, values, packed);
+    return values;
+  }
+  void lengths(const char* name, const Tensor& t, const Lengths& lengths, const Size& seqlen,
+               std::vector<std::int64_t> slots) const {
+    check_option(name, t, lengths.present, DType::kInt32, {p_.batch}, Use::kInput);
+    if (!lengths.present || device_.kind != DeviceKind::kCpu) return;
+    const Lengths actual{true, read_lengths(name, t, p_.batch)};
+    check_lengths(name, actual, p_.batch, seqlen, {!slots.empty(), std::move(slots)});
+    same_values(name, actual.values, lengths);
+  }
+
+  void inputs(const Inputs& in) const {
+    q_like("q", in.q, Use::kInput);
+    k_like("k", in.k, Use::kInput);
+    v_like("v", in.v, Use::kInput);
+    matrix(&Checker::check_option, "mask", in.mask, p_.mask, DType::kBool, Use::kBroadcast);
+    matrix(&Checker::check_option, "bias", in.bias, p_.bias, p_.bias_dtype, Use::kBroadcast);
+    alibi(&Checker::check_option, "alibi_slopes", in.alibi_slopes, Use::kInput);
+    sink(&Checker::check_option, "sink", in.sink, Use::kInput);
+    const Size sq{"seqlen_q", p_.seqlen_q}, skv{"seqlen_kv", p_.seqlen_kv};
+    lengths("q_lengths", in.q_lengths, p_.q_lengths, sq,
+            slots("cu_seqlens_q", in.cu_seqlens_q, p_.packed_q, p_.total_q, sq));
+    lengths("kv_lengths", in.kv_lengths, p_.kv_lengths, skv,
+            slots("cu_seqlens_kv", in.cu_seqlens_kv, p_.packed_kv, p_.total_kv, skv));
+  }
+
+ private:
+  /// A plan may rely on lengths that its problem states.
+  static void same_values(const char* name, const std::vector<std::int64_t>& actual, const Lengths& planned) {
+    for (std::size_t i = 0; i < planned.values.size(); ++i) {
+      if (actual[i] == planned.values[i]) continue;
+      refuse(name, " gives sequence ", i, " the length ", actual[i], " but the problem states ", planned.values[i],
+             "; plan for random lengths where they change");
+    }
+  }
+
+  const Problem& p_;
+  const Device& device_;
+};
+
+}  // namespace
+
+std::vector<std::int64_t> read_lengths(const char* name, const Tensor& t, std::int64_t count) {
+  if (t.dtype != DType::kInt32) refuse(name, " is ", fovea::name(t.dtype), " but must be int32");
+  check_shape(name, t, {count});
+  check_memory(name, t, Use::kInput);
+  const auto* values = static_cast<const std::int32_t*>(t.data);
+  return {values, values + count};
+}
+
+std::vector<std::int64_t> read_cu_seqlens(const char* name, const Tensor& t, std::int64_t batch, std::int64_t total) {
+  const std::vector<std::int64_t> ends = read_lengths(name, t, batch + 1);
+  std::vector<std::int64_t> lengths;
+  if (ends.front() != 0) refuse(name, "[0] (", ends.front(), ") must be 0");
+  if (ends.back() != total) refuse(name, "[", batch, "] (", ends.back(), ") must be the number of rows, ", total);
+  for (std::size_t i = 1; i < ends.size(); ++i) {
+    if (ends[i] < ends[i - 1]) {
+      refuse(name, "[", i, "] (", ends[i], ") must not be less than ", name, "[", i - 1, "] (", ends[i - 1], ")");
+    }
+    lengths.push_back(ends[i] - ends[i - 1]);
+  }
+  return lengths;
+}
+
+void validate_forward(const Problem& problem, const Device& device, const Inputs& in, const Outputs& out) {
+  const Checker checker(problem, device);
+  checker.inputs(in);
+  checker.out_like("out", out.out, Use::kOutput);
+  if (out.lse.rank != 0) checker.lse_like("lse", out.lse, Use::kOutput);
+}
+
+void validate_backward(const Problem& problem, const Device& device, const Inputs& in, const Outputs& out) {
+  const Checker checker(problem, device);
+  checker.inputs(in);
+  checker.out_like("out", in.out, Use::kInput);
+  checker.lse_like("lse", in.lse, Use::kInput);
+  checker.out_like("dout", in.dout, Use::kInput);
+  if (in.dlse.rank != 0) checker.lse_like("dlse", in.dlse, Use::kBroadcast);
+  checker.q_like("dq", out.dq, Use::kOutput);
+  checker.k_like("dk", out.dk, Use::kOutput);
+  checker.v_like("dv", out.dv, Use::kOutput);
+  checker.matrix(&Checker::check_optional, "dbias", out.dbias, problem.bias, problem.bias_dtype, Use::kOutput);
+  checker.alibi(&Checker::check_optional, "dalibi_slopes", out.dalibi_slopes, Use::kOutput);
+  checker.sink(&Checker::check_optional, "dsink", out.dsink, Use::kOutput);
+}
+
+}  // namespace fovea
