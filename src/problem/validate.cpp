@@ -172,7 +172,7 @@ void check_shape(const char* name, const Tensor& t, std::initializer_list<std::i
   if (t.rank < 1 || t.rank > Tensor::kMaxRank) {
     refuse(name, " has ", t.rank, " dimensions but must have the shape ", shape_text(wanted));
   }
-  if (t.rank != wanted.rank || t.shape != wanted.shape) {
+  if (t.rank != wanted.rank || !std::equal(t.shape.begin(), t.shape.begin() + t.rank, wanted.shape.begin())) {
     refuse(name, " has the shape ", shape_text(t), " but must have ", shape_text(wanted));
   }
 }

@@ -1,0 +1,266 @@
+#include <fovea/c.h>
+#include <fovea/fovea.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <new>
+
+#include "problem/refuse.h"
+
+using namespace fovea;
+
+struct fovea_plan {
+  Plan plan;
+  std::string report;
+};
+
+namespace {
+
+// ------------------------------------------------------------------------------------------------------------- errors
+
+constexpr std::size_t kLongestSentence = 2048;
+thread_local std::array<char, kLongestSentence> last_sentence{};
+
+fovea_status fail(ErrorCode code, std::string_view sentence) noexcept {
+  const std::size_t length = std::min(sentence.size(), kLongestSentence - 1);
+  std::memmove(last_sentence.data(), sentence.data(), length);
+  last_sentence[length] = '\0';
+  return static_cast<fovea_status>(code);
+}
+
+/// Runs one call of the door; no exception leaves it.
+template <typename Call>
+fovea_status guard(Call&& call) noexcept {
+  try {
+    call();
+    return FOVEA_OK;
+  } catch (const Error& error) {
+    return fail(error.code(), error.what());
+  } catch (const std::bad_alloc&) {
+    return fail(ErrorCode::kOutOfMemory, "memory ran out; free some, or pose a smaller problem");
+  } catch (const std::exception& error) {
+    return fail(ErrorCode::kInternal, error.what());
+  } catch (...) {
+    return fail(ErrorCode::kInternal, "an unknown exception was thrown inside Fovea; please report it");
+  }
+}
+
+static_assert(FOVEA_INVALID_ARGUMENT == static_cast<int>(ErrorCode::kInvalidArgument));
+static_assert(FOVEA_INTERNAL == static_cast<int>(ErrorCode::kInternal));
+static_assert(FOVEA_INT32 == static_cast<int>(DType::kInt32));
+static_assert(FOVEA_CUDA == static_cast<int>(DeviceKind::kCuda));
+static_assert(FOVEA_CAUSAL_BOTTOM_RIGHT == static_cast<int>(Causal::kBottomRight));
+static_assert(FOVEA_BACKWARD == static_cast<int>(Direction::kBackward));
+
+// ------------------------------------------------------------------------------------------------- from C to C++
+// values
+
+template <typename T>
+T& need(T* pointer, const char* name) {
+  if (pointer == nullptr) refuse(name, " is NULL");
+  return *pointer;
+}
+
+template <typename Enum>
+Enum to_enum(const char* name, std::int32_t value, Enum last) {
+  if (value < 0 || value > static_cast<int>(last)) refuse(name, " (", value, ") must be 0 to ", static_cast<int>(last));
+  return static_cast<Enum>(value);
+}
+
+/// A copy of a sized struct, whichever version of the header it was written against.
+template <typename Struct>
+Struct read(const char* name, const Struct* given) {
+  constexpr std::size_t kMost = 4096;
+  Struct copy{};
+  if (given == nullptr) return copy;
+  if (given->size < sizeof(std::size_t) || given->size > kMost) {
+    refuse(name, "->size (", given->size, ") must be sizeof(", name, ")");
+  }
+  const auto* bytes = reinterpret_cast<const unsigned char*>(given);
+  std::memcpy(&copy, bytes, std::min(given->size, sizeof copy));
+  if (std::any_of(bytes + std::min(given->size, sizeof copy), bytes + given->size, [](auto b) { return b != 0; })) {
+    throw Error(ErrorCode::kUnsupported,
+                std::string(name) + " sets a member that Fovea " FOVEA_VERSION " does not know");
+  }
+  return copy;
+}
+
+Device to_device(const fovea_device& device) {
+  return {to_enum("device kind", device.kind, DeviceKind::kCuda), device.index, device.compute_capability};
+}
+Device to_device(const fovea_device* device) { return device == nullptr ? Device{} : to_device(*device); }
+
+Tensor to_tensor(const char* name, const fovea_tensor* given) {
+  Tensor t;
+  if (given == nullptr || given->rank == 0) return t;
+  if (given->rank < 0 || given->rank > Tensor::kMaxRank) refuse(name, "'s rank (", given->rank, ") must be 0 to 4");
+  t.data = given->data;
+  t.dtype = to_enum((std::string(name) + "'s dtype").c_str(), given->dtype, DType::kInt32);
+  t.device = to_device(given->device);
+  t.rank = given->rank;
+  std::copy_n(given->shape, t.rank, t.shape.begin());
+  std::copy_n(given->strides, t.rank, t.strides.begin());
+  return t;
+}
+
+/// Which tensor of a C struct is which of a C++ one.
+template <typename C, typename Cpp>
+struct Field {
+  const char* name;
+  const fovea_tensor* C::*from;
+  Tensor Cpp::*to;
+};
+
+template <typename C, typename Cpp, std::size_t N>
+void convert(const C& from, Cpp& to, const Field<C, Cpp> (&fields)[N]) {
+  for (const auto& field : fields) to.*field.to = to_tensor(field.name, from.*field.from);
+}
+
+#define FOVEA_FIELD(C, Cpp, name) \
+  { #name, &C::name, &Cpp::name }
+#define FOVEA_OPTION_FIELDS(C, Cpp)                                                                                   \
+  FOVEA_FIELD(C, Cpp, mask), FOVEA_FIELD(C, Cpp, bias), FOVEA_FIELD(C, Cpp, alibi_slopes), FOVEA_FIELD(C, Cpp, sink), \
+      FOVEA_FIELD(C, Cpp, q_lengths), FOVEA_FIELD(C, Cpp, kv_lengths), FOVEA_FIELD(C, Cpp, cu_seqlens_q),             \
+      FOVEA_FIELD(C, Cpp, cu_seqlens_kv)
+#define FOVEA_GRADIENT_FIELDS(C, Cpp)                                                                    \
+  FOVEA_FIELD(C, Cpp, dq), FOVEA_FIELD(C, Cpp, dk), FOVEA_FIELD(C, Cpp, dv), FOVEA_FIELD(C, Cpp, dbias), \
+      FOVEA_FIELD(C, Cpp, dalibi_slopes), FOVEA_FIELD(C, Cpp, dsink)
+
+constexpr Field<fovea_options, AttentionOptions> kOptionFields[] = {
+    FOVEA_OPTION_FIELDS(fovea_options, AttentionOptions)};
+constexpr Field<fovea_inputs, Inputs> kInputFields[] = {
+    FOVEA_FIELD(fovea_inputs, Inputs, q),    FOVEA_FIELD(fovea_inputs, Inputs, k),
+    FOVEA_FIELD(fovea_inputs, Inputs, v),    FOVEA_OPTION_FIELDS(fovea_inputs, Inputs),
+    FOVEA_FIELD(fovea_inputs, Inputs, out),  FOVEA_FIELD(fovea_inputs, Inputs, lse),
+    FOVEA_FIELD(fovea_inputs, Inputs, dout), FOVEA_FIELD(fovea_inputs, Inputs, dlse)};
+constexpr Field<fovea_outputs, Outputs> kOutputFields[] = {FOVEA_FIELD(fovea_outputs, Outputs, out),
+                                                           FOVEA_FIELD(fovea_outputs, Outputs, lse),
+                                                           FOVEA_GRADIENT_FIELDS(fovea_outputs, Outputs)};
+constexpr Field<fovea_outputs, Gradients> kGradientFields[] = {FOVEA_GRADIENT_FIELDS(fovea_outputs, Gradients)};
+#undef FOVEA_GRADIENT_FIELDS
+#undef FOVEA_OPTION_FIELDS
+#undef FOVEA_FIELD
+
+std::string text_or_empty(const char* text) { return text == nullptr ? "" : text; }
+
+AttentionOptions to_options(const fovea_options* given) {
+  const fovea_options c = read("fovea_options", given);
+  AttentionOptions o;
+  convert(c, o, kOptionFields);
+  o.causal = to_enum("causal", c.causal, Causal::kBottomRight);
+  if (c.has_softmax_scale != 0) o.softmax_scale = c.softmax_scale;
+  if (c.has_window_left != 0) o.window_left = c.window_left;
+  if (c.has_window_right != 0) o.window_right = c.window_right;
+  o.softcap = c.softcap;
+  o.dropout = {c.dropout_probability, c.dropout_seed, c.dropout_offset};
+  o.deterministic = c.deterministic != 0;
+  o.max_seqlen_q = c.max_seqlen_q;
+  o.max_seqlen_kv = c.max_seqlen_kv;
+  o.backend = text_or_empty(c.backend);
+  o.strict = c.strict != 0;
+  o.num_threads = c.num_threads;
+  return o;
+}
+
+PlanOptions to_plan_options(const fovea_plan_options* given) {
+  const fovea_plan_options c = read("fovea_plan_options", given);
+  return {.backend = text_or_empty(c.backend), .strict = c.strict != 0, .num_threads = c.num_threads};
+}
+
+void make_plan(const Problem& problem, const Device& device, const PlanOptions& options, fovea_plan*& plan) {
+  if (problem.direction == Direction::kForwardBackward) {
+    refuse("a plan runs one direction, fwd or bwd, but the line says fwd+bwd; make two plans");
+  }
+  Plan made = problem.forward() ? plan_forward(problem, device, options) : plan_backward(problem, device, options);
+  std::string report = to_string(made.report());
+  plan = std::make_unique<fovea_plan>(fovea_plan{std::move(made), std::move(report)}).release();
+}
+
+}  // namespace
+
+// -------------------------------------------------------------------------------------------------------------- the
+// door
+
+extern "C" {
+
+const char* fovea_version(void) { return FOVEA_VERSION; }
+
+const char* fovea_last_error(void) { return last_sentence.data(); }
+
+fovea_status fovea_attention_forward(const fovea_tensor* q, const fovea_tensor* k, const fovea_tensor* v,
+                                     const fovea_options* options, const fovea_tensor* out, const fovea_tensor* lse) {
+  return guard([&] {
+    attention_forward(to_tensor("q", q), to_tensor("k", k), to_tensor("v", v), to_options(options),
+                      to_tensor("out", out), to_tensor("lse", lse));
+  });
+}
+
+fovea_status fovea_attention_backward(const fovea_tensor* q, const fovea_tensor* k, const fovea_tensor* v,
+                                      const fovea_tensor* out, const fovea_tensor* lse, const fovea_tensor* dout,
+                                      const fovea_options* options, const fovea_outputs* gradients,
+                                      const fovea_tensor* dlse) {
+  return guard([&] {
+    Gradients wanted;
+    convert(read("fovea_outputs", &need(gradients, "gradients")), wanted, kGradientFields);
+    attention_backward(to_tensor("q", q), to_tensor("k", k), to_tensor("v", v), to_tensor("out", out),
+                       to_tensor("lse", lse), to_tensor("dout", dout), to_options(options), wanted,
+                       to_tensor("dlse", dlse));
+  });
+}
+
+fovea_status fovea_plan_from_line(const char* line, const fovea_device* device, const fovea_plan_options* options,
+                                  fovea_plan** plan) {
+  return guard([&] {
+    need(plan, "plan") = nullptr;
+    make_plan(parse_problem(&need(line, "line")), to_device(device), to_plan_options(options), *plan);
+  });
+}
+
+fovea_status fovea_plan_from_tensors(int32_t direction, const fovea_tensor* q, const fovea_tensor* k,
+                                     const fovea_tensor* v, const fovea_options* options, fovea_plan** plan) {
+  return guard([&] {
+    need(plan, "plan") = nullptr;
+    const Tensor queries = to_tensor("q", q);
+    const AttentionOptions o = to_options(options);
+    const Problem problem = describe(to_enum("direction", direction, Direction::kBackward), queries, to_tensor("k", k),
+                                     to_tensor("v", v), o);
+    make_plan(problem, queries.device, {.backend = o.backend, .strict = o.strict, .num_threads = o.num_threads}, *plan);
+  });
+}
+
+fovea_status fovea_plan_workspace_bytes(const fovea_plan* plan, size_t* bytes) {
+  return guard([&] { need(bytes, "bytes") = need(plan, "plan").plan.workspace_bytes(); });
+}
+
+const char* fovea_plan_report(const fovea_plan* plan) {
+  const char* report = nullptr;
+  guard([&] { report = need(plan, "plan").report.c_str(); });
+  return report;
+}
+
+fovea_status fovea_plan_execute(const fovea_plan* plan, const fovea_inputs* inputs, const fovea_outputs* outputs,
+                                void* workspace, void* stream) {
+  return guard([&] {
+    Inputs in;
+    Outputs out;
+    convert(read("fovea_inputs", &need(inputs, "inputs")), in, kInputFields);
+    convert(read("fovea_outputs", &need(outputs, "outputs")), out, kOutputFields);
+    need(plan, "plan").plan.execute(in, out, workspace, stream);
+  });
+}
+
+void fovea_plan_destroy(fovea_plan* plan) { const std::unique_ptr<fovea_plan> owned(plan); }
+
+fovea_status fovea_explain(const char* line, const fovea_device* device, const fovea_plan_options* options, char* text,
+                           size_t capacity, size_t* length) {
+  return guard([&] {
+    if (capacity > 0) need(text, "text");
+    const std::string report =
+        to_string(explain(parse_problem(&need(line, "line")), to_device(device), to_plan_options(options)));
+    if (length != nullptr) *length = report.size();
+    if (capacity > 0) text[report.copy(text, capacity - 1)] = '\0';
+  });
+}
+
+}  // extern "C"
