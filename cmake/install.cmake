@@ -1,0 +1,25 @@
+# What `cmake --install` lays down: headers, library, command, and how find_package and pkg-config find them.
+include(CMakePackageConfigHelpers)
+
+install(TARGETS fovea EXPORT fovea_targets)
+install(TARGETS fovea_command)
+install(DIRECTORY include/fovea DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN "*.h")
+
+set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/fovea)
+install(EXPORT fovea_targets NAMESPACE fovea:: FILE foveaTargets.cmake DESTINATION ${package_dir})
+configure_package_config_file(cmake/foveaConfig.cmake.in foveaConfig.cmake INSTALL_DESTINATION ${package_dir})
+# Before 1.0 a minor version may change the interface.
+write_basic_package_version_file(foveaConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+install(FILES ${PROJECT_BINARY_DIR}/foveaConfig.cmake ${PROJECT_BINARY_DIR}/foveaConfigVersion.cmake
+  DESTINATION ${package_dir}
+)
+
+# A shared library finds what it uses by itself; whoever links the static one must name it.
+get_target_property(fovea_type fovea TYPE)
+if(fovea_type STREQUAL "STATIC_LIBRARY")
+  set(fovea_pc_requires "tbb")
+  set(fovea_pc_libs "-lstdc++ -lm")
+endif()
+file(RELATIVE_PATH fovea_pc_prefix ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
+configure_file(cmake/fovea.pc.in fovea.pc @ONLY)
+install(FILES ${PROJECT_BINARY_DIR}/fovea.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)

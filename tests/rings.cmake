@@ -1,0 +1,60 @@
+# The rings around the unit tests: problem lists and random problems against the oracle, scripts that drive the command,
+# faults, the installed tree.  Labels: unit, ring, faults, tree (ctest -L).  77 means: skipped, the machine lacks a tool.
+set(FOVEA_RANDOM_CHECKS 400 CACHE STRING "Random problems that the tests compare with the oracle")
+set(FOVEA_SANITIZER "" CACHE STRING "What CMAKE_CXX_FLAGS sanitize: address, thread or nothing (CMakePresets.json)")
+find_package(Python3 3.11 REQUIRED COMPONENTS Interpreter)
+
+function(fovea_add_ring name labels)
+  add_test(NAME ${name} COMMAND ${ARGN})
+  set_tests_properties(${name} PROPERTIES LABELS "${labels}" TIMEOUT 400 SKIP_RETURN_CODE 77)
+endfunction()
+
+# Every list of problems, and random ones, against the double reference.
+file(GLOB problem_lists CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/problems/*.txt)
+foreach(list IN LISTS problem_lists)
+  cmake_path(GET list STEM stem)
+  fovea_add_ring(check_${stem} ring fovea_command check @${list})
+endforeach()
+fovea_add_ring(check_random ring fovea_command check --random ${FOVEA_RANDOM_CHECKS} --seed 1)
+
+# A failed allocation anywhere: its own executable, because it replaces operator new.
+add_executable(fovea_allocation_faults faults/allocation_faults.cpp)
+target_link_libraries(fovea_allocation_faults PRIVATE fovea_internal fovea_warnings GTest::gtest_main)
+gtest_discover_tests(fovea_allocation_faults DISCOVERY_TIMEOUT 60 PROPERTIES LABELS faults TIMEOUT 300)
+
+# The command and its pages, from outside.
+foreach(script command picture)
+  if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/${script}_test.py)
+    fovea_add_ring(${script} "tree" Python3::Interpreter ${CMAKE_CURRENT_SOURCE_DIR}/${script}_test.py
+      $<TARGET_FILE:fovea_command>
+    )
+  endif()
+endforeach()
+
+# The documents point at things that exist.
+fovea_add_ring(docs tree Python3::Interpreter ${CMAKE_CURRENT_SOURCE_DIR}/docs_test.py)
+
+# The installed tree serves find_package and pkg-config, static and shared.
+fovea_add_ring(install tree bash ${CMAKE_CURRENT_SOURCE_DIR}/install_test.sh ${PROJECT_SOURCE_DIR} ${PROJECT_BINARY_DIR})
+
+# No object compiled for one instruction set may lend code to the others; without optimisation nothing is inlined, so
+# only an optimised build can tell.
+if(CMAKE_BUILD_TYPE STREQUAL "Release")
+  foreach(isa IN ITEMS portable avx2 avx512)
+    if(TARGET fovea_flash_${isa})
+      fovea_add_ring(isa_objects_${isa} tree
+        bash ${CMAKE_CURRENT_SOURCE_DIR}/isa_objects_test.sh ${isa} $<TARGET_OBJECTS:fovea_flash_${isa}>
+      )
+    endif()
+  endforeach()
+endif()
+
+if(FOVEA_SANITIZER STREQUAL "address")
+  add_subdirectory(fuzz)
+elseif(FOVEA_SANITIZER STREQUAL "thread")
+  # tests/tsan_threads.cpp says why.
+  set_source_files_properties(${PROJECT_SOURCE_DIR}/src/cpu/threads.cpp TARGET_DIRECTORY fovea_objects PROPERTIES
+    COMPILE_OPTIONS -fno-sanitize=thread COMPILE_DEFINITIONS run_tasks=run_tasks_unseen
+  )
+  target_sources(fovea_objects PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/tsan_threads.cpp)
+endif()
