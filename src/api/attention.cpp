@@ -28,8 +28,7 @@ PlanOptions plan_options(const AttentionOptions& options) {
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options,
                        const Tensor& out, const Tensor& lse) {
   const Problem problem = describe(Direction::kForward, q, k, v, options);
-  plan_forward(problem, q.device, plan_options(options))
-      .execute(operands(q, k, v, options), {.out = out, .lse = lse});
+  plan_forward(problem, q.device, plan_options(options)).execute(operands(q, k, v, options), {.out = out, .lse = lse});
 }
 
 void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,

@@ -31,8 +31,8 @@ void refuse_second_choice(const Report& report) {
   for (const Verdict& verdict : report.verdicts) {
     if (verdict.backend == report.backend) return;
     if (verdict.available) {
-      throw Error(ErrorCode::kUnsupported, "strict mode: " + report.backend + " would run '" + to_string(report.problem) +
-                                               "' because " + all_reasons({verdict}));
+      throw Error(ErrorCode::kUnsupported, "strict mode: " + report.backend + " would run '" +
+                                               to_string(report.problem) + "' because " + all_reasons({verdict}));
     }
   }
 }
@@ -80,7 +80,8 @@ std::string to_string(const Report& report) {
   for (const Verdict& verdict : report.verdicts) {
     if (verdict.backend == report.backend) continue;
     text += "not " + verdict.backend + ": ";
-    text += verdict.reasons.empty() ? "an earlier backend runs it\n" : all_reasons({verdict}).substr(verdict.backend.size() + 2) + "\n";
+    text += verdict.reasons.empty() ? "an earlier backend runs it\n"
+                                    : all_reasons({verdict}).substr(verdict.backend.size() + 2) + "\n";
   }
   return text;
 }
@@ -97,7 +98,8 @@ void Plan::execute(const Inputs& inputs, const Outputs& outputs, void* workspace
   std::unique_ptr<void, AlignedDelete> owned;
   if (workspace == nullptr && workspace_bytes() > 0) {
     if (report_.device.kind != DeviceKind::kCpu) {
-      throw Error(ErrorCode::kInvalidArgument, "workspace is null; give " + std::to_string(workspace_bytes()) + " bytes on " + name(report_.device));
+      throw Error(ErrorCode::kInvalidArgument,
+                  "workspace is null; give " + std::to_string(workspace_bytes()) + " bytes on " + name(report_.device));
     }
     owned.reset(::operator new(workspace_bytes(), kAlignment, std::nothrow));
     workspace = owned.get();

@@ -6,12 +6,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <thread>
 
 namespace fovea::cpu {
 
-int worker_count(int wanted) {
-  return std::max(1, wanted > 0 ? wanted : tbb::this_task_arena::max_concurrency());
-}
+int worker_count(int wanted) { return std::max(1, wanted > 0 ? wanted : tbb::this_task_arena::max_concurrency()); }
 
 void run_tasks(std::int64_t tasks, int workers, void (*task)(void* context, std::int64_t index, int worker),
                void* context) {
@@ -24,14 +23,14 @@ void run_tasks(std::int64_t tasks, int workers, void (*task)(void* context, std:
   const auto work = [&](int worker) {
     for (std::int64_t i = next++; i < tasks; i = next++) task(context, i, worker);
   };
-  const auto share_out = [&] {
-    tbb::parallel_for(0, workers, work, tbb::static_partitioner{});
-  };
+  const auto share_out = [&] { tbb::parallel_for(0, workers, work, tbb::static_partitioner{}); };
   if (workers <= tbb::this_task_arena::max_concurrency()) {
     share_out();
   } else {
     tbb::task_arena(workers).execute(share_out);
   }
 }
+
+void yield_thread() { std::this_thread::yield(); }
 
 }  // namespace fovea::cpu

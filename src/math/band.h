@@ -13,17 +13,17 @@ struct Interval {
   FOVEA_FN constexpr bool contains(i64 x) const { return begin <= x && x < end; }
 };
 
-/// THE RULE OF THE MASK that needs no memory: causal corners, windows, lengths.  Query i of one sequence sees the keys of one
-/// interval, and both ends of the interval never move left as i grows; everything else follows from that.  A rule of this
-/// kind is changed in `keys_of_row` and `rows_of_key` and nowhere else; kernels only ask.
+/// THE RULE OF THE MASK that needs no memory: causal corners, windows, lengths.  Query i of one sequence sees the keys
+/// of one interval, and both ends of the interval never move left as i grows; everything else follows from that.  A
+/// rule of this kind is changed in `keys_of_row` and `rows_of_key` and nowhere else; kernels only ask.
 struct Band {
   static constexpr i64 kUnbounded = i64{1} << 60;
 
-  i64 seqlen_q = 0;         // rows past it see nothing
-  i64 seqlen_kv = 0;        // keys past it are hidden
-  i64 offset = 0;           // the diagonal runs through key i + offset: 0 top left, seqlen_kv − seqlen_q bottom right
-  i64 left = kUnbounded;    // keys before the diagonal that stay visible
-  i64 right = kUnbounded;   // keys after it; causal is 0
+  i64 seqlen_q = 0;        // rows past it see nothing
+  i64 seqlen_kv = 0;       // keys past it are hidden
+  i64 offset = 0;          // the diagonal runs through key i + offset: 0 top left, seqlen_kv − seqlen_q bottom right
+  i64 left = kUnbounded;   // keys before the diagonal that stay visible
+  i64 right = kUnbounded;  // keys after it; causal is 0
 
   FOVEA_FN constexpr i64 clip_key(i64 j) const { return smaller(larger(j, i64{0}), seqlen_kv); }
   FOVEA_FN constexpr i64 clip_row(i64 i) const { return smaller(larger(i, i64{0}), seqlen_q); }

@@ -1,7 +1,7 @@
 #pragma once
 
-// What the rules of src/math are compiled as.  Always inlined on the host: the same text is compiled for several instruction
-// sets, and an out-of-line copy made for one of them must never be picked by the linker for another.
+// What the rules of src/math are compiled as.  Always inlined on the host: the same text is compiled for several
+// instruction sets, and an out-of-line copy made for one of them must never be picked by the linker for another.
 #ifdef __CUDACC__
 #define FOVEA_FN __host__ __device__ __forceinline__
 #else
@@ -10,8 +10,8 @@
 
 namespace fovea::math {
 
-using i64 = long long;
-using u64 = unsigned long long;
+using i64 = __INT64_TYPE__;
+using u64 = __UINT64_TYPE__;
 using u32 = unsigned int;
 using u16 = unsigned short;
 

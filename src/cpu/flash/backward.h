@@ -1,0 +1,405 @@
+#pragma once
+
+#include "cpu/flash/gradient_tile.h"
+#include "cpu/threads.h"
+
+// FlashAttention's backward (2205.14135, algorithm 4), parallel over the keys as in 2307.08691: a task owns a block of
+// keys with its dk and dv, and walks the row groups.  dq is added up without atomics, always in the order of the key
+// blocks: each row group has a ticket that says how many blocks have added, so the bits never depend on threads.
+namespace fovea::cpu::FOVEA_ISA {
+
+struct BackwardScratch {
+  RowGroup rows;
+  PackedRows k, v;  // of block_keys keys
+  float* clean_k;   // k with rows that are not finite as 0
+  float *dk, *dv;   // [key][padded dim]
+  float* dq;        // [panel][dim][lane]
+  float* tile_sum;  // [kKeyTile][kGroupRows]: of dbias
+  double* dslopes;  // [head of the group]
+
+  BackwardScratch(Arena& arena, const FlashCall& call, const BackwardShape& shape)
+      : rows(arena, call), k(arena, shape.block_keys, call.head_dim), v(arena, shape.block_keys, call.head_dim_v) {
+    clean_k = arena.take<float>(shape.block_keys * call.head_dim);
+    dk = arena.take<float>(shape.block_keys * rows.padded);
+    dv = arena.take<float>(shape.block_keys * rows.padded_v);
+    dq = arena.take<float>(kGroupRows * call.head_dim);
+    tile_sum = arena.take<float>(kKeyTile * kGroupRows);
+    dslopes = arena.take<double>(call.q_heads / call.kv_heads);
+  }
+};
+
+/// Waits until `ticket` reaches `turn`.  Whoever is waited for was claimed earlier, so it runs or has run.
+inline void await_turn(const std::int32_t* ticket, std::int32_t turn) {
+  while (__atomic_load_n(ticket, __ATOMIC_ACQUIRE) != turn) yield_thread();
+}
+
+class Backward {
+ public:
+  Backward(const FlashCall& call, const BackwardShape& shape, std::byte* workspace) : call_(call), shape_(shape) {
+    const BackwardWorkspace size = sizes(call, shape);
+    scratch_bytes_ = size.scratch;
+    scratch_ = workspace;
+    std::byte* rest = workspace + size.scratch * static_cast<std::size_t>(shape.workers);
+    dq_ = reinterpret_cast<float*>(rest);
+    rest += size.dq;
+    const i64 rows = call.kv_heads * shape.total_groups * kGroupRows;
+    stats_ = {reinterpret_cast<float*>(rest), reinterpret_cast<float*>(rest) + rows,
+              reinterpret_cast<float*>(rest) + 2 * rows};
+    rest += size.stats;
+    tickets_ = reinterpret_cast<std::int32_t*>(rest);
+    rest += size.tickets;
+    dslopes_ = reinterpret_cast<double*>(rest);
+  }
+
+  static BackwardWorkspace sizes(const FlashCall& call, const BackwardShape& shape) {
+    Arena scratch(nullptr), dq(nullptr), stats(nullptr), tickets(nullptr), slopes(nullptr);
+    BackwardScratch(scratch, call, shape);
+    const i64 groups = call.kv_heads * shape.total_groups;
+    dq.take<float>(groups * kGroupRows * call.head_dim);
+    stats.take<float>(3 * groups * kGroupRows);
+    tickets.take<std::int32_t>(groups);
+    slopes.take<double>(!call.alibi ? 0 : call.batch * call.q_heads * shape.blocks);
+    return {scratch.used(), dq.used(), stats.used(), tickets.used(), slopes.used()};
+  }
+
+  void run() {
+    const i64 heads = call_.batch * call_.kv_heads;
+    for (i64 t = 0; t < call_.kv_heads * shape_.total_groups; ++t) tickets_[t] = 0;
+    each<&Backward::row_statistics>(heads * shape_.max_groups);
+    each<&Backward::key_block>(heads * shape_.blocks);
+    each<&Backward::store_dq>(heads * shape_.max_groups);
+    if (call_.dslopes != nullptr)
+      each<&Backward::sum_dslopes>(call_.slopes_batch == 0 ? call_.q_heads : call_.batch * call_.q_heads);
+    if (call_.dsink != nullptr) each<&Backward::sum_dsink>(call_.q_heads);
+    if (call_.dbias.data != nullptr) each<&Backward::bias_block>(bias_blocks());
+  }
+
+ private:
+  template <void (Backward::*kStep)(i64, int)>
+  void each(i64 tasks) {
+    run_tasks(
+        tasks, shape_.workers,
+        [](void* self, i64 index, int worker) { (static_cast<Backward*>(self)->*kStep)(index, worker); }, this);
+  }
+
+  /// A row group of one sequence and one kv head.
+  struct Group {
+    i64 batch, kv_head, index;
+    i64 first_row, rows;  // rows left of the sequence from first_row on, at most kGroupRows
+    Interval queries;
+  };
+  [[nodiscard]] i64 group_size() const { return call_.q_heads / call_.kv_heads; }
+  [[nodiscard]] Group group(i64 batch, i64 kv_head, i64 index) const {
+    const i64 first_row = index * kGroupRows, left = call_.sequences[batch].q_rows * group_size() - first_row;
+    const i64 rows = math::smaller(left, kGroupRows);
+    if (rows <= 0) return {batch, kv_head, index, first_row, 0, {0, 0}};
+    return {batch,     kv_head, index,
+            first_row, rows,    {first_row / group_size(), (first_row + rows - 1) / group_size() + 1}};
+  }
+  [[nodiscard]] Group group_of_task(i64 index) const {
+    const i64 head = index / shape_.max_groups;
+    return group(head / call_.kv_heads, head % call_.kv_heads, index % shape_.max_groups);
+  }
+  [[nodiscard]] i64 slot(i64 batch, i64 kv_head, i64 index) const {
+    return kv_head * shape_.total_groups + call_.sequences[batch].first_group + index;
+  }
+  [[nodiscard]] RowStats stats(i64 batch, i64 kv_head) const {
+    const i64 at = slot(batch, kv_head, 0) * kGroupRows;
+    return {stats_.log2_lse + at, stats_.delta + at, stats_.sink + at};
+  }
+  [[nodiscard]] float* dq_sum(const Group& group) const {
+    return dq_ + slot(group.batch, group.kv_head, group.index) * kGroupRows * call_.head_dim;
+  }
+  [[nodiscard]] BackwardScratch scratch(int worker) const {
+    Arena arena(scratch_ + scratch_bytes_ * static_cast<std::size_t>(worker));
+    return {arena, call_, shape_};
+  }
+
+  /// delta = Σ dout·out − dlse, and lse in units of log2.
+  void row_statistics(i64 task, int worker) {
+    const Group group = group_of_task(task);
+    const Context context{call_, call_.sequences[group.batch], group.batch};
+    const BackwardScratch my = scratch(worker);
+    const RowStats stats = this->stats(group.batch, group.kv_head);
+    float *out = my.rows.dout_rows, *dout = my.rows.dout_rows + my.rows.padded_v;
+    for (i64 r = group.first_row; r < group.first_row + group.rows; ++r) {
+      const i64 i = r / group_size(), head = group.kv_head * group_size() + r % group_size();
+      const float lse = i < context.sequence.band.seqlen_q ? *context.statistic(call_.lse, i, head) : -kInfinity;
+      stats.log2_lse[r] = lse == -kInfinity ? kInfinity : lse * kLog2E;
+      stats.delta[r] = stats.sink[r] = 0.0F;
+      if (lse == -kInfinity) continue;
+      widen_row(out, context.q_row(call_.out, i, head), call_.type, call_.head_dim_v, my.rows.padded_v);
+      widen_row(dout, context.q_row(call_.dout, i, head), call_.type, call_.head_dim_v, my.rows.padded_v);
+      V total{};
+      for (i64 c = 0; c < my.rows.padded_v; c += kWidth) total += load(out + c) * load(dout + c);
+      stats.delta[r] = sum(total) - (call_.dlse.data == nullptr ? 0.0F : *context.statistic(call_.dlse, i, head));
+      if (call_.sink != nullptr)
+        stats.sink[r] = -stats.delta[r] * __builtin_exp2f(call_.sink[head] * kLog2E - stats.log2_lse[r]);
+    }
+  }
+
+  /// dk and dv of one block of keys, and its part of dq.
+  void key_block(i64 task, int worker) {
+    const i64 heads = call_.batch * call_.kv_heads, block = task / heads;
+    const i64 batch = task % heads / call_.kv_heads, kv_head = task % call_.kv_heads;
+    const Context context{call_, call_.sequences[batch], batch};
+    const Sequence& sequence = context.sequence;
+    const Interval all{block * shape_.block_keys, math::smaller((block + 1) * shape_.block_keys, sequence.kv_rows)};
+    if (all.empty()) return;
+    const Interval keys{all.begin, math::smaller(all.end, sequence.band.seqlen_kv)};
+    BackwardScratch my = scratch(worker);
+    my.k.pack(context, call_.k, keys, kv_head, call_.head_dim);
+    my.v.pack(context, call_.v, keys, kv_head, call_.head_dim_v);
+    if (my.k.any_bad) {
+      for (i64 x = 0; x < (keys.end - keys.begin) * call_.head_dim; ++x) my.clean_k[x] = my.k.data[x];
+      PackedRows clean = my.k;
+      clean.data = my.clean_k;
+      clean.clear_bad(keys.end - keys.begin, call_.head_dim);
+    } else {
+      my.clean_k = my.k.data;
+    }
+    for (i64 x = 0; x < (all.end - all.begin) * my.rows.padded; ++x) my.dk[x] = 0.0F;
+    for (i64 x = 0; x < (all.end - all.begin) * my.rows.padded_v; ++x) my.dv[x] = 0.0F;
+    for (i64 g = 0; g < group_size(); ++g) my.dslopes[g] = 0.0;
+
+    for (i64 g = 0; g < shape_.max_groups && !keys.empty(); ++g) {
+      const Group group = this->group(batch, kv_head, g);
+      if (group.rows > 0 && sequence.band.tile(group.queries, keys) != math::TileState::kHidden) {
+        meet(my, context, group, keys, block);
+      }
+    }
+
+    for (i64 j = all.begin; j < all.end; ++j) {
+      float *dk = my.dk + (j - all.begin) * my.rows.padded, *dv = my.dv + (j - all.begin) * my.rows.padded_v;
+      for (i64 c = 0; c < call_.head_dim; ++c) dk[c] *= call_.scale;
+      narrow_row(const_cast<char*>(context.kv_row(call_.dk, j, kv_head)), dk, call_.type, call_.head_dim);
+      narrow_row(const_cast<char*>(context.kv_row(call_.dv, j, kv_head)), dv, call_.type, call_.head_dim_v);
+    }
+    for (i64 g = 0; g < group_size() && call_.alibi; ++g) {
+      dslopes_[(batch * call_.q_heads + kv_head * group_size() + g) * shape_.blocks + block] = my.dslopes[g];
+    }
+  }
+
+  /// A block of keys against one row group: dv += Pᵀ dout, dk += dSᵀ q, and dq's part dS k, which waits for its turn.
+  void meet(BackwardScratch& my, const Context& context, const Group& group, Interval keys, i64 block) {
+    my.rows.load_rows(context, {group_size(), group.kv_head * group_size(), group.first_row + group.rows},
+                      group.first_row, stats(group.batch, group.kv_head));
+    const i64 dq_floats = kGroupRows * call_.head_dim;
+    for (i64 x = 0; x < dq_floats; ++x) my.dq[x] = 0.0F;
+    for (i64 j = keys.begin; j < keys.end; j += kKeyTile) {
+      meet_tile(my, context, {j, math::smaller(j + kKeyTile, keys.end)}, j - keys.begin);
+    }
+    std::int32_t* ticket = tickets_ + slot(group.batch, group.kv_head, group.index);
+    const i64 first_block = context.sequence.band.keys_of_rows(group.queries).begin / shape_.block_keys;
+    const auto turn = static_cast<std::int32_t>(block - first_block);
+    float* sum = dq_sum(group);
+    await_turn(ticket, turn);
+    for (i64 x = 0; x < dq_floats; x += kWidth)
+      store(sum + x, turn == 0 ? load(my.dq + x) : load(sum + x) + load(my.dq + x));
+    __atomic_store_n(ticket, turn + 1, __ATOMIC_RELEASE);
+  }
+
+  void meet_tile(BackwardScratch& my, const Context& context, Interval keys, i64 at) {
+    RowGroup& rows = my.rows;
+    const i64 d = call_.head_dim, count = keys.end - keys.begin;
+    i64 first = RowGroup::kPanels, last = -1;  // panels that see something
+    for (i64 p = 0; p < RowGroup::kPanels; ++p) {
+      const Tile ds = rows.tile_of(rows.ds, p, keys);
+      if (!rows.recompute(p, context, keys, my.k.data + at * d, my.v.data + at * call_.head_dim_v)) {
+        const Tile weights = rows.tile_of(rows.s, p, keys);
+        for_each_vector(ds, [&](i64 r, int lane, float* x) { store(x, V{}), store(weights.row(r) + lane, V{}); });
+        continue;
+      }
+      first = math::smaller(first, p);
+      last = p;
+      if (call_.alibi) add_slope_gradient(my, context, ds, rows.panels[p]);
+      if (call_.softcap > 0) {
+        const Tile tangent = rows.tile_of(rows.tangent, p, keys);
+        for_each_vector(ds, [&](i64 r, int lane, float* x) {
+          const V t = load(tangent.row(r) + lane);
+          store(x, load(x) * (splat(1.0F) - t * t));
+        });
+      }
+      product<ALayout::kColumnMajor, Init::kAdd, kPanelVectors>(  // dqᵀ += Kᵀ dSᵀ
+          {my.clean_k + at * d, d, ds.data, kGroupRows, my.dq + p * kPanelRows * d, kPanelRows, count, nullptr}, d);
+    }
+    if (last < 0) return;
+    const i64 lane = first * kPanelRows, depth = (last + 1) * kPanelRows - lane;
+    product_wide<ALayout::kRowMajor, Init::kAdd>(  // dv += Pᵀ dout
+        {rows.s + lane, kGroupRows, rows.dout_rows + lane * rows.padded_v, rows.padded_v, my.dv + at * rows.padded_v,
+         rows.padded_v, depth, nullptr},
+        count, rows.padded_v / kWidth);
+    product_wide<ALayout::kRowMajor, Init::kAdd>(  // dk += dSᵀ q
+        {rows.ds + lane, kGroupRows, rows.q_rows + lane * rows.padded, rows.padded, my.dk + at * rows.padded,
+         rows.padded, depth, nullptr},
+        count, rows.padded / kWidth);
+    add_bad_rows(my, context, keys, at);
+  }
+
+  /// The entries whose row of q, k or dout is not finite, which the products saw as 0: only visible ones count.
+  void add_bad_rows(BackwardScratch& my, const Context& context, Interval keys, i64 at) {
+    RowGroup& rows = my.rows;
+    const i64 size = bytes(call_.type);
+    for (i64 x = 0; x < kGroupRows; ++x) {
+      const Panel& panel = rows.panels[x / kPanelRows];
+      const i64 lane = x % kPanelRows;
+      if (lane >= panel.rows || !(rows.bad_q[x] || rows.bad_dout[x] || my.k.any_bad)) continue;
+      const i64 i = panel.query[lane], head = panel.head[lane];
+      for (i64 j = keys.begin; j < keys.end; ++j) {
+        const i64 r = j - keys.begin;
+        if (!(rows.bad_q[x] || rows.bad_dout[x] || my.k.bad[at + r]) || !context.visible(i, j, head)) continue;
+        const float weight = rows.s[r * kGroupRows + x], ds = rows.ds[r * kGroupRows + x];
+        const char *q = context.q_row(call_.q, i, head), *dout = context.q_row(call_.dout, i, head);
+        for (i64 c = 0; rows.bad_dout[x] && c < call_.head_dim_v; ++c) {
+          my.dv[(at + r) * rows.padded_v + c] += weight * widen(dout + c * size, call_.type);
+        }
+        for (i64 c = 0; c < call_.head_dim; ++c) {
+          if (rows.bad_q[x]) my.dk[(at + r) * rows.padded + c] += ds * widen(q + c * size, call_.type);
+          if (my.k.bad[at + r]) {
+            my.dq[(x / kPanelRows * call_.head_dim + c) * kPanelRows + lane] +=
+                ds * my.k.data[(at + r) * call_.head_dim + c];
+          }
+        }
+      }
+    }
+  }
+
+  void add_slope_gradient(BackwardScratch& my, const Context& context, const Tile& ds, const Panel& panel) {
+    const Distance distance(panel, context, ds.keys);
+    alignas(64) float total[kPanelRows] = {};
+    for_each_vector(ds, [&](i64 r, int lane, const float* x) {
+      store(total + lane, load(total + lane) - load(x) * distance.at(r, lane));
+    });
+    for (i64 lane = 0; lane < panel.rows; ++lane)
+      my.dslopes[panel.head[lane] % group_size()] += static_cast<double>(total[lane]);
+  }
+
+  void store_dq(i64 task, int worker) {
+    const Group group = group_of_task(task);
+    const Context context{call_, call_.sequences[group.batch], group.batch};
+    const BackwardScratch my = scratch(worker);
+    const bool seen = !context.sequence.band.keys_of_rows(group.queries).empty();
+    const float* sum = dq_sum(group);
+    for (i64 x = 0; x < group.rows; ++x) {
+      const i64 r = group.first_row + x;
+      const float* from = sum + x / kPanelRows * kPanelRows * call_.head_dim + x % kPanelRows;
+      for (i64 c = 0; c < call_.head_dim; ++c) my.rows.q_rows[c] = seen ? from[c * kPanelRows] * call_.scale : 0.0F;
+      const char* to = context.q_row(call_.dq, r / group_size(), group.kv_head * group_size() + r % group_size());
+      narrow_row(const_cast<char*>(to), my.rows.q_rows, call_.type, call_.head_dim);
+    }
+  }
+
+  void sum_dslopes(i64 task, int /*worker*/) {
+    double total = 0.0;
+    for (i64 b = 0; b < (call_.slopes_batch == 0 ? call_.batch : 1); ++b) {
+      const i64 row = call_.slopes_batch == 0 ? b * call_.q_heads + task : task;
+      const i64 batch = row / call_.q_heads;
+      const i64 blocks = (call_.sequences[batch].kv_rows + shape_.block_keys - 1) / shape_.block_keys;
+      for (i64 block = 0; block < blocks; ++block) total += dslopes_[row * shape_.blocks + block];
+    }
+    const i64 at = call_.slopes_batch == 0 ? task : task / call_.q_heads * call_.slopes_batch + task % call_.q_heads;
+    call_.dslopes[at] = static_cast<float>(total);
+  }
+
+  void sum_dsink(i64 head, int /*worker*/) {
+    double total = 0.0;
+    for (i64 b = 0; b < call_.batch; ++b) {
+      const RowStats stats = this->stats(b, head / group_size());
+      for (i64 i = 0; i < call_.sequences[b].q_rows; ++i)
+        total += static_cast<double>(stats.sink[i * group_size() + head % group_size()]);
+    }
+    call_.dsink[head] = static_cast<float>(total);
+  }
+
+  // ---- dbias: each task owns one tile of it (a broadcast dimension is one entry long) and adds up all that flows into
+  // it --------
+
+  struct BiasShape {
+    i64 batches, heads, row_blocks, key_blocks;  // of dbias
+    i64 rows, keys;                              // most of the score matrix
+  };
+  [[nodiscard]] BiasShape bias_shape() const {
+    BiasShape shape{call_.dbias.batch == 0 ? 1 : call_.batch, call_.dbias.head == 0 ? 1 : call_.q_heads, 1, 1, 0, 0};
+    for (i64 b = 0; b < call_.batch; ++b) {
+      shape.rows = math::larger(shape.rows, call_.sequences[b].q_rows);
+      shape.keys = math::larger(shape.keys, call_.sequences[b].kv_rows);
+    }
+    if (call_.dbias.query != 0) shape.row_blocks = (shape.rows + kGroupRows - 1) / kGroupRows;
+    if (call_.dbias.key != 0) shape.key_blocks = (shape.keys + kKeyTile - 1) / kKeyTile;
+    return shape;
+  }
+  [[nodiscard]] i64 bias_blocks() const {
+    const BiasShape shape = bias_shape();
+    return shape.batches * shape.heads * shape.row_blocks * shape.key_blocks;
+  }
+
+  void bias_block(i64 task, int worker) {
+    const BiasShape shape = bias_shape();
+    const i64 key_block = task % shape.key_blocks, row_block = task / shape.key_blocks % shape.row_blocks;
+    const i64 head = task / shape.key_blocks / shape.row_blocks % shape.heads;
+    const i64 batch = task / shape.key_blocks / shape.row_blocks / shape.heads;
+    BackwardScratch my = scratch(worker);
+    const bool own_row = call_.dbias.query != 0, own_key = call_.dbias.key != 0;
+    const Interval rows =
+        own_row ? Interval{row_block * kGroupRows, math::smaller((row_block + 1) * kGroupRows, shape.rows)}
+                : Interval{0, shape.rows};
+    const Interval keys = own_key
+                              ? Interval{key_block * kKeyTile, math::smaller((key_block + 1) * kKeyTile, shape.keys)}
+                              : Interval{0, shape.keys};
+    for (i64 x = 0; x < kKeyTile * kGroupRows; ++x) my.tile_sum[x] = 0.0F;
+    for (i64 b = call_.dbias.batch == 0 ? 0 : batch; b < (call_.dbias.batch == 0 ? call_.batch : batch + 1); ++b) {
+      for (i64 h = call_.dbias.head == 0 ? 0 : head; h < (call_.dbias.head == 0 ? call_.q_heads : head + 1); ++h) {
+        for (i64 i = rows.begin; i < rows.end; i += kGroupRows)
+          add_bias_gradient(my, b, h, {i, math::smaller(i + kGroupRows, rows.end)}, keys);
+      }
+    }
+    const Element type = call_.dbias.type;
+    const Context context{call_, call_.sequences[batch], batch};
+    for (i64 i = 0; i < (own_row ? rows.end - rows.begin : 1); ++i) {
+      for (i64 j = 0; j < (own_key ? keys.end - keys.begin : 1); ++j) {
+        double total = 0.0;
+        for (i64 r = own_key ? j : 0; r < (own_key ? j + 1 : kKeyTile); ++r) {
+          for (i64 x = own_row ? i : 0; x < (own_row ? i + 1 : kGroupRows); ++x)
+            total += static_cast<double>(my.tile_sum[r * kGroupRows + x]);
+        }
+        char* to = const_cast<char*>(context.entry(call_.dbias, rows.begin + i, keys.begin + j, head, bytes(type)));
+        narrow(to, type, static_cast<float>(total));
+      }
+    }
+  }
+
+  /// Adds dS of some rows of one head against keys to the tile sum: entry (i, j) at (j mod kKeyTile, i mod kGroupRows).
+  void add_bias_gradient(BackwardScratch& my, i64 batch, i64 head, Interval queries, Interval keys) {
+    const Context context{call_, call_.sequences[batch], batch};
+    const Sequence& sequence = context.sequence;
+    const i64 kv_head = head / group_size();
+    queries.end = math::smaller(queries.end, sequence.q_rows);
+    const Interval seen = sequence.band.keys_of_rows(queries);
+    keys = {math::larger(keys.begin, seen.begin / kKeyTile * kKeyTile), math::smaller(keys.end, seen.end)};
+    if (queries.empty() || keys.empty()) return;
+    my.rows.load_rows(context, {1, head, queries.end}, queries.begin, stats(batch, kv_head));
+    for (i64 j = keys.begin; j < keys.end; j += kKeyTile) {
+      const Interval tile{j, math::smaller(j + kKeyTile, keys.end)};
+      my.k.pack(context, call_.k, tile, kv_head, call_.head_dim);
+      my.v.pack(context, call_.v, tile, kv_head, call_.head_dim_v);
+      for (i64 p = 0; p < RowGroup::kPanels; ++p) {
+        if (!my.rows.recompute(p, context, tile, my.k.data, my.v.data)) continue;
+        const Tile sum = my.rows.tile_of(my.tile_sum, p, tile);
+        for_each_vector(my.rows.tile_of(my.rows.ds, p, tile), [&](i64 r, int lane, const float* x) {
+          store(sum.row(r) + lane, load(sum.row(r) + lane) + load(x));
+        });
+      }
+    }
+  }
+
+  const FlashCall& call_;
+  const BackwardShape& shape_;
+  std::byte* scratch_;
+  std::size_t scratch_bytes_;
+  float* dq_;              // [kv head][row group][panel][dim][lane]
+  RowStats stats_;         // [kv head][row group][lane]
+  std::int32_t* tickets_;  // [kv head][row group]
+  double* dslopes_;        // [batch][q head][key block]
+};
+
+}  // namespace fovea::cpu::FOVEA_ISA

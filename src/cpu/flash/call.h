@@ -1,0 +1,98 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "math/band.h"
+
+// What the code compiled per instruction set is called with.  Plain values and pointers only: this header meets code
+// built for different instruction sets, so it must not bring in any function that the linker could share among them.
+namespace fovea::cpu {
+
+using math::i64;
+using math::Interval;
+
+enum class Element : int { kFloat32, kFloat16, kBFloat16 };
+
+/// Rows of head_dim elements; strides in elements.  Packed problems have batch stride 0.
+struct RowView {
+  char* data = nullptr;
+  i64 batch = 0, row = 0, head = 0;
+};
+
+/// fp32 statistics: lse, delta and their like.
+struct StatView {
+  float* data = nullptr;
+  i64 batch = 0, head = 0, row = 0;
+};
+
+/// A mask or bias; broadcast dimensions have stride 0.
+struct EntryView {
+  char* data = nullptr;
+  i64 batch = 0, head = 0, query = 0, key = 0;
+  Element type = Element::kFloat32;
+};
+
+/// One sequence: where its rows lie and what they may see.
+struct Sequence {
+  i64 q_begin = 0, q_rows = 0;    // rows of out to be written; band.seqlen_q of them are real
+  i64 kv_begin = 0, kv_rows = 0;  // rows of dk and dv to be written; band.seqlen_kv of them are real
+  i64 first_group = 0;            // backward: row groups of all sequences before this one
+  math::Band band;
+};
+
+struct FlashCall {
+  Element type = Element::kFloat32;
+  i64 batch = 0, q_heads = 0, kv_heads = 0, head_dim = 0, head_dim_v = 0;
+  const Sequence* sequences = nullptr;
+  RowView q, k, v, out, dout, dq, dk, dv;
+  StatView lse, dlse;  // data null: not wanted, not given
+
+  float scale = 1.0F, softcap = 0.0F;
+  EntryView mask, bias, dbias;  // data null: none
+  bool alibi = false;
+  const float* slopes = nullptr;  // given where alibi is
+  i64 slopes_batch = 0;           // stride over the batch; 0 where the slopes are per head
+  const float* sink = nullptr;
+  float *dslopes = nullptr, *dsink = nullptr;
+  std::uint32_t keep_threshold = 65536;  // of 65536; 65536: no dropout
+  std::uint64_t seed = 0, offset = 0;
+};
+
+/// Sizes of one forward: tasks of block_rows rows (query × head of one kv head's group) by key_splits parts of the
+/// keys.
+struct ForwardShape {
+  i64 max_rows = 0, block_rows = 0, blocks = 0, key_splits = 1;
+  i64 keys_per_split = 0;  // a multiple of the key block
+  int workers = 1;
+};
+
+/// Sizes of one backward: tasks of block_keys keys walk row groups of kGroupRows.
+struct BackwardShape {
+  i64 max_keys = 0, block_keys = 0, blocks = 0, max_groups = 0, total_groups = 0;
+  int workers = 1;
+};
+
+/// Bytes of the parts of a workspace, each a multiple of 64.
+struct ForwardWorkspace {
+  std::size_t scratch, partials;
+};
+struct BackwardWorkspace {
+  std::size_t scratch, dq, stats, tickets, slopes;
+};
+
+/// The door to the code of one instruction set.
+struct FlashKernels {
+  int panel_rows;  // rows that one panel of vectors holds
+  ForwardWorkspace (*forward_workspace)(const FlashCall&, const ForwardShape&);
+  void (*forward)(const FlashCall&, const ForwardShape&, std::byte* workspace);
+  BackwardWorkspace (*backward_workspace)(const FlashCall&, const BackwardShape&);
+  void (*backward)(const FlashCall&, const BackwardShape&, std::byte* workspace);
+  double (*multiply_add)(i64 rounds);  // runs independent FMAs, returns how many FLOPs that was
+};
+
+inline constexpr i64 kKeyTile = 48;      // keys of one tile in the backward; a multiple of every kernel's rows
+inline constexpr i64 kForwardKeys = 96;  // keys of one tile in the forward
+inline constexpr i64 kGroupRows = 96;    // rows of one tile in the backward; a multiple of every panel's rows
+
+}  // namespace fovea::cpu

@@ -1,0 +1,306 @@
+#include "cpu/flash_backend.h"
+
+#include <fovea/error.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+#include "cpu/flash/kernels.h"
+#include "cpu/threads.h"
+
+namespace fovea::cpu {
+namespace {
+
+struct Isa {
+  const char* name;
+  const char* needs;  // CPU features, for the report
+  bool present;
+  FlashKernels kernels;
+};
+
+/// Every instruction set compiled in, best first.
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> list = [] {
+    std::vector<Isa> all;
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    all.push_back({"avx512", "AVX-512 F, BW, DQ and VL", avx512, avx512::kernels()});
+    all.push_back({"avx2", "AVX2, FMA and F16C", avx2, avx2::kernels()});
+#endif
+    all.push_back({"portable", "nothing", true, portable::kernels()});
+    return all;
+  }();
+  return list;
+}
+
+Element element(DType dtype) {
+  if (dtype == DType::kFloat16) return Element::kFloat16;
+  return dtype == DType::kBFloat16 ? Element::kBFloat16 : Element::kFloat32;
+}
+
+i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
+
+RowView row_view(const Tensor& t) {
+  if (!t.defined()) return {};
+  if (t.rank == 3) return {static_cast<char*>(t.data), 0, t.strides[0], t.strides[1]};
+  return {static_cast<char*>(t.data), t.strides[0], t.strides[1], t.strides[2]};
+}
+
+StatView stat_view(const Tensor& t) {
+  if (!t.defined()) return {};
+  if (t.rank == 2) return {static_cast<float*>(t.data), 0, t.strides[0], t.strides[1]};
+  return {static_cast<float*>(t.data), t.strides[0], t.strides[1], t.strides[2]};
+}
+
+EntryView entry_view(const Tensor& t) {
+  if (!t.defined()) return {};
+  const auto stride = [&t](int axis) { return t.shape[axis] == 1 ? 0 : t.strides[axis]; };
+  return {static_cast<char*>(t.data), stride(0), stride(1), stride(2), stride(3), element(t.dtype)};
+}
+
+std::int32_t value(const Tensor& t, i64 index) {
+  return static_cast<const std::int32_t*>(t.data)[index * t.strides[0]];
+}
+
+/// What does not depend on tensors.
+FlashCall describe_call(const Problem& problem) {
+  FlashCall call;
+  call.type = element(problem.dtype);
+  call.batch = problem.batch;
+  call.q_heads = problem.num_q_heads;
+  call.kv_heads = problem.num_kv_heads;
+  call.head_dim = problem.head_dim;
+  call.head_dim_v = problem.head_dim_v;
+  call.scale = problem.scale();
+  call.softcap = problem.softcap;
+  call.alibi = problem.alibi != Alibi::kNone;
+  call.keep_threshold =
+      static_cast<std::uint32_t>(std::lround((1.0 - static_cast<double>(problem.dropout.probability)) * 65536.0));
+  call.seed = problem.dropout.seed;
+  call.offset = problem.dropout.offset;
+  return call;
+}
+
+void attach_tensors(FlashCall& call, const Inputs& in, const Outputs& out) {
+  call.q = row_view(in.q);
+  call.k = row_view(in.k);
+  call.v = row_view(in.v);
+  call.out = row_view(out.out.defined() ? out.out : in.out);
+  call.dout = row_view(in.dout);
+  call.dq = row_view(out.dq);
+  call.dk = row_view(out.dk);
+  call.dv = row_view(out.dv);
+  call.lse = stat_view(out.lse.defined() ? out.lse : in.lse);
+  call.dlse = stat_view(in.dlse);
+  call.mask = entry_view(in.mask);
+  call.bias = entry_view(in.bias);
+  call.dbias = entry_view(out.dbias);
+  if (in.alibi_slopes.defined()) {
+    call.slopes = static_cast<const float*>(in.alibi_slopes.data);
+    call.slopes_batch = in.alibi_slopes.rank == 2 ? in.alibi_slopes.strides[0] : 0;
+  }
+  if (in.sink.defined()) call.sink = static_cast<const float*>(in.sink.data);
+  if (out.dalibi_slopes.defined()) call.dslopes = static_cast<float*>(out.dalibi_slopes.data);
+  if (out.dsink.defined()) call.dsink = static_cast<float*>(out.dsink.data);
+}
+
+/// Where each sequence lies and what its rows see.
+void describe_sequences(const Problem& problem, const Inputs& in, Sequence* sequences) {
+  const i64 group = problem.num_q_heads / problem.num_kv_heads;
+  i64 groups = 0;
+  for (i64 b = 0; b < problem.batch; ++b) {
+    Sequence s;
+    s.q_begin = problem.packed() ? value(in.cu_seqlens_q, b) : 0;
+    s.kv_begin = problem.packed() ? value(in.cu_seqlens_kv, b) : 0;
+    s.q_rows = problem.packed() ? value(in.cu_seqlens_q, b + 1) - s.q_begin : problem.seqlen_q;
+    s.kv_rows = problem.packed() ? value(in.cu_seqlens_kv, b + 1) - s.kv_begin : problem.seqlen_kv;
+    s.first_group = groups;
+    groups += ceil_div(s.q_rows * group, kGroupRows);
+    s.band.seqlen_q = in.q_lengths.defined() ? value(in.q_lengths, b) : s.q_rows;
+    s.band.seqlen_kv = in.kv_lengths.defined() ? value(in.kv_lengths, b) : s.kv_rows;
+    s.band.offset = problem.causal == Causal::kTopLeft ? 0 : s.band.seqlen_kv - s.band.seqlen_q;
+    s.band.left = problem.window_left.value_or(math::Band::kUnbounded);
+    s.band.right = problem.causal == Causal::kNone ? problem.window_right.value_or(math::Band::kUnbounded) : 0;
+    sequences[b] = s;
+  }
+}
+
+// How work is cut.  What changes the order of additions (key splits, key blocks) depends on the problem alone, never on
+// the number of threads: the same bits on any number of them.
+constexpr i64 kEnoughTasks = 64;
+constexpr i64 kCachedFloats = 1 << 16;  // of a block, so that it stays in a 512 KiB L2 with what it meets
+
+ForwardShape shape_forward(const Problem& problem, int workers, i64 panel_rows) {
+  ForwardShape shape;
+  shape.workers = workers;
+  shape.max_rows = problem.seqlen_q * (problem.num_q_heads / problem.num_kv_heads);
+  const i64 heads = problem.batch * problem.num_kv_heads;
+  const i64 cached = kCachedFloats / (problem.head_dim + problem.head_dim_v);
+  const i64 shared = ceil_div(heads * shape.max_rows, i64{4} * workers);  // four tasks a worker even out their ends
+  shape.block_rows = round_up(std::max<i64>(1, std::min({cached, shared, shape.max_rows})), panel_rows);
+  shape.blocks = ceil_div(shape.max_rows, shape.block_rows);
+  const i64 tasks = std::max<i64>(1, heads * ceil_div(shape.max_rows, kGroupRows));
+  const i64 key_tiles = ceil_div(problem.seqlen_kv, kForwardKeys);
+  const i64 splits = std::clamp<i64>(std::min(kEnoughTasks / tasks, key_tiles / 4), 1, kEnoughTasks);
+  shape.keys_per_split = std::max<i64>(1, ceil_div(key_tiles, splits)) * kForwardKeys;
+  shape.key_splits = std::max<i64>(1, ceil_div(problem.seqlen_kv, shape.keys_per_split));
+  return shape;
+}
+
+BackwardShape shape_backward(const Problem& problem, int workers) {
+  BackwardShape shape;
+  shape.workers = workers;
+  shape.max_keys = problem.seqlen_kv;
+  const i64 heads = problem.batch * problem.num_kv_heads, group = problem.num_q_heads / problem.num_kv_heads;
+  const i64 cached = kCachedFloats / 2 / (problem.head_dim + problem.head_dim_v);
+  const i64 shared = ceil_div(heads * shape.max_keys, kEnoughTasks);
+  shape.block_keys = std::max<i64>(kKeyTile, std::min(cached, std::max(shared, 2 * kKeyTile)) / kKeyTile * kKeyTile);
+  shape.blocks = ceil_div(shape.max_keys, shape.block_keys);
+  shape.max_groups = ceil_div(problem.seqlen_q * group, kGroupRows);
+  shape.total_groups =
+      problem.packed() ? problem.total_q * group / kGroupRows + problem.batch : problem.batch * shape.max_groups;
+  return shape;
+}
+
+class FlashPlan final : public PlannedKernel {
+ public:
+  FlashPlan(const Problem& problem, const Isa& isa, int workers)
+      : problem_(problem),
+        isa_(isa),
+        call_(describe_call(problem)),
+        sequences_bytes_(static_cast<std::size_t>(round_up(problem.batch * i64{sizeof(Sequence)}, 64))) {
+    const auto count = static_cast<std::size_t>(workers);
+    if (problem.direction == Direction::kBackward) {
+      backward_ = shape_backward(problem, workers);
+      const BackwardWorkspace w = isa.kernels.backward_workspace(call_, backward_);
+      workspace_bytes_ = sequences_bytes_ + w.scratch * count + w.dq + w.stats + w.tickets + w.slopes;
+    } else {
+      forward_ = shape_forward(problem, workers, isa.kernels.panel_rows);
+      const ForwardWorkspace w = isa.kernels.forward_workspace(call_, forward_);
+      workspace_bytes_ = sequences_bytes_ + w.scratch * count + w.partials;
+    }
+  }
+
+  [[nodiscard]] std::size_t workspace_bytes() const override { return workspace_bytes_; }
+
+  [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override {
+    const auto text = [](i64 n) { return std::to_string(n); };
+    std::vector<std::pair<std::string, std::string>> list = {{"instruction set", isa_.name}};
+    if (problem_.direction == Direction::kBackward) {
+      list.emplace_back("block", text(backward_.block_keys) + " keys, in tiles of " + text(kGroupRows) + " rows × " +
+                                     text(kKeyTile) + " keys");
+      list.emplace_back("threads", text(backward_.workers));
+    } else {
+      list.emplace_back("block", text(forward_.block_rows) + " rows, in tiles of " + text(isa_.kernels.panel_rows) +
+                                     " rows × " + text(kForwardKeys) + " keys");
+      list.emplace_back("key splits", text(forward_.key_splits));
+      list.emplace_back("threads", text(forward_.workers));
+    }
+    return list;
+  }
+
+  void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* /*stream*/) const override {
+    FlashCall call = call_;
+    attach_tensors(call, inputs, outputs);
+    auto* memory = static_cast<std::byte*>(workspace);
+    auto* sequences = reinterpret_cast<Sequence*>(memory);
+    describe_sequences(problem_, inputs, sequences);
+    call.sequences = sequences;
+    if (problem_.direction == Direction::kBackward) {
+      isa_.kernels.backward(call, backward_, memory + sequences_bytes_);
+    } else {
+      isa_.kernels.forward(call, forward_, memory + sequences_bytes_);
+    }
+  }
+
+ private:
+  Problem problem_;
+  const Isa& isa_;
+  FlashCall call_;
+  ForwardShape forward_;
+  BackwardShape backward_;
+  std::size_t sequences_bytes_;
+  std::size_t workspace_bytes_ = 0;
+};
+
+class FlashBackend final : public Backend {
+ public:
+  explicit FlashBackend(const Isa& isa) : isa_(isa) {}
+
+  [[nodiscard]] std::string name() const override { return std::string("cpu_") + isa_.name; }
+
+  [[nodiscard]] Verdict judge(const Problem& /*problem*/, const Device& device) const override {
+    Verdict verdict{.backend = name()};
+    if (device.kind != DeviceKind::kCpu)
+      verdict.reasons.push_back("it runs on CPUs only, and the tensors are on " + fovea::name(device));
+    if (!isa_.present) verdict.reasons.push_back(std::string("this CPU lacks ") + isa_.needs);
+    const char* pinned = std::getenv("FOVEA_CPU_ISA");
+    if (pinned != nullptr && *pinned != '\0' && std::string(pinned) != isa_.name) {
+      verdict.reasons.push_back("FOVEA_CPU_ISA=" + std::string(pinned) + " pins another instruction set");
+    }
+    verdict.available = verdict.reasons.empty();
+    return verdict;
+  }
+
+  [[nodiscard]] std::shared_ptr<const PlannedKernel> plan(const Problem& problem, const Device& /*device*/,
+                                                          const PlanOptions& options) const override {
+    return std::make_shared<FlashPlan>(problem, isa_, worker_count(options.num_threads));
+  }
+
+ private:
+  const Isa& isa_;
+};
+
+}  // namespace
+
+std::vector<std::unique_ptr<const Backend>> make_flash_backends() {
+  std::vector<std::unique_ptr<const Backend>> backends;
+  for (const Isa& isa : isas()) backends.push_back(std::make_unique<FlashBackend>(isa));
+  return backends;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas()) {
+    if (isa.present) names.emplace_back(isa.name);
+  }
+  return names;
+}
+
+double measure_fma_rate(const std::string& isa, int threads, double seconds) {
+  const auto found =
+      std::find_if(isas().begin(), isas().end(), [&](const Isa& i) { return i.present && isa == i.name; });
+  if (found == isas().end())
+    throw Error(ErrorCode::kInvalidArgument,
+                "instruction set '" + isa + "' is not one this CPU has; ask `fovea doctor`");
+  struct Run {
+    const FlashKernels& kernels;
+    std::vector<double> flops;
+    i64 rounds;
+  } run{found->kernels, std::vector<double>(static_cast<std::size_t>(threads)), 20000};
+  double best = 0.0, spent = 0.0;
+  while (spent < seconds) {
+    const auto start = std::chrono::steady_clock::now();
+    run_tasks(
+        threads, threads,
+        [](void* context, std::int64_t index, int /*worker*/) {
+          auto& my = *static_cast<Run*>(context);
+          my.flops[static_cast<std::size_t>(index)] = my.kernels.multiply_add(my.rounds);
+        },
+        &run);
+    const double took = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    best = std::max(best, run.flops[0] * threads / took);
+    spent += took;
+    if (took < 0.01) run.rounds *= 2;
+  }
+  return best;
+}
+
+}  // namespace fovea::cpu
