@@ -22,27 +22,29 @@ struct AttentionPicture {
   std::vector<std::int64_t> heads;     ///< the query head that each map belongs to
   std::int64_t seqlen_q = 0;
   std::int64_t seqlen_kv = 0;
-  std::int64_t block_q = 1;   ///< consecutive rows that one row of `weights` is the mean of
-  std::int64_t block_kv = 1;  ///< consecutive keys that one column of `weights` is the sum of
-  std::vector<float> weights;  ///< [heads, ceil(seqlen_q / block_q), ceil(seqlen_kv / block_kv)], each row sums to 1, less what a sink took
+  std::int64_t block_q = 1;    ///< consecutive rows that one row of `weights` is the mean of
+  std::int64_t block_kv = 1;   ///< consecutive keys that one column of `weights` is the sum of
+  std::vector<float> weights;  ///< [heads, ceil(seqlen_q / block_q), ceil(seqlen_kv / block_kv)], each row sums to 1,
+                               ///< less what a sink took
 };
 
-/// Computes the weights of one sequence of the batch through the library itself, so every mask, bias and length means what
-/// it means in the call (dropout is left out): v is replaced by indicator columns, one for each block of keys, so that out
-/// is the weights.  `heads` empty: all.  Long sequences are averaged in blocks until the page stays below about 12 MB.
+/// Computes the weights of one sequence of the batch through the library itself, so every mask, bias and length means
+/// what it means in the call (dropout is left out): v is replaced by indicator columns, one for each block of keys, so
+/// that out is the weights.  `heads` empty: all.  Long sequences are averaged in blocks until the page stays below
+/// about 12 MB.
 [[nodiscard]] AttentionPicture make_attention_picture(const Problem& problem, const Inputs& inputs,
                                                       std::int64_t batch_index = 0,
                                                       std::vector<std::int64_t> heads = {});
 
-/// One self-contained HTML page, no network: the map of one head large, all heads small to pick from, the text coloured by
-/// what the token under the pointer attends to.  Throws Error(kDevice) where the file can't be written.
+/// One self-contained HTML page, no network: the map of one head large, all heads small to pick from, the text coloured
+/// by what the token under the pointer attends to.  Throws Error(kDevice) where the file can't be written.
 void write_attention_picture(const std::string& path, const AttentionPicture& picture);
 
 /// One measured line of a benchmark.  Rows of the same problem and pass by different backends are drawn side by side.
 struct BenchRow {
-  std::string problem;  ///< the line, as `fovea bench` takes it
-  std::string pass;     ///< "forward" or "backward"
-  std::string backend;  ///< who ran it
+  std::string problem;        ///< the line, as `fovea bench` takes it
+  std::string pass;           ///< "forward" or "backward"
+  std::string backend;        ///< who ran it
   double seconds = 0.0;       ///< median of one execution
   double seconds_low = 0.0;   ///< first quartile
   double seconds_high = 0.0;  ///< third quartile
@@ -54,7 +56,8 @@ struct BenchRow {
 };
 
 /// One self-contained HTML page: bars per problem, a sortable table, every line ready to be copied into `fovea bench`.
-/// `machine`: processor, threads, instruction set, version, date.  Throws Error(kDevice) where the file can't be written.
+/// `machine`: processor, threads, instruction set, version, date.  Throws Error(kDevice) where the file can't be
+/// written.
 void write_bench_page(const std::string& path, const std::vector<BenchRow>& rows, const Facts& machine);
 
 }  // namespace fovea::tools
