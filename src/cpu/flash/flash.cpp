@@ -10,10 +10,12 @@ double multiply_add(i64 rounds) {
   V sums[kAccumulators];
   for (V& sum : sums) sum = splat(1.0F);
   V factor = splat(0.999F), term = splat(0.001F);
+  asm volatile(""
+               : "+m"(factor), "+m"(term), "+m"(sums));  // values the compiler cannot know, so it cannot fold the loop
   for (i64 i = 0; i < rounds; ++i) {
     FOVEA_UNROLL for (int a = 0; a < kAccumulators; ++a) sums[a] = sums[a] * factor + term;
-    asm volatile("" : "+m"(term) : "m"(sums));  // keep the loop: its result is not needed
   }
+  asm volatile("" : : "m"(sums));  // the sums are wanted by nobody else
   return 2.0 * kWidth * kAccumulators * static_cast<double>(rounds);
 }
 
