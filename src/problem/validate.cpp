@@ -38,13 +38,12 @@ void check_tensor_sizes(const Problem& p) {
   const Size b{"batch", p.batch}, hq{"num_q_heads", p.num_q_heads}, hkv{"num_kv_heads", p.num_kv_heads};
   const Size sq{"seqlen_q", p.seqlen_q}, skv{"seqlen_kv", p.seqlen_kv};
   const Size d{"head_dim", std::max(p.head_dim, p.head_dim_v)};
-  check_product("q", {b, sq, hq, d});
-  check_product("k", {b, skv, hkv, d});
   if (p.packed()) {
     check_product("q", {{"packed_q", p.total_q}, hq, d});
     check_product("k", {{"packed_kv", p.total_kv}, hkv, d});
   }
-  if (p.layout == Layout::kQkvPacked) check_product("the qkv buffer", {b, sq, {"num_q_heads", 3 * p.num_q_heads}, d});
+  check_product("q", {b, sq, hq, d});
+  check_product("k", {b, skv, hkv, d});
   const auto check_extent = [&](const char* tensor, const std::optional<Extent>& extent) {
     if (!extent) return;
     const auto own = [](bool has, const Size& size) { return has ? size : Size{size.name, 1}; };
@@ -180,10 +179,11 @@ void check_shape(const char* name, const Tensor& t, std::initializer_list<std::i
 /// No step leads to an element that a smaller step already reaches.
 bool overlaps_itself(const Tensor& t) {
   std::array<int, Tensor::kMaxRank> order{0, 1, 2, 3};
-  std::sort(order.begin(), order.begin() + t.rank, [&](int a, int b) { return t.strides[a] < t.strides[b]; });
+  std::sort(order.begin(), order.end(), [&](int a, int b) { return t.strides[a] < t.strides[b]; });
   std::int64_t reach = 0;  // offset of the last element of the dimensions so far
-  for (int i = 0; i < t.rank; ++i) {
-    const std::int64_t extent = t.shape[order[i]], stride = t.strides[order[i]];
+  for (const int axis : order) {
+    if (axis >= t.rank) continue;
+    const std::int64_t extent = t.shape[axis], stride = t.strides[axis];
     if (extent > 1 && stride <= reach) return true;
     reach += (extent - 1) * stride;
   }
@@ -202,7 +202,7 @@ void check_memory(const char* name, const Tensor& t, Use use) {
     std::int64_t step = 0;
     if (t.strides[i] < 0) refuse(name, "'s stride of dimension ", i, " (", t.strides[i], ") must not be negative");
     if (__builtin_mul_overflow(t.shape[i] - 1, t.strides[i], &step) || __builtin_add_overflow(last, step, &last) ||
-        last > 2 * kMaxElements) {
+        last > 4 * kMaxElements) {
       refuse(name, "'s stride of dimension ", i, " (", t.strides[i], ") leads beyond 64-bit addresses");
     }
   }
