@@ -1,0 +1,201 @@
+#include "attention_call.h"
+
+#include <fmt/format.h>
+#include <fovea/attention.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "npy.h"
+#include "safetensors.h"
+
+namespace fovea::tools {
+namespace {
+
+[[noreturn]] void refuse(const std::string& sentence) { throw Error(ErrorCode::kInvalidArgument, sentence); }
+
+bool is_gradient(const char* name) { return name[0] == 'd'; }
+
+/// Takes a loaded tensor into the call under its name.
+void keep(AttentionCall& call, Tensor Inputs::*member, OwnedTensor tensor) {
+  call.inputs.*member = tensor.view();
+  call.storage.push_back(std::move(tensor));
+}
+
+void load_file(AttentionCall& call, const CallSource& source) {
+  const SafetensorsFile file = SafetensorsFile::open(source.file);
+  call.metadata = file.metadata();
+  std::vector<std::string> read;
+  for (const auto& [name, member] : kInputNames) {
+    if (!file.entries().contains(name) || (is_gradient(name) && !source.gradients)) continue;
+    keep(call, member, file.load(name));
+    read.emplace_back(name);
+  }
+  for (const auto& [name, entry] : file.entries()) {
+    if (std::ranges::find(read, name) == read.end()) call.unused.push_back(name);
+  }
+}
+
+void load_arrays(AttentionCall& call, const CallSource& source) {
+  for (const auto& [name, member] : kInputNames) {
+    const auto path = source.arrays.find(name);
+    if (path == source.arrays.end()) continue;
+    if (is_gradient(name) && !source.gradients) {
+      call.unused.emplace_back(name);
+    } else {
+      keep(call, member, read_npy(path->second));
+    }
+  }
+}
+
+/// Lengths that --options name, as the tensor that a call takes.
+void keep_lengths(AttentionCall& call, Tensor Inputs::*member, const char* token, const Lengths& lengths) {
+  if (!lengths.present) return;
+  if ((call.inputs.*member).defined())
+    refuse(fmt::format("--options name {}, but there is a tensor of lengths already", token));
+  if (lengths.values.empty()) refuse(fmt::format("--options name {}=random; give the lengths themselves", token));
+  const std::int64_t count = std::ssize(lengths.values);
+  OwnedTensor tensor(DType::kInt32, std::span(&count, 1));
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t value = lengths.values[static_cast<std::size_t>(i)];
+    const auto narrow = static_cast<std::int32_t>(value);
+    if (narrow != value) refuse(fmt::format("--options name {} of {}, which int32 can't hold", token, value));
+    static_cast<std::int32_t*>(tensor.view().data)[i] = narrow;
+  }
+  keep(call, member, std::move(tensor));
+}
+
+/// What --options say, in the terms of a call.  Sizes and tensors are not theirs to say.
+AttentionOptions read_options(const std::string& text, AttentionCall& call) {
+  Problem said;
+  in_context("--options", [&] { parse_options(text, said); });
+  keep_lengths(call, &Inputs::q_lengths, "qlen", said.q_lengths);
+  keep_lengths(call, &Inputs::kv_lengths, "kvlen", said.kv_lengths);
+  call.problem.layout = said.layout;
+  AttentionOptions options;
+  options.softmax_scale = said.softmax_scale;
+  options.causal = said.causal;
+  options.window_left = said.window_left;
+  options.window_right = said.window_right;
+  options.softcap = said.softcap;
+  options.dropout = said.dropout;
+  options.deterministic = said.deterministic;
+
+  Problem rest = said;
+  rest.q_lengths = rest.kv_lengths = {};
+  rest.layout = Layout::kBshd;
+  rest.softmax_scale = {};
+  rest.causal = Causal::kNone;
+  rest.window_left = rest.window_right = {};
+  rest.softcap = 0.0F;
+  rest.dropout = {};
+  rest.deterministic = false;
+  if (rest != Problem{}) {
+    refuse(
+        "--options name what the tensors say: sizes, packed, mask, bias, alibi and sink come from them; leave these "
+        "out");
+  }
+  if (said.layout == Layout::kQkvPacked) refuse("--options name layout=qkv_packed; give q, k and v as three tensors");
+  return options;
+}
+
+AttentionOptions with_tensors(AttentionOptions options, const Inputs& in) {
+  options.mask = in.mask;
+  options.bias = in.bias;
+  options.alibi_slopes = in.alibi_slopes;
+  options.sink = in.sink;
+  options.q_lengths = in.q_lengths;
+  options.kv_lengths = in.kv_lengths;
+  options.cu_seqlens_q = in.cu_seqlens_q;
+  options.cu_seqlens_kv = in.cu_seqlens_kv;
+  return options;
+}
+
+/// [batch, heads, seqlen, dim] seen as [batch, seqlen, heads, dim], and back.
+Tensor exchange_heads(const Tensor& tensor) { return tensor.rank == 4 ? tensor.transposed(1, 2) : tensor; }
+
+void make_outputs(AttentionCall& call) {
+  const Problem& p = call.problem;
+  const Inputs& in = call.inputs;
+  const bool heads_first = p.layout == Layout::kBhsd;
+  const auto make = [&](Tensor Outputs::*member, DType dtype, const Tensor& shape, bool rows_of_heads) {
+    const Tensor wanted = rows_of_heads && heads_first ? exchange_heads(shape) : shape;
+    OwnedTensor tensor(dtype, std::span(wanted.shape).first(wanted.rank));
+    call.outputs.*member = rows_of_heads && heads_first ? exchange_heads(tensor.view()) : tensor.view();
+    call.storage.push_back(std::move(tensor));
+  };
+  Tensor out = in.q;
+  out.shape[out.rank - 1] = p.head_dim_v;
+  make(&Outputs::out, p.dtype, out, true);
+  const Tensor lse = p.packed() ? Tensor::contiguous(nullptr, DType::kFloat32, {p.num_q_heads, p.total_q})
+                                : Tensor::contiguous(nullptr, DType::kFloat32, {p.batch, p.num_q_heads, p.seqlen_q});
+  make(&Outputs::lse, DType::kFloat32, lse, false);
+  if (!p.backward()) return;
+  make(&Outputs::dq, p.dtype, in.q, true);
+  make(&Outputs::dk, p.dtype, in.k, true);
+  make(&Outputs::dv, p.dtype, in.v, true);
+  if (in.bias.defined()) make(&Outputs::dbias, in.bias.dtype, in.bias, false);
+  if (in.alibi_slopes.defined()) make(&Outputs::dalibi_slopes, DType::kFloat32, in.alibi_slopes, false);
+  if (in.sink.defined()) make(&Outputs::dsink, DType::kFloat32, in.sink, false);
+  call.inputs.out = call.outputs.out;
+  call.inputs.lse = call.outputs.lse;
+}
+
+AttentionCall from_tensors(const CallSource& source) {
+  AttentionCall call;
+  const std::string name = source.file.empty() ? "the arrays" : source.file;
+  if (source.file.empty()) {
+    load_arrays(call, source);
+  } else {
+    load_file(call, source);
+  }
+  const AttentionOptions options = read_options(source.options, call);
+  in_context(name, [&] {
+    Inputs& in = call.inputs;
+    for (const Named<Inputs> needed : {kInputNames[0], kInputNames[1], kInputNames[2]}) {
+      if (!(in.*needed.tensor).defined())
+        refuse(fmt::format("there is no tensor '{}'; q, k and v are needed", needed.name));
+    }
+    if (source.gradients && !in.dout.defined()) refuse("there is no tensor 'dout', which --grad needs (shape of out)");
+    const Layout layout = call.problem.layout;
+    if (layout == Layout::kBhsd) {
+      for (Tensor* tensor : {&in.q, &in.k, &in.v, &in.dout}) *tensor = exchange_heads(*tensor);
+    }
+    call.problem = describe(source.gradients ? Direction::kForwardBackward : Direction::kForward, in.q, in.k, in.v,
+                            with_tensors(options, in));
+    call.problem.layout = layout;
+    make_outputs(call);
+  });
+  return call;
+}
+
+AttentionCall from_problem(const CallSource& source) {
+  AttentionCall call;
+  Problem problem = parse_problem(source.problem);
+  const bool gradients = source.gradients || problem.backward();
+  problem.direction = gradients ? Direction::kForwardBackward : Direction::kForward;
+  call.workload = std::make_unique<Workload>(problem, source.seed);
+  call.problem = call.workload->problem();
+  call.inputs = call.workload->inputs();
+  call.outputs = call.workload->outputs();
+  return call;
+}
+
+}  // namespace
+
+AttentionCall AttentionCall::prepare(const CallSource& source) {
+  return source.problem.empty() ? from_tensors(source) : from_problem(source);
+}
+
+std::vector<std::pair<std::string, Tensor>> AttentionCall::results() const {
+  std::vector<std::pair<std::string, Tensor>> named;
+  for (const auto& [name, member] : kOutputNames) {
+    const Tensor& tensor = outputs.*member;
+    if (!tensor.defined()) continue;
+    const bool heads_first = problem.layout == Layout::kBhsd && tensor.rank == 4 && member != &Outputs::dbias;
+    named.emplace_back(name, heads_first ? exchange_heads(tensor) : tensor);
+  }
+  return named;
+}
+
+}  // namespace fovea::tools

@@ -1,0 +1,302 @@
+#include <fmt/chrono.h>
+#include <fmt/format.h>
+#include <fovea/error.h>
+#include <fovea/version.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <ctime>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "command.h"
+#include "cpu/flash_backend.h"
+#include "cpu/threads.h"
+#include "machine.h"
+#include "picture.h"
+#include "tensor_data.h"
+#include "terminal.h"
+#include "timing.h"
+#include "workload.h"
+
+namespace fovea::tools {
+namespace {
+
+using nlohmann::ordered_json;
+
+/// One contender in one pass over one problem.
+struct Result {
+  std::string problem;
+  std::string pass;
+  std::string backend;
+  Timing timing;
+  double flops = 0.0;
+  double bytes = 0.0;
+  std::string isa;       // whose multiply-add rate is the ceiling
+  double ceiling = 0.0;  // FLOP/s
+  std::size_t workspace_bytes = 0;
+  std::string against;  // the contender that `ratio` compares with; empty: this is that one
+  double ratio = 0.0;   // how many times as long this one takes
+
+  [[nodiscard]] double gflops() const { return flops / timing.median() / 1e9; }
+  [[nodiscard]] double gbytes() const { return bytes / timing.median() / 1e9; }
+  [[nodiscard]] double percent() const { return ceiling > 0 ? 100 * flops / timing.median() / ceiling : 0.0; }
+};
+
+/// A plan with a workspace of its own, so that no allocation is timed.
+struct Contender {
+  Plan plan;
+  OwnedTensor workspace;
+
+  explicit Contender(Plan made) : plan(std::move(made)) {
+    const auto bytes = static_cast<std::int64_t>(plan.workspace_bytes());
+    workspace = OwnedTensor(DType::kBool, std::span(&bytes, 1));
+  }
+};
+
+/// The multiply-add rates of this run: each instruction set is measured around every problem, the best time counts.
+class Ceilings {
+ public:
+  explicit Ceilings(int threads) : threads_(threads) {}
+
+  void measure(const std::string& isa) {
+    constexpr double kSeconds = 0.15;
+    double& rate = rates_[isa];
+    rate = std::max(rate, cpu::measure_fma_rate(isa, threads_, kSeconds));
+  }
+  [[nodiscard]] double rate(const std::string& isa) const { return rates_.at(isa); }
+
+  /// The instruction set that a backend's name ends in, else the best there is.
+  [[nodiscard]] static std::string isa_of(const std::string& backend) {
+    const std::vector<std::string> isas = cpu::available_isas();
+    const auto named = std::ranges::find_if(isas, [&](const std::string& isa) { return backend.ends_with("_" + isa); });
+    return named == isas.end() ? isas.front() : *named;
+  }
+
+ private:
+  int threads_;
+  std::map<std::string, double> rates_;
+};
+
+struct Bench {
+  std::vector<std::string> lines;
+  std::vector<std::string> against;
+  Runner runner;
+  Effort effort;
+  std::uint64_t seed = 0;
+  std::string json;
+  std::string html;
+
+  ExitCode operator()() const;
+
+ private:
+  std::vector<Result> run_problem(const Problem& problem, Ceilings& ceilings, ProgressBar& bar,
+                                  const std::string& place) const;
+  std::vector<Result> run_pass(Direction pass, const Workload& work, Ceilings& ceilings,
+                               const std::function<void(double)>& progress) const;
+};
+
+std::vector<Result> Bench::run_pass(Direction pass, const Workload& work, Ceilings& ceilings,
+                                    const std::function<void(double)>& progress) const {
+  const auto make = [&](const std::string& backend) {
+    PlanOptions options = runner.options;
+    options.backend = backend;
+    const Device device = runner.parsed_device(false);
+    return pass == Direction::kForward ? plan_forward(work.problem(), device, options)
+                                       : plan_backward(work.problem(), device, options);
+  };
+  std::vector<std::unique_ptr<Contender>> contenders;
+  contenders.push_back(std::make_unique<Contender>(make(runner.options.backend)));
+  for (const std::string& backend : against) contenders.push_back(std::make_unique<Contender>(make(backend)));
+  std::vector<std::function<void()>> executions;
+  for (const auto& contender : contenders) {
+    executions.emplace_back(
+        [&work, &c = *contender] { c.plan.execute(work.inputs(), work.outputs(), c.workspace.view().data); });
+    ceilings.measure(Ceilings::isa_of(contender->plan.report().backend));
+  }
+  const std::vector<Timing> timings = measure(executions, effort, progress);
+  std::vector<Result> results;
+  for (std::size_t i = 0; i < contenders.size(); ++i) {
+    const Report& report = contenders[i]->plan.report();
+    Result result;
+    result.pass = pass == Direction::kForward ? "forward" : "backward";
+    result.backend = report.backend;
+    result.timing = timings[i];
+    result.flops = flops_of(work.problem(), pass);
+    result.bytes = traffic_bytes(pass, work.inputs(), work.outputs());
+    result.workspace_bytes = report.workspace_bytes;
+    result.isa = Ceilings::isa_of(report.backend);
+    ceilings.measure(result.isa);
+    if (i > 0) {
+      result.against = results.front().backend;
+      result.ratio = result.timing.median() / results.front().timing.median();
+    }
+    results.push_back(std::move(result));
+  }
+  return results;
+}
+
+std::vector<Result> Bench::run_problem(const Problem& problem, Ceilings& ceilings, ProgressBar& bar,
+                                       const std::string& place) const {
+  const Workload work(problem, seed);
+  if (problem.backward()) plan_forward(work.problem()).execute(work.inputs(), work.outputs());  // for out and lse
+  std::vector<Result> results;
+  for (const Direction pass : {Direction::kForward, Direction::kBackward}) {
+    if (!(pass == Direction::kForward ? problem.forward() : problem.backward())) continue;
+    const std::string label = place + (pass == Direction::kForward ? " forward" : " backward");
+    bar.show(0.0, label);
+    for (Result& result : run_pass(pass, work, ceilings, [&](double share) { bar.show(share, label); })) {
+      result.problem = to_string(problem);
+      results.push_back(std::move(result));
+    }
+  }
+  for (Result& result : results) result.ceiling = ceilings.rate(result.isa);
+  return results;
+}
+
+void print_problem(const Terminal& terminal, const std::vector<Result>& results, int threads) {
+  const bool compared = std::ranges::any_of(results, [](const Result& r) { return r.ratio > 0; });
+  std::vector<Table::Column> columns{
+      {"pass", false, 8}, {"backend", false, 12}, {"median", true, 8}, {"p10 … p90", true, 19}, {"fastest", true, 8},
+      {"runs", true, 5},  {"GFLOP/s", true, 7},   {"GB/s", true, 6},   {"of FMA", true, 6},     {"workspace", true, 9}};
+  if (compared) columns.push_back({"time ratio", true});
+  Table table(columns);
+  for (const Result& r : results) {
+    std::vector<Table::Cell> cells{
+        {r.pass},
+        {r.backend, r.ratio > 0 ? Ink::kPlain : Ink::kAccent},
+        {seconds_text(r.timing.median()), Ink::kStrong},
+        {fmt::format("{} … {}", seconds_text(r.timing.quantile(0.1)), seconds_text(r.timing.quantile(0.9))), Ink::kDim},
+        {seconds_text(r.timing.quantile(0)), Ink::kDim},
+        {std::to_string(r.timing.seconds.size()), Ink::kDim},
+        {number_text(r.gflops()), Ink::kStrong},
+        {number_text(r.gbytes())},
+        {fmt::format("{:.0f}%", r.percent()), Ink::kStrong},
+        {bytes_text(static_cast<double>(r.workspace_bytes))}};
+    if (compared) cells.push_back({r.ratio > 0 ? number_text(r.ratio) + "×" : "1×"});
+    table.add(std::move(cells));
+  }
+  terminal.line("\n  " + terminal.paint(Ink::kStrong, results.front().problem));
+  terminal.write(table.text(terminal));
+  std::map<std::string, double> ceilings;
+  for (const Result& r : results) ceilings[r.isa] = r.ceiling;
+  for (const auto& [isa, rate] : ceilings) {
+    terminal.line(
+        "  " + terminal.paint(Ink::kDim, fmt::format("FMA rate measured in this run: {} GFLOP/s fp32, {}, {} thread{}",
+                                                     number_text(rate / 1e9), isa, threads, threads == 1 ? "" : "s")));
+  }
+}
+
+ordered_json json_of(const Result& r) {
+  ordered_json json{{"problem", r.problem},
+                    {"pass", r.pass},
+                    {"backend", r.backend},
+                    {"median_seconds", r.timing.median()},
+                    {"min_seconds", r.timing.quantile(0)},
+                    {"p10_seconds", r.timing.quantile(0.1)},
+                    {"p90_seconds", r.timing.quantile(0.9)},
+                    {"runs", r.timing.seconds.size()},
+                    {"gflops", r.gflops()},
+                    {"gbytes_per_second", r.gbytes()},
+                    {"fma_isa", r.isa},
+                    {"fma_gflops", r.ceiling / 1e9},
+                    {"percent_of_fma", r.percent()},
+                    {"workspace_bytes", r.workspace_bytes}};
+  if (r.ratio > 0) {
+    json["against"] = r.against;
+    json["time_ratio"] = r.ratio;
+  }
+  return json;
+}
+
+BenchRow row_of(const Result& r) {
+  return {.problem = r.problem,
+          .pass = r.pass,
+          .backend = r.backend,
+          .seconds = r.timing.median(),
+          .seconds_low = r.timing.quantile(0.25),
+          .seconds_high = r.timing.quantile(0.75),
+          .repeats = static_cast<int>(r.timing.seconds.size()),
+          .gflops = r.gflops(),
+          .gbytes = r.gbytes(),
+          .ceiling_gflops = r.ceiling / 1e9,
+          .workspace_bytes = r.workspace_bytes};
+}
+
+ExitCode Bench::operator()() const {
+  const bool to_stdout = json == "-";
+  if (!json.empty() && !to_stdout) require_writable(json);
+  if (!html.empty()) require_writable(html);
+  const Terminal terminal(stdout);
+  std::vector<Problem> problems;
+  for (const std::string& line : problem_lines(lines)) problems.push_back(parse_problem(line));
+  const int threads = cpu::worker_count(runner.options.num_threads);
+  Ceilings ceilings(threads);
+  ProgressBar bar;
+  std::vector<Result> results;
+  for (std::size_t i = 0; i < problems.size(); ++i) {
+    const std::string place = fmt::format("{}/{}", i + 1, problems.size());
+    std::vector<Result> of_problem = run_problem(problems[i], ceilings, bar, place);
+    bar.clear();
+    if (!to_stdout) print_problem(terminal, of_problem, threads);
+    std::ranges::move(of_problem, std::back_inserter(results));
+  }
+  const Processor cpu = processor();
+  const std::string date = fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr)));
+  if (!json.empty()) {
+    ordered_json page{{"version", FOVEA_VERSION}, {"date", date}, {"processor", cpu.model}, {"threads", threads}};
+    page["results"] = ordered_json::array();
+    for (const Result& result : results) page["results"].push_back(json_of(result));
+    if (to_stdout) {
+      terminal.line(page.dump(2));
+    } else {
+      write_atomically(json, [&](std::ostream& stream) { stream << page.dump(2) << '\n'; });
+    }
+  }
+  if (!html.empty()) {
+    std::vector<BenchRow> rows;
+    for (const Result& result : results) rows.push_back(row_of(result));
+    write_bench_page(html, rows,
+                     {{"processor", cpu.model},
+                      {"threads", std::to_string(threads)},
+                      {"instruction set", results.front().isa},
+                      {"version", FOVEA_VERSION},
+                      {"date", date}});
+  }
+  if (to_stdout) return kDone;
+  terminal.line();
+  if (!json.empty()) terminal.write(labelled(terminal, "numbers", json));
+  if (!html.empty()) terminal.write(labelled(terminal, "picture", html));
+  return kDone;
+}
+
+}  // namespace
+
+void add_bench(CLI::App& app, Action& action) {
+  auto bench = std::make_shared<Bench>();
+  CLI::App* command =
+      app.add_subcommand("bench", "Times problems, and holds them against the multiply-add rate of the same run");
+  command->add_option("problem", bench->lines, "problem lines, or @FILE of them")
+      ->type_name("\"LINE\"|@FILE")
+      ->required();
+  bench->runner.add_to(*command, false);
+  command->add_option("--against", bench->against, "time this backend too, in turns; may be repeated")
+      ->type_name("BACKEND")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  command->add_option("--repeat", bench->effort.repeats, "executions of each pass")
+      ->type_name("N")
+      ->check(CLI::Range(1, 1'000'000));
+  command->add_option("--seconds", bench->effort.seconds, "or: time for each pass")
+      ->type_name("S")
+      ->check(CLI::Range(0.001, 3600.0))
+      ->capture_default_str();
+  command->add_option("--seed", bench->seed, "of the random tensors")->type_name("N")->capture_default_str();
+  command->add_option("--json", bench->json, "write the numbers; '-' prints them instead of the table")
+      ->type_name("FILE");
+  command->add_option("--html", bench->html, "write one self-contained page")->type_name("FILE");
+  command->callback([bench, &action] { action = [bench] { return (*bench)(); }; });
+}
+
+}  // namespace fovea::tools

@@ -1,0 +1,187 @@
+#include <fmt/format.h>
+#include <fovea/version.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdlib>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "command.h"
+#include "cpu/flash_backend.h"
+#include "cpu/threads.h"
+#include "dispatch/backend.h"
+#include "machine.h"
+#include "terminal.h"
+
+namespace fovea::tools {
+namespace {
+
+using nlohmann::ordered_json;
+
+constexpr double kRateSeconds = 0.2;
+
+struct FmaRate {
+  std::string isa;
+  double one = 0.0;  // FLOP/s of one thread
+  double all = 0.0;
+};
+
+std::vector<FmaRate> fma_rates(int threads) {
+  ProgressBar bar;
+  std::vector<FmaRate> rates;
+  const std::vector<std::string> isas = cpu::available_isas();
+  for (const std::string& isa : isas) {
+    bar.show(static_cast<double>(rates.size()) / static_cast<double>(isas.size()), "multiply-add rate of " + isa);
+    FmaRate rate{isa, cpu::measure_fma_rate(isa, 1, kRateSeconds)};
+    rate.all = threads > 1 ? cpu::measure_fma_rate(isa, threads, kRateSeconds) : rate.one;
+    rates.push_back(std::move(rate));
+  }
+  return rates;
+}
+
+/// What a backend says to a plain problem of each pass and dtype on the CPU.
+struct Ability {
+  std::string backend;
+  std::vector<std::pair<std::string, std::vector<std::string>>> answers;  // "forward fp32" → reasons against, none: yes
+};
+
+std::vector<Ability> abilities() {
+  std::vector<Ability> all;
+  for (const auto& backend : dispatch::backends()) {
+    Ability ability{backend->name(), {}};
+    for (const char* direction : {"fwd", "bwd"}) {
+      for (const char* dtype : {"fp32", "fp16", "bf16"}) {
+        const Problem problem = parse_problem(fmt::format("{} {} b1 hq1 sq128 d64", direction, dtype));
+        ability.answers.emplace_back(fmt::format("{} {}", direction, dtype), backend->judge(problem, Device{}).reasons);
+      }
+    }
+    all.push_back(std::move(ability));
+  }
+  return all;
+}
+
+struct Diagnosis {
+  Processor cpu = processor();
+  CudaFound cuda = find_cuda();
+  int threads = cpu::worker_count(0);
+  const char* pinned = std::getenv("FOVEA_CPU_ISA");
+  std::vector<FmaRate> rates = fma_rates(threads);
+  std::vector<Ability> backends = abilities();
+};
+
+constexpr const char* kNoCuda = "this version has no CUDA backend; GPUs and NVRTC are listed, not used";
+
+ordered_json json_of(const Diagnosis& found) {
+  ordered_json json;
+  json["version"] = FOVEA_VERSION;
+  json["cpu"] = {{"model", found.cpu.model},
+                 {"architecture", found.cpu.architecture},
+                 {"extensions", found.cpu.extensions},
+                 {"processors", found.cpu.online},
+                 {"threads", found.threads},
+                 {"l1_bytes", found.cpu.l1_bytes},
+                 {"l2_bytes", found.cpu.l2_bytes},
+                 {"l3_bytes", found.cpu.l3_bytes},
+                 {"memory_bytes", found.cpu.memory_bytes}};
+  json["FOVEA_CPU_ISA"] = found.pinned == nullptr ? ordered_json() : ordered_json(found.pinned);
+  json["fma_gflops"] = ordered_json::object();
+  for (const FmaRate& rate : found.rates) {
+    json["fma_gflops"][rate.isa] = {{"one_thread", rate.one / 1e9}, {"all_threads", rate.all / 1e9}};
+  }
+  const auto or_null = [](const std::string& text) { return text.empty() ? ordered_json() : ordered_json(text); };
+  json["cuda"] = {{"driver", or_null(found.cuda.driver)},
+                  {"driver_problem", or_null(found.cuda.driver_why)},
+                  {"nvrtc", or_null(found.cuda.nvrtc)},
+                  {"gpus", ordered_json::array()},
+                  {"note", kNoCuda}};
+  for (const Gpu& gpu : found.cuda.gpus) {
+    json["cuda"]["gpus"].push_back(
+        {{"name", gpu.name}, {"compute_capability", gpu.compute_capability}, {"memory_bytes", gpu.memory_bytes}});
+  }
+  json["backends"] = ordered_json::object();
+  for (const Ability& ability : found.backends) {
+    for (const auto& [question, reasons] : ability.answers) json["backends"][ability.backend][question] = reasons;
+  }
+  return json;
+}
+
+void print_cpu(const Terminal& terminal, const Diagnosis& found) {
+  terminal.line("\n  " + terminal.paint(Ink::kStrong, "Fovea " FOVEA_VERSION) + "\n");
+  terminal.write(labelled(terminal, "processor", fmt::format("{}, {}", found.cpu.model, found.cpu.architecture)));
+  terminal.write(labelled(terminal, "", fmt::format("{}", fmt::join(found.cpu.extensions, " "))));
+  terminal.write(labelled(terminal, "threads", fmt::format("{} of {} processors", found.threads, found.cpu.online)));
+  const auto size = [](std::int64_t bytes) { return bytes > 0 ? bytes_text(static_cast<double>(bytes)) : "unknown"; };
+  terminal.write(labelled(terminal, "caches",
+                          fmt::format("L1 {}, L2 {}, L3 {}", size(found.cpu.l1_bytes), size(found.cpu.l2_bytes),
+                                      size(found.cpu.l3_bytes))));
+  terminal.write(labelled(terminal, "memory", size(found.cpu.memory_bytes)));
+  if (found.pinned != nullptr)
+    terminal.write(labelled(terminal, "pinned to", fmt::format("{} (FOVEA_CPU_ISA)", found.pinned)));
+
+  Table rates(
+      {{"fp32 multiply-add"}, {"1 thread", true}, {fmt::format("{} threads", found.threads), true}, {"GFLOP/s"}});
+  for (const FmaRate& rate : found.rates) {
+    rates.add({{rate.isa, Ink::kAccent}, {number_text(rate.one / 1e9)}, {number_text(rate.all / 1e9)}, {""}});
+  }
+  terminal.write("\n" + rates.text(terminal));
+}
+
+void print_cuda(const Terminal& terminal, const CudaFound& cuda) {
+  std::string driver = cuda.driver.empty() ? "none" : cuda.driver;
+  if (!cuda.driver_why.empty()) driver += ": " + cuda.driver_why;
+  terminal.write("\n" + labelled(terminal, "CUDA driver", driver));
+  for (const Gpu& gpu : cuda.gpus) {
+    terminal.write(labelled(terminal, "GPU",
+                            fmt::format("{}, sm_{}, {}", gpu.name, gpu.compute_capability,
+                                        bytes_text(static_cast<double>(gpu.memory_bytes)))));
+  }
+  terminal.write(labelled(terminal, "NVRTC", cuda.nvrtc.empty() ? "none: no libnvrtc.so is there" : cuda.nvrtc));
+  terminal.write(labelled(terminal, "", terminal.paint(Ink::kDim, kNoCuda)));
+}
+
+void print_backends(const Terminal& terminal, const std::vector<Ability>& backends) {
+  std::vector<Table::Column> columns{{"backend"}};
+  if (!backends.empty()) {
+    for (const auto& [question, reasons] : backends.front().answers) columns.push_back({question});
+  }
+  Table table(columns);
+  std::string why;
+  for (const Ability& ability : backends) {
+    std::vector<Table::Cell> cells{{ability.backend, Ink::kAccent}};
+    std::vector<std::string> told;
+    for (const auto& [question, reasons] : ability.answers) {
+      cells.push_back(reasons.empty() ? Table::Cell{"yes", Ink::kGood} : Table::Cell{"no", Ink::kBad});
+      const std::string text = fmt::format("{}", fmt::join(reasons, ", "));
+      if (text.empty() || std::ranges::find(told, text) != told.end()) continue;
+      why += labelled(terminal, why.empty() ? "not" : "", ability.backend + ": " + text);
+      told.push_back(text);
+    }
+    table.add(std::move(cells));
+  }
+  terminal.write("\n" + table.text(terminal) + (why.empty() ? "" : "\n" + why) + "\n");
+}
+
+}  // namespace
+
+void add_doctor(CLI::App& app, Action& action) {
+  auto json = std::make_shared<bool>(false);
+  CLI::App* command =
+      app.add_subcommand("doctor", "What this machine has, how fast it multiplies, and what each backend can do here");
+  command->add_flag("--json", *json, "one JSON object");
+  command->callback([json, &action] {
+    action = [json] {
+      const Terminal terminal(stdout);
+      const Diagnosis found;
+      if (*json) {
+        terminal.line(json_of(found).dump(2));
+      } else {
+        print_cpu(terminal, found);
+        print_cuda(terminal, found.cuda);
+        print_backends(terminal, found.backends);
+      }
+      return kDone;
+    };
+  });
+}
+
+}  // namespace fovea::tools

@@ -1,0 +1,70 @@
+#include <fmt/format.h>
+#include <fovea/error.h>
+
+#include <CLI/CLI.hpp>
+#include <charconv>
+#include <optional>
+
+#include "command.h"
+#include "tensor_data.h"
+
+namespace fovea::tools {
+namespace {
+
+/// The number after a prefix, where the text is just that.
+std::optional<int> number_after(std::string_view text, std::string_view prefix) {
+  if (!text.starts_with(prefix)) return {};
+  text.remove_prefix(prefix.size());
+  int value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc{} || end != text.data() + text.size() || value < 0) return {};
+  return value;
+}
+
+}  // namespace
+
+void Runner::add_to(CLI::App& command, bool architectures) {
+  command
+      .add_option("--device", device, architectures ? "cpu, cuda:N, or an architecture such as sm_90" : "cpu or cuda:N")
+      ->type_name("DEVICE")
+      ->capture_default_str();
+  command.add_option("--backend", options.backend, "run this backend or refuse")->type_name("NAME");
+  command.add_option("--threads", options.num_threads, "CPU threads; 0: as many as the process may use")
+      ->type_name("N")
+      ->check(CLI::Range(0, 65536));
+  command.add_flag("--strict", options.strict, "refuse rather than pass over a backend that this device has");
+}
+
+Device Runner::parsed_device(bool architectures) const {
+  if (device == "cpu") return {};
+  if (device == "cuda") return {.kind = DeviceKind::kCuda};
+  if (const auto index = number_after(device, "cuda:")) return {.kind = DeviceKind::kCuda, .index = *index};
+  if (const auto capability = number_after(device, "sm_"); capability && *capability > 0) {
+    if (architectures) return {.kind = DeviceKind::kCuda, .compute_capability = *capability};
+    throw Error(
+        ErrorCode::kInvalidArgument,
+        fmt::format("--device {} names an architecture, which only `fovea explain` takes; use cpu or cuda:N", device));
+  }
+  throw Error(ErrorCode::kInvalidArgument, fmt::format("--device {} is unknown; use cpu or cuda:N{}", in_quotes(device),
+                                                       architectures ? ", or an architecture such as sm_90" : ""));
+}
+
+std::vector<std::string> problem_lines(const std::vector<std::string>& arguments) {
+  std::vector<std::string> lines;
+  for (const std::string& argument : arguments) {
+    if (!argument.starts_with('@')) {
+      lines.push_back(argument);
+      continue;
+    }
+    InputFile file(argument.substr(1));
+    for (std::string line; std::getline(file.stream, line);) {
+      line.resize(std::min(line.find('#'), line.size()));
+      if (line.find_first_not_of(" \t\r") != std::string::npos) lines.push_back(line);
+    }
+  }
+  if (lines.empty())
+    throw Error(ErrorCode::kInvalidArgument, "there is no problem line; give one, as in 'fwd fp32 b1 hq8 sq1024 d64'");
+  return lines;
+}
+
+}  // namespace fovea::tools

@@ -1,0 +1,37 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fovea::tools {
+
+/// The processor, as the system tells.
+struct Processor {
+  std::string model;                    ///< "unknown" where the system does not say
+  std::string architecture;             ///< "x86_64", "aarch64"
+  std::vector<std::string> extensions;  ///< vector instruction sets that matter to attention
+  std::int64_t online = 0;              ///< logical processors of the machine
+  std::int64_t l1_bytes = 0;            ///< data cache of one core; 0: unknown
+  std::int64_t l2_bytes = 0;
+  std::int64_t l3_bytes = 0;
+  std::int64_t memory_bytes = 0;
+};
+[[nodiscard]] Processor processor();
+
+struct Gpu {
+  std::string name;
+  int compute_capability = 0;  ///< 90 for sm_90
+  std::int64_t memory_bytes = 0;
+};
+
+/// What there is of CUDA, found by opening libcuda and libnvrtc at run time.
+struct CudaFound {
+  std::string driver;      ///< "12.4"; empty: no libcuda.so.1
+  std::string driver_why;  ///< why the driver does not work, or why it was not found
+  std::string nvrtc;       ///< "12.4"; empty: no libnvrtc
+  std::vector<Gpu> gpus;
+};
+[[nodiscard]] CudaFound find_cuda();
+
+}  // namespace fovea::tools
