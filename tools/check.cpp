@@ -1,0 +1,261 @@
+#include "check.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <optional>
+#include <thread>
+
+#include "cpu/elements.h"
+#include "cpu/threads.h"
+#include "random.h"
+#include "random_problem.h"
+#include "terminal.h"
+
+namespace fovea::tools {
+namespace {
+
+/// A workspace full of bytes that no run may care about.
+class Workspace {
+ public:
+  explicit Workspace(std::size_t bytes) : memory_(bytes + kAlignment), bytes_(bytes) {}
+  void* filled_with(int byte) {
+    std::size_t space = memory_.size();
+    void* begin = memory_.data();
+    std::align(kAlignment, bytes_, begin, space);
+    return std::memset(begin, byte, bytes_);
+  }
+
+ private:
+  static constexpr std::size_t kAlignment = 64;
+  std::vector<std::byte> memory_;
+  std::size_t bytes_;
+};
+
+/// The bits of a tensor, gaps left out.
+std::vector<std::byte> bits_of(const Tensor& t) {
+  const std::int64_t size = size_bytes(t.dtype);
+  std::vector<std::byte> bits(static_cast<std::size_t>(cpu::element_count(t) * size));
+  cpu::for_each_element(t, [&](std::int64_t index, std::int64_t offset) {
+    std::memcpy(&bits[index * size], static_cast<const std::byte*>(t.data) + offset * size,
+                static_cast<std::size_t>(size));
+  });
+  return bits;
+}
+
+class Check {
+ public:
+  Check(const Problem& problem, std::uint64_t seed, const CheckOptions& options)
+      : problem_(problem), options_(options), work_(problem, seed, Data::kHostile), plain_(plain(work_.operands())) {
+    if (options_.num_threads == 0) options_.num_threads = static_cast<int>(Draw(seed, kThreads).between(1, 3));
+  }
+
+  CheckResult run() {
+    if (problem_.forward()) run_pass(true);
+    if (problem_.backward()) run_pass(false);
+    return std::move(result_);
+  }
+
+ private:
+  static constexpr std::uint64_t kThreads = 1000;  // a stream of random numbers that no workload uses
+
+  void run_pass(bool forward) {
+    const PlanOptions options{.backend = options_.backend, .num_threads = options_.num_threads};
+    const Plan plan =
+        forward ? plan_forward(problem_, options_.device, options) : plan_backward(problem_, options_.device, options);
+    result_.backends.push_back(plan.report().backend);
+    Workspace workspace(plan.workspace_bytes());
+
+    work_.poison_outputs();
+    plan.execute(work_.inputs(), work_.outputs(), workspace.filled_with(0xff));
+    if (const std::string damage = work_.damage(); !damage.empty()) fail(forward, "has written " + damage);
+    std::vector<std::vector<std::byte>> first;
+    for (const ResultKind& kind : result_kinds()) {
+      const Tensor& tensor = work_.outputs().*kind.tensor;
+      if (kind.forward != forward || !tensor.defined()) continue;
+      result_.figures.push_back(judge(kind, work_.problem(), work_.exact().*kind.exact, plain_.*kind.plain, tensor));
+      if (!result_.figures.back().failure.empty()) result_.failures.push_back(result_.figures.back().failure);
+      first.push_back(bits_of(tensor));
+    }
+
+    if (!forward && !problem_.deterministic) return;
+    work_.poison_outputs();
+    plan.execute(work_.inputs(), work_.outputs(), workspace.filled_with(0));
+    auto bits = first.begin();
+    for (const ResultKind& kind : result_kinds()) {
+      const Tensor& tensor = work_.outputs().*kind.tensor;
+      if (kind.forward != forward || !tensor.defined()) continue;
+      if (bits_of(tensor) != *bits++) fail(forward, fmt::format("gives other bits of {} on a second run", kind.name));
+    }
+  }
+
+  void fail(bool forward, const std::string& what) {
+    result_.failures.push_back(fmt::format("the {} pass {}", forward ? "forward" : "backward", what));
+  }
+
+  Problem problem_;
+  CheckOptions options_;
+  Workload work_;
+  PlainResult plain_;
+  CheckResult result_;
+};
+
+/// A problem to check, and the seed of its data.
+struct Case {
+  Problem problem;
+  std::uint64_t seed;
+};
+
+std::vector<Case> cases_of(const CheckRun& run) {
+  std::vector<Case> cases;
+  for (const std::string& line : run.lines) cases.push_back({parse_problem(line), run.seed});
+  const Random seeds(run.seed);
+  for (std::int64_t i = 0; i < run.random; ++i) {
+    const std::uint64_t seed = seeds.bits(static_cast<std::uint64_t>(i));
+    cases.push_back({random_problem(seed), seed});
+  }
+  return cases;
+}
+
+/// Prints results in the order of their cases, whatever order they come in.
+class Printer {
+ public:
+  Printer(const CheckRun& run, const std::vector<Case>& cases)
+      : run_(run), cases_(cases), results_(cases.size()), out_(stdout), start_(std::chrono::steady_clock::now()) {}
+
+  void done(std::size_t index, CheckResult result) {
+    const std::lock_guard lock(mutex_);
+    results_[index] = std::move(result);
+    for (; next_ < results_.size() && results_[next_]; ++next_) {
+      bar_.clear();
+      print(cases_[next_], *results_[next_]);
+      results_[next_]->figures.clear();
+    }
+    bar_.show(static_cast<double>(next_) / static_cast<double>(cases_.size()),
+              fmt::format("{} of {} problems, {} violations", next_, cases_.size(), failed_));
+  }
+
+  /// How many problems failed.
+  std::size_t finish() {
+    bar_.clear();
+    std::string worst;
+    for (const auto& [name, ratio] : worst_)
+      worst += fmt::format("{}{} {:.2f}", worst.empty() ? "" : ", ", name, ratio);
+    std::string backends;
+    for (const auto& [name, passes] : passes_) {
+      backends += fmt::format("{}{} ran {} passes", backends.empty() ? "" : ", ", name, passes);
+    }
+    const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start_;
+    out_.line(fmt::format("{} problems, {} violations in {}; {}", cases_.size(), failed_, seconds_text(time.count()),
+                          backends.empty() ? "nothing ran" : backends));
+    out_.line(fmt::format("largest errors over those of their peers (at most {}): {}", kMostRatio,
+                          worst.empty() ? "none" : worst));
+    return failed_;
+  }
+
+ private:
+  void print(const Case& c, const CheckResult& result) {
+    std::string figures;
+    for (const Figure& figure : result.figures) {
+      figures += fmt::format(" {} {:.2f}", figure.name, figure.ratio);
+      worst_[figure.name] = std::max(worst_[figure.name], figure.ratio);
+    }
+    for (const std::string& backend : result.backends) ++passes_[backend];
+    const std::string line = to_string(c.problem);
+    const std::string verdict = result.ok() ? out_.paint(Ink::kGood, "ok  ") : out_.paint(Ink::kBad, "FAIL");
+    out_.line(fmt::format("{}{} | {}", verdict, figures, line));
+    if (result.ok()) return;
+    ++failed_;
+    for (const std::string& failure : result.failures) out_.line("     " + failure);
+    out_.line(fmt::format("     fovea check \"{}\" --seed {}{}", line, c.seed, flags()));
+  }
+
+  [[nodiscard]] std::string flags() const {
+    const CheckOptions& o = run_.options;
+    std::string text;
+    if (o.device != Device{}) text += " --device " + name(o.device);
+    if (!o.backend.empty()) text += " --backend " + o.backend;
+    if (o.num_threads != 0) text += fmt::format(" --threads {}", o.num_threads);
+    return text;
+  }
+
+  const CheckRun& run_;
+  const std::vector<Case>& cases_;
+  std::vector<std::optional<CheckResult>> results_;
+  std::map<std::string, double> worst_;
+  std::map<std::string, std::size_t> passes_;
+  std::size_t next_ = 0, failed_ = 0;
+  Terminal out_;
+  ProgressBar bar_;
+  std::chrono::steady_clock::time_point start_;
+  std::mutex mutex_;
+};
+
+/// Counts of problems that have both of two options, a row and a column each.
+void print_pairs(const std::vector<Case>& cases) {
+  const std::span<const Option> options = all_options();
+  std::vector<std::vector<std::size_t>> counts(options.size(), std::vector<std::size_t>(options.size()));
+  for (const Case& c : cases) {
+    std::vector<std::size_t> held;
+    for (std::size_t i = 0; i < options.size(); ++i) {
+      if (options[i].holds(c.problem)) held.push_back(i);
+    }
+    for (const std::size_t i : held) {
+      for (const std::size_t j : held) ++counts[i][j];
+    }
+  }
+
+  const Terminal out(stdout);
+  std::string heading = fmt::format("{:24}", "problems that have both");
+  for (std::size_t j = 0; j < options.size(); ++j) heading += fmt::format("{:>7}", fmt::format("({})", j + 1));
+  out.line(heading);
+  std::size_t least = cases.size(), first = 0, second = 0;
+  for (std::size_t i = 0; i < options.size(); ++i) {
+    std::string row = fmt::format("{:24}", fmt::format("({}) {}", i + 1, options[i].name));
+    for (std::size_t j = 0; j <= i; ++j) {
+      const bool excluded = exclude_each_other(options[i], options[j]);
+      row += excluded ? fmt::format("{:>7}", "-") : fmt::format("{:7}", counts[i][j]);
+      if (!excluded && counts[i][j] < least) least = counts[i][j], first = i, second = j;
+    }
+    out.line(row);
+  }
+  out.line(fmt::format("least: {} problems have both {} and {}; - marks what the contract excludes", least,
+                       options[first].name, options[second].name));
+}
+
+}  // namespace
+
+CheckResult check_problem(const Problem& problem, std::uint64_t seed, const CheckOptions& options) {
+  try {
+    return Check(problem, seed, options).run();
+  } catch (const std::exception& error) {
+    return {{}, {}, {error.what()}};
+  }
+}
+
+int run_check(const CheckRun& run) {
+  const std::vector<Case> cases = cases_of(run);
+  Printer printer(run, cases);
+  std::atomic<std::size_t> next{0};
+  const auto work = [&] {
+    for (std::size_t i = next++; i < cases.size(); i = next++) {
+      printer.done(i, check_problem(cases[i].problem, cases[i].seed, run.options));
+    }
+  };
+  std::vector<std::jthread> helpers;
+  for (int i = 1; i < cpu::worker_count(run.jobs); ++i) helpers.emplace_back(work);
+  work();
+  helpers.clear();
+  const std::size_t failed = printer.finish();
+  if (run.pairs) print_pairs(cases);
+  return failed == 0 ? 0 : 1;
+}
+
+}  // namespace fovea::tools

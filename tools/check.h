@@ -1,0 +1,46 @@
+#pragma once
+
+#include <fovea/plan.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "error_rule.h"
+
+namespace fovea::tools {
+
+struct CheckOptions {
+  Device device{};
+  std::string backend;  ///< empty: who would run the problem anyway
+  int num_threads = 0;  ///< 0: a number that depends on the seed
+};
+
+/// How a problem went.
+struct CheckResult {
+  std::vector<std::string> backends;  ///< who ran the passes
+  std::vector<Figure> figures;        ///< one a result
+  std::vector<std::string> failures;  ///< sentences; empty: all is well
+  [[nodiscard]] bool ok() const { return failures.empty(); }
+};
+
+/// Runs a problem on hostile data (tools/workload.h) and judges every result by the error rule.  Also: gaps and inputs
+/// are left alone, the workspace's content does not matter, and a second run gives the same bits where the contract
+/// promises it.  A refusal or failure of the library is a failure of the check.
+[[nodiscard]] CheckResult check_problem(const Problem& problem, std::uint64_t seed, const CheckOptions& options = {});
+
+/// What `fovea check` was asked for.
+struct CheckRun {
+  std::vector<std::string> lines;  ///< problem lines, or
+  std::int64_t random = 0;         ///< so many random problems
+  std::uint64_t seed = 1;
+  bool pairs = false;  ///< print how often each two options came together
+  int jobs = 0;        ///< problems at once; 0: as many as the process may use threads
+  CheckOptions options;
+};
+
+/// Prints one line a problem and a summary.  0, or 1 where a problem failed.  Throws Error for a line that is not
+/// understood.
+[[nodiscard]] int run_check(const CheckRun& run);
+
+}  // namespace fovea::tools
