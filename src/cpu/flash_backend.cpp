@@ -104,10 +104,14 @@ void attach_tensors(FlashCall& call, const Inputs& in, const Outputs& out) {
   call.dbias = entry_view(out.dbias);
   if (in.alibi_slopes.defined()) {
     call.slopes = static_cast<const float*>(in.alibi_slopes.data);
-    call.slopes_batch = in.alibi_slopes.rank == 2 ? in.alibi_slopes.strides[0] : 0;
+    call.slopes_per_batch = in.alibi_slopes.rank == 2;
+    call.slopes_batch = call.slopes_per_batch ? in.alibi_slopes.strides[0] : 0;
   }
   if (in.sink.defined()) call.sink = static_cast<const float*>(in.sink.data);
-  if (out.dalibi_slopes.defined()) call.dslopes = static_cast<float*>(out.dalibi_slopes.data);
+  if (out.dalibi_slopes.defined()) {
+    call.dslopes = static_cast<float*>(out.dalibi_slopes.data);
+    call.dslopes_batch = call.slopes_per_batch ? out.dalibi_slopes.strides[0] : 0;
+  }
   if (out.dsink.defined()) call.dsink = static_cast<float*>(out.dsink.data);
 }
 

@@ -69,7 +69,7 @@ class Backward {
     each<&Backward::key_block>(heads * shape_.blocks);
     each<&Backward::store_dq>(heads * shape_.max_groups);
     if (call_.dslopes != nullptr)
-      each<&Backward::sum_dslopes>(call_.slopes_batch == 0 ? call_.q_heads : call_.batch * call_.q_heads);
+      each<&Backward::sum_dslopes>((call_.slopes_per_batch ? call_.batch : 1) * call_.q_heads);
     if (call_.dsink != nullptr) each<&Backward::sum_dsink>(call_.q_heads);
     if (call_.dbias.data != nullptr) each<&Backward::bias_block>(bias_blocks());
   }
@@ -290,15 +290,15 @@ class Backward {
   }
 
   void sum_dslopes(i64 task, int /*worker*/) {
+    const i64 batch = task / call_.q_heads,
+              head = task % call_.q_heads;  // batch 0 stands for all where slopes are per head
     double total = 0.0;
-    for (i64 b = 0; b < (call_.slopes_batch == 0 ? call_.batch : 1); ++b) {
-      const i64 row = call_.slopes_batch == 0 ? b * call_.q_heads + task : task;
-      const i64 batch = row / call_.q_heads;
-      const i64 blocks = (call_.sequences[batch].kv_rows + shape_.block_keys - 1) / shape_.block_keys;
-      for (i64 block = 0; block < blocks; ++block) total += dslopes_[row * shape_.blocks + block];
+    for (i64 b = batch; b < (call_.slopes_per_batch ? batch + 1 : call_.batch); ++b) {
+      const double* parts = dslopes_ + (b * call_.q_heads + head) * shape_.blocks;
+      const i64 blocks = (call_.sequences[b].kv_rows + shape_.block_keys - 1) / shape_.block_keys;
+      for (i64 block = 0; block < blocks; ++block) total += parts[block];
     }
-    const i64 at = call_.slopes_batch == 0 ? task : task / call_.q_heads * call_.slopes_batch + task % call_.q_heads;
-    call_.dslopes[at] = static_cast<float>(total);
+    call_.dslopes[batch * call_.dslopes_batch + head] = static_cast<float>(total);
   }
 
   void sum_dsink(i64 head, int /*worker*/) {

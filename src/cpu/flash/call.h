@@ -52,7 +52,8 @@ struct FlashCall {
   EntryView mask, bias, dbias;  // data null: none
   bool alibi = false;
   const float* slopes = nullptr;  // given where alibi is
-  i64 slopes_batch = 0;           // stride over the batch; 0 where the slopes are per head
+  bool slopes_per_batch = false;
+  i64 slopes_batch = 0, dslopes_batch = 0;  // strides
   const float* sink = nullptr;
   float *dslopes = nullptr, *dsink = nullptr;
   std::uint32_t keep_threshold = 65536;  // of 65536; 65536: no dropout
