@@ -1,9 +1,18 @@
-# What `cmake --install` lays down: headers, library, command, and how find_package and pkg-config find them.
+# What `cmake --install` lays down: headers, library, command, and how find_package and pkg-config find them.  All but the
+# command is the component "library".
 include(CMakePackageConfigHelpers)
+set(CMAKE_INSTALL_DEFAULT_COMPONENT_NAME library)
 
 install(TARGETS fovea EXPORT fovea_targets)
-install(TARGETS fovea_command)
+install(TARGETS fovea_command COMPONENT command)
 install(DIRECTORY include/fovea DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN "*.h")
+
+# A shared library finds what it uses by itself; whoever links the static one must name it.
+get_target_property(fovea_type fovea TYPE)
+if(fovea_type STREQUAL "STATIC_LIBRARY")
+  set(fovea_pc_requires "tbb")
+  set(fovea_pc_libs "-lstdc++ -lm")
+endif()
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/fovea)
 install(EXPORT fovea_targets NAMESPACE fovea:: FILE foveaTargets.cmake DESTINATION ${package_dir})
@@ -14,12 +23,6 @@ install(FILES ${PROJECT_BINARY_DIR}/foveaConfig.cmake ${PROJECT_BINARY_DIR}/fove
   DESTINATION ${package_dir}
 )
 
-# A shared library finds what it uses by itself; whoever links the static one must name it.
-get_target_property(fovea_type fovea TYPE)
-if(fovea_type STREQUAL "STATIC_LIBRARY")
-  set(fovea_pc_requires "tbb")
-  set(fovea_pc_libs "-lstdc++ -lm")
-endif()
 file(RELATIVE_PATH fovea_pc_prefix ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
 configure_file(cmake/fovea.pc.in fovea.pc @ONLY)
 install(FILES ${PROJECT_BINARY_DIR}/fovea.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)

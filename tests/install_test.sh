@@ -30,9 +30,20 @@ use_installed() {
     LD_LIBRARY_PATH=$(pkg-config --variable=libdir fovea) "$work/by_pkg_config" >"$work/out2"
     grep -q 'on cpu: ' "$work/out2" || fail "built by pkg-config, the $language example printed no report"
   done
-  [[ $("$prefix/bin/fovea" --version) == *"$(pkg-config --modversion fovea)"* ]] || fail "fovea.pc and the command disagree on the version"
 }
 
 echo "== as built in $build_dir"
-cmake --install "$build_dir" --prefix "$work/first" >/dev/null
-use_installed "$work/first"
+cmake --install "$build_dir" --prefix "$work/built" >/dev/null
+use_installed "$work/built"
+[[ $("$work/built/bin/fovea" --version) == *"$(sed -n "s,^Version: ,,p" "$(find "$work/built" -name fovea.pc)")"* ]] ||
+  fail "fovea.pc and the command disagree on the version"
+
+shared=ON
+[[ -z $(find "$work/built" -name 'libfovea.so') ]] || shared=OFF
+echo "== the other kind: BUILD_SHARED_LIBS=$shared, not optimised since only its linking is new"
+cmake -S "$source_dir" -B "$work/other_build" -G Ninja -DBUILD_SHARED_LIBS=$shared -DBUILD_TESTING=OFF \
+  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O0 >"$work/log" ||
+  { cat "$work/log"; fail "configuring failed"; }
+cmake --build "$work/other_build" --target fovea >"$work/log" || { cat "$work/log"; fail "the library does not build"; }
+cmake --install "$work/other_build" --prefix "$work/other" --component library >/dev/null
+use_installed "$work/other"

@@ -39,7 +39,7 @@ void refuse_second_choice(const Report& report) {
 
 struct Prepared {
   Report report;
-  std::shared_ptr<const PlannedKernel> kernel;
+  std::shared_ptr<const PlannedKernel> kernel{};
 };
 
 Prepared prepare(Problem problem, Direction direction, const Device& device, const PlanOptions& options) {
