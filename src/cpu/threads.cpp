@@ -1,6 +1,7 @@
 #include "cpu/threads.h"
 
 #include <tbb/blocked_range.h>
+#include <tbb/global_control.h>
 #include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
 
@@ -27,6 +28,7 @@ void run_tasks(std::int64_t tasks, int workers, void (*task)(void* context, std:
   if (workers <= tbb::this_task_arena::max_concurrency()) {
     share_out();
   } else {
+    const tbb::global_control allow(tbb::global_control::max_allowed_parallelism, static_cast<std::size_t>(workers));
     tbb::task_arena(workers).execute(share_out);
   }
 }

@@ -1,0 +1,94 @@
+// Who runs a problem, and what is said of it.
+#include <fovea/fovea.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+
+#include "cpu/flash_backend.h"
+#include "dispatch/backend.h"
+
+namespace fovea {
+namespace {
+
+const Problem kProblem = parse_problem("fwd fp32 b1 hq2 sq8 d16 causal=top_left");
+
+std::string sentence_of(auto&& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+/// Sets FOVEA_CPU_ISA for one scope.
+struct Pinned {
+  explicit Pinned(const char* isa) { setenv("FOVEA_CPU_ISA", isa, 1); }
+  ~Pinned() { unsetenv("FOVEA_CPU_ISA"); }
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+};
+
+TEST(Dispatch, TheBestInstructionSetOfThisCpuRuns) {
+  EXPECT_EQ(explain(kProblem).backend, "cpu_" + cpu::available_isas().front());
+}
+
+TEST(Dispatch, KeepsTheVerdictOfEveryBackend) {
+  const Report report = explain(kProblem);
+  ASSERT_EQ(report.verdicts.size(), dispatch::backends().size());
+  const std::string text = to_string(report);
+  for (const Verdict& verdict : report.verdicts) EXPECT_NE(text.find(verdict.backend), std::string::npos) << text;
+}
+
+TEST(Dispatch, AnyBackendCanBeNamed) {
+  for (const std::string& isa : cpu::available_isas()) {
+    EXPECT_EQ(plan_forward(kProblem, {}, {.backend = "cpu_" + isa}).report().backend, "cpu_" + isa);
+  }
+  EXPECT_EQ(plan_backward(kProblem, {}, {.backend = "reference"}).report().backend, "reference");
+}
+
+TEST(Dispatch, AnUnknownBackendIsRefusedWithTheNamesThereAre) {
+  const std::string sentence = sentence_of([] { (void)plan_forward(kProblem, {}, {.backend = "cpu_mmx"}); });
+  EXPECT_NE(sentence.find("'cpu_mmx'"), std::string::npos) << sentence;
+  EXPECT_NE(sentence.find("cpu_portable"), std::string::npos) << sentence;
+}
+
+TEST(Dispatch, AnInstructionSetCanBePinned) {
+  const Pinned pinned("portable");
+  const Report report = explain(kProblem);
+  EXPECT_EQ(report.backend, "cpu_portable");
+  EXPECT_NE(to_string(report).find("FOVEA_CPU_ISA=portable"), std::string::npos);
+}
+
+TEST(Dispatch, AGpuProblemIsNeverSentToTheCpu) {
+  const Device gpu{.kind = DeviceKind::kCuda, .index = 0, .compute_capability = 90};
+  EXPECT_EQ(explain(kProblem, gpu).backend, "");
+  const std::string sentence = sentence_of([&] { (void)plan_forward(kProblem, gpu); });
+  EXPECT_NE(sentence.find("sm_90"), std::string::npos) << sentence;
+}
+
+TEST(Dispatch, StrictModeAcceptsTheFirstChoice) {
+  EXPECT_EQ(plan_forward(kProblem, {}, {.strict = true}).report().backend, "cpu_" + cpu::available_isas().front());
+}
+
+TEST(Dispatch, ADryRunStatesTheWorkspaceThatThePlanNeeds) {
+  for (const char* line : {"fwd bf16 b1 hq8 hkv1 sq1 skv9000 d64", "bwd fp16 b2 hq4 sq100 d80 alibi sink"}) {
+    const Problem problem = parse_problem(line);
+    const Plan plan = problem.backward() ? plan_backward(problem) : plan_forward(problem);
+    EXPECT_EQ(explain(problem).workspace_bytes, plan.workspace_bytes());
+    EXPECT_GT(plan.workspace_bytes(), 0U);
+  }
+}
+
+TEST(Workspace, GrowsWithTheLengthsAndNotWithTheirProduct) {
+  const auto bytes = [](const std::string& line) { return explain(parse_problem(line)).workspace_bytes; };
+  for (const std::string direction : {"fwd", "bwd"}) {
+    const auto small = bytes(direction + " fp32 b1 hq1 sq16384 d64"),
+               large = bytes(direction + " fp32 b1 hq1 sq65536 d64");
+    EXPECT_LE(large, 5 * small);
+    EXPECT_LE(large, std::size_t{64} << 20);
+  }
+}
+
+}  // namespace
+}  // namespace fovea
