@@ -145,6 +145,7 @@ def main():
     q, k, v, _ = project_qkv([number[t] for t in tokens], weights, arguments.layer, config["num_attention_heads"])
     tensors = {name: np.ascontiguousarray(a[None], "<f4") for name, a in (("q", q), ("k", k), ("v", v))}
     metadata = {
+        "title": "all-MiniLM-L6-v2 reads Alice in Wonderland",
         "model": "sentence-transformers/all-MiniLM-L6-v2",
         "layer": str(arguments.layer),
         "tokens": json.dumps(tokens, ensure_ascii=False),
