@@ -35,6 +35,7 @@ struct Runner {
   PlanOptions options;
 
   void add_to(CLI::App& command, bool architectures);
+  void add_strict(CLI::App& command);
   /// The device named; `architectures` allows "sm_90", a GPU that need not be there.
   [[nodiscard]] Device parsed_device(bool architectures) const;
 };

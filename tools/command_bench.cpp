@@ -281,6 +281,7 @@ void add_bench(CLI::App& app, Action& action) {
       ->type_name("\"LINE\"|@FILE")
       ->required();
   bench->runner.add_to(*command, false);
+  bench->runner.add_strict(*command);
   command->add_option("--against", bench->against, "time this backend too, in turns; may be repeated")
       ->type_name("BACKEND")
       ->expected(1)

@@ -48,6 +48,7 @@ void add_explain(CLI::App& app, Action& action) {
       ->type_name("\"LINE\"|@FILE")
       ->required();
   explain->runner.add_to(*command, true);
+  explain->runner.add_strict(*command);
   command->add_flag("--json", explain->json, "a JSON list, one report a pass");
   command->callback([explain, &action] { action = [explain] { return (*explain)(); }; });
 }

@@ -9,6 +9,7 @@
 
 #include "attention_call.h"
 #include "command.h"
+#include "error_rule.h"
 #include "picture.h"
 #include "report.h"
 #include "safetensors.h"
@@ -28,6 +29,16 @@ struct Pass {
   double gbytes = 0.0;
 };
 
+/// What is told when all is done.
+struct Summary {
+  std::vector<Pass> passes;
+  std::vector<Figure> figures;  // of --check
+
+  [[nodiscard]] bool right() const {
+    return std::ranges::all_of(figures, [](const Figure& figure) { return figure.failure.empty(); });
+  }
+};
+
 struct Run {
   CallSource source;
   Runner runner;
@@ -35,6 +46,7 @@ struct Run {
   std::string plot;
   std::vector<std::int64_t> heads;
   std::int64_t sequence = 0;
+  bool check = false;
   bool json = false;
 
   ExitCode operator()() const;
@@ -42,8 +54,8 @@ struct Run {
  private:
   [[nodiscard]] Pass execute(Direction direction, const AttentionCall& call) const;
   void draw(const AttentionCall& call, const Report& report) const;
-  void print(const AttentionCall& call, const std::vector<Pass>& passes) const;
-  [[nodiscard]] ordered_json to_json(const AttentionCall& call, const std::vector<Pass>& passes) const;
+  void print(const AttentionCall& call, const Summary& summary) const;
+  [[nodiscard]] ordered_json to_json(const AttentionCall& call, const Summary& summary) const;
   [[nodiscard]] std::string title() const {
     return source.problem.empty() ? source.file.empty() ? "arrays" : source.file : "random tensors";
   }
@@ -74,6 +86,19 @@ std::vector<std::string> tokens_of(const AttentionCall& call, std::int64_t seqle
   return list.get<std::vector<std::string>>();
 }
 
+/// Every result of the call against the double reference, by the error rule.
+std::vector<Figure> judge_results(const AttentionCall& call) {
+  const cpu::Operands operands(call.problem, call.inputs);
+  const cpu::ReferenceResult exact = cpu::reference(operands);
+  const PlainResult peer = plain(operands);
+  std::vector<Figure> figures;
+  for (const ResultKind& kind : result_kinds()) {
+    const Tensor& tensor = call.outputs.*kind.tensor;
+    if (tensor.defined()) figures.push_back(judge(kind, call.problem, exact.*kind.exact, peer.*kind.plain, tensor));
+  }
+  return figures;
+}
+
 void Run::draw(const AttentionCall& call, const Report& report) const {
   AttentionPicture picture = make_attention_picture(call.problem, call.inputs, sequence, heads);
   picture.tokens_q = tokens_of(call, picture.seqlen_q);
@@ -87,7 +112,24 @@ std::string tensor_text(const Tensor& tensor) {
   return fmt::format("{} [{}]", name(tensor.dtype), fmt::join(std::span(tensor.shape).first(tensor.rank), ", "));
 }
 
-void Run::print(const AttentionCall& call, const std::vector<Pass>& passes) const {
+std::string check_text(const Terminal& terminal, const Summary& summary) {
+  std::string ratios;
+  std::string failures;
+  for (const Figure& figure : summary.figures) {
+    ratios += fmt::format("{}{} {:.2f}", ratios.empty() ? "" : ", ", figure.name, figure.ratio);
+    if (!figure.failure.empty()) failures += labelled(terminal, "", terminal.paint(Ink::kBad, figure.failure));
+  }
+  const std::string verdict =
+      summary.right() ? terminal.paint(Ink::kGood, "right") : terminal.paint(Ink::kBad, "wrong");
+  return labelled(terminal, "check",
+                  fmt::format("{}  {}", verdict, terminal.paint(Ink::kDim, "against the double reference"))) +
+         labelled(terminal, "",
+                  ratios + terminal.paint(Ink::kDim,
+                                          fmt::format("  times the plain formula's error; at most {}", kMostRatio))) +
+         failures;
+}
+
+void Run::print(const AttentionCall& call, const Summary& summary) const {
   const Terminal terminal(stdout);
   terminal.line(fmt::format("\n  {}  {}\n", terminal.paint(Ink::kStrong, title()),
                             terminal.paint(Ink::kDim, to_string(call.problem))));
@@ -97,7 +139,7 @@ void Run::print(const AttentionCall& call, const std::vector<Pass>& passes) cons
   for (const std::string& name : call.unused) {
     terminal.write(labelled(terminal, "not read", terminal.paint(Ink::kDim, in_quotes(name))));
   }
-  for (const Pass& pass : passes) {
+  for (const Pass& pass : summary.passes) {
     terminal.write("\n" + labelled(terminal, pass.name,
                                    fmt::format("{}  {} GFLOP/s, {} GB/s  {}",
                                                terminal.paint(Ink::kStrong, seconds_text(pass.timing.median())),
@@ -106,6 +148,7 @@ void Run::print(const AttentionCall& call, const std::vector<Pass>& passes) cons
                                                                                      pass.timing.seconds.size())))));
     terminal.write(report_text(terminal, pass.report));
   }
+  if (check) terminal.write('\n' + check_text(terminal, summary));
   terminal.line();
   for (const auto& [name, tensor] : call.results()) terminal.write(labelled(terminal, name, tensor_text(tensor)));
   if (!out.empty()) terminal.write(labelled(terminal, "written to", out));
@@ -113,7 +156,7 @@ void Run::print(const AttentionCall& call, const std::vector<Pass>& passes) cons
   terminal.line();
 }
 
-ordered_json Run::to_json(const AttentionCall& call, const std::vector<Pass>& passes) const {
+ordered_json Run::to_json(const AttentionCall& call, const Summary& summary) const {
   const auto described = [](const Tensor& tensor) {
     return ordered_json{{"dtype", name(tensor.dtype)},
                         {"shape", std::vector(tensor.shape.begin(), tensor.shape.begin() + tensor.rank)}};
@@ -125,7 +168,7 @@ ordered_json Run::to_json(const AttentionCall& call, const std::vector<Pass>& pa
   }
   page["not_read"] = call.unused;
   page["passes"] = ordered_json::array();
-  for (const Pass& pass : passes) {
+  for (const Pass& pass : summary.passes) {
     page["passes"].push_back({{"pass", pass.name},
                               {"report", report_json(pass.report)},
                               {"median_seconds", pass.timing.median()},
@@ -136,6 +179,15 @@ ordered_json Run::to_json(const AttentionCall& call, const std::vector<Pass>& pa
   }
   page["results"] = ordered_json::object();
   for (const auto& [name, tensor] : call.results()) page["results"][name] = described(tensor);
+  page["check"] = nullptr;
+  if (check) {
+    page["check"] = {{"right", summary.right()}, {"most_ratio", kMostRatio}, {"ratios", ordered_json::object()}};
+    page["check"]["failures"] = ordered_json::array();
+    for (const Figure& figure : summary.figures) {
+      page["check"]["ratios"][figure.name] = figure.ratio;
+      if (!figure.failure.empty()) page["check"]["failures"].push_back(figure.failure);
+    }
+  }
   page["out"] = out.empty() ? ordered_json() : ordered_json(out);
   page["plot"] = plot.empty() ? ordered_json() : ordered_json(plot);
   return page;
@@ -156,16 +208,18 @@ ExitCode Run::operator()() const {
   if (!out.empty()) require_writable(out);
   if (!plot.empty()) require_writable(plot);
   const AttentionCall call = AttentionCall::prepare(source);
-  std::vector<Pass> passes{execute(Direction::kForward, call)};
-  if (call.problem.backward()) passes.push_back(execute(Direction::kBackward, call));
+  Summary summary;
+  summary.passes.push_back(execute(Direction::kForward, call));
+  if (call.problem.backward()) summary.passes.push_back(execute(Direction::kBackward, call));
+  if (check) summary.figures = judge_results(call);
   if (!out.empty()) write_safetensors(out, call.results());
-  if (!plot.empty()) draw(call, passes.front().report);
+  if (!plot.empty()) draw(call, summary.passes.front().report);
   if (json) {
-    Terminal(stdout).line(to_json(call, passes).dump(2));
+    Terminal(stdout).line(to_json(call, summary).dump(2));
   } else {
-    print(call, passes);
+    print(call, summary);
   }
-  return kDone;
+  return summary.right() ? kDone : kCheckFailed;
 }
 
 }  // namespace
@@ -191,6 +245,8 @@ void add_run(CLI::App& app, Action& action) {
       ->type_name("N")
       ->capture_default_str();
   run->runner.add_to(*command, false);
+  run->runner.add_strict(*command);
+  command->add_flag("--check", run->check, "hold the results against the double reference; exit 1 where one is wrong");
   command->add_flag("--json", run->json, "one JSON object");
   for (const auto& [name, member] : kInputNames) {
     std::string flag = fmt::format("--{}", name);

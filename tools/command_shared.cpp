@@ -32,6 +32,9 @@ void Runner::add_to(CLI::App& command, bool architectures) {
   command.add_option("--threads", options.num_threads, "CPU threads; 0: as many as the process may use")
       ->type_name("N")
       ->check(CLI::Range(0, 65536));
+}
+
+void Runner::add_strict(CLI::App& command) {
   command.add_flag("--strict", options.strict, "refuse rather than pass over a backend that this device has");
 }
 

@@ -1,0 +1,559 @@
+"""The fovea command from outside: every command, every exit code, files good and hostile.  Usage: command_test.py FOVEA"""
+
+import json
+import math
+import os
+import pty
+import random
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+FOVEA = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else "fovea"
+SAMPLE = Path(__file__).resolve().parent.parent / "examples" / "data" / "minilm.safetensors"
+LINE = "fwd fp32 b1 hq2 sq16 d8"
+FORMATS = {"F32": "f", "F16": "e", "I32": "i", "I64": "q", "U8": "B", "BOOL": "?"}
+
+
+# ---- files ------------------------------------------------------------------------------------------------------------
+
+
+def flat(values):
+    return [x for value in values for x in flat(value)] if isinstance(values, list) else [values]
+
+
+def shape_of(values):
+    return [len(values), *shape_of(values[0])] if isinstance(values, list) else []
+
+
+def pack(dtype, values):
+    return struct.pack(f"<{len(flat(values))}{FORMATS[dtype]}", *flat(values))
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """tensors: name → (dtype, nested lists)."""
+    header, data = {}, b""
+    if metadata:
+        header["__metadata__"] = metadata
+    for name, (dtype, values) in tensors.items():
+        packed = pack(dtype, values)
+        header[name] = {"dtype": dtype, "shape": shape_of(values), "data_offsets": [len(data), len(data) + len(packed)]}
+        data += packed
+    text = json.dumps(header).encode()
+    Path(path).write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def read_safetensors(path):
+    """name → (dtype, shape, flat values)."""
+    whole = Path(path).read_bytes()
+    (length,) = struct.unpack_from("<Q", whole)
+    header = json.loads(whole[8 : 8 + length])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        code = FORMATS[entry["dtype"]]
+        count = (end - begin) // struct.calcsize("<" + code)
+        tensors[name] = (entry["dtype"], entry["shape"], list(struct.unpack(f"<{count}{code}", whole[begin:end])))
+    return tensors
+
+
+def write_npy(path, descr, values, order="False"):
+    dictionary = f"{{'descr': '{descr}', 'fortran_order': {order}, 'shape': {tuple(shape_of(values))}, }}\n".encode()
+    dtype = {"<f4": "F32", "|b1": "BOOL", "<i4": "I32", "<i8": "I64"}[descr]
+    Path(path).write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(dictionary)) + dictionary + pack(dtype, values))
+
+
+# ---- what attention is, in a few lines of Python ----------------------------------------------------------------------
+
+
+def attention(q, k, v, visible=lambda b, h, i, j: True, bias=lambda b, h, i, j: 0.0):
+    """out [b][i][h][e] and lse [b][h][i] of nested lists [b][row][head][dim]."""
+    batch, rows, heads, dim = shape_of(q)
+    group = heads // len(k[0][0])
+    out = [[[[0.0] * len(v[0][0][0]) for _ in range(heads)] for _ in range(rows)] for _ in range(batch)]
+    lse = [[[-math.inf] * rows for _ in range(heads)] for _ in range(batch)]
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(rows):
+                keys = [j for j in range(len(k[b])) if visible(b, h, i, j)]
+                if not keys:
+                    continue
+                s = [sum(x * y for x, y in zip(q[b][i][h], k[b][j][h // group])) / math.sqrt(dim) + bias(b, h, i, j) for j in keys]
+                total = sum(math.exp(x) for x in s)
+                lse[b][h][i] = math.log(total)
+                for x, j in zip(s, keys):
+                    for e, value in enumerate(v[b][j][h // group]):
+                        out[b][i][h][e] += math.exp(x) / total * value
+    return out, lse
+
+
+def numbers(generator, *shape):
+    if len(shape) == 1:
+        return [struct.unpack("<f", struct.pack("<f", generator.gauss(0, 1)))[0] for _ in range(shape[0])]
+    return [numbers(generator, *shape[1:]) for _ in range(shape[0])]
+
+
+# ---- driving the command ----------------------------------------------------------------------------------------------
+
+
+class CommandTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="fovea_")
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def path(self, name):
+        return str(self.folder / name)
+
+    def fovea(self, *words, code=0, env=None):
+        """Runs the command in a pipe, where nothing may have colours, and returns its standard output."""
+        done = subprocess.run(
+            [FOVEA, *map(str, words)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "TERM": "xterm-256color", **(env or {})},
+        )
+        self.stderr = done.stderr
+        self.assertEqual(done.returncode, code, f"{words}: {done.stdout}{done.stderr}")
+        self.assertNotIn("\x1b", done.stdout + done.stderr, words)
+        self.assertNotIn("\r", done.stdout + done.stderr, words)
+        if code == 0:
+            self.assertEqual(done.stderr, "", words)
+        return done.stdout
+
+    def refuse(self, *words, says="", code=2, env=None):
+        """The command must refuse with one line on stderr, nothing on stdout, and leave no file behind."""
+        before = sorted(os.listdir(self.folder))
+        self.assertEqual(self.fovea(*words, code=code, env=env), "", words)
+        self.assertEqual(self.stderr.count("\n"), 1, self.stderr)
+        self.assertTrue(self.stderr.startswith("fovea: "), self.stderr)
+        self.assertIn(says, self.stderr)
+        self.assertEqual(sorted(os.listdir(self.folder)), before)
+
+    def tensors(self, seed=1, batch=2, sq=3, skv=5, hq=4, hkv=2, d=8, dv=6):
+        generator = random.Random(seed)
+        return {
+            "q": ("F32", numbers(generator, batch, sq, hq, d)),
+            "k": ("F32", numbers(generator, batch, skv, hkv, d)),
+            "v": ("F32", numbers(generator, batch, skv, hkv, dv)),
+        }
+
+    def file(self, tensors, name="in.safetensors", metadata=None):
+        write_safetensors(self.path(name), tensors, metadata)
+        return self.path(name)
+
+    def assert_close(self, found, expected, tolerance=1e-5):
+        expected = flat(expected)
+        self.assertEqual(len(found), len(expected))
+        for x, y in zip(found, expected):
+            self.assertTrue(x == y or abs(x - y) <= tolerance * max(1.0, abs(y)), f"{x} is not {y}")
+
+
+class Help(CommandTest):
+    def test_help_names_commands_variables_and_exit_codes(self):
+        text = self.fovea("--help")
+        for word in ("run", "explain", "check", "bench", "doctor", "FOVEA_CPU_ISA", "NO_COLOR", "Exit codes"):
+            self.assertIn(word, text)
+        for command in ("run", "explain", "check", "bench", "doctor"):
+            self.assertIn("--help", self.fovea(command, "--help"))
+        self.assertRegex(self.fovea("--version"), r"^fovea \d+\.\d+\.\d+\n$")
+
+    def test_words_not_understood_are_refused(self):
+        self.refuse()
+        self.refuse("fly", says="fovea --help")
+        self.refuse("run", LINE, "--colour", says="--colour")
+        self.refuse("doctor", "extra")
+        self.refuse("explain", LINE, "--threads", "many", says="--threads")
+        self.refuse("explain", LINE, "--threads", "-1", says="--threads")
+        self.refuse("bench", LINE, "--repeat", "0", says="--repeat")
+        self.refuse("bench", LINE, "--seconds", "nan", says="--seconds")
+        self.refuse("check", "--random", "-5", says="--random")
+
+    def test_a_full_disk_under_standard_output_is_a_failure(self):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([FOVEA, "explain", LINE], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        self.assertEqual(done.returncode, 3)
+        self.assertIn("standard output", done.stderr)
+
+
+class Run(CommandTest):
+    def test_results_are_those_of_the_formula(self):
+        tensors = self.tensors()
+        q, k, v = (tensors[name][1] for name in "qkv")
+        generator = random.Random(7)
+        mask = [[[[generator.random() < 0.6 for _ in range(5)] for _ in range(3)]] for _ in range(2)]
+        bias = numbers(generator, 1, 4, 1, 5)
+        cases = [
+            ("", {}, lambda b, h, i, j: True),
+            ("causal=top_left", {}, lambda b, h, i, j: j <= i),
+            ("causal=bottom_right window=1,-", {}, lambda b, h, i, j: i + 1 <= j <= i + 2),
+            ("kvlen=4,0", {}, lambda b, h, i, j: j < (4, 0)[b]),
+            ("", {"mask": ("BOOL", mask)}, lambda b, h, i, j: mask[b][0][i][j]),
+            ("", {"mask": ("U8", [[[[3 * x for x in row] for row in mask[0][0]]], [[[x for x in row] for row in mask[1][0]]]])}, lambda b, h, i, j: mask[b][0][i][j]),
+            ("", {"kv_lengths": ("I32", [5, 2]), "q_lengths": ("I64", [1, 3])}, lambda b, h, i, j: i < (1, 3)[b] and j < (5, 2)[b]),
+        ]
+        for options, more, visible in cases:
+            for biased in (False, True):
+                extra = {"bias": ("F32", bias)} if biased else {}
+                with self.subTest(options=options, more=list(more), biased=biased):
+                    source = self.file({**tensors, **more, **extra})
+                    self.fovea("run", source, "--options", options, "--out", self.path("out"))
+                    found = read_safetensors(self.path("out"))
+                    out, lse = attention(q, k, v, visible, (lambda b, h, i, j: bias[0][h][0][j]) if biased else lambda *_: 0.0)
+                    self.assertEqual(list(found), ["out", "lse"])
+                    self.assertEqual(found["out"][:2], ("F32", [2, 3, 4, 6]))
+                    self.assertEqual(found["lse"][:2], ("F32", [2, 4, 3]))
+                    self.assert_close(found["out"][2], out)
+                    self.assert_close(found["lse"][2], lse)
+
+    def test_heads_first_tensors_give_heads_first_results(self):
+        tensors = self.tensors()
+        turned = {name: (dtype, [[[row[h] for row in rows] for h in range(len(rows[0]))] for rows in values]) for name, (dtype, values) in tensors.items()}
+        dout = numbers(random.Random(3), 2, 3, 4, 6)
+        turned["dout"] = ("F32", [[[row[h] for row in rows] for h in range(4)] for rows in dout])
+        self.fovea("run", self.file({**tensors, "dout": ("F32", dout)}), "--grad", "--out", self.path("a"))
+        self.fovea("run", self.file(turned), "--grad", "--options", "layout=bhsd", "--out", self.path("b"))
+        a, b = read_safetensors(self.path("a")), read_safetensors(self.path("b"))
+        self.assertEqual(b["out"][1], [2, 4, 3, 6])
+        self.assertEqual(b["dk"][1], [2, 2, 5, 8])
+        self.assertEqual(a["lse"], b["lse"])
+        for name in ("out", "dq", "dk", "dv"):
+            batch, heads, rows, dim = b[name][1]
+            at = lambda n, h, i, e: b[name][2][((n * heads + h) * rows + i) * dim + e]
+            self.assertEqual(a[name][2], [at(n, h, i, e) for n in range(batch) for i in range(rows) for h in range(heads) for e in range(dim)])
+
+    def test_gradients_are_those_of_finite_differences(self):
+        tensors = self.tensors(batch=1, sq=2, skv=3, hq=2, hkv=1, d=2, dv=2)
+        generator = random.Random(5)
+        bias, dout = numbers(generator, 1, 1, 2, 3), numbers(generator, 1, 2, 2, 2)
+        source = self.file({**tensors, "bias": ("F32", bias), "dout": ("F32", dout)})
+        self.fovea("run", source, "--grad", "--out", self.path("out"))
+        found = read_safetensors(self.path("out"))
+        self.assertEqual(list(found), ["out", "lse", "dq", "dk", "dv", "dbias"])
+        self.assertEqual(found["dbias"][1], [1, 1, 2, 3])
+        values = {**{name: tensors[name][1] for name in "qkv"}, "bias": bias}
+
+        def loss():
+            out, _ = attention(values["q"], values["k"], values["v"], bias=lambda b, h, i, j: values["bias"][0][0][i][j])
+            return sum(x * y for x, y in zip(flat(out), flat(dout)))
+
+        def rows_of(nested):
+            return [nested] if not isinstance(nested[0], list) else [row for part in nested for row in rows_of(part)]
+
+        for name in values:
+            slopes = []
+            for row in rows_of(values[name]):
+                for n, kept in enumerate(row):
+                    row[n] = kept + 1e-5
+                    above = loss()
+                    row[n] = kept - 1e-5
+                    slopes.append((above - loss()) / 2e-5)
+                    row[n] = kept
+            self.assert_close(found["d" + name][2], slopes, 1e-4)
+
+    def test_every_optional_input_has_its_gradient(self):
+        generator = random.Random(5)
+        more = {
+            "alibi_slopes": ("F32", numbers(generator, 2, 4)),
+            "sink": ("F32", numbers(generator, 4)),
+            "bias": ("F32", numbers(generator, 1, 4, 1, 5)),
+            "dout": ("F32", numbers(generator, 2, 3, 4, 6)),
+            "dlse": ("F32", numbers(generator, 2, 4, 3)),
+        }
+        page = json.loads(self.fovea("run", self.file({**self.tensors(), **more}), "--grad", "--check", "--json", "--out", self.path("out")))
+        found = read_safetensors(self.path("out"))
+        self.assertEqual(list(found), ["out", "lse", "dq", "dk", "dv", "dbias", "dalibi_slopes", "dsink"])
+        for name in ("bias", "alibi_slopes", "sink"):
+            self.assertEqual(found["d" + name][1], shape_of(more[name][1]))
+        self.assertTrue(page["check"]["right"])
+        self.assertEqual(set(page["check"]["ratios"]), set(found))
+        self.assertEqual([p["pass"] for p in page["passes"]], ["forward", "backward"])
+
+    def test_packed_sequences_give_what_each_gives_alone(self):
+        generator = random.Random(9)
+        lengths = [3, 0, 4]
+        rows = {name: numbers(generator, 7, 2, 4) for name in "qkv"}
+        ends = [0, 3, 3, 7]
+        packed = {name: ("F32", values) for name, values in rows.items()}
+        for name in ("cu_seqlens_q", "cu_seqlens_kv"):
+            packed[name] = ("I32", ends)
+        self.fovea("run", self.file(packed), "--options", "causal=bottom_right", "--out", self.path("out"))
+        found = read_safetensors(self.path("out"))
+        self.assertEqual(found["lse"][1], [2, 7])
+        for n, length in enumerate(lengths):
+            if length == 0:
+                continue
+            alone = {name: ("F32", [values[ends[n] : ends[n + 1]]]) for name, values in rows.items()}
+            self.fovea("run", self.file(alone, "one.safetensors"), "--options", "causal=bottom_right", "--out", self.path("one"))
+            one = read_safetensors(self.path("one"))
+            self.assert_close(found["out"][2][ends[n] * 8 : ends[n + 1] * 8], one["out"][2])
+
+    def test_npy_files_say_what_a_safetensors_file_says(self):
+        tensors = self.tensors()
+        mask = [[[[(i + j) % 3 != 0 for j in range(5)] for i in range(3)]]]
+        words = []
+        for name, (_, values) in tensors.items():
+            write_npy(self.path(name + ".npy"), "<f4", values)
+            words += ["--" + name, self.path(name + ".npy")]
+        write_npy(self.path("mask.npy"), "|b1", mask)
+        write_npy(self.path("lengths.npy"), "<i8", [4, 5])
+        self.fovea("run", *words, "--mask", self.path("mask.npy"), "--kv-lengths", self.path("lengths.npy"), "--out", self.path("a"))
+        self.fovea("run", self.file({**tensors, "mask": ("BOOL", mask), "kv_lengths": ("I32", [4, 5])}), "--out", self.path("b"))
+        self.assertEqual(Path(self.path("a")).read_bytes(), Path(self.path("b")).read_bytes())
+        self.refuse("run", "--q", self.path("q.npy"), says="no tensor 'k'")
+        write_npy(self.path("q.npy"), "<f4", tensors["q"][1], order="True")
+        self.refuse("run", *words, says="Fortran")
+        Path(self.path("q.npy")).write_bytes(b"\x93NUMPY\x01\x00\xff\xff{")
+        self.refuse("run", *words, says="q.npy")
+
+    def test_summary_says_who_ran_it_and_what_was_not_read(self):
+        source = self.file({**self.tensors(), "attn_mask": ("BOOL", [[True]])})
+        text = self.fovea("run", source)
+        for word in ("q", "fp32 [2, 3, 4, 8]", "cpu", "GFLOP/s", "workspace", "not read", "'attn_mask'", "lse"):
+            self.assertIn(word, text)
+        page = json.loads(self.fovea("run", source, "--json"))
+        self.assertEqual(page["not_read"], ["attn_mask"])
+        self.assertEqual(page["problem"], "fwd fp32 b2 hq4 hkv2 sq3 skv5 d8 dv6")
+        report = page["passes"][0]["report"]
+        self.assertTrue(report["backend"].startswith("cpu"))
+        self.assertGreater(page["passes"][0]["median_seconds"], 0)
+        self.assertEqual(page["results"]["out"], {"dtype": "fp32", "shape": [2, 3, 4, 6]})
+
+    def test_the_sample_runs_and_is_right(self):
+        page = json.loads(self.fovea("run", SAMPLE, "--check", "--json", "--plot", self.path("picture.html")))
+        self.assertTrue(page["check"]["right"])
+        picture = Path(self.path("picture.html")).read_text(encoding="utf-8")
+        self.assertIn("rabbit", picture)
+        self.assertIn("right", self.fovea("run", SAMPLE, "--check"))
+        self.refuse("run", SAMPLE, "--plot", self.path("p.html"), "--heads", "0,12", says="12")
+        self.refuse("run", SAMPLE, "--plot", self.path("p.html"), "--sequence", "1")
+
+    def test_random_tensors_depend_on_the_seed_alone(self):
+        line = "fwd+bwd bf16 b1 hq2 hkv1 sq9 skv7 d8 mask=b11k bias=1hqk:fp32 alibi sink dropout=0.2 seed=5"
+        for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+            self.fovea("run", "--problem", line, "--seed", seed, "--out", self.path(name))
+        a, b, c = (Path(self.path(name)).read_bytes() for name in "abc")
+        self.assertEqual(a, b)
+        self.assertNotEqual(a, c)
+        for name in (b'"dq"', b'"dsink"', b'"dbias"', b'"BF16"'):
+            self.assertIn(name, a)
+
+    def test_threads_and_backends_give_the_same_answer(self):
+        source = self.file(self.tensors())
+        self.fovea("run", source, "--out", self.path("a"), "--threads", "1")
+        self.fovea("run", source, "--out", self.path("b"), "--threads", "3")
+        self.assertEqual(Path(self.path("a")).read_bytes(), Path(self.path("b")).read_bytes())
+        page = json.loads(self.fovea("run", source, "--backend", "cpu_reference", "--json", "--out", self.path("c")))
+        self.assertEqual(page["passes"][0]["report"]["backend"], "cpu_reference")
+        self.assert_close(read_safetensors(self.path("a"))["out"][2], read_safetensors(self.path("c"))["out"][2])
+
+    def test_what_the_user_got_wrong_is_one_sentence(self):
+        tensors = self.tensors()
+        good = self.file(tensors, "good.safetensors")
+        self.refuse("run", says="no tensors")
+        self.refuse("run", good, "--problem", LINE, says="one place")
+        self.refuse("run", good, "--q", good, says="one place")
+        self.refuse("run", "--problem", LINE, "--options", "causal=top_left", says="--options")
+        self.refuse("run", "--problem", "fwd fp32 b1", says="hq")
+        self.refuse("run", self.path("absent.safetensors"), says="absent.safetensors")
+        self.refuse("run", self.folder, says="not a regular file")
+        self.refuse("run", good, "--grad", says="dout")
+        self.refuse("run", good, "--backend", "fastest", says="fastest")
+        for options in ("causal", "causal=middle", "colour=red", "mask=b11k", "bias=1111", "alibi", "sink", "b4", "packed=3+4"):
+            self.refuse("run", good, "--options", options, says="--options")
+        self.refuse("run", good, "--options", "kvlen=9,9", says="good.safetensors")
+        self.refuse("run", good, "--options", "kvlen=1,2,3", says="kv_lengths")
+        self.refuse("run", good, "--options", "dropout=1.5", says="dropout")
+        self.refuse("run", good, "--options", "softcap=nan", says="softcap")
+        bad = {
+            "k": ("F32", numbers(random.Random(1), 2, 5, 3, 8)),
+            "v": ("F16", tensors["v"][1]),
+            "mask": ("BOOL", [[[[True] * 4]]]),
+            "bias": ("I32", [[[[1] * 5]]]),
+            "kv_lengths": ("I32", [-1, 5]),
+            "q_lengths": ("I64", [2**40, 1]),
+            "sink": ("F32", [0.0]),
+            "cu_seqlens_q": ("I32", [0, 3]),
+        }
+        for name, tensor in bad.items():
+            with self.subTest(name=name):
+                self.refuse("run", self.file({**tensors, name: tensor}, "bad.safetensors"), says="bad.safetensors: ")
+        self.refuse("run", self.file({"q": tensors["q"]}, "bad.safetensors"), says="no tensor 'k'")
+
+    def test_devices_that_are_not_there_are_refused(self):
+        source = self.file(self.tensors())
+        self.refuse("run", source, "--device", "cuda:0", says="cuda:0")
+        self.refuse("run", source, "--device", "sm_90", says="sm_90")
+        self.refuse("bench", LINE, "--device", "cuda:0", says="cuda:0")
+        self.refuse("run", source, "--device", "tpu", says="'tpu'")
+        self.refuse("explain", LINE, "--device", "sm_", says="'sm_'")
+
+    def test_files_cut_short_or_hostile_are_refused(self):
+        whole = Path(self.file(self.tensors(batch=1, sq=1, skv=1, hq=1, hkv=1, d=1, dv=1))).read_bytes()
+        for size in range(0, len(whole), 7):
+            Path(self.path("cut")).write_bytes(whole[:size])
+            self.refuse("run", self.path("cut"), says="cut: ")
+        hostile = [b"\xff" * 64, struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 4) + b"\xff\xfe{}", b"\0" * 100]
+        hostile.append(struct.pack("<Q", 10**6) + b"[" * 10**6)
+        hostile.append(whole + b"more")
+        for content in hostile:
+            Path(self.path("bad")).write_bytes(content)
+            self.refuse("run", self.path("bad"), says="bad: ")
+
+    def test_outputs_that_cant_be_written_are_refused_before_any_work(self):
+        source = self.file(self.tensors())
+        for option in ("--out", "--plot"):
+            self.refuse("run", source, option, self.path("no/such/folder"), says="no/such/folder")
+            self.refuse("run", source, option, self.folder, says="not a regular file")
+            self.refuse("run", source, option, "/dev/null", says="not a regular file")
+            self.refuse("run", source, option, "", code=2)
+        for option in ("--json", "--html"):
+            self.refuse("bench", LINE, option, self.path("no/such/folder"), says="no/such/folder")
+
+
+class Explain(CommandTest):
+    def test_both_passes_say_who_runs_them(self):
+        text = self.fovea("explain", "fwd+bwd bf16 b2 hq16 hkv4 sq4096 d128 causal=bottom_right")
+        for word in ("forward", "backward", "workspace", "cpu"):
+            self.assertIn(word, text)
+        reports = json.loads(self.fovea("explain", "fwd+bwd fp32 b1 hq1 sq8 d8", "--json"))
+        self.assertEqual([r["problem"].split()[0] for r in reports], ["fwd", "bwd"])
+        for report in reports:
+            chosen = [v for v in report["verdicts"] if v["backend"] == report["backend"]]
+            self.assertEqual(chosen[0]["reasons"], [])
+        self.assertEqual(len(json.loads(self.fovea("explain", LINE, "--json"))), 1)
+
+    def test_a_gpu_needs_not_be_there_and_nobody_runs_it(self):
+        for device in ("sm_90", "sm_75", "cuda:0"):
+            (report,) = json.loads(self.fovea("explain", LINE, "--device", device, "--json"))
+            self.assertEqual(report["device"], device)
+            self.assertIsNone(report["backend"])
+            self.assertGreater(len(report["verdicts"]), 0)
+            for verdict in report["verdicts"]:
+                self.assertNotEqual(verdict["reasons"], [])
+            self.assertIn("nobody", self.fovea("explain", LINE, "--device", device))
+
+    def test_lines_of_a_file_are_explained_one_by_one(self):
+        Path(self.path("lines")).write_text(f"# problems\n\n{LINE}  # one\r\nbwd fp16 b1 hq1 sq8 d8\n")
+        self.assertEqual(len(json.loads(self.fovea("explain", "@" + self.path("lines"), "--json"))), 2)
+        Path(self.path("empty")).write_text("# nothing\n")
+        self.refuse("explain", "@" + self.path("empty"), says="no problem line")
+        self.refuse("explain", "@" + self.path("absent"), says="absent")
+
+    def test_lines_that_are_wrong_are_refused(self):
+        self.refuse("explain", "fwd fp32 b1 hq3 hkv2 sq8 d8", says="num_q_heads")
+        self.refuse("explain", "fwd fp64 b1 hq1 sq8 d8", says="fp64")
+        self.refuse("explain", LINE + " colour=red", says="colour=red")
+        self.refuse("explain", "fwd fp32 b1 hq1 sq99999999999999999999 d8", says="sq99999999999999999999")
+
+    def test_the_pinned_instruction_set_runs_it(self):
+        (report,) = json.loads(self.fovea("explain", LINE, "--json", env={"FOVEA_CPU_ISA": "portable"}))
+        self.assertEqual(report["backend"], "cpu_portable")
+        self.refuse("explain", LINE, "--strict", "--backend", "nobody", says="nobody")
+
+
+class Check(CommandTest):
+    def test_right_results_pass(self):
+        text = self.fovea("check", LINE, "bwd bf16 b1 hq2 hkv1 sq5 skv9 d16 causal=top_left")
+        self.assertEqual(text.count("ok"), 2)
+        self.fovea("check", "--random", 5, "--seed", 3)
+
+    def test_what_does_not_run_is_a_failed_check(self):
+        self.fovea("check", LINE, "--backend", "cpu_portable", code=1, env={"FOVEA_CPU_ISA": "avx2"})
+
+    def test_nothing_to_check_is_refused(self):
+        self.refuse("check", says="nothing to check")
+        self.refuse("check", "fwd", says="hq")
+
+
+class Bench(CommandTest):
+    def test_numbers_come_as_table_json_and_page(self):
+        words = ("bench", "fwd+bwd fp32 b1 hq2 sq64 d16", "--seconds", "0.02", "--json", self.path("b.json"), "--html", self.path("b.html"))
+        text = self.fovea(*words)
+        for word in ("forward", "backward", "GFLOP/s", "GB/s", "FMA", "p90", "%"):
+            self.assertIn(word, text)
+        page = json.loads(Path(self.path("b.json")).read_text())
+        self.assertEqual([r["pass"] for r in page["results"]], ["forward", "backward"])
+        for r in page["results"]:
+            self.assertLessEqual(r["min_seconds"], r["p10_seconds"])
+            self.assertLessEqual(r["p10_seconds"], r["median_seconds"])
+            self.assertLessEqual(r["median_seconds"], r["p90_seconds"])
+            self.assertGreater(r["fma_gflops"], 0)
+            self.assertAlmostEqual(r["percent_of_fma"], 100 * r["gflops"] / r["fma_gflops"], places=6)
+        forward, backward = page["results"]
+        self.assertAlmostEqual(forward["gflops"] * forward["median_seconds"], 2 * (16 + 16) * 64 * 64 * 2 / 1e9)
+        self.assertAlmostEqual(backward["gflops"] * backward["median_seconds"], 2.5 * 2 * (16 + 16) * 64 * 64 * 2 / 1e9)
+        self.assertIn("<html", Path(self.path("b.html")).read_text(encoding="utf-8"))
+
+    def test_another_backend_runs_in_turns(self):
+        page = json.loads(self.fovea("bench", LINE, "--repeat", 5, "--against", "cpu_reference", "--json", "-"))
+        first, second = page["results"]
+        self.assertEqual(second["backend"], "cpu_reference")
+        self.assertEqual(second["against"], first["backend"])
+        self.assertEqual((first["runs"], second["runs"]), (5, 5))
+        self.assertAlmostEqual(second["time_ratio"], second["median_seconds"] / first["median_seconds"])
+        self.assertIn("×", self.fovea("bench", LINE, "--repeat", 3, "--against", "cpu_reference"))
+        self.refuse("bench", LINE, "--against", "rocket", says="rocket")
+
+    def test_nothing_is_measured_where_a_line_is_wrong(self):
+        self.refuse("bench", LINE, "fwd fp32", says="hq")
+
+
+class Doctor(CommandTest):
+    def test_it_tells_what_is_there(self):
+        text = self.fovea("doctor")
+        for word in ("processor", "threads", "multiply-add", "CUDA driver", "NVRTC", "cpu_portable", "cpu_reference"):
+            self.assertIn(word, text)
+        page = json.loads(self.fovea("doctor", "--json"))
+        self.assertIn("portable", page["fma_gflops"])
+        for rate in page["fma_gflops"].values():
+            self.assertGreater(rate["one_thread"], 0)
+        self.assertEqual(page["backends"]["cpu_portable"]["forward fp32"], [])
+
+    def test_a_pinned_instruction_set_makes_the_others_refuse(self):
+        page = json.loads(self.fovea("doctor", "--json", env={"FOVEA_CPU_ISA": "portable"}))
+        self.assertEqual(page["FOVEA_CPU_ISA"], "portable")
+        for backend, answers in page["backends"].items():
+            if backend in ("cpu_avx2", "cpu_avx512"):
+                self.assertNotEqual(answers["forward bf16"], [])
+
+
+class OnATerminal(CommandTest):
+    def on_terminal(self, *words, env=None):
+        """What a terminal shows of the command."""
+        main, side = pty.openpty()
+        done = subprocess.Popen([FOVEA, *words], stdin=side, stdout=side, stderr=side, env={**os.environ, "TERM": "xterm", **(env or {})})
+        os.close(side)
+        shown = b""
+        while True:
+            try:
+                part = os.read(main, 65536)
+            except OSError:
+                break
+            if not part:
+                break
+            shown += part
+        os.close(main)
+        self.assertEqual(done.wait(timeout=60), 0)
+        return shown.decode()
+
+    def test_colours_are_shown_unless_refused(self):
+        self.assertIn("\x1b[", self.on_terminal("explain", LINE, env={"NO_COLOR": ""}))
+        self.assertNotIn("\x1b", self.on_terminal("explain", LINE, env={"NO_COLOR": "1"}))
+        self.assertNotIn("\x1b", self.on_terminal("bench", LINE, "--repeat", "3", env={"TERM": "dumb"}))
+
+    def test_progress_wipes_itself_away(self):
+        shown = self.on_terminal("bench", LINE, "--seconds", "0.3")
+        self.assertIn("%", shown)
+        self.assertIn("\r\x1b[2K", shown)
+        self.assertEqual(json.loads(self.on_terminal("bench", LINE, "--repeat", "3", "--json", "-", env={"TERM": "dumb"}))["threads"] > 0, True)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=1)
