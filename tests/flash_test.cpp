@@ -144,6 +144,53 @@ TEST_P(EveryIsa, ANanInAQueryStaysInItsRowAndTheKeysItSees) {
   }
 }
 
+TEST_P(EveryIsa, TouchesOnlyTensorsOfItsOwnPass) {
+  Attention alone("fwd+bwd fp32 b1 hq2 sq30 d8"), mixed("fwd+bwd fp32 b1 hq2 sq30 d8"),
+      unused("fwd fp32 b1 hq2 sq30 d8");
+  const PlanOptions options{.backend = "cpu_" + GetParam()};
+  alone.execute(options);
+  mixed.in.lse = unused.out.lse;  // of a backward pass, and so none of the forward pass's business
+  plan_forward(mixed.problem, {}, options).execute(mixed.in, {.out = mixed.out.out});
+  EXPECT_TRUE(std::isnan(*static_cast<const float*>(unused.out.lse.data)));
+
+  mixed.in.out = alone.out.out;
+  mixed.in.lse = alone.out.lse;
+  mixed.in.dout = mixed.dout;
+  mixed.grads.out = unused.out.out;  // NaN, and an output
+  mixed.grads.lse = unused.out.lse;
+  plan_backward(mixed.problem, {}, options).execute(mixed.in, mixed.grads);
+  const auto bytes = static_cast<std::size_t>(Attention::count(alone.grads.dq)) * sizeof(float);
+  EXPECT_EQ(std::memcmp(mixed.grads.dq.data, alone.grads.dq.data, bytes), 0);
+}
+
+TEST_P(EveryIsa, WritesTheBiasGradientPastTheLongestSequence) {
+  constexpr std::int64_t kTotal = 70, kBound = 60;  // sequences of 30 and 40 where 60 would have been allowed
+  std::vector<float> rows(kTotal), lse(kTotal), bias(kBound * kBound), dbias(bias.size(), kNan), dq(kTotal), dk(kTotal),
+      dv(kTotal);
+  const std::vector<std::int32_t> ends{0, 30, kTotal};
+  const auto view = [](const auto& values, std::initializer_list<std::int64_t> shape) {
+    return Tensor::contiguous(values.data(), DType::kFloat32, shape);
+  };
+  const Tensor row = view(rows, {kTotal, 1, 1});
+  const Tensor cu_seqlens = Tensor::contiguous(ends.data(), DType::kInt32, {3});
+  const Problem problem = parse_problem("bwd fp32 b2 hq1 sq60 d1 packed=random:70 bias=11qk");
+  plan_backward(problem, {}, {.backend = "cpu_" + GetParam()})
+      .execute({.q = row,
+                .k = row,
+                .v = row,
+                .bias = view(bias, {1, 1, kBound, kBound}),
+                .cu_seqlens_q = cu_seqlens,
+                .cu_seqlens_kv = cu_seqlens,
+                .out = row,
+                .lse = view(lse, {1, kTotal}),
+                .dout = row},
+               {.dq = view(dq, {kTotal, 1, 1}),
+                .dk = view(dk, {kTotal, 1, 1}),
+                .dv = view(dv, {kTotal, 1, 1}),
+                .dbias = view(dbias, {1, 1, kBound, kBound})});
+  for (std::size_t i = 0; i < dbias.size(); ++i) ASSERT_EQ(dbias[i], 0.0F) << i;
+}
+
 TEST(Exp2, IsWithinTwoUnitsInTheLastPlace) {
   using namespace cpu::of_this_test;
   double worst = 0.0;

@@ -88,16 +88,16 @@ FlashCall describe_call(const Problem& problem) {
   return call;
 }
 
-void attach_tensors(FlashCall& call, const Inputs& in, const Outputs& out) {
+void attach_tensors(FlashCall& call, bool backward, const Inputs& in, const Outputs& out) {
   call.q = row_view(in.q);
   call.k = row_view(in.k);
   call.v = row_view(in.v);
-  call.out = row_view(out.out.defined() ? out.out : in.out);
+  call.out = row_view(backward ? in.out : out.out);
   call.dout = row_view(in.dout);
   call.dq = row_view(out.dq);
   call.dk = row_view(out.dk);
   call.dv = row_view(out.dv);
-  call.lse = stat_view(out.lse.defined() ? out.lse : in.lse);
+  call.lse = stat_view(backward ? in.lse : out.lse);
   call.dlse = stat_view(in.dlse);
   call.mask = entry_view(in.mask);
   call.bias = entry_view(in.bias);
@@ -161,6 +161,7 @@ ForwardShape shape_forward(const Problem& problem, int workers, i64 panel_rows) 
 BackwardShape shape_backward(const Problem& problem, int workers) {
   BackwardShape shape;
   shape.workers = workers;
+  shape.max_queries = problem.seqlen_q;
   shape.max_keys = problem.seqlen_kv;
   const i64 heads = problem.batch * problem.num_kv_heads, group = problem.num_q_heads / problem.num_kv_heads;
   const i64 cached = kCachedFloats / 2 / (problem.head_dim + problem.head_dim_v);
@@ -212,12 +213,13 @@ class FlashPlan final : public PlannedKernel {
 
   void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* /*stream*/) const override {
     FlashCall call = call_;
-    attach_tensors(call, inputs, outputs);
+    const bool backward = problem_.direction == Direction::kBackward;
+    attach_tensors(call, backward, inputs, outputs);
     auto* memory = static_cast<std::byte*>(workspace);
     auto* sequences = reinterpret_cast<Sequence*>(memory);
     describe_sequences(problem_, inputs, sequences);
     call.sequences = sequences;
-    if (problem_.direction == Direction::kBackward) {
+    if (backward) {
       isa_.kernels.backward(call, backward_, memory + sequences_bytes_);
     } else {
       isa_.kernels.forward(call, forward_, memory + sequences_bytes_);

@@ -316,14 +316,15 @@ class Backward {
 
   struct BiasShape {
     i64 batches, heads, row_blocks, key_blocks;  // of dbias
-    i64 rows, keys;                              // most of the score matrix
+    i64 rows, keys;                              // of the largest score matrix that the problem allows
   };
   [[nodiscard]] BiasShape bias_shape() const {
-    BiasShape shape{call_.dbias.batch == 0 ? 1 : call_.batch, call_.dbias.head == 0 ? 1 : call_.q_heads, 1, 1, 0, 0};
-    for (i64 b = 0; b < call_.batch; ++b) {
-      shape.rows = math::larger(shape.rows, call_.sequences[b].q_rows);
-      shape.keys = math::larger(shape.keys, call_.sequences[b].kv_rows);
-    }
+    BiasShape shape{call_.dbias.batch == 0 ? 1 : call_.batch,
+                    call_.dbias.head == 0 ? 1 : call_.q_heads,
+                    1,
+                    1,
+                    shape_.max_queries,
+                    shape_.max_keys};
     if (call_.dbias.query != 0) shape.row_blocks = (shape.rows + kGroupRows - 1) / kGroupRows;
     if (call_.dbias.key != 0) shape.key_blocks = (shape.keys + kKeyTile - 1) / kKeyTile;
     return shape;

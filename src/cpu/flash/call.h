@@ -70,7 +70,7 @@ struct ForwardShape {
 
 /// Sizes of one backward: tasks of block_keys keys walk row groups of kGroupRows.
 struct BackwardShape {
-  i64 max_keys = 0, block_keys = 0, blocks = 0, max_groups = 0, total_groups = 0;
+  i64 max_queries = 0, max_keys = 0, block_keys = 0, blocks = 0, max_groups = 0, total_groups = 0;
   int workers = 1;
 };
 
