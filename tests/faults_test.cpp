@@ -42,6 +42,7 @@ TEST(Threads, PlanAndExecuteAtOnceAndAgree) {
   for (std::size_t i = 0; i < kLines.size(); ++i) expected[i] = plan_and_attend(kLines[i]);
   std::atomic<int> agreed{0};
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&, t] {
       for (int round = 0; round < kRounds; ++round) {
@@ -61,6 +62,7 @@ TEST(Threads, ShareOnePlan) {
   const std::vector<char> expected = plan_and_attend(kLines[0]);
   std::atomic<int> agreed{0};
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&] {
       tools::Workload data(problem, 1);

@@ -19,7 +19,8 @@ fovea_add_ring(check_random ring fovea_command check --random ${FOVEA_RANDOM_CHE
 
 # A failed allocation anywhere: its own executable, because it replaces operator new.
 add_executable(fovea_allocation_faults faults/allocation_faults.cpp)
-target_link_libraries(fovea_allocation_faults PRIVATE fovea_internal fovea_warnings GTest::gtest_main)
+target_include_directories(fovea_allocation_faults PRIVATE ${PROJECT_SOURCE_DIR})
+target_link_libraries(fovea_allocation_faults PRIVATE fovea_tools fovea_internal fovea_warnings GTest::gtest_main)
 gtest_discover_tests(fovea_allocation_faults DISCOVERY_TIMEOUT 60 PROPERTIES LABELS faults TIMEOUT 300)
 
 # The command and its pages, from outside.
