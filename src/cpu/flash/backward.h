@@ -217,7 +217,7 @@ class Backward {
         const Tile tangent = rows.tile_of(rows.tangent, p, keys);
         for_each_vector(ds, [&](i64 r, int lane, float* x) {
           const V t = load(tangent.row(r) + lane);
-          store(x, load(x) * (splat(1.0F) - t * t));
+          store(x, load(x) == V{} ? V{} : load(x) * (splat(1.0F) - t * t));  // of a hidden entry t may be NaN
         });
       }
       product<ALayout::kColumnMajor, Init::kAdd, kPanelVectors>(  // dqᵀ += Kᵀ dSᵀ

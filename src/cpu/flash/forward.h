@@ -184,7 +184,8 @@ class Forward {
     const math::Band& band = context.sequence.band;
     const Interval seen = band.keys_of_rows(panel.queries);
     const Interval keys{math::larger(tile.begin, seen.begin / 16 * 16), math::smaller(tile.end, seen.end)};
-    if (keys.empty()) return;
+    const math::TileState state = keys.empty() ? math::TileState::kHidden : band.tile(panel.queries, keys);
+    if (state == math::TileState::kHidden) return;
     if (call_.mask.data != nullptr && !gather_mask(my.mask, panel, context, keys)) return;
 
     const Tile s{my.s, kPanelRows, keys};
@@ -193,7 +194,7 @@ class Forward {
         {my.k.data + skipped * call_.head_dim, call_.head_dim, my.q + p * call_.head_dim * kPanelRows, kPanelRows, my.s,
          kPanelRows, call_.head_dim, nullptr},
         s.rows());
-    finish_scores(s, panel, context, band.tile(panel.queries, keys), my.mask, my.extra, nullptr);
+    finish_scores(s, panel, context, state, my.mask, my.extra, nullptr);
 
     alignas(64) float rescale[kPanelRows];
     online_softmax(s, my.maximum + p * kPanelRows, my.sum_of_p + p * kPanelRows, rescale);
