@@ -165,8 +165,9 @@ class Help(CommandTest):
         self.assertRegex(self.fovea("--version"), r"^fovea \d+\.\d+\.\d+\n$")
 
     def test_words_not_understood_are_refused(self):
-        self.refuse()
-        self.refuse("fly", says="fovea --help")
+        self.refuse(says="no command")
+        self.refuse("fly", says="'fly' is no command")
+        self.refuse("--colour", says="'--colour' is no command")
         self.refuse("run", LINE, "--colour", says="--colour")
         self.refuse("doctor", "extra")
         self.refuse("explain", LINE, "--threads", "many", says="--threads")
@@ -349,8 +350,8 @@ class Run(CommandTest):
         self.fovea("run", source, "--out", self.path("a"), "--threads", "1")
         self.fovea("run", source, "--out", self.path("b"), "--threads", "3")
         self.assertEqual(Path(self.path("a")).read_bytes(), Path(self.path("b")).read_bytes())
-        page = json.loads(self.fovea("run", source, "--backend", "cpu_reference", "--json", "--out", self.path("c")))
-        self.assertEqual(page["passes"][0]["report"]["backend"], "cpu_reference")
+        page = json.loads(self.fovea("run", source, "--backend", "reference", "--json", "--out", self.path("c")))
+        self.assertEqual(page["passes"][0]["report"]["backend"], "reference")
         self.assert_close(read_safetensors(self.path("a"))["out"][2], read_safetensors(self.path("c"))["out"][2])
 
     def test_what_the_user_got_wrong_is_one_sentence(self):
@@ -360,7 +361,7 @@ class Run(CommandTest):
         self.refuse("run", good, "--problem", LINE, says="one place")
         self.refuse("run", good, "--q", good, says="one place")
         self.refuse("run", "--problem", LINE, "--options", "causal=top_left", says="--options")
-        self.refuse("run", "--problem", "fwd fp32 b1", says="hq")
+        self.refuse("run", "--problem", "fwd fp32 b1 sq8 d8", says="hq")
         self.refuse("run", self.path("absent.safetensors"), says="absent.safetensors")
         self.refuse("run", self.folder, says="not a regular file")
         self.refuse("run", good, "--grad", says="dout")
@@ -469,7 +470,7 @@ class Check(CommandTest):
 
     def test_nothing_to_check_is_refused(self):
         self.refuse("check", says="nothing to check")
-        self.refuse("check", "fwd", says="hq")
+        self.refuse("check", "fwd fp32 b1 sq8 d8", says="hq")
 
 
 class Bench(CommandTest):
@@ -492,36 +493,36 @@ class Bench(CommandTest):
         self.assertIn("<html", Path(self.path("b.html")).read_text(encoding="utf-8"))
 
     def test_another_backend_runs_in_turns(self):
-        page = json.loads(self.fovea("bench", LINE, "--repeat", 5, "--against", "cpu_reference", "--json", "-"))
+        page = json.loads(self.fovea("bench", LINE, "--repeat", 5, "--against", "reference", "--json", "-"))
         first, second = page["results"]
-        self.assertEqual(second["backend"], "cpu_reference")
+        self.assertEqual(second["backend"], "reference")
         self.assertEqual(second["against"], first["backend"])
         self.assertEqual((first["runs"], second["runs"]), (5, 5))
         self.assertAlmostEqual(second["time_ratio"], second["median_seconds"] / first["median_seconds"])
-        self.assertIn("×", self.fovea("bench", LINE, "--repeat", 3, "--against", "cpu_reference"))
+        self.assertIn("×", self.fovea("bench", LINE, "--repeat", 3, "--against", "reference"))
         self.refuse("bench", LINE, "--against", "rocket", says="rocket")
 
     def test_nothing_is_measured_where_a_line_is_wrong(self):
-        self.refuse("bench", LINE, "fwd fp32", says="hq")
+        self.refuse("bench", LINE, "fwd fp32 b1 sq8 d8", says="hq")
 
 
 class Doctor(CommandTest):
     def test_it_tells_what_is_there(self):
         text = self.fovea("doctor")
-        for word in ("processor", "threads", "multiply-add", "CUDA driver", "NVRTC", "cpu_portable", "cpu_reference"):
+        for word in ("processor", "threads", "multiply-add", "CUDA driver", "NVRTC", "cpu_portable", "reference"):
             self.assertIn(word, text)
         page = json.loads(self.fovea("doctor", "--json"))
         self.assertIn("portable", page["fma_gflops"])
         for rate in page["fma_gflops"].values():
             self.assertGreater(rate["one_thread"], 0)
-        self.assertEqual(page["backends"]["cpu_portable"]["forward fp32"], [])
+        self.assertEqual(page["backends"]["cpu_portable"]["fwd fp32"], [])
 
     def test_a_pinned_instruction_set_makes_the_others_refuse(self):
         page = json.loads(self.fovea("doctor", "--json", env={"FOVEA_CPU_ISA": "portable"}))
         self.assertEqual(page["FOVEA_CPU_ISA"], "portable")
         for backend, answers in page["backends"].items():
             if backend in ("cpu_avx2", "cpu_avx512"):
-                self.assertNotEqual(answers["forward bf16"], [])
+                self.assertNotEqual(answers["fwd bf16"], [])
 
 
 class OnATerminal(CommandTest):

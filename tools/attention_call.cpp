@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "npy.h"
+#include "problem/validate.h"
 #include "safetensors.h"
 
 namespace fovea::tools {
@@ -165,6 +166,8 @@ AttentionCall from_tensors(const CallSource& source) {
                             with_tensors(options, in));
     call.problem.layout = layout;
     make_outputs(call);
+    validate_forward(call.problem, {}, in, call.outputs);
+    if (source.gradients) validate_backward(call.problem, {}, in, call.outputs);
   });
   return call;
 }

@@ -8,7 +8,8 @@
 
 namespace CLI {
 class App;
-}
+class Option;
+}  // namespace CLI
 
 namespace fovea::tools {
 
@@ -28,6 +29,9 @@ void add_explain(CLI::App& app, Action& action);
 void add_check(CLI::App& app, Action& action);
 void add_bench(CLI::App& app, Action& action);
 void add_doctor(CLI::App& app, Action& action);
+
+/// An option that names a file; an empty name is refused.
+CLI::Option* add_path(CLI::App& command, const std::string& name, std::string& path, const std::string& help);
 
 /// The flags that say who shall compute.
 struct Runner {

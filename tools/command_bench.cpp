@@ -225,6 +225,10 @@ BenchRow row_of(const Result& r) {
 }
 
 ExitCode Bench::operator()() const {
+  if (!(effort.seconds >= 0.001 && effort.seconds <= 3600)) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--seconds ({}) must lie between 0.001 and 3600", effort.seconds));
+  }
   const bool to_stdout = json == "-";
   if (!json.empty() && !to_stdout) require_writable(json);
   if (!html.empty()) require_writable(html);
@@ -288,15 +292,14 @@ void add_bench(CLI::App& app, Action& action) {
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   command->add_option("--repeat", bench->effort.repeats, "executions of each pass")
       ->type_name("N")
-      ->check(CLI::Range(1, 1'000'000));
+      ->check(CLI::Range(1, 1'000'000).description(""));
   command->add_option("--seconds", bench->effort.seconds, "or: time for each pass")
       ->type_name("S")
-      ->check(CLI::Range(0.001, 3600.0))
       ->capture_default_str();
   command->add_option("--seed", bench->seed, "of the random tensors")->type_name("N")->capture_default_str();
-  command->add_option("--json", bench->json, "write the numbers; '-' prints them instead of the table")
+  add_path(*command, "--json", bench->json, "write the numbers; '-' prints them instead of the table")
       ->type_name("FILE");
-  command->add_option("--html", bench->html, "write one self-contained page")->type_name("FILE");
+  add_path(*command, "--html", bench->html, "write one self-contained page")->type_name("FILE");
   command->callback([bench, &action] { action = [bench] { return (*bench)(); }; });
 }
 

@@ -19,14 +19,14 @@ void add_check(CLI::App& app, Action& action) {
   command->add_option("problem", check->lines, "problem lines, or @FILE of them")->type_name("\"LINE\"|@FILE");
   command->add_option("--random", check->run.random, "so many random problems, out of the whole option space")
       ->type_name("N")
-      ->check(CLI::Range(std::int64_t{1}, std::int64_t{100'000'000}));
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{100'000'000}).description(""));
   command->add_option("--seed", check->run.seed, "of the random problems and tensors")
       ->type_name("S")
       ->capture_default_str();
   command->add_flag("--pairs", check->run.pairs, "count how often each two options came together");
   command->add_option("--jobs", check->run.jobs, "problems at once; 0: as many as the process may use threads")
       ->type_name("N")
-      ->check(CLI::Range(0, 65536));
+      ->check(CLI::Range(0, 65536).description(""));
   check->runner.add_to(*command, false);
   command->callback([check, &action] {
     action = [check] {

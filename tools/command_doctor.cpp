@@ -118,10 +118,9 @@ void print_cpu(const Terminal& terminal, const Diagnosis& found) {
   if (found.pinned != nullptr)
     terminal.write(labelled(terminal, "pinned to", fmt::format("{} (FOVEA_CPU_ISA)", found.pinned)));
 
-  Table rates(
-      {{"fp32 multiply-add"}, {"1 thread", true}, {fmt::format("{} threads", found.threads), true}, {"GFLOP/s"}});
+  Table rates({{"fp32 multiply-add, GFLOP/s"}, {"1 thread", true}, {fmt::format("{} threads", found.threads), true}});
   for (const FmaRate& rate : found.rates) {
-    rates.add({{rate.isa, Ink::kAccent}, {number_text(rate.one / 1e9)}, {number_text(rate.all / 1e9)}, {""}});
+    rates.add({{rate.isa, Ink::kAccent}, {number_text(rate.one / 1e9)}, {number_text(rate.all / 1e9)}});
   }
   terminal.write("\n" + rates.text(terminal));
 }

@@ -17,23 +17,21 @@ struct Explain {
     const Terminal terminal(stdout);
     const Device device = runner.parsed_device(true);
     auto reports = nlohmann::ordered_json::array();
+    std::string text;  // told when every line is understood
     for (const std::string& line : problem_lines(lines)) {
       Problem problem = parse_problem(line);
       const Problem asked = problem;
-      if (!json) terminal.line("\n  " + terminal.paint(Ink::kStrong, to_string(asked)));
+      text += "\n  " + terminal.paint(Ink::kStrong, to_string(asked)) + '\n';
       for (const Direction pass : {Direction::kForward, Direction::kBackward}) {
         if (!(pass == Direction::kForward ? asked.forward() : asked.backward())) continue;
         problem.direction = pass;
         const Report report = fovea::explain(problem, device, runner.options);
-        if (json) {
-          reports.push_back(report_json(report));
-        } else {
-          terminal.write("\n" + labelled(terminal, "pass", pass == Direction::kForward ? "forward" : "backward"));
-          terminal.write(report_text(terminal, report));
-        }
+        reports.push_back(report_json(report));
+        text += "\n" + labelled(terminal, "pass", pass == Direction::kForward ? "forward" : "backward");
+        text += report_text(terminal, report);
       }
     }
-    terminal.line(json ? reports.dump(2) : "");
+    terminal.line(json ? reports.dump(2) : text);
     return kDone;
   }
 };

@@ -70,7 +70,7 @@ Pass Run::execute(Direction direction, const AttentionCall& call) const {
   const OwnedTensor workspace(DType::kBool, std::span(&bytes, 1));
   const std::function<void()> once = [&] { plan.execute(call.inputs, call.outputs, workspace.view().data); };
   Pass pass{forward ? "forward" : "backward", plan.report(), {}};
-  pass.timing = measure(std::span(&once, 1), {.seconds = 0.25}).front();
+  pass.timing = measure(std::span(&once, 1), {.seconds = 0.1}).front();
   pass.gflops = flops_of(call.problem, direction) / pass.timing.median() / 1e9;
   pass.gbytes = traffic_bytes(direction, call.inputs, call.outputs) / pass.timing.median() / 1e9;
   return pass;
@@ -227,7 +227,7 @@ ExitCode Run::operator()() const {
 void add_run(CLI::App& app, Action& action) {
   auto run = std::make_shared<Run>();
   CLI::App* command = app.add_subcommand("run", "Attention over the tensors of a file, or over random ones");
-  command->add_option("file", run->source.file, "q, k, v and what the call needs, by name")
+  add_path(*command, "file", run->source.file, "q, k, v and what the call needs, by name")
       ->type_name("FILE.safetensors");
   command->add_option("--problem", run->source.problem, "random tensors for a problem line instead")
       ->type_name("\"LINE\"");
@@ -235,8 +235,8 @@ void add_run(CLI::App& app, Action& action) {
   command->add_option("--options", run->source.options, "tokens of a problem line: \"causal=top_left dropout=0.1\"")
       ->type_name("\"TOKENS\"");
   command->add_flag("--grad", run->source.gradients, "the gradients too; the tensors must hold dout");
-  command->add_option("--out", run->out, "write the results")->type_name("OUT.safetensors");
-  command->add_option("--plot", run->plot, "draw the attention weights as one self-contained page")
+  add_path(*command, "--out", run->out, "write the results")->type_name("OUT.safetensors");
+  add_path(*command, "--plot", run->plot, "draw the attention weights as one self-contained page")
       ->type_name("FILE.html");
   command->add_option("--heads", run->heads, "heads to draw, as in 0,3,5; all where left out")
       ->type_name("LIST")

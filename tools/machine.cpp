@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <array>
 #include <fstream>
+#include <iterator>
 #include <memory>
+#include <set>
 #include <sstream>
 
 namespace fovea::tools {
@@ -29,9 +31,9 @@ void read_cpuinfo(Processor& processor) {
     if (key == "model name" && processor.model.empty()) {
       std::getline(value >> std::ws, processor.model);
     } else if (key == "flags" || key == "Features") {
-      for (std::string word; value >> word;) {
-        if (std::ranges::find(kExtensions, word) != kExtensions.end()) processor.extensions.push_back(word);
-      }
+      const std::set<std::string> words{std::istream_iterator<std::string>(value), {}};
+      std::ranges::copy_if(kExtensions, std::back_inserter(processor.extensions),
+                           [&](const char* extension) { return words.contains(extension); });
     }
   }
   if (processor.model.empty()) processor.model = "unknown";

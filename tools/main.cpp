@@ -3,11 +3,13 @@
 #include <fovea/version.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <new>
 
 #include "command.h"
+#include "tensor_data.h"
 #include "terminal.h"
 
 namespace fovea::tools {
@@ -35,17 +37,20 @@ ExitCode complain(ExitCode code, std::string_view sentence) {
 
 /// CLI11's complaint as one sentence.
 std::string sentence_of(const CLI::ParseError& error, const CLI::App& app) {
-  std::string command = "fovea";
-  for (const CLI::App* chosen : app.get_subcommands()) command += " " + chosen->get_name();
+  constexpr const char* kCommands = "run, explain, check, bench or doctor; see fovea --help";
+  const std::vector<CLI::App*> chosen = app.get_subcommands();
+  if (chosen.empty()) {
+    const std::vector<std::string> words = app.remaining();
+    if (words.empty()) return fmt::format("there is no command; name one of {}", kCommands);
+    return fmt::format("{} is no command; name one of {}", in_quotes(words.front()), kCommands);
+  }
   std::string text = error.what();
-  while (!text.empty() && (text.back() == '\n' || text.back() == '.')) text.pop_back();
-  for (char& c : text) c = c == '\n' ? ' ' : c;
-  return fmt::format("{}; see {} --help", text, command);
+  std::ranges::replace(text, '\n', ' ');
+  return fmt::format("{}; see fovea {} --help", text, chosen.front()->get_name());
 }
 
 ExitCode run_command(int argc, char** argv) {
   CLI::App app("Exact attention and its gradients, in tiles.", "fovea");
-  app.footer(kFooter);
   app.set_version_flag("--version", "fovea " FOVEA_VERSION);
   app.require_subcommand(1);
   app.get_formatter()->column_width(34);
@@ -55,6 +60,7 @@ ExitCode run_command(int argc, char** argv) {
   add_check(app, action);
   add_bench(app, action);
   add_doctor(app, action);
+  app.footer(kFooter);  // last, so that the commands' own help does not repeat it
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& help) {

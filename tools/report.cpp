@@ -10,7 +10,8 @@ namespace fovea::tools {
 std::string report_text(const Terminal& terminal, const Report& report) {
   std::string text;
   if (report.backend.empty()) {
-    text += labelled(terminal, "runs on", terminal.paint(Ink::kBad, "nobody runs it on " + name(report.device)));
+    text += labelled(terminal, "runs on",
+                     terminal.paint(Ink::kBad, "nobody: no backend takes it on " + name(report.device)));
   } else {
     const bool first = report.verdicts.empty() || report.verdicts.front().backend == report.backend;
     text += labelled(terminal, "runs on",
