@@ -3,12 +3,14 @@
 #include "problem/refuse.h"
 
 #include <cctype>
+#include <concepts>
 #include <utility>
 
 namespace fovea {
 namespace {
 
 struct Row;
+using Value = std::optional<std::string>;  // what a token prints; nothing where the line does without it
 
 /// One word of the line: `name`, `name=value`, or a size such as `d128`.
 struct Token {
@@ -23,8 +25,7 @@ struct Row {
   std::string_view field;    // what validate's sentences call it
   std::string_view example;  // how it is written
   void (*read)(Problem& problem, const Token& token);
-  std::optional<std::string> (*print)(
-      const Problem& problem);  // the value; nothing where the line does without the token
+  Value (*print)(const Problem& problem);
 
   [[nodiscard]] bool is_size() const { return example.size() > name.size() && example[name.size()] != '='; }
 };
@@ -134,20 +135,24 @@ std::vector<std::int64_t> numbers(const Token& token, std::string_view text, cha
   return values;
 }
 
-template <std::int64_t Problem::*size>
-void read_size(Problem& p, const Token& t) {
-  p.*size = number<std::int64_t>(t, t.value);
+template <typename T>
+void read(T& target, const Token& token) {
+  target = number<T>(token, token.value);
 }
-template <std::int64_t Problem::*size>
-std::optional<std::string> print_size(const Problem& p) {
-  return std::to_string(p.*size);
+template <typename T, std::size_t N>
+void read(T& target, const Token& token, const Word<T> (&words)[N]) {
+  target = word(token, words, token.value);
+}
+void read(bool& target, const Token& token) {  // a flag; `=` and nothing after it has been refused
+  if (!token.value.empty()) refuse_form(token);
+  target = true;
 }
 
-/// A flag has no value; `=` would have been refused before.
-void flag(const Token& token) {
-  if (!token.value.empty()) refuse_form(token);
-}
-std::optional<std::string> print_flag(bool set) { return set ? std::optional<std::string>("") : std::nullopt; }
+/// The value where it stands on the line.
+Value when(bool said, std::string value) { return said ? Value(std::move(value)) : Value(); }
+Value when(bool said, float value) { return when(said, shortest(value)); }
+Value when(bool said, std::integral auto value) { return when(said, std::to_string(value)); }
+Value when(bool said) { return when(said, std::string()); }
 
 Extent read_extent(const Token& token, std::string_view text) {
   if (text.size() != 4) refuse_form(token);
@@ -170,10 +175,9 @@ void read_window(Problem& p, const Token& t) {
   p.window_left = side(next(text, ','));
   p.window_right = side(text);
 }
-std::optional<std::string> print_window(const Problem& p) {
-  if (!p.window_left && !p.window_right) return {};
+Value print_window(const Problem& p) {
   const auto side = [](const std::optional<std::int64_t>& s) { return s ? std::to_string(*s) : "-"; };
-  return side(p.window_left) + "," + side(p.window_right);
+  return when(p.window_left || p.window_right, side(p.window_left) + "," + side(p.window_right));
 }
 
 void read_bias(Problem& p, const Token& t) {
@@ -182,124 +186,100 @@ void read_bias(Problem& p, const Token& t) {
   p.bias = read_extent(t, next(text, ':'));
   p.bias_dtype = named ? word(t, kDTypes, text) : p.dtype;
 }
-std::optional<std::string> print_bias(const Problem& p) {
-  if (!p.bias) return {};
-  return print_extent(*p.bias) + (p.bias_dtype == p.dtype ? "" : std::string(":") + name(p.bias_dtype));
+Value print_bias(const Problem& p) {
+  const std::string dtype = p.bias_dtype == p.dtype ? "" : std::string(":") + name(p.bias_dtype);
+  return when(p.bias.has_value(), print_extent(p.bias.value_or(Extent{})) + dtype);
+}
+
+void read_alibi(Problem& p, const Token& t) {
+  if (!t.value.empty() && t.value != "b") refuse_form(t);
+  p.alibi = t.value.empty() ? Alibi::kPerHead : Alibi::kPerBatchAndHead;
 }
 
 constexpr std::string_view kRandom = "random";  // lengths that are known only when the plan runs
 
-template <Lengths Problem::*lengths>
-void read_lengths(Problem& p, const Token& t) {
-  (p.*lengths).present = true;
-  (p.*lengths).values = t.value == kRandom ? std::vector<std::int64_t>{} : numbers(t, t.value, ',');
+void read(Lengths& lengths, const Token& t) {
+  lengths = {true, t.value == kRandom ? std::vector<std::int64_t>{} : numbers(t, t.value, ',')};
 }
-template <Lengths Problem::*lengths>
-std::optional<std::string> print_lengths(const Problem& p) {
-  if (!(p.*lengths).present) return {};
-  return (p.*lengths).values.empty() ? std::string(kRandom) : join((p.*lengths).values, ",");
+Value when(const Lengths& lengths) {
+  return when(lengths.present, lengths.values.empty() ? std::string(kRandom) : join(lengths.values, ","));
 }
 
 /// Packed sequences: their lengths `700+1300`, or `random:2000` where only the total is known now.
-template <Lengths Problem::*packed, std::int64_t Problem::*seqlen, std::int64_t Problem::*total>
-void read_packed(Problem& p, const Token& t) {
+void read_packed(Problem& p, Lengths& packed, std::int64_t& seqlen, std::int64_t& total, const Token& t) {
   std::string_view text = t.value;
-  (p.*packed).present = true;
+  packed.present = true;
   if (text.starts_with("random:")) {
     text.remove_prefix(kRandom.size() + 1);
-    p.*total = number<std::int64_t>(t, text);
+    total = number<std::int64_t>(t, text);
     return;
   }
-  const auto& values = (p.*packed).values = numbers(t, text, '+');
-  p.batch = static_cast<std::int64_t>(values.size());
-  p.*seqlen = longest(values);
-  p.*total = saturating_sum(values);
+  packed.values = numbers(t, text, '+');
+  p.batch = std::ssize(packed.values);
+  seqlen = longest(packed.values);
+  total = saturating_sum(packed.values);
 }
-constexpr auto read_packed_q = read_packed<&Problem::packed_q, &Problem::seqlen_q, &Problem::total_q>;
-constexpr auto read_packed_kv = read_packed<&Problem::packed_kv, &Problem::seqlen_kv, &Problem::total_kv>;
+void read_packed_q(Problem& p, const Token& t) { read_packed(p, p.packed_q, p.seqlen_q, p.total_q, t); }
+void read_packed_kv(Problem& p, const Token& t) { read_packed(p, p.packed_kv, p.seqlen_kv, p.total_kv, t); }
 
-std::string print_packed(const Lengths& packed, std::int64_t total) {
-  return packed.values.empty() ? std::string(kRandom) + ":" + std::to_string(total) : join(packed.values, "+");
+Value when(bool said, const Lengths& packed, std::int64_t total) {
+  return when(said, packed.values.empty() ? "random:" + std::to_string(total) : join(packed.values, "+"));
 }
-bool packed_alike(const Problem& p) { return p.packed_q == p.packed_kv && p.total_q == p.total_kv; }
+bool alike(const Problem& p) { return p.packed_q == p.packed_kv && p.total_q == p.total_kv; }
 bool known(const Lengths& packed) { return !packed.values.empty(); }
+
+using P = Problem;
+using T = Token;
 
 /// Every token but the first two, in canonical order.
 constexpr Row kRows[] = {
-    {"b", "batch", "b2", read_size<&Problem::batch>,
-     [](const Problem& p) {
-       return known(p.packed_q) || known(p.packed_kv) ? std::nullopt : print_size<&Problem::batch>(p);
-     }},
-    {"hq", "num_q_heads", "hq16", read_size<&Problem::num_q_heads>, print_size<&Problem::num_q_heads>},
-    {"hkv", "num_kv_heads", "hkv4", read_size<&Problem::num_kv_heads>, print_size<&Problem::num_kv_heads>},
-    {"sq", "seqlen_q", "sq1024", read_size<&Problem::seqlen_q>,
-     [](const Problem& p) { return known(p.packed_q) ? std::nullopt : print_size<&Problem::seqlen_q>(p); }},
-    {"skv", "seqlen_kv", "skv1024", read_size<&Problem::seqlen_kv>,
-     [](const Problem& p) { return known(p.packed_kv) ? std::nullopt : print_size<&Problem::seqlen_kv>(p); }},
-    {"d", "head_dim", "d128", read_size<&Problem::head_dim>, print_size<&Problem::head_dim>},
-    {"dv", "head_dim_v", "dv64", read_size<&Problem::head_dim_v>,
-     [](const Problem& p) { return p.head_dim_v == p.head_dim ? std::nullopt : print_size<&Problem::head_dim_v>(p); }},
-    {"packed", "packed", "packed=700+1300+96",
-     [](Problem& p, const Token& t) { read_packed_q(p, t), read_packed_kv(p, t); },
-     [](const Problem& p) {
-       return p.packed() && packed_alike(p) ? std::optional(print_packed(p.packed_q, p.total_q)) : std::nullopt;
-     }},
+    {"b", "batch", "b2", [](P& p, const T& t) { read(p.batch, t); },
+     [](const P& p) { return when(!known(p.packed_q) && !known(p.packed_kv), p.batch); }},
+    {"hq", "num_q_heads", "hq16", [](P& p, const T& t) { read(p.num_q_heads, t); },
+     [](const P& p) { return when(true, p.num_q_heads); }},
+    {"hkv", "num_kv_heads", "hkv4", [](P& p, const T& t) { read(p.num_kv_heads, t); },
+     [](const P& p) { return when(true, p.num_kv_heads); }},
+    {"sq", "seqlen_q", "sq1024", [](P& p, const T& t) { read(p.seqlen_q, t); },
+     [](const P& p) { return when(!known(p.packed_q), p.seqlen_q); }},
+    {"skv", "seqlen_kv", "skv1024", [](P& p, const T& t) { read(p.seqlen_kv, t); },
+     [](const P& p) { return when(!known(p.packed_kv), p.seqlen_kv); }},
+    {"d", "head_dim", "d128", [](P& p, const T& t) { read(p.head_dim, t); },
+     [](const P& p) { return when(true, p.head_dim); }},
+    {"dv", "head_dim_v", "dv64", [](P& p, const T& t) { read(p.head_dim_v, t); },
+     [](const P& p) { return when(p.head_dim_v != p.head_dim, p.head_dim_v); }},
+    {"packed", "packed", "packed=700+1300+96", [](P& p, const T& t) { read_packed_q(p, t), read_packed_kv(p, t); },
+     [](const P& p) { return when(p.packed() && alike(p), p.packed_q, p.total_q); }},
     {"packed_q", "packed_q", "packed_q=700+1300+96", read_packed_q,
-     [](const Problem& p) {
-       return p.packed() && !packed_alike(p) ? std::optional(print_packed(p.packed_q, p.total_q)) : std::nullopt;
-     }},
+     [](const P& p) { return when(p.packed() && !alike(p), p.packed_q, p.total_q); }},
     {"packed_kv", "packed_kv", "packed_kv=700+1300+96", read_packed_kv,
-     [](const Problem& p) {
-       return p.packed() && !packed_alike(p) ? std::optional(print_packed(p.packed_kv, p.total_kv)) : std::nullopt;
-     }},
-    {"qlen", "q_lengths", "qlen=1000,700", read_lengths<&Problem::q_lengths>, print_lengths<&Problem::q_lengths>},
-    {"kvlen", "kv_lengths", "kvlen=1000,700", read_lengths<&Problem::kv_lengths>, print_lengths<&Problem::kv_lengths>},
-    {"causal", "causal", "causal=bottom_right",
-     [](Problem& p, const Token& t) { p.causal = word(t, kCorners, t.value); },
-     [](const Problem& p) {
-       return p.causal == Causal::kNone ? std::nullopt : std::optional(word_of(kCorners, p.causal));
-     }},
+     [](const P& p) { return when(p.packed() && !alike(p), p.packed_kv, p.total_kv); }},
+    {"qlen", "q_lengths", "qlen=1000,700", [](P& p, const T& t) { read(p.q_lengths, t); },
+     [](const P& p) { return when(p.q_lengths); }},
+    {"kvlen", "kv_lengths", "kvlen=1000,700", [](P& p, const T& t) { read(p.kv_lengths, t); },
+     [](const P& p) { return when(p.kv_lengths); }},
+    {"causal", "causal", "causal=bottom_right", [](P& p, const T& t) { read(p.causal, t, kCorners); },
+     [](const P& p) { return when(p.causal != Causal::kNone, word_of(kCorners, p.causal)); }},
     {"window", "window", "window=256,-", read_window, print_window},
-    {"mask", "mask", "mask=b11k", [](Problem& p, const Token& t) { p.mask = read_extent(t, t.value); },
-     [](const Problem& p) { return p.mask ? std::optional(print_extent(*p.mask)) : std::nullopt; }},
+    {"mask", "mask", "mask=b11k", [](P& p, const T& t) { p.mask = read_extent(t, t.value); },
+     [](const P& p) { return when(p.mask.has_value(), print_extent(p.mask.value_or(Extent{}))); }},
     {"bias", "bias", "bias=1hqk:fp32", read_bias, print_bias},
-    {"alibi", "alibi", "alibi=b",
-     [](Problem& p, const Token& t) {
-       if (!t.value.empty() && t.value != "b") refuse_form(t);
-       p.alibi = t.value.empty() ? Alibi::kPerHead : Alibi::kPerBatchAndHead;
-     },
-     [](const Problem& p) {
-       return p.alibi == Alibi::kPerBatchAndHead ? std::optional<std::string>("b")
-                                                 : print_flag(p.alibi != Alibi::kNone);
-     }},
-    {"sink", "sink", "sink", [](Problem& p, const Token& t) { flag(t), p.sink = true; },
-     [](const Problem& p) { return print_flag(p.sink); }},
-    {"softcap", "softcap", "softcap=30", [](Problem& p, const Token& t) { p.softcap = number<float>(t, t.value); },
-     [](const Problem& p) { return p.softcap == 0.0F ? std::nullopt : std::optional(shortest(p.softcap)); }},
-    {"scale", "softmax_scale", "scale=0.125",
-     [](Problem& p, const Token& t) { p.softmax_scale = number<float>(t, t.value); },
-     [](const Problem& p) { return p.softmax_scale ? std::optional(shortest(*p.softmax_scale)) : std::nullopt; }},
-    {"dropout", "dropout", "dropout=0.1",
-     [](Problem& p, const Token& t) { p.dropout.probability = number<float>(t, t.value); },
-     [](const Problem& p) {
-       return p.dropout.probability == 0.0F ? std::nullopt : std::optional(shortest(p.dropout.probability));
-     }},
-    {"seed", "seed", "seed=7", [](Problem& p, const Token& t) { p.dropout.seed = number<std::uint64_t>(t, t.value); },
-     [](const Problem& p) {
-       return p.dropout.seed == 0 ? std::nullopt : std::optional(std::to_string(p.dropout.seed));
-     }},
-    {"offset", "offset", "offset=0",
-     [](Problem& p, const Token& t) { p.dropout.offset = number<std::uint64_t>(t, t.value); },
-     [](const Problem& p) {
-       return p.dropout.offset == 0 ? std::nullopt : std::optional(std::to_string(p.dropout.offset));
-     }},
-    {"layout", "layout", "layout=bhsd", [](Problem& p, const Token& t) { p.layout = word(t, kLayouts, t.value); },
-     [](const Problem& p) {
-       return p.layout == Layout::kBshd ? std::nullopt : std::optional(word_of(kLayouts, p.layout));
-     }},
-    {"deterministic", "deterministic", "deterministic",
-     [](Problem& p, const Token& t) { flag(t), p.deterministic = true; },
-     [](const Problem& p) { return print_flag(p.deterministic); }},
+    {"alibi", "alibi", "alibi=b", read_alibi,
+     [](const P& p) { return when(p.alibi != Alibi::kNone, p.alibi == Alibi::kPerHead ? "" : "b"); }},
+    {"sink", "sink", "sink", [](P& p, const T& t) { read(p.sink, t); }, [](const P& p) { return when(p.sink); }},
+    {"softcap", "softcap", "softcap=30", [](P& p, const T& t) { read(p.softcap, t); },
+     [](const P& p) { return when(p.softcap != 0, p.softcap); }},
+    {"scale", "softmax_scale", "scale=0.125", [](P& p, const T& t) { read(p.softmax_scale.emplace(), t); },
+     [](const P& p) { return when(p.softmax_scale.has_value(), p.softmax_scale.value_or(0)); }},
+    {"dropout", "dropout", "dropout=0.1", [](P& p, const T& t) { read(p.dropout.probability, t); },
+     [](const P& p) { return when(p.dropout.probability != 0, p.dropout.probability); }},
+    {"seed", "seed", "seed=7", [](P& p, const T& t) { read(p.dropout.seed, t); },
+     [](const P& p) { return when(p.dropout.seed != 0, p.dropout.seed); }},
+    {"offset", "offset", "offset=0", [](P& p, const T& t) { read(p.dropout.offset, t); },
+     [](const P& p) { return when(p.dropout.offset != 0, p.dropout.offset); }},
+    {"layout", "layout", "layout=bhsd", [](P& p, const T& t) { read(p.layout, t, kLayouts); },
+     [](const P& p) { return when(p.layout != Layout::kBshd, word_of(kLayouts, p.layout)); }},
+    {"deterministic", "deterministic", "deterministic", [](P& p, const T& t) { read(p.deterministic, t); },
+     [](const P& p) { return when(p.deterministic); }},
 };
 
 /// The next word of the line; empty at its end.
@@ -443,7 +423,7 @@ void parse_options(std::string_view options, Problem& problem) {
 std::string to_string(const Problem& problem) {
   std::string line = word_of(kDirections, problem.direction) + " " + name(problem.dtype);
   for (const Row& row : kRows) {
-    const std::optional<std::string> value = row.print(problem);
+    const Value value = row.print(problem);
     if (!value) continue;
     line.append(" ").append(row.name).append(row.is_size() || value->empty() ? "" : "=").append(*value);
   }

@@ -165,9 +165,7 @@ enum class Use {
   kOutput,     // contiguous last dimension, and no two elements in one place
 };
 
-void check_shape(const char* name, const Tensor& t, std::initializer_list<std::int64_t> shape) {
-  Tensor wanted;
-  for (const std::int64_t extent : shape) wanted.shape[wanted.rank++] = extent;
+void check_shape(const char* name, const Tensor& t, const Tensor& wanted) {
   if (t.rank < 1 || t.rank > Tensor::kMaxRank) {
     refuse(name, " has ", t.rank, " dimensions but must have the shape ", shape_text(wanted));
   }
@@ -216,134 +214,112 @@ void check_memory(const char* name, const Tensor& t, Use use) {
   }
 }
 
-/// Every tensor of one call, checked against the problem one by one.
-class Checker {
- public:
-  Checker(const Problem& problem, const Device& device) : p_(problem), device_(device) {}
+enum class Presence { kRequired, kOptional };
 
-  void check(const char* name, const Tensor& t, DType dtype, std::initializer_list<std::int64_t> shape, Use use) const {
-    if (t.rank == 0) refuse(name, " is missing");
-    check_shape(name, t, shape);
-    if (t.dtype != dtype) refuse(name, " is ", fovea::name(t.dtype), " but must be ", fovea::name(dtype));
-    if (t.device.kind != device_.kind || t.device.index != device_.index) {
-      refuse(name, " is on ", fovea::name(t.device), " but the plan is for ", fovea::name(device_));
-    }
-    check_memory(name, t, use);
+/// `wanted`: dtype, device and shape of the tensor; undefined where the problem has none.
+void check(const char* name, const Tensor& t, const Tensor& wanted, Use use, Presence presence = Presence::kRequired) {
+  if (t.rank == 0 && (presence == Presence::kOptional || wanted.rank == 0)) return;
+  if (t.rank == 0) refuse(name, " is missing; it must have the shape ", shape_text(wanted));
+  if (wanted.rank == 0) refuse(name, " is given but the problem has none; leave it out");
+  check_shape(name, t, wanted);
+  if (t.dtype != wanted.dtype) refuse(name, " is ", fovea::name(t.dtype), " but must be ", fovea::name(wanted.dtype));
+  if (t.device.kind != wanted.device.kind || t.device.index != wanted.device.index) {
+    refuse(name, " is on ", fovea::name(t.device), " but the plan is for ", fovea::name(wanted.device));
   }
+  check_memory(name, t, use);
+}
 
-  /// A tensor that is there exactly where the problem has the option.
-  void check_option(const char* name, const Tensor& t, bool wanted, DType dtype,
-                    std::initializer_list<std::int64_t> shape, Use use) const {
-    if (wanted) return check(name, t, dtype, shape, use);
-    if (t.rank != 0) refuse(name, " is given but the problem has none: ", to_string(p_));
-  }
+/// The tensors of a problem, without data; gradients are like what they are the gradient of.
+struct Wanted {
+  Tensor q, k, v, out, lse, mask, bias, alibi_slopes, sink;
 
-  /// A tensor that may be left out, and must be where the problem lacks the option.
-  void check_optional(const char* name, const Tensor& t, bool allowed, DType dtype,
-                      std::initializer_list<std::int64_t> shape, Use use) const {
-    if (t.rank != 0) check_option(name, t, allowed, dtype, shape, use);
-  }
-
-  void heads_of_tokens(const char* name, const Tensor& t, bool query, std::int64_t heads, std::int64_t dim,
-                       Use use) const {
-    if (p_.packed()) return check(name, t, p_.dtype, {query ? p_.total_q : p_.total_kv, heads, dim}, use);
-    check(name, t, p_.dtype, {p_.batch, query ? p_.seqlen_q : p_.seqlen_kv, heads, dim}, use);
-  }
-  void q_like(const char* name, const Tensor& t, Use use) const {
-    heads_of_tokens(name, t, true, p_.num_q_heads, p_.head_dim, use);
-  }
-  void k_like(const char* name, const Tensor& t, Use use) const {
-    heads_of_tokens(name, t, false, p_.num_kv_heads, p_.head_dim, use);
-  }
-  void v_like(const char* name, const Tensor& t, Use use) const {
-    heads_of_tokens(name, t, false, p_.num_kv_heads, p_.head_dim_v, use);
-  }
-  void out_like(const char* name, const Tensor& t, Use use) const {
-    heads_of_tokens(name, t, true, p_.num_q_heads, p_.head_dim_v, use);
-  }
-  void lse_like(const char* name, const Tensor& t, Use use) const {
-    if (p_.packed()) return check(name, t, DType::kFloat32, {p_.num_q_heads, p_.total_q}, use);
-    check(name, t, DType::kFloat32, {p_.batch, p_.num_q_heads, p_.seqlen_q}, use);
+  Wanted(const Problem& p, const Device& device) : problem(p), device(device) {
+    const auto tokens = [&](std::int64_t total, std::int64_t seqlen, std::int64_t heads, std::int64_t dim) {
+      return p.packed() ? dense(p.dtype, {total, heads, dim}) : dense(p.dtype, {p.batch, seqlen, heads, dim});
+    };
+    const auto matrix = [&](DType dtype, const std::optional<Extent>& e) {
+      if (!e) return Tensor{};
+      return dense(dtype, {e->batch ? p.batch : 1, e->heads ? p.num_q_heads : 1, e->queries ? p.seqlen_q : 1,
+                           e->keys ? p.seqlen_kv : 1});
+    };
+    constexpr DType kFloat = DType::kFloat32;
+    q = tokens(p.total_q, p.seqlen_q, p.num_q_heads, p.head_dim);
+    k = tokens(p.total_kv, p.seqlen_kv, p.num_kv_heads, p.head_dim);
+    v = tokens(p.total_kv, p.seqlen_kv, p.num_kv_heads, p.head_dim_v);
+    out = tokens(p.total_q, p.seqlen_q, p.num_q_heads, p.head_dim_v);
+    lse = p.packed() ? dense(kFloat, {p.num_q_heads, p.total_q}) : dense(kFloat, {p.batch, p.num_q_heads, p.seqlen_q});
+    mask = matrix(DType::kBool, p.mask);
+    bias = matrix(p.bias_dtype, p.bias);
+    if (p.alibi == Alibi::kPerHead) alibi_slopes = dense(kFloat, {p.num_q_heads});
+    if (p.alibi == Alibi::kPerBatchAndHead) alibi_slopes = dense(kFloat, {p.batch, p.num_q_heads});
+    if (p.sink) sink = dense(kFloat, {p.num_q_heads});
   }
 
-  // Options, and their gradients, which have their shape: `checks` is check_option or check_optional.
-  using Checks = void (Checker::*)(const char*, const Tensor&, bool, DType, std::initializer_list<std::int64_t>,
-                                   Use) const;
-  void matrix(Checks checks, const char* name, const Tensor& t, const std::optional<Extent>& extent, DType dtype,
-              Use use) const {
-    const Extent e = extent.value_or(Extent{});
-    (this->*checks)(
-        name, t, extent.has_value(), dtype,
-        {e.batch ? p_.batch : 1, e.heads ? p_.num_q_heads : 1, e.queries ? p_.seqlen_q : 1, e.keys ? p_.seqlen_kv : 1},
-        use);
-  }
-  void alibi(Checks checks, const char* name, const Tensor& t, Use use) const {
-    const bool wanted = p_.alibi != Alibi::kNone;
-    if (p_.alibi != Alibi::kPerBatchAndHead)
-      return (this->*checks)(name, t, wanted, DType::kFloat32, {p_.num_q_heads}, use);
-    (this->*checks)(name, t, wanted, DType::kFloat32, {p_.batch, p_.num_q_heads}, use);
-  }
-  void sink(Checks checks, const char* name, const Tensor& t, Use use) const {
-    (this->*checks)(name, t, p_.sink, DType::kFloat32, {p_.num_q_heads}, use);
-  }
-
-  /// Lengths, or cu_seqlens: shape, and on the CPU the values.
-  std::vector<std::int64_t> slots(const char* name, const Tensor& t, const Lengths& packed, std::int64_t total,
-                                  const Size& seqlen) const {
-    check_option(name, t, packed.present, DType::kInt32, {p_.batch + 1}, Use::kInput);
-    if (!packed.present || device_.kind != DeviceKind::kCpu) return {};
-    auto values = read_cu_seqlens(name, t, p_.batch, total);
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      if (values[i] > seqlen.value) {
-        refuse(name, " makes sequence ", i, " ", values[i], " long, more than ", seqlen.name, " (", seqlen.value, ")");
-      }
-    }
-    same_values(name, values, packed);
-    return values;
-  }
-  void lengths(const char* name, const Tensor& t, const Lengths& lengths, const Size& seqlen,
-               std::vector<std::int64_t> slots) const {
-    check_option(name, t, lengths.present, DType::kInt32, {p_.batch}, Use::kInput);
-    if (!lengths.present || device_.kind != DeviceKind::kCpu) return;
-    const Lengths actual{true, read_lengths(name, t, p_.batch)};
-    check_lengths(name, actual, p_.batch, seqlen, {!slots.empty(), std::move(slots)});
-    same_values(name, actual.values, lengths);
-  }
-
-  void inputs(const Inputs& in) const {
-    q_like("q", in.q, Use::kInput);
-    k_like("k", in.k, Use::kInput);
-    v_like("v", in.v, Use::kInput);
-    matrix(&Checker::check_option, "mask", in.mask, p_.mask, DType::kBool, Use::kBroadcast);
-    matrix(&Checker::check_option, "bias", in.bias, p_.bias, p_.bias_dtype, Use::kBroadcast);
-    alibi(&Checker::check_option, "alibi_slopes", in.alibi_slopes, Use::kInput);
-    sink(&Checker::check_option, "sink", in.sink, Use::kInput);
-    const Size sq{"seqlen_q", p_.seqlen_q}, skv{"seqlen_kv", p_.seqlen_kv};
-    lengths("q_lengths", in.q_lengths, p_.q_lengths, sq,
-            slots("cu_seqlens_q", in.cu_seqlens_q, p_.packed_q, p_.total_q, sq));
-    lengths("kv_lengths", in.kv_lengths, p_.kv_lengths, skv,
-            slots("cu_seqlens_kv", in.cu_seqlens_kv, p_.packed_kv, p_.total_kv, skv));
+  void check_inputs(const Inputs& in) const {
+    check("q", in.q, q, Use::kInput);
+    check("k", in.k, k, Use::kInput);
+    check("v", in.v, v, Use::kInput);
+    check("mask", in.mask, mask, Use::kBroadcast);
+    check("bias", in.bias, bias, Use::kBroadcast);
+    check("alibi_slopes", in.alibi_slopes, alibi_slopes, Use::kInput);
+    check("sink", in.sink, sink, Use::kInput);
+    const auto& p = problem;
+    const Size sq{"seqlen_q", p.seqlen_q}, skv{"seqlen_kv", p.seqlen_kv};
+    const Lengths slots_q = check_slots("cu_seqlens_q", in.cu_seqlens_q, p.packed_q, p.total_q, sq);
+    const Lengths slots_kv = check_slots("cu_seqlens_kv", in.cu_seqlens_kv, p.packed_kv, p.total_kv, skv);
+    check_lengths_tensor("q_lengths", in.q_lengths, p.q_lengths, sq, slots_q);
+    check_lengths_tensor("kv_lengths", in.kv_lengths, p.kv_lengths, skv, slots_kv);
   }
 
  private:
+  [[nodiscard]] Tensor dense(DType dtype, std::initializer_list<std::int64_t> shape) const {
+    return Tensor::contiguous(nullptr, dtype, shape, device);
+  }
+
+  /// int32 [count] where the problem has it; true where its values are there to be checked, too.
+  bool check_ints(const char* name, const Tensor& t, bool present, std::int64_t count) const {
+    check(name, t, present ? dense(DType::kInt32, {count}) : Tensor{}, Use::kInput);
+    return present && device.kind == DeviceKind::kCpu;
+  }
+
+  Lengths check_slots(const char* name, const Tensor& t, const Lengths& packed, std::int64_t total, Size seqlen) const {
+    if (!check_ints(name, t, packed.present, problem.batch + 1)) return {};
+    const Lengths slots{true, read_cu_seqlens(name, t, problem.batch, total)};
+    for (std::size_t i = 0; i < slots.values.size(); ++i) {
+      if (slots.values[i] <= seqlen.value) continue;
+      refuse(name, " makes sequence ", i, " ", slots.values[i], " long, more than ", seqlen.name, " (", seqlen.value,
+             ")");
+    }
+    check_stated(name, slots, packed);
+    return slots;
+  }
+
+  void check_lengths_tensor(const char* name, const Tensor& t, const Lengths& stated, Size seqlen,
+                            const Lengths& slots) const {
+    if (!check_ints(name, t, stated.present, problem.batch)) return;
+    const Lengths lengths{true, read_lengths(name, t, problem.batch)};
+    check_lengths(name, lengths, problem.batch, seqlen, slots);
+    check_stated(name, lengths, stated);
+  }
+
   /// A plan may rely on lengths that its problem states.
-  static void same_values(const char* name, const std::vector<std::int64_t>& actual, const Lengths& planned) {
-    for (std::size_t i = 0; i < planned.values.size(); ++i) {
-      if (actual[i] == planned.values[i]) continue;
-      refuse(name, " gives sequence ", i, " the length ", actual[i], " but the problem states ", planned.values[i],
-             "; plan for random lengths where they change");
+  static void check_stated(const char* name, const Lengths& lengths, const Lengths& stated) {
+    for (std::size_t i = 0; i < stated.values.size(); ++i) {
+      if (lengths.values[i] == stated.values[i]) continue;
+      refuse(name, " gives sequence ", i, " the length ", lengths.values[i], " but the problem states ",
+             stated.values[i], "; plan for random lengths where they change");
     }
   }
 
-  const Problem& p_;
-  const Device& device_;
+  const Problem& problem;
+  const Device& device;
 };
 
 }  // namespace
 
 std::vector<std::int64_t> read_lengths(const char* name, const Tensor& t, std::int64_t count) {
   if (t.dtype != DType::kInt32) refuse(name, " is ", fovea::name(t.dtype), " but must be int32");
-  check_shape(name, t, {count});
+  check_shape(name, t, Tensor::contiguous(nullptr, DType::kInt32, {count}));
   check_memory(name, t, Use::kInput);
   const auto* values = static_cast<const std::int32_t*>(t.data);
   return {values, values + count};
@@ -364,25 +340,25 @@ std::vector<std::int64_t> read_cu_seqlens(const char* name, const Tensor& t, std
 }
 
 void validate_forward(const Problem& problem, const Device& device, const Inputs& in, const Outputs& out) {
-  const Checker checker(problem, device);
-  checker.inputs(in);
-  checker.out_like("out", out.out, Use::kOutput);
-  if (out.lse.rank != 0) checker.lse_like("lse", out.lse, Use::kOutput);
+  const Wanted wanted(problem, device);
+  wanted.check_inputs(in);
+  check("out", out.out, wanted.out, Use::kOutput);
+  check("lse", out.lse, wanted.lse, Use::kOutput, Presence::kOptional);
 }
 
 void validate_backward(const Problem& problem, const Device& device, const Inputs& in, const Outputs& out) {
-  const Checker checker(problem, device);
-  checker.inputs(in);
-  checker.out_like("out", in.out, Use::kInput);
-  checker.lse_like("lse", in.lse, Use::kInput);
-  checker.out_like("dout", in.dout, Use::kInput);
-  if (in.dlse.rank != 0) checker.lse_like("dlse", in.dlse, Use::kBroadcast);
-  checker.q_like("dq", out.dq, Use::kOutput);
-  checker.k_like("dk", out.dk, Use::kOutput);
-  checker.v_like("dv", out.dv, Use::kOutput);
-  checker.matrix(&Checker::check_optional, "dbias", out.dbias, problem.bias, problem.bias_dtype, Use::kOutput);
-  checker.alibi(&Checker::check_optional, "dalibi_slopes", out.dalibi_slopes, Use::kOutput);
-  checker.sink(&Checker::check_optional, "dsink", out.dsink, Use::kOutput);
+  const Wanted wanted(problem, device);
+  wanted.check_inputs(in);
+  check("out", in.out, wanted.out, Use::kInput);
+  check("lse", in.lse, wanted.lse, Use::kInput);
+  check("dout", in.dout, wanted.out, Use::kInput);
+  check("dlse", in.dlse, wanted.lse, Use::kBroadcast, Presence::kOptional);
+  check("dq", out.dq, wanted.q, Use::kOutput);
+  check("dk", out.dk, wanted.k, Use::kOutput);
+  check("dv", out.dv, wanted.v, Use::kOutput);
+  check("dbias", out.dbias, wanted.bias, Use::kOutput, Presence::kOptional);
+  check("dalibi_slopes", out.dalibi_slopes, wanted.alibi_slopes, Use::kOutput, Presence::kOptional);
+  check("dsink", out.dsink, wanted.sink, Use::kOutput, Presence::kOptional);
 }
 
 }  // namespace fovea
