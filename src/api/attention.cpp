@@ -1,5 +1,7 @@
 #include <fovea/attention.h>
 
+#include "problem/refuse.h"
+
 namespace fovea {
 namespace {
 
@@ -27,26 +29,31 @@ PlanOptions plan_options(const AttentionOptions& options) {
 
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options,
                        const Tensor& out, const Tensor& lse) {
-  const Problem problem = describe(Direction::kForward, q, k, v, options);
-  plan_forward(problem, q.device, plan_options(options)).execute(operands(q, k, v, options), {.out = out, .lse = lse});
+  or_out_of_memory([&] {
+    const Problem problem = describe(Direction::kForward, q, k, v, options);
+    plan_forward(problem, q.device, plan_options(options))
+        .execute(operands(q, k, v, options), {.out = out, .lse = lse});
+  });
 }
 
 void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                         const Tensor& dout, const AttentionOptions& options, const Gradients& gradients,
                         const Tensor& dlse) {
-  const Problem problem = describe(Direction::kBackward, q, k, v, options);
-  Inputs in = operands(q, k, v, options);
-  in.out = out;
-  in.lse = lse;
-  in.dout = dout;
-  in.dlse = dlse;
-  plan_backward(problem, q.device, plan_options(options))
-      .execute(in, {.dq = gradients.dq,
-                    .dk = gradients.dk,
-                    .dv = gradients.dv,
-                    .dbias = gradients.dbias,
-                    .dalibi_slopes = gradients.dalibi_slopes,
-                    .dsink = gradients.dsink});
+  or_out_of_memory([&] {
+    const Problem problem = describe(Direction::kBackward, q, k, v, options);
+    Inputs in = operands(q, k, v, options);
+    in.out = out;
+    in.lse = lse;
+    in.dout = dout;
+    in.dlse = dlse;
+    plan_backward(problem, q.device, plan_options(options))
+        .execute(in, {.dq = gradients.dq,
+                      .dk = gradients.dk,
+                      .dv = gradients.dv,
+                      .dbias = gradients.dbias,
+                      .dalibi_slopes = gradients.dalibi_slopes,
+                      .dsink = gradients.dsink});
+  });
 }
 
 }  // namespace fovea

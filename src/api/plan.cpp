@@ -4,6 +4,7 @@
 #include <new>
 
 #include "dispatch/backend.h"
+#include "problem/refuse.h"
 #include "problem/validate.h"
 
 namespace fovea {
@@ -90,41 +91,43 @@ Plan::Plan(Report report, std::shared_ptr<const PlannedKernel> kernel)
     : report_(std::move(report)), kernel_(std::move(kernel)) {}
 
 void Plan::execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const {
-  if (problem().direction == Direction::kBackward) {
-    validate_backward(problem(), report_.device, inputs, outputs);
-  } else {
-    validate_forward(problem(), report_.device, inputs, outputs);
-  }
-  std::unique_ptr<void, AlignedDelete> owned;
-  if (workspace == nullptr && workspace_bytes() > 0) {
-    if (report_.device.kind != DeviceKind::kCpu) {
-      throw Error(ErrorCode::kInvalidArgument,
-                  "workspace is null; give " + std::to_string(workspace_bytes()) + " bytes on " + name(report_.device));
+  or_out_of_memory([&] {
+    if (problem().direction == Direction::kBackward) {
+      validate_backward(problem(), report_.device, inputs, outputs);
+    } else {
+      validate_forward(problem(), report_.device, inputs, outputs);
     }
-    owned.reset(::operator new(workspace_bytes(), kAlignment, std::nothrow));
-    workspace = owned.get();
-    if (workspace == nullptr) {
-      throw Error(ErrorCode::kOutOfMemory, "a workspace of " + std::to_string(workspace_bytes()) +
-                                               " bytes could not be allocated; free memory or use fewer threads");
+    std::unique_ptr<void, AlignedDelete> owned;
+    if (workspace == nullptr && workspace_bytes() > 0) {
+      if (report_.device.kind != DeviceKind::kCpu) {
+        throw Error(ErrorCode::kInvalidArgument, "workspace is null; give " + std::to_string(workspace_bytes()) +
+                                                     " bytes on " + name(report_.device));
+      }
+      owned.reset(::operator new(workspace_bytes(), kAlignment, std::nothrow));
+      workspace = owned.get();
+      if (workspace == nullptr) {
+        throw Error(ErrorCode::kOutOfMemory, "a workspace of " + std::to_string(workspace_bytes()) +
+                                                 " bytes could not be allocated; free memory or use fewer threads");
+      }
     }
-  }
-  if (reinterpret_cast<std::uintptr_t>(workspace) % static_cast<std::size_t>(kAlignment) != 0) {
-    throw Error(ErrorCode::kInvalidArgument, "the workspace is not aligned to 64 bytes; allocate it so");
-  }
-  kernel_->execute(inputs, outputs, workspace, stream);
+    if (reinterpret_cast<std::uintptr_t>(workspace) % static_cast<std::size_t>(kAlignment) != 0) {
+      throw Error(ErrorCode::kInvalidArgument, "the workspace is not aligned to 64 bytes; allocate it so");
+    }
+    kernel_->execute(inputs, outputs, workspace, stream);
+  });
 }
 
 Plan plan_forward(const Problem& problem, const Device& device, const PlanOptions& options) {
-  return make_plan(problem, Direction::kForward, device, options);
+  return or_out_of_memory([&] { return make_plan(problem, Direction::kForward, device, options); });
 }
 
 Plan plan_backward(const Problem& problem, const Device& device, const PlanOptions& options) {
-  return make_plan(problem, Direction::kBackward, device, options);
+  return or_out_of_memory([&] { return make_plan(problem, Direction::kBackward, device, options); });
 }
 
 Report explain(const Problem& problem, const Device& device, const PlanOptions& options) {
   const Direction direction = problem.direction == Direction::kBackward ? Direction::kBackward : Direction::kForward;
-  return prepare(problem, direction, device, options).report;
+  return or_out_of_memory([&] { return prepare(problem, direction, device, options).report; });
 }
 
 }  // namespace fovea

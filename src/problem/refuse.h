@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 #include <locale>
+#include <new>
 #include <span>
 #include <sstream>
 #include <string>
@@ -22,6 +23,16 @@ template <typename... Parts>
   sentence.imbue(std::locale::classic());
   (sentence << ... << parts);
   throw Error(ErrorCode::kInvalidArgument, sentence.str());
+}
+
+/// Runs a call of the public interface, whose every failure is an Error: memory that ran out as well.
+template <typename Call>
+auto or_out_of_memory(const Call& call) {
+  try {
+    return call();
+  } catch (const std::bad_alloc&) {
+    throw Error(ErrorCode::kOutOfMemory, "memory ran out; free some, or pose a smaller problem");
+  }
 }
 
 /// The shortest text that reads back as the same number; −0 is 0.
