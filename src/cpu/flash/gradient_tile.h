@@ -82,9 +82,10 @@ struct RowGroup {
   bool recompute(i64 p, const Context& context, Interval keys, const float* k, const float* v) {
     const FlashCall& call = context.call;
     const Panel& panel = panels[p];
-    const math::TileState state =
+    math::TileState state =
         panel.rows == 0 ? math::TileState::kHidden : context.sequence.band.tile(panel.queries, keys);
     if (state == math::TileState::kHidden) return false;
+    if (panel.rows < kPanelRows) state = math::TileState::kPartial;  // hides the lanes without a row from NaN keys
     if (call.mask.data != nullptr && !gather_mask(mask, panel, context, keys)) return false;
     const Tile scores = tile_of(s, p, keys), gradient = tile_of(ds, p, keys), slope_of_cap = tile_of(tangent, p, keys);
     const i64 rows = p * kPanelRows;
