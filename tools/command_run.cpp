@@ -105,6 +105,10 @@ void Run::draw(const AttentionCall& call, const Report& report) const {
   picture.tokens_kv = tokens_of(call, picture.seqlen_kv);
   picture.facts.insert(picture.facts.begin(), {"tensors", title()});
   picture.facts.emplace_back("runs on", report.backend);
+  for (const auto& [key, value] : call.metadata) {  // what a file says of itself
+    if (key == "title") picture.title = value;
+    if (key == "model" || key == "layer" || key == "text source") picture.facts.emplace_back(key, value);
+  }
   write_attention_picture(plot, picture);
 }
 
