@@ -50,7 +50,7 @@ std::vector<double> exact_weights(Problem problem, Inputs inputs) {
                  ? v.view()
                  : Tensor::contiguous(v.view().data, problem.dtype,
                                       {problem.batch, problem.seqlen_kv, problem.num_kv_heads, problem.seqlen_kv});
-  return cpu::reference(problem, inputs).out.value;
+  return cpu::reference(problem, inputs).out;
 }
 
 /// Whether the picture of every sequence shows the oracle's weights.

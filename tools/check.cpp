@@ -18,6 +18,7 @@
 #include "random.h"
 #include "random_problem.h"
 #include "terminal.h"
+#include "workload.h"
 
 namespace fovea::tools {
 namespace {
@@ -53,7 +54,10 @@ std::vector<std::byte> bits_of(const Tensor& t) {
 class Check {
  public:
   Check(const Problem& problem, std::uint64_t seed, const CheckOptions& options)
-      : problem_(problem), options_(options), work_(problem, seed, Data::kHostile), plain_(plain(work_.operands())) {
+      : problem_(problem),
+        options_(options),
+        work_(problem, seed, Data::kHostile),
+        peers_(work_.operands(), work_.exact()) {
     if (options_.num_threads == 0) options_.num_threads = static_cast<int>(Draw(seed, kThreads).between(1, 3));
   }
 
@@ -80,7 +84,7 @@ class Check {
     for (const ResultKind& kind : result_kinds()) {
       const Tensor& tensor = work_.outputs().*kind.tensor;
       if (kind.forward != forward || !tensor.defined()) continue;
-      result_.figures.push_back(judge(kind, work_.problem(), work_.exact().*kind.exact, plain_.*kind.plain, tensor));
+      result_.figures.push_back(judge(kind, peers_, tensor));
       if (!result_.figures.back().failure.empty()) result_.failures.push_back(result_.figures.back().failure);
       first.push_back(bits_of(tensor));
     }
@@ -103,7 +107,7 @@ class Check {
   Problem problem_;
   CheckOptions options_;
   Workload work_;
-  PlainResult plain_;
+  Peers peers_;
   CheckResult result_;
 };
 

@@ -1,11 +1,13 @@
 #pragma once
 
+#include <fovea/plan.h>
+
 #include <span>
 #include <string>
 #include <vector>
 
-#include "plain.h"
-#include "workload.h"
+#include "cpu/reference.h"
+#include "roundings.h"
 
 namespace fovea::tools {
 
@@ -19,22 +21,26 @@ struct Figure {
 /// At most this much larger than that of its peers may an error be.
 inline constexpr double kMostRatio = 2.0;
 
-/// One result tensor of a problem: how the oracle, the plain formula and a run name it.
+/// One result tensor of a problem: how its peers and a run name it.
 struct ResultKind {
   const char* name;
   bool forward;  ///< of the forward pass
-  cpu::Exact cpu::ReferenceResult::*exact;
-  std::vector<double> PlainResult::*plain;
+  std::vector<double> cpu::Results::*values;
+  Rounding Roundings::*rounding;
   Tensor Outputs::*tensor;
-  int roundings;    ///< operations of the formula behind the logits, each of which rounds once
-  int for_dropout;  ///< and how many more there are with dropout,
-  int for_softcap;  ///< with softcap
 };
 
 [[nodiscard]] std::span<const ResultKind> result_kinds();
 
+/// What results of a problem are held against.
+struct Peers {
+  explicit Peers(const cpu::Operands& operands, cpu::Results exact);
+  DType dtype;
+  cpu::Results exact, plain;
+  Roundings unavoidable;
+};
+
 /// Judges what a run has left in `result`, a tensor of the given kind.
-[[nodiscard]] Figure judge(const ResultKind& kind, const Problem& problem, const cpu::Exact& exact,
-                           const std::vector<double>& plain, const Tensor& result);
+[[nodiscard]] Figure judge(const ResultKind& kind, const Peers& peers, const Tensor& result);
 
 }  // namespace fovea::tools

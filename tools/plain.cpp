@@ -47,7 +47,7 @@ class Plain {
     dsink_.resize(x.sink.size());
   }
 
-  PlainResult run() {
+  cpu::Results run() {
     for (b_ = 0; b_ < p_.batch; ++b_) {
       for (h_ = 0; h_ < p_.num_q_heads; ++h_) {
         forward();
@@ -203,6 +203,6 @@ class Plain {
 
 }  // namespace
 
-PlainResult plain(const Operands& operands) { return Plain(operands).run(); }
+cpu::Results plain(const Operands& operands) { return Plain(operands).run(); }
 
 }  // namespace fovea::tools

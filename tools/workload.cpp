@@ -201,8 +201,8 @@ class Workload::Maker {
     }
     work_.inputs_.out = make_rows(p_.num_q_heads, p_.head_dim_v, true, false);
     work_.inputs_.lse = make_lse(false);
-    cpu::store_all(work_.inputs_.out, work_.exact_->out.value);
-    cpu::store_all(work_.inputs_.lse, work_.exact_->lse.value);
+    cpu::store_all(work_.inputs_.out, work_.exact_->out);
+    cpu::store_all(work_.inputs_.lse, work_.exact_->lse);
   }
 
  private:

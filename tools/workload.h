@@ -37,7 +37,7 @@ class Workload {
 
   /// Hostile workloads only: the operands as the oracle reads them, and what it makes of them.
   [[nodiscard]] const cpu::Operands& operands() const { return *operands_; }
-  [[nodiscard]] const cpu::ReferenceResult& exact() const { return *exact_; }
+  [[nodiscard]] const cpu::Results& exact() const { return *exact_; }
 
   /// Elements of a tensor as doubles, densely packed.
   [[nodiscard]] static std::vector<double> read(const Tensor& tensor);
@@ -61,7 +61,7 @@ class Workload {
   Outputs outputs_;
   std::vector<Buffer> buffers_;
   std::optional<cpu::Operands> operands_;
-  std::optional<cpu::ReferenceResult> exact_;
+  std::optional<cpu::Results> exact_;
 };
 
 }  // namespace fovea::tools

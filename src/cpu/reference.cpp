@@ -1,5 +1,6 @@
 #include "cpu/reference.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -140,65 +141,41 @@ double Operands::dropout(std::int64_t b, std::int64_t h, std::int64_t i, std::in
 
 namespace {
 
-/// A factor of a sum together with its yardsticks (docs/error_rule.md).
-struct Factor {
-  double value, magnitude, sensitivity;
-  [[nodiscard]] Factor times(double x) const { return {value * x, magnitude * std::abs(x), sensitivity * std::abs(x)}; }
-};
-
-/// sum[at + c] += factor · x[c]
-void accumulate(Exact& sum, std::int64_t at, const Factor& factor, const double* x, std::int64_t count) {
-  double* const value = sum.value.data() + at;
-  double* const magnitude = sum.magnitude.data() + at;
-  double* const sensitivity = sum.sensitivity.data() + at;
-  for (std::int64_t c = 0; c < count; ++c) {
-    value[c] += factor.value * x[c];
-    magnitude[c] += factor.magnitude * std::abs(x[c]);
-    sensitivity[c] += factor.sensitivity * std::abs(x[c]);
-  }
+double dot(const double* x, const double* y, std::int64_t count) {
+  double sum = 0.0;
+  for (std::int64_t c = 0; c < count; ++c) sum += x[c] * y[c];
+  return sum;
 }
 
-Exact zeros(std::size_t count) {
-  return {std::vector<double>(count), std::vector<double>(count), std::vector<double>(count)};
+/// sum += factor · x
+void accumulate(double* sum, double factor, const double* x, std::int64_t count) {
+  for (std::int64_t c = 0; c < count; ++c) sum[c] += factor * x[c];
 }
-
-/// A sum of products and the sum of their sizes.
-struct Dot {
-  double value = 0.0, magnitude = 0.0;
-  Dot(const double* x, const double* y, std::int64_t count) {
-    for (std::int64_t c = 0; c < count; ++c) {
-      value += x[c] * y[c];
-      magnitude += std::abs(x[c] * y[c]);
-    }
-  }
-};
 
 /// One visible entry of a row of the N×N matrix.
 struct Entry {
   std::int64_t key, kv_row;
-  double logit, logit_size;   // the logit, and the size of all that was rounded on the way to it
-  double derivative, square;  // of the softcap: 1 − tanh² and tanh²
+  double logit, softcap_derivative;
   double dropout;
-  Factor p;
+  double p;
 };
 
 class Oracle {
  public:
-  explicit Oracle(const Operands& operands) : x_(operands), p_(operands.problem), scale_(operands.scale()) {
-    const auto rows = static_cast<std::int64_t>(x_.q.size()) / p_.head_dim;
-    result_.out = zeros(static_cast<std::size_t>(rows * p_.head_dim_v));
-    result_.lse = zeros(static_cast<std::size_t>(rows));
-    result_.lse.value.assign(static_cast<std::size_t>(rows), -kInfinity);
+  explicit Oracle(const Operands& operands) : x_(operands), p_(operands.problem) {
+    const std::size_t rows = x_.q.size() / p_.head_dim;
+    result_.out.assign(rows * p_.head_dim_v, 0.0);
+    result_.lse.assign(rows, -kInfinity);
     if (!p_.backward()) return;
-    result_.dq = zeros(x_.q.size());
-    result_.dk = zeros(x_.k.size());
-    result_.dv = zeros(x_.v.size());
-    result_.dbias = zeros(x_.bias.values.size());
-    result_.dalibi_slopes = zeros(x_.alibi_slopes.size());
-    result_.dsink = zeros(x_.sink.size());
+    result_.dq.assign(x_.q.size(), 0.0);
+    result_.dk.assign(x_.k.size(), 0.0);
+    result_.dv.assign(x_.v.size(), 0.0);
+    result_.dbias.assign(x_.bias.values.size(), 0.0);
+    result_.dalibi_slopes.assign(x_.alibi_slopes.size(), 0.0);
+    result_.dsink.assign(x_.sink.size(), 0.0);
   }
 
-  ReferenceResult run() {
+  Results run() {
     for (std::int64_t b = 0; b < p_.batch; ++b) {
       for (std::int64_t h = 0; h < p_.num_q_heads; ++h) {
         for (std::int64_t i = 0; i < x_.sequences[b].len_q; ++i) row(b, h, i);
@@ -214,118 +191,70 @@ class Oracle {
       if (x_.visible(b, h, i, j)) entries_.push_back(score(b, h, i, j));
     }
     if (entries_.empty()) return;  // out 0, lse −inf, no gradients
-    softmax(b, h, i);
-    const std::int64_t out_at = x_.q_row(b, h, i) * p_.head_dim_v;
-    for (const Entry& e : entries_) {
-      accumulate(result_.out, out_at, e.p.times(e.dropout), &x_.v[e.kv_row * p_.head_dim_v], p_.head_dim_v);
-    }
-    if (p_.backward()) backward(b, h, i);
+
+    const double lse = softmax(p_.sink ? x_.sink[h] : -kInfinity);
+    result_.lse[x_.lse_at(b, h, i)] = lse;
+    const std::int64_t dv = p_.head_dim_v;
+    double* const out = &result_.out[x_.q_row(b, h, i) * dv];
+    for (const Entry& e : entries_) accumulate(out, e.p * e.dropout, &x_.v[e.kv_row * dv], dv);
+    if (p_.backward()) backward(b, h, i, lse);
   }
 
+  /// s = q·k·scale; s = softcap·tanh(s / softcap); s += alibi + bias
   Entry score(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
-    Entry e{j, x_.kv_row(b, h, j), 0.0, 0.0, 1.0, 0.0, x_.dropout(b, h, i, j), {}};
-    const Dot qk(&x_.q[x_.q_row(b, h, i) * p_.head_dim], &x_.k[e.kv_row * p_.head_dim], p_.head_dim);
-    e.logit = scale_ * qk.value;
-    e.logit_size = std::abs(scale_) * qk.magnitude + std::abs(e.logit);
+    const std::int64_t d = p_.head_dim, kv_row = x_.kv_row(b, h, j);
+    Entry e{
+        j,  kv_row, dot(&x_.q[x_.q_row(b, h, i) * d], &x_.k[kv_row * d], d) * x_.scale(), 1.0, x_.dropout(b, h, i, j),
+        0.0};
     if (p_.softcap != 0.0F) {
-      const double cap = p_.softcap, tanh = std::tanh(e.logit / cap);
-      e.square = tanh * tanh;
-      e.derivative = 1.0 - e.square;
-      e.logit = cap * tanh;
-      e.logit_size = e.derivative * e.logit_size + 2.0 * std::abs(e.logit);
+      const double tanh = std::tanh(e.logit / p_.softcap);
+      e.logit = p_.softcap * tanh;
+      e.softcap_derivative = 1.0 - tanh * tanh;
     }
-    if (p_.alibi != Alibi::kNone) {
-      const double alibi = x_.alibi_slopes[x_.slope_at(b, h)] * x_.distance(b, i, j);
-      e.logit -= alibi;
-      e.logit_size += std::abs(alibi) + std::abs(e.logit);
-    }
-    if (x_.bias.present) {
-      e.logit += x_.bias.values[x_.bias.at(b, h, i, j)];
-      e.logit_size += std::abs(e.logit);
-    }
+    if (p_.alibi != Alibi::kNone) e.logit -= x_.alibi_slopes[x_.slope_at(b, h)] * x_.distance(b, i, j);
+    if (x_.bias.present) e.logit += x_.bias.values[x_.bias.at(b, h, i, j)];
     return e;
   }
 
-  /// lse and p of the row, and what one rounding in the exponents moves of each.
-  void softmax(std::int64_t b, std::int64_t h, std::int64_t i) {
-    double max = p_.sink ? x_.sink[h] : -kInfinity, sum = 0.0;
+  /// p = softmax(s), the sink being one more logit; gives lse.
+  double softmax(double sink) {
+    double max = sink;
     for (const Entry& e : entries_) max = std::max(max, e.logit);
+    double sum = p_.sink ? std::exp(sink - max) : 0.0;
     for (const Entry& e : entries_) sum += std::exp(e.logit - max);
-    if (p_.sink) sum += std::exp(x_.sink[h] - max);
     const double lse = max + std::log(sum);
-
-    exponents_ = std::abs(lse);
-    for (Entry& e : entries_) {
-      e.p.value = std::exp(e.logit - lse);
-      exponents_ += e.p.value * e.logit_size;
-    }
-    const double p_sink = p_.sink ? std::exp(x_.sink[h] - lse) : 0.0;
-    sink_ = {p_sink, p_sink, p_sink == 0.0 ? 0.0 : p_sink * std::abs(x_.sink[h])};
-    exponents_ += sink_.sensitivity;
-    sink_.sensitivity += p_sink * exponents_ + kLostProbability;
-    for (Entry& e : entries_) {
-      e.p.magnitude = e.p.value + smallest_;
-      e.p.sensitivity = e.p.value * (e.logit_size + exponents_) + kLostProbability;
-    }
-    const std::int64_t at = x_.lse_at(b, h, i);
-    result_.lse.value[at] = lse;
-    result_.lse.magnitude[at] = 1.0;
-    result_.lse.sensitivity[at] = exponents_;
+    for (Entry& e : entries_) e.p = std::exp(e.logit - lse);
+    return lse;
   }
 
-  void backward(std::int64_t b, std::int64_t h, std::int64_t i) {
+  void backward(std::int64_t b, std::int64_t h, std::int64_t i, double lse) {
     const std::int64_t d = p_.head_dim, dv = p_.head_dim_v, row = x_.q_row(b, h, i);
-    const double one = 1.0, dlse = x_.dlse.empty() ? 0.0 : x_.dlse[x_.lse_at(b, h, i)];
+    const double dlse = x_.dlse.empty() ? 0.0 : x_.dlse[x_.lse_at(b, h, i)];
     const double* const dout = &x_.dout[row * dv];
-    const double delta = Dot(dout, &result_.out.value[row * dv], dv).value;
-    const double delta_size = Dot(dout, &result_.out.magnitude[row * dv], dv).magnitude;
+    const double delta = dot(dout, &result_.out[row * dv], dv);
     for (const Entry& e : entries_) {
-      accumulate(result_.dv, e.kv_row * dv, e.p.times(e.dropout), dout, dv);
-
-      const Dot dp(dout, &x_.v[e.kv_row * dv], dv);  // before dropout
-      const double size = e.dropout * dp.magnitude + delta_size + std::abs(dlse);
-      const Factor ds{e.p.value * (e.dropout * dp.value - delta + dlse), e.p.value * size + smallest_,
-                      e.p.sensitivity * size + kLostProbability};
-      if (x_.bias.present) {
-        accumulate(result_.dbias, static_cast<std::int64_t>(x_.bias.at(b, h, i, e.key)), ds, &one, 1);
-      }
-      if (p_.alibi != Alibi::kNone) {
-        const double distance = -x_.distance(b, i, e.key);
-        accumulate(result_.dalibi_slopes, x_.slope_at(b, h), ds, &distance, 1);
-      }
-
-      Factor dx = ds.times(e.derivative * scale_);  // of q·k
-      dx.magnitude += smallest_;
-      dx.sensitivity += 4.0 * e.square * ds.magnitude * std::abs(scale_);  // 1 − tanh² forgets what tanh was
-      accumulate(result_.dq, row * d, dx, &x_.k[e.kv_row * d], d);
-      accumulate(result_.dk, e.kv_row * d, dx, &x_.q[row * d], d);
+      accumulate(&result_.dv[e.kv_row * dv], e.p * e.dropout, dout, dv);
+      const double dp = e.dropout * dot(dout, &x_.v[e.kv_row * dv], dv);
+      const double ds = e.p * (dp - delta + dlse);
+      if (x_.bias.present) result_.dbias[x_.bias.at(b, h, i, e.key)] += ds;
+      if (p_.alibi != Alibi::kNone) result_.dalibi_slopes[x_.slope_at(b, h)] -= ds * x_.distance(b, i, e.key);
+      const double dqk = ds * e.softcap_derivative * x_.scale();
+      accumulate(&result_.dq[row * d], dqk, &x_.k[e.kv_row * d], d);
+      accumulate(&result_.dk[e.kv_row * d], dqk, &x_.q[row * d], d);
     }
-    if (p_.sink) {
-      const double size = delta_size + std::abs(dlse);
-      accumulate(result_.dsink, h, {sink_.value * (dlse - delta), sink_.magnitude * size, sink_.sensitivity * size},
-                 &one, 1);
-    }
+    if (p_.sink) result_.dsink[h] += std::exp(x_.sink[h] - lse) * (dlse - delta);
   }
-
-  // Probabilities below 2^-126 may become 0 in fp32; a rounding counts 2^-24.
-  static constexpr double kLostProbability = 0x1p-102;
 
   const Operands& x_;
   const Problem& p_;
-  const double scale_;
-  const double smallest_ = format_of(p_.dtype).smallest_normal();  // below it a stored number loses digits
-  ReferenceResult result_;
-
-  // Of the row at hand.
-  std::vector<Entry> entries_;
-  Factor sink_{};
-  double exponents_ = 0.0;  // what one rounding in the exponents moves lse by
+  Results result_;
+  std::vector<Entry> entries_;  // of the row at hand
 };
 
 }  // namespace
 
-ReferenceResult reference(const Operands& operands) { return Oracle(operands).run(); }
+Results reference(const Operands& operands) { return Oracle(operands).run(); }
 
-ReferenceResult reference(const Problem& problem, const Inputs& inputs) { return reference(Operands(problem, inputs)); }
+Results reference(const Problem& problem, const Inputs& inputs) { return reference(Operands(problem, inputs)); }
 
 }  // namespace fovea::cpu

@@ -8,18 +8,11 @@
 
 namespace fovea::cpu {
 
-/// One result of the oracle, densely packed in the shape of its tensor, and for each element the two yardsticks of what
-/// roundings cost there (docs/error_rule.md).
-struct Exact {
-  std::vector<double> value;
-  std::vector<double> magnitude;    ///< what one relative rounding of every term moves: the sum of the absolute terms
-  std::vector<double> sensitivity;  ///< what one relative rounding of everything in the exponents moves
-};
-
-/// What the oracle gives; gradients only where the problem goes backward.
-struct ReferenceResult {
-  Exact out, lse;
-  Exact dq, dk, dv, dbias, dalibi_slopes, dsink;
+/// Every result of a problem, densely packed in the shapes of `Outputs`; gradients only where the problem goes
+/// backward.
+struct Results {
+  std::vector<double> out, lse;
+  std::vector<double> dq, dk, dv, dbias, dalibi_slopes, dsink;
 };
 
 /// Where one sequence of the batch lies, and how much of it counts.
@@ -68,8 +61,8 @@ struct Operands {
 /// THE ORACLE: attention and its gradients in double precision, O(N²), straight from the formula of docs/contract.md.
 /// It shares no code with what it judges: it includes nothing of src/math and decides visibility, dropout and corners
 /// itself. Backward it recomputes everything from q, k, v; `inputs.out` and `inputs.lse` are not read.
-[[nodiscard]] ReferenceResult reference(const Operands& operands);
-[[nodiscard]] ReferenceResult reference(const Problem& problem, const Inputs& inputs);
+[[nodiscard]] Results reference(const Operands& operands);
+[[nodiscard]] Results reference(const Problem& problem, const Inputs& inputs);
 
 /// Philox of Salmon et al., SC 2011.
 [[nodiscard]] std::array<std::uint32_t, 4> philox4x32_10(std::array<std::uint32_t, 4> counter,

@@ -22,18 +22,18 @@ class ReferenceKernel final : public PlannedKernel {
 
   void execute(const Inputs& inputs, const Outputs& outputs, void* /*workspace*/, void* /*stream*/) const override {
     try {
-      const ReferenceResult result = reference(problem_, inputs);
+      const Results result = reference(problem_, inputs);
       if (problem_.forward()) {
-        store_all(outputs.out, result.out.value);
-        store_all(outputs.lse, result.lse.value);
+        store_all(outputs.out, result.out);
+        store_all(outputs.lse, result.lse);
         return;
       }
-      store_all(outputs.dq, result.dq.value);
-      store_all(outputs.dk, result.dk.value);
-      store_all(outputs.dv, result.dv.value);
-      store_all(outputs.dbias, result.dbias.value);
-      store_all(outputs.dalibi_slopes, result.dalibi_slopes.value);
-      store_all(outputs.dsink, result.dsink.value);
+      store_all(outputs.dq, result.dq);
+      store_all(outputs.dk, result.dk);
+      store_all(outputs.dv, result.dv);
+      store_all(outputs.dbias, result.dbias);
+      store_all(outputs.dalibi_slopes, result.dalibi_slopes);
+      store_all(outputs.dsink, result.dsink);
     } catch (const std::bad_alloc&) {
       throw Error(
           ErrorCode::kOutOfMemory,

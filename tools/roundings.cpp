@@ -1,0 +1,280 @@
+#include "roundings.h"
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+
+#include "cpu/elements.h"
+
+namespace fovea::tools {
+namespace {
+
+/// Roundings are independent, so their errors add up in squares.
+double together(std::initializer_list<double> errors) {
+  double squares = 0.0;
+  for (const double error : errors) squares += error * error;
+  return std::sqrt(squares);
+}
+
+/// A number and how far it may be off: see Rounding.
+struct Rounded {
+  double value, computed, stored;
+  [[nodiscard]] Rounded times(double x) const { return {value * x, computed * std::abs(x), stored * std::abs(x)}; }
+  [[nodiscard]] Rounded with(double more_computed, double more_stored) const {
+    return {value, together({computed, more_computed}), together({stored, more_stored})};
+  }
+};
+
+/// A sum of products, what its additions cost, and what storing its second operand costs.
+struct Dot : Rounded {
+  Dot(const double* x, const double* y, std::int64_t count) : Rounded{} {
+    double squares = 0.0;
+    for (std::int64_t c = 0; c < count; ++c) {
+      value += x[c] * y[c];
+      squares += x[c] * y[c] * x[c] * y[c];
+    }
+    // Each addition rounds a partial sum; the square of those, averaged over all orders of the terms.
+    computed = std::sqrt(static_cast<double>(count) * (squares / 6.0 + value * value / 3.0));
+    // Stored elements round at random, or all alike: v · 1.001 rounds back to v.
+    stored = std::sqrt(squares + value * value);
+  }
+};
+
+/// The elements of one result: sums of many terms, in an order that is nobody's business, so that each addition may
+/// round a sum as large as the final one or as the root of all squares.
+class Sums {
+ public:
+  explicit Sums(const std::vector<double>& exact)
+      : exact_(exact), computed_(exact.size()), stored_(exact.size()), squares_(exact.size()), terms_(exact.size()) {}
+
+  /// The terms factor · x[c], independent of all others, of the elements from `at`.
+  void add(std::int64_t at, const Rounded& factor, const double* x, std::int64_t count) {
+    const double value = factor.value * factor.value, computed = factor.computed * factor.computed;
+    const double stored = factor.stored * factor.stored;
+    for (std::int64_t c = 0; c < count; ++c) {
+      const double square = x[c] * x[c];
+      squares_[at + c] += value * square;
+      computed_[at + c] += computed * square;
+      stored_[at + c] += stored * square;
+      terms_[at + c] += 1.0;
+    }
+  }
+
+  /// An error that many terms of one element share.
+  void share(std::int64_t at, double computed, double stored) {
+    computed_[at] += computed * computed;
+    stored_[at] += stored * stored;
+  }
+
+  Rounding finish() && {
+    for (std::size_t i = 0; i < exact_.size(); ++i) {
+      computed_[i] = std::sqrt(computed_[i] + terms_[i] * std::max(squares_[i], exact_[i] * exact_[i]));
+      stored_[i] = std::sqrt(stored_[i]);
+    }
+    return {std::move(computed_), std::move(stored_)};
+  }
+
+ private:
+  const std::vector<double>& exact_;
+  std::vector<double> computed_, stored_;  // squares of the errors
+  std::vector<double> squares_, terms_;    // of the terms, and their number
+};
+
+/// One visible entry of a row of the N×N matrix.
+struct Entry {
+  std::int64_t key, kv_row;
+  double logit, logit_error;
+  double derivative, derivative_error;  // of the softcap
+  double dropout;
+  Rounded p;  // apart from lse's error, which the row shares
+};
+
+class Bookkeeper {
+ public:
+  Bookkeeper(const cpu::Operands& operands, const cpu::Results& exact)
+      : x_(operands),
+        exact_(exact),
+        p_(operands.problem),
+        scale_(operands.scale()),
+        out_(exact.out),
+        dq_(exact.dq),
+        dk_(exact.dk),
+        dv_(exact.dv),
+        dbias_(exact.dbias),
+        dalibi_slopes_(exact.dalibi_slopes),
+        dsink_(exact.dsink),
+        lse_{std::vector<double>(exact.lse.size()), std::vector<double>(exact.lse.size())} {}
+
+  Roundings run() {
+    for (std::int64_t b = 0; b < p_.batch; ++b) {
+      for (std::int64_t h = 0; h < p_.num_q_heads; ++h) {
+        for (std::int64_t i = 0; i < x_.sequences[b].len_q; ++i) row(b, h, i);
+      }
+    }
+    return {std::move(out_).finish(),
+            std::move(lse_),
+            std::move(dq_).finish(),
+            std::move(dk_).finish(),
+            std::move(dv_).finish(),
+            std::move(dbias_).finish(),
+            std::move(dalibi_slopes_).finish(),
+            std::move(dsink_).finish()};
+  }
+
+ private:
+  void row(std::int64_t b, std::int64_t h, std::int64_t i) {
+    entries_.clear();
+    for (std::int64_t j = 0; j < x_.sequences[b].len_kv; ++j) {
+      if (x_.visible(b, h, i, j)) entries_.push_back(score(b, h, i, j));
+    }
+    if (entries_.empty()) return;
+    softmax(b, h, i);
+    const std::int64_t dv = p_.head_dim_v, at = x_.q_row(b, h, i) * dv;
+    for (const Entry& e : entries_) out_.add(at, dropped(e), &x_.v[e.kv_row * dv], dv);
+    for (std::int64_t c = at; c < at + dv; ++c) out_.share(c, lse_error_ * exact_.out[c], 0.0);
+    if (p_.backward()) backward(b, h, i);
+  }
+
+  Entry score(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
+    Entry e{j, x_.kv_row(b, h, j), 0.0, 0.0, 1.0, 0.0, x_.dropout(b, h, i, j), {}};
+    const Dot qk(&x_.q[x_.q_row(b, h, i) * p_.head_dim], &x_.k[e.kv_row * p_.head_dim], p_.head_dim);
+    e.logit = scale_ * qk.value;
+    e.logit_error = together({scale_ * qk.computed, e.logit});  // the dot product; the scale
+    if (p_.softcap != 0.0F) {
+      const double cap = p_.softcap, tanh = std::tanh(e.logit / cap);
+      const double tanh_error = together({(1.0 - tanh * tanh) * together({e.logit_error, e.logit}) / cap, tanh});
+      e.logit = cap * tanh;
+      e.logit_error = together({cap * tanh_error, e.logit});
+      e.derivative = 1.0 - tanh * tanh;
+      e.derivative_error = together({2.0 * tanh * tanh_error, tanh * tanh, e.derivative});  // tanh, square, difference
+    }
+    if (p_.alibi != Alibi::kNone) {
+      const double alibi = x_.alibi_slopes[x_.slope_at(b, h)] * x_.distance(b, i, j);
+      e.logit -= alibi;
+      e.logit_error = together({e.logit_error, alibi, e.logit});  // product, difference
+    }
+    if (x_.bias.present) {
+      e.logit += x_.bias.values[x_.bias.at(b, h, i, j)];
+      e.logit_error = together({e.logit_error, e.logit});  // sum
+    }
+    return e;
+  }
+
+  /// The weights of the row, and what lse may be off.
+  void softmax(std::int64_t b, std::int64_t h, std::int64_t i) {
+    const double lse = exact_.lse[x_.lse_at(b, h, i)];
+    double squares = lse * lse + 1.0;  // the maximum added, and the logarithm
+    double alike = 0.0;                // constants (scale, the conversion to base 2) round every exponent alike
+    for (Entry& e : entries_) {
+      e.p = weight(e.logit, e.logit_error, lse);
+      const double exponential = e.p.value * together({e.logit_error, 1.0});
+      squares += exponential * exponential + 1.0;  // an addition rounds a sum of at most 1
+      alike += e.p.value * (std::abs(e.logit) + std::abs(e.logit - lse));
+    }
+    lse_error_ = std::sqrt(squares) + alike;
+    lse_.computed[x_.lse_at(b, h, i)] = lse_error_;
+  }
+
+  [[nodiscard]] Rounded weight(double logit, double logit_error, double lse) const {
+    const double p = std::exp(logit - lse), exponent = logit - lse;
+    // The difference, its conversion to base 2, exp, and division by the sum.
+    const double relative = together({logit_error, exponent, exponent, 1.0, 1.0});
+    return {p, p * relative + kLostWeight, p + smallest_};
+  }
+
+  void backward(std::int64_t b, std::int64_t h, std::int64_t i) {
+    const std::int64_t d = p_.head_dim, dv = p_.head_dim_v, row = x_.q_row(b, h, i);
+    const double one = 1.0, dlse = x_.dlse.empty() ? 0.0 : x_.dlse[x_.lse_at(b, h, i)];
+    const double* const dout = &x_.dout[row * dv];
+    const Dot delta(dout, &exact_.out[row * dv], dv);
+    const std::int64_t slope = x_.slope_at(b, h);
+    const bool one_bias = x_.bias.present && x_.bias.strides[3] == 0;  // for all keys of the row
+    double sum_p = 0.0, sum_ds = 0.0, far_p = 0.0, far_ds = 0.0;       // the latter times the distance
+    pulled_.assign(static_cast<std::size_t>(d), 0.0);
+
+    for (const Entry& e : entries_) {
+      const Rounded weight = dropped(e);
+      dv_.add(e.kv_row * dv, weight.with(lse_error_ * weight.value, 0.0), dout, dv);
+
+      const Dot dp(dout, &x_.v[e.kv_row * dv], dv);  // before dropout
+      const Rounded ds =
+          score_gradient(e.p, e.dropout * dp.value, e.dropout * together({dp.computed, dp.value}), delta.value, dlse);
+      const auto alone = [&](const Rounded& own, double p) {  // with what the row's entries share
+        return own.with(together({lse_error_ * own.value, delta.computed * p}), delta.stored * p);
+      };
+      if (x_.bias.present) {
+        const auto at = static_cast<std::int64_t>(x_.bias.at(b, h, i, e.key));
+        dbias_.add(at, one_bias ? ds : alone(ds, e.p.value), &one, 1);
+        sum_p += e.p.value;
+        sum_ds += ds.value;
+      }
+      if (p_.alibi != Alibi::kNone) {
+        const double distance = x_.distance(b, i, e.key);
+        dalibi_slopes_.add(slope, ds, &distance, 1);
+        far_p += e.p.value * distance;
+        far_ds += ds.value * distance;
+      }
+
+      const double factor = e.derivative * scale_, p = e.p.value * factor;
+      Rounded dqk = ds.times(factor);
+      dqk.computed = together({dqk.computed, dqk.value, dqk.value, ds.value * scale_ * e.derivative_error});
+      dk_.add(e.kv_row * d, alone(dqk, p), &x_.q[row * d], d);
+      const double* const k = &x_.k[e.kv_row * d];
+      dq_.add(row * d, dqk, k, d);
+      for (std::int64_t c = 0; c < d; ++c) pulled_[c] += p * k[c];
+    }
+
+    // What lse and delta are off moves all entries of the row together.
+    const auto share = [&](Sums& sums, std::int64_t at, double of_lse, double of_delta) {
+      sums.share(at, together({lse_error_ * of_lse, delta.computed * of_delta}), delta.stored * of_delta);
+    };
+    for (std::int64_t c = 0; c < d; ++c) share(dq_, row * d + c, exact_.dq[row * d + c], pulled_[c]);
+    if (one_bias) share(dbias_, static_cast<std::int64_t>(x_.bias.at(b, h, i, 0)), sum_ds, sum_p);
+    if (p_.alibi != Alibi::kNone) share(dalibi_slopes_, slope, far_ds, far_p);
+    if (p_.sink && !std::isinf(x_.sink[h])) {
+      const Rounded p = weight(x_.sink[h], 0.0, exact_.lse[x_.lse_at(b, h, i)]);
+      const Rounded ds = score_gradient(p, 0.0, 0.0, delta.value, dlse);
+      dsink_.add(h, ds.with(together({lse_error_ * ds.value, delta.computed * p.value}), delta.stored * p.value), &one,
+                 1);
+    }
+  }
+
+  /// p·(dp − delta + dlse), apart from the errors of delta and lse.
+  [[nodiscard]] Rounded score_gradient(const Rounded& p, double dp, double dp_error, double delta, double dlse) const {
+    const double difference = dp - delta, sum = difference + dlse;
+    const double sum_error = (p.value + kLostWeight) * together({dp_error, difference, sum});
+    return {p.value * sum, together({p.computed * sum, sum_error, p.value * sum}),
+            p.stored * std::abs(sum) + smallest_};
+  }
+
+  /// The entry's weight behind dropout.
+  [[nodiscard]] static Rounded dropped(const Entry& e) {
+    const Rounded p = e.p.times(e.dropout);
+    return e.dropout == 1.0 ? p : p.with(p.value, 0.0);
+  }
+
+  // Weights below 2^-126 may become 0 in fp32: in units of 2^-24.
+  static constexpr double kLostWeight = 0x1p-102;
+
+  const cpu::Operands& x_;
+  const cpu::Results& exact_;
+  const Problem& p_;
+  const double scale_;
+  const double smallest_ = cpu::format_of(p_.dtype).smallest_normal();  // below it a stored number loses digits
+  Sums out_, dq_, dk_, dv_, dbias_, dalibi_slopes_, dsink_;
+  Rounding lse_;
+
+  // Of the row at hand.
+  std::vector<Entry> entries_;
+  double lse_error_ = 0.0;
+  std::vector<double> pulled_;  // Σ of weight · k · what scales dq: how delta moves dq
+};
+
+}  // namespace
+
+Roundings roundings(const cpu::Operands& operands, const cpu::Results& exact) {
+  return Bookkeeper(operands, exact).run();
+}
+
+}  // namespace fovea::tools
