@@ -170,6 +170,7 @@ class Help(CommandTest):
         self.refuse("--colour", says="'--colour' is no command")
         self.refuse("run", LINE, "--colour", says="--colour")
         self.refuse("doctor", "extra")
+        self.refuse("run", SAMPLE, "--heads", "1,x", says="--heads")
         self.refuse("explain", LINE, "--threads", "many", says="--threads")
         self.refuse("explain", LINE, "--threads", "-1", says="--threads")
         self.refuse("bench", LINE, "--repeat", "0", says="--repeat")
@@ -386,6 +387,13 @@ class Run(CommandTest):
             with self.subTest(name=name):
                 self.refuse("run", self.file({**tensors, name: tensor}, "bad.safetensors"), says="bad.safetensors: ")
         self.refuse("run", self.file({"q": tensors["q"]}, "bad.safetensors"), says="no tensor 'k'")
+
+    def test_names_that_are_no_utf8_do_no_harm(self):
+        path = os.fsencode(self.file(self.tensors())) + b"\xff"
+        os.rename(path[:-1], path)
+        done = subprocess.run([FOVEA, "run", path, "--json"], capture_output=True, timeout=60)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        json.loads(done.stdout)
 
     def test_devices_that_are_not_there_are_refused(self):
         source = self.file(self.tensors())

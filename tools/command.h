@@ -2,14 +2,12 @@
 
 #include <fovea/plan.h>
 
-#include <functional>
 #include <string>
 #include <vector>
 
-namespace CLI {
-class App;
-class Option;
-}  // namespace CLI
+#include "attention_call.h"
+#include "check.h"
+#include "timing.h"
 
 namespace fovea::tools {
 
@@ -20,31 +18,60 @@ enum ExitCode : int {
   kFailed = 3,   ///< the device or the system
 };
 
-/// What the words on the command line ask for; run once they are all understood.
-using Action = std::function<ExitCode()>;
-
-// Each adds one subcommand to `app`, which sets `action` where the user names it.
-void add_run(CLI::App& app, Action& action);
-void add_explain(CLI::App& app, Action& action);
-void add_check(CLI::App& app, Action& action);
-void add_bench(CLI::App& app, Action& action);
-void add_doctor(CLI::App& app, Action& action);
-
-/// An option that names a file; an empty name is refused.
-CLI::Option* add_path(CLI::App& command, const std::string& name, std::string& path, const std::string& help);
-
-/// The flags that say who shall compute.
+/// Who shall compute.
 struct Runner {
   std::string device = "cpu";
   PlanOptions options;
 
-  void add_to(CLI::App& command, bool architectures);
-  void add_strict(CLI::App& command);
   /// The device named; `architectures` allows "sm_90", a GPU that need not be there.
   [[nodiscard]] Device parsed_device(bool architectures) const;
 };
 
 /// Problem lines as given, those of a file for each "@FILE": blank lines and what follows a '#' are left out.
 [[nodiscard]] std::vector<std::string> problem_lines(const std::vector<std::string>& arguments);
+
+// The commands, and what the user may say to each (main.cpp).
+
+struct RunArguments {
+  CallSource source;
+  Runner runner;
+  std::string out;
+  std::string plot;
+  std::vector<std::int64_t> heads;  ///< to draw; empty: all
+  std::int64_t sequence = 0;        ///< to draw
+  bool check = false;
+  bool json = false;
+};
+ExitCode command_run(const RunArguments& arguments);
+
+struct ExplainArguments {
+  std::vector<std::string> lines;
+  Runner runner;
+  bool json = false;
+};
+ExitCode command_explain(const ExplainArguments& arguments);
+
+struct CheckArguments {
+  std::vector<std::string> lines;
+  Runner runner;
+  CheckRun run;  ///< but for its lines and options
+};
+ExitCode command_check(const CheckArguments& arguments);
+
+struct BenchArguments {
+  std::vector<std::string> lines;
+  std::vector<std::string> against;
+  Runner runner;
+  Effort effort;
+  std::uint64_t seed = 0;
+  std::string json;  ///< a file, or "-" for standard output
+  std::string html;
+};
+ExitCode command_bench(const BenchArguments& arguments);
+
+struct DoctorArguments {
+  bool json = false;
+};
+ExitCode command_doctor(const DoctorArguments& arguments);
 
 }  // namespace fovea::tools

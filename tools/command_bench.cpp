@@ -3,7 +3,6 @@
 #include <fovea/error.h>
 #include <fovea/version.h>
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <ctime>
 #include <map>
@@ -15,6 +14,7 @@
 #include "cpu/threads.h"
 #include "machine.h"
 #include "picture.h"
+#include "report.h"
 #include "tensor_data.h"
 #include "terminal.h"
 #include "timing.h"
@@ -24,6 +24,8 @@ namespace fovea::tools {
 namespace {
 
 using nlohmann::ordered_json;
+
+constexpr const char* kStandardOutput = "-";
 
 /// One contender in one pass over one problem.
 struct Result {
@@ -79,43 +81,41 @@ class Ceilings {
   std::map<std::string, double> rates_;
 };
 
-struct Bench {
-  std::vector<std::string> lines;
-  std::vector<std::string> against;
-  Runner runner;
-  Effort effort;
-  std::uint64_t seed = 0;
-  std::string json;
-  std::string html;
-
-  ExitCode operator()() const;
+class Bench {
+ public:
+  explicit Bench(const BenchArguments& arguments)
+      : asked_(arguments), threads_(cpu::worker_count(asked_.runner.options.num_threads)), ceilings_(threads_) {}
+  ExitCode run();
 
  private:
-  std::vector<Result> run_problem(const Problem& problem, Ceilings& ceilings, ProgressBar& bar,
-                                  const std::string& place) const;
-  std::vector<Result> run_pass(Direction pass, const Workload& work, Ceilings& ceilings,
-                               const std::function<void(double)>& progress) const;
+  std::vector<Result> run_problem(const Problem& problem, const std::string& place);
+  std::vector<Result> run_pass(Direction pass, const Workload& work, const std::function<void(double)>& progress);
+  void write_files(const std::vector<Result>& results) const;
+
+  const BenchArguments& asked_;
+  int threads_;
+  Ceilings ceilings_;
+  ProgressBar bar_;
 };
 
-std::vector<Result> Bench::run_pass(Direction pass, const Workload& work, Ceilings& ceilings,
-                                    const std::function<void(double)>& progress) const {
+std::vector<Result> Bench::run_pass(Direction pass, const Workload& work, const std::function<void(double)>& progress) {
   const auto make = [&](const std::string& backend) {
-    PlanOptions options = runner.options;
+    PlanOptions options = asked_.runner.options;
     options.backend = backend;
-    const Device device = runner.parsed_device(false);
+    const Device device = asked_.runner.parsed_device(false);
     return pass == Direction::kForward ? plan_forward(work.problem(), device, options)
                                        : plan_backward(work.problem(), device, options);
   };
   std::vector<std::unique_ptr<Contender>> contenders;
-  contenders.push_back(std::make_unique<Contender>(make(runner.options.backend)));
-  for (const std::string& backend : against) contenders.push_back(std::make_unique<Contender>(make(backend)));
+  contenders.push_back(std::make_unique<Contender>(make(asked_.runner.options.backend)));
+  for (const std::string& backend : asked_.against) contenders.push_back(std::make_unique<Contender>(make(backend)));
   std::vector<std::function<void()>> executions;
   for (const auto& contender : contenders) {
     executions.emplace_back(
         [&work, &c = *contender] { c.plan.execute(work.inputs(), work.outputs(), c.workspace.view().data); });
-    ceilings.measure(Ceilings::isa_of(contender->plan.report().backend));
+    ceilings_.measure(Ceilings::isa_of(contender->plan.report().backend));
   }
-  const std::vector<Timing> timings = measure(executions, effort, progress);
+  const std::vector<Timing> timings = measure(executions, asked_.effort, progress);
   std::vector<Result> results;
   for (std::size_t i = 0; i < contenders.size(); ++i) {
     const Report& report = contenders[i]->plan.report();
@@ -127,7 +127,7 @@ std::vector<Result> Bench::run_pass(Direction pass, const Workload& work, Ceilin
     result.bytes = traffic_bytes(pass, work.inputs(), work.outputs());
     result.workspace_bytes = report.workspace_bytes;
     result.isa = Ceilings::isa_of(report.backend);
-    ceilings.measure(result.isa);
+    ceilings_.measure(result.isa);
     if (i > 0) {
       result.against = results.front().backend;
       result.ratio = result.timing.median() / results.front().timing.median();
@@ -137,21 +137,20 @@ std::vector<Result> Bench::run_pass(Direction pass, const Workload& work, Ceilin
   return results;
 }
 
-std::vector<Result> Bench::run_problem(const Problem& problem, Ceilings& ceilings, ProgressBar& bar,
-                                       const std::string& place) const {
-  const Workload work(problem, seed);
+std::vector<Result> Bench::run_problem(const Problem& problem, const std::string& place) {
+  const Workload work(problem, asked_.seed);
   if (problem.backward()) plan_forward(work.problem()).execute(work.inputs(), work.outputs());  // for out and lse
   std::vector<Result> results;
   for (const Direction pass : {Direction::kForward, Direction::kBackward}) {
     if (!(pass == Direction::kForward ? problem.forward() : problem.backward())) continue;
     const std::string label = place + (pass == Direction::kForward ? " forward" : " backward");
-    bar.show(0.0, label);
-    for (Result& result : run_pass(pass, work, ceilings, [&](double share) { bar.show(share, label); })) {
+    bar_.show(0.0, label);
+    for (Result& result : run_pass(pass, work, [&](double share) { bar_.show(share, label); })) {
       result.problem = to_string(problem);
       results.push_back(std::move(result));
     }
   }
-  for (Result& result : results) result.ceiling = ceilings.rate(result.isa);
+  for (Result& result : results) result.ceiling = ceilings_.rate(result.isa);
   return results;
 }
 
@@ -224,83 +223,59 @@ BenchRow row_of(const Result& r) {
           .workspace_bytes = r.workspace_bytes};
 }
 
-ExitCode Bench::operator()() const {
-  if (!(effort.seconds >= 0.001 && effort.seconds <= 3600)) {
-    throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("--seconds ({}) must lie between 0.001 and 3600", effort.seconds));
-  }
-  const bool to_stdout = json == "-";
-  if (!json.empty() && !to_stdout) require_writable(json);
-  if (!html.empty()) require_writable(html);
-  const Terminal terminal(stdout);
-  std::vector<Problem> problems;
-  for (const std::string& line : problem_lines(lines)) problems.push_back(parse_problem(line));
-  const int threads = cpu::worker_count(runner.options.num_threads);
-  Ceilings ceilings(threads);
-  ProgressBar bar;
-  std::vector<Result> results;
-  for (std::size_t i = 0; i < problems.size(); ++i) {
-    const std::string place = fmt::format("{}/{}", i + 1, problems.size());
-    std::vector<Result> of_problem = run_problem(problems[i], ceilings, bar, place);
-    bar.clear();
-    if (!to_stdout) print_problem(terminal, of_problem, threads);
-    std::ranges::move(of_problem, std::back_inserter(results));
-  }
+void Bench::write_files(const std::vector<Result>& results) const {
   const Processor cpu = processor();
   const std::string date = fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr)));
-  if (!json.empty()) {
-    ordered_json page{{"version", FOVEA_VERSION}, {"date", date}, {"processor", cpu.model}, {"threads", threads}};
+  if (!asked_.json.empty()) {
+    ordered_json page{{"version", FOVEA_VERSION}, {"date", date}, {"processor", cpu.model}, {"threads", threads_}};
     page["results"] = ordered_json::array();
     for (const Result& result : results) page["results"].push_back(json_of(result));
-    if (to_stdout) {
-      terminal.line(page.dump(2));
+    if (asked_.json == kStandardOutput) {
+      Terminal(stdout).line(json_text(page));
     } else {
-      write_atomically(json, [&](std::ostream& stream) { stream << page.dump(2) << '\n'; });
+      write_atomically(asked_.json, [&](std::ostream& stream) { stream << json_text(page) << '\n'; });
     }
   }
-  if (!html.empty()) {
+  if (!asked_.html.empty()) {
     std::vector<BenchRow> rows;
     for (const Result& result : results) rows.push_back(row_of(result));
-    write_bench_page(html, rows,
+    write_bench_page(asked_.html, rows,
                      {{"processor", cpu.model},
-                      {"threads", std::to_string(threads)},
+                      {"threads", std::to_string(threads_)},
                       {"instruction set", results.front().isa},
                       {"version", FOVEA_VERSION},
                       {"date", date}});
   }
-  if (to_stdout) return kDone;
+}
+
+ExitCode Bench::run() {
+  if (!(asked_.effort.seconds >= 0.001 && asked_.effort.seconds <= 3600)) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--seconds ({}) must lie between 0.001 and 3600", asked_.effort.seconds));
+  }
+  const bool table = asked_.json != kStandardOutput;
+  if (!asked_.json.empty() && table) require_writable(asked_.json);
+  if (!asked_.html.empty()) require_writable(asked_.html);
+  std::vector<Problem> problems;
+  for (const std::string& line : problem_lines(asked_.lines)) problems.push_back(parse_problem(line));
+  const Terminal terminal(stdout);
+  std::vector<Result> results;
+  for (std::size_t i = 0; i < problems.size(); ++i) {
+    std::vector<Result> of_problem = run_problem(problems[i], fmt::format("{}/{}", i + 1, problems.size()));
+    bar_.clear();
+    if (table) print_problem(terminal, of_problem, threads_);
+    std::ranges::move(of_problem, std::back_inserter(results));
+  }
+  write_files(results);
+  if (!table) return kDone;
   terminal.line();
-  if (!json.empty()) terminal.write(labelled(terminal, "numbers", json));
-  if (!html.empty()) terminal.write(labelled(terminal, "picture", html));
+  if (!asked_.json.empty()) terminal.write(labelled(terminal, "numbers", asked_.json));
+  if (!asked_.html.empty()) terminal.write(labelled(terminal, "picture", asked_.html));
   return kDone;
 }
 
 }  // namespace
 
-void add_bench(CLI::App& app, Action& action) {
-  auto bench = std::make_shared<Bench>();
-  CLI::App* command =
-      app.add_subcommand("bench", "Times problems, and holds them against the multiply-add rate of the same run");
-  command->add_option("problem", bench->lines, "problem lines, or @FILE of them")
-      ->type_name("\"LINE\"|@FILE")
-      ->required();
-  bench->runner.add_to(*command, false);
-  bench->runner.add_strict(*command);
-  command->add_option("--against", bench->against, "time this backend too, in turns; may be repeated")
-      ->type_name("BACKEND")
-      ->expected(1)
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
-  command->add_option("--repeat", bench->effort.repeats, "executions of each pass")
-      ->type_name("N")
-      ->check(CLI::Range(1, 1'000'000).description(""));
-  command->add_option("--seconds", bench->effort.seconds, "or: time for each pass")
-      ->type_name("S")
-      ->capture_default_str();
-  command->add_option("--seed", bench->seed, "of the random tensors")->type_name("N")->capture_default_str();
-  add_path(*command, "--json", bench->json, "write the numbers; '-' prints them instead of the table")
-      ->type_name("FILE");
-  add_path(*command, "--html", bench->html, "write one self-contained page")->type_name("FILE");
-  command->callback([bench, &action] { action = [bench] { return (*bench)(); }; });
-}
+ExitCode command_bench(const BenchArguments& arguments) { return Bench(arguments).run(); }
 
 }  // namespace fovea::tools

@@ -1,9 +1,8 @@
 #include <fmt/format.h>
 #include <fovea/version.h>
 
-#include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdlib>
-#include <memory>
 #include <nlohmann/json.hpp>
 
 #include "command.h"
@@ -11,6 +10,7 @@
 #include "cpu/threads.h"
 #include "dispatch/backend.h"
 #include "machine.h"
+#include "report.h"
 #include "terminal.h"
 
 namespace fovea::tools {
@@ -162,25 +162,17 @@ void print_backends(const Terminal& terminal, const std::vector<Ability>& backen
 
 }  // namespace
 
-void add_doctor(CLI::App& app, Action& action) {
-  auto json = std::make_shared<bool>(false);
-  CLI::App* command =
-      app.add_subcommand("doctor", "What this machine has, how fast it multiplies, and what each backend can do here");
-  command->add_flag("--json", *json, "one JSON object");
-  command->callback([json, &action] {
-    action = [json] {
-      const Terminal terminal(stdout);
-      const Diagnosis found;
-      if (*json) {
-        terminal.line(json_of(found).dump(2));
-      } else {
-        print_cpu(terminal, found);
-        print_cuda(terminal, found.cuda);
-        print_backends(terminal, found.backends);
-      }
-      return kDone;
-    };
-  });
+ExitCode command_doctor(const DoctorArguments& arguments) {
+  const Terminal terminal(stdout);
+  const Diagnosis found;
+  if (arguments.json) {
+    terminal.line(json_text(json_of(found)));
+    return kDone;
+  }
+  print_cpu(terminal, found);
+  print_cuda(terminal, found.cuda);
+  print_backends(terminal, found.backends);
+  return kDone;
 }
 
 }  // namespace fovea::tools

@@ -1,7 +1,6 @@
 #include <fmt/format.h>
 #include <fovea/version.h>
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -39,33 +38,31 @@ struct Summary {
   }
 };
 
-struct Run {
-  CallSource source;
-  Runner runner;
-  std::string out;
-  std::string plot;
-  std::vector<std::int64_t> heads;
-  std::int64_t sequence = 0;
-  bool check = false;
-  bool json = false;
-
-  ExitCode operator()() const;
+class Run {
+ public:
+  explicit Run(const RunArguments& arguments) : asked_(arguments) {}
+  ExitCode run() const;
 
  private:
   [[nodiscard]] Pass execute(Direction direction, const AttentionCall& call) const;
   void draw(const AttentionCall& call, const Report& report) const;
   void print(const AttentionCall& call, const Summary& summary) const;
   [[nodiscard]] ordered_json to_json(const AttentionCall& call, const Summary& summary) const;
-  [[nodiscard]] std::string title() const {
-    return source.problem.empty() ? source.file.empty() ? "arrays" : source.file : "random tensors";
-  }
+  [[nodiscard]] std::string title() const;
+
+  const RunArguments& asked_;
 };
+
+std::string Run::title() const {
+  if (!asked_.source.problem.empty()) return "random tensors";
+  return asked_.source.file.empty() ? "arrays" : asked_.source.file;
+}
 
 Pass Run::execute(Direction direction, const AttentionCall& call) const {
   const bool forward = direction == Direction::kForward;
-  const Device device = runner.parsed_device(false);
-  const Plan plan = forward ? plan_forward(call.problem, device, runner.options)
-                            : plan_backward(call.problem, device, runner.options);
+  const Device device = asked_.runner.parsed_device(false);
+  const Plan plan = forward ? plan_forward(call.problem, device, asked_.runner.options)
+                            : plan_backward(call.problem, device, asked_.runner.options);
   const auto bytes = static_cast<std::int64_t>(plan.workspace_bytes());
   const OwnedTensor workspace(DType::kBool, std::span(&bytes, 1));
   const std::function<void()> once = [&] { plan.execute(call.inputs, call.outputs, workspace.view().data); };
@@ -89,18 +86,17 @@ std::vector<std::string> tokens_of(const AttentionCall& call, std::int64_t seqle
 /// Every result of the call against the double reference, by the error rule.
 std::vector<Figure> judge_results(const AttentionCall& call) {
   const cpu::Operands operands(call.problem, call.inputs);
-  const cpu::ReferenceResult exact = cpu::reference(operands);
-  const PlainResult peer = plain(operands);
+  const Peers peers(operands, cpu::reference(operands));
   std::vector<Figure> figures;
   for (const ResultKind& kind : result_kinds()) {
     const Tensor& tensor = call.outputs.*kind.tensor;
-    if (tensor.defined()) figures.push_back(judge(kind, call.problem, exact.*kind.exact, peer.*kind.plain, tensor));
+    if (tensor.defined()) figures.push_back(judge(kind, peers, tensor));
   }
   return figures;
 }
 
 void Run::draw(const AttentionCall& call, const Report& report) const {
-  AttentionPicture picture = make_attention_picture(call.problem, call.inputs, sequence, heads);
+  AttentionPicture picture = make_attention_picture(call.problem, call.inputs, asked_.sequence, asked_.heads);
   picture.tokens_q = tokens_of(call, picture.seqlen_q);
   picture.tokens_kv = tokens_of(call, picture.seqlen_kv);
   picture.facts.insert(picture.facts.begin(), {"tensors", title()});
@@ -109,7 +105,7 @@ void Run::draw(const AttentionCall& call, const Report& report) const {
     if (key == "title") picture.title = value;
     if (key == "model" || key == "layer" || key == "text source") picture.facts.emplace_back(key, value);
   }
-  write_attention_picture(plot, picture);
+  write_attention_picture(asked_.plot, picture);
 }
 
 std::string tensor_text(const Tensor& tensor) {
@@ -152,11 +148,11 @@ void Run::print(const AttentionCall& call, const Summary& summary) const {
                                                                                      pass.timing.seconds.size())))));
     terminal.write(report_text(terminal, pass.report));
   }
-  if (check) terminal.write('\n' + check_text(terminal, summary));
+  if (asked_.check) terminal.write('\n' + check_text(terminal, summary));
   terminal.line();
   for (const auto& [name, tensor] : call.results()) terminal.write(labelled(terminal, name, tensor_text(tensor)));
-  if (!out.empty()) terminal.write(labelled(terminal, "written to", out));
-  if (!plot.empty()) terminal.write(labelled(terminal, "picture", plot));
+  if (!asked_.out.empty()) terminal.write(labelled(terminal, "written to", asked_.out));
+  if (!asked_.plot.empty()) terminal.write(labelled(terminal, "picture", asked_.plot));
   terminal.line();
 }
 
@@ -184,7 +180,7 @@ ordered_json Run::to_json(const AttentionCall& call, const Summary& summary) con
   page["results"] = ordered_json::object();
   for (const auto& [name, tensor] : call.results()) page["results"][name] = described(tensor);
   page["check"] = nullptr;
-  if (check) {
+  if (asked_.check) {
     page["check"] = {{"right", summary.right()}, {"most_ratio", kMostRatio}, {"ratios", ordered_json::object()}};
     page["check"]["failures"] = ordered_json::array();
     for (const Figure& figure : summary.figures) {
@@ -192,13 +188,13 @@ ordered_json Run::to_json(const AttentionCall& call, const Summary& summary) con
       if (!figure.failure.empty()) page["check"]["failures"].push_back(figure.failure);
     }
   }
-  page["out"] = out.empty() ? ordered_json() : ordered_json(out);
-  page["plot"] = plot.empty() ? ordered_json() : ordered_json(plot);
+  page["out"] = asked_.out.empty() ? ordered_json() : ordered_json(asked_.out);
+  page["plot"] = asked_.plot.empty() ? ordered_json() : ordered_json(asked_.plot);
   return page;
 }
 
-ExitCode Run::operator()() const {
-  const int sources = !source.file.empty() + !source.arrays.empty() + !source.problem.empty();
+ExitCode Run::run() const {
+  const int sources = !asked_.source.file.empty() + !asked_.source.arrays.empty() + !asked_.source.problem.empty();
   if (sources != 1) {
     throw Error(
         ErrorCode::kInvalidArgument,
@@ -206,20 +202,20 @@ ExitCode Run::operator()() const {
             ? "there are no tensors; give FILE.safetensors, --q --k --v, or --problem"
             : "tensors come from one place; give FILE.safetensors, --q --k --v, or --problem, and only one of them");
   }
-  if (!source.problem.empty() && !source.options.empty()) {
+  if (!asked_.source.problem.empty() && !asked_.source.options.empty()) {
     throw Error(ErrorCode::kInvalidArgument, "--options go with tensors; write the tokens into the --problem line");
   }
-  if (!out.empty()) require_writable(out);
-  if (!plot.empty()) require_writable(plot);
-  const AttentionCall call = AttentionCall::prepare(source);
+  if (!asked_.out.empty()) require_writable(asked_.out);
+  if (!asked_.plot.empty()) require_writable(asked_.plot);
+  const AttentionCall call = AttentionCall::prepare(asked_.source);
   Summary summary;
   summary.passes.push_back(execute(Direction::kForward, call));
   if (call.problem.backward()) summary.passes.push_back(execute(Direction::kBackward, call));
-  if (check) summary.figures = judge_results(call);
-  if (!out.empty()) write_safetensors(out, call.results());
-  if (!plot.empty()) draw(call, summary.passes.front().report);
-  if (json) {
-    Terminal(stdout).line(to_json(call, summary).dump(2));
+  if (asked_.check) summary.figures = judge_results(call);
+  if (!asked_.out.empty()) write_safetensors(asked_.out, call.results());
+  if (!asked_.plot.empty()) draw(call, summary.passes.front().report);
+  if (asked_.json) {
+    Terminal(stdout).line(json_text(to_json(call, summary)));
   } else {
     print(call, summary);
   }
@@ -228,41 +224,6 @@ ExitCode Run::operator()() const {
 
 }  // namespace
 
-void add_run(CLI::App& app, Action& action) {
-  auto run = std::make_shared<Run>();
-  CLI::App* command = app.add_subcommand("run", "Attention over the tensors of a file, or over random ones");
-  add_path(*command, "file", run->source.file, "q, k, v and what the call needs, by name")
-      ->type_name("FILE.safetensors");
-  command->add_option("--problem", run->source.problem, "random tensors for a problem line instead")
-      ->type_name("\"LINE\"");
-  command->add_option("--seed", run->source.seed, "of the random tensors")->type_name("N")->capture_default_str();
-  command->add_option("--options", run->source.options, "tokens of a problem line: \"causal=top_left dropout=0.1\"")
-      ->type_name("\"TOKENS\"");
-  command->add_flag("--grad", run->source.gradients, "the gradients too; the tensors must hold dout");
-  add_path(*command, "--out", run->out, "write the results")->type_name("OUT.safetensors");
-  add_path(*command, "--plot", run->plot, "draw the attention weights as one self-contained page")
-      ->type_name("FILE.html");
-  command->add_option("--heads", run->heads, "heads to draw, as in 0,3,5; all where left out")
-      ->type_name("LIST")
-      ->delimiter(',');
-  command->add_option("--sequence", run->sequence, "batch element or packed sequence to draw")
-      ->type_name("N")
-      ->capture_default_str();
-  run->runner.add_to(*command, false);
-  run->runner.add_strict(*command);
-  command->add_flag("--check", run->check, "hold the results against the double reference; exit 1 where one is wrong");
-  command->add_flag("--json", run->json, "one JSON object");
-  for (const auto& [name, member] : kInputNames) {
-    std::string flag = fmt::format("--{}", name);
-    std::ranges::replace(flag, '_', '-');
-    command
-        ->add_option_function<std::string>(
-            flag, [run, name = name](const std::string& path) { run->source.arrays[name] = path; },
-            fmt::format("{} from a NumPy file", name))
-        ->type_name("FILE.npy")
-        ->group("Tensors one by one");
-  }
-  command->callback([run, &action] { action = [run] { return (*run)(); }; });
-}
+ExitCode command_run(const RunArguments& arguments) { return Run(arguments).run(); }
 
 }  // namespace fovea::tools

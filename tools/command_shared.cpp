@@ -1,7 +1,7 @@
 #include <fmt/format.h>
 #include <fovea/error.h>
 
-#include <CLI/CLI.hpp>
+#include <algorithm>
 #include <charconv>
 #include <optional>
 
@@ -22,28 +22,6 @@ std::optional<int> number_after(std::string_view text, std::string_view prefix) 
 }
 
 }  // namespace
-
-CLI::Option* add_path(CLI::App& command, const std::string& name, std::string& path, const std::string& help) {
-  const auto empty = [](const std::string& given) {
-    return given.empty() ? std::string("the path is empty") : std::string();
-  };
-  return command.add_option(name, path, help)->check(CLI::Validator(empty, ""));
-}
-
-void Runner::add_to(CLI::App& command, bool architectures) {
-  command
-      .add_option("--device", device, architectures ? "cpu, cuda:N, or an architecture such as sm_90" : "cpu or cuda:N")
-      ->type_name("DEVICE")
-      ->capture_default_str();
-  command.add_option("--backend", options.backend, "run this backend or refuse")->type_name("NAME");
-  command.add_option("--threads", options.num_threads, "CPU threads; 0: as many as the process may use")
-      ->type_name("N")
-      ->check(CLI::Range(0, 65536).description(""));
-}
-
-void Runner::add_strict(CLI::App& command) {
-  command.add_flag("--strict", options.strict, "refuse rather than pass over a backend that this device has");
-}
 
 Device Runner::parsed_device(bool architectures) const {
   if (device == "cpu") return {};

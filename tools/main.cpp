@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdio>
 #include <exception>
+#include <functional>
+#include <memory>
 #include <new>
 
 #include "command.h"
@@ -24,6 +26,8 @@ Environment:
   NO_COLOR        set and not empty: no colours
 
 Exit codes: 0 done, 1 a check failed, 2 the input was refused, 3 the device or the system failed.)";
+
+constexpr int kMostThreads = 65536;
 
 ExitCode exit_code(ErrorCode code) {
   return code == ErrorCode::kInvalidArgument || code == ErrorCode::kUnsupported ? kRefused : kFailed;
@@ -48,6 +52,129 @@ std::string sentence_of(const CLI::ParseError& error, const CLI::App& app) {
   std::ranges::replace(text, '\n', ' ');
   return fmt::format("{}; see fovea {} --help", text, chosen.front()->get_name());
 }
+
+// ---- what may be said to each command
+
+/// What the words ask for; run once they are all understood.
+using Action = std::function<ExitCode()>;
+
+/// A command and its arguments, which live as long as the action does.
+template <typename Arguments>
+struct Command {
+  CLI::App* app;
+  std::shared_ptr<Arguments> said = std::make_shared<Arguments>();
+
+  Command(CLI::App& fovea, const char* name, const char* help, ExitCode (*run)(const Arguments&), Action& action)
+      : app(fovea.add_subcommand(name, help)) {
+    app->callback([said = said, run, &action] { action = [said, run] { return run(*said); }; });
+  }
+
+  CLI::Option* option(const char* name, auto& value, const char* type, const char* help) const {
+    return app->add_option(name, value, help)->type_name(type);
+  }
+  CLI::Option* number(const char* name, auto& value, std::int64_t least, std::int64_t most, const char* help) const {
+    return option(name, value, "N", help)->check(CLI::Range(least, most).description(""));
+  }
+  /// An option that names a file: an empty name is a slip.
+  CLI::Option* path(const char* name, std::string& value, const char* type, const char* help) const {
+    const auto fault = [](const std::string& given) { return std::string(given.empty() ? "the path is empty" : ""); };
+    return option(name, value, type, help)->check(CLI::Validator(fault, ""));
+  }
+  CLI::Option* flag(const char* name, bool& value, const char* help) const { return app->add_flag(name, value, help); }
+
+  CLI::Option* lines() const {
+    return option("problem", said->lines, "\"LINE\"|@FILE", "problem lines, or @FILE of them");
+  }
+  void runner(bool architectures) const {
+    const char* devices = architectures ? "cpu, cuda:N, or an architecture such as sm_90" : "cpu or cuda:N";
+    option("--device", said->runner.device, "DEVICE", devices)->capture_default_str();
+    option("--backend", said->runner.options.backend, "NAME", "run this backend or refuse");
+    number("--threads", said->runner.options.num_threads, 0, kMostThreads,
+           "CPU threads; 0: as many as the process may use");
+  }
+  void strict() const {
+    flag("--strict", said->runner.options.strict, "refuse rather than pass over a backend that this device has");
+  }
+};
+
+void add_run(CLI::App& fovea, Action& action) {
+  const Command<RunArguments> command(fovea, "run", "Attention over the tensors of a file, or over random ones",
+                                      command_run, action);
+  RunArguments& said = *command.said;
+  command.path("file", said.source.file, "FILE.safetensors", "q, k, v and what the call needs, by name");
+  command.path("--problem", said.source.problem, "\"LINE\"", "random tensors for a problem line instead");
+  command.option("--seed", said.source.seed, "N", "of the random tensors")->capture_default_str();
+  command.option("--options", said.source.options, "\"TOKENS\"",
+                 "tokens of a problem line: \"causal=top_left dropout=0.1\"");
+  command.flag("--grad", said.source.gradients, "the gradients too; the tensors must hold dout");
+  command.path("--out", said.out, "OUT.safetensors", "write the results");
+  command.path("--plot", said.plot, "FILE.html", "draw the attention weights as one self-contained page");
+  command.option("--heads", said.heads, "LIST", "heads to draw, as in 0,3,5; all where left out")->delimiter(',');
+  command.option("--sequence", said.sequence, "N", "batch element or packed sequence to draw")->capture_default_str();
+  command.runner(false);
+  command.strict();
+  command.flag("--check", said.check, "hold the results against the double reference; exit 1 where one is wrong");
+  command.flag("--json", said.json, "one JSON object");
+  for (const auto& [name, member] : kInputNames) {
+    std::string flag = fmt::format("--{}", name);
+    std::ranges::replace(flag, '_', '-');
+    command.app
+        ->add_option_function<std::string>(
+            flag, [said = command.said, name = name](const std::string& path) { said->source.arrays[name] = path; },
+            fmt::format("{} from a NumPy file", name))
+        ->type_name("FILE.npy")
+        ->group("Tensors one by one");
+  }
+}
+
+void add_explain(CLI::App& fovea, Action& action) {
+  const Command<ExplainArguments> command(fovea, "explain",
+                                          "Who would run a problem, how, and why the others would not; needs no GPU",
+                                          command_explain, action);
+  command.lines()->required();
+  command.runner(true);
+  command.strict();
+  command.flag("--json", command.said->json, "a JSON list, one report a pass");
+}
+
+void add_check(CLI::App& fovea, Action& action) {
+  const Command<CheckArguments> command(fovea, "check", "Holds results against the double reference by the error rule",
+                                        command_check, action);
+  CheckRun& run = command.said->run;
+  command.lines();
+  command.number("--random", run.random, 1, 1'000'000'000, "so many random problems, out of the whole option space");
+  command.option("--seed", run.seed, "S", "of the random problems and tensors")->capture_default_str();
+  command.flag("--pairs", run.pairs, "count how often each two options came together");
+  command.number("--jobs", run.jobs, 0, kMostThreads, "problems at once; 0: as many as the process may use threads");
+  command.runner(false);
+}
+
+void add_bench(CLI::App& fovea, Action& action) {
+  const Command<BenchArguments> command(fovea, "bench",
+                                        "Times problems, and holds them against the multiply-add rate of the same run",
+                                        command_bench, action);
+  BenchArguments& said = *command.said;
+  command.lines()->required();
+  command.runner(false);
+  command.strict();
+  command.option("--against", said.against, "BACKEND", "time this backend too, in turns; may be repeated")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  command.number("--repeat", said.effort.repeats, 1, 1'000'000, "executions of each pass");
+  command.option("--seconds", said.effort.seconds, "S", "or: time for each pass")->capture_default_str();
+  command.option("--seed", said.seed, "N", "of the random tensors")->capture_default_str();
+  command.path("--json", said.json, "FILE", "write the numbers; '-' prints them instead of the table");
+  command.path("--html", said.html, "FILE", "write one self-contained page");
+}
+
+void add_doctor(CLI::App& fovea, Action& action) {
+  const Command<DoctorArguments> command(
+      fovea, "doctor", "What this machine has, how fast it multiplies, and what each backend can do here",
+      command_doctor, action);
+  command.flag("--json", command.said->json, "one JSON object");
+}
+
+// ---- from words to an exit code
 
 ExitCode run_command(int argc, char** argv) {
   CLI::App app("Exact attention and its gradients, in tiles.", "fovea");

@@ -54,4 +54,8 @@ nlohmann::ordered_json report_json(const Report& report) {
   return json;
 }
 
+std::string json_text(const nlohmann::ordered_json& json) {
+  return json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
+}
+
 }  // namespace fovea::tools

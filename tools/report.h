@@ -16,4 +16,7 @@ namespace fovea::tools {
 /// reasons}]}.
 [[nodiscard]] nlohmann::ordered_json report_json(const Report& report);
 
+/// JSON as text, indented; bytes of names that are no UTF-8 are replaced.
+[[nodiscard]] std::string json_text(const nlohmann::ordered_json& json);
+
 }  // namespace fovea::tools
