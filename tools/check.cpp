@@ -71,9 +71,7 @@ class Check {
   static constexpr std::uint64_t kThreads = 1000;  // a stream of random numbers that no workload uses
 
   void run_pass(bool forward) {
-    const PlanOptions options{.backend = options_.backend, .num_threads = options_.num_threads};
-    const Plan plan =
-        forward ? plan_forward(problem_, options_.device, options) : plan_backward(problem_, options_.device, options);
+    const Plan plan = plan_pass(forward);
     result_.backends.push_back(plan.report().backend);
     Workspace workspace(plan.workspace_bytes());
 
@@ -98,6 +96,13 @@ class Check {
       if (kind.forward != forward || !tensor.defined()) continue;
       if (bits_of(tensor) != *bits++) fail(forward, fmt::format("gives other bits of {} on a second run", kind.name));
     }
+  }
+
+  [[nodiscard]] Plan plan_pass(bool forward) const {
+    if (options_.plan) return options_.plan(problem_, forward ? Direction::kForward : Direction::kBackward);
+    const PlanOptions options{.backend = options_.backend, .num_threads = options_.num_threads};
+    return forward ? plan_forward(problem_, options_.device, options)
+                   : plan_backward(problem_, options_.device, options);
   }
 
   void fail(bool forward, const std::string& what) {

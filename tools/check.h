@@ -3,6 +3,7 @@
 #include <fovea/plan.h>
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,9 @@ struct CheckOptions {
   Device device{};
   std::string backend;  ///< empty: who would run the problem anyway
   int num_threads = 0;  ///< 0: a number that depends on the seed
+
+  /// In place of plan_forward and plan_backward, where set: tests put faulty kernels here.
+  std::function<Plan(const Problem& problem, Direction pass)> plan;
 };
 
 /// How a problem went.
