@@ -227,16 +227,16 @@ OwnedTensor SafetensorsFile::load(const std::string& tensor) const {
 
 void write_safetensors(const std::string& path, const std::vector<std::pair<std::string, Tensor>>& tensors,
                        const std::map<std::string, std::string>& metadata) {
-  nlohmann::ordered_json header = nlohmann::ordered_json::object();
-  if (!metadata.empty()) header["__metadata__"] = metadata;
+  std::string text = metadata.empty() ? "{" : fmt::format("{{\"__metadata__\":{}", json(metadata).dump());
   std::int64_t end = 0;
   for (const auto& [name, tensor] : tensors) {
-    const std::vector<std::int64_t> shape(tensor.shape.begin(), tensor.shape.begin() + tensor.rank);
+    const std::span shape = std::span(tensor.shape).first(tensor.rank);
     const std::int64_t begin = end;
     end += packed_bytes(shape, size_bytes(tensor.dtype));
-    header[name] = {{"dtype", stored_name(tensor.dtype)}, {"shape", shape}, {"data_offsets", {begin, end}}};
+    text += fmt::format(R"({}{}:{{"dtype":"{}","shape":[{}],"data_offsets":[{},{}]}})", text.size() > 1 ? "," : "",
+                        json(name).dump(), stored_name(tensor.dtype), fmt::join(shape, ","), begin, end);
   }
-  std::string text = header.dump();
+  text += '}';
   text.resize((kLengthBytes + text.size() + 63) / 64 * 64 - kLengthBytes, ' ');  // the data begins at a multiple of 64
   write_atomically(path, [&](std::ostream& stream) {
     const std::uint64_t length = text.size();
