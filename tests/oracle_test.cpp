@@ -144,6 +144,23 @@ TEST(Scores, ApplyScaleThenSoftcapThenAlibiAndBias) {
   }
 }
 
+TEST(Alibi, TakesTheSlopeOfItsBatchAndHead) {
+  for (const bool per_batch : {false, true}) {
+    Operands x = operands_of(std::string("fwd fp32 b2 hq3 sq4 skv6 d1 ") + (per_batch ? "alibi=b" : "alibi"));
+    std::fill(x.q.begin(), x.q.end(), 0.0);
+    const Results r = cpu::reference(x);
+    for (int b = 0; b < 2; ++b) {
+      for (int h = 0; h < 3; ++h) {
+        for (int i = 0; i < 4; ++i) {
+          double sum = 0.0;  // the diagonal is the bottom right one: through key i + 2
+          for (int j = 0; j < 6; ++j) sum += std::exp(-x.alibi_slopes[per_batch ? b * 3 + h : h] * std::abs(i + 2 - j));
+          EXPECT_NEAR(r.lse[x.lse_at(b, h, i)], std::log(sum), 1e-14);
+        }
+      }
+    }
+  }
+}
+
 /// Which keys each row sees: "x" visible, "." hidden.
 std::vector<std::string> picture(const Operands& x, std::int64_t b = 0) {
   std::vector<std::string> rows;

@@ -31,8 +31,8 @@ class Maker {
     } else {
       padded_lengths();
     }
-    lengths(p_.q_lengths, p_.packed_q, p_.seqlen_q);
-    lengths(p_.kv_lengths, p_.packed_kv, p_.seqlen_kv);
+    lengths(p_.q_lengths, slots_q_);
+    lengths(p_.kv_lengths, slots_kv_);
     band();
     scores();
     p_.deterministic = draw_.chance(0.3);
@@ -90,6 +90,8 @@ class Maker {
       p_.seqlen_q = p_.seqlen_q * 3 / 4;
       p_.seqlen_kv = p_.seqlen_kv * 3 / 4;
     }
+    slots_q_.assign(static_cast<std::size_t>(p_.batch), p_.seqlen_q);
+    slots_kv_.assign(static_cast<std::size_t>(p_.batch), p_.seqlen_kv);
   }
 
   void packed_lengths() {
@@ -100,7 +102,9 @@ class Maker {
       for (std::int64_t b = 0; b < p_.batch; ++b) slots.push_back(seqlen());
       return slots;
     };
-    Values q = draw_slots(), kv = alike ? q : draw_slots();
+    Values &q = slots_q_, &kv = slots_kv_;
+    q = draw_slots();
+    kv = alike ? q : draw_slots();
     const auto cost = [&] {
       double pairs = 0.0;
       for (std::size_t b = 0; b < q.size(); ++b) pairs += static_cast<double>(q[b] * kv[b]);
@@ -122,13 +126,12 @@ class Maker {
     keep(kv, p_.packed_kv, p_.seqlen_kv, p_.total_kv);
   }
 
-  /// Lengths within the slots; where those are known at run time alone, so are these.
-  void lengths(Lengths& lengths, const Lengths& packed, std::int64_t seqlen) {
+  /// Lengths within the slots.
+  void lengths(Lengths& lengths, const Values& slots) {
     if (!draw_.chance(0.35)) return;
     lengths.present = true;
-    if (draw_.chance(0.5) || (packed.present && packed.values.empty())) return;
-    for (std::int64_t b = 0; b < p_.batch; ++b) {
-      const std::int64_t slot = packed.present ? packed.values[b] : seqlen;
+    if (draw_.chance(0.5)) return;  // known at run time alone
+    for (const std::int64_t slot : slots) {
       lengths.values.push_back(draw_.chance(0.1) ? 0 : draw_.chance(0.2) ? slot : draw_.between(0, slot));
     }
   }
@@ -165,6 +168,7 @@ class Maker {
 
   Draw draw_;
   Problem p_;
+  Values slots_q_, slots_kv_;  // of the sequences, padded or packed
 };
 
 bool has_zero(const Lengths& lengths) {

@@ -1,9 +1,13 @@
 #include "workload.h"
 
+#include <fovea/error.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
+#include <string>
 #include <utility>
 
 #include "cpu/elements.h"
@@ -58,28 +62,47 @@ std::vector<std::int64_t> random_lengths(const std::vector<std::int64_t>& slots,
   return lengths;
 }
 
-/// Slots that hold `total` rows, the longest of them `longest`.
-std::vector<std::int64_t> random_slots(std::int64_t batch, std::int64_t longest, std::int64_t total, Draw draw) {
-  std::vector<std::int64_t> slots(static_cast<std::size_t>(batch));
-  std::int64_t left = total;
-  for (std::int64_t b = 0; b < batch; ++b) {
-    const std::int64_t others = (batch - 1 - b) * longest;  // rows that the sequences after this one can take
-    slots[b] = b == 0 ? std::min(longest, left)
-                      : draw.between(std::max<std::int64_t>(0, left - others), std::min(longest, left));
-    left -= slots[b];
+/// Slots that hold `total` rows, the longest of them `longest`, none shorter than its `least`.
+std::vector<std::int64_t> random_slots(std::vector<std::int64_t> least, std::int64_t longest, std::int64_t total,
+                                       Draw draw) {
+  std::vector<std::int64_t> slots = std::move(least);
+  const std::int64_t batch = std::ssize(slots);
+  std::int64_t left = total - std::accumulate(slots.begin(), slots.end(), std::int64_t{0});
+  std::int64_t full = draw.between(0, batch - 1);  // the longest one
+  if (longest - slots[full] > left) full = std::max_element(slots.begin(), slots.end()) - slots.begin();
+  left -= longest - slots[full];
+  slots[full] = longest;
+  if (left < 0) {
+    throw Error(ErrorCode::kInvalidArgument, "packed sequences of " + std::to_string(total) +
+                                                 " rows cannot hold the lengths that the line states; state less");
   }
-  std::rotate(slots.begin(), slots.begin() + draw.between(0, batch - 1), slots.end());
+  std::int64_t room = batch * longest - std::accumulate(slots.begin(), slots.end(), std::int64_t{0});
+  for (std::int64_t& slot : slots) {
+    const std::int64_t own = longest - slot;
+    room -= own;  // what the slots after this one can take
+    const std::int64_t more = draw.between(std::max<std::int64_t>(0, left - room), std::min(own, left));
+    slot += more;
+    left -= more;
+  }
   return slots;
 }
 
 /// The problem with every length that is known only at run time made definite.
 Problem definite(Problem p, std::uint64_t seed) {
-  const auto fill_slots = [&](Lengths& slots, std::int64_t longest, std::int64_t total, Stream stream) {
-    if (slots.present && slots.values.empty()) slots.values = random_slots(p.batch, longest, total, Draw(seed, stream));
-  };
   const bool alike = p.packed_q == p.packed_kv && p.seqlen_q == p.seqlen_kv && p.total_q == p.total_kv;
-  fill_slots(p.packed_q, p.seqlen_q, p.total_q, kSlotsQ);
-  fill_slots(p.packed_kv, p.seqlen_kv, p.total_kv, alike ? kSlotsQ : kSlotsKv);
+  const auto least = [&](const Lengths& own, const Lengths& other) {
+    std::vector<std::int64_t> lengths(static_cast<std::size_t>(p.batch));
+    for (std::size_t b = 0; b < own.values.size(); ++b) lengths[b] = own.values[b];
+    for (std::size_t b = 0; alike && b < other.values.size(); ++b) lengths[b] = std::max(lengths[b], other.values[b]);
+    return lengths;
+  };
+  const auto fill_slots = [&](Lengths& slots, std::vector<std::int64_t> lengths, std::int64_t longest,
+                              std::int64_t total, Stream stream) {
+    if (!slots.present || !slots.values.empty()) return;
+    slots.values = random_slots(std::move(lengths), longest, total, Draw(seed, stream));
+  };
+  fill_slots(p.packed_q, least(p.q_lengths, p.kv_lengths), p.seqlen_q, p.total_q, kSlotsQ);
+  fill_slots(p.packed_kv, least(p.kv_lengths, p.q_lengths), p.seqlen_kv, p.total_kv, alike ? kSlotsQ : kSlotsKv);
 
   const auto fill_lengths = [&](Lengths& lengths, const Lengths& slots, std::int64_t seqlen, Stream stream) {
     if (!lengths.present || !lengths.values.empty()) return;
