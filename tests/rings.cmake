@@ -23,13 +23,11 @@ target_include_directories(fovea_allocation_faults PRIVATE ${PROJECT_SOURCE_DIR}
 target_link_libraries(fovea_allocation_faults PRIVATE fovea_tools fovea_internal fovea_warnings GTest::gtest_main)
 gtest_discover_tests(fovea_allocation_faults DISCOVERY_TIMEOUT 60 PROPERTIES LABELS faults TIMEOUT 300)
 
-# The command and its pages, from outside.
+# The command from outside, and its pages in a browser.
 foreach(script command picture)
-  if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/${script}_test.py)
-    fovea_add_ring(${script} "tree" Python3::Interpreter ${CMAKE_CURRENT_SOURCE_DIR}/${script}_test.py
-      $<TARGET_FILE:fovea_command>
-    )
-  endif()
+  fovea_add_ring(${script} tree Python3::Interpreter ${CMAKE_CURRENT_SOURCE_DIR}/${script}_test.py
+    $<TARGET_FILE:fovea_command>
+  )
 endforeach()
 
 # The documents point at things that exist.
