@@ -238,6 +238,7 @@ void Bench::write_files(const std::vector<Result>& results) const {
   }
   if (!asked_.html.empty()) {
     std::vector<BenchRow> rows;
+    rows.reserve(results.size());
     for (const Result& result : results) rows.push_back(row_of(result));
     write_bench_page(asked_.html, rows,
                      {{"processor", cpu.model},
