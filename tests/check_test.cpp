@@ -175,7 +175,7 @@ TEST(Check, CatchesARowOfSmallGradientsBesideLargeOnes) {
 }
 
 TEST(Check, CatchesValuesThatMustBeExact) {
-  const std::string line = "fwd+bwd fp32 b1 hq1 sq9 skv4 d4 causal=bottom_right";  // rows 0 to 4 see nothing
+  std::string line = "fwd+bwd fp32 b1 hq1 sq9 skv4 d4 causal=bottom_right";  // rows 0 to 4 see nothing
   const auto expect_failure = [&](const Execute& fault, const char* of) {
     const CheckResult result = check_kernel(line, 1, fault);
     ASSERT_FALSE(result.ok());
@@ -189,6 +189,27 @@ TEST(Check, CatchesValuesThatMustBeExact) {
                    if (!r.dq.empty()) r.dq[0] = -1e-30;
                  }),
                  "dq[0, 0, 0, 0]");
+  line.replace(line.find("fp32"), 4, "fp16");
+  expect_failure(results_with([](const auto&, cpu::Results& r) { r.out[3] = 0x1p-24; }), "out[0, 0, 0, 3]");
+}
+
+TEST(ErrorRule, HoldsLargeElementsAgainstThePeersOfLargeOnes) {
+  Workload work(parse_problem("fwd fp32 b1 hq1 sq20 skv30 d16"), 2, Data::kHostile);
+  Peers peers(work.operands(), work.exact());
+  const ResultKind& out = result_kinds()[0];
+  const auto order = [](double a, double b) { return std::abs(a) < std::abs(b); };
+  const auto [small, large] = std::minmax_element(peers.exact.out.begin(), peers.exact.out.end(), order);
+  const auto at_small = small - peers.exact.out.begin(), at_large = large - peers.exact.out.begin();
+  ASSERT_LT(std::abs(*small), 1e-2 * std::abs(*large));
+  peers.unavoidable.out.computed[at_small] = 1e-3;  // what is small in all terms
+  peers.unavoidable.out.stored[at_small] = 0.0;
+  peers.plain.out[at_small] += 1e-7;  // and a peer that is relatively far off, though it hardly matters
+  std::vector<double> result = peers.exact.out;
+  cpu::store_all(work.outputs().out, result);
+  EXPECT_LE(judge(out, peers, work.outputs().out).ratio, 1.0);
+  result[at_large] += 2e-5;
+  cpu::store_all(work.outputs().out, result);
+  EXPECT_GT(judge(out, peers, work.outputs().out).ratio, kMostRatio);
 }
 
 TEST(Check, CatchesASwallowedNaN) {
