@@ -15,6 +15,7 @@ from pathlib import Path
 FOVEA = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else "fovea"
 SAMPLE = Path(__file__).resolve().parent.parent / "examples" / "data" / "minilm.safetensors"
 LINE = "fwd fp32 b1 hq2 sq16 d8"
+TOO_LARGE = "fwd fp32 b1024 hq1024 sq1048576 d128"  # valid, and more than any memory
 FORMATS = {"F32": "f", "F16": "e", "I32": "i", "I64": "q", "U8": "B", "BOOL": "?"}
 
 
@@ -422,8 +423,15 @@ class Run(CommandTest):
             self.refuse("run", source, option, self.folder, says="not a regular file")
             self.refuse("run", source, option, "/dev/null", says="not a regular file")
             self.refuse("run", source, option, "", code=2)
+        for option in ("--out", "--plot"):
+            self.refuse("run", "--problem", TOO_LARGE, option, self.path("no/such/folder"), says="no/such/folder")
         for option in ("--json", "--html"):
-            self.refuse("bench", LINE, option, self.path("no/such/folder"), says="no/such/folder")
+            self.refuse("bench", TOO_LARGE, option, self.path("no/such/folder"), says="no/such/folder")
+
+
+    def test_memory_that_is_not_there_is_a_failure_of_the_system(self):
+        for command in (("run", "--problem"), ("bench",)):
+            self.refuse(*command, TOO_LARGE, code=3)
 
 
 class Explain(CommandTest):
@@ -560,7 +568,7 @@ class OnATerminal(CommandTest):
     def test_progress_wipes_itself_away(self):
         shown = self.on_terminal("bench", LINE, "--seconds", "0.3")
         self.assertIn("%", shown)
-        self.assertIn("\r\x1b[2K", shown)
+        self.assertRegex(shown.rsplit("1/1 forward", 1)[1], r"^(\x1b\[0m)?\r\x1b\[2K")
         self.assertEqual(json.loads(self.on_terminal("bench", LINE, "--repeat", "3", "--json", "-", env={"TERM": "dumb"}))["threads"] > 0, True)
 
 
