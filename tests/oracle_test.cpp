@@ -74,7 +74,7 @@ TEST(Dropout, TakesTheBitsTheContractNames) {
   const auto low = [](std::uint64_t n) { return static_cast<std::uint32_t>(n & 0xffffffff); };
   const auto high = [](std::uint64_t n) { return static_cast<std::uint32_t>(n >> 32); };
   const double kept = std::round((1.0 - static_cast<double>(0.4F)) * 65536.0);
-  for (const auto [b, h] : {std::pair{0, 0}, {0, 2}, {1, 1}}) {
+  for (const auto& [b, h] : {std::pair{0, 0}, {0, 2}, {1, 1}}) {
     const auto s = cpu::philox4x32_10({static_cast<std::uint32_t>(b * 3 + h), 0, low(offset), high(offset)},
                                       {low(seed), high(seed)});
     // One call draws for {r, r + 8} × {c, c + 8} of a 16 × 16 tile.

@@ -33,7 +33,7 @@ inline constexpr int kAccumulators = 12;
 using V = float __attribute__((vector_size(kWidth * 4)));
 using VI = std::int32_t __attribute__((vector_size(kWidth * 4)));
 using VU = std::uint32_t __attribute__((vector_size(kWidth * 4)));
-using LooseV [[gnu::may_alias]] = float __attribute__((vector_size(kWidth * 4), aligned(4)));
+using LooseV __attribute__((aligned(4), may_alias)) = V;
 
 inline constexpr float kInfinity = __builtin_inff();
 inline constexpr float kLog2E = 1.44269504088896341F;
@@ -158,8 +158,9 @@ FOVEA_INLINE void narrow(char* p, Element type, float x) {
 
 FOVEA_INLINE V widen_vector(const char* p, Element type) {
   if (type == Element::kFloat32) return load(reinterpret_cast<const float*>(p));
-  using Short [[gnu::may_alias]] = std::uint16_t __attribute__((vector_size(kWidth * 2), aligned(2)));
-  const Short x = *reinterpret_cast<const Short*>(p);
+  using Short = std::uint16_t __attribute__((vector_size(kWidth * 2)));
+  using LooseShort __attribute__((aligned(2), may_alias)) = Short;
+  const Short x = *reinterpret_cast<const LooseShort*>(p);
   if (type == Element::kBFloat16) return as_float(__builtin_convertvector(x, VU) << 16);
 #if defined(__AVX512F__)
   return V(_mm512_cvtph_ps(__m256i(x)));
