@@ -11,7 +11,7 @@
 
 namespace fovea::tools {
 
-/// Where a result stands against the error rule of docs/error_rule.md.
+/// Where a result stands against the error rule of docs/contract.md.
 struct Figure {
   std::string name;     ///< "dq"
   double ratio = 0.0;   ///< its error over that of its peers, by the stricter of the two norms

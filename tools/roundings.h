@@ -18,7 +18,7 @@ struct Roundings {
   Rounding dq, dk, dv, dbias, dalibi_slopes, dsink;
 };
 
-/// Follows the formula and counts every rounding of it with the size of what it rounds (docs/error_rule.md).
+/// Follows the formula and counts every rounding of it with the size of what it rounds (docs/contract.md).
 [[nodiscard]] Roundings roundings(const cpu::Operands& operands, const cpu::Results& exact);
 
 }  // namespace fovea::tools
