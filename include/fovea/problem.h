@@ -17,7 +17,8 @@ enum class Direction : std::uint8_t { kForward, kBackward, kForwardBackward };
 enum class Layout : std::uint8_t { kBshd, kBhsd, kQkvPacked };
 enum class Alibi : std::uint8_t { kNone, kPerHead, kPerBatchAndHead };
 
-/// Which of [batch, num_q_heads, seqlen_q, seqlen_kv] a mask or bias has for its own; the others are broadcast (size 1).
+/// Which of [batch, num_q_heads, seqlen_q, seqlen_kv] a mask or bias has for its own; the others are broadcast (size
+/// 1).
 struct Extent {
   bool batch = false;
   bool heads = false;
@@ -40,13 +41,13 @@ struct Lengths {
 struct Problem {
   Direction direction = Direction::kForward;
   DType dtype = DType::kFloat32;
-  std::int64_t batch = 1;         ///< packed: the number of sequences
-  std::int64_t num_q_heads = 1;   ///< a multiple of num_kv_heads
+  std::int64_t batch = 1;        ///< packed: the number of sequences
+  std::int64_t num_q_heads = 1;  ///< a multiple of num_kv_heads
   std::int64_t num_kv_heads = 1;
-  std::int64_t seqlen_q = 0;      ///< packed: the longest sequence
+  std::int64_t seqlen_q = 0;  ///< packed: the longest sequence
   std::int64_t seqlen_kv = 0;
-  std::int64_t head_dim = 0;      ///< of q and k, 1 to 512
-  std::int64_t head_dim_v = 0;    ///< of v and out, 1 to 512
+  std::int64_t head_dim = 0;    ///< of q and k, 1 to 512
+  std::int64_t head_dim_v = 0;  ///< of v and out, 1 to 512
 
   Causal causal = Causal::kNone;
   std::optional<std::int64_t> window_left;
@@ -61,10 +62,10 @@ struct Problem {
   Dropout dropout{};
   Lengths q_lengths;
   Lengths kv_lengths;
-  Lengths packed_q;   ///< present: THD, q is [total_q, num_q_heads, head_dim]
-  Lengths packed_kv;  ///< present exactly where packed_q is
-  std::int64_t total_q = 0;   ///< packed: rows of q; otherwise 0
-  std::int64_t total_kv = 0;  ///< packed: rows of k and v; otherwise 0
+  Lengths packed_q;               ///< present: THD, q is [total_q, num_q_heads, head_dim]
+  Lengths packed_kv;              ///< present exactly where packed_q is
+  std::int64_t total_q = 0;       ///< packed: rows of q; otherwise 0
+  std::int64_t total_kv = 0;      ///< packed: rows of k and v; otherwise 0
   Layout layout = Layout::kBshd;  ///< how test and benchmark data lie in memory; a plan takes any strides
   bool deterministic = false;
 
@@ -76,7 +77,8 @@ struct Problem {
   [[nodiscard]] FOVEA_API float scale() const noexcept;  ///< softmax_scale, or 1 / sqrt(head_dim)
 };
 
-/// Reads a problem line.  Throws Error(kInvalidArgument) with one sentence that names the token.  The result is validated.
+/// Reads a problem line.  Throws Error(kInvalidArgument) with one sentence that names the token.  The result is
+/// validated.
 [[nodiscard]] FOVEA_API Problem parse_problem(std::string_view line);
 
 /// Reads option tokens (`causal=top_left dropout=0.1`) on top of a problem, without validating the result.
