@@ -148,8 +148,8 @@ TEST(Check, CatchesASlightlyWrongScale) {
   // By how much: 16-bit scores of the plain formula are themselves off by some parts in a thousand.
   for (const auto& [dtype, factor] : {std::pair{"fp32", 1.0001F}, {"fp16", 1.02F}, {"bf16", 1.1F}}) {
     for (std::uint64_t seed = 1; seed <= kSeeds; ++seed) {
-      const auto fault =
-          oracle_with([&](cpu::Operands& x) { x.problem.softmax_scale = factor * static_cast<float>(x.scale()); });
+      const auto fault = oracle_with(
+          [by = factor](cpu::Operands& x) { x.problem.softmax_scale = by * static_cast<float>(x.scale()); });
       EXPECT_FALSE(check_kernel(std::string("fwd+bwd ") + dtype + " b2 hq2 sq40 skv50 d16", seed, fault).ok()) << dtype;
     }
   }

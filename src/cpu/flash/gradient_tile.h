@@ -58,11 +58,13 @@ struct RowGroup {
       pack_panel(dout + at * call.head_dim_v, panels[p], context, call.dout, call.head_dim_v, 1.0F, nullptr,
                  dout_rows + at * padded_v, padded_v, bad_dout + at);
       for (i64 lane = 0; lane < kPanelRows; ++lane) {
-        const bool real = lane < panels[p].rows;
+        log2_lse[at + lane] = kInfinity;
+        delta[at + lane] = 0.0F;
+        if (lane >= panels[p].rows) continue;
         const i64 from =
             panels[p].query[lane] * group + panels[p].head[lane] % group;  // stats count rows of the whole group
-        log2_lse[at + lane] = real ? stats.log2_lse[from] : kInfinity;
-        delta[at + lane] = real ? stats.delta[from] : 0.0F;
+        log2_lse[at + lane] = stats.log2_lse[from];
+        delta[at + lane] = stats.delta[from];
       }
     }
   }
