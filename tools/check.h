@@ -17,7 +17,7 @@ struct CheckOptions {
   int num_threads = 0;  ///< 0: a number that depends on the seed
 
   /// In place of plan_forward and plan_backward, where set: tests put faulty kernels here.
-  std::function<Plan(const Problem& problem, Direction pass)> plan;
+  std::function<Plan(const Problem& problem, Direction pass)> plan{};
 };
 
 /// How a problem went.
