@@ -9,7 +9,6 @@
 #include <array>
 #include <fstream>
 #include <iterator>
-#include <memory>
 #include <set>
 #include <sstream>
 
@@ -39,23 +38,19 @@ void read_cpuinfo(Processor& processor) {
   if (processor.model.empty()) processor.model = "unknown";
 }
 
-struct Close {
-  void operator()(void* library) const { ::dlclose(library); }
-};
-using Library = std::unique_ptr<void, Close>;
-
-Library open_library(const char* name) { return Library(::dlopen(name, RTLD_NOW | RTLD_LOCAL)); }
+/// Never closed: the libraries of CUDA keep threads and memory of their own.
+void* open_library(const char* name) { return ::dlopen(name, RTLD_NOW | RTLD_LOCAL); }
 
 /// Calls a C function of the library; −1 where it has none of that name.
 template <typename... Arguments>
-int call(const Library& library, const char* name, Arguments... arguments) {
+int call(void* library, const char* name, Arguments... arguments) {
   using Function = int (*)(Arguments...);
-  auto* function = reinterpret_cast<Function>(::dlsym(library.get(), name));
+  auto* function = reinterpret_cast<Function>(::dlsym(library, name));
   return function == nullptr ? -1 : function(arguments...);
 }
 
 void find_driver(CudaFound& found) {
-  const Library cuda = open_library("libcuda.so.1");
+  void* const cuda = open_library("libcuda.so.1");
   if (cuda == nullptr) {
     found.driver_why = "libcuda.so.1 is not there";
     return;
@@ -103,7 +98,7 @@ CudaFound find_cuda() {
   CudaFound found;
   find_driver(found);
   for (const char* name : {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2", "libnvrtc.so"}) {
-    const Library nvrtc = open_library(name);
+    void* const nvrtc = open_library(name);
     int major = 0, minor = 0;
     if (nvrtc == nullptr || call(nvrtc, "nvrtcVersion", &major, &minor) != 0) continue;
     found.nvrtc = fmt::format("{}.{}", major, minor);
