@@ -74,23 +74,12 @@ AttentionOptions read_options(const std::string& text, AttentionCall& call) {
   keep_lengths(call, &Inputs::kv_lengths, "kvlen", said.kv_lengths);
   call.problem.layout = said.layout;
   AttentionOptions options;
-  options.softmax_scale = said.softmax_scale;
-  options.causal = said.causal;
-  options.window_left = said.window_left;
-  options.window_right = said.window_right;
-  options.softcap = said.softcap;
-  options.dropout = said.dropout;
-  options.deterministic = said.deterministic;
+  static_cast<Rules&>(options) = said;
 
   Problem rest = said;
   rest.q_lengths = rest.kv_lengths = {};
   rest.layout = Layout::kBshd;
-  rest.softmax_scale = {};
-  rest.causal = Causal::kNone;
-  rest.window_left = rest.window_right = {};
-  rest.softcap = 0.0F;
-  rest.dropout = {};
-  rest.deterministic = false;
+  static_cast<Rules&>(rest) = {};
   if (rest != Problem{}) {
     refuse(
         "--options name what the tensors say: sizes, packed, mask, bias, alibi and sink come from them; leave these "

@@ -21,11 +21,8 @@ struct Dropout {
   friend bool operator==(const Dropout&, const Dropout&) = default;
 };
 
-/// Everything an attention call may ask for besides q, k and v.  All options compose.
-///
-///     s = q kᵀ · softmax_scale;  s = softcap · tanh(s / softcap);  s += alibi + bias;  hidden entries become −inf
-///     p = softmax(s), the sink being one more logit with no value;  dropout;  out = p v
-struct AttentionOptions {
+/// What a call (AttentionOptions) and a problem (Problem) say in the same words: every option that is not a tensor.
+struct Rules {
   std::optional<float> softmax_scale;  ///< default 1 / sqrt(head_dim)
   Causal causal = Causal::kNone;
   std::optional<std::int64_t> window_left;  ///< keys before the diagonal that stay visible; unset: unbounded
@@ -34,7 +31,14 @@ struct AttentionOptions {
   float softcap = 0.0F;  ///< 0: none (Gemma 2, 2408.00118)
   Dropout dropout{};
   bool deterministic = false;  ///< the same bits on every run, backward too
+  friend bool operator==(const Rules&, const Rules&) = default;
+};
 
+/// Everything an attention call may ask for besides q, k and v.  All options compose.
+///
+///     s = q kᵀ · softmax_scale;  s = softcap · tanh(s / softcap);  s += alibi + bias;  hidden entries become −inf
+///     p = softmax(s), the sink being one more logit with no value;  dropout;  out = p v
+struct AttentionOptions : Rules {
   Tensor mask;           ///< bool, any broadcast of [batch, num_q_heads, seqlen_q, seqlen_kv]; true = keep
   Tensor bias;           ///< fp32 or q's dtype, any broadcast of the same shape; an entry of −inf hides
   Tensor alibi_slopes;   ///< fp32 [num_q_heads] or [batch, num_q_heads]: adds −slope·|i + offset − j| (2108.12409)

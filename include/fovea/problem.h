@@ -38,7 +38,7 @@ struct Lengths {
 /// strides come with the tensors.  As text it is one line (docs/contract.md, "A problem is one line"):
 ///
 ///     fwd bf16 b2 hq16 hkv4 sq4096 skv4096 d128 causal=bottom_right
-struct Problem {
+struct Problem : Rules {
   Direction direction = Direction::kForward;
   DType dtype = DType::kFloat32;
   std::int64_t batch = 1;        ///< packed: the number of sequences
@@ -49,17 +49,11 @@ struct Problem {
   std::int64_t head_dim = 0;    ///< of q and k, 1 to 512
   std::int64_t head_dim_v = 0;  ///< of v and out, 1 to 512
 
-  Causal causal = Causal::kNone;
-  std::optional<std::int64_t> window_left;
-  std::optional<std::int64_t> window_right;
   std::optional<Extent> mask;
   std::optional<Extent> bias;
   DType bias_dtype = DType::kFloat32;  ///< meaningful where there is a bias
   Alibi alibi = Alibi::kNone;
   bool sink = false;
-  float softcap = 0.0F;
-  std::optional<float> softmax_scale;
-  Dropout dropout{};
   Lengths q_lengths;
   Lengths kv_lengths;
   Lengths packed_q;               ///< present: THD, q is [total_q, num_q_heads, head_dim]
@@ -67,7 +61,6 @@ struct Problem {
   std::int64_t total_q = 0;       ///< packed: rows of q; otherwise 0
   std::int64_t total_kv = 0;      ///< packed: rows of k and v; otherwise 0
   Layout layout = Layout::kBshd;  ///< how test and benchmark data lie in memory; a plan takes any strides
-  bool deterministic = false;
 
   friend bool operator==(const Problem&, const Problem&) = default;
 

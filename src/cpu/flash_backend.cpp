@@ -128,11 +128,8 @@ void describe_sequences(const Problem& problem, const Inputs& in, Sequence* sequ
     s.kv_rows = problem.packed() ? value(in.cu_seqlens_kv, b + 1) - s.kv_begin : problem.seqlen_kv;
     s.first_group = groups;
     groups += ceil_div(s.q_rows * group, kGroupRows);
-    s.band.seqlen_q = in.q_lengths.defined() ? value(in.q_lengths, b) : s.q_rows;
-    s.band.seqlen_kv = in.kv_lengths.defined() ? value(in.kv_lengths, b) : s.kv_rows;
-    s.band.offset = problem.causal == Causal::kTopLeft ? 0 : s.band.seqlen_kv - s.band.seqlen_q;
-    s.band.left = problem.window_left.value_or(math::Band::kUnbounded);
-    s.band.right = problem.causal == Causal::kNone ? problem.window_right.value_or(math::Band::kUnbounded) : 0;
+    s.band = math::Band::of(problem, in.q_lengths.defined() ? value(in.q_lengths, b) : s.q_rows,
+                            in.kv_lengths.defined() ? value(in.kv_lengths, b) : s.kv_rows);
     sequences[b] = s;
   }
 }

@@ -15,7 +15,7 @@ struct Interval {
 
 /// THE RULE OF THE MASK that needs no memory: causal corners, windows, lengths.  Query i of one sequence sees the keys
 /// of one interval, and both ends of the interval never move left as i grows; everything else follows from that.  A
-/// rule of this kind is changed in `keys_of_row` and `rows_of_key` and nowhere else; kernels only ask.
+/// rule of this kind is changed in `of`, `keys_of_row` and `rows_of_key` and nowhere else; kernels only ask.
 struct Band {
   static constexpr i64 kUnbounded = i64{1} << 60;
 
@@ -24,6 +24,17 @@ struct Band {
   i64 offset = 0;          // the diagonal runs through key i + offset: 0 top left, seqlen_kv − seqlen_q bottom right
   i64 left = kUnbounded;   // keys before the diagonal that stay visible
   i64 right = kUnbounded;  // keys after it; causal is 0
+
+  /// The band of one sequence by fovea::Rules, which this header does without.
+  template <class Rules>
+  static constexpr Band of(const Rules& rules, i64 seqlen_q, i64 seqlen_kv) {
+    using Causal = decltype(rules.causal);
+    return {.seqlen_q = seqlen_q,
+            .seqlen_kv = seqlen_kv,
+            .offset = rules.causal == Causal::kTopLeft ? 0 : seqlen_kv - seqlen_q,
+            .left = rules.window_left.value_or(kUnbounded),
+            .right = rules.causal == Causal::kNone ? rules.window_right.value_or(kUnbounded) : 0};
+  }
 
   FOVEA_FN constexpr i64 clip_key(i64 j) const { return smaller(larger(j, i64{0}), seqlen_kv); }
   FOVEA_FN constexpr i64 clip_row(i64 i) const { return smaller(larger(i, i64{0}), seqlen_q); }

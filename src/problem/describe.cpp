@@ -96,18 +96,12 @@ Problem describe(Direction direction, const Tensor& q, const Tensor& k, const Te
     p.seqlen_kv = k.shape[token];
   }
 
-  p.causal = o.causal;
-  p.window_left = o.window_left;
-  p.window_right = o.window_right;
+  static_cast<Rules&>(p) = o;
   p.mask = extent_of("mask", o.mask);
   p.bias = extent_of("bias", o.bias);
   if (p.bias) p.bias_dtype = o.bias.dtype;
   if (o.alibi_slopes.rank != 0) p.alibi = o.alibi_slopes.rank == 2 ? Alibi::kPerBatchAndHead : Alibi::kPerHead;
   p.sink = o.sink.rank != 0;
-  p.softcap = o.softcap;
-  p.softmax_scale = o.softmax_scale;
-  p.dropout = o.dropout;
-  p.deterministic = o.deterministic;
   p.q_lengths = lengths_of("q_lengths", o.q_lengths, p.batch);
   p.kv_lengths = lengths_of("kv_lengths", o.kv_lengths, p.batch);
   validate(p);
