@@ -2,6 +2,7 @@
 #include <fovea/fovea.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "cpu/flash_backend.h"
@@ -58,6 +59,21 @@ TEST(Dispatch, AnInstructionSetCanBePinned) {
   const Report report = explain(kProblem);
   EXPECT_EQ(report.backend, "cpu_portable");
   EXPECT_NE(to_string(report).find("FOVEA_CPU_ISA=portable"), std::string::npos);
+}
+
+TEST(Dispatch, NobodySlowStepsInForAPinnedInstructionSet) {
+  {
+    const Pinned pinned("avx9");
+    const std::string sentence = sentence_of([] { (void)explain(kProblem); });
+    EXPECT_NE(sentence.find("FOVEA_CPU_ISA ('avx9')"), std::string::npos) << sentence;
+    EXPECT_NE(sentence.find("portable"), std::string::npos) << sentence;
+  }
+  const std::vector<std::string> here = cpu::available_isas();
+  if (std::find(here.begin(), here.end(), "avx512") != here.end()) GTEST_SKIP() << "this CPU has all of them";
+  const Pinned pinned("avx512");
+  const std::string sentence = sentence_of([] { (void)plan_forward(kProblem); });
+  EXPECT_NE(sentence.find("no backend runs"), std::string::npos) << sentence;
+  EXPECT_EQ(plan_forward(kProblem, {}, {.backend = "reference"}).report().backend, "reference");
 }
 
 TEST(Dispatch, AGpuProblemIsNeverSentToTheCpu) {

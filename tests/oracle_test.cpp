@@ -294,7 +294,7 @@ TEST(Packed, IsTheSameAsPadded) {
   const auto copy_rows = [&](const std::vector<double>& from, std::vector<double>& to, bool query, std::int64_t heads) {
     const std::int64_t width = 3 * heads;
     for (int b = 0; b < 3; ++b) {
-      const cpu::Sequence &a = padded.sequences[b], &z = packed.sequences[b];
+      const cpu::SequenceRows &a = padded.sequences[b], &z = packed.sequences[b];
       const std::int64_t first = query ? a.first_q : a.first_kv, to_first = query ? z.first_q : z.first_kv;
       const std::int64_t count = query ? z.slot_q : z.slot_kv;
       std::copy_n(from.begin() + first * width, count * width, to.begin() + to_first * width);

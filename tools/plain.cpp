@@ -84,7 +84,7 @@ class Plain {
   }
 
   void forward() {
-    const cpu::Sequence& s = x_.sequences[b_];
+    const cpu::SequenceRows& s = x_.sequences[b_];
     const std::int64_t d = p_.head_dim, dv = p_.head_dim_v, keys = s.len_kv;
     visible_.assign(s.len_q * keys, 0);
     dropout_.assign(s.len_q * keys, 0.0F);
@@ -145,7 +145,7 @@ class Plain {
   }
 
   void backward() {
-    const cpu::Sequence& s = x_.sequences[b_];
+    const cpu::SequenceRows& s = x_.sequences[b_];
     const std::int64_t d = p_.head_dim, dv = p_.head_dim_v, keys = s.len_kv;
     std::vector<float> dp(keys), dk(keys * d), dv_of_keys(keys * dv);
     for (std::int64_t i = 0; i < s.len_q; ++i) {

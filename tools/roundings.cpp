@@ -26,18 +26,21 @@ struct Rounded {
   }
 };
 
-/// A sum of products, what its additions cost, and what storing its second operand costs.
+/// A sum of products, what its additions cost, and what storing its second operand costs in a format that keeps all
+/// digits of the numbers from `smallest`.
 struct Dot : Rounded {
-  Dot(const double* x, const double* y, std::int64_t count) : Rounded{} {
-    double squares = 0.0;
+  Dot(const double* x, const double* y, std::int64_t count, double smallest) : Rounded{} {
+    double squares = 0.0, stored_squares = 0.0;
     for (std::int64_t c = 0; c < count; ++c) {
       value += x[c] * y[c];
       squares += x[c] * y[c] * x[c] * y[c];
+      const double kept = x[c] * std::max(std::abs(y[c]), smallest);
+      stored_squares += kept * kept;
     }
     // Each addition rounds a partial sum; the square of those, averaged over all orders of the terms.
     computed = std::sqrt(static_cast<double>(count) * (squares / 6.0 + value * value / 3.0));
     // Stored elements round at random, or all alike: v · 1.001 rounds back to v.
-    stored = std::sqrt(squares + value * value);
+    stored = std::sqrt(stored_squares + value * value);
   }
 };
 
@@ -138,7 +141,7 @@ class Bookkeeper {
 
   Entry score(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
     Entry e{j, x_.kv_row(b, h, j), 0.0, 0.0, 1.0, 0.0, x_.dropout(b, h, i, j), {}};
-    const Dot qk(&x_.q[x_.q_row(b, h, i) * p_.head_dim], &x_.k[e.kv_row * p_.head_dim], p_.head_dim);
+    const Dot qk(&x_.q[x_.q_row(b, h, i) * p_.head_dim], &x_.k[e.kv_row * p_.head_dim], p_.head_dim, smallest_);
     e.logit = scale_ * qk.value;
     e.logit_error = together({scale_ * qk.computed, e.logit});  // the dot product; the scale
     if (p_.softcap != 0.0F) {
@@ -187,7 +190,7 @@ class Bookkeeper {
     const std::int64_t d = p_.head_dim, dv = p_.head_dim_v, row = x_.q_row(b, h, i);
     const double one = 1.0, dlse = x_.dlse.empty() ? 0.0 : x_.dlse[x_.lse_at(b, h, i)];
     const double* const dout = &x_.dout[row * dv];
-    const Dot delta(dout, &exact_.out[row * dv], dv);
+    const Dot delta(dout, &exact_.out[row * dv], dv, smallest_);
     const std::int64_t slope = x_.slope_at(b, h);
     const bool one_bias = x_.bias.present && x_.bias.strides[3] == 0;  // for all keys of the row
     double sum_p = 0.0, sum_ds = 0.0, far_p = 0.0, far_ds = 0.0;       // the latter times the distance
@@ -197,7 +200,7 @@ class Bookkeeper {
       const Rounded weight = dropped(e);
       dv_.add(e.kv_row * dv, weight.with(lse_error_ * weight.value, 0.0), dout, dv);
 
-      const Dot dp(dout, &x_.v[e.kv_row * dv], dv);  // before dropout
+      const Dot dp(dout, &x_.v[e.kv_row * dv], dv, smallest_);  // before dropout
       const Rounded ds =
           score_gradient(e.p, e.dropout * dp.value, e.dropout * together({dp.computed, dp.value}), delta.value, dlse);
       const auto alone = [&](const Rounded& own, double p) {  // with what the row's entries share

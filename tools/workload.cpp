@@ -175,7 +175,7 @@ class Workload::Maker {
     const cpu::Operands x(p_, in);
     std::vector<char> row_used(x.q.size() / p_.head_dim), key_used(x.k.size() / p_.head_dim);
     std::vector<char> bias_used(x.bias.values.size());
-    for_each_sequence_head(x, [&](const cpu::Sequence& s, std::int64_t b, std::int64_t h) {
+    for_each_sequence_head(x, [&](const cpu::SequenceRows& s, std::int64_t b, std::int64_t h) {
       for (std::int64_t i = 0; i < s.len_q; ++i) {
         for (std::int64_t j = 0; j < s.len_kv; ++j) {
           if (everything && !x.visible(b, h, i, j)) continue;
@@ -195,7 +195,7 @@ class Workload::Maker {
     }
     if (in.dlse.defined()) {
       std::vector<char> used(x.dlse.size());
-      for_each_sequence_head(x, [&](const cpu::Sequence& s, std::int64_t b, std::int64_t h) {
+      for_each_sequence_head(x, [&](const cpu::SequenceRows& s, std::int64_t b, std::int64_t h) {
         for (std::int64_t i = 0; i < s.slot_q; ++i) used[x.lse_at(b, h, i)] = row_used[x.q_row(b, h, i)];
       });
       poison_unused(in.dlse, used, 1);

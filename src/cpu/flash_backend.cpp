@@ -40,6 +40,18 @@ const std::vector<Isa>& isas() {
   return list;
 }
 
+/// What FOVEA_CPU_ISA names; empty where it is not set.
+std::string pinned_isa() {
+  const char* set = std::getenv("FOVEA_CPU_ISA");
+  std::string name = set == nullptr ? "" : set, names;
+  for (const Isa& isa : isas()) {
+    if (name.empty() || name == isa.name) return name;
+    names += (names.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  throw Error(ErrorCode::kInvalidArgument,
+              "FOVEA_CPU_ISA ('" + name + "') is no instruction set of this build; set it to one of " + names);
+}
+
 Element element(DType dtype) {
   if (dtype == DType::kFloat16) return Element::kFloat16;
   return dtype == DType::kBFloat16 ? Element::kBFloat16 : Element::kFloat32;
@@ -245,9 +257,9 @@ class FlashBackend final : public Backend {
     if (device.kind != DeviceKind::kCpu)
       verdict.reasons.push_back("it runs on CPUs only, and the tensors are on " + fovea::name(device));
     if (!isa_.present) verdict.reasons.push_back(std::string("this CPU lacks ") + isa_.needs);
-    const char* pinned = std::getenv("FOVEA_CPU_ISA");
-    if (pinned != nullptr && *pinned != '\0' && std::string(pinned) != isa_.name) {
-      verdict.reasons.push_back("FOVEA_CPU_ISA=" + std::string(pinned) + " pins another instruction set");
+    const std::string pinned = pinned_isa();
+    if (!pinned.empty() && pinned != isa_.name) {
+      verdict.reasons.push_back("FOVEA_CPU_ISA=" + pinned + " pins another instruction set");
     }
     verdict.available = verdict.reasons.empty();
     return verdict;

@@ -51,7 +51,7 @@ Matrix load_matrix(const Tensor& t) {
 }
 
 /// Where the diagonal of a band stands: in the row i of a sequence it runs through the key i + offset.
-std::int64_t diagonal_offset(const Problem& problem, const Sequence& s) {
+std::int64_t diagonal_offset(const Problem& problem, const SequenceRows& s) {
   return problem.causal == Causal::kTopLeft ? 0 : s.len_kv - s.len_q;
 }
 
@@ -77,7 +77,7 @@ Operands::Operands(const Problem& p, const Inputs& in)
                                   starts_kv = load_integers(in.cu_seqlens_kv);
   const std::vector<std::int64_t> q_lengths = load_integers(in.q_lengths), kv_lengths = load_integers(in.kv_lengths);
   for (std::int64_t b = 0; b < p.batch; ++b) {
-    Sequence s{b * p.seqlen_q, p.seqlen_q, 0, b * p.seqlen_kv, p.seqlen_kv, 0};
+    SequenceRows s{b * p.seqlen_q, p.seqlen_q, 0, b * p.seqlen_kv, p.seqlen_kv, 0};
     if (p.packed()) {
       s = {starts_q[b], starts_q[b + 1] - starts_q[b], 0, starts_kv[b], starts_kv[b + 1] - starts_kv[b], 0};
     }
@@ -113,7 +113,7 @@ double Operands::scale() const {
 }
 
 bool Operands::visible(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
-  const Sequence& s = sequences[b];
+  const SequenceRows& s = sequences[b];
   if (i >= s.len_q || j >= s.len_kv) return false;
   const std::int64_t after = j - (i + diagonal_offset(problem, s));  // of the diagonal
   if (problem.causal != Causal::kNone && after > 0) return false;

@@ -16,7 +16,7 @@ struct Results {
 };
 
 /// Where one sequence of the batch lies, and how much of it counts.
-struct Sequence {
+struct SequenceRows {
   std::int64_t first_q, slot_q, len_q;     ///< rows [first_q, first_q + slot_q) of q, of which len_q count
   std::int64_t first_kv, slot_kv, len_kv;  ///< likewise of k and v
 };
@@ -37,7 +37,7 @@ struct Operands {
   Operands(const Problem& problem, const Inputs& inputs);
 
   Problem problem;
-  std::vector<Sequence> sequences;  ///< [batch]
+  std::vector<SequenceRows> sequences;  ///< [batch]
   std::vector<double> q, k, v, alibi_slopes, sink, dout, dlse;
   Matrix mask, bias;
 

@@ -49,6 +49,8 @@ class ReferenceBackend final : public Backend {
  public:
   [[nodiscard]] std::string name() const override { return "reference"; }
 
+  [[nodiscard]] bool only_by_name() const override { return true; }
+
   [[nodiscard]] Verdict judge(const Problem& /*problem*/, const Device& device) const override {
     if (device.kind == DeviceKind::kCpu) return {name(), true, {}};
     return {name(), false, {"it runs on the CPU only"}};

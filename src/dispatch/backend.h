@@ -26,6 +26,9 @@ class Backend {
   virtual ~Backend() = default;
   [[nodiscard]] virtual std::string name() const = 0;
 
+  /// True for what is too slow to be anybody's silent choice.
+  [[nodiscard]] virtual bool only_by_name() const { return false; }
+
   /// Whether it runs this problem on this device, and if not, every reason why.
   [[nodiscard]] virtual Verdict judge(const Problem& problem, const Device& device) const = 0;
 

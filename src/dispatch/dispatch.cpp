@@ -25,6 +25,10 @@ Choice choose(const Problem& problem, const Device& device, const PlanOptions& o
     if (!options.backend.empty() && options.backend != verdict.backend) {
       verdict.reasons.push_back("the caller named backend " + options.backend);
     }
+    if (options.backend.empty() && backend->only_by_name()) {
+      verdict.available = false;
+      verdict.reasons.push_back("it runs only where the caller names it");
+    }
     known = known || options.backend == verdict.backend;
     if (verdict.reasons.empty() && choice.backend == nullptr) choice.backend = backend.get();
     choice.verdicts.push_back(std::move(verdict));

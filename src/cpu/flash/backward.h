@@ -162,10 +162,11 @@ class Backward {
     for (i64 x = 0; x < (all.end - all.begin) * my.rows.padded_v; ++x) my.dv[x] = 0.0F;
     for (i64 g = 0; g < group_size(); ++g) my.dslopes[g] = 0.0;
 
-    for (i64 g = 0; g < shape_.max_groups && !keys.empty(); ++g) {
+    const Interval rows = sequence.band.rows_of_keys(keys);
+    for (i64 g = rows.begin * group_size() / kGroupRows; g * kGroupRows < rows.end * group_size(); ++g) {
       const Group group = this->group(batch, kv_head, g);
-      if (group.rows > 0 && sequence.band.tile(group.queries, keys) != math::TileState::kHidden) {
-        meet(my, context, group, keys, block);
+      if (sequence.band.tile(group.queries, keys) != math::TileState::kHidden) {
+        add_group(my, context, group, keys, block);
       }
     }
 
@@ -181,13 +182,13 @@ class Backward {
   }
 
   /// A block of keys against one row group: dv += Pᵀ dout, dk += dSᵀ q, and dq's part dS k, which waits for its turn.
-  void meet(BackwardScratch& my, const Context& context, const Group& group, Interval keys, i64 block) {
+  void add_group(BackwardScratch& my, const Context& context, const Group& group, Interval keys, i64 block) {
     my.rows.load_rows(context, {group_size(), group.kv_head * group_size(), group.first_row + group.rows},
                       group.first_row, stats(group.batch, group.kv_head));
     const i64 dq_floats = kGroupRows * call_.head_dim;
     for (i64 x = 0; x < dq_floats; ++x) my.dq[x] = 0.0F;
     for (i64 j = keys.begin; j < keys.end; j += kKeyTile) {
-      meet_tile(my, context, {j, math::smaller(j + kKeyTile, keys.end)}, j - keys.begin);
+      add_tile(my, context, {j, math::smaller(j + kKeyTile, keys.end)}, j - keys.begin);
     }
     std::int32_t* ticket = tickets_ + slot(group.batch, group.kv_head, group.index);
     const i64 first_block = context.sequence.band.keys_of_rows(group.queries).begin / shape_.block_keys;
@@ -199,7 +200,7 @@ class Backward {
     __atomic_store_n(ticket, turn + 1, __ATOMIC_RELEASE);
   }
 
-  void meet_tile(BackwardScratch& my, const Context& context, Interval keys, i64 at) {
+  void add_tile(BackwardScratch& my, const Context& context, Interval keys, i64 at) {
     RowGroup& rows = my.rows;
     const i64 d = call_.head_dim, count = keys.end - keys.begin;
     i64 first = RowGroup::kPanels, last = -1;  // panels that see something
@@ -214,9 +215,9 @@ class Backward {
       last = p;
       if (call_.alibi) add_slope_gradient(my, context, ds, rows.panels[p]);
       if (call_.softcap > 0) {
-        const Tile tangent = rows.tile_of(rows.tangent, p, keys);
+        const Tile tanhs = rows.tile_of(rows.tanhs, p, keys);
         for_each_vector(ds, [&](i64 r, int lane, float* x) {
-          const V t = load(tangent.row(r) + lane);
+          const V t = load(tanhs.row(r) + lane);
           store(x, load(x) == V{} ? V{} : load(x) * (splat(1.0F) - t * t));  // of a hidden entry t may be NaN
         });
       }

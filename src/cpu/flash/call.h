@@ -92,7 +92,8 @@ struct FlashKernels {
   double (*multiply_add)(i64 rounds);  // runs independent FMAs, returns how many FLOPs that was
 };
 
-inline constexpr i64 kKeyTile = 48;      // keys of one tile in the backward; a multiple of every kernel's rows
+// Multiples of 16, the keys that one draw of dropout bits spans, and of the rows that a product holds in registers.
+inline constexpr i64 kKeyTile = 48;      // keys of one tile in the backward
 inline constexpr i64 kForwardKeys = 96;  // keys of one tile in the forward
 inline constexpr i64 kGroupRows = 96;    // rows of one tile in the backward; a multiple of every panel's rows
 

@@ -35,14 +35,12 @@ struct ForwardScratch {
 
 /// P V for values that are not finite: only rows that see them take part, so that 0 · NaN of a hidden entry never
 /// happens.
-inline void add_bad_values(float* o, const Tile& p, const Panel& panel, const Context& context, i64 kv_head) {
+inline void add_bad_values(float* o, const Tile& p, const bool* bad, const Panel& panel, const Context& context,
+                           i64 kv_head) {
   const FlashCall& call = context.call;
   for (i64 r = 0; r < p.rows(); ++r) {
     const char* value = context.kv_row(call.v, p.keys.begin + r, kv_head);
-    bool finite = true;
-    for (i64 c = 0; c < call.head_dim_v; ++c)
-      finite = finite && widen(value + c * bytes(call.type), call.type) * 0.0F == 0.0F;
-    for (i64 lane = 0; !finite && lane < panel.rows; ++lane) {
+    for (i64 lane = 0; bad[r] && lane < panel.rows; ++lane) {
       if (!context.visible(panel.query[lane], p.keys.begin + r, panel.head[lane])) continue;
       for (i64 c = 0; c < call.head_dim_v; ++c) {
         o[c * kPanelRows + lane] += p.row(r)[lane] * widen(value + c * bytes(call.type), call.type);
@@ -208,7 +206,7 @@ class Forward {
     product<ALayout::kColumnMajor, Init::kScaleAdd, kPanelVectors>(  // O = O · rescale + Vᵀ P
         {my.v.data + skipped * call_.head_dim_v, call_.head_dim_v, my.s, kPanelRows, o, kPanelRows, s.rows(), rescale},
         call_.head_dim_v);
-    if (my.v.any_bad) add_bad_values(o, s, panel, context, kv_head);
+    if (my.v.any_bad) add_bad_values(o, s, my.v.bad + skipped, panel, context, kv_head);
   }
 
   void store_panel(ForwardScratch& my, i64 p, const Context& context, const Block& block, i64 split) {

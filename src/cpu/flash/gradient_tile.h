@@ -21,7 +21,7 @@ struct RowGroup {
   float *q_rows, *dout_rows;  // [lane][padded dim], rows that are not finite as 0
   bool *bad_q, *bad_dout;     // [lane]
   float *log2_lse, *delta;    // [lane]
-  float *s, *ds, *tangent;    // [kKeyTile][kGroupRows]: scores, then P; dP, then dS; softcap's tanh
+  float *s, *ds, *tanhs;      // [kKeyTile][kGroupRows]: scores, then P; dP, then dS; of softcap
   float* extra;               // [kKeyTile][kPanelRows]: bias or dropout
   std::int32_t* mask;         // [kKeyTile][kPanelRows]
   i64 padded, padded_v;       // head dims as whole vectors
@@ -41,7 +41,7 @@ struct RowGroup {
     delta = arena.take<float>(kGroupRows);
     s = arena.take<float>(kKeyTile * kGroupRows);
     ds = arena.take<float>(kKeyTile * kGroupRows);
-    tangent = arena.take<float>(kKeyTile * kGroupRows);
+    tanhs = arena.take<float>(kKeyTile * kGroupRows);
     extra = arena.take<float>(kKeyTile * kPanelRows);
     mask = arena.take<std::int32_t>(kKeyTile * kPanelRows);
   }
@@ -89,13 +89,13 @@ struct RowGroup {
     if (state == math::TileState::kHidden) return false;
     if (panel.rows < kPanelRows) state = math::TileState::kPartial;  // hides the lanes without a row from NaN keys
     if (call.mask.data != nullptr && !gather_mask(mask, panel, context, keys)) return false;
-    const Tile scores = tile_of(s, p, keys), gradient = tile_of(ds, p, keys), slope_of_cap = tile_of(tangent, p, keys);
+    const Tile scores = tile_of(s, p, keys), gradient = tile_of(ds, p, keys), tanh_tile = tile_of(tanhs, p, keys);
     const i64 rows = p * kPanelRows;
 
     product<ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // S = K Qᵀ
         {k, call.head_dim, q + rows * call.head_dim, kPanelRows, scores.data, kGroupRows, call.head_dim, nullptr},
         scores.rows());
-    finish_scores(scores, panel, context, state, mask, extra, &slope_of_cap);
+    finish_scores(scores, panel, context, state, mask, extra, &tanh_tile);
     product<ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // dP = V doutᵀ
         {v, call.head_dim_v, dout + rows * call.head_dim_v, kPanelRows, gradient.data, kGroupRows, call.head_dim_v,
          nullptr},

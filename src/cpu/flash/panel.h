@@ -142,8 +142,8 @@ struct PackedRows {
     }
   }
 
-  /// Zeros in the place of rows that are not finite, so that a hidden entry's 0 annihilates them; visible ones go
-  /// through `add_bad_rows`.
+  /// Zeros in the place of rows that are not finite, so that a hidden entry's 0 annihilates them; visible ones are
+  /// added afterwards, one by one.
   void clear_bad(i64 rows, i64 dim) const {
     for (i64 r = 0; any_bad && r < rows; ++r) {
       for (i64 c = 0; bad[r] && c < dim; ++c) data[r * dim + c] = 0.0F;

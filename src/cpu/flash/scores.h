@@ -81,15 +81,15 @@ inline void hide_outside_band(const Tile& s, const Panel& panel, const Context& 
 }
 
 /// S from the product becomes what the softmax sees.  `mask` is what gather_mask gave; `scratch` holds a tile;
-/// `tangent`, where the backward wants it, receives softcap's tanh.
+/// `tanhs`, where the backward wants it, receives softcap's tanh.
 inline void finish_scores(const Tile& s, const Panel& panel, const Context& context, math::TileState state,
-                          const std::int32_t* mask, float* scratch, const Tile* tangent) {
+                          const std::int32_t* mask, float* scratch, const Tile* tanhs) {
   const FlashCall& call = context.call;
   if (call.softcap > 0) {
     const V cap = splat(call.softcap * kLog2E);
     for_each_vector(s, [&](i64 r, int lane, float* at) {
       const V t = tanh(load(at));
-      if (tangent != nullptr) store(tangent->row(r) + lane, t);
+      if (tanhs != nullptr) store(tanhs->row(r) + lane, t);
       store(at, t * cap);
     });
   }
