@@ -17,11 +17,13 @@ foreach(list IN LISTS problem_lists)
 endforeach()
 fovea_add_ring(check_random ring fovea_command check --random ${FOVEA_RANDOM_CHECKS} --seed 1)
 
-# A failed allocation anywhere: its own executable, because it replaces operator new.
-add_executable(fovea_allocation_faults faults/allocation_faults.cpp)
-target_include_directories(fovea_allocation_faults PRIVATE ${PROJECT_SOURCE_DIR})
-target_link_libraries(fovea_allocation_faults PRIVATE fovea_tools fovea_internal fovea_warnings GTest::gtest_main)
-gtest_discover_tests(fovea_allocation_faults DISCOVERY_TIMEOUT 60 PROPERTIES LABELS faults TIMEOUT 300)
+# A failed allocation anywhere: its own executable, because it replaces operator new, which TSan keeps for itself.
+if(NOT FOVEA_SANITIZER STREQUAL "thread")
+  add_executable(fovea_allocation_faults faults/allocation_faults.cpp)
+  target_include_directories(fovea_allocation_faults PRIVATE ${PROJECT_SOURCE_DIR})
+  target_link_libraries(fovea_allocation_faults PRIVATE fovea_tools fovea_internal fovea_warnings GTest::gtest_main)
+  gtest_discover_tests(fovea_allocation_faults DISCOVERY_TIMEOUT 60 PROPERTIES LABELS faults TIMEOUT 300)
+endif()
 
 # The command from outside, and its pages in a browser.
 foreach(script command picture)

@@ -10,6 +10,9 @@
 namespace fovea::tools {
 namespace {
 
+// Numbers below 2^-126 may become 0 in fp32: in units of 2^-24.
+constexpr double kLost = 0x1p-102;
+
 /// Roundings are independent, so their errors add up in squares.
 double together(std::initializer_list<double> errors) {
   double squares = 0.0;
@@ -49,18 +52,25 @@ struct Dot : Rounded {
 class Sums {
  public:
   explicit Sums(const std::vector<double>& exact)
-      : exact_(exact), computed_(exact.size()), stored_(exact.size()), squares_(exact.size()), terms_(exact.size()) {}
+      : exact_(exact),
+        computed_(exact.size()),
+        stored_(exact.size()),
+        squares_(exact.size()),
+        terms_(exact.size()),
+        touched_(exact.size()) {}
 
   /// The terms factor · x[c], independent of all others, of the elements from `at`.
   void add(std::int64_t at, const Rounded& factor, const double* x, std::int64_t count) {
     const double value = factor.value * factor.value, computed = factor.computed * factor.computed;
     const double stored = factor.stored * factor.stored;
+    const double size = std::abs(factor.value) + factor.computed + factor.stored;
     for (std::int64_t c = 0; c < count; ++c) {
       const double square = x[c] * x[c];
       squares_[at + c] += value * square;
       computed_[at + c] += computed * square;
       stored_[at + c] += stored * square;
       terms_[at + c] += 1.0;
+      if (size * std::abs(x[c]) > 0.0) touched_[at + c] = 1;
     }
   }
 
@@ -73,6 +83,7 @@ class Sums {
   Rounding finish() && {
     for (std::size_t i = 0; i < exact_.size(); ++i) {
       computed_[i] = std::sqrt(computed_[i] + terms_[i] * std::max(squares_[i], exact_[i] * exact_[i]));
+      if (touched_[i] != 0) computed_[i] = std::max(computed_[i], kLost);
       stored_[i] = std::sqrt(stored_[i]);
     }
     return {std::move(computed_), std::move(stored_)};
@@ -82,6 +93,7 @@ class Sums {
   const std::vector<double>& exact_;
   std::vector<double> computed_, stored_;  // squares of the errors
   std::vector<double> squares_, terms_;    // of the terms, and their number
+  std::vector<char> touched_;              // by a term that is not 0, however small: where not, 0 is exact
 };
 
 /// One visible entry of a row of the N×N matrix.
@@ -183,7 +195,7 @@ class Bookkeeper {
     const double p = std::exp(logit - lse), exponent = logit - lse;
     // The difference, its conversion to base 2, exp, and division by the sum.
     const double relative = together({logit_error, exponent, exponent, 1.0, 1.0});
-    return {p, p * relative + kLostWeight, p + smallest_};
+    return {p, p * relative + kLost, p + smallest_};
   }
 
   void backward(std::int64_t b, std::int64_t h, std::int64_t i) {
@@ -246,7 +258,7 @@ class Bookkeeper {
   /// p·(dp − delta + dlse), apart from the errors of delta and lse.
   [[nodiscard]] Rounded score_gradient(const Rounded& p, double dp, double dp_error, double delta, double dlse) const {
     const double difference = dp - delta, sum = difference + dlse;
-    const double sum_error = (p.value + kLostWeight) * together({dp_error, difference, sum});
+    const double sum_error = (p.value + kLost) * together({dp_error, difference, sum});
     return {p.value * sum, together({p.computed * sum, sum_error, p.value * sum}),
             p.stored * std::abs(sum) + smallest_};
   }
@@ -256,9 +268,6 @@ class Bookkeeper {
     const Rounded p = e.p.times(e.dropout);
     return e.dropout == 1.0 ? p : p.with(p.value, 0.0);
   }
-
-  // Weights below 2^-126 may become 0 in fp32: in units of 2^-24.
-  static constexpr double kLostWeight = 0x1p-102;
 
   const cpu::Operands& x_;
   const cpu::Results& exact_;

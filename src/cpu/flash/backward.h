@@ -10,16 +10,18 @@ namespace fovea::cpu::FOVEA_ISA {
 
 struct BackwardScratch {
   RowGroup rows;
-  PackedRows k, v;  // of block_keys keys
-  float* clean_k;   // k with rows that are not finite as 0
-  float *dk, *dv;   // [key][padded dim]
-  float* dq;        // [panel][dim][lane]
-  float* tile_sum;  // [kKeyTile][kGroupRows]: of dbias
-  double* dslopes;  // [head of the group]
+  PackedRows k, v;     // of block_keys keys
+  PackedRows clean_k;  // k with rows that are not finite as 0
+  float *dk, *dv;      // [key][padded dim]
+  float* dq;           // [panel][dim][lane]
+  float* tile_sum;     // [kKeyTile][kGroupRows]: of dbias
+  double* dslopes;     // [head of the group]
 
   BackwardScratch(Arena& arena, const FlashCall& call, const BackwardShape& shape)
-      : rows(arena, call), k(arena, shape.block_keys, call.head_dim), v(arena, shape.block_keys, call.head_dim_v) {
-    clean_k = arena.take<float>(shape.block_keys * call.head_dim);
+      : rows(arena, call),
+        k(arena, shape.block_keys, call.head_dim),
+        v(arena, shape.block_keys, call.head_dim_v),
+        clean_k(arena, shape.block_keys, call.head_dim) {
     dk = arena.take<float>(shape.block_keys * rows.padded);
     dv = arena.take<float>(shape.block_keys * rows.padded_v);
     dq = arena.take<float>(kGroupRows * call.head_dim);
@@ -148,15 +150,13 @@ class Backward {
     if (all.empty()) return;
     const Interval keys{all.begin, math::smaller(all.end, sequence.band.seqlen_kv)};
     BackwardScratch my = scratch(worker);
-    my.k.pack(context, call_.k, keys, kv_head, call_.head_dim);
-    my.v.pack(context, call_.v, keys, kv_head, call_.head_dim_v);
+    my.k.pack(context, call_.k, keys, kv_head);
+    my.v.pack(context, call_.v, keys, kv_head);
     if (my.k.any_bad) {
-      for (i64 x = 0; x < (keys.end - keys.begin) * call_.head_dim; ++x) my.clean_k[x] = my.k.data[x];
-      PackedRows clean = my.k;
-      clean.data = my.clean_k;
-      clean.clear_bad(keys.end - keys.begin, call_.head_dim);
+      my.clean_k.pack(context, call_.k, keys, kv_head);
+      my.clean_k.clear_bad(keys.end - keys.begin);
     } else {
-      my.clean_k = my.k.data;
+      my.clean_k = my.k;
     }
     for (i64 x = 0; x < (all.end - all.begin) * my.rows.padded; ++x) my.dk[x] = 0.0F;
     for (i64 x = 0; x < (all.end - all.begin) * my.rows.padded_v; ++x) my.dv[x] = 0.0F;
@@ -206,7 +206,7 @@ class Backward {
     i64 first = RowGroup::kPanels, last = -1;  // panels that see something
     for (i64 p = 0; p < RowGroup::kPanels; ++p) {
       const Tile ds = rows.tile_of(rows.ds, p, keys);
-      if (!rows.recompute(p, context, keys, my.k.data + at * d, my.v.data + at * call_.head_dim_v)) {
+      if (!rows.recompute(p, context, keys, my.k, my.v, at)) {
         const Tile weights = rows.tile_of(rows.s, p, keys);
         for_each_vector(ds, [&](i64 r, int lane, float* x) { store(x, V{}), store(weights.row(r) + lane, V{}); });
         continue;
@@ -222,7 +222,9 @@ class Backward {
         });
       }
       product<ALayout::kColumnMajor, Init::kAdd, kPanelVectors>(  // dqᵀ += Kᵀ dSᵀ
-          {my.clean_k + at * d, d, ds.data, kGroupRows, my.dq + p * kPanelRows * d, kPanelRows, count, nullptr}, d);
+          {my.clean_k.row(at), my.clean_k.stride, ds.data, kGroupRows, my.dq + p * kPanelRows * d, kPanelRows, count,
+           nullptr},
+          d);
     }
     if (last < 0) return;
     const i64 lane = first * kPanelRows, depth = (last + 1) * kPanelRows - lane;
@@ -257,8 +259,7 @@ class Backward {
         for (i64 c = 0; c < call_.head_dim; ++c) {
           if (rows.bad_q[x]) my.dk[(at + r) * rows.padded + c] += ds * widen(q + c * size, call_.type);
           if (my.k.bad[at + r]) {
-            my.dq[(x / kPanelRows * call_.head_dim + c) * kPanelRows + lane] +=
-                ds * my.k.data[(at + r) * call_.head_dim + c];
+            my.dq[(x / kPanelRows * call_.head_dim + c) * kPanelRows + lane] += ds * my.k.row(at + r)[c];
           }
         }
       }
@@ -382,10 +383,10 @@ class Backward {
     my.rows.load_rows(context, {1, head, queries.end}, queries.begin, stats(batch, kv_head));
     for (i64 j = keys.begin; j < keys.end; j += kKeyTile) {
       const Interval tile{j, math::smaller(j + kKeyTile, keys.end)};
-      my.k.pack(context, call_.k, tile, kv_head, call_.head_dim);
-      my.v.pack(context, call_.v, tile, kv_head, call_.head_dim_v);
+      my.k.pack(context, call_.k, tile, kv_head);
+      my.v.pack(context, call_.v, tile, kv_head);
       for (i64 p = 0; p < RowGroup::kPanels; ++p) {
-        if (!my.rows.recompute(p, context, tile, my.k.data, my.v.data)) continue;
+        if (!my.rows.recompute(p, context, tile, my.k, my.v, 0)) continue;
         const Tile sum = my.rows.tile_of(my.tile_sum, p, tile);
         for_each_vector(my.rows.tile_of(my.rows.ds, p, tile), [&](i64 r, int lane, const float* x) {
           store(sum.row(r) + lane, load(sum.row(r) + lane) + load(x));

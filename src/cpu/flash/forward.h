@@ -168,9 +168,9 @@ class Forward {
     keys.end = math::smaller(keys.end, (split + 1) * shape_.keys_per_split);
     for (i64 j = keys.begin / kForwardKeys * kForwardKeys; j < keys.end; j += kForwardKeys) {
       const Interval tile{j, math::smaller(j + kForwardKeys, keys.end)};
-      my.k.pack(context, call_.k, tile, block.kv_head, call_.head_dim);
-      my.v.pack(context, call_.v, tile, block.kv_head, call_.head_dim_v);
-      my.v.clear_bad(tile.end - tile.begin, call_.head_dim_v);
+      my.k.pack(context, call_.k, tile, block.kv_head);
+      my.v.pack(context, call_.v, tile, block.kv_head);
+      my.v.clear_bad(tile.end - tile.begin);
       for (i64 p = 0; p < panels; ++p) attend(my, p, context, tile, block.kv_head);
     }
     for (i64 p = 0; p < panels; ++p) store_panel(my, p, context, block, split);
@@ -189,8 +189,8 @@ class Forward {
     const Tile s{my.s, kPanelRows, keys};
     const i64 skipped = keys.begin - tile.begin;
     product<ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // S = K Qᵀ
-        {my.k.data + skipped * call_.head_dim, call_.head_dim, my.q + p * call_.head_dim * kPanelRows, kPanelRows, my.s,
-         kPanelRows, call_.head_dim, nullptr},
+        {my.k.row(skipped), my.k.stride, my.q + p * call_.head_dim * kPanelRows, kPanelRows, my.s, kPanelRows,
+         call_.head_dim, nullptr},
         s.rows());
     finish_scores(s, panel, context, state, my.mask, my.extra, nullptr);
 
@@ -204,8 +204,7 @@ class Forward {
 
     float* o = my.o + p * call_.head_dim_v * kPanelRows;
     product<ALayout::kColumnMajor, Init::kScaleAdd, kPanelVectors>(  // O = O · rescale + Vᵀ P
-        {my.v.data + skipped * call_.head_dim_v, call_.head_dim_v, my.s, kPanelRows, o, kPanelRows, s.rows(), rescale},
-        call_.head_dim_v);
+        {my.v.row(skipped), my.v.stride, my.s, kPanelRows, o, kPanelRows, s.rows(), rescale}, call_.head_dim_v);
     if (my.v.any_bad) add_bad_values(o, s, my.v.bad + skipped, panel, context, kv_head);
   }
 

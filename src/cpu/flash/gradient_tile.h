@@ -79,9 +79,9 @@ struct RowGroup {
     return {data + panel * kPanelRows, kGroupRows, keys};
   }
 
-  /// One panel against keys [keys): `s` receives P with dropout, `ds` the gradient of the scores after softcap.  k and
-  /// v are the packed rows of those keys.  False, and nothing computed, where the panel sees none of them.
-  bool recompute(i64 p, const Context& context, Interval keys, const float* k, const float* v) {
+  /// One panel against keys [keys): `s` receives P with dropout, `ds` the gradient of the scores after softcap.  Those
+  /// keys are the rows of k and v from `at`.  False, and nothing computed, where the panel sees none of them.
+  bool recompute(i64 p, const Context& context, Interval keys, const PackedRows& k, const PackedRows& v, i64 at) {
     const FlashCall& call = context.call;
     const Panel& panel = panels[p];
     math::TileState state =
@@ -93,24 +93,24 @@ struct RowGroup {
     const i64 rows = p * kPanelRows;
 
     product<ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // S = K Qᵀ
-        {k, call.head_dim, q + rows * call.head_dim, kPanelRows, scores.data, kGroupRows, call.head_dim, nullptr},
+        {k.row(at), k.stride, q + rows * call.head_dim, kPanelRows, scores.data, kGroupRows, call.head_dim, nullptr},
         scores.rows());
     finish_scores(scores, panel, context, state, mask, extra, &tanh_tile);
     product<ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // dP = V doutᵀ
-        {v, call.head_dim_v, dout + rows * call.head_dim_v, kPanelRows, gradient.data, kGroupRows, call.head_dim_v,
+        {v.row(at), v.stride, dout + rows * call.head_dim_v, kPanelRows, gradient.data, kGroupRows, call.head_dim_v,
          nullptr},
         scores.rows());
 
     const bool dropout = call.keep_threshold < 65536;
     if (dropout) dropout_factors(extra, panel, context, keys);
-    for_each_vector(scores, [&](i64 r, int lane, float* at) {
-      const V score = load(at);
+    for_each_vector(scores, [&](i64 r, int lane, float* weight_at) {
+      const V score = load(weight_at);
       const VI hidden = score == splat(-kInfinity);
       const V weight = exp2(score - load(log2_lse + rows + lane));
       const V factor = dropout ? load(extra + r * kPanelRows + lane) : splat(1.0F);
       float* d = gradient.row(r) + lane;
       store(d, hidden ? V{} : weight * (load(d) * factor - load(delta + rows + lane)));
-      store(at, hidden ? V{} : weight * factor);
+      store(weight_at, hidden ? V{} : weight * factor);
     });
     return true;
   }

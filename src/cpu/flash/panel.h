@@ -124,29 +124,37 @@ inline void pack_panel(float* columns, const Panel& panel, const Context& contex
   }
 }
 
-/// A block of keys or values as floats, [key][dim].
+/// A block of keys or values as floats, [key][stride].
 struct PackedRows {
+  i64 dim = 0, stride = 0;
   float* data = nullptr;
   bool* bad = nullptr;  // rows that are not finite
   bool any_bad = false;
 
   PackedRows() = default;
-  PackedRows(Arena& arena, i64 rows, i64 dim) : data(arena.take<float>(rows * dim)), bad(arena.take<bool>(rows)) {}
+  /// An odd number of cache lines a row: a column read down the rows meets every set of the cache.
+  PackedRows(Arena& arena, i64 rows, i64 dim)
+      : dim(dim),
+        stride((((dim + 15) / 16) | 1) * 16),
+        data(arena.take<float>(rows * stride)),
+        bad(arena.take<bool>(rows)) {}
 
-  void pack(const Context& context, const RowView& view, Interval keys, i64 head, i64 dim) {
+  [[nodiscard]] float* row(i64 r) const { return data + r * stride; }
+
+  void pack(const Context& context, const RowView& view, Interval keys, i64 head) {
     any_bad = false;
     for (i64 j = keys.begin; j < keys.end; ++j) {
       const i64 at = j - keys.begin;
-      bad[at] = !widen_row(data + at * dim, context.kv_row(view, j, head), context.call.type, dim, dim);
+      bad[at] = !widen_row(row(at), context.kv_row(view, j, head), context.call.type, dim, dim);
       any_bad = any_bad || bad[at];
     }
   }
 
   /// Zeros in the place of rows that are not finite, so that a hidden entry's 0 annihilates them; visible ones are
   /// added afterwards, one by one.
-  void clear_bad(i64 rows, i64 dim) const {
+  void clear_bad(i64 rows) const {
     for (i64 r = 0; any_bad && r < rows; ++r) {
-      for (i64 c = 0; bad[r] && c < dim; ++c) data[r * dim + c] = 0.0F;
+      for (i64 c = 0; bad[r] && c < dim; ++c) row(r)[c] = 0.0F;
     }
   }
 };
