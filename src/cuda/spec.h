@@ -1,0 +1,86 @@
+#pragma once
+
+#include "math/fn.h"
+
+// What a GPU kernel is specialised for, at run time, by compiling it: only what changes its inner loop, never sizes.
+// Host and device compile this text.  Each spec lists its fields once, in `each_field`: rendering, hashing and printing
+// all go by that list.
+namespace fovea::cuda {
+
+enum class Type : int { kFloat32, kFloat16, kBFloat16 };
+
+/// How a 16 × 8 piece of a product is made.
+enum class Mma : int {
+  kHalf16,    // m16n8k16 of fp16 or bf16 (sm_80)
+  kHalf8,     // two m16n8k8 of fp16 (sm_75)
+  kTf32x3,    // fp32 as three products of TF32 halves (sm_80)
+  kShuffles,  // fp32 multiply-adds between lanes, for what a GPU has no unit for: bf16 and fp32 on sm_75
+};
+
+struct ForwardSpec {
+  Type type = Type::kBFloat16;
+  Mma mma = Mma::kHalf16;
+  bool async_copy = true;  // cp.async (sm_80)
+  int head_dim = 64;       // of q and k, rounded up to whole products
+  int head_dim_v = 64;     // columns of v that one block works on, likewise
+  int block_m = 128;       // rows
+  int block_n = 64;        // keys
+  int warps = 4;
+  int stages = 2;          // tiles of keys in flight
+  bool q_in_registers = false;
+  bool pack_gqa = false;   // a row is a query and a head of the group, not a query of one head
+  bool split = false;      // keys are shared out to several blocks, whose parts are combined
+  bool band = false;       // causal or a window
+  bool mask = false;
+  bool bias = false;
+  Type bias_type = Type::kFloat32;
+  bool alibi = false;
+  bool softcap = false;
+  bool dropout = false;
+
+  friend constexpr bool operator==(const ForwardSpec&, const ForwardSpec&) = default;
+};
+
+struct BackwardSpec {
+  Type type = Type::kBFloat16;
+  Mma mma = Mma::kHalf16;
+  bool async_copy = true;
+  int head_dim = 64;       // of q and k, rounded up to whole products
+  int head_dim_v = 64;     // of v and out, likewise
+  int block_m = 64;        // rows
+  int block_n = 128;       // keys
+  int warps = 8;
+  int stages = 2;          // tiles of rows in flight
+  bool deterministic = false;  // dq is added up in the order of the key blocks
+  bool band = false;
+  bool mask = false;
+  bool bias = false;
+  Type bias_type = Type::kFloat32;
+  bool alibi = false;
+  bool softcap = false;
+  bool dropout = false;
+
+  friend constexpr bool operator==(const BackwardSpec&, const BackwardSpec&) = default;
+};
+
+/// Calls f(name, value) for every field.
+template <class F>
+constexpr void each_field(const ForwardSpec& s, F&& f) {
+  f("type", s.type), f("mma", s.mma), f("async_copy", s.async_copy);
+  f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
+  f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("stages", s.stages);
+  f("q_in_registers", s.q_in_registers), f("pack_gqa", s.pack_gqa), f("split", s.split);
+  f("band", s.band), f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
+  f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);
+}
+template <class F>
+constexpr void each_field(const BackwardSpec& s, F&& f) {
+  f("type", s.type), f("mma", s.mma), f("async_copy", s.async_copy);
+  f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
+  f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("stages", s.stages);
+  f("deterministic", s.deterministic);
+  f("band", s.band), f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
+  f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);
+}
+
+}  // namespace fovea::cuda
