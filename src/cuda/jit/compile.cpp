@@ -1,0 +1,129 @@
+#include "cuda/jit/compile.h"
+
+#include <fovea/error.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <vector>
+
+#include "cuda/jit/device_text.h"
+#include "cuda/jit/sha256.h"
+
+namespace fovea::cuda::jit {
+namespace {
+
+constexpr std::array kOptions{"-std=c++20", "--ptxas-options=-v"};
+constexpr std::array kArchs{75, 80, 86, 87, 89, 90, 100, 110, 120};
+
+/// The number in front of `words`: "... 24 bytes spill stores".  0 where they are not there.
+int number_before(const std::string& line, const std::string& words) {
+  const std::size_t end = line.find(words);
+  if (end == std::string::npos) return 0;
+  std::size_t begin = end;
+  while (begin > 0 && std::isdigit(static_cast<unsigned char>(line[begin - 1])) != 0) --begin;
+  return std::atoi(line.c_str() + begin);
+}
+
+std::string first_error(const std::string& log) {
+  std::istringstream lines(log);
+  std::string first;
+  for (std::string line; std::getline(lines, line);) {
+    if (line.find("error") != std::string::npos || line.find("fatal") != std::string::npos) return line;
+    if (first.empty()) first = line;
+  }
+  return first.empty() ? "the compiler says nothing" : first;
+}
+
+/// A folder for people to look into; the sentence that names it is of use even where writing failed.
+std::string save_source(const KernelRequest& request, const std::string& log) {
+  std::error_code ignored;
+  const std::filesystem::path folder = std::filesystem::temp_directory_path(ignored);
+  const std::filesystem::path file =
+      folder / ("fovea-" + request.name + "-" + content_key(request).substr(0, 8) + ".cu");
+  std::ofstream stream(file);
+  stream << request.unit << "\n/* " << log << "\n*/\n";
+  stream.flush();
+  return stream ? "its source and the whole log are in " + file.string()
+                : "its source could not be saved to " + file.string();
+}
+
+}  // namespace
+
+const char* name(Source source) {
+  switch (source) {
+    case Source::kPack:
+      return "pack";
+    case Source::kDisk:
+      return "disk";
+    default:
+      return "compiled";
+  }
+}
+
+std::string content_key(const KernelRequest& request) {
+  std::string text(build_id);
+  for (const char* option : kOptions) text.append(" ").append(option);
+  text += " sm_" + std::to_string(request.arch) + "\n" + request.unit;
+  return sha256(text).substr(0, 32);
+}
+
+int arch_of(int compute_capability) {
+  // A GPU runs what was compiled for a smaller minor version of its own major version.
+  int best = 0;
+  for (const int arch : kArchs) {
+    if (arch / 10 == compute_capability / 10 && arch <= compute_capability) best = arch;
+  }
+  return best;
+}
+
+void read_log(const std::string& log, Binary& binary) {
+  std::istringstream lines(log);
+  for (std::string line; std::getline(lines, line);) {
+    binary.spill_bytes += number_before(line, " bytes spill stores") + number_before(line, " bytes spill loads");
+    binary.local_bytes += number_before(line, " bytes stack frame");
+    if (line.find("Used ") != std::string::npos) {
+      binary.registers = std::max(binary.registers, number_before(line, " registers"));
+      binary.shared_bytes = std::max(binary.shared_bytes, number_before(line, " bytes smem"));
+    }
+    const bool told = line.starts_with("ptxas info") || line.starts_with("ptxas         .");
+    if (!told && line.find_first_not_of(" \t\r") != std::string::npos) binary.warnings += line + "\n";
+  }
+}
+
+Binary compile(const KernelRequest& request) {
+  const Nvrtc* nvrtc = Nvrtc::find();
+  if (nvrtc == nullptr)
+    throw Error(ErrorCode::kDevice, "kernel " + request.name + " cannot be compiled: " + Nvrtc::why_none());
+  const std::string sm = "sm_" + std::to_string(request.arch), compiler = "NVRTC " + nvrtc->version();
+  if (!nvrtc->knows(request.arch)) {
+    throw Error(ErrorCode::kUnsupported,
+                compiler + " (" + nvrtc->path() + ") does not compile for " + sm + "; name another one in FOVEA_NVRTC");
+  }
+  const std::string arch_option = "-arch=" + sm;
+  std::vector<const char*> options{arch_option.c_str()};
+  options.insert(options.end(), kOptions.begin(), kOptions.end());
+
+  const auto start = std::chrono::steady_clock::now();
+  const std::string file_name = request.name + ".cu";
+  Nvrtc::Result result = nvrtc->compile(request.unit, file_name.c_str(), device_text, options);
+  if (!result.done) {
+    throw Error(ErrorCode::kInternal, "kernel " + request.name + " did not compile for " + sm + " with " + compiler +
+                                          ": " + first_error(result.log) + "; " + save_source(request, result.log));
+  }
+  Binary binary;
+  binary.key = content_key(request);
+  binary.name = request.name;
+  binary.arch = request.arch;
+  binary.compiler = compiler;
+  binary.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  binary.cubin = std::move(result.cubin);
+  read_log(result.log, binary);
+  return binary;
+}
+
+}  // namespace fovea::cuda::jit
