@@ -140,7 +140,7 @@ void describe_sequences(const Problem& problem, const Inputs& in, Sequence* sequ
     s.kv_rows = problem.packed() ? value(in.cu_seqlens_kv, b + 1) - s.kv_begin : problem.seqlen_kv;
     s.first_group = groups;
     groups += ceil_div(s.q_rows * group, kGroupRows);
-    s.band = math::Band::of(problem, in.q_lengths.defined() ? value(in.q_lengths, b) : s.q_rows,
+    s.band = math::Band::of(math::BandRule::of(problem), in.q_lengths.defined() ? value(in.q_lengths, b) : s.q_rows,
                             in.kv_lengths.defined() ? value(in.kv_lengths, b) : s.kv_rows);
     sequences[b] = s;
   }

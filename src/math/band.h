@@ -13,11 +13,27 @@ struct Interval {
   FOVEA_FN constexpr bool contains(i64 x) const { return begin <= x && x < end; }
 };
 
+/// What the caller says of the band, whatever the lengths.
+struct BandRule {
+  static constexpr i64 kUnbounded = i64{1} << 60;
+  bool top_left = false;
+  i64 left = kUnbounded, right = kUnbounded;
+
+  /// From fovea::Rules, which this header does without.
+  template <class Rules>
+  static constexpr BandRule of(const Rules& rules) {
+    using Causal = decltype(rules.causal);
+    return {rules.causal == Causal::kTopLeft, rules.window_left.value_or(kUnbounded),
+            rules.causal == Causal::kNone ? rules.window_right.value_or(kUnbounded) : 0};
+  }
+  FOVEA_FN constexpr bool bounded() const { return left < kUnbounded || right < kUnbounded; }
+};
+
 /// THE RULE OF THE MASK that needs no memory: causal corners, windows, lengths.  Query i of one sequence sees the keys
 /// of one interval, and both ends of the interval never move left as i grows; everything else follows from that.  A
-/// rule of this kind is changed in `of`, `keys_of_row` and `rows_of_key` and nowhere else; kernels only ask.
+/// rule of this kind is changed in `BandRule`, `of`, `keys_of_row` and `rows_of_key` and nowhere else; kernels only ask.
 struct Band {
-  static constexpr i64 kUnbounded = i64{1} << 60;
+  static constexpr i64 kUnbounded = BandRule::kUnbounded;
 
   i64 seqlen_q = 0;        // rows past it see nothing
   i64 seqlen_kv = 0;       // keys past it are hidden
@@ -25,15 +41,9 @@ struct Band {
   i64 left = kUnbounded;   // keys before the diagonal that stay visible
   i64 right = kUnbounded;  // keys after it; causal is 0
 
-  /// The band of one sequence by fovea::Rules, which this header does without.
-  template <class Rules>
-  static constexpr Band of(const Rules& rules, i64 seqlen_q, i64 seqlen_kv) {
-    using Causal = decltype(rules.causal);
-    return {.seqlen_q = seqlen_q,
-            .seqlen_kv = seqlen_kv,
-            .offset = rules.causal == Causal::kTopLeft ? 0 : seqlen_kv - seqlen_q,
-            .left = rules.window_left.value_or(kUnbounded),
-            .right = rules.causal == Causal::kNone ? rules.window_right.value_or(kUnbounded) : 0};
+  /// The band of one sequence.
+  FOVEA_FN static constexpr Band of(const BandRule& rule, i64 seqlen_q, i64 seqlen_kv) {
+    return {seqlen_q, seqlen_kv, rule.top_left ? 0 : seqlen_kv - seqlen_q, rule.left, rule.right};
   }
 
   FOVEA_FN constexpr i64 clip_key(i64 j) const { return smaller(larger(j, i64{0}), seqlen_kv); }

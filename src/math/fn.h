@@ -10,8 +10,13 @@
 
 namespace fovea::math {
 
+#ifdef __CUDACC_RTC__  // which knows no predefined __INT64_TYPE__
+using i64 = long;
+using u64 = unsigned long;
+#else
 using i64 = __INT64_TYPE__;
 using u64 = __UINT64_TYPE__;
+#endif
 using u32 = unsigned int;
 using u16 = unsigned short;
 

@@ -34,4 +34,20 @@ FOVEA_FN constexpr DropoutStream dropout_stream(u64 seed, u64 offset, u32 batch_
 /// Entry (i, j) finds its 16-bit draw in patch (patch_of(i), patch_of(j)): half (j / 8) % 2 of word (i / 8) % 2.
 FOVEA_FN constexpr u32 patch_of(i64 x) { return static_cast<u32>((x / 16) * 8 + x % 8); }
 
+/// The four draws of a patch.
+struct Draws {
+  u32 words[2];
+  FOVEA_FN constexpr u32 at(i64 i, i64 j) const { return words[i / 8 % 2] >> (j / 8 % 2 * 16) & 0xffffU; }
+};
+FOVEA_FN constexpr Draws draws_of_patch(const DropoutStream& stream, u32 m, u32 n) {
+  u32 x0 = stream.a ^ m, x1 = stream.b ^ n, key = stream.key;
+  for (int round = 0; round < kDropoutRounds; ++round) {
+    const u64 product = u64{kPhilox2x32M} * x0;
+    x0 = static_cast<u32>(product >> 32) ^ key ^ x1;
+    x1 = static_cast<u32>(product);
+    key += kPhiloxW0;
+  }
+  return {{x0, x1}};
+}
+
 }  // namespace fovea::math

@@ -1,0 +1,142 @@
+#pragma once
+
+#include "cuda/params.h"
+#include "cuda/spec.h"
+
+// The words of a GPU that C++ has no spelling for.
+#define FOVEA_DEVICE __device__ __forceinline__
+
+namespace fovea::cuda {
+
+using math::Interval;
+using math::TileState;
+using u16 = unsigned short;
+
+inline constexpr float kLog2E = 1.44269504088896341F;
+inline constexpr float kLn2 = 0.693147180559945309F;
+inline constexpr int kWarp = 32;
+inline constexpr u32 kAllLanes = 0xffffffffU;
+
+FOVEA_DEVICE float infinity() { return __int_as_float(0x7f800000); }
+FOVEA_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
+FOVEA_DEVICE int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
+
+/// 2^x; below −126 it is 0.
+FOVEA_DEVICE float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FOVEA_DEVICE float log2(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// tanh(x) with relative error below 3e-7: an odd polynomial near 0, 1 − 2 / (e^2x + 1) elsewhere (Cephes' split).
+FOVEA_DEVICE float tanh(float x) {
+  const float a = fabsf(x), z = x * x;
+  float p = -5.70498872745e-3F;
+  p = p * z + 2.06390887954e-2F;
+  p = p * z - 5.37397155531e-2F;
+  p = p * z + 1.33314422036e-1F;
+  p = p * z - 3.33332819422e-1F;
+  const float near = p * z * x + x;
+  const float far = 1.0F - __fdividef(2.0F, exp2(2.0F * kLog2E * a) + 1.0F);
+  return a < 0.625F ? near : copysignf(a > 20.0F ? 1.0F : far, x);
+}
+
+/// Over the four lanes that share the rows of an accumulator; a NaN is passed over by the maximum.
+FOVEA_DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+FOVEA_DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
+// ---- shared memory, by address in its own space -----------------------------------------------------------------------
+
+FOVEA_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+FOVEA_DEVICE u32 load_shared(u32 address) {
+  u32 x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+FOVEA_DEVICE void store_shared(u32 address, u32 x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+FOVEA_DEVICE uint4 load_shared_16(u32 address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+FOVEA_DEVICE void store_shared_16(u32 address, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
+/// Four 8 × 8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.
+FOVEA_DEVICE void load_matrices(u32 (&x)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+FOVEA_DEVICE void load_matrices_transposed(u32 (&x)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+
+// ---- copies from global to shared memory ------------------------------------------------------------------------------
+
+/// Up to 16 bytes from any even address; the others are 0.
+FOVEA_DEVICE uint4 gather_16(const char* from, int bytes) {
+  u32 words[4];
+  for (int w = 0; w < 4; ++w) {
+    const u32 low = 4 * w < bytes ? *reinterpret_cast<const u16*>(from + 4 * w) : 0;
+    const u32 high = 4 * w + 2 < bytes ? *reinterpret_cast<const u16*>(from + 4 * w + 2) : 0;
+    words[w] = low | high << 16;
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+/// Writes the first bytes of 16 to any even address.
+FOVEA_DEVICE void scatter_16(char* to, uint4 x, int bytes) {
+  const u32 words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int w = 0; w < 8; ++w) {
+    if (2 * w < bytes) *reinterpret_cast<u16*>(to + 2 * w) = static_cast<u16>(words[w / 2] >> (w % 2 * 16));
+  }
+}
+
+/// 16 bytes, of which the first `bytes` are read and the others become 0; `from` is a multiple of 16.
+template <bool kAsync>
+FOVEA_DEVICE void copy_16(u32 to, const char* from, int bytes) {
+  if constexpr (kAsync) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  } else {
+    uint4 x{};
+    if (bytes == 16) x = *reinterpret_cast<const uint4*>(from);
+    if (bytes > 0 && bytes < 16) x = gather_16(from, bytes);
+    store_shared_16(to, x);
+  }
+}
+template <bool kAsync>
+FOVEA_DEVICE void close_copies() {
+  if constexpr (kAsync) asm volatile("cp.async.commit_group;" ::: "memory");
+}
+/// Until at most kOpen groups of this thread's copies are under way.
+template <bool kAsync, int kOpen>
+FOVEA_DEVICE void await_copies() {
+  if constexpr (kAsync) asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
+}
+
+}  // namespace fovea::cuda

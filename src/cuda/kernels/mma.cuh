@@ -1,0 +1,239 @@
+#pragma once
+
+#include "cuda/kernels/device.cuh"
+#include "math/float16.h"
+
+// The product of a warp: C[16][8] += A[16][kStep] · B[kStep][8], and how its operands lie in the lanes.  Lane l holds
+// of C: rows l/4 and l/4 + 8, columns 2(l%4) and + 1, as {low row: c, c + 1; high row: c, c + 1}.
+//
+// A 16-bit operand holds two neighbours along k in a word, and a step is 16 long; an fp32 operand holds one number, and
+// a step is 8 long.  Where A comes from accumulators (P), a step of k covers the keys in another order for fp32, so
+// that no lane has to give anything to another: see `operand_a` and `load_b_columns`.
+namespace fovea::cuda {
+
+struct Accumulator {
+  float x[4];
+};
+struct OperandA {
+  u32 x[4];
+};
+struct OperandB {
+  u32 x[2];
+};
+
+template <Type kType>
+inline constexpr int kBytes = kType == Type::kFloat32 ? 4 : 2;
+template <Type kType>
+inline constexpr int kStep = kType == Type::kFloat32 ? 8 : 16;
+
+// ---- numbers ----------------------------------------------------------------------------------------------------------
+
+template <Type kType>
+FOVEA_DEVICE float widen(u32 bits) {
+  if constexpr (kType == Type::kFloat32) return __uint_as_float(bits);
+  if constexpr (kType == Type::kBFloat16) return __uint_as_float(bits << 16);
+  if constexpr (kType == Type::kFloat16) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<u16>(bits)));
+    return x;
+  }
+}
+template <Type kType>
+FOVEA_DEVICE float read(const char* p) {
+  if constexpr (kType == Type::kFloat32) return *reinterpret_cast<const float*>(p);
+  return widen<kType>(*reinterpret_cast<const u16*>(p));
+}
+
+/// Two numbers in one word, the first in the low half.
+template <Type kType>
+FOVEA_DEVICE u32 pack(float low, float high) {
+  u32 word;
+  if constexpr (kType == Type::kFloat16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  if constexpr (kType == Type::kBFloat16) {
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+#else
+    word = u32{math::bf16_of_float(low)} | u32{math::bf16_of_float(high)} << 16;
+#endif
+  }
+  return word;
+}
+template <Type kType>
+FOVEA_DEVICE void write(char* p, float x) {
+  if constexpr (kType == Type::kFloat32) {
+    *reinterpret_cast<float*>(p) = x;
+  } else {
+    *reinterpret_cast<u16*>(p) = static_cast<u16>(pack<kType>(x, 0.0F));
+  }
+}
+
+// ---- products ---------------------------------------------------------------------------------------------------------
+
+/// An fp32 number as a TF32 one and a rest that TF32 holds too: together they are within 2^-24 of it.
+struct Tf32Halves {
+  u32 high, low;
+  FOVEA_DEVICE explicit Tf32Halves(u32 bits) {
+    high = (bits + 0x1000U) & 0xffffe000U;  // to the nearest; the unit would cut off
+    low = __float_as_uint(__uint_as_float(bits) - __uint_as_float(high)) + 0x1000U;
+  }
+};
+
+FOVEA_DEVICE void multiply_add_tf32(Accumulator& c, const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/// Element k of the operands comes from the lane that has it.
+template <Type kType>
+FOVEA_DEVICE void multiply_add_by_shuffles(Accumulator& c, const OperandA& a, const OperandB& b) {
+  const int row = lane_id() / 4 * 4, column = lane_id() % 4 * 8;  // first lanes of the rows of A and of two columns of B
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const u32 low = __shfl_sync(kAllLanes, a.x[2 * part], row + t), high = __shfl_sync(kAllLanes, a.x[2 * part + 1], row + t);
+      const u32 first = __shfl_sync(kAllLanes, b.x[part], column + t), second = __shfl_sync(kAllLanes, b.x[part], column + 4 + t);
+#pragma unroll
+      for (int e = 0; e < (kType == Type::kFloat32 ? 1 : 2); ++e) {
+        const auto number = [e](u32 word) { return widen<kType>(e == 0 ? word : word >> 16); };
+        c.x[0] += number(low) * number(first);
+        c.x[1] += number(low) * number(second);
+        c.x[2] += number(high) * number(first);
+        c.x[3] += number(high) * number(second);
+      }
+    }
+  }
+}
+
+/// C += A · B.
+template <Type kType, Mma kMma>
+FOVEA_DEVICE void multiply_add(Accumulator& c, const OperandA& a, const OperandB& b) {
+  if constexpr (kMma == Mma::kHalf16 && kType == Type::kFloat16) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+                 : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+  }
+  if constexpr (kMma == Mma::kHalf16 && kType == Type::kBFloat16) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+                 : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+  }
+  if constexpr (kMma == Mma::kHalf8) {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                   : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+                   : "r"(a.x[2 * part]), "r"(a.x[2 * part + 1]), "r"(b.x[part]));
+    }
+  }
+  if constexpr (kMma == Mma::kTf32x3) {
+    const Tf32Halves a0(a.x[0]), a1(a.x[1]), a2(a.x[2]), a3(a.x[3]), b0(b.x[0]), b1(b.x[1]);
+    multiply_add_tf32(c, {a0.low, a1.low, a2.low, a3.low}, {b0.high, b1.high});
+    multiply_add_tf32(c, {a0.high, a1.high, a2.high, a3.high}, {b0.low, b1.low});
+    multiply_add_tf32(c, {a0.high, a1.high, a2.high, a3.high}, {b0.high, b1.high});
+  }
+  if constexpr (kMma == Mma::kShuffles) multiply_add_by_shuffles<kType>(c, a, b);
+}
+
+// ---- operands ---------------------------------------------------------------------------------------------------------
+
+/// A tile in shared memory: kRows rows of kDim elements, an odd number of 16-byte pieces apart, so that a column of
+/// pieces, read down the rows, meets every bank.
+template <Type kElement, int kRowCount, int kDim>
+struct SharedTile {
+  static constexpr Type kType = kElement;
+  static constexpr int kRows = kRowCount, kColumns = kDim;
+  static constexpr int kPieces = kDim * kBytes<kType> / 16;  // with data
+  static constexpr int kPitch = (kPieces | 1) * 16;          // bytes
+  static constexpr int kSize = kRows * kPitch;               // bytes
+  u32 base;
+
+  FOVEA_DEVICE u32 at(int row, int column) const { return base + static_cast<u32>(row * kPitch + column * kBytes<kType>); }
+};
+
+/// A = rows [row, row + 16), columns [k, k + kStep) of a tile.
+template <class Tile>
+FOVEA_DEVICE OperandA load_a(const Tile& tile, int row, int k) {
+  OperandA a;
+  const int lane = lane_id();
+  if constexpr (Tile::kType == Type::kFloat32) {
+    const u32 at = tile.at(row + lane / 4, k + lane % 4);
+    a.x[0] = load_shared(at);
+    a.x[1] = load_shared(at + 8 * Tile::kPitch);
+    a.x[2] = load_shared(at + 16);
+    a.x[3] = load_shared(at + 8 * Tile::kPitch + 16);
+  } else {
+    load_matrices(a.x, tile.at(row + lane % 16, k + lane / 16 * 8));
+  }
+  return a;
+}
+
+/// A = (a tile)ᵀ: rows [row, row + 16) are its columns, [k, k + kStep) its rows.
+template <class Tile>
+FOVEA_DEVICE OperandA load_a_columns(const Tile& tile, int row, int k) {
+  OperandA a;
+  const int lane = lane_id();
+  if constexpr (Tile::kType == Type::kFloat32) {
+    const u32 at = tile.at(k + lane % 4, row + lane / 4);
+    a.x[0] = load_shared(at);
+    a.x[1] = load_shared(at + 32);
+    a.x[2] = load_shared(at + 4 * Tile::kPitch);
+    a.x[3] = load_shared(at + 4 * Tile::kPitch + 32);
+  } else {
+    load_matrices_transposed(a.x, tile.at(k + lane / 16 * 8 + lane % 8, row + lane / 8 % 2 * 8));
+  }
+  return a;
+}
+
+/// Two B side by side, B[k][n] = tile[n][k]: columns are rows [n, n + 16) of the tile.  K in S = Q Kᵀ.
+template <class Tile>
+FOVEA_DEVICE void load_b_rows(OperandB (&b)[2], const Tile& tile, int n, int k) {
+  const int lane = lane_id();
+  if constexpr (Tile::kType == Type::kFloat32) {
+    const u32 at = tile.at(n + lane / 4, k + lane % 4);
+    b[0].x[0] = load_shared(at);
+    b[0].x[1] = load_shared(at + 16);
+    b[1].x[0] = load_shared(at + 8 * Tile::kPitch);
+    b[1].x[1] = load_shared(at + 8 * Tile::kPitch + 16);
+  } else {
+    u32 x[4];
+    load_matrices(x, tile.at(n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
+    b[0] = {x[0], x[1]};
+    b[1] = {x[2], x[3]};
+  }
+}
+
+/// Two B side by side, B[k][n] = tile[k][n].  V in O = P V.  For fp32 a step takes the rows in the order in which an
+/// accumulator has them (`operand_a`): 0, 2, 4, 6, 1, 3, 5, 7.
+template <class Tile>
+FOVEA_DEVICE void load_b_columns(OperandB (&b)[2], const Tile& tile, int k, int n) {
+  const int lane = lane_id();
+  if constexpr (Tile::kType == Type::kFloat32) {
+    const u32 at = tile.at(k + lane % 4 * 2, n + lane / 4);
+    b[0].x[0] = load_shared(at);
+    b[0].x[1] = load_shared(at + Tile::kPitch);
+    b[1].x[0] = load_shared(at + 32);
+    b[1].x[1] = load_shared(at + Tile::kPitch + 32);
+  } else {
+    u32 x[4];
+    load_matrices_transposed(x, tile.at(k + lane % 16, n + lane / 16 * 8));
+    b[0] = {x[0], x[1]};
+    b[1] = {x[2], x[3]};
+  }
+}
+
+/// Step `k` of A out of the accumulators of 16 rows: 16 columns of them, or 8 for fp32.
+template <Type kType>
+FOVEA_DEVICE OperandA operand_a(const Accumulator* row, int k) {
+  if constexpr (kType == Type::kFloat32) {
+    const Accumulator& c = row[k];
+    return {__float_as_uint(c.x[0]), __float_as_uint(c.x[2]), __float_as_uint(c.x[1]), __float_as_uint(c.x[3])};
+  } else {
+    const Accumulator &left = row[2 * k], &right = row[2 * k + 1];
+    return {pack<kType>(left.x[0], left.x[1]), pack<kType>(left.x[2], left.x[3]),
+            pack<kType>(right.x[0], right.x[1]), pack<kType>(right.x[2], right.x[3])};
+  }
+}
+
+}  // namespace fovea::cuda

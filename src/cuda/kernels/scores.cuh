@@ -1,0 +1,163 @@
+#pragma once
+
+#include "cuda/kernels/sequence.cuh"
+#include "math/philox.h"
+
+// What happens to scores between the product and the softmax, option by option, and to weights behind it: one text for
+// forward and backward.
+namespace fovea::cuda {
+
+/// Which query of which head a row of a block is.  Packed: the rows of a kv head's group are numbered query first, so
+/// that grouped heads share the keys and values they read.
+template <bool kPacked>
+struct RowMap {
+  int first;       // number of the block's row 0
+  int rows;        // of the sequence, over all heads that share the numbering
+  int first_head;
+  int group;       // heads that share it: 1 where it is not packed
+
+  FOVEA_DEVICE int query(int r) const { return kPacked ? (first + r) / group : first + r; }
+  FOVEA_DEVICE int head(int r) const { return kPacked ? first_head + (first + r) % group : first_head; }
+  FOVEA_DEVICE int left() const { return rows - first; }
+  /// The queries of rows [begin, end) of the block.
+  FOVEA_DEVICE Interval queries(int begin, int end) const {
+    end = math::smaller(end, left());
+    if (end <= begin) return {0, 0};
+    return {query(begin), query(end - 1) + 1};
+  }
+};
+
+/// Calls f(entry, row, column) for all entries of a warp's piece of a matrix, rows and columns counted from its corner.
+template <int kM, int kN, class F>
+FOVEA_DEVICE void for_each_entry(Accumulator (&s)[kM][kN], const F& f) {
+#pragma unroll
+  for (int i = 0; i < kM; ++i) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) f(s[i][j].x[e], 16 * i + lane_id() / 4 + e / 2 * 8, 8 * j + lane_id() % 4 * 2 + e % 2);
+    }
+  }
+}
+
+/// Nothing comes between the product and the softmax, which then applies the scale as well.
+template <auto S>
+inline constexpr bool kBareScores = !S.softcap && !S.alibi && !S.bias;
+
+/// What the softmax multiplies finished scores by to have them in units of log2.
+template <auto S>
+FOVEA_DEVICE float score_unit(const CallParams& p) {
+  return kBareScores<S> && p.scale > 0.0F ? p.scale * kLog2E : 1.0F;
+}
+
+/// All that scores depend on but their position.
+template <auto S, bool kPacked>
+struct ScoreRules {
+  const CallParams& p;
+  const Sequence& sequence;
+  const RowMap<kPacked>& rows;
+
+  /// softcap · tanh(x / softcap) − slope · distance + bias, in units of log2, for the entry of row r and key j.
+  FOVEA_DEVICE float score(float qk, int r, int j, float* tanh_of_it) const {
+    float s = qk * p.scale;
+    if constexpr (S.softcap) {
+      const float t = tanh(s / p.softcap);
+      if (tanh_of_it != nullptr) *tanh_of_it = t;
+      s = p.softcap * t;
+    }
+    if constexpr (S.alibi) s -= slope(r) * distance(r, j);
+    if constexpr (S.bias) {
+      if (inside(r, j)) s += read<S.bias_type>(sequence.entry(p.bias, rows.query(r), j, rows.head(r)));
+    }
+    return s * kLog2E;
+  }
+  FOVEA_DEVICE float slope(int r) const { return p.slopes[sequence.batch * p.slopes_batch + rows.head(r)]; }
+  FOVEA_DEVICE float distance(int r, int j) const {
+    return fabsf(static_cast<float>(rows.query(r) + static_cast<int>(sequence.band.offset) - j));
+  }
+
+  /// The entry exists, so that masks and biases may be asked for it.
+  FOVEA_DEVICE bool inside(int r, int j) const { return r < rows.left() && j < sequence.kv_rows; }
+  FOVEA_DEVICE bool masked(int r, int j) const {
+    return inside(r, j) && *sequence.entry(p.mask, rows.query(r), j, rows.head(r)) == 0;
+  }
+  FOVEA_DEVICE bool visible(int r, int j) const {
+    if (!inside(r, j) || !sequence.band.visible(rows.query(r), j)) return false;
+    if constexpr (S.mask) {
+      if (masked(r, j)) return false;
+    }
+    if constexpr (S.bias) {
+      return read<S.bias_type>(sequence.entry(p.bias, rows.query(r), j, rows.head(r))) != -infinity();
+    }
+    return true;
+  }
+
+  /// A piece of Q Kᵀ, or of K Qᵀ where kTransposed, becomes what the softmax sees; hidden entries become −infinity.
+  /// Row and key 0 of the piece are row `row` of the block and key `key`.  `use_mask` is false where the mask hides
+  /// nothing of the tile.  `tanhs`, where the backward wants it, receives softcap's.
+  template <bool kTransposed, int kM, int kN>
+  FOVEA_DEVICE void finish(Accumulator (&s)[kM][kN], int row, int key, TileState state, bool use_mask,
+                           Accumulator (*tanhs)[kN]) const {
+    if (!kBareScores<S> || p.scale <= 0.0F) {
+      int at = 0;
+      for_each_entry(s, [&](float& x, int a, int b) {
+        const int r = row + (kTransposed ? b : a), j = key + (kTransposed ? a : b);
+        x = score(x, r, j, tanhs == nullptr ? nullptr : &tanhs[at / (4 * kN)][at / 4 % kN].x[at % 4]);
+        ++at;
+      });
+    }
+    if constexpr (S.mask) {
+      if (use_mask) {
+        for_each_entry(s, [&](float& x, int a, int b) {
+          if (masked(row + (kTransposed ? b : a), key + (kTransposed ? a : b))) x = -infinity();
+        });
+      }
+    }
+    if (state == TileState::kPartial) {
+      for_each_entry(s, [&](float& x, int a, int b) {
+        const int r = row + (kTransposed ? b : a), j = key + (kTransposed ? a : b);
+        if (!sequence.band.visible(rows.query(r), j)) x = -infinity();
+      });
+    }
+  }
+
+  // ---- dropout --------------------------------------------------------------------------------------------------------
+
+  FOVEA_DEVICE math::DropoutStream stream(int head) const {
+    return math::dropout_stream(p.seed, p.offset, static_cast<u32>(sequence.batch * p.q_heads + head));
+  }
+
+  /// Calls f(entry, kept) for all entries of a piece, which begins at multiples of 16.
+  template <bool kTransposed, int kM, int kN, class F>
+  FOVEA_DEVICE void drop(Accumulator (&s)[kM][kN], int row, int key, const math::DropoutStream& stream, const F& f) const {
+    if constexpr (kPacked) {
+      for_each_entry(s, [&](float& x, int a, int b) {
+        const int i = rows.query(row + a), j = key + b;
+        const math::Draws draws = math::draws_of_patch(this->stream(rows.head(row + a)), math::patch_of(i), math::patch_of(j));
+        f(x, draws.at(i, j) < p.keep_threshold);
+      });
+    } else {
+      const int lane = lane_id();
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+#pragma unroll
+        for (int j = 0; j < kN; j += 2) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {  // four entries from one draw: two rows by two columns, 8 apart
+            const int a = 16 * i + lane / 4, b = 8 * j + lane % 4 * 2 + e;
+            const math::Draws draws = math::draws_of_patch(stream, math::patch_of(rows.first + row + (kTransposed ? b : a)),
+                                                     math::patch_of(key + (kTransposed ? a : b)));
+#pragma unroll
+            for (int half = 0; half < 4; ++half) {
+              const int low = half / 2, right = half % 2;  // of the row, of the column
+              const u32 draw = draws.at(8 * (kTransposed ? right : low), 8 * (kTransposed ? low : right));
+              f(s[i][j + right].x[2 * low + e], draw < p.keep_threshold);
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace fovea::cuda

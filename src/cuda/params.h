@@ -1,0 +1,83 @@
+#pragma once
+
+#include "math/band.h"
+
+// What a GPU kernel is called with: run-time values.  Host and device compile this text.
+namespace fovea::cuda {
+
+using math::i64;
+using math::u32;
+using math::u64;
+
+/// Rows of head_dim elements; strides in bytes.  Packed problems have batch stride 0.  `aligned`: every row begins at a
+/// multiple of 16 bytes.
+struct RowView {
+  char* data;
+  i64 batch, row, head;
+  bool aligned;
+};
+
+/// fp32 statistics; strides in elements.  data null: not given, not wanted.
+struct StatView {
+  float* data;
+  i64 batch, head, row;
+};
+
+/// A mask or bias; strides in bytes, 0 where broadcast.
+struct EntryView {
+  char* data;
+  i64 batch, head, query, key;
+};
+
+/// int32 values on the device; data null: none.
+struct IndexView {
+  const int* data;
+  i64 stride;
+};
+
+/// What forward and backward both need to know.
+struct CallParams {
+  int batch, q_heads, kv_heads;
+  int head_dim, head_dim_v;         // the true ones
+  int seqlen_q, seqlen_kv;          // packed: of the longest sequence
+  int total_q, total_kv;            // packed: all rows
+  math::BandRule band;
+  IndexView q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_kv;
+  RowView q, k, v;
+  EntryView mask, bias;
+  const unsigned char* mask_tiles;  // math::TileState of every block_m × block_n tile of the mask
+  const float* slopes;              // of ALiBi, [batch,] head
+  i64 slopes_batch;                 // stride
+  const float* sink;                // [head]
+  float scale, softcap;
+  u32 keep_threshold;               // of 65536
+  u64 seed, offset;
+};
+
+struct ForwardParams : CallParams {
+  RowView out;
+  StatView lse;
+  int row_blocks;        // of the longest sequence
+  int v_chunks;          // blocks that share out the columns of v
+  int splits;            // parts of the keys
+  int keys_per_split;    // a multiple of block_n
+  float* partials;       // [batch][head][row][split][head_dim_v + 2]: O, maximum in units of log2, sum
+};
+
+struct BackwardParams : CallParams {
+  RowView out, dout, dq, dk, dv;
+  StatView lse, dlse;
+  EntryView dbias;
+  float *dslopes, *dsink;
+  i64 dslopes_batch;     // stride
+  int row_blocks, key_blocks;
+  // In the workspace.
+  float* log2_lse;       // [batch][head][row of row_blocks·block_m]; +infinity where a row sees nothing
+  float* delta;          // likewise: Σ dout·out − dlse
+  float* dq_sum;         // [batch][head][row of row_blocks·block_m][head_dim]
+  int* tickets;          // [batch][head][row block]: key blocks that have added to dq, where their order matters
+  float* sink_parts;     // [head][batch·row_blocks]
+  float* slope_parts;    // [batch][head][key block]
+};
+
+}  // namespace fovea::cuda
