@@ -1,12 +1,13 @@
 #include "cuda/driver.h"
 
-#include <dlfcn.h>
 #include <fovea/error.h>
 
 #include <algorithm>
 #include <array>
 #include <mutex>
 #include <vector>
+
+#include "cuda/library.h"
 
 namespace fovea::cuda {
 namespace {
@@ -20,51 +21,59 @@ constexpr int kStaticSharedBytes = 1, kMaxDynamicSharedBytes = 8;  // CUfunction
 constexpr unsigned kNonBlocking = 1;                               // CUstream_flags
 constexpr int kThreadLocalCapture = 1;                             // CUstreamCaptureMode
 
-/// What we use of cuda.h, version suffixes and all.
+/// What we use of cuda.h.
 struct Functions {
-  int (*init)(unsigned);
-  int (*version)(int*);
-  int (*error_name)(int, const char**);
-  int (*error_string)(int, const char**);
-  int (*device_count)(int*);
-  int (*device)(int*, int);
-  int (*device_name)(char*, int, int);
-  int (*device_attribute)(int*, int, int);
-  int (*device_memory)(std::size_t*, int);
-  int (*retain_context)(void**, int);
-  int (*push_context)(void*);
-  int (*pop_context)(void**);
-  int (*synchronize_context)();
-  int (*load_module)(void**, const void*);
-  int (*module_function)(void**, void*, const char*);
-  int (*function_attribute)(int*, int, void*);
-  int (*set_function_attribute)(void*, int, int);
-  int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
-  int (*allocate)(void**, std::size_t);
-  int (*free)(void*);
-  int (*to_device)(void*, const void*, std::size_t);
-  int (*to_host)(void*, const void*, std::size_t);
-  int (*copy_async)(void*, const void*, std::size_t, void*);
-  int (*fill)(void*, unsigned char, std::size_t);
-  int (*fill_async)(void*, unsigned char, std::size_t, void*);
-  int (*make_stream)(void**, unsigned);
-  int (*synchronize_stream)(void*);
-  int (*destroy_stream)(void*);
-  int (*begin_capture)(void*, int);
-  int (*end_capture)(void*, void**);
-  int (*make_executable)(void**, void*, unsigned long long);
-  int (*launch_graph)(void*, void*);
-  int (*destroy_graph)(void*);
-  int (*destroy_executable)(void*);
-  int (*make_event)(void**, unsigned);
-  int (*record_event)(void*, void*);
-  int (*synchronize_event)(void*);
-  int (*event_milliseconds)(float*, void*, void*);
-  int (*destroy_event)(void*);
+  template <class Signature>
+  using Call = LibraryFunction<Signature>;
+  using Size = std::size_t;
+  using U8 = unsigned char;
+  using U32 = unsigned;
+  using U64 = unsigned long long;
+
+  Library library{kLibrary};
+  Call<int(U32)> init{library, "cuInit"};
+  Call<int(int*)> version{library, "cuDriverGetVersion"};
+  Call<int(int, const char**)> error_name{library, "cuGetErrorName"};
+  Call<int(int, const char**)> error_string{library, "cuGetErrorString"};
+  Call<int(int*)> device_count{library, "cuDeviceGetCount"};
+  Call<int(int*, int)> device{library, "cuDeviceGet"};
+  Call<int(char*, int, int)> device_name{library, "cuDeviceGetName"};
+  Call<int(int*, int, int)> device_attribute{library, "cuDeviceGetAttribute"};
+  Call<int(Size*, int)> device_memory{library, "cuDeviceTotalMem_v2"};
+  Call<int(void**, int)> retain_context{library, "cuDevicePrimaryCtxRetain"};
+  Call<int(void*)> push_context{library, "cuCtxPushCurrent_v2"};
+  Call<int(void**)> pop_context{library, "cuCtxPopCurrent_v2"};
+  Call<int()> synchronize_context{library, "cuCtxSynchronize"};
+  Call<int(void**, const void*)> load_module{library, "cuModuleLoadData"};
+  Call<int(void**, void*, const char*)> module_function{library, "cuModuleGetFunction"};
+  Call<int(int*, int, void*)> function_attribute{library, "cuFuncGetAttribute"};
+  Call<int(void*, int, int)> set_function_attribute{library, "cuFuncSetAttribute"};
+  Call<int(void*, U32, U32, U32, U32, U32, U32, U32, void*, void**, void**)> launch{library, "cuLaunchKernel"};
+  Call<int(void**, Size)> allocate{library, "cuMemAlloc_v2"};
+  Call<int(void*)> free{library, "cuMemFree_v2"};
+  Call<int(void*, const void*, Size)> to_device{library, "cuMemcpyHtoD_v2"};
+  Call<int(void*, const void*, Size)> to_host{library, "cuMemcpyDtoH_v2"};
+  Call<int(void*, const void*, Size, void*)> copy_async{library, "cuMemcpyAsync"};
+  Call<int(void*, U8, Size)> fill{library, "cuMemsetD8_v2"};
+  Call<int(void*, U8, Size, void*)> fill_async{library, "cuMemsetD8Async"};
+  Call<int(void**, U32)> make_stream{library, "cuStreamCreate"};
+  Call<int(void*)> synchronize_stream{library, "cuStreamSynchronize"};
+  Call<int(void*)> destroy_stream{library, "cuStreamDestroy_v2"};
+  Call<int(void*, int)> begin_capture{library, "cuStreamBeginCapture_v2"};
+  Call<int(void*, void**)> end_capture{library, "cuStreamEndCapture"};
+  Call<int(void**, void*, U64)> make_executable{library, "cuGraphInstantiateWithFlags"};
+  Call<int(void*, void*)> launch_graph{library, "cuGraphLaunch"};
+  Call<int(void*)> destroy_graph{library, "cuGraphDestroy"};
+  Call<int(void*)> destroy_executable{library, "cuGraphExecDestroy"};
+  Call<int(void**, U32)> make_event{library, "cuEventCreate"};
+  Call<int(void*, void*)> record_event{library, "cuEventRecord"};
+  Call<int(void*)> synchronize_event{library, "cuEventSynchronize"};
+  Call<int(float*, void*, void*)> event_milliseconds{library, "cuEventElapsedTime"};
+  Call<int(void*)> destroy_event{library, "cuEventDestroy_v2"};
 };
 
 struct Driver {
-  Functions call{};
+  Functions call;
   int version = 0;
   std::string why_not;  // empty: the driver works
   std::vector<Gpu> gpus;
@@ -72,7 +81,6 @@ struct Driver {
   std::vector<void*> contexts;
 
   Driver();
-  void bind(void* library);
   void find_gpus();
 };
 
@@ -85,67 +93,20 @@ std::string words(const Functions& call, int status) {
 }
 
 Driver::Driver() {
-  void* const library = ::dlopen(kLibrary, RTLD_NOW | RTLD_LOCAL);  // never closed: it keeps threads of its own
-  if (library == nullptr) {
+  if (call.library.handle == nullptr) {
     why_not = std::string("no NVIDIA driver here: ") + kLibrary + " cannot be opened";
     return;
   }
-  bind(library);
-  if (!why_not.empty()) return;
+  if (!call.library.missing.empty()) {
+    why_not = "the NVIDIA driver is too old: it has no " + call.library.missing + "; update it";
+    return;
+  }
   call.version(&version);
   if (const int status = call.init(0); status != 0) {
     why_not = "the NVIDIA driver does not start: cuInit says " + words(call, status);
     return;
   }
   find_gpus();
-}
-
-void Driver::bind(void* library) {
-  const auto bind = [&](auto*& function, const char* name) {
-    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(::dlsym(library, name));
-    if (function == nullptr && why_not.empty()) {
-      why_not = std::string("the NVIDIA driver is too old: its ") + kLibrary + " has no " + name + "; update it";
-    }
-  };
-  bind(call.init, "cuInit");
-  bind(call.version, "cuDriverGetVersion");
-  bind(call.error_name, "cuGetErrorName");
-  bind(call.error_string, "cuGetErrorString");
-  bind(call.device_count, "cuDeviceGetCount");
-  bind(call.device, "cuDeviceGet");
-  bind(call.device_name, "cuDeviceGetName");
-  bind(call.device_attribute, "cuDeviceGetAttribute");
-  bind(call.device_memory, "cuDeviceTotalMem_v2");
-  bind(call.retain_context, "cuDevicePrimaryCtxRetain");
-  bind(call.push_context, "cuCtxPushCurrent_v2");
-  bind(call.pop_context, "cuCtxPopCurrent_v2");
-  bind(call.synchronize_context, "cuCtxSynchronize");
-  bind(call.load_module, "cuModuleLoadData");
-  bind(call.module_function, "cuModuleGetFunction");
-  bind(call.function_attribute, "cuFuncGetAttribute");
-  bind(call.set_function_attribute, "cuFuncSetAttribute");
-  bind(call.launch, "cuLaunchKernel");
-  bind(call.allocate, "cuMemAlloc_v2");
-  bind(call.free, "cuMemFree_v2");
-  bind(call.to_device, "cuMemcpyHtoD_v2");
-  bind(call.to_host, "cuMemcpyDtoH_v2");
-  bind(call.copy_async, "cuMemcpyAsync");
-  bind(call.fill, "cuMemsetD8_v2");
-  bind(call.fill_async, "cuMemsetD8Async");
-  bind(call.make_stream, "cuStreamCreate");
-  bind(call.synchronize_stream, "cuStreamSynchronize");
-  bind(call.destroy_stream, "cuStreamDestroy_v2");
-  bind(call.begin_capture, "cuStreamBeginCapture_v2");
-  bind(call.end_capture, "cuStreamEndCapture");
-  bind(call.make_executable, "cuGraphInstantiateWithFlags");
-  bind(call.launch_graph, "cuGraphLaunch");
-  bind(call.destroy_graph, "cuGraphDestroy");
-  bind(call.destroy_executable, "cuGraphExecDestroy");
-  bind(call.make_event, "cuEventCreate");
-  bind(call.record_event, "cuEventRecord");
-  bind(call.synchronize_event, "cuEventSynchronize");
-  bind(call.event_milliseconds, "cuEventElapsedTime");
-  bind(call.destroy_event, "cuEventDestroy_v2");
 }
 
 void Driver::find_gpus() {
@@ -182,12 +143,11 @@ Driver& driver() {
   return instance;
 }
 
-std::string on(int gpu) { return " on GPU " + std::to_string(gpu); }
-
-void check(int status, const std::string& what) {
+/// `what` is the driver's function, and of what where that helps.
+void check(int status, const std::string& what, int gpu) {
   if (status == 0) return;
   throw Error(status == kOutOfMemory ? ErrorCode::kOutOfMemory : ErrorCode::kDevice,
-              what + " failed: the driver says " + words(driver().call, status));
+              what + " failed on cuda:" + std::to_string(gpu) + ": the driver says " + words(driver().call, status));
 }
 
 /// The one place where a GPU that is not there is refused.
@@ -203,12 +163,22 @@ Driver& driver_with(int index) {
   return found;
 }
 
-Handle made(int gpu, const std::string& what, int (*release)(void*), const std::function<int(void**)>& make) {
+template <class Call, class... Arguments>
+void run(int gpu, Call Functions::*function, Arguments... arguments) {
   const CurrentGpu current(gpu);
-  void* handle = nullptr;
-  check(make(&handle), what + on(gpu));
-  return {handle, Release{gpu, release}};
+  const Call& call = driver().call.*function;
+  if (const int status = call(arguments...); status != 0) check(status, call.name, gpu);
 }
+
+/// What the driver makes and takes back.
+template <class Make, class Destroy, class... Arguments>
+Handle made(int gpu, Make Functions::*make, Destroy Functions::*destroy, Arguments... arguments) {
+  void* handle = nullptr;
+  run(gpu, make, &handle, arguments...);
+  return {handle, Release{gpu, (driver().call.*destroy).address}};
+}
+
+int gpu_of(const Handle& handle) { return handle.get_deleter().gpu; }
 
 }  // namespace
 
@@ -222,10 +192,10 @@ CurrentGpu::CurrentGpu(int index) {
   const auto i = static_cast<std::size_t>(index);
   std::call_once(found.once[i], [&] {
     int device = 0;
-    check(found.call.device(&device, index), "cuDeviceGet of GPU " + std::to_string(index));
-    check(found.call.retain_context(&found.contexts[i], device), "cuDevicePrimaryCtxRetain" + on(index));
+    check(found.call.device(&device, index), found.call.device.name, index);
+    check(found.call.retain_context(&found.contexts[i], device), found.call.retain_context.name, index);
   });
-  check(found.call.push_context(found.contexts[i]), "cuCtxPushCurrent" + on(index));
+  check(found.call.push_context(found.contexts[i]), found.call.push_context.name, index);
 }
 
 CurrentGpu::~CurrentGpu() {
@@ -243,143 +213,106 @@ void Release::operator()(void* handle) const {
 
 DeviceMemory::DeviceMemory(int gpu, std::size_t bytes) : bytes_(bytes) {
   if (bytes == 0) return;
-  const Functions& call = driver_with(gpu).call;
-  memory_ = made(gpu, "cuMemAlloc of " + std::to_string(bytes) + " bytes", call.free,
-                 [&](void** memory) { return call.allocate(memory, bytes); });
+  const CurrentGpu current(gpu);
+  const Functions& call = driver().call;
+  void* memory = nullptr;
+  check(call.allocate(&memory, bytes), "cuMemAlloc of " + std::to_string(bytes) + " bytes", gpu);
+  memory_ = Handle(memory, Release{gpu, call.free.address});
 }
 
 void DeviceMemory::upload(const void* from, std::size_t bytes) const {
-  if (bytes == 0) return;
-  const CurrentGpu current(memory_.get_deleter().gpu);
-  check(driver().call.to_device(data(), from, bytes),
-        "cuMemcpyHtoD of " + std::to_string(bytes) + " bytes" + on(memory_.get_deleter().gpu));
+  if (bytes != 0) run(gpu_of(memory_), &Functions::to_device, data(), from, bytes);
 }
 
 void DeviceMemory::download(void* to, std::size_t bytes) const {
-  if (bytes == 0) return;
-  const CurrentGpu current(memory_.get_deleter().gpu);
-  check(driver().call.to_host(to, data(), bytes),
-        "cuMemcpyDtoH of " + std::to_string(bytes) + " bytes" + on(memory_.get_deleter().gpu));
+  if (bytes != 0) run(gpu_of(memory_), &Functions::to_host, to, data(), bytes);
 }
 
 void DeviceMemory::fill(std::uint8_t value) const {
   if (bytes_ == 0) return;
-  const int gpu = memory_.get_deleter().gpu;
-  const CurrentGpu current(gpu);
-  check(driver().call.fill(data(), value, bytes_), "cuMemsetD8 of " + std::to_string(bytes_) + " bytes" + on(gpu));
-  check(driver().call.synchronize_stream(nullptr), "cuStreamSynchronize" + on(gpu));
+  fill_async(gpu_of(memory_), data(), value, bytes_, nullptr);
+  run(gpu_of(memory_), &Functions::synchronize_stream, nullptr);
 }
 
-Stream::Stream(int gpu)
-    : stream_(made(gpu, "cuStreamCreate", driver().call.destroy_stream,
-                   [](void** stream) { return driver().call.make_stream(stream, kNonBlocking); })) {}
+Stream::Stream(int gpu) : stream_(made(gpu, &Functions::make_stream, &Functions::destroy_stream, kNonBlocking)) {}
+void Stream::synchronize() const { run(gpu_of(stream_), &Functions::synchronize_stream, get()); }
 
-void Stream::synchronize() const {
-  const int gpu = stream_.get_deleter().gpu;
-  const CurrentGpu current(gpu);
-  check(driver().call.synchronize_stream(get()), "cuStreamSynchronize" + on(gpu));
-}
-
-Event::Event(int gpu)
-    : event_(made(gpu, "cuEventCreate", driver().call.destroy_event,
-                  [](void** event) { return driver().call.make_event(event, 0); })) {}
-
-void Event::record(void* stream) const {
-  const int gpu = event_.get_deleter().gpu;
-  const CurrentGpu current(gpu);
-  check(driver().call.record_event(event_.get(), stream), "cuEventRecord" + on(gpu));
-}
-
-void Event::synchronize() const {
-  const int gpu = event_.get_deleter().gpu;
-  const CurrentGpu current(gpu);
-  check(driver().call.synchronize_event(event_.get()), "cuEventSynchronize" + on(gpu));
-}
+Event::Event(int gpu) : event_(made(gpu, &Functions::make_event, &Functions::destroy_event, 0U)) {}
+void Event::record(void* stream) const { run(gpu_of(event_), &Functions::record_event, event_.get(), stream); }
+void Event::synchronize() const { run(gpu_of(event_), &Functions::synchronize_event, event_.get()); }
 
 double Event::seconds_since(const Event& start) const {
-  const int gpu = event_.get_deleter().gpu;
-  const CurrentGpu current(gpu);
   float milliseconds = 0;
-  check(driver().call.event_milliseconds(&milliseconds, start.event_.get(), event_.get()),
-        "cuEventElapsedTime" + on(gpu));
+  run(gpu_of(event_), &Functions::event_milliseconds, &milliseconds, start.event_.get(), event_.get());
   return static_cast<double>(milliseconds) * 1e-3;
 }
 
 Graph::Graph(int gpu, const Stream& stream, const std::function<void()>& work) {
-  const CurrentGpu current(gpu);
-  const Functions& call = driver().call;
-  check(call.begin_capture(stream.get(), kThreadLocalCapture), "cuStreamBeginCapture" + on(gpu));
-  void* captured = nullptr;
+  run(gpu, &Functions::begin_capture, stream.get(), kThreadLocalCapture);
+  std::exception_ptr fault;
   try {
     work();
   } catch (...) {
-    if (call.end_capture(stream.get(), &captured) == 0 && captured != nullptr) call.destroy_graph(captured);
-    throw;
+    fault = std::current_exception();  // the capture must end all the same
   }
-  check(call.end_capture(stream.get(), &captured), "cuStreamEndCapture" + on(gpu));
-  graph_ = Handle(captured, Release{gpu, call.destroy_graph});
-  executable_ = made(gpu, "cuGraphInstantiate", call.destroy_executable,
-                     [&](void** executable) { return call.make_executable(executable, captured, 0); });
+  void* captured = nullptr;
+  const int status = driver().call.end_capture(stream.get(), &captured);
+  if (captured != nullptr) graph_ = Handle(captured, Release{gpu, driver().call.destroy_graph.address});
+  if (fault != nullptr) std::rethrow_exception(fault);
+  check(status, driver().call.end_capture.name, gpu);
+  executable_ = made(gpu, &Functions::make_executable, &Functions::destroy_executable, captured, 0ULL);
 }
 
 void Graph::launch(const Stream& stream) const {
-  const int gpu = executable_.get_deleter().gpu;
-  const CurrentGpu current(gpu);
-  check(driver().call.launch_graph(executable_.get(), stream.get()), "cuGraphLaunch" + on(gpu));
+  run(gpu_of(executable_), &Functions::launch_graph, executable_.get(), stream.get());
 }
 
-void synchronize(int gpu) {
-  const CurrentGpu current(gpu);
-  check(driver().call.synchronize_context(), "cuCtxSynchronize" + on(gpu));
-}
+void synchronize(int gpu) { run(gpu, &Functions::synchronize_context); }
 
 void fill_async(int gpu, void* memory, std::uint8_t value, std::size_t bytes, void* stream) {
-  if (bytes == 0) return;
-  const CurrentGpu current(gpu);
-  check(driver().call.fill_async(memory, value, bytes, stream),
-        "cuMemsetD8Async of " + std::to_string(bytes) + " bytes" + on(gpu));
+  if (bytes != 0) run(gpu, &Functions::fill_async, memory, value, bytes, stream);
 }
 
 void copy_async(int gpu, void* to, const void* from, std::size_t bytes, void* stream) {
-  if (bytes == 0) return;
-  const CurrentGpu current(gpu);
-  check(driver().call.copy_async(to, from, bytes, stream),
-        "cuMemcpyAsync of " + std::to_string(bytes) + " bytes" + on(gpu));
+  if (bytes != 0) run(gpu, &Functions::copy_async, to, from, bytes, stream);
 }
 
 void* load_function(int index, const std::string& cubin, const char* name, std::string_view title,
                     std::string_view made_by) {
   const CurrentGpu current(index);
   const Functions& call = driver().call;
-  const std::string of = " of kernel " + std::string(title) + on(index);
+  const std::string of = " of kernel " + std::string(title);
   void *module = nullptr, *function = nullptr;
   const int status = call.load_module(&module, cubin.data());
   if (std::ranges::find(kForeignImage, status) != kForeignImage.end()) {
     const int version = driver_version();
-    throw Error(ErrorCode::kDevice, "the driver (CUDA " + std::to_string(version / 1000) + "." +
-                                        std::to_string(version % 1000 / 10) + ") on GPU " + std::to_string(index) +
-                                        " refuses kernel " + std::string(title) + " made by " + std::string(made_by) +
-                                        ": " + words(call, status) +
-                                        "; update the driver, or name an NVRTC no newer than it in FOVEA_NVRTC");
+    throw Error(ErrorCode::kDevice,
+                "the driver (CUDA " + std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10) +
+                    ") of cuda:" + std::to_string(index) + " refuses kernel " + std::string(title) + " made by " +
+                    std::string(made_by) + ": " + words(call, status) +
+                    "; update the driver, or use an NVRTC no newer than it (FOVEA_NVRTC), for packs too");
   }
-  check(status, "cuModuleLoadData" + of);
-  check(call.module_function(&function, module, name), "cuModuleGetFunction" + of);
+  check(status, call.load_module.name + of, index);
+  check(call.module_function(&function, module, name), call.module_function.name + of, index);
   int fixed = 0;
-  check(call.function_attribute(&fixed, kStaticSharedBytes, function), "cuFuncGetAttribute" + of);
+  check(call.function_attribute(&fixed, kStaticSharedBytes, function), call.function_attribute.name + of, index);
   check(call.set_function_attribute(function, kMaxDynamicSharedBytes, gpu(index).shared_bytes_per_block - fixed),
-        "cuFuncSetAttribute" + of);
+        call.set_function_attribute.name + of, index);
   return function;
 }
 
 void launch(int gpu, void* function, std::string_view title, const Grid& grid, const void* params, void* stream) {
   const CurrentGpu current(gpu);
   std::array<void*, 1> parameters{const_cast<void*>(params)};
-  const int status = driver().call.launch(function, grid.x, grid.y, grid.z, grid.threads, 1, 1, grid.shared_bytes,
+  const int status = driver().call.launch(function, grid.x, grid.y, grid.z, grid.threads, 1U, 1U, grid.shared_bytes,
                                           stream, parameters.data(), nullptr);
-  if (status == 0) return;  // before any text is made: this is the hot path
-  check(status, "cuLaunchKernel of " + std::string(title) + ", grid " + std::to_string(grid.x) + "×" +
-                    std::to_string(grid.y) + "×" + std::to_string(grid.z) + ", " + std::to_string(grid.threads) +
-                    " threads, " + std::to_string(grid.shared_bytes) + " shared bytes" + on(gpu));
+  if (status == 0) return;  // before any text is made
+  const auto text = [](unsigned number) { return std::to_string(number); };
+  check(status,
+        "cuLaunchKernel of " + std::string(title) + " with " + text(grid.x) + " × " + text(grid.y) + " × " +
+            text(grid.z) + " blocks of " + text(grid.threads) + " threads and " + text(grid.shared_bytes) +
+            " dynamic shared bytes",
+        gpu);
 }
 
 }  // namespace fovea::cuda

@@ -1,6 +1,5 @@
 #include "cuda/nvrtc.h"
 
-#include <dlfcn.h>
 #include <fovea/error.h>
 #include <link.h>
 
@@ -11,6 +10,7 @@
 #include <optional>
 
 #include "cuda/driver.h"
+#include "cuda/library.h"
 
 namespace fovea::cuda {
 namespace {
@@ -69,45 +69,45 @@ std::vector<std::string> candidates() {
   return files;
 }
 
-std::string version_text(int number) {
-  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
-}
-
 }  // namespace
 
-/// Fills `nvrtc`; returns why not where this file will not do.
-std::string Nvrtc::open(const std::string& file, Nvrtc& nvrtc) {
-  void* const library = ::dlopen(file.c_str(), RTLD_LAZY | RTLD_LOCAL);  // never closed: it keeps memory of its own
-  if (library == nullptr) return "cannot be opened";
-  std::string missing;
-  const auto bind = [&](auto*& function, const char* name) {
-    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(::dlsym(library, name));
-    if (function == nullptr) missing = name;
-  };
-  Functions& call = nvrtc.call_;
-  bind(call.version, "nvrtcVersion");
-  bind(call.arch_count, "nvrtcGetNumSupportedArchs");
-  bind(call.archs, "nvrtcGetSupportedArchs");
-  bind(call.error_string, "nvrtcGetErrorString");
-  bind(call.create, "nvrtcCreateProgram");
-  bind(call.destroy, "nvrtcDestroyProgram");
-  bind(call.compile, "nvrtcCompileProgram");
-  bind(call.log_size, "nvrtcGetProgramLogSize");
-  bind(call.log, "nvrtcGetProgramLog");
-  bind(call.cubin_size, "nvrtcGetCUBINSize");
-  bind(call.cubin, "nvrtcGetCUBIN");
-  if (!missing.empty()) return "has no " + missing;
+struct Nvrtc::Functions {
+  explicit Functions(const char* file) : library(file) {}
+  template <class Signature>
+  using Call = LibraryFunction<Signature>;
+  using Size = std::size_t;
+  using Texts = const char* const*;
+
+  Library library;
+  Call<int(int*, int*)> version{library, "nvrtcVersion"};
+  Call<int(int*)> arch_count{library, "nvrtcGetNumSupportedArchs"};
+  Call<int(int*)> archs{library, "nvrtcGetSupportedArchs"};
+  Call<const char*(int)> error_string{library, "nvrtcGetErrorString"};
+  Call<int(void**, const char*, const char*, int, Texts, Texts)> create{library, "nvrtcCreateProgram"};
+  Call<int(void**)> destroy{library, "nvrtcDestroyProgram"};
+  Call<int(void*, int, Texts)> compile{library, "nvrtcCompileProgram"};
+  Call<int(void*, Size*)> log_size{library, "nvrtcGetProgramLogSize"};
+  Call<int(void*, char*)> log{library, "nvrtcGetProgramLog"};
+  Call<int(void*, Size*)> cubin_size{library, "nvrtcGetCUBINSize"};
+  Call<int(void*, char*)> cubin{library, "nvrtcGetCUBIN"};
+};
+
+std::string Nvrtc::open(const std::string& file) {
+  call_ = std::make_shared<const Functions>(file.c_str());
+  const Functions& call = *call_;
+  if (call.library.handle == nullptr) return "cannot be opened";
+  if (!call.library.missing.empty()) return "has no " + call.library.missing;
   int major = 0, minor = 0, count = 0;
-  nvrtc.check(call.version(&major, &minor), "nvrtcVersion");
-  nvrtc.number_ = major * 1000 + minor * 10;
-  nvrtc.version_ = version_text(nvrtc.number_);
-  if (nvrtc.number_ < kOldest) return "is " + nvrtc.version_ + ", older than 12.4";
-  nvrtc.check(call.arch_count(&count), "nvrtcGetNumSupportedArchs");
-  nvrtc.archs_.resize(static_cast<std::size_t>(count));
-  nvrtc.check(call.archs(nvrtc.archs_.data()), "nvrtcGetSupportedArchs");
+  check(call.version(&major, &minor), call.version.name);
+  number_ = major * 1000 + minor * 10;
+  version_ = std::to_string(major) + "." + std::to_string(minor);
+  if (number_ < kOldest) return "is " + version_ + ", older than 12.4";
+  check(call.arch_count(&count), call.arch_count.name);
+  archs_.resize(static_cast<std::size_t>(count));
+  check(call.archs(archs_.data()), call.archs.name);
   Dl_info info{};
-  const bool named = ::dladdr(reinterpret_cast<void*>(call.version), &info) != 0 && info.dli_fname != nullptr;
-  nvrtc.path_ = named ? info.dli_fname : file;
+  const bool named = ::dladdr(reinterpret_cast<void*>(call.version.address), &info) != 0 && info.dli_fname != nullptr;
+  path_ = named ? info.dli_fname : file;
   return {};
 }
 
@@ -119,7 +119,7 @@ struct Nvrtc::Found {
     const char* set = std::getenv("FOVEA_NVRTC");
     if (set != nullptr && *set != 0) {
       Nvrtc named;
-      const std::string why = open(set, named);
+      const std::string why = named.open(set);
       if (why.empty())
         nvrtc = std::move(named);
       else
@@ -129,7 +129,7 @@ struct Nvrtc::Found {
     const int driver = driver_version();
     for (const std::string& file : candidates()) {
       Nvrtc candidate;
-      const std::string why = open(file, candidate);
+      const std::string why = candidate.open(file);
       if (why.starts_with("is ")) why_none += (why_none.empty() ? "" : ", ") + file + " " + why;
       if (!why.empty()) continue;
       // A driver takes what compilers of its own major version or an older one make.
@@ -159,7 +159,7 @@ bool Nvrtc::knows(int arch) const { return std::ranges::find(archs_, arch) != ar
 void Nvrtc::check(int status, const char* what) const {
   if (status == 0) return;
   throw Error(ErrorCode::kDevice, std::string(what) + " failed: NVRTC " + version_ + " says " +
-                                      call_.error_string(status) +
+                                      call_->error_string(status) +
                                       "; look at the memory and the disk, or name another NVRTC in FOVEA_NVRTC");
 }
 
@@ -171,24 +171,24 @@ Nvrtc::Result Nvrtc::compile(const std::string& source, const char* file_name, s
     texts.push_back(header.text);
   }
   void* program = nullptr;
-  check(call_.create(&program, source.c_str(), file_name, static_cast<int>(names.size()), texts.data(), names.data()),
+  check(call_->create(&program, source.c_str(), file_name, static_cast<int>(names.size()), texts.data(), names.data()),
         "nvrtcCreateProgram");
-  const auto destroy = [this](void* handle) { call_.destroy(&handle); };
+  const auto destroy = [this](void* handle) { call_->destroy(&handle); };
   const std::unique_ptr<void, decltype(destroy)> owner(program, destroy);
 
-  const int status = call_.compile(program, static_cast<int>(options.size()), options.data());
+  const int status = call_->compile(program, static_cast<int>(options.size()), options.data());
   if (status != 0 && status != kCompilationFailed) check(status, "nvrtcCompileProgram");
   Result result{.done = status == 0, .cubin = {}, .log = {}};
   std::size_t size = 0;
-  check(call_.log_size(program, &size), "nvrtcGetProgramLogSize");
+  check(call_->log_size(program, &size), "nvrtcGetProgramLogSize");
   result.log.resize(size);
-  check(call_.log(program, result.log.data()), "nvrtcGetProgramLog");
+  check(call_->log(program, result.log.data()), "nvrtcGetProgramLog");
   result.log.resize(result.log.find_last_not_of('\0') + 1);
   std::ranges::replace(result.log, '\0', '\n');  // stands between what compiler and assembler say
   if (!result.done) return result;
-  check(call_.cubin_size(program, &size), "nvrtcGetCUBINSize");
+  check(call_->cubin_size(program, &size), "nvrtcGetCUBINSize");
   result.cubin.resize(size);
-  check(call_.cubin(program, result.cubin.data()), "nvrtcGetCUBIN");
+  check(call_->cubin(program, result.cubin.data()), "nvrtcGetCUBIN");
   return result;
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -36,25 +37,13 @@ class Nvrtc {
                                std::span<const char* const> options) const;
 
  private:
-  struct Functions {
-    int (*version)(int*, int*);
-    int (*arch_count)(int*);
-    int (*archs)(int*);
-    const char* (*error_string)(int);
-    int (*create)(void**, const char*, const char*, int, const char* const*, const char* const*);
-    int (*destroy)(void**);
-    int (*compile)(void*, int, const char* const*);
-    int (*log_size)(void*, std::size_t*);
-    int (*log)(void*, char*);
-    int (*cubin_size)(void*, std::size_t*);
-    int (*cubin)(void*, char*);
-  };
+  struct Functions;
   struct Found;
   static const Found& found();
-  static std::string open(const std::string& file, Nvrtc& nvrtc);
+  std::string open(const std::string& file);  // why not; empty: it is
   void check(int status, const char* what) const;
 
-  Functions call_{};
+  std::shared_ptr<const Functions> call_;
   int number_ = 0;  // 13000 for 13.0, as the driver counts
   std::string path_, version_;
   std::vector<int> archs_;

@@ -1,6 +1,7 @@
 #include "cuda/jit/compile.h"
 
 #include <fovea/error.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -39,17 +40,48 @@ std::string first_error(const std::string& log) {
   return first.empty() ? "the compiler says nothing" : first;
 }
 
-/// A folder for people to look into; the sentence that names it is of use even where writing failed.
+/// The sentence is of use even where writing failed.
 std::string save_source(const KernelRequest& request, const std::string& log) {
   std::error_code ignored;
-  const std::filesystem::path folder = std::filesystem::temp_directory_path(ignored);
-  const std::filesystem::path file =
-      folder / ("fovea-" + request.name + "-" + content_key(request).substr(0, 8) + ".cu");
-  std::ofstream stream(file);
-  stream << request.unit << "\n/* " << log << "\n*/\n";
-  stream.flush();
-  return stream ? "its source and the whole log are in " + file.string()
-                : "its source could not be saved to " + file.string();
+  std::string file = std::filesystem::temp_directory_path(ignored) / ("fovea-" + request.name + "-XXXXXX.cu");
+  const int descriptor = ::mkstemps(file.data(), 3);
+  if (descriptor < 0) return "its source could not be saved to " + file;
+  ::close(descriptor);
+  std::ofstream(file) << request.unit << "\n/* " << log << "\n*/\n";
+  return "its source and the whole log are in " + file;
+}
+
+std::string name_of(const Nvrtc& nvrtc) { return "NVRTC " + nvrtc.version(); }
+
+Binary compile(const KernelRequest& request) {
+  const Nvrtc* nvrtc = Nvrtc::find();
+  if (nvrtc == nullptr)
+    throw Error(ErrorCode::kDevice, "kernel " + request.name + " cannot be compiled: " + Nvrtc::why_none());
+  const std::string sm = "sm_" + std::to_string(request.arch), compiler = name_of(*nvrtc);
+  if (!nvrtc->knows(request.arch)) {
+    throw Error(ErrorCode::kUnsupported,
+                compiler + " (" + nvrtc->path() + ") does not compile for " + sm + "; name another one in FOVEA_NVRTC");
+  }
+  const std::string arch_option = "-arch=" + sm;
+  std::vector<const char*> options{arch_option.c_str()};
+  options.insert(options.end(), kOptions.begin(), kOptions.end());
+
+  const auto start = std::chrono::steady_clock::now();
+  const std::string file_name = request.name + ".cu";
+  Nvrtc::Result result = nvrtc->compile(request.unit, file_name.c_str(), device_text, options);
+  if (!result.done) {
+    throw Error(ErrorCode::kInternal, "kernel " + request.name + " did not compile for " + sm + " with " + compiler +
+                                          ": " + first_error(result.log) + "; " + save_source(request, result.log));
+  }
+  Binary binary;
+  binary.key = content_key(request);
+  binary.name = request.name;
+  binary.arch = request.arch;
+  binary.compiler = compiler;
+  binary.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  binary.cubin = std::move(result.cubin);
+  read_log(result.log, binary);
+  return binary;
 }
 
 }  // namespace
@@ -95,35 +127,12 @@ void read_log(const std::string& log, Binary& binary) {
   }
 }
 
-Binary compile(const KernelRequest& request) {
-  const Nvrtc* nvrtc = Nvrtc::find();
-  if (nvrtc == nullptr)
-    throw Error(ErrorCode::kDevice, "kernel " + request.name + " cannot be compiled: " + Nvrtc::why_none());
-  const std::string sm = "sm_" + std::to_string(request.arch), compiler = "NVRTC " + nvrtc->version();
-  if (!nvrtc->knows(request.arch)) {
-    throw Error(ErrorCode::kUnsupported,
-                compiler + " (" + nvrtc->path() + ") does not compile for " + sm + "; name another one in FOVEA_NVRTC");
-  }
-  const std::string arch_option = "-arch=" + sm;
-  std::vector<const char*> options{arch_option.c_str()};
-  options.insert(options.end(), kOptions.begin(), kOptions.end());
-
-  const auto start = std::chrono::steady_clock::now();
-  const std::string file_name = request.name + ".cu";
-  Nvrtc::Result result = nvrtc->compile(request.unit, file_name.c_str(), device_text, options);
-  if (!result.done) {
-    throw Error(ErrorCode::kInternal, "kernel " + request.name + " did not compile for " + sm + " with " + compiler +
-                                          ": " + first_error(result.log) + "; " + save_source(request, result.log));
-  }
-  Binary binary;
-  binary.key = content_key(request);
-  binary.name = request.name;
-  binary.arch = request.arch;
-  binary.compiler = compiler;
-  binary.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  binary.cubin = std::move(result.cubin);
-  read_log(result.log, binary);
-  return binary;
+Compiler nvrtc() {
+  const auto name = [] {
+    const Nvrtc* found = Nvrtc::find();
+    return found == nullptr ? std::string() : name_of(*found);
+  };
+  return {.name = name, .compile = compile};
 }
 
 }  // namespace fovea::cuda::jit
