@@ -111,7 +111,8 @@ Disk::Usage Disk::usage() const {
   // What does not exist yet can be made where its nearest parent can be written.
   fs::path nearest = folder_;
   while (!fs::exists(nearest, error) && nearest.has_relative_path()) nearest = nearest.parent_path();
-  usage.writable = fs::is_directory(nearest, error) && ::access(nearest.c_str(), W_OK | X_OK) == 0;
+  usage.writable =
+      fs::is_directory(nearest, error) && ::faccessat(AT_FDCWD, nearest.c_str(), W_OK | X_OK, AT_EACCESS) == 0;
   return usage;
 }
 

@@ -19,6 +19,12 @@ constexpr std::size_t kLengthDigits = 8, kHashDigits = 64;
 constexpr std::size_t kFooterBytes = kMagic.size() + kLengthDigits + 1 + kHashDigits + 1;
 constexpr std::uint64_t kMostBytes = std::uint64_t{1} << 28;  // no kernel is larger
 
+std::string footer_of(std::string_view body, std::size_t json_bytes) {
+  std::array<char, kLengthDigits + 1> length{};
+  std::snprintf(length.data(), length.size(), "%08x", static_cast<unsigned>(json_bytes));
+  return std::string(kMagic) + length.data() + " " + sha256(std::string(body) + length.data()) + "\n";
+}
+
 /// A value of JSON that json_of has written.
 std::string_view value_of(std::string_view json, const std::string& field) {
   const std::string label = "\"" + field + "\": ";
@@ -60,21 +66,17 @@ std::string json_of(const Binary& binary) {
 
 std::string record_of(const Binary& binary) {
   const std::string json = json_of(binary), body = binary.cubin + json;
-  std::array<char, kLengthDigits + 1> length{};
-  std::snprintf(length.data(), length.size(), "%08x", static_cast<unsigned>(json.size()));
-  return body + std::string(kMagic) + length.data() + " " + sha256(body) + "\n";
+  return body + footer_of(body, json.size());
 }
 
 std::optional<Binary> read_record(std::string_view record, std::string_view key) {
   if (record.size() < kFooterBytes) return {};
   const std::string_view footer = record.substr(record.size() - kFooterBytes);
-  std::string_view body = record.substr(0, record.size() - kFooterBytes);
-  if (!footer.starts_with(kMagic)) return {};
+  const std::string_view body = record.substr(0, record.size() - kFooterBytes);
   std::size_t length = 0;
   const char* digits = footer.data() + kMagic.size();
   std::from_chars(digits, digits + kLengthDigits, length, 16);
-  const std::string_view hash = footer.substr(kMagic.size() + kLengthDigits + 1, kHashDigits);
-  if (length == 0 || length > body.size() || hash != sha256(body)) return {};
+  if (length > body.size() || footer != footer_of(body, length)) return {};
   const std::string_view json = body.substr(body.size() - length);
   if (value_of(json, "key") != key) return {};
   Binary binary;
