@@ -38,9 +38,9 @@ struct IndexView {
 /// What forward and backward both need to know.
 struct CallParams {
   int batch, q_heads, kv_heads;
-  int head_dim, head_dim_v;         // the true ones
-  int seqlen_q, seqlen_kv;          // packed: of the longest sequence
-  int total_q, total_kv;            // packed: all rows
+  int head_dim, head_dim_v;  // the true ones
+  int seqlen_q, seqlen_kv;   // packed: of the longest sequence
+  int total_q, total_kv;     // packed: all rows
   math::BandRule band;
   IndexView q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_kv;
   RowView q, k, v;
@@ -50,18 +50,18 @@ struct CallParams {
   i64 slopes_batch;                 // stride
   const float* sink;                // [head]
   float scale, softcap;
-  u32 keep_threshold;               // of 65536
+  u32 keep_threshold;  // of 65536
   u64 seed, offset;
 };
 
 struct ForwardParams : CallParams {
   RowView out;
   StatView lse;
-  int row_blocks;        // of the longest sequence
-  int v_chunks;          // blocks that share out the columns of v
-  int splits;            // parts of the keys
-  int keys_per_split;    // a multiple of block_n
-  float* partials;       // [batch][head][row][split][head_dim_v + 2]: O, maximum in units of log2, sum
+  int row_blocks;      // of the longest sequence
+  int v_chunks;        // blocks that share out the columns of v
+  int splits;          // parts of the keys
+  int keys_per_split;  // a multiple of block_n
+  float* partials;     // [batch][head][row][split][head_dim_v + 2]: O, maximum in units of log2, sum
 };
 
 struct BackwardParams : CallParams {
@@ -69,15 +69,15 @@ struct BackwardParams : CallParams {
   StatView lse, dlse;
   EntryView dbias;
   float *dslopes, *dsink;
-  i64 dslopes_batch;     // stride
+  i64 dslopes_batch;  // stride
   int row_blocks, key_blocks;
   // In the workspace.
-  float* log2_lse;       // [batch][head][row of row_blocks·block_m]; +infinity where a row sees nothing
-  float* delta;          // likewise: Σ dout·out − dlse
-  float* dq_sum;         // [batch][head][row of row_blocks·block_m][head_dim]
-  int* tickets;          // [batch][head][row block]: key blocks that have added to dq, where their order matters
-  float* sink_parts;     // [head][batch·row_blocks]
-  float* slope_parts;    // [batch][head][key block]
+  float* log2_lse;     // [batch][head][row of row_blocks·block_m]; +infinity where a row sees nothing
+  float* delta;        // likewise: Σ dout·out − dlse
+  float* dq_sum;       // [batch][head][row of row_blocks·block_m][head_dim]
+  int* tickets;        // [batch][head][row block]: key blocks that have added to dq, where their order matters
+  float* sink_parts;   // [head][batch·row_blocks]
+  float* slope_parts;  // [batch][head][key block]
 };
 
 }  // namespace fovea::cuda

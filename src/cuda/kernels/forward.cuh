@@ -2,8 +2,8 @@
 
 #include "cuda/kernels/scores.cuh"
 
-// FlashAttention's forward (2205.14135, algorithm 1; rows split among warps as in 2307.08691): a block owns block_m rows
-// and walks the keys, last ones first; K and V arrive in shared memory a tile ahead; S, P and O stay in registers.
+// FlashAttention's forward (2205.14135, algorithm 1; rows split among warps as in 2307.08691): a block owns block_m
+// rows and walks the keys, last ones first; K and V arrive in shared memory a tile ahead; S, P and O stay in registers.
 namespace fovea::cuda {
 
 template <ForwardSpec S>
@@ -28,17 +28,26 @@ struct Forward {
   using Scores = Accumulator[kM][kN];
   using Out = Accumulator[kM][kD];
 
-  /// Running maximum and sum of a thread's rows: 2 in each piece of 16.
-  struct Statistics {
-    float maximum[kM][2], sum[kM][2];
+  /// Of a thread's rows, 2 in each piece of 16: what exponents are taken against, in units of log2 (−infinity until a
+  /// key was seen), and this lane's part of the sum.
+  struct Running {
+    float reference[kM][2], sum[kM][2];
+    bool settled;  // every row of the warp has a reference
+  };
+
+  /// What all threads of a block share; in shared memory, because registers are for S and O.
+  struct Block {
+    Sequence sequence;
+    Rows rows;
+    int kv_head, v_begin, split;
   };
 
   const ForwardParams& p;
-  const Sequence sequence;
-  const Rows rows;
-  const Rules rules;
-  const int kv_head, v_begin;
+  const Block& block;
   const u32 shared;
+  const Sequence& sequence = block.sequence;
+  const Rows& rows = block.rows;
+  const Rules rules{p, block.sequence, block.rows};
 
   FOVEA_DEVICE QTile q_tile() const { return {shared}; }
   FOVEA_DEVICE OutTile out_tile() const { return {shared}; }
@@ -47,17 +56,20 @@ struct Forward {
   FOVEA_DEVICE int warp_row() const { return warp_id() * kM * 16; }
 
   FOVEA_DEVICE void load_q() const {
-    load_tile<S.async_copy, kThreads>(q_tile(), rows.left(), p.head_dim * kBytes<S.type>, p.q.aligned,
-                                      [&](int r) { return sequence.q_row(p.q, rows.query(r), rows.head(r)); });
+    load_scattered_tile<S.async_copy, kThreads>(
+        q_tile(), rows.left(), p.head_dim * kBytes<S.type>, p.q.aligned,
+        [&](int r) { return sequence.q_row(p.q, rows.query(r), rows.head(r)); });
   }
-  FOVEA_DEVICE void load_kv(int tile, int stage) const {
-    const int key = tile * S.block_n, keys = static_cast<int>(sequence.band.seqlen_kv) - key;
-    const int v_columns = math::smaller(p.head_dim_v - v_begin, S.head_dim_v);
-    load_tile<S.async_copy, kThreads>(k_tile(stage), keys, p.head_dim * kBytes<S.type>, p.k.aligned,
-                                      [&](int r) { return sequence.kv_row(p.k, key + r, kv_head); });
-    load_tile<S.async_copy, kThreads>(v_tile(stage), keys, v_columns * kBytes<S.type>, p.v.aligned, [&](int r) {
-      return sequence.kv_row(p.v, key + r, kv_head) + v_begin * kBytes<S.type>;
-    });
+  FOVEA_DEVICE void load_k(int tile, int stage) const {
+    const int key = tile * S.block_n;
+    load_tile<S.async_copy, kThreads>(k_tile(stage), sequence.kv_row(p.k, key, block.kv_head), p.k.row,
+                                      sequence.band.seqlen_kv - key, p.head_dim * kBytes<S.type>, p.k.aligned);
+  }
+  FOVEA_DEVICE void load_v(int tile, int stage) const {
+    const int key = tile * S.block_n, columns = math::smaller(p.head_dim_v - block.v_begin, S.head_dim_v);
+    load_tile<S.async_copy, kThreads>(v_tile(stage),
+                                      sequence.kv_row(p.v, key, block.kv_head) + block.v_begin * kBytes<S.type>,
+                                      p.v.row, sequence.band.seqlen_kv - key, columns * kBytes<S.type>, p.v.aligned);
   }
 
   /// S = Q Kᵀ.
@@ -105,29 +117,21 @@ struct Forward {
     }
   }
 
-  /// S becomes P = 2^(unit·S − maximum); maximum, sum and O move on to the new maximum.
-  FOVEA_DEVICE void online_softmax(Scores& s, Statistics& running, Out& o, float unit) const {
+  /// Raises each row's reference to the largest score seen; sum and O move on to it.
+  FOVEA_DEVICE void raise_references(const Scores& s, Running& running, Out& o, float unit) const {
+    running.settled = true;
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float top = running.maximum[i][h];
+        float top = -infinity();
 #pragma unroll
         for (int j = 0; j < kN; ++j) top = fmaxf(top, fmaxf(s[i][j].x[2 * h], s[i][j].x[2 * h + 1]));
-        top = quad_max(top);
-        const float reference = top == -infinity() ? 0.0F : top * unit;  // nothing visible yet: keep −inf − −inf away
-        const float rescale = exp2(running.maximum[i][h] * unit - reference);
-        running.maximum[i][h] = top;
-        float sum = running.sum[i][h] * rescale;
-#pragma unroll
-        for (int j = 0; j < kN; ++j) {
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            s[i][j].x[e] = exp2(s[i][j].x[e] * unit - reference);
-            sum += s[i][j].x[e];
-          }
-        }
-        running.sum[i][h] = sum;
+        top = fmaxf(running.reference[i][h], quad_max(top) * unit);
+        running.settled &= top > -infinity();
+        const float rescale = top == -infinity() ? 1.0F : exp2(running.reference[i][h] - top);
+        running.reference[i][h] = top;
+        running.sum[i][h] *= rescale;
 #pragma unroll
         for (int c = 0; c < kD; ++c) {
           o[i][c].x[2 * h] *= rescale;
@@ -135,78 +139,149 @@ struct Forward {
         }
       }
     }
+    running.settled = __all_sync(kAllLanes, running.settled);
   }
 
-  /// One tile of keys, in shared memory.
-  FOVEA_DEVICE void attend(Out& o, Statistics& running, int tile, int stage, const math::DropoutStream& stream, float unit) const {
-    const int key = tile * S.block_n;
-    const Interval keys{key, math::smaller<i64>(key + S.block_n, sequence.kv_rows)};
-    const Interval mine = rows.queries(warp_row(), warp_row() + 16 * kM);
-    TileState state = mine.empty() ? TileState::kHidden : sequence.band.tile(mine, {key, key + S.block_n});
-    if (state == TileState::kHidden) return;
-    if (rows.left() < warp_row() + 16 * kM) state = TileState::kPartial;
-    Scores s;
-    multiply_qk(s, k_tile(stage));
-    rules.template finish<false>(s, warp_row(), key, state, S.mask, static_cast<Accumulator(*)[kN]>(nullptr));
-    online_softmax(s, running, o, unit);
-    if constexpr (S.dropout) {
-      rules.template drop<false>(s, warp_row(), key, stream, [](float& x, bool kept) { x = kept ? x : 0.0F; });
-    }
-    multiply_pv(o, s, v_tile(stage));
-  }
-
-  FOVEA_DEVICE void run(int split) const {
-    const int keys_end_of_split = S.split ? (split + 1) * p.keys_per_split : p.seqlen_kv;
-    Interval keys = sequence.band.keys_of_rows(rows.queries(0, S.block_m));
-    if constexpr (S.split) keys = {math::larger<i64>(keys.begin, i64{split} * p.keys_per_split), math::smaller<i64>(keys.end, keys_end_of_split)};
-    const int first = static_cast<int>(keys.begin) / S.block_n;
-    const int last = keys.empty() ? first - 1 : static_cast<int>(keys.end - 1) / S.block_n;
-
-    Out o;
-    Statistics running;
+  /// S becomes P = 2^(unit·S − reference).  Any reference is exact as long as sums stay in range: false where they do
+  /// not, or a NaN came in.
+  FOVEA_DEVICE static bool exponentiate(Scores& s, const Running& running, float (&sum)[kM][2], float unit) {
+    constexpr float kMost = 8192.0F;
+    bool fits = true;
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) running.maximum[i][h] = -infinity(), running.sum[i][h] = 0.0F;
+      for (int h = 0; h < 2; ++h) {
+        sum[i][h] = 0.0F;
+        const float reference = larger_than_minus_infinity(running.reference[i][h]);
+#pragma unroll
+        for (int j = 0; j < kN; ++j) {
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) {
+            s[i][j].x[e] = exp2(s[i][j].x[e] * unit - reference);
+            sum[i][h] += s[i][j].x[e];
+          }
+        }
+        fits &= sum[i][h] < kMost;
+      }
+    }
+    return __all_sync(kAllLanes, fits);
+  }
+  /// Nothing visible yet: keep −inf − −inf away.
+  FOVEA_DEVICE static float larger_than_minus_infinity(float reference) {
+    return reference == -infinity() ? 0.0F : reference;
+  }
+
+  /// P of one tile of keys, its sums taken along.  False, and nothing computed, where this warp's rows see none of
+  /// them. The search for a maximum is left out where the references still serve: it costs more than the exponentials.
+  FOVEA_DEVICE bool weigh(Scores& s, Out& o, Running& running, int tile, int stage, float unit) const {
+    const int key = tile * S.block_n;
+    const Interval mine = rows.queries(warp_row(), warp_row() + 16 * kM);
+    const TileState state = mine.empty() ? TileState::kHidden : sequence.band.tile(mine, {key, key + S.block_n});
+    if (state == TileState::kHidden) return false;
+    bool raise = !running.settled;
+    for (;;) {  // twice where the references do not serve
+      multiply_qk(s, k_tile(stage));
+      rules.template finish<false>(s, warp_row(), key, state, S.mask, static_cast<Accumulator(*)[kN]>(nullptr));
+      if (raise) raise_references(s, running, o, unit);
+      float sum[kM][2];
+      if (exponentiate(s, running, sum, unit) || raise) {
+#pragma unroll
+        for (int i = 0; i < kM; ++i) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) running.sum[i][h] += sum[i][h];
+        }
+        return true;
+      }
+      raise = true;
+    }
+  }
+
+  FOVEA_DEVICE void add_values(Out& o, Scores& weights, int tile, int stage) const {
+    if constexpr (S.dropout) {
+      const math::DropoutStream stream = rules.stream(rows.first_head);
+      rules.template drop<false>(weights, warp_row(), tile * S.block_n, stream,
+                                 [](float& x, bool kept) { x = kept ? x : 0.0F; });
+    }
+    multiply_pv(o, weights, v_tile(stage));
+  }
+
+  /// Tiles of keys arrive stages − 1 ahead, last ones first.
+  FOVEA_DEVICE void walk_ahead(Out& o, Running& running, int first, int last, float unit) const {
+#pragma unroll
+    for (int ahead = 0; ahead < S.stages - 1; ++ahead) {
+      if (last - ahead >= first) load_k(last - ahead, ahead), load_v(last - ahead, ahead);
+      close_copies<S.async_copy>();
+    }
+    int stage = 0;
+#pragma unroll 1
+    for (int tile = last; tile >= first; --tile) {
+      await_copies<S.async_copy, math::larger(S.stages - 2, 0)>();
+      __syncthreads();  // this tile is there for all, and all are done with the one whose place comes next
+      const int ahead = tile - (S.stages - 1), free = stage == 0 ? S.stages - 1 : stage - 1;
+      if (ahead >= first) load_k(ahead, free), load_v(ahead, free);
+      close_copies<S.async_copy>();
+      Scores s;
+      if (weigh(s, o, running, tile, stage, unit)) add_values(o, s, tile, stage);
+      stage = stage + 1 == S.stages ? 0 : stage + 1;
+    }
+  }
+
+  /// One place for K and one for V: V arrives while S is made, the next K while P V is.
+  FOVEA_DEVICE void walk_in_turns(Out& o, Running& running, int first, int last, float unit) const {
+    load_k(last, 0);
+    close_copies<S.async_copy>();
+#pragma unroll 1
+    for (int tile = last; tile >= first; --tile) {
+      await_copies<S.async_copy, 0>();
+      __syncthreads();  // K is there for all, and all are done with V
+      load_v(tile, 0);
+      close_copies<S.async_copy>();
+      Scores s;
+      const bool seen = weigh(s, o, running, tile, 0, unit);
+      await_copies<S.async_copy, 0>();
+      __syncthreads();  // V is there for all, and all are done with K
+      if (tile > first) load_k(tile - 1, 0);
+      close_copies<S.async_copy>();
+      if (seen) add_values(o, s, tile, 0);
+    }
+  }
+
+  FOVEA_DEVICE void run() const {
+    const int split = block.split;
+    Interval keys = sequence.band.keys_of_rows(rows.queries(0, S.block_m));
+    if constexpr (S.split)
+      keys = {math::larger(keys.begin, split * p.keys_per_split),
+              math::smaller(keys.end, (split + 1) * p.keys_per_split)};
+    const int first = keys.begin / S.block_n;
+    const int last = keys.empty() ? first - 1 : (keys.end - 1) / S.block_n;
+
+    Out o;
+    Running running;
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) running.reference[i][h] = -infinity(), running.sum[i][h] = 0.0F;
 #pragma unroll
       for (int c = 0; c < kD; ++c) o[i][c] = {};
     }
-    const math::DropoutStream stream = S.dropout ? rules.stream(rows.first_head) : math::DropoutStream{};
     const float unit = score_unit<S>(p);
 
+    running.settled = false;
     if (first <= last) {
       load_q();
-#pragma unroll
-      for (int ahead = 0; ahead < S.stages - 1; ++ahead) {
-        if (last - ahead >= first) load_kv(last - ahead, ahead);
-        close_copies<S.async_copy>();
-      }
-      int stage = 0;
-#pragma unroll 1
-      for (int tile = last; tile >= first; --tile) {
-        if constexpr (S.stages == 1) {
-          __syncthreads();
-          load_kv(tile, 0);
-          close_copies<S.async_copy>();
-        }
-        await_copies<S.async_copy, (S.stages > 1 ? S.stages - 2 : 0)>();
-        __syncthreads();  // this tile is there for all, and all are done with the tile whose place comes next
-        if constexpr (S.stages > 1) {
-          const int ahead = tile - (S.stages - 1), free = stage == 0 ? S.stages - 1 : stage - 1;
-          if (ahead >= first) load_kv(ahead, free);
-          close_copies<S.async_copy>();
-        }
-        attend(o, running, tile, stage, stream, unit);
-        stage = stage + 1 == S.stages ? 0 : stage + 1;
+      if constexpr (S.stages == 1) {
+        walk_in_turns(o, running, first, last, unit);
+      } else {
+        walk_ahead(o, running, first, last, unit);
       }
     }
     await_copies<S.async_copy, 0>();
     __syncthreads();
-    finish(o, running, split, unit);
+    finish(o, running);
   }
 
   /// Divides by the sums and writes O and lse, or this split's part of them.
-  FOVEA_DEVICE void finish(Out& o, Statistics& running, int split, float unit) const {
+  FOVEA_DEVICE void finish(Out& o, Running& running) const {
     bool spoiled = false;
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
@@ -214,10 +289,10 @@ struct Forward {
       for (int h = 0; h < 2; ++h) {
         const int r = warp_row() + entry_row(i, 2 * h);
         const float sum = quad_sum(running.sum[i][h]);
-        const float maximum = running.maximum[i][h] * unit;
+        const float maximum = running.reference[i][h];
         if (r < rows.left()) {
           if constexpr (S.split) {
-            store_part(o[i], h, r, split, maximum, sum);
+            store_part(o[i], h, r, maximum, sum);
           } else {
             spoiled |= !normalise(o[i], h, r, maximum, sum);
           }
@@ -252,25 +327,25 @@ struct Forward {
         check += o[c].x[e] * 0.0F;
       }
     }
-    if (p.lse.data != nullptr && v_begin == 0 && lane_id() % 4 == 0) {
+    if (p.lse.data != nullptr && block.v_begin == 0 && lane_id() % 4 == 0) {
       *sequence.statistic(p.lse, query, head) = empty ? -infinity() : kLn2 * (maximum + log2(sum));
     }
     return check == 0.0F;
   }
 
-  FOVEA_DEVICE void store_part(const Accumulator (&o)[kD], int h, int r, int split, float maximum, float sum) const {
+  FOVEA_DEVICE void store_part(const Accumulator (&o)[kD], int h, int r, float maximum, float sum) const {
     const int query = rows.query(r), head = rows.head(r);
     const i64 row = (i64{sequence.batch} * p.q_heads + head) * p.seqlen_q + query;
-    float* part = p.partials + (row * p.splits + split) * (p.head_dim_v + 2);
+    float* part = p.partials + (row * p.splits + block.split) * (p.head_dim_v + 2);
 #pragma unroll
     for (int c = 0; c < kD; ++c) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int column = v_begin + 8 * c + lane_id() % 4 * 2 + e;
+        const int column = block.v_begin + 8 * c + lane_id() % 4 * 2 + e;
         if (column < p.head_dim_v) part[column] = o[c].x[2 * h + e];
       }
     }
-    if (v_begin == 0 && lane_id() % 4 == 0) {
+    if (block.v_begin == 0 && lane_id() % 4 == 0) {
       part[p.head_dim_v] = maximum;
       part[p.head_dim_v + 1] = sum;
     }
@@ -298,13 +373,13 @@ struct Forward {
     }
     __syncwarp();  // a warp stores its own rows
     constexpr int kPieces = OutTile::kPieces;
-    const int columns = math::smaller(p.head_dim_v - v_begin, S.head_dim_v), bytes = columns * kBytes<S.type>;
+    const int columns = math::smaller(p.head_dim_v - block.v_begin, S.head_dim_v), bytes = columns * kBytes<S.type>;
 #pragma unroll 1
     for (int at = lane_id(); at < 16 * kM * kPieces; at += kWarp) {
       const int r = warp_row() + at / kPieces, piece = at % kPieces;
       if (r >= rows.left() || piece * 16 >= bytes) continue;
       const uint4 x = load_shared_16(tile.base + r * OutTile::kPitch + piece * 16);
-      char* to = sequence.q_row(p.out, rows.query(r), rows.head(r)) + v_begin * kBytes<S.type> + piece * 16;
+      char* to = sequence.q_row(p.out, rows.query(r), rows.head(r)) + block.v_begin * kBytes<S.type> + piece * 16;
       if (p.out.aligned && piece * 16 + 16 <= bytes) {
         *reinterpret_cast<uint4*>(to) = x;
       } else {
@@ -325,15 +400,19 @@ __device__ void forward(const ForwardParams& p) {
     block /= count;
     return part;
   };
+  using Kernel = Forward<S>;
+  __shared__ __align__(16) char block_memory[sizeof(typename Kernel::Block)];
+  typename Kernel::Block& me = *reinterpret_cast<typename Kernel::Block*>(block_memory);
   const int row_block = p.row_blocks - 1 - take(p.row_blocks), split = take(p.splits), chunk = take(p.v_chunks);
-  const int heads = S.pack_gqa ? p.kv_heads : p.q_heads, group = p.q_heads / p.kv_heads;
-  const int head = take(heads);
-  const Sequence sequence(p, block);
-  const RowMap<S.pack_gqa> rows{row_block * S.block_m, sequence.q_rows * (S.pack_gqa ? group : 1),
-                                S.pack_gqa ? head * group : head, S.pack_gqa ? group : 1};
-  if (rows.left() <= 0) return;
-  const ScoreRules<S, S.pack_gqa> rules{p, sequence, rows};
-  Forward<S>{p, sequence, rows, rules, S.pack_gqa ? head : head / group, chunk * S.head_dim_v, shared_address(shared)}.run(split);
+  const int group = p.q_heads / p.kv_heads, head = take(S.pack_gqa ? p.kv_heads : p.q_heads);
+  if (threadIdx.x == 0) {
+    const Sequence sequence = Sequence::of(p, block);
+    const typename Kernel::Rows rows{row_block * S.block_m, sequence.q_rows * (S.pack_gqa ? group : 1),
+                                     S.pack_gqa ? head * group : head, S.pack_gqa ? group : 1};
+    me = {sequence, rows, S.pack_gqa ? head : head / group, chunk * S.head_dim_v, split};
+  }
+  __syncthreads();
+  if (me.rows.left() > 0) Kernel{p, me, shared_address(shared)}.run();
 }
 
 }  // namespace fovea::cuda

@@ -26,7 +26,8 @@ inline constexpr int kBytes = kType == Type::kFloat32 ? 4 : 2;
 template <Type kType>
 inline constexpr int kStep = kType == Type::kFloat32 ? 8 : 16;
 
-// ---- numbers ----------------------------------------------------------------------------------------------------------
+// ---- numbers
+// ----------------------------------------------------------------------------------------------------------
 
 template <Type kType>
 FOVEA_DEVICE float widen(u32 bits) {
@@ -67,7 +68,8 @@ FOVEA_DEVICE void write(char* p, float x) {
   }
 }
 
-// ---- products ---------------------------------------------------------------------------------------------------------
+// ---- products
+// ---------------------------------------------------------------------------------------------------------
 
 /// An fp32 number as a TF32 one and a rest that TF32 holds too: together they are within 2^-24 of it.
 struct Tf32Halves {
@@ -79,21 +81,25 @@ struct Tf32Halves {
 };
 
 FOVEA_DEVICE void multiply_add_tf32(Accumulator& c, const u32 (&a)[4], const u32 (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 /// Element k of the operands comes from the lane that has it.
 template <Type kType>
 FOVEA_DEVICE void multiply_add_by_shuffles(Accumulator& c, const OperandA& a, const OperandB& b) {
-  const int row = lane_id() / 4 * 4, column = lane_id() % 4 * 8;  // first lanes of the rows of A and of two columns of B
+  const int row = lane_id() / 4 * 4,
+            column = lane_id() % 4 * 8;  // first lanes of the rows of A and of two columns of B
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      const u32 low = __shfl_sync(kAllLanes, a.x[2 * part], row + t), high = __shfl_sync(kAllLanes, a.x[2 * part + 1], row + t);
-      const u32 first = __shfl_sync(kAllLanes, b.x[part], column + t), second = __shfl_sync(kAllLanes, b.x[part], column + 4 + t);
+      const u32 low = __shfl_sync(kAllLanes, a.x[2 * part], row + t),
+                high = __shfl_sync(kAllLanes, a.x[2 * part + 1], row + t);
+      const u32 first = __shfl_sync(kAllLanes, b.x[part], column + t),
+                second = __shfl_sync(kAllLanes, b.x[part], column + 4 + t);
 #pragma unroll
       for (int e = 0; e < (kType == Type::kFloat32 ? 1 : 2); ++e) {
         const auto number = [e](u32 word) { return widen<kType>(e == 0 ? word : word >> 16); };
@@ -110,21 +116,23 @@ FOVEA_DEVICE void multiply_add_by_shuffles(Accumulator& c, const OperandA& a, co
 template <Type kType, Mma kMma>
 FOVEA_DEVICE void multiply_add(Accumulator& c, const OperandA& a, const OperandB& b) {
   if constexpr (kMma == Mma::kHalf16 && kType == Type::kFloat16) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
-                 : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
   }
   if constexpr (kMma == Mma::kHalf16 && kType == Type::kBFloat16) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
-                 : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
+        : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
   }
   if constexpr (kMma == Mma::kHalf8) {
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-                   : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
-                   : "r"(a.x[2 * part]), "r"(a.x[2 * part + 1]), "r"(b.x[part]));
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+          : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+          : "r"(a.x[2 * part]), "r"(a.x[2 * part + 1]), "r"(b.x[part]));
     }
   }
   if constexpr (kMma == Mma::kTf32x3) {
@@ -136,7 +144,8 @@ FOVEA_DEVICE void multiply_add(Accumulator& c, const OperandA& a, const OperandB
   if constexpr (kMma == Mma::kShuffles) multiply_add_by_shuffles<kType>(c, a, b);
 }
 
-// ---- operands ---------------------------------------------------------------------------------------------------------
+// ---- operands
+// ---------------------------------------------------------------------------------------------------------
 
 /// A tile in shared memory: kRows rows of kDim elements, an odd number of 16-byte pieces apart, so that a column of
 /// pieces, read down the rows, meets every bank.
@@ -149,7 +158,9 @@ struct SharedTile {
   static constexpr int kSize = kRows * kPitch;               // bytes
   u32 base;
 
-  FOVEA_DEVICE u32 at(int row, int column) const { return base + static_cast<u32>(row * kPitch + column * kBytes<kType>); }
+  FOVEA_DEVICE u32 at(int row, int column) const {
+    return base + static_cast<u32>(row * kPitch + column * kBytes<kType>);
+  }
 };
 
 /// A = rows [row, row + 16), columns [k, k + kStep) of a tile.
@@ -231,8 +242,8 @@ FOVEA_DEVICE OperandA operand_a(const Accumulator* row, int k) {
     return {__float_as_uint(c.x[0]), __float_as_uint(c.x[2]), __float_as_uint(c.x[1]), __float_as_uint(c.x[3])};
   } else {
     const Accumulator &left = row[2 * k], &right = row[2 * k + 1];
-    return {pack<kType>(left.x[0], left.x[1]), pack<kType>(left.x[2], left.x[3]),
-            pack<kType>(right.x[0], right.x[1]), pack<kType>(right.x[2], right.x[3])};
+    return {pack<kType>(left.x[0], left.x[1]), pack<kType>(left.x[2], left.x[3]), pack<kType>(right.x[0], right.x[1]),
+            pack<kType>(right.x[2], right.x[3])};
   }
 }
 
