@@ -23,7 +23,7 @@ struct BandRule {
 
   /// From fovea::Rules, which this header does without.
   template <class Rules>
-  static constexpr BandRule of(const Rules& rules) {
+  FOVEA_FN static constexpr BandRule of(const Rules& rules) {
     using Causal = decltype(rules.causal);
     return {rules.causal == Causal::kTopLeft, rules.window_left.value_or(kUnbounded),
             rules.causal == Causal::kNone ? rules.window_right.value_or(kUnbounded) : 0};

@@ -19,7 +19,6 @@ namespace fovea::cuda::jit {
 namespace {
 
 constexpr std::array kOptions{"-std=c++20", "--ptxas-options=-v"};
-constexpr std::array kArchs{75, 80, 86, 87, 89, 90, 100, 110, 120};
 
 /// The number in front of `words`: "... 24 bytes spill stores".  0 where they are not there.
 int number_before(const std::string& line, const std::string& words) {
@@ -122,8 +121,10 @@ void read_log(const std::string& log, Binary& binary) {
       binary.registers = std::max(binary.registers, number_before(line, " registers"));
       binary.shared_bytes = std::max(binary.shared_bytes, number_before(line, " bytes smem"));
     }
+    std::ranges::replace(line, '"', '\'');  // a record keeps them as JSON
     const bool told = line.starts_with("ptxas info") || line.starts_with("ptxas         .");
-    if (!told && line.find_first_not_of(" \t\r") != std::string::npos) binary.warnings += line + "\n";
+    if (!told && line.find_first_not_of(" \t\r") != std::string::npos)
+      binary.warnings += (binary.warnings.empty() ? "" : " | ") + line;
   }
 }
 

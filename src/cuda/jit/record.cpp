@@ -31,9 +31,9 @@ std::string_view value_of(std::string_view json, const std::string& field) {
   const std::size_t at = json.find(label);
   if (at == std::string_view::npos) return {};
   json.remove_prefix(at + label.size());
-  json = json.substr(0, json.find_first_of(",\n}"));
-  if (json.starts_with('"')) json = json.substr(1, json.size() - 2);
-  return json;
+  if (!json.starts_with('"')) return json.substr(0, json.find_first_of(",\n"));
+  json.remove_prefix(1);
+  return json.substr(0, json.find('"'));
 }
 
 template <class Number>
@@ -60,6 +60,7 @@ std::string json_of(const Binary& binary) {
   add("spill_bytes", std::to_string(binary.spill_bytes));
   add("local_bytes", std::to_string(binary.local_bytes));
   add("shared_bytes", std::to_string(binary.shared_bytes));
+  add("warnings", "\"" + binary.warnings + "\"");
   add("seconds", std::string(seconds.data(), end));
   return json + "  \"key\": \"" + binary.key + "\"\n}\n";
 }
@@ -88,6 +89,7 @@ std::optional<Binary> read_record(std::string_view record, std::string_view key)
   binary.spill_bytes = number_of<int>(json, "spill_bytes");
   binary.local_bytes = number_of<int>(json, "local_bytes");
   binary.shared_bytes = number_of<int>(json, "shared_bytes");
+  binary.warnings = value_of(json, "warnings");
   binary.seconds = number_of<double>(json, "seconds");
   binary.cubin = body.substr(0, body.size() - length);
   return binary;

@@ -41,7 +41,8 @@ Field field_of(std::string_view name, Mma value) {
 KernelRequest render(const Template& kernel, const std::vector<Field>& fields, const std::vector<Field>& usual,
                      int arch) {
   const std::string function(kernel.function), spec(kernel.spec), params(kernel.params);
-  KernelRequest request{.name = function, .unit = {}, .arch = arch};
+  KernelRequest request{
+      .name = function, .unit = {}, .arch = arch, .threads = kernel.threads, .shared_bytes = kernel.shared_bytes};
   std::string values, dim;
   for (std::size_t i = 0; i < fields.size(); ++i) {
     const Field& field = fields[i];

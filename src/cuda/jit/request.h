@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -8,9 +9,11 @@ namespace fovea::cuda::jit {
 
 /// A kernel to be had: what `render` makes of a spec.
 struct KernelRequest {
-  std::string name;  ///< for people: forward_bf16_d128_band
-  std::string unit;  ///< the source to compile, whole but for the embedded headers it includes
-  int arch = 0;      ///< 90 for sm_90
+  std::string name;      ///< for people: forward_bf16_d128_band
+  std::string unit;      ///< the source to compile, whole but for the embedded headers it includes
+  int arch = 0;          ///< 90 for sm_90
+  int threads = 0;       ///< of a block, and
+  int shared_bytes = 0;  ///< what it is launched with, for reports: the key does not know them
 };
 
 /// The kernel of every unit.
@@ -32,7 +35,7 @@ struct Binary {
   int local_bytes = 0;   ///< stack frame of a thread
   int shared_bytes = 0;  ///< static, of a block
   double seconds = 0;    ///< that compiling took
-  std::string warnings;  ///< of the compiler and the assembler, empty where there were none
+  std::string warnings;  ///< of the compiler and the assembler in one line, empty where there were none
   std::string cubin;
   Source source = Source::kCompiled;  ///< where this process has it from
 };
@@ -41,7 +44,10 @@ struct Binary {
 /// the options.  32 hexadecimal digits; no paths and no machine are in it.
 [[nodiscard]] std::string content_key(const KernelRequest& request);
 
-/// The architecture whose kernels a GPU runs, out of those that Fovea compiles for; 0 where there is none.
+/// What kernels are compiled for, where NVRTC knows it.
+inline constexpr std::array kArchs{75, 80, 86, 87, 89, 90, 100, 110, 120};
+
+/// The architecture whose kernels a GPU runs; 0 where there is none.
 [[nodiscard]] int arch_of(int compute_capability);
 
 }  // namespace fovea::cuda::jit
