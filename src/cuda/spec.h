@@ -38,7 +38,7 @@ struct ForwardSpec {
   bool softcap = false;
   bool dropout = false;
 
-  friend constexpr bool operator==(const ForwardSpec&, const ForwardSpec&) = default;
+  FOVEA_FN friend constexpr bool operator==(const ForwardSpec&, const ForwardSpec&) = default;
 };
 
 struct BackwardSpec {
@@ -60,12 +60,12 @@ struct BackwardSpec {
   bool softcap = false;
   bool dropout = false;
 
-  friend constexpr bool operator==(const BackwardSpec&, const BackwardSpec&) = default;
+  FOVEA_FN friend constexpr bool operator==(const BackwardSpec&, const BackwardSpec&) = default;
 };
 
 /// Calls f(name, value) for every field.
 template <class F>
-constexpr void each_field(const ForwardSpec& s, F&& f) {
+FOVEA_FN constexpr void each_field(const ForwardSpec& s, F&& f) {
   f("type", s.type), f("mma", s.mma), f("async_copy", s.async_copy);
   f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
   f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("stages", s.stages);
@@ -74,7 +74,7 @@ constexpr void each_field(const ForwardSpec& s, F&& f) {
   f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);
 }
 template <class F>
-constexpr void each_field(const BackwardSpec& s, F&& f) {
+FOVEA_FN constexpr void each_field(const BackwardSpec& s, F&& f) {
   f("type", s.type), f("mma", s.mma), f("async_copy", s.async_copy);
   f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
   f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("stages", s.stages);
