@@ -159,9 +159,9 @@ class CommandTest(unittest.TestCase):
 class Help(CommandTest):
     def test_help_names_commands_variables_and_exit_codes(self):
         text = self.fovea("--help")
-        for word in ("run", "explain", "check", "bench", "doctor", "FOVEA_CPU_ISA", "NO_COLOR", "Exit codes"):
+        for word in ("run", "explain", "check", "bench", "precompile", "doctor", "FOVEA_CPU_ISA", "FOVEA_JIT", "NO_COLOR", "Exit codes"):
             self.assertIn(word, text)
-        for command in ("run", "explain", "check", "bench", "doctor"):
+        for command in ("run", "explain", "check", "bench", "precompile", "doctor"):
             self.assertIn("--help", self.fovea(command, "--help"))
         self.assertRegex(self.fovea("--version"), r"^fovea \d+\.\d+\.\d+\n$")
 
@@ -177,6 +177,10 @@ class Help(CommandTest):
         self.refuse("bench", LINE, "--repeat", "0", says="--repeat")
         self.refuse("bench", LINE, "--seconds", "nan", says="--seconds")
         self.refuse("check", "--random", "-5", says="--random")
+        self.refuse("precompile", LINE, says="--arch")
+        self.refuse("precompile", LINE, "--arch", "sm_80", says="--out")
+        self.refuse("precompile", LINE, "--arch", "sm_80,sm_8", "--check", says="--arch 'sm_8' is no architecture")
+        self.refuse("precompile", "fwd fp64", "--arch", "sm_80", "--check", says="fp64")
 
     def test_a_full_disk_under_standard_output_is_a_failure(self):
         with open("/dev/full", "w") as full:
@@ -532,6 +536,18 @@ class Doctor(CommandTest):
         for rate in page["fma_gflops"].values():
             self.assertGreater(rate["one_thread"], 0)
         self.assertEqual(page["backends"]["cpu_portable"]["fwd fp32"], [])
+
+    def test_it_tells_of_the_compiler_and_the_cache(self):
+        with tempfile.TemporaryDirectory() as folder:
+            env = {"FOVEA_NVRTC": "/dev/null", "FOVEA_CACHE_DIR": folder, "FOVEA_JIT": "cache"}
+            cuda = json.loads(self.fovea("doctor", "--json", env=env))["cuda"]
+            self.assertIsNone(cuda["nvrtc"])
+            self.assertIn("FOVEA_NVRTC names '/dev/null'", cuda["nvrtc_problem"])
+            self.assertEqual(cuda["cache"], {"folder": folder, "writable": True, "kernels": 0, "bytes": 0})
+            self.assertEqual(cuda["FOVEA_JIT"], "cache")
+            text = self.fovea("doctor", env=env)
+            self.assertIn(f"0, 0 B in {folder}", text)
+            self.assertIn("no kernel is compiled", text)
 
     def test_a_pinned_instruction_set_makes_the_others_refuse(self):
         page = json.loads(self.fovea("doctor", "--json", env={"FOVEA_CPU_ISA": "portable"}))

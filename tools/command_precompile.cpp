@@ -90,6 +90,11 @@ void Precompile::collect() {
     }
   }
   wanted_ = unique.size();
+  if (wanted_ == 0) {
+    throw Error(ErrorCode::kUnsupported,
+                fmt::format("no GPU kernel runs any of these problems on {}; `fovea explain` says why",
+                            fmt::join(asked_.archs, ", ")));
+  }
   // Evenly spread over the names, so that a short run sees some of every kind.
   const std::size_t most = asked_.most > 0 ? std::min<std::size_t>(asked_.most, wanted_) : wanted_;
   std::size_t i = 0;
