@@ -37,10 +37,11 @@ struct IndexView {
 
 /// What forward and backward both need to know.
 struct CallParams {
-  int batch, q_heads, kv_heads;
-  int head_dim, head_dim_v;  // the true ones
-  int seqlen_q, seqlen_kv;   // packed: of the longest sequence
-  int total_q, total_kv;     // packed: all rows
+  int batch, q_heads, kv_heads, group;  // group: q_heads / kv_heads
+  int first_batch;                      // of this launch: a grid has at most 65535 of them
+  int head_dim, head_dim_v;             // the true ones
+  int seqlen_q, seqlen_kv;              // packed: of the longest sequence
+  int total_q, total_kv;                // packed: all rows
   math::BandRule band;
   IndexView q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_kv;
   RowView q, k, v;

@@ -27,6 +27,7 @@ struct Forward {
   using Rules = ScoreRules<S, S.pack_gqa>;
   using Scores = Accumulator[kM][kN];
   using Out = Accumulator[kM][kD];
+  using QOperands = OperandA[kM][S.q_in_registers ? S.head_dim / kK : 1];
 
   /// Of a thread's rows, 2 in each piece of 16: what exponents are taken against, in units of log2 (−infinity until a
   /// key was seen), and this lane's part of the sum.
@@ -56,9 +57,15 @@ struct Forward {
   FOVEA_DEVICE int warp_row() const { return warp_id() * kM * 16; }
 
   FOVEA_DEVICE void load_q() const {
-    load_scattered_tile<S.async_copy, kThreads>(
-        q_tile(), rows.left(), p.head_dim * kBytes<S.type>, p.q.aligned,
-        [&](int r) { return sequence.q_row(p.q, rows.query(r), rows.head(r)); });
+    const int bytes = p.head_dim * kBytes<S.type>;
+    if constexpr (S.pack_gqa) {
+      load_scattered_tile<S.async_copy, kThreads>(q_tile(), rows.left(), bytes, p.q.aligned, [&](int r) {
+        return sequence.q_row(p.q, rows.query(r), rows.head(r));
+      });
+    } else {
+      load_tile<S.async_copy, kThreads>(q_tile(), sequence.q_row(p.q, rows.first, rows.first_head), p.q.row,
+                                        rows.left(), bytes, p.q.aligned);
+    }
   }
   FOVEA_DEVICE void load_k(int tile, int stage) const {
     const int key = tile * S.block_n;
@@ -72,46 +79,84 @@ struct Forward {
                                       p.v.row, sequence.band.seqlen_kv - key, columns * kBytes<S.type>, p.v.aligned);
   }
 
+  FOVEA_DEVICE void keep_q(QOperands& kept) const {
+#pragma unroll
+    for (int i = 0; S.q_in_registers && i < kM; ++i) {
+#pragma unroll
+      for (int c = 0; c < S.head_dim; c += kK)
+        kept[i][S.q_in_registers ? c / kK : 0] = load_a(q_tile(), warp_row() + 16 * i, c);
+    }
+  }
+
   /// S = Q Kᵀ.
-  FOVEA_DEVICE void multiply_qk(Scores& s, const KTile& k) const {
+  FOVEA_DEVICE void multiply_qk(Scores& s, const QOperands& kept, const KTile& k) const {
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
       for (int j = 0; j < kN; ++j) s[i][j] = {};
     }
 #pragma unroll
-    for (int c = 0; c < S.head_dim; c += kK) {
-      OperandA q[kM];
+    for (int pass = 0; pass < kPasses<S.mma>; ++pass) {
 #pragma unroll
-      for (int i = 0; i < kM; ++i) q[i] = load_a(q_tile(), warp_row() + 16 * i, c);
+      for (int c = 0; c < S.head_dim; c += kK) {
+        OperandA q[kM];
 #pragma unroll
-      for (int j = 0; j < kN; j += 2) {
-        OperandB kj[2];
-        load_b_rows(kj, k, 8 * j, c);
+        for (int i = 0; i < kM; ++i)
+          q[i] = S.q_in_registers ? kept[i][S.q_in_registers ? c / kK : 0] : load_a(q_tile(), warp_row() + 16 * i, c);
 #pragma unroll
-        for (int i = 0; i < kM; ++i) {
-          multiply_add<S.type, S.mma>(s[i][j], q[i], kj[0]);
-          multiply_add<S.type, S.mma>(s[i][j + 1], q[i], kj[1]);
+        for (int j = 0; j < kN; j += 2) {
+          OperandB kj[2];
+          load_b_rows(kj, k, 8 * j, c);
+#pragma unroll
+          for (int i = 0; i < kM; ++i) {
+            multiply_add<S.type, S.mma>(s[i][j], q[i], kj[0], pass);
+            multiply_add<S.type, S.mma>(s[i][j + 1], q[i], kj[1], pass);
+          }
         }
       }
     }
   }
 
-  /// O += P V.
+  /// O += P V, some columns at a time.
   FOVEA_DEVICE void multiply_pv(Out& o, const Scores& weights, const VTile& v) const {
+    constexpr bool kExact = S.type == Type::kFloat32;
+    constexpr int kColumns = kExact ? math::smaller(kD, 4) : kD;
 #pragma unroll
-    for (int key = 0; key < S.block_n; key += kK) {
-      OperandA w[kM];
+    for (int first = 0; first < kD; first += kColumns) {
+      Accumulator sum[kM][kColumns];
 #pragma unroll
-      for (int i = 0; i < kM; ++i) w[i] = operand_a<S.type>(weights[i], key / kK);
+      for (int i = 0; i < kM; ++i) {
 #pragma unroll
-      for (int c = 0; c < kD; c += 2) {
-        OperandB vc[2];
-        load_b_columns(vc, v, key, 8 * c);
+        for (int c = 0; c < kColumns; ++c) sum[i][c] = kExact ? Accumulator{} : o[i][first + c];
+      }
 #pragma unroll
-        for (int i = 0; i < kM; ++i) {
-          multiply_add<S.type, S.mma>(o[i][c], w[i], vc[0]);
-          multiply_add<S.type, S.mma>(o[i][c + 1], w[i], vc[1]);
+      for (int pass = 0; pass < kPasses<S.mma>; ++pass) {
+#pragma unroll
+        for (int key = 0; key < S.block_n; key += kK) {
+          OperandA w[kM];
+#pragma unroll
+          for (int i = 0; i < kM; ++i) w[i] = operand_a<S.type>(weights[i], key / kK);
+#pragma unroll
+          for (int c = 0; c < kColumns; c += 2) {
+            OperandB vc[2];
+            load_b_columns(vc, v, key, 8 * (first + c));
+#pragma unroll
+            for (int i = 0; i < kM; ++i) {
+              multiply_add<S.type, S.mma>(sum[i][c], w[i], vc[0], pass);
+              multiply_add<S.type, S.mma>(sum[i][c + 1], w[i], vc[1], pass);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            float& x = o[i][first + c].x[e];
+            x = kExact ? x + sum[i][c].x[e] : sum[i][c].x[e];
+          }
         }
       }
     }
@@ -173,14 +218,15 @@ struct Forward {
 
   /// P of one tile of keys, its sums taken along.  False, and nothing computed, where this warp's rows see none of
   /// them. The search for a maximum is left out where the references still serve: it costs more than the exponentials.
-  FOVEA_DEVICE bool weigh(Scores& s, Out& o, Running& running, int tile, int stage, float unit) const {
+  FOVEA_DEVICE bool weigh(Scores& s, const QOperands& kept, Out& o, Running& running, int tile, int stage,
+                          float unit) const {
     const int key = tile * S.block_n;
     const Interval mine = rows.queries(warp_row(), warp_row() + 16 * kM);
     const TileState state = mine.empty() ? TileState::kHidden : sequence.band.tile(mine, {key, key + S.block_n});
     if (state == TileState::kHidden) return false;
     bool raise = !running.settled;
     for (;;) {  // twice where the references do not serve
-      multiply_qk(s, k_tile(stage));
+      multiply_qk(s, kept, k_tile(stage));
       rules.template finish<false>(s, warp_row(), key, state, S.mask, static_cast<Accumulator(*)[kN]>(nullptr));
       if (raise) raise_references(s, running, o, unit);
       float sum[kM][2];
@@ -213,15 +259,17 @@ struct Forward {
       close_copies<S.async_copy>();
     }
     int stage = 0;
+    QOperands kept;
 #pragma unroll 1
     for (int tile = last; tile >= first; --tile) {
       await_copies<S.async_copy, math::larger(S.stages - 2, 0)>();
       __syncthreads();  // this tile is there for all, and all are done with the one whose place comes next
+      if (tile == last) keep_q(kept);
       const int ahead = tile - (S.stages - 1), free = stage == 0 ? S.stages - 1 : stage - 1;
       if (ahead >= first) load_k(ahead, free), load_v(ahead, free);
       close_copies<S.async_copy>();
       Scores s;
-      if (weigh(s, o, running, tile, stage, unit)) add_values(o, s, tile, stage);
+      if (weigh(s, kept, o, running, tile, stage, unit)) add_values(o, s, tile, stage);
       stage = stage + 1 == S.stages ? 0 : stage + 1;
     }
   }
@@ -230,14 +278,16 @@ struct Forward {
   FOVEA_DEVICE void walk_in_turns(Out& o, Running& running, int first, int last, float unit) const {
     load_k(last, 0);
     close_copies<S.async_copy>();
+    QOperands kept;
 #pragma unroll 1
     for (int tile = last; tile >= first; --tile) {
       await_copies<S.async_copy, 0>();
       __syncthreads();  // K is there for all, and all are done with V
+      if (tile == last) keep_q(kept);
       load_v(tile, 0);
       close_copies<S.async_copy>();
       Scores s;
-      const bool seen = weigh(s, o, running, tile, 0, unit);
+      const bool seen = weigh(s, kept, o, running, tile, 0, unit);
       await_copies<S.async_copy, 0>();
       __syncthreads();  // V is there for all, and all are done with K
       if (tile > first) load_k(tile - 1, 0);
@@ -372,44 +422,43 @@ struct Forward {
       }
     }
     __syncwarp();  // a warp stores its own rows
-    constexpr int kPieces = OutTile::kPieces;
-    const int columns = math::smaller(p.head_dim_v - block.v_begin, S.head_dim_v), bytes = columns * kBytes<S.type>;
-#pragma unroll 1
-    for (int at = lane_id(); at < 16 * kM * kPieces; at += kWarp) {
-      const int r = warp_row() + at / kPieces, piece = at % kPieces;
-      if (r >= rows.left() || piece * 16 >= bytes) continue;
-      const uint4 x = load_shared_16(tile.base + r * OutTile::kPitch + piece * 16);
-      char* to = sequence.q_row(p.out, rows.query(r), rows.head(r)) + block.v_begin * kBytes<S.type> + piece * 16;
-      if (p.out.aligned && piece * 16 + 16 <= bytes) {
-        *reinterpret_cast<uint4*>(to) = x;
-      } else {
-        scatter_16(to, x, bytes - piece * 16);
+    constexpr int kPieces = OutTile::kPieces, kLanes = kPieces >= 8 ? 8 : 2;
+    const int bytes = math::smaller(p.head_dim_v - block.v_begin, S.head_dim_v) * kBytes<S.type>;
+#pragma unroll 4
+    for (int row = lane_id() / kLanes; row < 16 * kM; row += kWarp / kLanes) {
+      const int r = warp_row() + row;
+      if (r >= rows.left()) break;
+      char* to = sequence.q_row(p.out, rows.query(r), rows.head(r)) + block.v_begin * kBytes<S.type>;
+#pragma unroll
+      for (int at = lane_id() % kLanes * 16; at < kPieces * 16; at += kLanes * 16) {
+        if (at >= bytes) break;
+        const uint4 x = load_shared_16(tile.base + r * OutTile::kPitch + at);
+        if (p.out.aligned && at + 16 <= bytes) {
+          *reinterpret_cast<uint4*>(to + at) = x;
+        } else {
+          scatter_16(to + at, x, bytes - at);
+        }
       }
     }
   }
 };
 
-/// Blocks: row blocks (late ones, which see the most under a causal rule, first) × parts of the keys × columns of v ×
-/// heads × batch.
+/// Blocks: x: row blocks (late ones, which see the most under a causal rule, first) × columns of v × parts of the keys;
+/// y: heads; z: sequences.
 template <ForwardSpec S>
 __device__ void forward(const ForwardParams& p) {
-  extern __shared__ __align__(128) char shared[];
-  int block = static_cast<int>(blockIdx.x);
-  const auto take = [&block](int count) {
-    const int part = block % count;
-    block /= count;
-    return part;
-  };
   using Kernel = Forward<S>;
+  extern __shared__ __align__(128) char shared[];
   __shared__ __align__(16) char block_memory[sizeof(typename Kernel::Block)];
   typename Kernel::Block& me = *reinterpret_cast<typename Kernel::Block*>(block_memory);
-  const int row_block = p.row_blocks - 1 - take(p.row_blocks), split = take(p.splits), chunk = take(p.v_chunks);
-  const int group = p.q_heads / p.kv_heads, head = take(S.pack_gqa ? p.kv_heads : p.q_heads);
   if (threadIdx.x == 0) {
-    const Sequence sequence = Sequence::of(p, block);
-    const typename Kernel::Rows rows{row_block * S.block_m, sequence.q_rows * (S.pack_gqa ? group : 1),
-                                     S.pack_gqa ? head * group : head, S.pack_gqa ? group : 1};
-    me = {sequence, rows, S.pack_gqa ? head : head / group, chunk * S.head_dim_v, split};
+    const int x = static_cast<int>(blockIdx.x), part = x / p.row_blocks,
+              row_block = p.row_blocks - 1 - x % p.row_blocks;
+    const int chunk = part % p.v_chunks, split = part / p.v_chunks, head = static_cast<int>(blockIdx.y);
+    const Sequence sequence = Sequence::of(p, p.first_batch + static_cast<int>(blockIdx.z));
+    const typename Kernel::Rows rows{row_block * S.block_m, sequence.q_rows * (S.pack_gqa ? p.group : 1),
+                                     S.pack_gqa ? head * p.group : head, S.pack_gqa ? p.group : 1};
+    me = {sequence, rows, S.pack_gqa ? head : head / p.group, chunk * S.head_dim_v, split};
   }
   __syncthreads();
   if (me.rows.left() > 0) Kernel{p, me, shared_address(shared)}.run();

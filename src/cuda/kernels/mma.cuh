@@ -112,9 +112,15 @@ FOVEA_DEVICE void multiply_add_by_shuffles(Accumulator& c, const OperandA& a, co
   }
 }
 
-/// C += A · B.
+/// A tensor core cuts off what an addition loses, always in one direction.  fp32 cannot afford that often: the small
+/// products of all steps come first, in a pass of their own, then the large ones; and sums over all keys are made of
+/// the sums of tiles by ordinary additions.
+template <Mma kMma>
+inline constexpr int kPasses = kMma == Mma::kTf32x3 ? 2 : 1;
+
+/// C += A · B, or the part of it that belongs to a pass.
 template <Type kType, Mma kMma>
-FOVEA_DEVICE void multiply_add(Accumulator& c, const OperandA& a, const OperandB& b) {
+FOVEA_DEVICE void multiply_add(Accumulator& c, const OperandA& a, const OperandB& b, int pass) {
   if constexpr (kMma == Mma::kHalf16 && kType == Type::kFloat16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
         "%3};"
@@ -137,9 +143,13 @@ FOVEA_DEVICE void multiply_add(Accumulator& c, const OperandA& a, const OperandB
   }
   if constexpr (kMma == Mma::kTf32x3) {
     const Tf32Halves a0(a.x[0]), a1(a.x[1]), a2(a.x[2]), a3(a.x[3]), b0(b.x[0]), b1(b.x[1]);
-    multiply_add_tf32(c, {a0.low, a1.low, a2.low, a3.low}, {b0.high, b1.high});
-    multiply_add_tf32(c, {a0.high, a1.high, a2.high, a3.high}, {b0.low, b1.low});
-    multiply_add_tf32(c, {a0.high, a1.high, a2.high, a3.high}, {b0.high, b1.high});
+    const u32 a_high[] = {a0.high, a1.high, a2.high, a3.high}, b_high[] = {b0.high, b1.high};
+    if (pass == 0) {
+      multiply_add_tf32(c, {a0.low, a1.low, a2.low, a3.low}, b_high);
+      multiply_add_tf32(c, a_high, {b0.low, b1.low});
+    } else {
+      multiply_add_tf32(c, a_high, b_high);
+    }
   }
   if constexpr (kMma == Mma::kShuffles) multiply_add_by_shuffles<kType>(c, a, b);
 }
@@ -163,20 +173,12 @@ struct SharedTile {
   }
 };
 
-/// A = rows [row, row + 16), columns [k, k + kStep) of a tile.
+/// A = rows [row, row + 16), columns [k, k + kStep) of a tile.  An 8 × 8 matrix of ldmatrix is 8 rows of 16 bytes, of
+/// which each lane receives a word: that is how both kinds of operand lie.
 template <class Tile>
 FOVEA_DEVICE OperandA load_a(const Tile& tile, int row, int k) {
   OperandA a;
-  const int lane = lane_id();
-  if constexpr (Tile::kType == Type::kFloat32) {
-    const u32 at = tile.at(row + lane / 4, k + lane % 4);
-    a.x[0] = load_shared(at);
-    a.x[1] = load_shared(at + 8 * Tile::kPitch);
-    a.x[2] = load_shared(at + 16);
-    a.x[3] = load_shared(at + 8 * Tile::kPitch + 16);
-  } else {
-    load_matrices(a.x, tile.at(row + lane % 16, k + lane / 16 * 8));
-  }
+  load_matrices(a.x, tile.at(row + lane_id() % 16, k + lane_id() / 16 * (kStep<Tile::kType> / 2)));
   return a;
 }
 
@@ -201,18 +203,10 @@ FOVEA_DEVICE OperandA load_a_columns(const Tile& tile, int row, int k) {
 template <class Tile>
 FOVEA_DEVICE void load_b_rows(OperandB (&b)[2], const Tile& tile, int n, int k) {
   const int lane = lane_id();
-  if constexpr (Tile::kType == Type::kFloat32) {
-    const u32 at = tile.at(n + lane / 4, k + lane % 4);
-    b[0].x[0] = load_shared(at);
-    b[0].x[1] = load_shared(at + 16);
-    b[1].x[0] = load_shared(at + 8 * Tile::kPitch);
-    b[1].x[1] = load_shared(at + 8 * Tile::kPitch + 16);
-  } else {
-    u32 x[4];
-    load_matrices(x, tile.at(n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
-    b[0] = {x[0], x[1]};
-    b[1] = {x[2], x[3]};
-  }
+  u32 x[4];
+  load_matrices(x, tile.at(n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * (kStep<Tile::kType> / 2)));
+  b[0] = {x[0], x[1]};
+  b[1] = {x[2], x[3]};
 }
 
 /// Two B side by side, B[k][n] = tile[k][n].  V in O = P V.  For fp32 a step takes the rows in the order in which an
