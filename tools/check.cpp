@@ -61,7 +61,8 @@ class Check {
     const PlacedCall call(place_, work_.inputs(), work_.outputs(), work_.allocations());
     const Workspace workspace(place_, plan.workspace_bytes());
 
-    execute(plan, call, workspace, 0xff);
+    const std::string damage = execute(plan, call, workspace, 0xff);
+    if (!damage.empty()) fail(forward, "has written " + damage);
     std::vector<std::vector<std::byte>> first;
     for (const ResultKind& kind : result_kinds()) {
       const Tensor& tensor = work_.outputs().*kind.tensor;
@@ -72,7 +73,7 @@ class Check {
     }
 
     if (!forward && !problem_.deterministic) return;
-    execute(plan, call, workspace, 0);
+    (void)execute(plan, call, workspace, 0);
     auto bits = first.begin();
     for (const ResultKind& kind : result_kinds()) {
       const Tensor& tensor = work_.outputs().*kind.tensor;
@@ -81,20 +82,21 @@ class Check {
     }
   }
 
-  /// Once, on poisoned outputs and a workspace full of bytes that nobody may care about.
-  void execute(const Plan& plan, const PlacedCall& call, const Workspace& workspace, int workspace_byte) {
+  /// Once, on poisoned outputs and a workspace full of bytes that nobody may care about.  What was written that should
+  /// not have been; empty if nothing.
+  std::string execute(const Plan& plan, const PlacedCall& call, const Workspace& workspace, int workspace_byte) {
     work_.poison_outputs();
-    std::string damage;
+    bool beside_output = false, past_workspace = false;
     place_.take_turn([&] {
       call.upload();
       workspace.fill(workspace_byte);
       call.execute(plan, workspace);
       call.download();
-      if (call.overrun()) damage = "memory beside an output";
-      if (workspace.overrun()) damage = "past the end of its workspace";
+      beside_output = call.overrun();
+      past_workspace = workspace.overrun();
     });
-    if (damage.empty()) damage = work_.damage();
-    if (!damage.empty()) fail(plan.problem().forward(), "has written " + damage);
+    if (beside_output) return "memory beside an output";
+    return past_workspace ? "memory past its workspace" : work_.damage();
   }
 
   [[nodiscard]] Plan plan_pass(bool forward) const {

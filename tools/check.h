@@ -15,7 +15,7 @@ namespace fovea::tools {
 struct CheckOptions {
   Device device{};
   Place* place = nullptr;  ///< on that device, shared with other checks; null: one of its own
-  std::string backend;     ///< empty: who would run the problem anyway
+  std::string backend{};   ///< empty: who would run the problem anyway
   int num_threads = 0;     ///< 0: a number that depends on the seed
 
   /// In place of plan_forward and plan_backward, where set: tests put faulty kernels here.

@@ -80,7 +80,8 @@ FAKE int cuLaunchKernel(void*, unsigned x, unsigned y, unsigned z, unsigned bx, 
 FAKE int cuMemAlloc_v2(void** memory, std::size_t bytes) {
   if (const int fault = status("cuMemAlloc_v2")) return fault;
   ++fake_driver.allocations;
-  *memory = std::malloc(bytes);
+  constexpr std::size_t kAlignment = 256;  // as the driver does
+  *memory = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
   return 0;
 }
 FAKE int cuMemFree_v2(void* memory) {
