@@ -16,6 +16,7 @@ FOVEA = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-")
 SAMPLE = Path(__file__).resolve().parent.parent / "examples" / "data" / "minilm.safetensors"
 LINE = "fwd fp32 b1 hq2 sq16 d8"
 TOO_LARGE = "fwd fp32 b1024 hq1024 sq1048576 d128"  # valid, and more than any memory
+GPUS = len(json.loads(subprocess.run([FOVEA, "doctor", "--json"], capture_output=True, check=True).stdout)["cuda"]["gpus"])
 FORMATS = {"F32": "f", "F16": "e", "I32": "i", "I64": "q", "U8": "B", "BOOL": "?"}
 
 
@@ -402,9 +403,12 @@ class Run(CommandTest):
 
     def test_devices_that_are_not_there_are_refused(self):
         source = self.file(self.tensors())
-        self.refuse("run", source, "--device", "cuda:0", says="cuda:0")
         self.refuse("run", source, "--device", "sm_90", says="sm_90")
-        self.refuse("bench", LINE, "--device", "cuda:0", says="cuda:0")
+        for command in (("run", source), ("bench", LINE), ("check", LINE)):
+            if GPUS:
+                self.refuse(*command, "--device", f"cuda:{GPUS}", says=f"cuda:{GPUS} is not there")
+            else:
+                self.refuse(*command, "--device", "cuda:0", says="driver", code=3)
         self.refuse("run", source, "--device", "tpu", says="'tpu'")
         self.refuse("explain", LINE, "--device", "sm_", says="'sm_'")
 

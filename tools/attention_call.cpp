@@ -190,4 +190,16 @@ std::vector<std::pair<std::string, Tensor>> AttentionCall::results() const {
   return named;
 }
 
+std::vector<Allocation> AttentionCall::allocations() const {
+  std::vector<Allocation> all;
+  if (workload != nullptr) all = workload->allocations();
+  for (const OwnedTensor& tensor : storage) {
+    const auto lies_here = [&](const Named<Outputs>& output) {
+      return (outputs.*output.tensor).data == tensor.view().data;
+    };
+    all.push_back({tensor.bytes().data(), tensor.bytes().size(), std::ranges::any_of(kOutputNames, lies_here)});
+  }
+  return all;
+}
+
 }  // namespace fovea::tools

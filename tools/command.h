@@ -23,7 +23,7 @@ struct Runner {
   std::string device = "cpu";
   PlanOptions options;
 
-  /// The device named; `architectures` allows "sm_90", a GPU that need not be there.
+  /// The device named, which is there; `architectures` allows "sm_90" and GPUs that need not be there.
   [[nodiscard]] Device parsed_device(bool architectures) const;
 };
 

@@ -181,10 +181,11 @@ void add_precompile(CLI::App& fovea, Action& action) {
   command.path("--out", said.out, "PACK", "write the pack");
   command.path("--table", said.table, "FILE", "write each kernel's registers, shared memory and compile time");
   command.number("--jobs", said.jobs, 0, kMostThreads, "kernels at once; 0: as many as the process may use threads");
-  command.number("--most", said.most, 1, 1'000'000, "so many kernels at most, spread over all");
+  command.number("--most", said.most, 1, 1'000'000, "so many kernels at most, spread over all")->take_last();
   command.flag("--check", said.check, "exit 1 where a kernel spills, uses local memory, warns or is slow to compile");
-  command.option("--median-seconds", said.median_seconds, "S", "with --check: what compiling may take in the median");
-  command.option("--most-seconds", said.most_seconds, "S", "with --check: what it may take at most");
+  command.option("--median-seconds", said.median_seconds, "S", "with --check: what compiling may take in the median")
+      ->take_last();
+  command.option("--most-seconds", said.most_seconds, "S", "with --check: what it may take at most")->take_last();
 }
 
 void add_doctor(CLI::App& fovea, Action& action) {

@@ -54,7 +54,6 @@ struct Functions {
   Call<int(void*, const void*, Size)> to_device{library, "cuMemcpyHtoD_v2"};
   Call<int(void*, const void*, Size)> to_host{library, "cuMemcpyDtoH_v2"};
   Call<int(void*, const void*, Size, void*)> copy_async{library, "cuMemcpyAsync"};
-  Call<int(void*, U8, Size)> fill{library, "cuMemsetD8_v2"};
   Call<int(void*, U8, Size, void*)> fill_async{library, "cuMemsetD8Async"};
   Call<int(void**, U32)> make_stream{library, "cuStreamCreate"};
   Call<int(void*)> synchronize_stream{library, "cuStreamSynchronize"};
