@@ -65,7 +65,7 @@ class Jit : public ::testing::Test {
   void TearDown() override { fs::remove_all(folder_); }
 
   [[nodiscard]] Compiler toy(const std::string& name = "Toy 1.0") {
-    return {.name = [name] { return name; },
+    return {.name = [name](bool) { return name; },
             .compile =
                 [this, name](const KernelRequest& request) {
                   if (name.empty()) throw Error(ErrorCode::kDevice, "there is no compiler");
@@ -581,7 +581,7 @@ class WithNvrtc : public Jit {
     Jit::SetUp();
   }
   [[nodiscard]] Cache::Options options() {
-    return {.mode = Mode::kOn, .folder = folder_ / "cache", .packs = {}, .compiler = nvrtc()};
+    return {.mode = Mode::kOn, .folder = folder_ / "cache", .packs = {}, .compiler = nvrtc(folder_ / "cache")};
   }
 
   /// A kernel that asks the rules of src/math.
@@ -677,6 +677,23 @@ TEST_F(WithNvrtc, ThreadsCompileSideBySide) {
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(good, 6);
   EXPECT_EQ(files(".cubin").size(), 3U);
+}
+
+TEST_F(WithNvrtc, ItsVersionIsRememberedAndAWrongMemoryHarmless) {
+  (void)Cache(options()).binary(real());
+  const fs::path memo = folder_ / "cache" / "nvrtc";
+  const std::string good = content(memo);
+  EXPECT_TRUE(good.starts_with("NVRTC " + Nvrtc::find()->version() + "\n" + Nvrtc::find()->path() + "\n"));
+  overwrite(memo, "NVRTC 99.9" + good.substr(good.find('\n')));
+  EXPECT_EQ(Cache(options()).find(real()), nullptr) << "NVRTC is not asked";
+  EXPECT_EQ(Cache(options()).binary(real())->source, Source::kDisk) << "but before one compiles anew";
+  EXPECT_EQ(content(memo), good);
+  for (const std::string& wrong :
+       {std::string("NVRTC 99.9"), "NVRTC 99.9" + good.substr(good.find('\n')) + "x", std::string()}) {
+    overwrite(memo, wrong);
+    EXPECT_NE(Cache(options()).find(real()), nullptr);
+    EXPECT_EQ(content(memo), good);
+  }
 }
 
 TEST_F(WithNvrtc, ACachedKernelIsThereInFiveMilliseconds) {

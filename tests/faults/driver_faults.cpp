@@ -163,7 +163,7 @@ class KernelTest : public DriverTest {
       binary.compiler = "Toy 9.0";
       return binary;
     };
-    return {.mode = jit::Mode::kOn, .folder = {}, .packs = {}, .compiler = {[] { return "Toy 9.0"; }, compile}};
+    return {.mode = jit::Mode::kOn, .folder = {}, .packs = {}, .compiler = {[](bool) { return "Toy 9.0"; }, compile}};
   }
 };
 
