@@ -223,10 +223,7 @@ TEST(Record, RoundTrips) {
   binary.spill_bytes = 12;
   binary.local_bytes = 8;
   binary.warnings = "toy.cu(3): warning, 'x' | another";
-  binary.cubin = std::string(
-      "\0\x7f"
-      "ELF\n\"key\": \"no\"",
-      18);
+  binary.cubin = std::string("\0\x7f", 2) + "ELF\n\"key\": \"no\"";
   const std::string record = record_of(binary);
   EXPECT_TRUE(record.starts_with(binary.cubin)) << "cuobjdump reads the file as it is";
   const std::optional<Binary> read = read_record(record, binary.key);
@@ -410,6 +407,7 @@ TEST_F(Jit, TwoProcessesCompileTheSameKernelOnce) {
     return toy_binary(request);
   };
   std::vector<std::thread> parents;
+  parents.reserve(4);
   std::atomic<int> good = 0;
   for (int i = 0; i < 4; ++i) {
     parents.emplace_back(
@@ -430,6 +428,7 @@ TEST_F(Jit, ManyThreadsWaitForOneCompilation) {
   Cache cache(slow);
   std::vector<std::shared_ptr<const Binary>> got(8);
   std::vector<std::thread> threads;
+  threads.reserve(8);
   for (auto& binary : got) threads.emplace_back([&] { binary = cache.binary(kToy); });
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(compiled_, 1);
@@ -449,6 +448,7 @@ TEST_F(Jit, DifferentKernelsCompileAtOnce) {
   };
   Cache cache(meeting);
   std::vector<std::thread> threads;
+  threads.reserve(8);
   for (int i = 0; i < kThreads; ++i) {
     threads.emplace_back([&cache, i] { (void)cache.binary({"toy", "source " + std::to_string(i), 80}); });
   }
@@ -667,6 +667,7 @@ TEST_F(WithNvrtc, SpillsAreSeen) {
 TEST_F(WithNvrtc, ThreadsCompileSideBySide) {
   Cache cache(options());
   std::vector<std::thread> threads;
+  threads.reserve(8);
   std::atomic<int> good = 0;
   for (int i = 0; i < 6; ++i) {
     threads.emplace_back([&, i] {

@@ -8,7 +8,6 @@
 #include <cstdlib>
 #include <iostream>
 #include <memory>
-#include <thread>
 
 #include "cuda/driver.h"
 #include "cuda/jit/cache.h"
@@ -170,7 +169,6 @@ class KernelTest : public DriverTest {
 TEST_F(KernelTest, LoadsOnceForEachGpu) {
   jit::Cache cache(options());
   const int before = fake().loaded;
-  std::vector<std::thread> threads;
   const jit::Kernel& first = cache.load(kRequest, 0);
   EXPECT_EQ(&cache.load(kRequest, 0), &first);
   EXPECT_NE(&cache.load(kRequest, 1), &first);
