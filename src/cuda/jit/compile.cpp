@@ -143,7 +143,7 @@ void read_log(const std::string& log, Binary& binary) {
   }
 }
 
-Compiler nvrtc(fs::path folder) {
+Compiler nvrtc(const fs::path& folder) {
   const auto name = [memo = folder / "nvrtc", has_memo = !folder.empty()](bool surely) {
     const std::string noted = has_memo ? read_file(memo).value_or("") : "";
     const std::size_t end = noted.find('\n'), next = noted.find('\n', end + 1);
