@@ -65,6 +65,8 @@ struct ForwardParams : CallParams {
   float* partials;     // [batch][head][row][split][head_dim_v + 2]: O, maximum in units of log2, sum
 };
 
+inline constexpr int kCombineRows = 4;  // of a block that combines, a warp each
+
 struct BackwardParams : CallParams {
   RowView out, dout, dq, dk, dv;
   StatView lse, dlse;

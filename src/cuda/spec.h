@@ -9,6 +9,12 @@ namespace fovea::cuda {
 
 enum class Type : int { kFloat32, kFloat16, kBFloat16 };
 
+FOVEA_FN constexpr int bytes_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
+
+/// Bytes from row to row of a tile in shared memory: an odd number of 16-byte pieces, so that a column of pieces, read
+/// down the rows, meets every bank.
+FOVEA_FN constexpr int pitch_of(Type type, int dim) { return (dim * bytes_of(type) / 16 | 1) * 16; }
+
 /// How a 16 × 8 piece of a product is made.
 enum class Mma : int {
   kHalf16,    // m16n8k16 of fp16 or bf16 (sm_80)
@@ -40,6 +46,15 @@ struct ForwardSpec {
 
   FOVEA_FN friend constexpr bool operator==(const ForwardSpec&, const ForwardSpec&) = default;
 };
+
+/// Shared memory of a block: Q, in whose place O leaves; then `stages` times K and V.
+FOVEA_FN constexpr int q_bytes(const ForwardSpec& s) {
+  return s.block_m * math::larger(pitch_of(s.type, s.head_dim), pitch_of(s.type, s.head_dim_v));
+}
+FOVEA_FN constexpr int stage_bytes(const ForwardSpec& s) {
+  return s.block_n * (pitch_of(s.type, s.head_dim) + pitch_of(s.type, s.head_dim_v));
+}
+FOVEA_FN constexpr int shared_bytes(const ForwardSpec& s) { return q_bytes(s) + s.stages * stage_bytes(s); }
 
 struct BackwardSpec {
   Type type = Type::kBFloat16;

@@ -6,6 +6,25 @@
 // rows and walks the keys, last ones first; K and V arrive in shared memory a tile ahead; S, P and O stay in registers.
 namespace fovea::cuda {
 
+/// What makes a row's out and lse of its sums.
+struct RowEnd {
+  float factor, lse;
+  bool empty;
+};
+template <ForwardSpec S>
+FOVEA_DEVICE RowEnd end_of_row(const ForwardParams& p, int head, float reference, float sum) {
+  if (sum == 0.0F) return {0.0F, -infinity(), true};  // a visible key leaves more, or a NaN
+  float factor = 1.0F;
+  if (p.sink != nullptr) {
+    const float sink = p.sink[head] * kLog2E, top = fmaxf(sink, reference);
+    factor = exp2(reference - top);
+    sum = sum * factor + exp2(sink - top);
+    reference = top;
+  }
+  const float kept = S.dropout ? 65536.0F / static_cast<float>(p.keep_threshold) : 1.0F;
+  return {factor * kept / sum, kLn2 * (reference + log2(sum)), false};
+}
+
 template <ForwardSpec S>
 struct Forward {
   static constexpr int kThreads = S.warps * kWarp;
@@ -19,15 +38,13 @@ struct Forward {
   using VTile = SharedTile<S.type, S.block_n, S.head_dim_v>;
   using OutTile = SharedTile<S.type, S.block_m, S.head_dim_v>;  // in the place of Q
 
-  static constexpr int kQBytes = math::larger(QTile::kSize, OutTile::kSize);
-  static constexpr int kStageBytes = KTile::kSize + VTile::kSize;
-  static constexpr int kSharedBytes = kQBytes + S.stages * kStageBytes;
-
   using Rows = RowMap<S.pack_gqa>;
   using Rules = ScoreRules<S, S.pack_gqa>;
   using Scores = Accumulator[kM][kN];
   using Out = Accumulator[kM][kD];
   using QOperands = OperandA[kM][S.q_in_registers ? S.head_dim / kK : 1];
+
+  static constexpr bool kHidesValues = S.band || S.mask || S.bias;  // of keys that other rows see
 
   /// Of a thread's rows, 2 in each piece of 16: what exponents are taken against, in units of log2 (−infinity until a
   /// key was seen), and this lane's part of the sum.
@@ -41,6 +58,7 @@ struct Forward {
     Sequence sequence;
     Rows rows;
     int kv_head, v_begin, split;
+    Interval keys;  // that the block walks
   };
 
   const ForwardParams& p;
@@ -52,8 +70,8 @@ struct Forward {
 
   FOVEA_DEVICE QTile q_tile() const { return {shared}; }
   FOVEA_DEVICE OutTile out_tile() const { return {shared}; }
-  FOVEA_DEVICE KTile k_tile(int stage) const { return {shared + kQBytes + stage * kStageBytes}; }
-  FOVEA_DEVICE VTile v_tile(int stage) const { return {shared + kQBytes + stage * kStageBytes + KTile::kSize}; }
+  FOVEA_DEVICE KTile k_tile(int stage) const { return {shared + q_bytes(S) + stage * stage_bytes(S)}; }
+  FOVEA_DEVICE VTile v_tile(int stage) const { return {k_tile(stage).base + KTile::kSize}; }
   FOVEA_DEVICE int warp_row() const { return warp_id() * kM * 16; }
 
   FOVEA_DEVICE void load_q() const {
@@ -297,14 +315,8 @@ struct Forward {
   }
 
   FOVEA_DEVICE void run() const {
-    const int split = block.split;
-    Interval keys = sequence.band.keys_of_rows(rows.queries(0, S.block_m));
-    if constexpr (S.split)
-      keys = {math::larger(keys.begin, split * p.keys_per_split),
-              math::smaller(keys.end, (split + 1) * p.keys_per_split)};
-    const int first = keys.begin / S.block_n;
-    const int last = keys.empty() ? first - 1 : (keys.end - 1) / S.block_n;
-
+    const int first = block.keys.begin / S.block_n;
+    const int last = block.keys.empty() ? first - 1 : (block.keys.end - 1) / S.block_n;
     Out o;
     Running running;
 #pragma unroll
@@ -338,55 +350,110 @@ struct Forward {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int r = warp_row() + entry_row(i, 2 * h);
-        const float sum = quad_sum(running.sum[i][h]);
-        const float maximum = running.reference[i][h];
-        if (r < rows.left()) {
-          if constexpr (S.split) {
-            store_part(o[i], h, r, maximum, sum);
-          } else {
-            spoiled |= !normalise(o[i], h, r, maximum, sum);
-          }
-        }
+        float check = 0.0F;
+#pragma unroll
+        for (int c = 0; c < kD; ++c) check += o[i][c].x[2 * h] * 0.0F + o[i][c].x[2 * h + 1] * 0.0F;
+        const float sum = quad_sum(running.sum[i][h]), reference = running.reference[i][h];
+        float factor = 1.0F;
+        if (r < rows.left())
+          factor = S.split ? store_part(o[i], h, r, reference, sum) : normalise(o[i], h, r, reference, sum);
+        spoiled |= keep_row_facts(r, reference, factor, quad_sum(check) == 0.0F);
       }
     }
     if constexpr (!S.split) store_out(o);
-    (void)spoiled;
+    __syncwarp();
+    if (kHidesValues && __any_sync(kAllLanes, spoiled)) mend_rows();
+  }
+
+  // ---- rows that are not finite
+  // --------------------------------------------------------------------------------------- A hidden entry has weight
+  // 0, but 0 · NaN is NaN.  Such rows are made once more, entry by entry, of what they see.
+
+  struct RowFacts {
+    float reference, factor;
+    u32 finite;
+  };
+  FOVEA_DEVICE u32 facts_at(int r) const { return k_tile(0).base + static_cast<u32>(r) * 16; }
+
+  FOVEA_DEVICE bool keep_row_facts(int r, float reference, float factor, bool finite) const {
+    if (lane_id() % 4 == 0) {
+      store_shared_16(facts_at(r), {__float_as_uint(reference), __float_as_uint(factor), finite ? 1U : 0U, 0U});
+    }
+    return !finite && r < rows.left();
+  }
+
+  FOVEA_DEVICE void mend_rows() const {
+#pragma unroll 1
+    for (int r = warp_row(); r < math::smaller(warp_row() + 16 * kM, rows.left()); ++r) {
+      const uint4 facts = load_shared_16(facts_at(r));
+      if (facts.z == 0) mend_row(r, __uint_as_float(facts.x), __uint_as_float(facts.y));
+    }
+  }
+
+  FOVEA_DEVICE void mend_row(int r, float reference, float factor) const {
+    constexpr int kColumns = (S.head_dim_v + kWarp - 1) / kWarp;
+    const int head = rows.head(r), query = rows.query(r);
+    float sum[kColumns] = {};
+#pragma unroll 1
+    for (int first = block.keys.begin; first < block.keys.end; first += kWarp) {
+      const int j = first + lane_id();
+      const bool visible = j < block.keys.end && rules.visible(r, j);
+      float weight = 0.0F;
+      if (visible) {
+        const char *q = sequence.q_row(p.q, query, head), *k = sequence.kv_row(p.k, j, block.kv_head);
+        float qk = 0.0F;
+#pragma unroll 1
+        for (int c = 0; c < p.head_dim; ++c)
+          qk += read<S.type>(q + c * kBytes<S.type>) * read<S.type>(k + c * kBytes<S.type>);
+        weight = exp2(rules.finished(qk, r, j, nullptr) * score_unit<S>(p) - reference);
+        if constexpr (S.dropout) weight = rules.kept(r, j) ? weight : 0.0F;
+      }
+#pragma unroll 1
+      for (int t = 0; t < kWarp; ++t) {
+        const float w = __shfl_sync(kAllLanes, weight, t);
+        if (!__shfl_sync(kAllLanes, visible, t)) continue;
+        const char* v = sequence.kv_row(p.v, first + t, block.kv_head) + block.v_begin * kBytes<S.type>;
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+          const int column = n * kWarp + lane_id();
+          if (block.v_begin + column < p.head_dim_v) sum[n] += w * read<S.type>(v + column * kBytes<S.type>);
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const int column = n * kWarp + lane_id();
+      if (column >= S.head_dim_v || block.v_begin + column >= p.head_dim_v) continue;
+      if constexpr (S.split) {
+        part_of(query, head)[block.v_begin + column] = sum[n];
+      } else {
+        write<S.type>(sequence.q_row(p.out, query, head) + (block.v_begin + column) * kBytes<S.type>, sum[n] * factor);
+      }
+    }
   }
 
   FOVEA_DEVICE static int entry_row(int i, int e) { return 16 * i + lane_id() / 4 + e / 2 * 8; }
 
-  /// One row: adds the sink, divides; an empty row gives 0 and −infinity.
-  FOVEA_DEVICE bool normalise(Accumulator (&o)[kD], int h, int r, float maximum, float sum) const {
-    const bool empty = sum == 0.0F;  // a visible key leaves at least 1, or a NaN
-    const int query = rows.query(r), head = rows.head(r);
-    float factor = 1.0F;
-    if (p.sink != nullptr && !empty) {
-      const float sink = p.sink[head] * kLog2E, top = fmaxf(sink, maximum);
-      factor = exp2(maximum - top);
-      sum = sum * factor + exp2(sink - top);
-      maximum = top;
-    }
-    const float kept = S.dropout ? 65536.0F / static_cast<float>(p.keep_threshold) : 1.0F;
-    const float normalised = empty ? 0.0F : factor * kept / sum;
-    float check = 0.0F;
+  /// One row: adds the sink, divides; an empty row gives 0 and −infinity.  Returns what O was multiplied by.
+  FOVEA_DEVICE float normalise(Accumulator (&o)[kD], int h, int r, float reference, float sum) const {
+    const RowEnd end = end_of_row<S>(p, rows.head(r), reference, sum);
 #pragma unroll
     for (int c = 0; c < kD; ++c) {
-#pragma unroll
-      for (int e = 2 * h; e < 2 * h + 2; ++e) {
-        o[c].x[e] = empty ? 0.0F : o[c].x[e] * normalised;
-        check += o[c].x[e] * 0.0F;
-      }
+      o[c].x[2 * h] = end.empty ? 0.0F : o[c].x[2 * h] * end.factor;
+      o[c].x[2 * h + 1] = end.empty ? 0.0F : o[c].x[2 * h + 1] * end.factor;
     }
     if (p.lse.data != nullptr && block.v_begin == 0 && lane_id() % 4 == 0) {
-      *sequence.statistic(p.lse, query, head) = empty ? -infinity() : kLn2 * (maximum + log2(sum));
+      *sequence.statistic(p.lse, rows.query(r), rows.head(r)) = end.lse;
     }
-    return check == 0.0F;
+    return end.factor;
   }
 
-  FOVEA_DEVICE void store_part(const Accumulator (&o)[kD], int h, int r, float maximum, float sum) const {
-    const int query = rows.query(r), head = rows.head(r);
+  FOVEA_DEVICE float* part_of(int query, int head) const {
     const i64 row = (i64{sequence.batch} * p.q_heads + head) * p.seqlen_q + query;
-    float* part = p.partials + (row * p.splits + block.split) * (p.head_dim_v + 2);
+    return p.partials + (row * p.splits + block.split) * (p.head_dim_v + 2);
+  }
+  FOVEA_DEVICE float store_part(const Accumulator (&o)[kD], int h, int r, float reference, float sum) const {
+    float* part = part_of(rows.query(r), rows.head(r));
 #pragma unroll
     for (int c = 0; c < kD; ++c) {
 #pragma unroll
@@ -396,9 +463,10 @@ struct Forward {
       }
     }
     if (block.v_begin == 0 && lane_id() % 4 == 0) {
-      part[p.head_dim_v] = maximum;
+      part[p.head_dim_v] = reference;
       part[p.head_dim_v + 1] = sum;
     }
+    return 1.0F;
   }
 
   /// Through shared memory, so that rows leave in whole pieces of 16 bytes.
@@ -452,13 +520,18 @@ __device__ void forward(const ForwardParams& p) {
   __shared__ __align__(16) char block_memory[sizeof(typename Kernel::Block)];
   typename Kernel::Block& me = *reinterpret_cast<typename Kernel::Block*>(block_memory);
   if (threadIdx.x == 0) {
-    const int x = static_cast<int>(blockIdx.x), part = x / p.row_blocks,
-              row_block = p.row_blocks - 1 - x % p.row_blocks;
-    const int chunk = part % p.v_chunks, split = part / p.v_chunks, head = static_cast<int>(blockIdx.y);
-    const Sequence sequence = Sequence::of(p, p.first_batch + static_cast<int>(blockIdx.z));
-    const typename Kernel::Rows rows{row_block * S.block_m, sequence.q_rows * (S.pack_gqa ? p.group : 1),
-                                     S.pack_gqa ? head * p.group : head, S.pack_gqa ? p.group : 1};
-    me = {sequence, rows, S.pack_gqa ? head : head / p.group, chunk * S.head_dim_v, split};
+    const int x = static_cast<int>(blockIdx.x), part = x / p.row_blocks, head = static_cast<int>(blockIdx.y);
+    me.sequence = Sequence::of(p, p.first_batch + static_cast<int>(blockIdx.z));
+    const int group = S.pack_gqa ? p.group : 1;
+    me.rows = {(p.row_blocks - 1 - x % p.row_blocks) * S.block_m, me.sequence.q_rows * group, head * group, group};
+    me.kv_head = S.pack_gqa ? head : head / p.group;
+    me.v_begin = part % p.v_chunks * S.head_dim_v;
+    me.split = part / p.v_chunks;
+    me.keys = me.sequence.band.keys_of_rows(me.rows.queries(0, S.block_m));
+    if constexpr (S.split) {
+      const int begin = me.split * p.keys_per_split;
+      me.keys = {math::larger(me.keys.begin, begin), math::smaller(me.keys.end, begin + p.keys_per_split)};
+    }
   }
   __syncthreads();
   if (me.rows.left() > 0) Kernel{p, me, shared_address(shared)}.run();

@@ -22,7 +22,7 @@ struct OperandB {
 };
 
 template <Type kType>
-inline constexpr int kBytes = kType == Type::kFloat32 ? 4 : 2;
+inline constexpr int kBytes = bytes_of(kType);
 template <Type kType>
 inline constexpr int kStep = kType == Type::kFloat32 ? 8 : 16;
 
@@ -94,7 +94,7 @@ FOVEA_DEVICE void multiply_add_by_shuffles(Accumulator& c, const OperandA& a, co
             column = lane_id() % 4 * 8;  // first lanes of the rows of A and of two columns of B
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
-#pragma unroll
+#pragma unroll 1
     for (int t = 0; t < 4; ++t) {
       const u32 low = __shfl_sync(kAllLanes, a.x[2 * part], row + t),
                 high = __shfl_sync(kAllLanes, a.x[2 * part + 1], row + t);
@@ -157,14 +157,13 @@ FOVEA_DEVICE void multiply_add(Accumulator& c, const OperandA& a, const OperandB
 // ---- operands
 // ---------------------------------------------------------------------------------------------------------
 
-/// A tile in shared memory: kRows rows of kDim elements, an odd number of 16-byte pieces apart, so that a column of
-/// pieces, read down the rows, meets every bank.
+/// A tile in shared memory: kRows rows of kDim elements.
 template <Type kElement, int kRowCount, int kDim>
 struct SharedTile {
   static constexpr Type kType = kElement;
   static constexpr int kRows = kRowCount, kColumns = kDim;
   static constexpr int kPieces = kDim * kBytes<kType> / 16;  // with data
-  static constexpr int kPitch = (kPieces | 1) * 16;          // bytes
+  static constexpr int kPitch = pitch_of(kType, kDim);       // bytes
   static constexpr int kSize = kRows * kPitch;               // bytes
   u32 base;
 

@@ -77,6 +77,12 @@ struct ScoreRules {
     return fabsf(static_cast<float>(rows.query(r) + static_cast<int>(sequence.band.offset) - j));
   }
 
+  /// One entry as `finish` leaves it.
+  FOVEA_DEVICE float finished(float qk, int r, int j, float* tanh_of_it) const {
+    if constexpr (kBareScores<S>) return p.scale > 0.0F ? qk : qk * (p.scale * kLog2E);
+    return score(qk, r, j, tanh_of_it);
+  }
+
   /// The entry exists, so that masks and biases may be asked for it.
   FOVEA_DEVICE bool inside(int r, int j) const { return r < rows.left() && j < sequence.kv_rows; }
   FOVEA_DEVICE bool masked(int r, int j) const {
@@ -152,17 +158,18 @@ struct ScoreRules {
     return math::dropout_stream(p.seed, p.offset, static_cast<u32>(sequence.batch * p.q_heads + head));
   }
 
+  /// Whether dropout keeps an entry.
+  FOVEA_DEVICE bool kept(int r, int j) const {
+    const int i = rows.query(r);
+    return math::draws_of_patch(stream(rows.head(r)), math::patch_of(i), math::patch_of(j)).at(i, j) < p.keep_threshold;
+  }
+
   /// Calls f(entry, kept) for all entries of a piece, which begins at multiples of 16.
   template <bool kTransposed, int kM, int kN, class F>
   FOVEA_DEVICE void drop(Accumulator (&s)[kM][kN], int row, int key, const math::DropoutStream& stream,
                          const F& f) const {
     if constexpr (kPacked) {
-      for_each_entry(s, [&](float& x, int a, int b) {
-        const int i = rows.query(row + a), j = key + b;
-        const math::Draws draws =
-            math::draws_of_patch(this->stream(rows.head(row + a)), math::patch_of(i), math::patch_of(j));
-        f(x, draws.at(i, j) < p.keep_threshold);
-      });
+      for_each_entry(s, [&](float& x, int a, int b) { f(x, kept(row + a, key + b)); });
     } else {
       const int lane = lane_id();
 #pragma unroll
