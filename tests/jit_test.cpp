@@ -65,7 +65,7 @@ class Jit : public ::testing::Test {
   void TearDown() override { fs::remove_all(folder_); }
 
   [[nodiscard]] Compiler toy(const std::string& name = "Toy 1.0") {
-    return {.name = [name] { return name; },
+    return {.name = [name](bool) { return name; },
             .compile =
                 [this, name](const KernelRequest& request) {
                   if (name.empty()) throw Error(ErrorCode::kDevice, "there is no compiler");
@@ -223,10 +223,7 @@ TEST(Record, RoundTrips) {
   binary.spill_bytes = 12;
   binary.local_bytes = 8;
   binary.warnings = "toy.cu(3): warning, 'x' | another";
-  binary.cubin = std::string(
-      "\0\x7f"
-      "ELF\n\"key\": \"no\"",
-      18);
+  binary.cubin = std::string("\0\x7f", 2) + "ELF\n\"key\": \"no\"";
   const std::string record = record_of(binary);
   EXPECT_TRUE(record.starts_with(binary.cubin)) << "cuobjdump reads the file as it is";
   const std::optional<Binary> read = read_record(record, binary.key);
@@ -410,6 +407,7 @@ TEST_F(Jit, TwoProcessesCompileTheSameKernelOnce) {
     return toy_binary(request);
   };
   std::vector<std::thread> parents;
+  parents.reserve(4);
   std::atomic<int> good = 0;
   for (int i = 0; i < 4; ++i) {
     parents.emplace_back(
@@ -430,6 +428,7 @@ TEST_F(Jit, ManyThreadsWaitForOneCompilation) {
   Cache cache(slow);
   std::vector<std::shared_ptr<const Binary>> got(8);
   std::vector<std::thread> threads;
+  threads.reserve(8);
   for (auto& binary : got) threads.emplace_back([&] { binary = cache.binary(kToy); });
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(compiled_, 1);
@@ -449,6 +448,7 @@ TEST_F(Jit, DifferentKernelsCompileAtOnce) {
   };
   Cache cache(meeting);
   std::vector<std::thread> threads;
+  threads.reserve(8);
   for (int i = 0; i < kThreads; ++i) {
     threads.emplace_back([&cache, i] { (void)cache.binary({"toy", "source " + std::to_string(i), 80}); });
   }
@@ -581,7 +581,7 @@ class WithNvrtc : public Jit {
     Jit::SetUp();
   }
   [[nodiscard]] Cache::Options options() {
-    return {.mode = Mode::kOn, .folder = folder_ / "cache", .packs = {}, .compiler = nvrtc()};
+    return {.mode = Mode::kOn, .folder = folder_ / "cache", .packs = {}, .compiler = nvrtc(folder_ / "cache")};
   }
 
   /// A kernel that asks the rules of src/math.
@@ -667,6 +667,7 @@ TEST_F(WithNvrtc, SpillsAreSeen) {
 TEST_F(WithNvrtc, ThreadsCompileSideBySide) {
   Cache cache(options());
   std::vector<std::thread> threads;
+  threads.reserve(8);
   std::atomic<int> good = 0;
   for (int i = 0; i < 6; ++i) {
     threads.emplace_back([&, i] {
@@ -677,6 +678,23 @@ TEST_F(WithNvrtc, ThreadsCompileSideBySide) {
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(good, 6);
   EXPECT_EQ(files(".cubin").size(), 3U);
+}
+
+TEST_F(WithNvrtc, ItsVersionIsRememberedAndAWrongMemoryHarmless) {
+  (void)Cache(options()).binary(real());
+  const fs::path memo = folder_ / "cache" / "nvrtc";
+  const std::string good = content(memo);
+  EXPECT_TRUE(good.starts_with("NVRTC " + Nvrtc::find()->version() + "\n" + Nvrtc::find()->path() + "\n"));
+  overwrite(memo, "NVRTC 99.9" + good.substr(good.find('\n')));
+  EXPECT_EQ(Cache(options()).find(real()), nullptr) << "NVRTC is not asked";
+  EXPECT_EQ(Cache(options()).binary(real())->source, Source::kDisk) << "but before one compiles anew";
+  EXPECT_EQ(content(memo), good);
+  for (const std::string& wrong :
+       {std::string("NVRTC 99.9"), "NVRTC 99.9" + good.substr(good.find('\n')) + "x", std::string()}) {
+    overwrite(memo, wrong);
+    EXPECT_NE(Cache(options()).find(real()), nullptr);
+    EXPECT_EQ(content(memo), good);
+  }
 }
 
 TEST_F(WithNvrtc, ACachedKernelIsThereInFiveMilliseconds) {

@@ -276,9 +276,9 @@ void copy_async(int gpu, void* to, const void* from, std::size_t bytes, void* st
   if (bytes != 0) run(gpu, &Functions::copy_async, to, from, bytes, stream);
 }
 
-void* load_function(int index, const std::string& cubin, const char* name, std::string_view title,
+void* load_function(int gpu, const std::string& cubin, const char* name, std::string_view title,
                     std::string_view made_by) {
-  const CurrentGpu current(index);
+  const CurrentGpu current(gpu);
   const Functions& call = driver().call;
   const std::string of = " of kernel " + std::string(title);
   void *module = nullptr, *function = nullptr;
@@ -287,16 +287,16 @@ void* load_function(int index, const std::string& cubin, const char* name, std::
     const int version = driver_version();
     throw Error(ErrorCode::kDevice,
                 "the driver (CUDA " + std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10) +
-                    ") of cuda:" + std::to_string(index) + " refuses kernel " + std::string(title) + " made by " +
+                    ") of cuda:" + std::to_string(gpu) + " refuses kernel " + std::string(title) + " made by " +
                     std::string(made_by) + ": " + words(call, status) +
                     "; update the driver, or use an NVRTC no newer than it (FOVEA_NVRTC), for packs too");
   }
-  check(status, call.load_module.name + of, index);
-  check(call.module_function(&function, module, name), call.module_function.name + of, index);
+  check(status, call.load_module.name + of, gpu);
+  check(call.module_function(&function, module, name), call.module_function.name + of, gpu);
   int fixed = 0;
-  check(call.function_attribute(&fixed, kStaticSharedBytes, function), call.function_attribute.name + of, index);
-  check(call.set_function_attribute(function, kMaxDynamicSharedBytes, gpu(index).shared_bytes_per_block - fixed),
-        call.set_function_attribute.name + of, index);
+  check(call.function_attribute(&fixed, kStaticSharedBytes, function), call.function_attribute.name + of, gpu);
+  check(call.set_function_attribute(function, kMaxDynamicSharedBytes, cuda::gpu(gpu).shared_bytes_per_block - fixed),
+        call.set_function_attribute.name + of, gpu);
   return function;
 }
 

@@ -8,7 +8,6 @@
 #include <cstdlib>
 #include <iostream>
 #include <memory>
-#include <thread>
 
 #include "cuda/driver.h"
 #include "cuda/jit/cache.h"
@@ -163,14 +162,13 @@ class KernelTest : public DriverTest {
       binary.compiler = "Toy 9.0";
       return binary;
     };
-    return {.mode = jit::Mode::kOn, .folder = {}, .packs = {}, .compiler = {[] { return "Toy 9.0"; }, compile}};
+    return {.mode = jit::Mode::kOn, .folder = {}, .packs = {}, .compiler = {[](bool) { return "Toy 9.0"; }, compile}};
   }
 };
 
 TEST_F(KernelTest, LoadsOnceForEachGpu) {
   jit::Cache cache(options());
   const int before = fake().loaded;
-  std::vector<std::thread> threads;
   const jit::Kernel& first = cache.load(kRequest, 0);
   EXPECT_EQ(&cache.load(kRequest, 0), &first);
   EXPECT_NE(&cache.load(kRequest, 1), &first);

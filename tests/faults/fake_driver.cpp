@@ -25,6 +25,7 @@ int made(const char* function, void** handle) {
 }
 }  // namespace
 
+// NOLINTBEGIN(readability-identifier-naming): the names are the driver's
 FAKE int cuInit(unsigned) { return status("cuInit"); }
 FAKE int cuDriverGetVersion(int* version) { return *version = fake_driver.version, 0; }
 FAKE int cuGetErrorName(int error, const char** name) {
@@ -38,7 +39,7 @@ FAKE int cuGetErrorString(int error, const char** text) {
 FAKE int cuDeviceGetCount(int* count) { return *count = fake_driver.gpus, 0; }
 FAKE int cuDeviceGet(int* device, int index) { return *device = index, 0; }
 FAKE int cuDeviceGetName(char* name, int, int device) {
-  std::strcpy(name, device == 0 ? "Fake A" : "Fake B");
+  std::memcpy(name, device == 0 ? "Fake A" : "Fake B", sizeof "Fake A");
   return 0;
 }
 FAKE int cuDeviceGetAttribute(int* value, int which, int device) {
@@ -111,3 +112,4 @@ FAKE int cuEventRecord(void*, void*) { return 0; }
 FAKE int cuEventSynchronize(void*) { return 0; }
 FAKE int cuEventElapsedTime(float* milliseconds, void*, void*) { return *milliseconds = 250, 0; }
 FAKE int cuEventDestroy_v2(void*) { return ++fake_driver.frees, 0; }
+// NOLINTEND(readability-identifier-naming)

@@ -52,7 +52,8 @@ fs::path shipped_pack() {
 }
 
 Cache::Options Cache::options_of_environment() {
-  Options options{.mode = mode_of_environment(), .folder = folder_of_environment(), .packs = {}, .compiler = nvrtc()};
+  Options options{.mode = mode_of_environment(), .folder = folder_of_environment(), .packs = {}, .compiler = {}};
+  options.compiler = nvrtc(options.folder);
   const std::string named = variable("FOVEA_PACK");
   std::error_code ignored;
   if (!named.empty()) {
@@ -73,29 +74,29 @@ Cache& Cache::shared() {
   return instance;
 }
 
-std::shared_ptr<const Binary> Cache::look(const KernelRequest& request, const std::string& key) const {
+std::shared_ptr<const Binary> Cache::look(const KernelRequest& request, const std::string& key, bool surely) const {
   for (const Pack& pack : packs_) {
     if (std::optional<Binary> found = pack.find(key)) return std::make_shared<const Binary>(std::move(*found));
   }
   if (mode_ == Mode::kOff) return nullptr;
   // Another compiler's kernel is as right, but where there is a compiler it should be this one's.
-  const std::string compiler = mode_ == Mode::kOn ? compiler_.name() : "";
+  const std::string compiler = mode_ == Mode::kOn ? compiler_.name(surely) : "";
   std::optional<Binary> found = disk_.find(request, key, compiler);
   return found ? std::make_shared<const Binary>(std::move(*found)) : nullptr;
 }
 
 std::shared_ptr<const Binary> Cache::obtain(const KernelRequest& request, const std::string& key) const {
-  if (auto found = look(request, key)) return found;
+  if (auto found = look(request, key, false)) return found;
   if (mode_ != Mode::kOn) {
     throw Error(ErrorCode::kUnsupported, called(request) + " is in no pack" +
                                              (mode_ == Mode::kCache ? " and not in the cache" : "") +
                                              ", and FOVEA_JIT=" + (mode_ == Mode::kCache ? "cache" : "off") +
                                              " forbids compiling it; set FOVEA_JIT=on, or make it by fovea precompile");
   }
-  if (compiler_.name().empty())
+  if (compiler_.name(true).empty())
     return std::make_shared<const Binary>(compiler_.compile(request));  // says why there is none
   const Disk::Lock lock(disk_, request.arch, key);
-  if (auto made_meanwhile = look(request, key)) return made_meanwhile;
+  if (auto made_meanwhile = look(request, key, true)) return made_meanwhile;
   auto compiled = std::make_shared<const Binary>(compiler_.compile(request));
   disk_.store(*compiled);
   return compiled;
@@ -108,7 +109,7 @@ std::shared_ptr<const Binary> Cache::binary(const KernelRequest& request) {
 
 std::shared_ptr<const Binary> Cache::find(const KernelRequest& request) {
   const std::string key = content_key(request);
-  return binaries_.get(key, [&] { return look(request, key); });
+  return binaries_.get(key, [&] { return look(request, key, false); });
 }
 
 const Kernel& Cache::load(const KernelRequest& request, int gpu) {

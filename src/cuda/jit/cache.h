@@ -99,7 +99,8 @@ class Cache {
   [[nodiscard]] const std::vector<Pack>& packs() const { return packs_; }
 
  private:
-  [[nodiscard]] std::shared_ptr<const Binary> look(const KernelRequest& request, const std::string& key) const;
+  [[nodiscard]] std::shared_ptr<const Binary> look(const KernelRequest& request, const std::string& key,
+                                                   bool surely) const;
   [[nodiscard]] std::shared_ptr<const Binary> obtain(const KernelRequest& request, const std::string& key) const;
 
   Mode mode_;

@@ -12,11 +12,15 @@
 #include <sstream>
 #include <vector>
 
+#include "cuda/driver.h"
 #include "cuda/jit/device_text.h"
+#include "cuda/jit/record.h"
 #include "cuda/jit/sha256.h"
 
 namespace fovea::cuda::jit {
 namespace {
+
+namespace fs = std::filesystem;
 
 constexpr std::array kOptions{"-std=c++20", "--ptxas-options=-v"};
 
@@ -42,7 +46,7 @@ std::string first_error(const std::string& log) {
 /// The sentence is of use even where writing failed.
 std::string save_source(const KernelRequest& request, const std::string& log) {
   std::error_code ignored;
-  std::string file = std::filesystem::temp_directory_path(ignored) / ("fovea-" + request.name + "-XXXXXX.cu");
+  std::string file = fs::temp_directory_path(ignored) / ("fovea-" + request.name + "-XXXXXX.cu");
   const int descriptor = ::mkstemps(file.data(), 3);
   if (descriptor < 0) return "its source could not be saved to " + file;
   ::close(descriptor);
@@ -51,6 +55,17 @@ std::string save_source(const KernelRequest& request, const std::string& log) {
 }
 
 std::string name_of(const Nvrtc& nvrtc) { return "NVRTC " + nvrtc.version(); }
+
+/// What is remembered of a library, and all that must still be so for it to be the one that would be found.
+std::string note_of(const std::string& name, const std::string& library) {
+  std::error_code error;
+  const std::uintmax_t size = fs::file_size(library, error);
+  const auto time = fs::last_write_time(library, error).time_since_epoch().count();
+  const char* named = std::getenv("FOVEA_NVRTC");
+  return error ? ""
+               : name + "\n" + library + "\n" + std::to_string(size) + " " + std::to_string(time) + "\ndriver " +
+                     std::to_string(driver_version()) + "\n" + (named == nullptr ? "" : named) + "\n";
+}
 
 Binary compile(const KernelRequest& request) {
   const Nvrtc* nvrtc = Nvrtc::find();
@@ -128,10 +143,19 @@ void read_log(const std::string& log, Binary& binary) {
   }
 }
 
-Compiler nvrtc() {
-  const auto name = [] {
+Compiler nvrtc(const fs::path& folder) {
+  const auto name = [memo = folder / "nvrtc", has_memo = !folder.empty()](bool surely) {
+    const std::string noted = has_memo ? read_file(memo).value_or("") : "";
+    const std::size_t end = noted.find('\n'), next = noted.find('\n', end + 1);
+    if (!surely && next != std::string::npos &&
+        noted == note_of(noted.substr(0, end), noted.substr(end + 1, next - end - 1))) {
+      return noted.substr(0, end);
+    }
     const Nvrtc* found = Nvrtc::find();
-    return found == nullptr ? std::string() : name_of(*found);
+    if (found == nullptr) return std::string();
+    const std::string note = note_of(name_of(*found), found->path());
+    if (has_memo && note != noted) (void)write_file(memo, note);
+    return name_of(*found);
   };
   return {.name = name, .compile = compile};
 }

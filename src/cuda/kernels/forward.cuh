@@ -138,7 +138,7 @@ struct Forward {
   /// O += P V, some columns at a time.
   FOVEA_DEVICE void multiply_pv(Out& o, const Scores& weights, const VTile& v) const {
     constexpr bool kExact = S.type == Type::kFloat32;
-    constexpr int kColumns = kExact ? math::smaller(kD, 4) : kD;
+    constexpr int kColumns = !kExact ? kD : kD % 4 == 0 ? 4 : 2;
 #pragma unroll
     for (int first = 0; first < kD; first += kColumns) {
       Accumulator sum[kM][kColumns];
