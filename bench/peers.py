@@ -12,8 +12,10 @@ import ctypes
 import datetime
 import json
 import math
+import re
 import statistics
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -275,8 +277,11 @@ def difference(ours, theirs):
     return worst
 
 
-def why_not(error):
-    return str(error).strip().split("\n")[0][:200]
+def why_not(error, warned=()):
+    """One sentence; PyTorch says in warnings which of a backend's conditions is not met."""
+    told = [re.sub(r" \(Triggered internally.*", "", str(w.message)) for w in warned]
+    told = [text for text in told if "runtime disabled" not in text and "not used because" not in text]
+    return " ".join(told or [str(error).strip().split("\n")[0]])[:200]
 
 
 def contenders_of(library, p, direction, tensors):
@@ -288,16 +293,18 @@ def contenders_of(library, p, direction, tensors):
     except Refused as error:
         refusals["fovea"] = why_not(error)
     for name, backend in PEERS.items():
-        try:
-            work = tensors.torch(p, direction, backend)
-            if work is None:
-                refusals[name] = "has no such option"
-                continue
-            work()
-            torch.cuda.synchronize()
-            ready[name] = work
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            refusals[name] = why_not(error)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try:
+                work = tensors.torch(p, direction, backend)
+                if work is None:
+                    refusals[name] = "has no such option"
+                    continue
+                work()
+                torch.cuda.synchronize()
+                ready[name] = work
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                refusals[name] = why_not(error, warned)
     return ready, refusals
 
 
@@ -355,7 +362,7 @@ def tell(row, plain):
     figures = row.get("gbytes_per_second") or row["tflops"]
     words = [f"{figures[name]:7.0f}" if name in figures else "      -" for name in ("fovea", *PEERS)]
     ratios = [f"{row['speedup'][name]:6.2f}" if name in row.get("speedup", {}) else "     -" for name in PEERS]
-    label = row["name"] or row["line"].split(" ", 2)[2]
+    label = row["name"] or row["line"].split(" ", 2)[2].replace("=bottom_right", "")
     text = f"{label:32.32} {row['pass']:8} {row['milliseconds'].get('fovea', math.nan):8.3f} {' '.join(words)}  {' '.join(ratios)}"
     if plain and "fovea" in row["milliseconds"]:
         row["over_plain"] = row["milliseconds"]["fovea"] / plain

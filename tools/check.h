@@ -27,7 +27,8 @@ struct CheckResult {
   std::vector<std::string> backends;  ///< who ran the passes
   std::vector<Figure> figures;        ///< one a result
   std::vector<std::string> failures;  ///< sentences; empty: all is well
-  [[nodiscard]] bool ok() const { return failures.empty(); }
+  bool run = true;                    ///< false: the GPU had failed in another problem
+  [[nodiscard]] bool ok() const { return run && failures.empty(); }
 };
 
 /// Runs a problem on hostile data (tools/workload.h) and judges every result by the error rule.  Also: gaps and inputs
