@@ -140,7 +140,8 @@ std::vector<Case> cases_of(const CheckRun& run) {
   const Random seeds(run.seed);
   for (std::int64_t i = 0; i < run.random; ++i) {
     const std::uint64_t seed = seeds.bits(static_cast<std::uint64_t>(i));
-    cases.push_back({random_problem(seed), seed});
+    const std::uint64_t kind = seeds.bits(static_cast<std::uint64_t>(run.kinds > 0 ? i % run.kinds : i));
+    cases.push_back({random_problem(seed, kind), seed});
   }
   return cases;
 }
@@ -274,6 +275,11 @@ CheckResult check_problem(const Problem& problem, std::uint64_t seed, const Chec
 
 int run_check(const CheckRun& run) {
   const std::vector<Case> cases = cases_of(run);
+  if (run.list) {
+    const Terminal out(stdout);
+    for (const Case& c : cases) out.line(to_string(c.problem));
+    return 0;
+  }
   Printer printer(run, cases);
   Place place(run.options.device);  // a GPU takes the problems in turns; data and oracle are made by all threads
   CheckOptions options = run.options;

@@ -40,6 +40,10 @@ def doctor(env):
     return json.loads(subprocess.run([FOVEA, "doctor", "--json"], env=env, capture_output=True, check=True).stdout)
 
 
+def made():
+    return json.loads((HERE / "made.json").read_text())
+
+
 def sanitizer():
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
@@ -85,7 +89,8 @@ class Ring:
             self.step(f"check {file.stem}", [FOVEA, "check", f"@{file}", *DEVICE], summary="violations")
         count = said.random if said.random is not None else (300 if quick else 5000)
         if count:
-            self.step("random", [FOVEA, "check", "--random", count, "--seed", said.seed, *DEVICE], summary="violations")
+            kinds = ["--kinds", str(said.kinds)] if said.kinds else []
+            self.step("random", [FOVEA, "check", "--random", count, *kinds, "--seed", said.seed, *DEVICE], summary="violations")
         short = HERE / "problems/gpu_short.txt"
         for tool in ("memcheck", "racecheck"):
             command = [sanitizer(), "--tool", tool, "--error-exitcode", SANITIZER_FAULT, FOVEA, "check", f"@{short}", *DEVICE]
@@ -116,6 +121,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="300 random problems, a third of the grid")
     parser.add_argument("--random", type=int, help="random problems; 5000 where left out, 0: none")
+    parser.add_argument("--kinds", type=int, default=made()["random_kinds"],
+                        help="kinds of random problems: those whose kernels were carried where left out, 0: any")
     parser.add_argument("--seed", type=int, default=1, help="of the random problems")
     parser.add_argument("--only", nargs="+", choices=["tests", "check", "random", "sanitizer", "times"], help="these steps")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for GPU-DATE.json; here where left out")
@@ -134,7 +141,7 @@ def main():
         times = ring.run()
     right = ring.tell()
     now = datetime.datetime.now(datetime.timezone.utc)
-    page = {"gpu": gpu, "date": now.isoformat(timespec="seconds"), "made": json.loads((HERE / "made.json").read_text()),
+    page = {"gpu": gpu, "date": now.isoformat(timespec="seconds"), "made": made(),
             "driver": machine["cuda"]["driver"], "nvrtc": machine["cuda"]["nvrtc"], "quick": said.quick, "steps": ring.steps,
             "times": times}
     file = said.out / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}-{now:%Y-%m-%d}{'-quick' if said.quick else ''}.json"
