@@ -401,6 +401,14 @@ class Run(CommandTest):
         self.assertEqual(done.returncode, 0, done.stderr)
         json.loads(done.stdout)
 
+    def test_random_problems_can_be_listed_and_kept_to_few_kinds(self):
+        lines = self.fovea("check", "--random", "40", "--kinds", "2", "--list").splitlines()
+        self.assertEqual(len(lines), 40)
+        kinds = {tuple(word for word in line.split() if word[:2] in ("fw", "bw", "fp", "bf")) for line in lines}
+        self.assertLessEqual(len(kinds), 2)
+        self.assertEqual(len(set(lines)), 40)
+        self.refuse("check", "--random", "4", "--kinds", "0", says="--kinds")
+
     def test_devices_that_are_not_there_are_refused(self):
         source = self.file(self.tensors())
         self.refuse("run", source, "--device", "sm_90", says="sm_90")
