@@ -74,7 +74,7 @@ AttentionOptions read_options(const std::string& text, AttentionCall& call) {
   keep_lengths(call, &Inputs::kv_lengths, "kvlen", said.kv_lengths);
   call.problem.layout = said.layout;
   AttentionOptions options;
-  static_cast<Rules&>(options) = said;
+  static_cast<Rules&>(options) = static_cast<const Rules&>(said);
 
   Problem rest = said;
   rest.q_lengths = rest.kv_lengths = {};

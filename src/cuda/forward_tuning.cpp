@@ -8,7 +8,8 @@
 namespace fovea::cuda {
 namespace {
 
-constexpr std::int64_t kWidestV = 256;  // columns of O that a block's registers hold
+// Columns of O that a block's registers hold; fp32 keeps sums of tiles beside it.
+constexpr std::int64_t widest_v(Type type) { return type == Type::kFloat32 ? 128 : 256; }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
@@ -31,8 +32,12 @@ constexpr std::array kTiles16WithOptions{
     Tile{256, 64, 32, 4, 1, 2}, Tile{512, 64, 32, 4, 1, 1},  Tile{512, 32, 32, 2, 1, 1}, Tile{512, 16, 16, 1, 1, 1},
 };
 constexpr std::array kTiles32{
-    Tile{64, 128, 32, 4, 2, 2}, Tile{128, 64, 32, 4, 2, 2}, Tile{256, 64, 32, 4, 1, 1},
+    Tile{64, 128, 32, 4, 2, 2}, Tile{128, 64, 32, 4, 2, 1}, Tile{256, 64, 32, 4, 1, 1},
     Tile{512, 64, 16, 4, 1, 1}, Tile{512, 32, 16, 2, 1, 1}, Tile{512, 16, 16, 1, 1, 1},
+};
+constexpr std::array kTiles32WithOptions{
+    Tile{128, 64, 32, 4, 2, 1}, Tile{256, 64, 32, 4, 1, 1}, Tile{512, 64, 16, 4, 1, 1},
+    Tile{512, 32, 16, 2, 1, 1}, Tile{512, 16, 16, 1, 1, 1},
 };
 
 // Without a unit for products, short code matters more than reuse.
@@ -66,7 +71,7 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   spec.type = type_of(problem.dtype);
   spec.mma = mma_of(spec.type, gpu.sm);
   spec.async_copy = gpu.sm >= 80;
-  shape.v_chunks = static_cast<int>(std::max<std::int64_t>(1, ceil_div(problem.head_dim_v, kWidestV)));
+  shape.v_chunks = static_cast<int>(std::max<std::int64_t>(1, ceil_div(problem.head_dim_v, widest_v(spec.type))));
   spec.head_dim = round_up(problem.head_dim, 16);
   spec.head_dim_v = round_up(ceil_div(problem.head_dim_v, shape.v_chunks), 16);
   spec.band = math::BandRule::of(problem).bounded();
@@ -98,6 +103,8 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   };
   if (spec.mma == Mma::kShuffles) {
     try_tiles(kTilesByShuffles);
+  } else if (spec.type == Type::kFloat32 && options) {
+    try_tiles(kTiles32WithOptions);
   } else if (spec.type == Type::kFloat32) {
     try_tiles(kTiles32);
   } else if (options) {

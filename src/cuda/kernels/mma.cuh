@@ -49,14 +49,17 @@ FOVEA_DEVICE float read(const char* p) {
 template <Type kType>
 FOVEA_DEVICE u32 pack(float low, float high) {
   u32 word;
-  if constexpr (kType == Type::kFloat16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  if constexpr (kType == Type::kBFloat16) {
 #if __CUDA_ARCH__ >= 800
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  if constexpr (kType == Type::kFloat16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  if constexpr (kType == Type::kBFloat16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
 #else
-    word = u32{math::bf16_of_float(low)} | u32{math::bf16_of_float(high)} << 16;
-#endif
+  if constexpr (kType == Type::kFloat16) {
+    asm("{ .reg .b16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h}; }"
+        : "=r"(word)
+        : "f"(low), "f"(high));
   }
+  if constexpr (kType == Type::kBFloat16) word = u32{math::bf16_of_float(low)} | u32{math::bf16_of_float(high)} << 16;
+#endif
   return word;
 }
 template <Type kType>
