@@ -9,7 +9,7 @@
 
 #include "cpu/elements.h"
 #include "cpu/reference.h"
-#include "dispatch/backend.h"
+#include "tests/kernel_under_test.h"
 #include "tools/random_problem.h"
 #include "tools/workload.h"
 
@@ -17,40 +17,8 @@
 namespace fovea::tools {
 namespace {
 
-using Execute = std::function<void(const Problem&, const Inputs&, const Outputs&, std::byte* workspace)>;
-
-constexpr std::size_t kWorkspaceBytes = 64;
-
-/// A kernel that does what the test says.
-class Kernel final : public PlannedKernel {
- public:
-  Kernel(Problem problem, Execute execute) : problem_(std::move(problem)), execute_(std::move(execute)) {}
-  [[nodiscard]] std::size_t workspace_bytes() const override { return kWorkspaceBytes; }
-  [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override { return {}; }
-  void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* /*stream*/) const override {
-    execute_(problem_, inputs, outputs, static_cast<std::byte*>(workspace));
-  }
-
- private:
-  Problem problem_;
-  Execute execute_;
-};
-
 CheckResult check_kernel(const std::string& line, std::uint64_t seed, const Execute& execute) {
-  CheckOptions options;
-  options.plan = [&](const Problem& asked, Direction pass) {
-    Problem problem = asked;
-    problem.direction = pass;
-    Report report{.problem = problem, .backend = "under test", .workspace_bytes = kWorkspaceBytes};
-    return Plan(std::move(report), std::make_shared<Kernel>(problem, execute));
-  };
-  return check_problem(parse_problem(line), seed, options);
-}
-
-void store(const Outputs& out, const Problem& p, const cpu::Results& results) {
-  for (const ResultKind& kind : result_kinds()) {
-    if (kind.forward == p.forward()) cpu::store_all(out.*kind.tensor, results.*kind.values);
-  }
+  return tools::check_kernel(parse_problem(line), seed, execute);
 }
 
 /// The oracle on operands that the test has tampered with.

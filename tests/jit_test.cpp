@@ -30,6 +30,7 @@ namespace {
 namespace fs = std::filesystem;
 using namespace std::chrono_literals;
 using test::contains;
+using test::words;
 
 constexpr Template kForward{.function = "forward",
                             .header = "cuda/kernels/forward.cuh",
@@ -94,17 +95,6 @@ class Jit : public ::testing::Test {
   fs::path folder_;
   std::atomic<int> compiled_ = 0;
 };
-
-std::string words(ErrorCode code, const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), code) << error.what();
-    return error.what();
-  }
-  ADD_FAILURE() << "nothing was thrown";
-  return {};
-}
 
 std::string content(const fs::path& file) { return read_file(file).value_or("(unreadable)"); }
 void overwrite(const fs::path& file, const std::string& bytes) { std::ofstream(file, std::ios::binary) << bytes; }

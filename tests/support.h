@@ -14,17 +14,20 @@
 
 namespace fovea::test {
 
-/// The sentence with which a call is refused; a call that is not refused as the user's error fails the test.
-inline std::string refusal(const std::function<void()>& call) {
+/// The sentence with which a call fails; one that does not fail, or with another code, fails the test.
+inline std::string words(ErrorCode code, const std::function<void()>& call) {
   try {
     call();
   } catch (const Error& error) {
-    EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument) << error.what();
+    EXPECT_EQ(error.code(), code) << error.what();
     return error.what();
   }
-  ADD_FAILURE() << "nothing was refused";
+  ADD_FAILURE() << "nothing was thrown";
   return {};
 }
+
+/// The sentence with which a call is refused as the user's error.
+inline std::string refusal(const std::function<void()>& call) { return words(ErrorCode::kInvalidArgument, call); }
 
 inline ::testing::AssertionResult contains(const std::string& text, const std::string& part) {
   if (text.find(part) != std::string::npos) return ::testing::AssertionSuccess();

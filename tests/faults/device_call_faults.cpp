@@ -5,8 +5,8 @@
 
 #include "cpu/elements.h"
 #include "cpu/reference.h"
-#include "dispatch/backend.h"
 #include "fake_driver.h"
+#include "tests/kernel_under_test.h"
 #include "tools/attention_call.h"
 #include "tools/check.h"
 #include "tools/random_problem.h"
@@ -16,43 +16,16 @@ namespace fovea::tools {
 namespace {
 
 constexpr Device kGpu{.kind = DeviceKind::kCuda};
-constexpr std::size_t kWorkspaceBytes = 100;
-
-using Execute = std::function<void(const Problem&, const Inputs&, const Outputs&, std::byte* workspace)>;
-
-/// A kernel that does what the test says.
-class Kernel final : public PlannedKernel {
- public:
-  Kernel(Problem problem, Execute execute) : problem_(std::move(problem)), execute_(std::move(execute)) {}
-  [[nodiscard]] std::size_t workspace_bytes() const override { return kWorkspaceBytes; }
-  [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override { return {}; }
-  void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* /*stream*/) const override {
-    execute_(problem_, inputs, outputs, static_cast<std::byte*>(workspace));
-  }
-
- private:
-  Problem problem_;
-  Execute execute_;
-};
 
 void attend(const Problem& p, const Inputs& in, const Outputs& out, std::byte* /*workspace*/) {
-  const cpu::Results results = cpu::reference(cpu::Operands(p, in));
-  for (const ResultKind& kind : result_kinds()) {
-    if (kind.forward == p.forward()) cpu::store_all(out.*kind.tensor, results.*kind.values);
-  }
+  store(out, p, cpu::reference(cpu::Operands(p, in)));
 }
 
 CheckResult check(const Problem& problem, std::uint64_t seed, const Execute& execute, Place* place = nullptr) {
   CheckOptions options;
   options.device = kGpu;
   options.place = place;
-  options.plan = [&](const Problem& asked, Direction pass) {
-    Problem one = asked;
-    one.direction = pass;
-    Report report{.problem = one, .device = kGpu, .backend = "under test", .workspace_bytes = kWorkspaceBytes};
-    return Plan(std::move(report), std::make_shared<Kernel>(one, execute));
-  };
-  return check_problem(problem, seed, options);
+  return check_kernel(problem, seed, execute, options);
 }
 
 class DeviceCall : public ::testing::Test {

@@ -18,6 +18,7 @@ namespace fovea::cuda {
 namespace {
 
 using test::contains;
+using test::words;
 
 /// Null where the tests run without ctest, which puts the fake driver first.
 FakeDriver* fake_or_null() {
@@ -25,17 +26,6 @@ FakeDriver* fake_or_null() {
   return library == nullptr ? nullptr : static_cast<FakeDriver*>(::dlsym(library, "fake_driver"));
 }
 FakeDriver& fake() { return *fake_or_null(); }
-
-std::string words(ErrorCode code, const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), code) << error.what();
-    return error.what();
-  }
-  ADD_FAILURE() << "nothing was thrown";
-  return {};
-}
 
 class DriverTest : public ::testing::Test {
  protected:
