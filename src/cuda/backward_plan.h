@@ -1,0 +1,66 @@
+#pragma once
+
+#include "cuda/spec.h"
+
+// How a backward kernel cuts up its work and its shared memory.  Host and device compile this text.
+namespace fovea::cuda {
+
+/// Threads of the kernels around the main one.
+inline constexpr int kSideThreads = 256;
+
+FOVEA_FN constexpr int bytes_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
+
+/// Whole banks' widths of 16-bit elements can be swizzled; other rows lie an odd number of 16-byte pieces apart.
+FOVEA_FN constexpr bool swizzled(Type type, int dim) { return type != Type::kFloat32 && dim % 64 == 0; }
+FOVEA_FN constexpr int tile_bytes(Type type, int rows, int dim) {
+  const int pieces = dim * bytes_of(type) / 16;
+  return rows * 16 * (swizzled(type, dim) ? pieces : pieces | 1);
+}
+
+/// How the warps of a block share out a product: equal pieces in whole steps of 16, cut where the rows and columns to be
+/// read are fewest.  Warps from `used` on have none.
+struct WarpGrid {
+  int rows = 0, columns = 0;  // of a warp's piece
+  int across = 1, used = 0;
+
+  FOVEA_FN static constexpr WarpGrid of(int m, int n, int warps) {
+    WarpGrid best;
+    for (int down = 1; down <= warps; ++down) {
+      for (int across = 1; down * across <= warps; ++across) {
+        if (m % (16 * down) != 0 || n % (16 * across) != 0) continue;
+        const WarpGrid grid{m / down, n / across, across, down * across};
+        const bool closer = grid.rows + grid.columns < best.rows + best.columns;
+        if (grid.used > best.used || (grid.used == best.used && closer)) best = grid;
+      }
+    }
+    return best;
+  }
+};
+
+/// Where things lie in the main kernel's shared memory, in bytes.
+struct BackwardShared {
+  int k, v;              // the block's keys
+  int ring, stage;       // tiles of rows in flight: q, then dout
+  int dout;              // in a stage
+  int weights, ds;       // P and dS of one tile
+  int sequence;          // cuda::Sequence
+  int scratch;           // a float for each warp
+  int total;
+
+  FOVEA_FN static constexpr BackwardShared of(const BackwardSpec& s) {
+    BackwardShared at{};
+    at.k = 0;
+    at.v = at.k + tile_bytes(s.type, s.block_n, s.head_dim);
+    at.ring = at.v + tile_bytes(s.type, s.block_n, s.head_dim_v);
+    at.dout = tile_bytes(s.type, s.block_m, s.head_dim);
+    at.stage = at.dout + tile_bytes(s.type, s.block_m, s.head_dim_v);
+    at.weights = at.ring + s.stages * at.stage;
+    at.ds = at.weights + tile_bytes(s.type, s.block_m, s.block_n);
+    at.sequence = at.ds + tile_bytes(s.type, s.block_m, s.block_n);
+    at.scratch = at.sequence + 64;
+    at.total = at.scratch + (s.alibi ? s.warps * 4 : 0);
+    return at;
+  }
+};
+
+}  // namespace fovea::cuda

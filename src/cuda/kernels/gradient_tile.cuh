@@ -1,0 +1,179 @@
+#pragma once
+
+#include "cuda/backward_plan.h"
+#include "cuda/kernels/scores.cuh"
+
+// What every part of the backward does with a tile of rows and a tile of keys: recompute P from q, k and lse, and
+// dS = P ∘ (dP − delta) from dout and v (2205.14135, algorithm 4).
+namespace fovea::cuda {
+
+template <Type kType, int kRows, int kDim>
+struct TileOf {
+  using Is = SharedTile<kType, kRows, kDim>;
+};
+template <Type kType, int kRows, int kDim>
+  requires(swizzled(kType, kDim))
+struct TileOf<kType, kRows, kDim> {
+  using Is = SwizzledTile<kType, kRows, kDim>;
+};
+template <Type kType, int kRows, int kDim>
+using Tile = typename TileOf<kType, kRows, kDim>::Is;
+
+/// C += A · B; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.
+template <auto S, int kSteps, int kM, int kN, class A, class B>
+FOVEA_DEVICE void multiply(Accumulator (&c)[kM][kN], const A& a, const B& b) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    OperandA rows[kM];
+#pragma unroll
+    for (int i = 0; i < kM; ++i) rows[i] = a(i, k * kStep<S.type>);
+#pragma unroll
+    for (int j = 0; j < kN; j += 2) {
+      OperandB columns[2];
+      b(columns, j, k * kStep<S.type>);
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+        multiply_add<S.type, S.mma>(c[i][j], rows[i], columns[0]);
+        multiply_add<S.type, S.mma>(c[i][j + 1], rows[i], columns[1]);
+      }
+    }
+  }
+}
+
+template <int kM, int kN>
+FOVEA_DEVICE void clear(Accumulator (&c)[kM][kN]) {
+#pragma unroll
+  for (int i = 0; i < kM; ++i) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) c[i][j] = {};
+  }
+}
+
+/// Where the rows of a block find what was prepared for them: [head][slot][row of block_m].
+struct RowSlots {
+  int first, count;  // of this sequence, of all
+  FOVEA_DEVICE RowSlots(const BackwardParams& p, const Sequence& sequence, int block_m)
+      : first(p.cu_seqlens_q.data == nullptr ? sequence.batch * p.row_blocks : sequence.q_begin / block_m + sequence.batch),
+        count(p.row_slots) {}
+  FOVEA_DEVICE i64 at(int head, int tile) const { return i64{head} * count + first + tile; }
+};
+
+/// A warp's piece of P and dS.  A hidden entry is −0 in both, a visible one never.
+template <BackwardSpec S>
+struct GradientTile {
+  static constexpr WarpGrid kGrid = WarpGrid::of(S.block_m, S.block_n, S.warps);
+  static constexpr int kM = kGrid.rows / 16, kN = kGrid.columns / 8;
+  using Rules = ScoreRules<S, false>;
+
+  Accumulator p[kM][kN], ds[kM][kN];
+  Accumulator tanhs[S.softcap ? kM : 1][S.softcap ? kN : 1];
+  float log2_lse[kM][2], delta[kM][2];
+
+  FOVEA_DEVICE static bool works() { return kGrid.used == S.warps || warp_id() < kGrid.used; }
+  FOVEA_DEVICE static int row() { return warp_id() / kGrid.across * kGrid.rows; }
+  FOVEA_DEVICE static int column() { return warp_id() % kGrid.across * kGrid.columns; }
+
+  /// `first` is the number of the tile's row 0 among all rows in slots.
+  FOVEA_DEVICE void load_statistics(const BackwardParams& params, i64 first) {
+    const i64 at = first + row() + lane_id() / 4;
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        log2_lse[i][h] = params.log2_lse[at + 16 * i + 8 * h];
+        delta[i][h] = params.delta[at + 16 * i + 8 * h];
+      }
+    }
+  }
+
+  /// `hides`: some entry may be hidden.  Returns whether something that is not finite was met then: a product with it
+  /// must ask who is hidden, for 0 · NaN is NaN.
+  template <class Q, class K, class Dout, class V>
+  FOVEA_DEVICE bool compute(const Q& q, const K& k, const Dout& dout, const V& v, const Rules& rules, int key,
+                            TileState state, bool use_mask, bool hides, const math::DropoutStream& stream) {
+    const float unit = kBareScores<S> ? rules.p.scale * kLog2E : 1.0F;  // of any sign: hidden entries are told apart first
+    clear(p);
+    multiply<S, S.head_dim / kStep<S.type>>(
+        p, [&](int i, int c) { return load_a(q, row() + 16 * i, c); },
+        [&](OperandB(&b)[2], int j, int c) { load_b_rows(b, k, column() + 8 * j, c); });
+    float check = hides ? not_finite(p) : 0.0F;
+    if constexpr (!kBareScores<S>) rules.template score_all<false>(p, row(), key + column(), tanhs_or_null());
+    if (hides) rules.template hide<false>(p, row(), key + column(), state, use_mask);
+    hides ? exponentiate<true>(unit) : exponentiate<false>(unit);
+    clear(ds);
+    multiply<S, S.head_dim_v / kStep<S.type>>(
+        ds, [&](int i, int c) { return load_a(dout, row() + 16 * i, c); },
+        [&](OperandB(&b)[2], int j, int c) { load_b_rows(b, v, column() + 8 * j, c); });
+    if (hides) check += not_finite(ds);
+    hides ? differentiate<true>(rules, key, stream) : differentiate<false>(rules, key, stream);
+    return check != 0.0F;
+  }
+
+  /// dS becomes the gradient of the scores before the softcap.
+  FOVEA_DEVICE void pass_softcap() {
+    if constexpr (S.softcap) {
+      each([&](int i, int j, int e) {
+        const float t = tanhs[i][j].x[e];
+        if (!hidden(ds[i][j].x[e])) ds[i][j].x[e] *= 1.0F - t * t;
+      });
+    }
+  }
+
+  FOVEA_DEVICE static bool hidden(float x) { return __float_as_uint(x) == 0x80000000U; }
+
+  template <class F>
+  FOVEA_DEVICE static void each(const F& f) {
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) f(i, j, e);
+      }
+    }
+  }
+
+ private:
+  FOVEA_DEVICE auto tanhs_or_null() {
+    if constexpr (S.softcap) {
+      return &tanhs[0];
+    } else {
+      return static_cast<Accumulator(*)[kN]>(nullptr);
+    }
+  }
+
+  /// 0 where all is finite, NaN otherwise.
+  FOVEA_DEVICE static float not_finite(const Accumulator (&c)[kM][kN]) {
+    float sums[4] = {};
+    each([&](int i, int j, int e) { sums[e] += c[i][j].x[e] * 0.0F; });
+    return sums[0] + sums[1] + sums[2] + sums[3];
+  }
+
+  template <bool kHides>
+  FOVEA_DEVICE void exponentiate(float unit) {
+    each([&](int i, int j, int e) {
+      const float s = p[i][j].x[e];
+      const float weight = exp2(s * unit - log2_lse[i][e / 2]);
+      p[i][j].x[e] = kHides && s == -infinity() ? -0.0F : weight;
+    });
+  }
+
+  template <bool kHides>
+  FOVEA_DEVICE void differentiate(const Rules& rules, int key, const math::DropoutStream& stream) {
+    const auto entry = [&](int i, int j, int e, bool kept, float scale) {
+      float &x = p[i][j].x[e], &d = ds[i][j].x[e];
+      const bool is_hidden = kHides && hidden(x);
+      d = is_hidden ? -0.0F : x * ((kept ? d * scale : 0.0F) - delta[i][e / 2]) + 0.0F;
+      if (!kept && !is_hidden) x *= 0.0F;
+    };
+    if constexpr (S.dropout) {
+      const float scale = 65536.0F / static_cast<float>(rules.p.keep_threshold);
+      rules.template for_each_draw<false, kM, kN>(
+          row(), key + column(), stream, [&](int i, int j, int e, bool kept) { entry(i, j, e, kept, scale); });
+    } else {
+      each([&](int i, int j, int e) { entry(i, j, e, true, 1.0F); });
+    }
+  }
+};
+
+}  // namespace fovea::cuda
