@@ -10,8 +10,9 @@ inline constexpr int kSideThreads = 256;
 
 FOVEA_FN constexpr int bytes_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
 
-/// Whole banks' widths of 16-bit elements can be swizzled; other rows lie an odd number of 16-byte pieces apart.
-FOVEA_FN constexpr bool swizzled(Type type, int dim) { return type != Type::kFloat32 && dim % 64 == 0; }
+/// Rows of 64, 128, 256 or 512 16-bit elements are swizzled; others lie an odd number of 16-byte pieces apart.  Either
+/// way a column of pieces, read down the rows, meets every bank.
+FOVEA_FN constexpr bool swizzled(Type type, int dim) { return type != Type::kFloat32 && dim >= 64 && (dim & (dim - 1)) == 0; }
 FOVEA_FN constexpr int tile_bytes(Type type, int rows, int dim) {
   const int pieces = dim * bytes_of(type) / 16;
   return rows * 16 * (swizzled(type, dim) ? pieces : pieces | 1);
@@ -43,7 +44,7 @@ struct BackwardShared {
   int ring, stage;       // tiles of rows in flight: q, then dout
   int dout;              // in a stage
   int weights, ds;       // P and dS of one tile
-  int sequence;          // cuda::Sequence
+  int walk;              // cuda::Walk
   int scratch;           // a float for each warp
   int total;
 
@@ -56,8 +57,8 @@ struct BackwardShared {
     at.stage = at.dout + tile_bytes(s.type, s.block_m, s.head_dim_v);
     at.weights = at.ring + s.stages * at.stage;
     at.ds = at.weights + tile_bytes(s.type, s.block_m, s.block_n);
-    at.sequence = at.ds + tile_bytes(s.type, s.block_m, s.block_n);
-    at.scratch = at.sequence + 64;
+    at.walk = at.ds + tile_bytes(s.type, s.block_m, s.block_n);
+    at.scratch = at.walk + 80;
     at.total = at.scratch + (s.alibi ? s.warps * 4 : 0);
     return at;
   }

@@ -14,16 +14,31 @@ inline constexpr bool kVectorReduction = true;
 inline constexpr bool kVectorReduction = false;
 #endif
 
-FOVEA_DEVICE void reduce(float* piece, const Accumulator& c) {
+FOVEA_DEVICE void reduce(float* mine, const Accumulator& c) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(piece + 4 * lane_id()), "f"(c.x[0]),
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(mine), "f"(c.x[0]),
                "f"(c.x[1]), "f"(c.x[2]), "f"(c.x[3])
                : "memory");
 #else
 #pragma unroll
-  for (int e = 0; e < 4; ++e) atomicAdd(piece + 32 * e + lane_id(), c.x[e]);
+  for (int e = 0; e < 4; ++e) atomicAdd(mine + 32 * e, c.x[e]);
 #endif
 }
+
+/// The tiles of rows that see a block's keys.  It lies in shared memory: asked once a tile, it is not worth registers.
+struct Walk {
+  Sequence sequence;
+  int first, end;
+  int first_full, end_full;  // of those that see every key
+
+  FOVEA_DEVICE Walk(const Sequence& s, Interval keys, int block_m) : sequence(s) {
+    const Interval rows = s.band.rows_of_keys(keys), seers = s.band.rows_that_see_all(keys);
+    first = static_cast<int>(rows.begin) / block_m;
+    end = rows.empty() ? first : static_cast<int>(rows.end - 1) / block_m + 1;
+    first_full = (static_cast<int>(seers.begin) + block_m - 1) / block_m;
+    end_full = static_cast<int>(seers.end) / block_m;
+  }
+};
 
 template <BackwardSpec S>
 struct Backward {
@@ -52,22 +67,27 @@ struct Backward {
   using Dv = Share<S.block_n, S.head_dim_v>;
   using Dq = Share<S.block_m, S.head_dim>;
 
-  /// The tiles of rows that see the block's keys, head by head.
-  struct Walk {
+  /// A tile of rows on the walk over all that see the block's keys, head by head.
+  struct Place {
     int head, tile;
+  };
+  /// The same for the copies, with the tile's first rows.
+  struct Ahead : Place {
+    const char *q, *dout;
   };
 
   const BackwardParams& p;
+  const Walk& walk;
   const Sequence& sequence;
-  const RowSlots slots;
   const int kv_head, key_block;
   const u32 shared;
 
   FOVEA_DEVICE int key() const { return key_block * S.block_n; }
+  FOVEA_DEVICE i64 slot(const Place& at) const { return RowSlots(p, sequence, S.block_m).at(at.head, at.tile); }
   FOVEA_DEVICE int group() const { return p.q_heads / p.kv_heads; }
   template <class T>
   FOVEA_DEVICE T tile_at(int offset) const {
-    return {fresh(shared) + offset, fresh(lane_id())};
+    return {fresh(shared) + offset};
   }
   FOVEA_DEVICE KTile k_tile() const { return tile_at<KTile>(kShared.k); }
   FOVEA_DEVICE VTile v_tile() const { return tile_at<VTile>(kShared.v); }
@@ -78,29 +98,25 @@ struct Backward {
 
   FOVEA_DEVICE void load_keys() const {
     const int keys = static_cast<int>(sequence.band.seqlen_kv) - key();
-    load_strided_tile<S.async_copy, kThreads>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.k.aligned,
-                                              sequence.kv_row(p.k, key(), kv_head), p.k.row);
-    load_strided_tile<S.async_copy, kThreads>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.v.aligned,
-                                              sequence.kv_row(p.v, key(), kv_head), p.v.row);
+    load_rows<S.async_copy, kThreads>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.k.aligned,
+                                      sequence.kv_row(p.k, key(), kv_head), p.k.row);
+    load_rows<S.async_copy, kThreads>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.v.aligned,
+                                      sequence.kv_row(p.v, key(), kv_head), p.v.row);
   }
-  FOVEA_DEVICE void load_rows(const Walk& at, int stage) const {
-    const int row = at.tile * S.block_m, rows = static_cast<int>(sequence.band.seqlen_q) - row;
-    load_strided_tile<S.async_copy, kThreads>(q_tile(stage), rows, p.head_dim * kBytes<S.type>, p.q.aligned,
-                                              sequence.q_row(p.q, row, at.head), p.q.row);
-    load_strided_tile<S.async_copy, kThreads>(dout_tile(stage), rows, p.head_dim_v * kBytes<S.type>, p.dout.aligned,
-                                              sequence.q_row(p.dout, row, at.head), p.dout.row);
+  FOVEA_DEVICE void load(const Ahead& next, int stage) const {
+    const int rows = static_cast<int>(sequence.band.seqlen_q) - next.tile * S.block_m;
+    load_rows<S.async_copy, kThreads>(q_tile(stage), rows, p.head_dim * kBytes<S.type>, p.q.aligned, next.q, p.q.row);
+    load_rows<S.async_copy, kThreads>(dout_tile(stage), rows, p.head_dim_v * kBytes<S.type>, p.dout.aligned, next.dout, p.dout.row);
   }
 
-  FOVEA_DEVICE TileState state(const Walk& at) const {
-    return sequence.band.tile({at.tile * S.block_m, (at.tile + 1) * S.block_m}, {key(), key() + S.block_n});
-  }
+  FOVEA_DEVICE Place next(Place at) const { return at.tile + 1 < walk.end ? Place{at.head, at.tile + 1} : Place{at.head + 1, walk.first}; }
 
   FOVEA_DEVICE void run() const {
-    const Interval rows = sequence.band.rows_of_keys({key(), key() + S.block_n});
-    const int first = static_cast<int>(rows.begin) / S.block_m;
-    const int end = rows.empty() ? first : static_cast<int>(rows.end - 1) / S.block_m + 1;
-    const int first_head = kv_head * group(), end_head = end > first ? first_head + group() : first_head;
-    const auto next = [&](const Walk& at) { return at.tile + 1 < end ? Walk{at.head, at.tile + 1} : Walk{at.head + 1, first}; };
+    const int first_head = kv_head * group(), end_head = walk.first < walk.end ? first_head + group() : first_head;
+    const auto ahead_at = [&](Place at) {
+      const int row = at.tile * S.block_m;
+      return Ahead{at, sequence.q_row(p.q, row, at.head), sequence.q_row(p.dout, row, at.head)};
+    };
 
     Dk dk;
     Dv dv;
@@ -109,32 +125,40 @@ struct Backward {
     float slope_sum = 0.0F;
     if constexpr (S.alibi) clear_slope_parts();
 
-    Walk at{first_head, first}, ahead = at;
+    Ahead ahead = ahead_at({first_head, walk.first});
+    const auto load_ahead = [&](int stage) {
+      if (ahead.head < end_head) load(ahead, stage);
+      close_copies<S.async_copy>();
+      if (++ahead.tile < walk.end) {
+        ahead.q += S.block_m * p.q.row;
+        ahead.dout += S.block_m * p.dout.row;
+      } else {
+        ahead = ahead_at({ahead.head + 1, walk.first});
+      }
+    };
     load_keys();
 #pragma unroll
-    for (int stage = 0; stage < S.stages - 1; ++stage) {
-      if (ahead.head < end_head) load_rows(ahead, stage);
-      close_copies<S.async_copy>();
-      ahead = next(ahead);
-    }
+    for (int stage = 0; stage < S.stages - 1; ++stage) load_ahead(stage);
     int stage = 0;
 #pragma unroll 1
-    for (; at.head < end_head; at = next(at)) {
+    for (Place at{first_head, walk.first}; at.head < end_head; at = next(at)) {
       if constexpr (S.stages == 1) {
         __syncthreads();
-        load_rows(at, 0);
-        close_copies<S.async_copy>();
+        load_ahead(0);
       }
       await_copies<S.async_copy, (S.stages > 1 ? S.stages - 2 : 0)>();
       __syncthreads();  // this tile is there for all, and all are done with the tile whose place comes next
-      if constexpr (S.stages > 1) {
-        if (ahead.head < end_head) load_rows(ahead, stage == 0 ? S.stages - 1 : stage - 1);
-        close_copies<S.async_copy>();
-        ahead = next(ahead);
+      if constexpr (S.stages > 1) load_ahead(stage == 0 ? S.stages - 1 : stage - 1);
+      const bool full = at.tile >= walk.first_full && at.tile < walk.end_full;
+      if constexpr (S.mask || S.bias) {
+        visit<true>(at, stage, full ? TileState::kFull : TileState::kPartial, dk, dv, slope_sum);
+      } else if (full) {
+        visit<false>(at, stage, TileState::kFull, dk, dv, slope_sum);
+      } else {
+        visit<true>(at, stage, TileState::kPartial, dk, dv, slope_sum);
       }
-      visit(at, stage, dk, dv, slope_sum);
       if constexpr (S.alibi) {
-        if (at.tile + 1 == end) store_slope_part(at.head, slope_sum);
+        if (at.tile + 1 == walk.end) store_slope_part(at.head, slope_sum);
       }
       stage = stage + 1 == S.stages ? 0 : stage + 1;
     }
@@ -143,20 +167,19 @@ struct Backward {
     store(dk, dv);
   }
 
-  /// One tile of rows: its P and dS, and what they add to dv, dk and dq.
-  FOVEA_DEVICE void visit(const Walk& at, int stage, Dk& dk, Dv& dv, float& slope_sum) const {
-    const TileState tile_state = state(at);
+  /// One tile of rows: its P and dS, and what they add to dv, dk and dq.  kHides: some entries may be hidden.
+  template <bool kHides>
+  FOVEA_DEVICE void visit(const Place& at, int stage, TileState state, Dk& dk, Dv& dv, float& slope_sum) const {
     const RowMap<false> rows{at.tile * S.block_m, sequence.q_rows, at.head, 1};
     const ScoreRules<S, false> rules{p, sequence, rows};
-    const bool hides = S.bias || S.mask || tile_state == TileState::kPartial;
     bool spoiled = false;
     {
       GradientTile<S> tile;
       if (tile.works()) {
-        tile.load_statistics(p, slots.at(at.head, at.tile) * S.block_m);
+        tile.load_statistics(p, slot(at) * S.block_m);
         const math::DropoutStream stream = S.dropout ? rules.stream(at.head) : math::DropoutStream{};
-        spoiled = tile.compute(q_tile(stage), k_tile(), dout_tile(stage), v_tile(), rules, key(), tile_state, S.mask,
-                               hides, stream);
+        spoiled = tile.template compute<kHides>(q_tile(stage), k_tile(), dout_tile(stage), v_tile(), rules, key(), state,
+                                                S.mask, stream);
         if constexpr (S.alibi) {
           tile.each([&](int i, int j, int e) {
             const int r = tile.row() + 16 * i + lane_id() / 4 + e / 2 * 8, c = key() + tile.column() + 8 * j + lane_id() % 4 * 2 + e % 2;
@@ -164,61 +187,61 @@ struct Backward {
           });
         }
         tile.pass_softcap();
-#pragma unroll
-        for (int i = 0; i < tile.kM; ++i) {
-#pragma unroll
-          for (int j = 0; j < tile.kN; ++j) {
-            store_accumulator(weights(), tile.row() + 16 * i, tile.column() + 8 * j, tile.p[i][j]);
-            store_accumulator(ds_tile(), tile.row() + 16 * i, tile.column() + 8 * j, tile.ds[i][j]);
-          }
-        }
+        store(corner_c(weights(), tile.row(), tile.column()), tile.p);
+        store(corner_c(ds_tile(), tile.row(), tile.column()), tile.ds);
       }
     }
-    if (hides) {
+    if constexpr (kHides) {
       spoiled = __syncthreads_or(spoiled);
     } else {
       __syncthreads();
     }
-    add_columns(dv, weights(), dout_tile(stage), spoiled);
-    add_columns(dk, ds_tile(), q_tile(stage), spoiled);
-    add_dq(at, spoiled);
+    add_columns<kHides>(dv, weights(), dout_tile(stage), spoiled);
+    add_columns<kHides>(dk, ds_tile(), q_tile(stage), spoiled);
+    add_dq<kHides>(at, spoiled);
   }
 
   /// C += (entries)ᵀ · rows: dv from P and dout, dk from dS and q.
-  template <class C, class RowTile>
+  template <bool kHides, class C, class RowTile>
   FOVEA_DEVICE static void add_columns(C& sum, const EntryTile& entries, const RowTile& rows, bool spoiled) {
     if (!C::works()) return;
-    if (spoiled) {
+    if (kHides && spoiled) {
       multiply_seen<S.block_m>(
           sum, [&](int k, int row) { return entries.at(k, row); }, [&](int k, int column) { return rows.at(k, column); });
     } else {
+      const auto a = corner_a_columns(entries, 0, C::row());
+      const auto b = corner_b_columns(rows, 0, C::column());
       multiply<S, S.block_m / kStep<S.type>>(
-          sum.c, [&](int i, int k) { return load_a_columns(entries, C::row() + 16 * i, k); },
-          [&](OperandB(&b)[2], int j, int k) { load_b_columns(b, rows, k, C::column() + 8 * j); });
+          sum.c, [&](int i, int k) { return load_a_columns(a, 16 * i, k); },
+          [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); });
     }
   }
 
   /// dq += dS · k.
-  FOVEA_DEVICE void add_dq(const Walk& at, bool spoiled) const {
+  template <bool kHides>
+  FOVEA_DEVICE void add_dq(const Place& at, bool spoiled) const {
     if (!Dq::works()) return;
     Dq dq;
     clear(dq.c);
     const EntryTile ds = ds_tile();
     const KTile k_columns = k_tile();
-    if (spoiled) {
+    if (kHides && spoiled) {
       multiply_seen<S.block_n>(
           dq, [&](int k, int row) { return ds.at(row, k); }, [&](int k, int column) { return k_columns.at(k, column); });
     } else {
+      const auto a = corner_a<true>(ds, Dq::row(), 0);
+      const auto b = corner_b_columns(k_columns, 0, Dq::column());
       multiply<S, S.block_n / kStep<S.type>>(
-          dq.c, [&](int i, int k) { return load_a<true>(ds, Dq::row() + 16 * i, k); },
-          [&](OperandB(&b)[2], int j, int k) { load_b_columns(b, k_columns, k, Dq::column() + 8 * j); });
+          dq.c, [&](int i, int k) { return load_a<true>(a, 16 * i, k); },
+          [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); });
     }
-    float* sum = p.dq_sum + slots.at(at.head, at.tile) * (S.block_m * S.head_dim);
+    float* sum = p.dq_sum + slot(at) * (S.block_m * S.head_dim) +
+                 (Dq::row() / 16 * (S.head_dim / 8) + Dq::column() / 8) * 128 + fresh(lane_id()) * (kVectorReduction ? 4 : 1);
 #pragma unroll
     for (int i = 0; i < Dq::kGrid.rows / 16; ++i) {
 #pragma unroll
       for (int j = 0; j < Dq::kGrid.columns / 8; ++j) {
-        reduce(sum + ((Dq::row() / 16 + i) * (S.head_dim / 8) + Dq::column() / 8 + j) * 128, dq.c[i][j]);
+        reduce(sum + (i * (S.head_dim / 8) + j) * 128, dq.c[i][j]);
       }
     }
   }
@@ -276,20 +299,28 @@ struct Backward {
     place(v_tile(), dv, kept);
     __syncthreads();
     const int keys = sequence.kv_rows - key();
-    store_tile<kThreads>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.dk.aligned, sequence.kv_row(p.dk, key(), kv_head), p.dk.row);
-    store_tile<kThreads>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.dv.aligned, sequence.kv_row(p.dv, key(), kv_head), p.dv.row);
+    store_rows<kThreads>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.dk.aligned, sequence.kv_row(p.dk, key(), kv_head), p.dk.row);
+    store_rows<kThreads>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.dv.aligned, sequence.kv_row(p.dv, key(), kv_head), p.dv.row);
   }
   template <class To, class C>
   FOVEA_DEVICE static void place(const To& tile, C& sum, float scale) {
     if (!C::works()) return;
 #pragma unroll
-    for (int i = 0; i < C::kGrid.rows / 16; ++i) {
+    for (auto& row : sum.c) {
 #pragma unroll
-      for (int j = 0; j < C::kGrid.columns / 8; ++j) {
+      for (Accumulator& c : row) {
 #pragma unroll
-        for (float& x : sum.c[i][j].x) x *= scale;
-        store_accumulator(tile, C::row() + 16 * i, C::column() + 8 * j, sum.c[i][j]);
+        for (float& x : c.x) x *= scale;
       }
+    }
+    store(corner_c(tile, C::row(), C::column()), sum.c);
+  }
+  template <class To, int kM, int kN>
+  FOVEA_DEVICE static void store(const Corner<To>& to, const Accumulator (&c)[kM][kN]) {
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) store_accumulator(to, 16 * i, 8 * j, c[i][j]);
     }
   }
 };
@@ -300,12 +331,13 @@ __device__ void backward(const BackwardParams& p) {
   extern __shared__ __align__(128) char shared[];
   int block = static_cast<int>(blockIdx.x);
   const int key_block = block % p.key_blocks, kv_head = block / p.key_blocks % p.kv_heads;
-  // Asked for once a tile: not worth registers.
-  Sequence& sequence = *reinterpret_cast<Sequence*>(shared + BackwardShared::of(S).sequence);
-  if (threadIdx.x == 0) sequence = Sequence(p, block / p.key_blocks / p.kv_heads);
+  Walk& walk = *reinterpret_cast<Walk*>(shared + BackwardShared::of(S).walk);
+  if (threadIdx.x == 0) {
+    walk = Walk(Sequence(p, block / p.key_blocks / p.kv_heads), {key_block * S.block_n, (key_block + 1) * S.block_n}, S.block_m);
+  }
   __syncthreads();
-  if (key_block * S.block_n >= sequence.kv_rows) return;
-  Backward<S>{p, sequence, RowSlots(p, sequence, S.block_m), kv_head, key_block, shared_address(shared)}.run();
+  if (key_block * S.block_n >= walk.sequence.kv_rows) return;
+  Backward<S>{p, walk, walk.sequence, kv_head, key_block, shared_address(shared)}.run();
 }
 
 }  // namespace fovea::cuda

@@ -1,23 +1,11 @@
 #pragma once
 
-#include "cuda/backward_plan.h"
+#include "cuda/kernels/copies.cuh"
 #include "cuda/kernels/scores.cuh"
 
 // What every part of the backward does with a tile of rows and a tile of keys: recompute P from q, k and lse, and
 // dS = P ∘ (dP − delta) from dout and v (2205.14135, algorithm 4).
 namespace fovea::cuda {
-
-template <Type kType, int kRows, int kDim>
-struct TileOf {
-  using Is = SharedTile<kType, kRows, kDim>;
-};
-template <Type kType, int kRows, int kDim>
-  requires(swizzled(kType, kDim))
-struct TileOf<kType, kRows, kDim> {
-  using Is = SwizzledTile<kType, kRows, kDim>;
-};
-template <Type kType, int kRows, int kDim>
-using Tile = typename TileOf<kType, kRows, kDim>::Is;
 
 /// C += A · B; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.
 template <auto S, int kSteps, int kM, int kN, class A, class B>
@@ -86,27 +74,21 @@ struct GradientTile {
     }
   }
 
-  /// `hides`: some entry may be hidden.  Returns whether something that is not finite was met then: a product with it
-  /// must ask who is hidden, for 0 · NaN is NaN.
-  template <class Q, class K, class Dout, class V>
+  /// kHides: some entry may be hidden.  Returns whether something that is not finite was met then: a product with it must
+  /// ask who is hidden, for 0 · NaN is NaN.
+  template <bool kHides, class Q, class K, class Dout, class V>
   FOVEA_DEVICE bool compute(const Q& q, const K& k, const Dout& dout, const V& v, const Rules& rules, int key,
-                            TileState state, bool use_mask, bool hides, const math::DropoutStream& stream) {
+                            TileState state, bool use_mask, const math::DropoutStream& stream) {
     const float unit = kBareScores<S> ? rules.p.scale * kLog2E : 1.0F;  // of any sign: hidden entries are told apart first
-    clear(p);
-    multiply<S, S.head_dim / kStep<S.type>>(
-        p, [&](int i, int c) { return load_a(q, row() + 16 * i, c); },
-        [&](OperandB(&b)[2], int j, int c) { load_b_rows(b, k, column() + 8 * j, c); });
-    float check = hides ? not_finite(p) : 0.0F;
+    product(p, q, k);
+    float check = kHides ? not_finite(p) : 0.0F;
     if constexpr (!kBareScores<S>) rules.template score_all<false>(p, row(), key + column(), tanhs_or_null());
-    if (hides) rules.template hide<false>(p, row(), key + column(), state, use_mask);
-    hides ? exponentiate<true>(unit) : exponentiate<false>(unit);
-    clear(ds);
-    multiply<S, S.head_dim_v / kStep<S.type>>(
-        ds, [&](int i, int c) { return load_a(dout, row() + 16 * i, c); },
-        [&](OperandB(&b)[2], int j, int c) { load_b_rows(b, v, column() + 8 * j, c); });
-    if (hides) check += not_finite(ds);
-    hides ? differentiate<true>(rules, key, stream) : differentiate<false>(rules, key, stream);
-    return check != 0.0F;
+    if constexpr (kHides) rules.template hide<false>(p, row(), key + column(), state, use_mask);
+    exponentiate<kHides>(unit);
+    product(ds, dout, v);
+    if constexpr (kHides) check += not_finite(ds);
+    differentiate<kHides>(rules, key, stream);
+    return !(check == 0.0F);
   }
 
   /// dS becomes the gradient of the scores before the softcap.
@@ -134,6 +116,17 @@ struct GradientTile {
   }
 
  private:
+  /// C = rows · keysᵀ.
+  template <class Rows, class Keys>
+  FOVEA_DEVICE static void product(Accumulator (&c)[kM][kN], const Rows& rows, const Keys& keys) {
+    clear(c);
+    const auto a = corner_a(rows, row(), 0);
+    const auto b = corner_b_rows(keys, column(), 0);
+    multiply<S, Rows::kColumns / kStep<S.type>>(
+        c, [&](int i, int k) { return load_a(a, 16 * i, k); },
+        [&](OperandB(&two)[2], int j, int k) { load_b_rows(two, b, 8 * j, k); });
+  }
+
   FOVEA_DEVICE auto tanhs_or_null() {
     if constexpr (S.softcap) {
       return &tanhs[0];

@@ -148,66 +148,40 @@ struct SharedTile {
   static constexpr int kPitch = (kPieces | 1) * 16;          // bytes
   static constexpr int kSize = kRows * kPitch;               // bytes
   u32 base;
-  int lane = lane_id();
 
-  /// The element in column `column` + `far`.
-  FOVEA_DEVICE u32 at(int row, int column, int far = 0) const {
-    return base + static_cast<u32>(row * kPitch + (column + far) * kBytes<kType>);
-  }
+  FOVEA_DEVICE u32 at(int row, int column) const { return base + static_cast<u32>(row * kPitch + column * kBytes<kType>); }
 };
 
-/// The same without room between the rows: pieces change places inside a bank's width instead, row by row.
-template <Type kElement, int kRowCount, int kDim>
-struct SwizzledTile {
-  static constexpr Type kType = kElement;
-  static constexpr int kRows = kRowCount, kColumns = kDim, kPieceColumns = 16 / kBytes<kType>;
-  static constexpr int kPieces = kDim * kBytes<kType> / 16;
-  static constexpr int kPitch = kPieces * 16;
-  static constexpr int kSize = kRows * kPitch;
-  static_assert(kPieces % 8 == 0 && kType != Type::kFloat32);
-  u32 base;  // a multiple of 128
-  int lane = lane_id();
-
-  /// `far` is a multiple of 16, and column less than that where far is not 0: one exclusive or tells two far places apart.
-  FOVEA_DEVICE u32 at(int row, int column, int far = 0) const {
-    const int piece = column / 8;
-    const u32 near = base + static_cast<u32>(row * kPitch + piece / 8 * 128 + ((piece ^ row) & 7) * 16 + column % 8 * 2);
-    return (near ^ static_cast<u32>(far / 8 % 8 * 16)) + static_cast<u32>(far / 64 * 128);
-  }
-};
-
-/// A = rows [row, row + 16), columns [k, k + kStep) of a tile.  kPaired: fp32 takes the columns in the order 0, 2, 4, 6,
-/// 1, 3, 5, 7, to go with `load_b_columns`.
-template <bool kPaired = false, class Tile>
+/// A = rows [row, row + 16), columns [k, k + kStep) of a tile.
+template <class Tile>
 FOVEA_DEVICE OperandA load_a(const Tile& tile, int row, int k) {
   OperandA a;
-  const int lane = tile.lane;
+  const int lane = lane_id();
   if constexpr (Tile::kType == Type::kFloat32) {
-    const u32 at = tile.at(row + lane / 4, k + lane % 4 * (kPaired ? 2 : 1));
-    constexpr int kNext = kPaired ? 4 : 16;
+    const u32 at = tile.at(row + lane / 4, k + lane % 4);
     a.x[0] = load_shared(at);
     a.x[1] = load_shared(at + 8 * Tile::kPitch);
-    a.x[2] = load_shared(at + kNext);
-    a.x[3] = load_shared(at + 8 * Tile::kPitch + kNext);
+    a.x[2] = load_shared(at + 16);
+    a.x[3] = load_shared(at + 8 * Tile::kPitch + 16);
   } else {
-    load_matrices(a.x, tile.at(row + lane % 16, lane / 16 * 8, k));
+    load_matrices(a.x, tile.at(row + lane % 16, k + lane / 16 * 8));
   }
   return a;
 }
 
-/// A = (a tile)ᵀ: rows [row, row + 16) are its columns, [k, k + kStep) its rows, for fp32 in the order of `load_b_columns`.
+/// A = (a tile)ᵀ: rows [row, row + 16) are its columns, [k, k + kStep) its rows.
 template <class Tile>
 FOVEA_DEVICE OperandA load_a_columns(const Tile& tile, int row, int k) {
   OperandA a;
-  const int lane = tile.lane;
+  const int lane = lane_id();
   if constexpr (Tile::kType == Type::kFloat32) {
-    const u32 at = tile.at(k + lane % 4 * 2, row + lane / 4);
+    const u32 at = tile.at(k + lane % 4, row + lane / 4);
     a.x[0] = load_shared(at);
     a.x[1] = load_shared(at + 32);
-    a.x[2] = load_shared(at + Tile::kPitch);
-    a.x[3] = load_shared(at + Tile::kPitch + 32);
+    a.x[2] = load_shared(at + 4 * Tile::kPitch);
+    a.x[3] = load_shared(at + 4 * Tile::kPitch + 32);
   } else {
-    load_matrices_transposed(a.x, tile.at(k + lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8, row));
+    load_matrices_transposed(a.x, tile.at(k + lane / 16 * 8 + lane % 8, row + lane / 8 % 2 * 8));
   }
   return a;
 }
@@ -215,7 +189,7 @@ FOVEA_DEVICE OperandA load_a_columns(const Tile& tile, int row, int k) {
 /// Two B side by side, B[k][n] = tile[n][k]: columns are rows [n, n + 16) of the tile.  K in S = Q Kᵀ.
 template <class Tile>
 FOVEA_DEVICE void load_b_rows(OperandB (&b)[2], const Tile& tile, int n, int k) {
-  const int lane = tile.lane;
+  const int lane = lane_id();
   if constexpr (Tile::kType == Type::kFloat32) {
     const u32 at = tile.at(n + lane / 4, k + lane % 4);
     b[0].x[0] = load_shared(at);
@@ -224,7 +198,7 @@ FOVEA_DEVICE void load_b_rows(OperandB (&b)[2], const Tile& tile, int n, int k) 
     b[1].x[1] = load_shared(at + 8 * Tile::kPitch + 16);
   } else {
     u32 x[4];
-    load_matrices(x, tile.at(n + lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8, k));
+    load_matrices(x, tile.at(n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
     b[0] = {x[0], x[1]};
     b[1] = {x[2], x[3]};
   }
@@ -234,7 +208,7 @@ FOVEA_DEVICE void load_b_rows(OperandB (&b)[2], const Tile& tile, int n, int k) 
 /// accumulator has them (`operand_a`): 0, 2, 4, 6, 1, 3, 5, 7.
 template <class Tile>
 FOVEA_DEVICE void load_b_columns(OperandB (&b)[2], const Tile& tile, int k, int n) {
-  const int lane = tile.lane;
+  const int lane = lane_id();
   if constexpr (Tile::kType == Type::kFloat32) {
     const u32 at = tile.at(k + lane % 4 * 2, n + lane / 4);
     b[0].x[0] = load_shared(at);
@@ -243,7 +217,7 @@ FOVEA_DEVICE void load_b_columns(OperandB (&b)[2], const Tile& tile, int k, int 
     b[1].x[1] = load_shared(at + Tile::kPitch + 32);
   } else {
     u32 x[4];
-    load_matrices_transposed(x, tile.at(k + lane % 16, lane / 16 * 8, n));
+    load_matrices_transposed(x, tile.at(k + lane % 16, n + lane / 16 * 8));
     b[0] = {x[0], x[1]};
     b[1] = {x[2], x[3]};
   }
@@ -259,30 +233,6 @@ FOVEA_DEVICE OperandA operand_a(const Accumulator* row, int k) {
     const Accumulator &left = row[2 * k], &right = row[2 * k + 1];
     return {pack<kType>(left.x[0], left.x[1]), pack<kType>(left.x[2], left.x[3]),
             pack<kType>(right.x[0], right.x[1]), pack<kType>(right.x[2], right.x[3])};
-  }
-}
-
-template <Type kType>
-FOVEA_DEVICE float read_shared(u32 address) {
-  if constexpr (kType == Type::kFloat32) {
-    return __uint_as_float(load_shared(address));
-  } else {
-    return widen<kType>(load_shared(address & ~3U) >> (address & 2U) * 8 & 0xffffU);
-  }
-}
-
-/// Writes rows [row, row + 16), columns [column, column + 8) of a tile.
-template <class Tile>
-FOVEA_DEVICE void store_accumulator(const Tile& tile, int row, int column, const Accumulator& c) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const u32 at = tile.at(row + tile.lane / 4 + 8 * h, column % 16 + tile.lane % 4 * 2, column / 16 * 16);
-    if constexpr (Tile::kType == Type::kFloat32) {
-      store_shared(at, __float_as_uint(c.x[2 * h]));
-      store_shared(at + 4, __float_as_uint(c.x[2 * h + 1]));
-    } else {
-      store_shared(at, pack<Tile::kType>(c.x[2 * h], c.x[2 * h + 1]));
-    }
   }
 }
 

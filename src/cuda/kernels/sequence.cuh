@@ -52,7 +52,7 @@ FOVEA_DEVICE void load_tile(const Tile& tile, int rows, int row_bytes, bool alig
       const int row = at / kPieces, piece = at % kPieces;
       const bool real = row < rows;
       const int bytes = real ? math::smaller(math::larger(row_bytes - piece * 16, 0), 16) : 0;
-      copy_16<kAsync>(tile.at(row, piece * Tile::kPieceColumns), bytes > 0 ? row_at(row) + piece * 16 : row_at(0), bytes);
+      copy_16<kAsync>(tile.base + row * Tile::kPitch + piece * 16, bytes > 0 ? row_at(row) + piece * 16 : row_at(0), bytes);
     }
   } else {
 #pragma unroll 1
@@ -60,50 +60,8 @@ FOVEA_DEVICE void load_tile(const Tile& tile, int rows, int row_bytes, bool alig
       const int row = at / kPieces, piece = at % kPieces;
       uint4 x{};
       if (row < rows) x = gather_16(row_at(row) + piece * 16, row_bytes - piece * 16);
-      store_shared_16(tile.at(row, piece * Tile::kPieceColumns), x);
+      store_shared_16(tile.base + row * Tile::kPitch + piece * 16, x);
     }
-  }
-}
-
-/// The same from rows that lie `stride` bytes apart, which saves most of the address arithmetic.
-template <bool kAsync, int kThreads, class Tile>
-FOVEA_DEVICE void load_strided_tile(const Tile& tile, int rows, int row_bytes, bool aligned, const char* from, i64 stride) {
-  constexpr int kPieces = Tile::kPieces;
-  const int thread = fresh(static_cast<int>(threadIdx.x));
-  if constexpr (kThreads % kPieces == 0) {
-    if (aligned) {
-      constexpr int kStride = kThreads / kPieces;  // rows that the threads copy at once
-      const int first = thread / kPieces, piece = thread % kPieces;
-      const int bytes = math::smaller(math::larger(row_bytes - piece * 16, 0), 16);
-      const char* at = from + first * stride + piece * 16;
-#pragma unroll
-      for (int row = 0; row < Tile::kRows; row += kStride) {
-        if (Tile::kRows % kStride == 0 || row + first < Tile::kRows) {
-          const bool real = row + first < rows && bytes > 0;
-          copy_16<kAsync>(tile.at(row + first, piece * Tile::kPieceColumns), real ? at : from, real ? bytes : 0);
-        }
-        at += kStride * stride;
-      }
-      return;
-    }
-  }
-#pragma unroll 1
-  for (int at = thread; at < Tile::kRows * kPieces; at += kThreads) {
-    const int row = at / kPieces, piece = at % kPieces;
-    const int bytes = row < rows ? row_bytes - piece * 16 : 0;
-    const uint4 x = bytes > 0 ? read_piece(from + row * stride + piece * 16, bytes, aligned) : uint4{};
-    store_shared_16(tile.at(row, piece * Tile::kPieceColumns), x);
-  }
-}
-
-/// Writes the first rows of a tile to rows that lie `stride` bytes apart, `row_bytes` of each.
-template <int kThreads, class Tile>
-FOVEA_DEVICE void store_tile(const Tile& tile, int rows, int row_bytes, bool aligned, char* to, i64 stride) {
-#pragma unroll 1
-  for (int at = static_cast<int>(threadIdx.x); at < Tile::kRows * Tile::kPieces; at += kThreads) {
-    const int row = at / Tile::kPieces, piece = at % Tile::kPieces, bytes = row_bytes - piece * 16;
-    if (row >= rows || bytes <= 0) continue;
-    write_piece(to + row * stride + piece * 16, load_shared_16(tile.at(row, piece * Tile::kPieceColumns)), bytes, aligned);
   }
 }
 
