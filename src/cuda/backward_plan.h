@@ -41,7 +41,7 @@ struct WarpGrid {
 /// Where things lie in the main kernel's shared memory, in bytes.
 struct BackwardShared {
   int k, v;              // the block's keys
-  int ring, stage;       // tiles of rows in flight: q, then dout
+  int ring, stage;       // tiles of rows in flight: q, then dout; of two, one is dq's way out
   int dout;              // in a stage
   int weights, ds;       // P and dS of one tile
   int walk;              // cuda::Walk
@@ -55,10 +55,11 @@ struct BackwardShared {
     at.ring = at.v + tile_bytes(s.type, s.block_n, s.head_dim_v);
     at.dout = tile_bytes(s.type, s.block_m, s.head_dim);
     at.stage = at.dout + tile_bytes(s.type, s.block_m, s.head_dim_v);
+    if (s.stages == 2) at.stage = math::larger(at.stage, s.block_m * s.head_dim * 4);
     at.weights = at.ring + s.stages * at.stage;
     at.ds = at.weights + tile_bytes(s.type, s.block_m, s.block_n);
     at.walk = at.ds + tile_bytes(s.type, s.block_m, s.block_n);
-    at.scratch = at.walk + 80;
+    at.scratch = at.walk + 96;
     at.total = at.scratch + (s.alibi ? s.warps * 4 : 0);
     return at;
   }

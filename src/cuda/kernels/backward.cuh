@@ -7,32 +7,67 @@
 // registers; dq leaves as additions to dq_sum, which `backward_queries` turns into dq.
 namespace fovea::cuda {
 
-/// Where entry e of lane l of a piece of 16 × 8 lies in dq_sum, so that a warp adds to 512 bytes in a row.
+// dq_sum holds, tile by tile of rows, the pieces of 16 × 8 of the warps' shares, each as its accumulators: lane by lane
+// where four floats are added at once, else entry by entry, so that a warp's additions always meet 128 bytes in a row.
 #if __CUDA_ARCH__ >= 900
 inline constexpr bool kVectorReduction = true;
 #else
 inline constexpr bool kVectorReduction = false;
 #endif
 
-FOVEA_DEVICE void reduce(float* mine, const Accumulator& c) {
+FOVEA_DEVICE void reduce(float* piece, const Accumulator& c) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(mine), "f"(c.x[0]),
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(piece + 4 * lane_id()), "f"(c.x[0]),
                "f"(c.x[1]), "f"(c.x[2]), "f"(c.x[3])
                : "memory");
 #else
 #pragma unroll
-  for (int e = 0; e < 4; ++e) atomicAdd(mine + 32 * e, c.x[e]);
+  for (int e = 0; e < 4; ++e) atomicAdd(piece + 32 * e + lane_id(), c.x[e]);
 #endif
 }
 
-/// The tiles of rows that see a block's keys.  It lies in shared memory: asked once a tile, it is not worth registers.
+/// Adds floats in shared memory to as many in global memory, by the copy engine; called by one lane, for what its warp
+/// has written.
+FOVEA_DEVICE void start_reduction(float* to, u32 from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),
+               "r"(from), "r"(bytes)
+               : "memory");
+#endif
+}
+/// Shared memory written by ordinary stores before is what the copy engine reads after.
+FOVEA_DEVICE void show_to_copy_engine() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+/// Until the reductions that this thread started have read their source, or kDone: have been added.
+template <bool kDone>
+FOVEA_DEVICE void await_reductions() {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kDone) {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  } else {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  }
+#endif
+}
+
+/// Which keys a block has, and the tiles of rows that see them.  It lies in shared memory: asked once a tile, it is not worth registers.
 struct Walk {
   Sequence sequence;
+  int key_block, kv_head;
   int first, end;
   int first_full, end_full;  // of those that see every key
 
-  FOVEA_DEVICE Walk(const Sequence& s, Interval keys, int block_m) : sequence(s) {
-    const Interval rows = s.band.rows_of_keys(keys), seers = s.band.rows_that_see_all(keys);
+  /// Blocks: key blocks (early ones, which most rows see under a causal rule, first) × kv heads × batch.
+  FOVEA_DEVICE Walk(const BackwardParams& p, int block, int block_m, int block_n)
+      : sequence(p, block / p.key_blocks / p.kv_heads),
+        key_block(block % p.key_blocks),
+        kv_head(block / p.key_blocks % p.kv_heads) {
+    const math::Band& band = sequence.band;
+    const Interval keys{key_block * block_n, (key_block + 1) * block_n};
+    const Interval rows = band.rows_of_keys(keys), seers = band.rows_that_see_all(keys);
     first = static_cast<int>(rows.begin) / block_m;
     end = rows.empty() ? first : static_cast<int>(rows.end - 1) / block_m + 1;
     first_full = (static_cast<int>(seers.begin) + block_m - 1) / block_m;
@@ -44,6 +79,8 @@ template <BackwardSpec S>
 struct Backward {
   static constexpr int kThreads = S.warps * kWarp;
   static constexpr BackwardShared kShared = BackwardShared::of(S);
+  /// dq leaves by way of the tile's place in the ring, which its own rows need no more.
+  static constexpr bool kBulk = kVectorReduction && S.stages == 2 && S.block_m * S.head_dim * 4 <= kShared.stage;
 
   using KTile = Tile<S.type, S.block_n, S.head_dim>;
   using VTile = Tile<S.type, S.block_n, S.head_dim_v>;
@@ -65,7 +102,12 @@ struct Backward {
   };
   using Dk = Share<S.block_n, S.head_dim>;
   using Dv = Share<S.block_n, S.head_dim_v>;
-  using Dq = Share<S.block_m, S.head_dim>;
+  struct Dq : Share<S.block_m, S.head_dim> {
+    static constexpr int kM = Share<S.block_m, S.head_dim>::kGrid.rows / 16, kN = Share<S.block_m, S.head_dim>::kGrid.columns / 8;
+    static constexpr int kFloats = kM * kN * 128;  // of a warp
+    /// The place in dq_sum of a tile's piece in row `i` and column `j` of pieces.
+    FOVEA_DEVICE static int piece(int i, int j) { return ((i / kM * Dq::kGrid.across + j / kN) * kM + i % kM) * kN + j % kN; }
+  };
 
   /// A tile of rows on the walk over all that see the block's keys, head by head.
   struct Place {
@@ -79,10 +121,9 @@ struct Backward {
   const BackwardParams& p;
   const Walk& walk;
   const Sequence& sequence;
-  const int kv_head, key_block;
   const u32 shared;
 
-  FOVEA_DEVICE int key() const { return key_block * S.block_n; }
+  FOVEA_DEVICE int key() const { return walk.key_block * S.block_n; }
   FOVEA_DEVICE i64 slot(const Place& at) const { return RowSlots(p, sequence, S.block_m).at(at.head, at.tile); }
   FOVEA_DEVICE int group() const { return p.q_heads / p.kv_heads; }
   template <class T>
@@ -99,9 +140,9 @@ struct Backward {
   FOVEA_DEVICE void load_keys() const {
     const int keys = static_cast<int>(sequence.band.seqlen_kv) - key();
     load_rows<S.async_copy, kThreads>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.k.aligned,
-                                      sequence.kv_row(p.k, key(), kv_head), p.k.row);
+                                      sequence.kv_row(p.k, key(), walk.kv_head), p.k.row);
     load_rows<S.async_copy, kThreads>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.v.aligned,
-                                      sequence.kv_row(p.v, key(), kv_head), p.v.row);
+                                      sequence.kv_row(p.v, key(), walk.kv_head), p.v.row);
   }
   FOVEA_DEVICE void load(const Ahead& next, int stage) const {
     const int rows = static_cast<int>(sequence.band.seqlen_q) - next.tile * S.block_m;
@@ -112,7 +153,7 @@ struct Backward {
   FOVEA_DEVICE Place next(Place at) const { return at.tile + 1 < walk.end ? Place{at.head, at.tile + 1} : Place{at.head + 1, walk.first}; }
 
   FOVEA_DEVICE void run() const {
-    const int first_head = kv_head * group(), end_head = walk.first < walk.end ? first_head + group() : first_head;
+    const int first_head = walk.kv_head * group(), end_head = walk.first < walk.end ? first_head + group() : first_head;
     const auto ahead_at = [&](Place at) {
       const int row = at.tile * S.block_m;
       return Ahead{at, sequence.q_row(p.q, row, at.head), sequence.q_row(p.dout, row, at.head)};
@@ -137,39 +178,38 @@ struct Backward {
       }
     };
     load_keys();
-#pragma unroll
-    for (int stage = 0; stage < S.stages - 1; ++stage) load_ahead(stage);
+    load_ahead(0);
     int stage = 0;
 #pragma unroll 1
     for (Place at{first_head, walk.first}; at.head < end_head; at = next(at)) {
-      if constexpr (S.stages == 1) {
-        __syncthreads();
-        load_ahead(0);
-      }
-      await_copies<S.async_copy, (S.stages > 1 ? S.stages - 2 : 0)>();
-      __syncthreads();  // this tile is there for all, and all are done with the tile whose place comes next
-      if constexpr (S.stages > 1) load_ahead(stage == 0 ? S.stages - 1 : stage - 1);
+      await_copies<S.async_copy, 0>();
+      __syncthreads();  // this tile is there for all, and nobody still reads the last one's P and dS
       const bool full = at.tile >= walk.first_full && at.tile < walk.end_full;
       if constexpr (S.mask || S.bias) {
-        visit<true>(at, stage, full ? TileState::kFull : TileState::kPartial, dk, dv, slope_sum);
+        visit<true>(at, stage, full ? TileState::kFull : TileState::kPartial, dk, dv, slope_sum, load_ahead);
       } else if (full) {
-        visit<false>(at, stage, TileState::kFull, dk, dv, slope_sum);
+        visit<false>(at, stage, TileState::kFull, dk, dv, slope_sum, load_ahead);
       } else {
-        visit<true>(at, stage, TileState::kPartial, dk, dv, slope_sum);
+        visit<true>(at, stage, TileState::kPartial, dk, dv, slope_sum, load_ahead);
       }
       if constexpr (S.alibi) {
         if (at.tile + 1 == walk.end) store_slope_part(at.head, slope_sum);
       }
-      stage = stage + 1 == S.stages ? 0 : stage + 1;
+      if constexpr (S.stages == 2) stage ^= 1;
     }
     await_copies<S.async_copy, 0>();
+    if constexpr (kBulk) await_reductions<S.deterministic>();
     __syncthreads();
+    if constexpr (S.deterministic) {
+      if (first_head < end_head) pass_turn({end_head - 1, walk.end - 1});
+    }
     store(dk, dv);
   }
 
   /// One tile of rows: its P and dS, and what they add to dv, dk and dq.  kHides: some entries may be hidden.
-  template <bool kHides>
-  FOVEA_DEVICE void visit(const Place& at, int stage, TileState state, Dk& dk, Dv& dv, float& slope_sum) const {
+  template <bool kHides, class LoadAhead>
+  FOVEA_DEVICE void visit(const Place& at, int stage, TileState state, Dk& dk, Dv& dv, float& slope_sum,
+                          const LoadAhead& load_ahead) const {
     const RowMap<false> rows{at.tile * S.block_m, sequence.q_rows, at.head, 1};
     const ScoreRules<S, false> rules{p, sequence, rows};
     bool spoiled = false;
@@ -191,14 +231,19 @@ struct Backward {
         store(corner_c(ds_tile(), tile.row(), tile.column()), tile.ds);
       }
     }
+    if constexpr (kBulk) await_reductions<S.deterministic>();  // of the last tile
     if constexpr (kHides) {
       spoiled = __syncthreads_or(spoiled);
     } else {
       __syncthreads();
     }
+    if constexpr (S.deterministic) pass_turn_before(at);
+    if constexpr (S.stages == 2) load_ahead(stage ^ 1);
     add_columns<kHides>(dv, weights(), dout_tile(stage), spoiled);
     add_columns<kHides>(dk, ds_tile(), q_tile(stage), spoiled);
-    add_dq<kHides>(at, spoiled);
+    if constexpr (S.stages == 1 || kBulk) __syncthreads();  // the tile's rows have been read
+    if constexpr (S.stages == 1) load_ahead(0);
+    add_dq<kHides>(at, stage, spoiled);
   }
 
   /// C += (entries)ᵀ · rows: dv from P and dout, dk from dS and q.
@@ -219,7 +264,7 @@ struct Backward {
 
   /// dq += dS · k.
   template <bool kHides>
-  FOVEA_DEVICE void add_dq(const Place& at, bool spoiled) const {
+  FOVEA_DEVICE void add_dq(const Place& at, int stage, bool spoiled) const {
     if (!Dq::works()) return;
     Dq dq;
     clear(dq.c);
@@ -235,15 +280,57 @@ struct Backward {
           dq.c, [&](int i, int k) { return load_a<true>(a, 16 * i, k); },
           [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); });
     }
-    float* sum = p.dq_sum + slot(at) * (S.block_m * S.head_dim) +
-                 (Dq::row() / 16 * (S.head_dim / 8) + Dq::column() / 8) * 128 + fresh(lane_id()) * (kVectorReduction ? 4 : 1);
+    float* sum = p.dq_sum + slot(at) * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
+    const u32 staged = fresh(shared) + kShared.ring + stage * kShared.stage + warp_id() * Dq::kFloats * 4;
 #pragma unroll
-    for (int i = 0; i < Dq::kGrid.rows / 16; ++i) {
+    for (int i = 0; i < Dq::kM; ++i) {
 #pragma unroll
-      for (int j = 0; j < Dq::kGrid.columns / 8; ++j) {
-        reduce(sum + (i * (S.head_dim / 8) + j) * 128, dq.c[i][j]);
+      for (int j = 0; j < Dq::kN; ++j) {
+        if constexpr (kBulk) {
+          store_shared_16(staged + (i * Dq::kN + j) * 512 + fresh(lane_id()) * 16, bits(dq.c[i][j]));
+        }
       }
     }
+    if constexpr (kBulk) {
+      show_to_copy_engine();
+      __syncwarp();
+    }
+    if constexpr (S.deterministic) await_turn(at);
+    if constexpr (kBulk) {
+      if (lane_id() == 0) start_reduction(sum, staged, Dq::kFloats * 4);
+    } else {
+#pragma unroll
+      for (int x = 0; x < Dq::kM * Dq::kN; ++x) reduce(sum + x * 128, dq.c[x / Dq::kN][x % Dq::kN]);
+      if constexpr (S.deterministic) __threadfence();
+    }
+  }
+
+  // ---- turns: where bits must not change, dq is added up in the order of the key blocks ---------------------------------
+
+  FOVEA_DEVICE int turn(const Place& at) const {
+    const i64 row = i64{at.tile} * S.block_m;
+    return walk.key_block - static_cast<int>(sequence.band.keys_of_rows({row, row + S.block_m}).begin / S.block_n);
+  }
+  FOVEA_DEVICE void await_turn(const Place& at) const {
+    if (lane_id() == 0) {
+      const int mine = turn(at);
+      const int* ticket = p.tickets + slot(at);
+      int now;
+      do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(ticket) : "memory");
+      } while (now != mine);
+    }
+    __syncwarp();
+  }
+  /// Called behind a barrier that all additions of this tile came before.
+  FOVEA_DEVICE void pass_turn(const Place& at) const {
+    if (threadIdx.x != 0) return;
+    __threadfence();
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + slot(at)), "r"(turn(at) + 1) : "memory");
+  }
+  FOVEA_DEVICE void pass_turn_before(const Place& at) const {
+    if (at.tile > walk.first) return pass_turn({at.head, at.tile - 1});
+    if (at.head > walk.kv_head * group()) pass_turn({at.head - 1, walk.end - 1});
   }
 
   /// The slow product, term by term, that leaves out hidden entries of A: for tiles in which something hidden may not be
@@ -273,11 +360,11 @@ struct Backward {
   }
 
   FOVEA_DEVICE float* slope_part(int head) const {
-    return p.slope_parts + (i64{sequence.batch} * p.q_heads + head) * p.key_blocks + key_block;
+    return p.slope_parts + (i64{sequence.batch} * p.q_heads + head) * p.key_blocks + walk.key_block;
   }
   FOVEA_DEVICE void clear_slope_parts() const {
     if (threadIdx.x != 0) return;
-    for (int h = 0; h < group(); ++h) *slope_part(kv_head * group() + h) = 0.0F;
+    for (int h = 0; h < group(); ++h) *slope_part(walk.kv_head * group() + h) = 0.0F;
   }
   /// The block's share of a head's slope gradient, in the order of the warps; starts the next.
   FOVEA_DEVICE void store_slope_part(int head, float& sum) const {
@@ -299,8 +386,8 @@ struct Backward {
     place(v_tile(), dv, kept);
     __syncthreads();
     const int keys = sequence.kv_rows - key();
-    store_rows<kThreads>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.dk.aligned, sequence.kv_row(p.dk, key(), kv_head), p.dk.row);
-    store_rows<kThreads>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.dv.aligned, sequence.kv_row(p.dv, key(), kv_head), p.dv.row);
+    store_rows<kThreads>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.dk.aligned, sequence.kv_row(p.dk, key(), walk.kv_head), p.dk.row);
+    store_rows<kThreads>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.dv.aligned, sequence.kv_row(p.dv, key(), walk.kv_head), p.dv.row);
   }
   template <class To, class C>
   FOVEA_DEVICE static void place(const To& tile, C& sum, float scale) {
@@ -325,19 +412,18 @@ struct Backward {
   }
 };
 
-/// Blocks: key blocks (early ones, which most rows see under a causal rule, first) × kv heads × batch.
+/// Blocks are numbered as `Walk` says; where one waits for others, as they begin, so that those have begun.
 template <BackwardSpec S>
 __device__ void backward(const BackwardParams& p) {
   extern __shared__ __align__(128) char shared[];
-  int block = static_cast<int>(blockIdx.x);
-  const int key_block = block % p.key_blocks, kv_head = block / p.key_blocks % p.kv_heads;
   Walk& walk = *reinterpret_cast<Walk*>(shared + BackwardShared::of(S).walk);
   if (threadIdx.x == 0) {
-    walk = Walk(Sequence(p, block / p.key_blocks / p.kv_heads), {key_block * S.block_n, (key_block + 1) * S.block_n}, S.block_m);
+    const int block = S.deterministic ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x);
+    walk = Walk(p, block, S.block_m, S.block_n);
   }
   __syncthreads();
-  if (key_block * S.block_n >= walk.sequence.kv_rows) return;
-  Backward<S>{p, walk, walk.sequence, kv_head, key_block, shared_address(shared)}.run();
+  if (walk.key_block * S.block_n >= walk.sequence.kv_rows) return;
+  Backward<S>{p, walk, walk.sequence, shared_address(shared)}.run();
 }
 
 }  // namespace fovea::cuda

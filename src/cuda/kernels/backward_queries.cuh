@@ -17,10 +17,11 @@ __device__ void backward_queries(const BackwardParams& p) {
     const int r = at % 8, piece = at / 8, column = piece % kAcross * 8;
     const int row = tile * S.block_m + piece / kAcross * 16 + r;
     if (row >= sequence.q_rows || column >= p.head_dim) continue;
+    const float* from = sum + Backward<S>::Dq::piece(piece / kAcross, piece % kAcross) * 128;
     float x[4][4];  // [lane of the quad][entry], or [entry][lane]
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
-      const float4 four = *reinterpret_cast<const float4*>(sum + piece * 128 + (kVectorReduction ? 16 * r + 4 * a : 32 * a + 4 * r));
+      const float4 four = *reinterpret_cast<const float4*>(from + (kVectorReduction ? 16 * r + 4 * a : 32 * a + 4 * r));
       x[a][0] = four.x, x[a][1] = four.y, x[a][2] = four.z, x[a][3] = four.w;
     }
 #pragma unroll

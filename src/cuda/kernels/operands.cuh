@@ -7,6 +7,10 @@
 // is left for each load is a constant.
 namespace fovea::cuda {
 
+FOVEA_DEVICE uint4 bits(const Accumulator& c) {
+  return {__float_as_uint(c.x[0]), __float_as_uint(c.x[1]), __float_as_uint(c.x[2]), __float_as_uint(c.x[3])};
+}
+
 /// A tile without room between the rows: pieces of 16 bytes change places within 128 bytes, row by row.
 template <Type kElement, int kRowCount, int kDim>
 struct SwizzledTile {
