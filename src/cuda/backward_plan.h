@@ -41,11 +41,11 @@ struct WarpGrid {
 /// Where things lie in the main kernel's shared memory, in bytes.
 struct BackwardShared {
   int k, v;              // the block's keys
-  int ring, stage;       // tiles of rows in flight: q, then dout; of two, one is dq's way out
-  int dout;              // in a stage
-  int weights, ds;       // P and dS of one tile
+  int ring, stage;       // tiles of rows in flight: q, then
+  int dout, statistics;  // dout; log2_lse and delta
+  int weights, ds;       // P and dS of a tile
+  int entries;           // from one tile's to the next's
   int walk;              // cuda::Walk
-  int scratch;           // a float for each warp
   int total;
 
   FOVEA_FN static constexpr BackwardShared of(const BackwardSpec& s) {
@@ -54,13 +54,13 @@ struct BackwardShared {
     at.v = at.k + tile_bytes(s.type, s.block_n, s.head_dim);
     at.ring = at.v + tile_bytes(s.type, s.block_n, s.head_dim_v);
     at.dout = tile_bytes(s.type, s.block_m, s.head_dim);
-    at.stage = at.dout + tile_bytes(s.type, s.block_m, s.head_dim_v);
-    if (s.stages == 2) at.stage = math::larger(at.stage, s.block_m * s.head_dim * 4);
+    at.statistics = at.dout + tile_bytes(s.type, s.block_m, s.head_dim_v);
+    at.stage = (at.statistics + 8 * s.block_m + 127) / 128 * 128;
     at.weights = at.ring + s.stages * at.stage;
     at.ds = at.weights + tile_bytes(s.type, s.block_m, s.block_n);
-    at.walk = at.ds + tile_bytes(s.type, s.block_m, s.block_n);
-    at.scratch = at.walk + 96;
-    at.total = at.scratch + (s.alibi ? s.warps * 4 : 0);
+    at.entries = at.ds + tile_bytes(s.type, s.block_m, s.block_n) - at.weights;
+    at.walk = at.weights + (s.stages == 3 ? 2 : 1) * at.entries;
+    at.total = at.walk + 96;
     return at;
   }
 };

@@ -78,7 +78,7 @@ struct BackwardParams : CallParams {
   float* dq_sum;         // [head][slot][block_m × head_dim, as accumulators lie in warps]
   int* tickets;          // [head][slot] key blocks that have added to dq, where their order matters; then blocks begun
   float* sink_parts;     // [head][slot]
-  float* slope_parts;    // [batch][head][key block]
+  float* slope_parts;    // [batch][head][key block][warp]
 };
 
 }  // namespace fovea::cuda

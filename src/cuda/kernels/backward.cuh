@@ -26,33 +26,6 @@ FOVEA_DEVICE void reduce(float* piece, const Accumulator& c) {
 #endif
 }
 
-/// Adds floats in shared memory to as many in global memory, by the copy engine; called by one lane, for what its warp
-/// has written.
-FOVEA_DEVICE void start_reduction(float* to, u32 from, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to),
-               "r"(from), "r"(bytes)
-               : "memory");
-#endif
-}
-/// Shared memory written by ordinary stores before is what the copy engine reads after.
-FOVEA_DEVICE void show_to_copy_engine() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-/// Until the reductions that this thread started have read their source, or kDone: have been added.
-template <bool kDone>
-FOVEA_DEVICE void await_reductions() {
-#if __CUDA_ARCH__ >= 900
-  if constexpr (kDone) {
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-  } else {
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-  }
-#endif
-}
-
 /// Which keys a block has, and the tiles of rows that see them.  It lies in shared memory: asked once a tile, it is not worth registers.
 struct Walk {
   Sequence sequence;
@@ -79,8 +52,8 @@ template <BackwardSpec S>
 struct Backward {
   static constexpr int kThreads = S.warps * kWarp;
   static constexpr BackwardShared kShared = BackwardShared::of(S);
-  /// dq leaves by way of the tile's place in the ring, which its own rows need no more.
-  static constexpr bool kBulk = kVectorReduction && S.stages == 2 && S.block_m * S.head_dim * 4 <= kShared.stage;
+  /// Half of the warps make the scores of a tile while the others make the products of the one before.
+  static constexpr bool kLeapfrog = S.stages == 3;
 
   using KTile = Tile<S.type, S.block_n, S.head_dim>;
   using VTile = Tile<S.type, S.block_n, S.head_dim_v>;
@@ -109,6 +82,13 @@ struct Backward {
     FOVEA_DEVICE static int piece(int i, int j) { return ((i / kM * Dq::kGrid.across + j / kN) * kM + i % kM) * kN + j % kN; }
   };
 
+  /// What a block gathers.
+  struct Sums {
+    Dk dk;
+    Dv dv;
+    float slope = 0.0F;  // a thread's part, of the head at hand
+  };
+
   /// A tile of rows on the walk over all that see the block's keys, head by head.
   struct Place {
     int head, tile;
@@ -134,8 +114,9 @@ struct Backward {
   FOVEA_DEVICE VTile v_tile() const { return tile_at<VTile>(kShared.v); }
   FOVEA_DEVICE QTile q_tile(int stage) const { return tile_at<QTile>(kShared.ring + stage * kShared.stage); }
   FOVEA_DEVICE DoutTile dout_tile(int stage) const { return tile_at<DoutTile>(kShared.ring + stage * kShared.stage + kShared.dout); }
-  FOVEA_DEVICE EntryTile weights() const { return tile_at<EntryTile>(kShared.weights); }
-  FOVEA_DEVICE EntryTile ds_tile() const { return tile_at<EntryTile>(kShared.ds); }
+  FOVEA_DEVICE EntryTile weights(int turn) const { return tile_at<EntryTile>(kShared.weights + turn * kShared.entries); }
+  FOVEA_DEVICE EntryTile ds_tile(int turn) const { return tile_at<EntryTile>(kShared.ds + turn * kShared.entries); }
+  FOVEA_DEVICE u32 statistics(int stage) const { return fresh(shared) + kShared.ring + stage * kShared.stage + kShared.statistics; }
 
   FOVEA_DEVICE void load_keys() const {
     const int keys = static_cast<int>(sequence.band.seqlen_kv) - key();
@@ -148,109 +129,188 @@ struct Backward {
     const int rows = static_cast<int>(sequence.band.seqlen_q) - next.tile * S.block_m;
     load_rows<S.async_copy, kThreads>(q_tile(stage), rows, p.head_dim * kBytes<S.type>, p.q.aligned, next.q, p.q.row);
     load_rows<S.async_copy, kThreads>(dout_tile(stage), rows, p.head_dim_v * kBytes<S.type>, p.dout.aligned, next.dout, p.dout.row);
+    for (int at = static_cast<int>(threadIdx.x); at < S.block_m / 2; at += kThreads) {  // log2_lse, then delta
+      const float* from = (at < S.block_m / 4 ? p.log2_lse : p.delta) + slot(next) * S.block_m + at % (S.block_m / 4) * 4;
+      copy_or_clear<S.async_copy>(statistics(stage) + at * 16, reinterpret_cast<const char*>(from), true);
+    }
   }
 
-  FOVEA_DEVICE Place next(Place at) const { return at.tile + 1 < walk.end ? Place{at.head, at.tile + 1} : Place{at.head + 1, walk.first}; }
+  FOVEA_DEVICE Place first_place() const { return {walk.kv_head * group(), walk.first}; }
+  FOVEA_DEVICE Place next(Place at) const {
+    return at.tile + 1 < walk.end ? Place{at.head, at.tile + 1} : Place{at.head + 1, walk.first};
+  }
+  FOVEA_DEVICE bool exists(const Place& at) const { return walk.first < walk.end && at.head < (walk.kv_head + 1) * group(); }
+  FOVEA_DEVICE bool full(const Place& at) const { return at.tile >= walk.first_full && at.tile < walk.end_full; }
+
+  FOVEA_DEVICE Ahead ahead_at(const Place& at) const {
+    const int row = at.tile * S.block_m;
+    return {at, sequence.q_row(p.q, row, at.head), sequence.q_row(p.dout, row, at.head)};
+  }
+  /// Starts the copies of a tile of rows and moves on to the next.
+  FOVEA_DEVICE void load_ahead(Ahead& ahead, int stage) const {
+    if (exists(ahead)) load(ahead, stage);
+    close_copies<S.async_copy>();
+    if (ahead.tile + 1 < walk.end) {
+      ++ahead.tile;
+      ahead.q += S.block_m * p.q.row;
+      ahead.dout += S.block_m * p.dout.row;
+    } else {
+      ahead = ahead_at(next(ahead));
+    }
+  }
 
   FOVEA_DEVICE void run() const {
-    const int first_head = walk.kv_head * group(), end_head = walk.first < walk.end ? first_head + group() : first_head;
-    const auto ahead_at = [&](Place at) {
-      const int row = at.tile * S.block_m;
-      return Ahead{at, sequence.q_row(p.q, row, at.head), sequence.q_row(p.dout, row, at.head)};
-    };
-
-    Dk dk;
-    Dv dv;
-    clear(dk.c);
-    clear(dv.c);
-    float slope_sum = 0.0F;
+    Sums sums;
+    clear(sums.dk.c);
+    clear(sums.dv.c);
     if constexpr (S.alibi) clear_slope_parts();
-
-    Ahead ahead = ahead_at({first_head, walk.first});
-    const auto load_ahead = [&](int stage) {
-      if (ahead.head < end_head) load(ahead, stage);
-      close_copies<S.async_copy>();
-      if (++ahead.tile < walk.end) {
-        ahead.q += S.block_m * p.q.row;
-        ahead.dout += S.block_m * p.dout.row;
-      } else {
-        ahead = ahead_at({ahead.head + 1, walk.first});
-      }
-    };
     load_keys();
-    load_ahead(0);
-    int stage = 0;
-#pragma unroll 1
-    for (Place at{first_head, walk.first}; at.head < end_head; at = next(at)) {
-      await_copies<S.async_copy, 0>();
-      __syncthreads();  // this tile is there for all, and nobody still reads the last one's P and dS
-      const bool full = at.tile >= walk.first_full && at.tile < walk.end_full;
-      if constexpr (S.mask || S.bias) {
-        visit<true>(at, stage, full ? TileState::kFull : TileState::kPartial, dk, dv, slope_sum, load_ahead);
-      } else if (full) {
-        visit<false>(at, stage, TileState::kFull, dk, dv, slope_sum, load_ahead);
-      } else {
-        visit<true>(at, stage, TileState::kPartial, dk, dv, slope_sum, load_ahead);
-      }
-      if constexpr (S.alibi) {
-        if (at.tile + 1 == walk.end) store_slope_part(at.head, slope_sum);
-      }
-      if constexpr (S.stages == 2) stage ^= 1;
+    if constexpr (kLeapfrog) {
+      leapfrog(sums);
+    } else {
+      alternate(sums);
     }
     await_copies<S.async_copy, 0>();
-    if constexpr (kBulk) await_reductions<S.deterministic>();
     __syncthreads();
     if constexpr (S.deterministic) {
-      if (first_head < end_head) pass_turn({end_head - 1, walk.end - 1});
+      if (walk.first < walk.end) pass_turn({(walk.kv_head + 1) * group() - 1, walk.end - 1});
     }
-    store(dk, dv);
+    store(sums.dk, sums.dv);
   }
 
-  /// One tile of rows: its P and dS, and what they add to dv, dk and dq.  kHides: some entries may be hidden.
-  template <bool kHides, class LoadAhead>
-  FOVEA_DEVICE void visit(const Place& at, int stage, TileState state, Dk& dk, Dv& dv, float& slope_sum,
-                          const LoadAhead& load_ahead) const {
-    const RowMap<false> rows{at.tile * S.block_m, sequence.q_rows, at.head, 1};
-    const ScoreRules<S, false> rules{p, sequence, rows};
-    bool spoiled = false;
-    {
-      GradientTile<S> tile;
-      if (tile.works()) {
-        tile.load_statistics(p, slot(at) * S.block_m);
-        const math::DropoutStream stream = S.dropout ? rules.stream(at.head) : math::DropoutStream{};
-        spoiled = tile.template compute<kHides>(q_tile(stage), k_tile(), dout_tile(stage), v_tile(), rules, key(), state,
-                                                S.mask, stream);
-        if constexpr (S.alibi) {
-          tile.each([&](int i, int j, int e) {
-            const int r = tile.row() + 16 * i + lane_id() / 4 + e / 2 * 8, c = key() + tile.column() + 8 * j + lane_id() % 4 * 2 + e % 2;
-            slope_sum -= tile.ds[i][j].x[e] * rules.distance(r, c);
-          });
-        }
-        tile.pass_softcap();
-        store(corner_c(weights(), tile.row(), tile.column()), tile.p);
-        store(corner_c(ds_tile(), tile.row(), tile.column()), tile.ds);
+  /// All warps make the scores of a tile, then all its products; the next tile's rows arrive meanwhile, or in the end
+  /// where there is room for one tile only.
+  FOVEA_DEVICE void alternate(Sums& sums) const {
+    Ahead ahead = ahead_at(first_place());
+    load_ahead(ahead, 0);
+    int stage = 0;
+#pragma unroll 1
+    for (Place at = first_place(); exists(at); at = next(at)) {
+      await_copies<S.async_copy, 0>();
+      __syncthreads();  // this tile is there for all, and nobody still reads the last one
+      if constexpr (S.deterministic) pass_turn_before(at);
+      if constexpr (S.stages == 2) load_ahead(ahead, stage ^ 1);
+      const bool spoiled = meet(!full(at), scores(at, stage, 0, sums));
+      products(at, stage, 0, sums, spoiled);
+      if constexpr (S.stages == 1) {
+        __syncthreads();
+        load_ahead(ahead, 0);
+      } else {
+        stage ^= 1;
       }
     }
-    if constexpr (kBulk) await_reductions<S.deterministic>();  // of the last tile
-    if constexpr (kHides) {
-      spoiled = __syncthreads_or(spoiled);
-    } else {
-      __syncthreads();
+  }
+
+  /// One barrier a tile.  Between two of them each warp makes the products of one tile and the scores of the next, the
+  /// first half of the warps in this order, the others in the other: so the tensor cores have work while scores pass
+  /// through the exponential.
+  FOVEA_DEVICE void leapfrog(Sums& sums) const {
+    const bool products_first = warp_id() < S.warps / 2;
+    Ahead ahead = ahead_at(first_place());
+    load_ahead(ahead, 0);
+    Place at{}, then = first_place();
+    bool started = false, spoiled = false;
+    int stage = 2, turn = 1;
+#pragma unroll 1
+    while (true) {
+      await_copies<S.async_copy, 0>();
+      spoiled = meet(started && !full(at), spoiled);  // behind it nobody still reads the tile before this one
+      if (S.deterministic && started) pass_turn_before(at);
+      const int next_stage = stage == 2 ? 0 : stage + 1;
+      load_ahead(ahead, next_stage == 2 ? 0 : next_stage + 1);
+      const bool careful = spoiled;
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        if ((half == 0) == products_first) {
+          if (started) products(at, stage, turn, sums, careful);
+        } else if (exists(then)) {
+          spoiled = scores(then, next_stage, turn ^ 1, sums);
+        }
+      }
+      if (!exists(then)) break;
+      at = then;
+      then = next(then);
+      started = true;
+      stage = next_stage;
+      turn ^= 1;
     }
-    if constexpr (S.deterministic) pass_turn_before(at);
-    if constexpr (S.stages == 2) load_ahead(stage ^ 1);
-    add_columns<kHides>(dv, weights(), dout_tile(stage), spoiled);
-    add_columns<kHides>(dk, ds_tile(), q_tile(stage), spoiled);
-    if constexpr (S.stages == 1 || kBulk) __syncthreads();  // the tile's rows have been read
-    if constexpr (S.stages == 1) load_ahead(0);
-    add_dq<kHides>(at, stage, spoiled);
+  }
+
+  /// A barrier; whether anybody says yes, if it matters.
+  FOVEA_DEVICE static bool meet(bool matters, bool yes) {
+    if (S.mask || S.bias || matters) return __syncthreads_or(yes);
+    __syncthreads();
+    return false;
+  }
+
+  /// P and dS of a tile, to shared memory; whether a hidden entry may have met something that is not finite.
+  FOVEA_DEVICE bool scores(const Place& at, int stage, int turn, Sums& sums) const {
+    if constexpr (!S.mask && !S.bias) {
+      if (full(at)) return scores<false>(at, stage, turn, sums);
+    }
+    return scores<true>(at, stage, turn, sums);
+  }
+  template <bool kHides>
+  FOVEA_DEVICE bool scores(const Place& at, int stage, int turn, Sums& sums) const {
+    GradientTile<S> tile;
+    if (!tile.works()) return false;
+    const RowMap<false> rows{at.tile * S.block_m, sequence.q_rows, at.head, 1};
+    const ScoreRules<S, false> rules{p, sequence, rows};
+    const math::DropoutStream stream = S.dropout ? rules.stream(at.head) : math::DropoutStream{};
+    const bool spoiled = tile.template compute<kHides>(q_tile(stage), k_tile(), dout_tile(stage), v_tile(), statistics(stage), rules,
+                                                       key(), full(at) ? TileState::kFull : TileState::kPartial, stream);
+    if constexpr (S.alibi) {
+      tile.each([&](int i, int j, int e) {
+        const int r = tile.row() + 16 * i + lane_id() / 4 + e / 2 * 8, c = key() + tile.column() + 8 * j + lane_id() % 4 * 2 + e % 2;
+        sums.slope -= tile.ds[i][j].x[e] * rules.distance(r, c);
+      });
+      if (at.tile + 1 == walk.end) store_slope_part(at.head, sums.slope);
+    }
+    tile.pass_softcap();
+    store(corner_c(weights(turn), tile.row(), tile.column()), tile.p);
+    store(corner_c(ds_tile(turn), tile.row(), tile.column()), tile.ds);
+    return spoiled;
+  }
+
+  /// What a tile adds to dv, dk and dq.
+  FOVEA_DEVICE void products(const Place& at, int stage, int turn, Sums& sums, bool careful) const {
+    if (careful) {
+      products<true>(at, stage, turn, sums);
+    } else {
+      products<false>(at, stage, turn, sums);
+    }
+  }
+  template <bool kCareful>
+  FOVEA_DEVICE void products(const Place& at, int stage, int turn, Sums& sums) const {
+    add_columns<kCareful>(sums.dv, weights(turn), dout_tile(stage));
+    add_columns<kCareful>(sums.dk, ds_tile(turn), q_tile(stage));
+    if (!Dq::works()) return;
+    Dq dq;
+    clear(dq.c);
+    const EntryTile ds = ds_tile(turn);
+    const KTile k_columns = k_tile();
+    if constexpr (kCareful) {
+      multiply_seen<S.block_n>(
+          dq, [&](int k, int row) { return ds.at(row, k); }, [&](int k, int column) { return k_columns.at(k, column); });
+    } else {
+      const auto a = corner_a<true>(ds, Dq::row(), 0);
+      const auto b = corner_b_columns(k_columns, 0, Dq::column());
+      multiply<S, S.block_n / kStep<S.type>>(
+          dq.c, [&](int i, int k) { return load_a<true>(a, 16 * i, k); },
+          [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); });
+    }
+    if constexpr (S.deterministic) await_turn(at);
+    float* sum = p.dq_sum + slot(at) * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
+#pragma unroll
+    for (int x = 0; x < Dq::kM * Dq::kN; ++x) reduce(sum + x * 128, dq.c[x / Dq::kN][x % Dq::kN]);
+    if constexpr (S.deterministic) __threadfence();
   }
 
   /// C += (entries)ᵀ · rows: dv from P and dout, dk from dS and q.
-  template <bool kHides, class C, class RowTile>
-  FOVEA_DEVICE static void add_columns(C& sum, const EntryTile& entries, const RowTile& rows, bool spoiled) {
+  template <bool kCareful, class C, class RowTile>
+  FOVEA_DEVICE static void add_columns(C& sum, const EntryTile& entries, const RowTile& rows) {
     if (!C::works()) return;
-    if (kHides && spoiled) {
+    if constexpr (kCareful) {
       multiply_seen<S.block_m>(
           sum, [&](int k, int row) { return entries.at(k, row); }, [&](int k, int column) { return rows.at(k, column); });
     } else {
@@ -262,46 +322,29 @@ struct Backward {
     }
   }
 
-  /// dq += dS · k.
-  template <bool kHides>
-  FOVEA_DEVICE void add_dq(const Place& at, int stage, bool spoiled) const {
-    if (!Dq::works()) return;
-    Dq dq;
-    clear(dq.c);
-    const EntryTile ds = ds_tile();
-    const KTile k_columns = k_tile();
-    if (kHides && spoiled) {
-      multiply_seen<S.block_n>(
-          dq, [&](int k, int row) { return ds.at(row, k); }, [&](int k, int column) { return k_columns.at(k, column); });
-    } else {
-      const auto a = corner_a<true>(ds, Dq::row(), 0);
-      const auto b = corner_b_columns(k_columns, 0, Dq::column());
-      multiply<S, S.block_n / kStep<S.type>>(
-          dq.c, [&](int i, int k) { return load_a<true>(a, 16 * i, k); },
-          [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); });
-    }
-    float* sum = p.dq_sum + slot(at) * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
-    const u32 staged = fresh(shared) + kShared.ring + stage * kShared.stage + warp_id() * Dq::kFloats * 4;
+  /// The slow product, term by term, that leaves out hidden entries of A: for tiles in which something hidden may not be
+  /// finite.
+  template <int kSteps, class C, class A, class B>
+  FOVEA_DEVICE static void multiply_seen(C& sum, const A& a, const B& b) {
+    const int row = fresh(C::row() + lane_id() / 4), column = fresh(C::column() + lane_id() % 4 * 2);
+#pragma unroll 1
+    for (int k = 0; k < kSteps; ++k) {
+      constexpr int kM = C::kGrid.rows / 16, kN = C::kGrid.columns / 8;
+      float factors[kM][2];
 #pragma unroll
-    for (int i = 0; i < Dq::kM; ++i) {
+      for (int x = 0; x < 2 * kM; ++x) factors[x / 2][x % 2] = read_shared<S.type>(a(k, row + 8 * x));
 #pragma unroll
-      for (int j = 0; j < Dq::kN; ++j) {
-        if constexpr (kBulk) {
-          store_shared_16(staged + (i * Dq::kN + j) * 512 + fresh(lane_id()) * 16, bits(dq.c[i][j]));
+      for (int j = 0; j < kN; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float other = read_shared<S.type>(b(k, column + 8 * j + e));
+#pragma unroll
+          for (int x = 0; x < 2 * kM; ++x) {
+            const float factor = factors[x / 2][x % 2];
+            if (!GradientTile<S>::hidden(factor)) sum.c[x / 2][j].x[x % 2 * 2 + e] += factor * other;
+          }
         }
       }
-    }
-    if constexpr (kBulk) {
-      show_to_copy_engine();
-      __syncwarp();
-    }
-    if constexpr (S.deterministic) await_turn(at);
-    if constexpr (kBulk) {
-      if (lane_id() == 0) start_reduction(sum, staged, Dq::kFloats * 4);
-    } else {
-#pragma unroll
-      for (int x = 0; x < Dq::kM * Dq::kN; ++x) reduce(sum + x * 128, dq.c[x / Dq::kN][x % Dq::kN]);
-      if constexpr (S.deterministic) __threadfence();
     }
   }
 
@@ -333,49 +376,17 @@ struct Backward {
     if (at.head > walk.kv_head * group()) pass_turn({at.head - 1, walk.end - 1});
   }
 
-  /// The slow product, term by term, that leaves out hidden entries of A: for tiles in which something hidden may not be
-  /// finite.
-  template <int kSteps, class C, class A, class B>
-  FOVEA_DEVICE static void multiply_seen(C& sum, const A& a, const B& b) {
-    const int row = fresh(C::row() + lane_id() / 4), column = fresh(C::column() + lane_id() % 4 * 2);
-#pragma unroll 1
-    for (int k = 0; k < kSteps; ++k) {
-      constexpr int kM = C::kGrid.rows / 16, kN = C::kGrid.columns / 8;
-      float factors[kM][2];
-#pragma unroll
-      for (int x = 0; x < 2 * kM; ++x) factors[x / 2][x % 2] = read_shared<S.type>(a(k, row + 8 * x));
-#pragma unroll
-      for (int j = 0; j < kN; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float other = read_shared<S.type>(b(k, column + 8 * j + e));
-#pragma unroll
-          for (int x = 0; x < 2 * kM; ++x) {
-            const float factor = factors[x / 2][x % 2];
-            if (!GradientTile<S>::hidden(factor)) sum.c[x / 2][j].x[x % 2 * 2 + e] += factor * other;
-          }
-        }
-      }
-    }
-  }
-
   FOVEA_DEVICE float* slope_part(int head) const {
-    return p.slope_parts + (i64{sequence.batch} * p.q_heads + head) * p.key_blocks + walk.key_block;
+    return p.slope_parts + ((i64{sequence.batch} * p.q_heads + head) * p.key_blocks + walk.key_block) * S.warps + warp_id();
   }
   FOVEA_DEVICE void clear_slope_parts() const {
-    if (threadIdx.x != 0) return;
+    if (lane_id() != 0) return;
     for (int h = 0; h < group(); ++h) *slope_part(walk.kv_head * group() + h) = 0.0F;
   }
-  /// The block's share of a head's slope gradient, in the order of the warps; starts the next.
+  /// The warp's share of a head's slope gradient; starts the next.
   FOVEA_DEVICE void store_slope_part(int head, float& sum) const {
     for (int lane = 1; lane < kWarp; lane *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lane);
-    if (lane_id() == 0) store_shared(shared + kShared.scratch + 4 * warp_id(), __float_as_uint(sum));
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      float total = 0.0F;
-      for (int w = 0; w < S.warps; ++w) total += __uint_as_float(load_shared(shared + kShared.scratch + 4 * w));
-      *slope_part(head) = total;
-    }
+    if (lane_id() == 0) *slope_part(head) = sum;
     sum = 0.0F;
   }
 

@@ -55,37 +55,27 @@ struct GradientTile {
 
   Accumulator p[kM][kN], ds[kM][kN];
   Accumulator tanhs[S.softcap ? kM : 1][S.softcap ? kN : 1];
-  float log2_lse[kM][2], delta[kM][2];
+  float statistic[kM][2];  // of the rows: log2_lse, then delta
 
   FOVEA_DEVICE static bool works() { return kGrid.used == S.warps || warp_id() < kGrid.used; }
   FOVEA_DEVICE static int row() { return warp_id() / kGrid.across * kGrid.rows; }
   FOVEA_DEVICE static int column() { return warp_id() % kGrid.across * kGrid.columns; }
 
-  /// `first` is the number of the tile's row 0 among all rows in slots.
-  FOVEA_DEVICE void load_statistics(const BackwardParams& params, i64 first) {
-    const i64 at = first + row() + lane_id() / 4;
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        log2_lse[i][h] = params.log2_lse[at + 16 * i + 8 * h];
-        delta[i][h] = params.delta[at + 16 * i + 8 * h];
-      }
-    }
-  }
-
   /// kHides: some entry may be hidden.  Returns whether something that is not finite was met then: a product with it must
-  /// ask who is hidden, for 0 · NaN is NaN.
+  /// ask who is hidden, for 0 · NaN is NaN.  `statistics`: block_m of log2_lse, then of delta, in shared memory.
   template <bool kHides, class Q, class K, class Dout, class V>
-  FOVEA_DEVICE bool compute(const Q& q, const K& k, const Dout& dout, const V& v, const Rules& rules, int key,
-                            TileState state, bool use_mask, const math::DropoutStream& stream) {
+  FOVEA_DEVICE bool compute(const Q& q, const K& k, const Dout& dout, const V& v, u32 statistics, const Rules& rules, int key,
+                            TileState state, const math::DropoutStream& stream) {
     const float unit = kBareScores<S> ? rules.p.scale * kLog2E : 1.0F;  // of any sign: hidden entries are told apart first
-    product(p, q, k);
+    clear(p);
+    add_product(p, q, k);
     float check = kHides ? not_finite(p) : 0.0F;
     if constexpr (!kBareScores<S>) rules.template score_all<false>(p, row(), key + column(), tanhs_or_null());
-    if constexpr (kHides) rules.template hide<false>(p, row(), key + column(), state, use_mask);
-    exponentiate<kHides>(unit);
-    product(ds, dout, v);
+    if constexpr (kHides) rules.template hide<false>(p, row(), key + column(), state, S.mask);
+    exponentiate<kHides>(statistics, unit);
+    load_statistics(statistics + 4 * S.block_m);
+    each([&](int i, int j, int e) { ds[i][j].x[e] = S.dropout ? 0.0F : -statistic[i][e / 2]; });
+    add_product(ds, dout, v);
     if constexpr (kHides) check += not_finite(ds);
     differentiate<kHides>(rules, key, stream);
     return !(check == 0.0F);
@@ -116,15 +106,20 @@ struct GradientTile {
   }
 
  private:
-  /// C = rows · keysᵀ.
+  /// C += rows · keysᵀ.
   template <class Rows, class Keys>
-  FOVEA_DEVICE static void product(Accumulator (&c)[kM][kN], const Rows& rows, const Keys& keys) {
-    clear(c);
+  FOVEA_DEVICE static void add_product(Accumulator (&c)[kM][kN], const Rows& rows, const Keys& keys) {
     const auto a = corner_a(rows, row(), 0);
     const auto b = corner_b_rows(keys, column(), 0);
     multiply<S, Rows::kColumns / kStep<S.type>>(
         c, [&](int i, int k) { return load_a(a, 16 * i, k); },
         [&](OperandB(&two)[2], int j, int k) { load_b_rows(two, b, 8 * j, k); });
+  }
+
+  FOVEA_DEVICE void load_statistics(u32 from) {
+    const u32 mine = from + 4 * (row() + fresh(lane_id()) / 4);
+#pragma unroll
+    for (int x = 0; x < 2 * kM; ++x) statistic[x / 2][x % 2] = __uint_as_float(load_shared(mine + 32 * x));
   }
 
   FOVEA_DEVICE auto tanhs_or_null() {
@@ -143,29 +138,33 @@ struct GradientTile {
   }
 
   template <bool kHides>
-  FOVEA_DEVICE void exponentiate(float unit) {
+  FOVEA_DEVICE void exponentiate(u32 log2_lse, float unit) {
+    load_statistics(log2_lse);
     each([&](int i, int j, int e) {
       const float s = p[i][j].x[e];
-      const float weight = exp2(s * unit - log2_lse[i][e / 2]);
+      const float weight = exp2(s * unit - statistic[i][e / 2]);
       p[i][j].x[e] = kHides && s == -infinity() ? -0.0F : weight;
     });
   }
 
   template <bool kHides>
   FOVEA_DEVICE void differentiate(const Rules& rules, int key, const math::DropoutStream& stream) {
-    const auto entry = [&](int i, int j, int e, bool kept, float scale) {
-      float &x = p[i][j].x[e], &d = ds[i][j].x[e];
-      const bool is_hidden = kHides && hidden(x);
-      d = is_hidden ? -0.0F : x * ((kept ? d * scale : 0.0F) - delta[i][e / 2]) + 0.0F;
-      if (!kept && !is_hidden) x *= 0.0F;
-    };
     if constexpr (S.dropout) {
       const float scale = 65536.0F / static_cast<float>(rules.p.keep_threshold);
-      rules.template for_each_draw<false, kM, kN>(
-          row(), key + column(), stream, [&](int i, int j, int e, bool kept) { entry(i, j, e, kept, scale); });
+      rules.template for_each_draw<false, kM, kN>(row(), key + column(), stream, [&](int i, int j, int e, bool kept) {
+        float &x = p[i][j].x[e], &d = ds[i][j].x[e];
+        d = (kept ? d * scale : 0.0F) - statistic[i][e / 2];
+        pass_softmax<kHides>(x, d);
+        if (!kept && !(kHides && hidden(x))) x *= 0.0F;
+      });
     } else {
-      each([&](int i, int j, int e) { entry(i, j, e, true, 1.0F); });
+      each([&](int i, int j, int e) { pass_softmax<kHides>(p[i][j].x[e], ds[i][j].x[e]); });
     }
+  }
+  /// dP − delta becomes dS; of a visible entry never −0.
+  template <bool kHides>
+  FOVEA_DEVICE static void pass_softmax(float weight, float& d) {
+    d = kHides && hidden(weight) ? -0.0F : weight * d + 0.0F;
   }
 };
 
