@@ -30,6 +30,7 @@ FOVEA_DEVICE void reduce(float* piece, const Accumulator& c) {
 struct Walk {
   Sequence sequence;
   int key_block, kv_head;
+  int first_head, end_head;  // that read the keys; none where no row sees them
   int first, end;
   int first_full, end_full;  // of those that see every key
 
@@ -43,6 +44,8 @@ struct Walk {
     const Interval rows = band.rows_of_keys(keys), seers = band.rows_that_see_all(keys);
     first = static_cast<int>(rows.begin) / block_m;
     end = rows.empty() ? first : static_cast<int>(rows.end - 1) / block_m + 1;
+    first_head = kv_head * (p.q_heads / p.kv_heads);
+    end_head = first < end ? first_head + p.q_heads / p.kv_heads : first_head;
     first_full = (static_cast<int>(seers.begin) + block_m - 1) / block_m;
     end_full = static_cast<int>(seers.end) / block_m;
   }
@@ -105,7 +108,6 @@ struct Backward {
 
   FOVEA_DEVICE int key() const { return walk.key_block * S.block_n; }
   FOVEA_DEVICE i64 slot(const Place& at) const { return RowSlots(p, sequence, S.block_m).at(at.head, at.tile); }
-  FOVEA_DEVICE int group() const { return p.q_heads / p.kv_heads; }
   template <class T>
   FOVEA_DEVICE T tile_at(int offset) const {
     return {fresh(shared) + offset};
@@ -129,17 +131,18 @@ struct Backward {
     const int rows = static_cast<int>(sequence.band.seqlen_q) - next.tile * S.block_m;
     load_rows<S.async_copy, kThreads>(q_tile(stage), rows, p.head_dim * kBytes<S.type>, p.q.aligned, next.q, p.q.row);
     load_rows<S.async_copy, kThreads>(dout_tile(stage), rows, p.head_dim_v * kBytes<S.type>, p.dout.aligned, next.dout, p.dout.row);
-    for (int at = static_cast<int>(threadIdx.x); at < S.block_m / 2; at += kThreads) {  // log2_lse, then delta
+    static_assert(S.block_m / 2 <= kThreads);
+    if (const int at = static_cast<int>(threadIdx.x); at < S.block_m / 2) {  // log2_lse, then delta
       const float* from = (at < S.block_m / 4 ? p.log2_lse : p.delta) + slot(next) * S.block_m + at % (S.block_m / 4) * 4;
       copy_or_clear<S.async_copy>(statistics(stage) + at * 16, reinterpret_cast<const char*>(from), true);
     }
   }
 
-  FOVEA_DEVICE Place first_place() const { return {walk.kv_head * group(), walk.first}; }
+  FOVEA_DEVICE Place first_place() const { return {walk.first_head, walk.first}; }
   FOVEA_DEVICE Place next(Place at) const {
     return at.tile + 1 < walk.end ? Place{at.head, at.tile + 1} : Place{at.head + 1, walk.first};
   }
-  FOVEA_DEVICE bool exists(const Place& at) const { return walk.first < walk.end && at.head < (walk.kv_head + 1) * group(); }
+  FOVEA_DEVICE bool exists(const Place& at) const { return at.head < walk.end_head; }
   FOVEA_DEVICE bool full(const Place& at) const { return at.tile >= walk.first_full && at.tile < walk.end_full; }
 
   FOVEA_DEVICE Ahead ahead_at(const Place& at) const {
@@ -173,7 +176,7 @@ struct Backward {
     await_copies<S.async_copy, 0>();
     __syncthreads();
     if constexpr (S.deterministic) {
-      if (walk.first < walk.end) pass_turn({(walk.kv_head + 1) * group() - 1, walk.end - 1});
+      if (walk.first_head < walk.end_head) pass_turn({walk.end_head - 1, walk.end - 1});
     }
     store(sums.dk, sums.dv);
   }
@@ -267,8 +270,9 @@ struct Backward {
       if (at.tile + 1 == walk.end) store_slope_part(at.head, sums.slope);
     }
     tile.pass_softcap();
-    store(corner_c(weights(turn), tile.row(), tile.column()), tile.p);
-    store(corner_c(ds_tile(turn), tile.row(), tile.column()), tile.ds);
+    const int lane = fresh(lane_id());
+    store_accumulators(corner_c(weights(turn), lane, tile.row(), tile.column()), tile.p);
+    store_accumulators(corner_c(ds_tile(turn), lane, tile.row(), tile.column()), tile.ds);
     return spoiled;
   }
 
@@ -282,22 +286,23 @@ struct Backward {
   }
   template <bool kCareful>
   FOVEA_DEVICE void products(const Place& at, int stage, int turn, Sums& sums) const {
-    add_columns<kCareful>(sums.dv, weights(turn), dout_tile(stage));
-    add_columns<kCareful>(sums.dk, ds_tile(turn), q_tile(stage));
+    const int lane = fresh(lane_id());
+    add_columns<kCareful>(sums.dv, weights(turn), dout_tile(stage), lane);
+    add_columns<kCareful>(sums.dk, ds_tile(turn), q_tile(stage), lane);
     if (!Dq::works()) return;
     Dq dq;
-    clear(dq.c);
     const EntryTile ds = ds_tile(turn);
     const KTile k_columns = k_tile();
     if constexpr (kCareful) {
+      clear(dq.c);
       multiply_seen<S.block_n>(
           dq, [&](int k, int row) { return ds.at(row, k); }, [&](int k, int column) { return k_columns.at(k, column); });
     } else {
-      const auto a = corner_a<true>(ds, Dq::row(), 0);
-      const auto b = corner_b_columns(k_columns, 0, Dq::column());
-      multiply<S, S.block_n / kStep<S.type>>(
+      const auto a = corner_a<true>(ds, lane, Dq::row(), 0);
+      const auto b = corner_b_columns(k_columns, lane, 0, Dq::column());
+      multiply_steps<S, S.block_n / kStep<S.type>>(
           dq.c, [&](int i, int k) { return load_a<true>(a, 16 * i, k); },
-          [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); });
+          [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); }, [](int) { return Accumulator{}; });
     }
     if constexpr (S.deterministic) await_turn(at);
     float* sum = p.dq_sum + slot(at) * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
@@ -308,17 +313,17 @@ struct Backward {
 
   /// C += (entries)ᵀ · rows: dv from P and dout, dk from dS and q.
   template <bool kCareful, class C, class RowTile>
-  FOVEA_DEVICE static void add_columns(C& sum, const EntryTile& entries, const RowTile& rows) {
+  FOVEA_DEVICE static void add_columns(C& sum, const EntryTile& entries, const RowTile& rows, int lane) {
     if (!C::works()) return;
     if constexpr (kCareful) {
       multiply_seen<S.block_m>(
           sum, [&](int k, int row) { return entries.at(k, row); }, [&](int k, int column) { return rows.at(k, column); });
     } else {
-      const auto a = corner_a_columns(entries, 0, C::row());
-      const auto b = corner_b_columns(rows, 0, C::column());
-      multiply<S, S.block_m / kStep<S.type>>(
+      const auto a = corner_a_columns(entries, lane, 0, C::row());
+      const auto b = corner_b_columns(rows, lane, 0, C::column());
+      multiply_steps<S, S.block_m / kStep<S.type>>(
           sum.c, [&](int i, int k) { return load_a_columns(a, 16 * i, k); },
-          [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); });
+          [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); }, OnTop{});
     }
   }
 
@@ -373,7 +378,7 @@ struct Backward {
   }
   FOVEA_DEVICE void pass_turn_before(const Place& at) const {
     if (at.tile > walk.first) return pass_turn({at.head, at.tile - 1});
-    if (at.head > walk.kv_head * group()) pass_turn({at.head - 1, walk.end - 1});
+    if (at.head > walk.first_head) pass_turn({at.head - 1, walk.end - 1});
   }
 
   FOVEA_DEVICE float* slope_part(int head) const {
@@ -381,7 +386,7 @@ struct Backward {
   }
   FOVEA_DEVICE void clear_slope_parts() const {
     if (lane_id() != 0) return;
-    for (int h = 0; h < group(); ++h) *slope_part(walk.kv_head * group() + h) = 0.0F;
+    for (int h = 0; h < p.q_heads / p.kv_heads; ++h) *slope_part(walk.first_head + h) = 0.0F;
   }
   /// The warp's share of a head's slope gradient; starts the next.
   FOVEA_DEVICE void store_slope_part(int head, float& sum) const {
@@ -411,15 +416,7 @@ struct Backward {
         for (float& x : c.x) x *= scale;
       }
     }
-    store(corner_c(tile, C::row(), C::column()), sum.c);
-  }
-  template <class To, int kM, int kN>
-  FOVEA_DEVICE static void store(const Corner<To>& to, const Accumulator (&c)[kM][kN]) {
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int j = 0; j < kN; ++j) store_accumulator(to, 16 * i, 8 * j, c[i][j]);
-    }
+    store_accumulators(corner_c(tile, lane_id(), C::row(), C::column()), sum.c);
   }
 };
 

@@ -7,9 +7,11 @@
 // dS = P ∘ (dP − delta) from dout and v (2205.14135, algorithm 4).
 namespace fovea::cuda {
 
-/// C += A · B; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.
-template <auto S, int kSteps, int kM, int kN, class A, class B>
-FOVEA_DEVICE void multiply(Accumulator (&c)[kM][kN], const A& a, const B& b) {
+struct OnTop {};  // of what C holds already
+
+/// C = A · B + `start` of its rows, or on top; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.
+template <auto S, int kSteps, int kM, int kN, class A, class B, class Start>
+FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start) {
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
     OperandA rows[kM];
@@ -21,8 +23,16 @@ FOVEA_DEVICE void multiply(Accumulator (&c)[kM][kN], const A& a, const B& b) {
       b(columns, j, k * kStep<S.type>);
 #pragma unroll
       for (int i = 0; i < kM; ++i) {
-        multiply_add<S.type, S.mma>(c[i][j], rows[i], columns[0]);
-        multiply_add<S.type, S.mma>(c[i][j + 1], rows[i], columns[1]);
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          if constexpr (__is_same(Start, OnTop)) {
+            multiply_add<S.type, S.mma>(c[i][j + x], rows[i], columns[x]);
+          } else if (k == 0) {
+            multiply<S.type, S.mma>(c[i][j + x], rows[i], columns[x], start(i));
+          } else {
+            multiply_add<S.type, S.mma>(c[i][j + x], rows[i], columns[x]);
+          }
+        }
       }
     }
   }
@@ -67,15 +77,17 @@ struct GradientTile {
   FOVEA_DEVICE bool compute(const Q& q, const K& k, const Dout& dout, const V& v, u32 statistics, const Rules& rules, int key,
                             TileState state, const math::DropoutStream& stream) {
     const float unit = kBareScores<S> ? rules.p.scale * kLog2E : 1.0F;  // of any sign: hidden entries are told apart first
-    clear(p);
-    add_product(p, q, k);
+    const int lane = fresh(lane_id());
+    product(p, q, k, lane, [](int) { return Accumulator{}; });
     float check = kHides ? not_finite(p) : 0.0F;
     if constexpr (!kBareScores<S>) rules.template score_all<false>(p, row(), key + column(), tanhs_or_null());
     if constexpr (kHides) rules.template hide<false>(p, row(), key + column(), state, S.mask);
     exponentiate<kHides>(statistics, unit);
     load_statistics(statistics + 4 * S.block_m);
-    each([&](int i, int j, int e) { ds[i][j].x[e] = S.dropout ? 0.0F : -statistic[i][e / 2]; });
-    add_product(ds, dout, v);
+    product(ds, dout, v, lane, [&](int i) {
+      const float low = S.dropout ? 0.0F : -statistic[i][0], high = S.dropout ? 0.0F : -statistic[i][1];
+      return Accumulator{{low, low, high, high}};
+    });
     if constexpr (kHides) check += not_finite(ds);
     differentiate<kHides>(rules, key, stream);
     return !(check == 0.0F);
@@ -106,14 +118,14 @@ struct GradientTile {
   }
 
  private:
-  /// C += rows · keysᵀ.
-  template <class Rows, class Keys>
-  FOVEA_DEVICE static void add_product(Accumulator (&c)[kM][kN], const Rows& rows, const Keys& keys) {
-    const auto a = corner_a(rows, row(), 0);
-    const auto b = corner_b_rows(keys, column(), 0);
-    multiply<S, Rows::kColumns / kStep<S.type>>(
+  /// C = rows · keysᵀ + start.
+  template <class Rows, class Keys, class Start>
+  FOVEA_DEVICE static void product(Accumulator (&c)[kM][kN], const Rows& rows, const Keys& keys, int lane, const Start& start) {
+    const auto a = corner_a(rows, lane, row(), 0);
+    const auto b = corner_b_rows(keys, lane, column(), 0);
+    multiply_steps<S, Rows::kColumns / kStep<S.type>>(
         c, [&](int i, int k) { return load_a(a, 16 * i, k); },
-        [&](OperandB(&two)[2], int j, int k) { load_b_rows(two, b, 8 * j, k); });
+        [&](OperandB(&two)[2], int j, int k) { load_b_rows(two, b, 8 * j, k); }, start);
   }
 
   FOVEA_DEVICE void load_statistics(u32 from) {

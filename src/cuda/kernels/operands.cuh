@@ -7,10 +7,6 @@
 // is left for each load is a constant.
 namespace fovea::cuda {
 
-FOVEA_DEVICE uint4 bits(const Accumulator& c) {
-  return {__float_as_uint(c.x[0]), __float_as_uint(c.x[1]), __float_as_uint(c.x[2]), __float_as_uint(c.x[3])};
-}
-
 /// A tile without room between the rows: pieces of 16 bytes change places within 128 bytes, row by row.
 template <Type kElement, int kRowCount, int kDim>
 struct SwizzledTile {
@@ -54,39 +50,51 @@ struct Corner {
   }
 };
 
+#if __CUDA_ARCH__ >= 900
+inline constexpr bool kStoresMatrices = true;
+#else
+inline constexpr bool kStoresMatrices = false;
+#endif
+
+/// The inverse of `load_matrices`.
+FOVEA_DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+#endif
+}
+
+// `lane` is the lane's number, asked for anew (`fresh`) where its parts are not to be kept in registers.
+
 /// For `load_a` and, paired, for the A that goes with `load_b_columns`: fp32 then takes a step's columns in the order 0,
 /// 2, 4, 6, 1, 3, 5, 7.
 template <bool kPaired = false, class Tile>
-FOVEA_DEVICE Corner<Tile> corner_a(const Tile& tile, int row, int column) {
-  const int lane = fresh(lane_id());
+FOVEA_DEVICE Corner<Tile> corner_a(const Tile& tile, int lane, int row, int column) {
   if constexpr (Tile::kType == Type::kFloat32) return {tile.at(row + lane / 4, column + lane % 4 * (kPaired ? 2 : 1))};
   return {tile.at(row + lane % 16, column + lane / 16 * 8)};
 }
 /// For `load_b_rows`.
 template <class Tile>
-FOVEA_DEVICE Corner<Tile> corner_b_rows(const Tile& tile, int row, int column) {
-  const int lane = fresh(lane_id());
+FOVEA_DEVICE Corner<Tile> corner_b_rows(const Tile& tile, int lane, int row, int column) {
   if constexpr (Tile::kType == Type::kFloat32) return {tile.at(row + lane / 4, column + lane % 4)};
   return {tile.at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8)};
 }
 /// For `load_a_columns`.
 template <class Tile>
-FOVEA_DEVICE Corner<Tile> corner_a_columns(const Tile& tile, int row, int column) {
-  const int lane = fresh(lane_id());
+FOVEA_DEVICE Corner<Tile> corner_a_columns(const Tile& tile, int lane, int row, int column) {
   if constexpr (Tile::kType == Type::kFloat32) return {tile.at(row + lane % 4 * 2, column + lane / 4)};
   return {tile.at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8)};
 }
 /// For `load_b_columns`.
 template <class Tile>
-FOVEA_DEVICE Corner<Tile> corner_b_columns(const Tile& tile, int row, int column) {
-  const int lane = fresh(lane_id());
+FOVEA_DEVICE Corner<Tile> corner_b_columns(const Tile& tile, int lane, int row, int column) {
   if constexpr (Tile::kType == Type::kFloat32) return {tile.at(row + lane % 4 * 2, column + lane / 4)};
   return {tile.at(row + lane % 16, column + lane / 16 * 8)};
 }
-/// For `store_accumulator`.
+/// For `store_accumulators`.
 template <class Tile>
-FOVEA_DEVICE Corner<Tile> corner_c(const Tile& tile, int row, int column) {
-  const int lane = fresh(lane_id());
+FOVEA_DEVICE Corner<Tile> corner_c(const Tile& tile, int lane, int row, int column) {
+  if constexpr (kStoresMatrices && Tile::kType != Type::kFloat32) return corner_a(tile, lane, row, column);
   return {tile.at(row + lane / 4, column + lane % 4 * 2)};
 }
 
@@ -145,16 +153,31 @@ FOVEA_DEVICE void load_b_columns(OperandB (&b)[2], const Corner<Tile>& corner, i
     b[1] = {x[2], x[3]};
   }
 }
-template <class Tile>
-FOVEA_DEVICE void store_accumulator(const Corner<Tile>& corner, int row, int column, const Accumulator& c) {
+/// Writes a piece of a tile, its accumulators side by side in twos.
+template <class Tile, int kM, int kN>
+FOVEA_DEVICE void store_accumulators(const Corner<Tile>& corner, const Accumulator (&c)[kM][kN]) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const u32 at = corner.at(row + 8 * h, column);
-    if constexpr (Tile::kType == Type::kFloat32) {
-      store_shared(at, __float_as_uint(c.x[2 * h]));
-      store_shared(at + 4, __float_as_uint(c.x[2 * h + 1]));
-    } else {
-      store_shared(at, pack<Tile::kType>(c.x[2 * h], c.x[2 * h + 1]));
+  for (int i = 0; i < kM; ++i) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      const Accumulator& one = c[i][j];
+      if constexpr (Tile::kType == Type::kFloat32) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const u32 at = corner.at(16 * i + 8 * h, 8 * j);
+          store_shared(at, __float_as_uint(one.x[2 * h]));
+          store_shared(at + 4, __float_as_uint(one.x[2 * h + 1]));
+        }
+      } else if constexpr (kStoresMatrices) {
+        const Accumulator& two = c[i][j | 1];
+        if (j % 2 == 0) {
+          store_matrices(corner.at(16 * i, 8 * j), pack<Tile::kType>(one.x[0], one.x[1]), pack<Tile::kType>(one.x[2], one.x[3]),
+                         pack<Tile::kType>(two.x[0], two.x[1]), pack<Tile::kType>(two.x[2], two.x[3]));
+        }
+      } else {
+        store_shared(corner.at(16 * i, 8 * j), pack<Tile::kType>(one.x[0], one.x[1]));
+        store_shared(corner.at(16 * i + 8, 8 * j), pack<Tile::kType>(one.x[2], one.x[3]));
+      }
     }
   }
 }
@@ -164,6 +187,25 @@ FOVEA_DEVICE float read_shared(u32 address) {
     return __uint_as_float(load_shared(address));
   } else {
     return widen<kType>(load_shared(address & ~3U) >> (address & 2U) * 8 & 0xffffU);
+  }
+}
+
+/// C = A · B + `start`, which is kept.
+template <Type kType, Mma kMma>
+FOVEA_DEVICE void multiply(Accumulator& c, const OperandA& a, const OperandB& b, const Accumulator& start) {
+  if constexpr (kMma == Mma::kHalf16 && kType == Type::kFloat16) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+                 : "=f"(c.x[0]), "=f"(c.x[1]), "=f"(c.x[2]), "=f"(c.x[3])
+                 : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]), "f"(start.x[0]),
+                   "f"(start.x[1]), "f"(start.x[2]), "f"(start.x[3]));
+  } else if constexpr (kMma == Mma::kHalf16 && kType == Type::kBFloat16) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+                 : "=f"(c.x[0]), "=f"(c.x[1]), "=f"(c.x[2]), "=f"(c.x[3])
+                 : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]), "f"(start.x[0]),
+                   "f"(start.x[1]), "f"(start.x[2]), "f"(start.x[3]));
+  } else {
+    c = start;
+    multiply_add<kType, kMma>(c, a, b);
   }
 }
 
