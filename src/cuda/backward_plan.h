@@ -60,7 +60,7 @@ struct BackwardShared {
     at.ds = at.weights + tile_bytes(s.type, s.block_m, s.block_n);
     at.entries = at.ds + tile_bytes(s.type, s.block_m, s.block_n) - at.weights;
     at.walk = at.weights + (s.stages == 3 ? 2 : 1) * at.entries;
-    at.total = at.walk + 96;
+    at.total = at.walk + 320;
     return at;
   }
 };

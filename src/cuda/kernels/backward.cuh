@@ -26,13 +26,24 @@ FOVEA_DEVICE void reduce(float* piece, const Accumulator& c) {
 #endif
 }
 
-/// Which keys a block has, and the tiles of rows that see them.  It lies in shared memory: asked once a tile, it is not worth registers.
+/// A tile of rows on a block's walk.
+struct Step {
+  const char *q, *dout;  // its first rows
+  i64 slot;
+  int head, tile;
+  int stage;             // its place in the ring
+  bool exists, full;     // full: every row sees every key
+};
+
+/// Which keys a block has, and the tiles of rows that see them, head by head.  It lies in shared memory and is kept by
+/// one thread: asked a few times a tile, it is not worth the registers of all.
 struct Walk {
   Sequence sequence;
   int key_block, kv_head;
   int first_head, end_head;  // that read the keys; none where no row sees them
-  int first, end;
-  int first_full, end_full;  // of those that see every key
+  int first, end;            // tiles
+  int first_full, end_full;
+  Step steps[4];
 
   /// Blocks: key blocks (early ones, which most rows see under a causal rule, first) × kv heads × batch.
   FOVEA_DEVICE Walk(const BackwardParams& p, int block, int block_m, int block_n)
@@ -42,12 +53,30 @@ struct Walk {
     const math::Band& band = sequence.band;
     const Interval keys{key_block * block_n, (key_block + 1) * block_n};
     const Interval rows = band.rows_of_keys(keys), seers = band.rows_that_see_all(keys);
+    const int group = p.q_heads / p.kv_heads;
     first = static_cast<int>(rows.begin) / block_m;
     end = rows.empty() ? first : static_cast<int>(rows.end - 1) / block_m + 1;
-    first_head = kv_head * (p.q_heads / p.kv_heads);
-    end_head = first < end ? first_head + p.q_heads / p.kv_heads : first_head;
     first_full = (static_cast<int>(seers.begin) + block_m - 1) / block_m;
     end_full = static_cast<int>(seers.end) / block_m;
+    first_head = kv_head * group;
+    end_head = first < end ? first_head + group : first_head;
+  }
+
+  FOVEA_DEVICE void write_step(const BackwardParams& p, int n, int head, int tile, int stages, int block_m) {
+    steps[n & 3] = {sequence.q_row(p.q, tile * block_m, head),
+                    sequence.q_row(p.dout, tile * block_m, head),
+                    RowSlots(p, sequence, block_m).at(head, tile),
+                    head,
+                    tile,
+                    n % stages,
+                    head < end_head,
+                    tile >= first_full && tile < end_full};
+  }
+  /// Step n + 1 from step n.
+  FOVEA_DEVICE void write_next(const BackwardParams& p, int n, int stages, int block_m) {
+    const Step& last = steps[n & 3];
+    const bool same_head = last.tile + 1 < end;
+    write_step(p, n + 1, same_head ? last.head : last.head + 1, same_head ? last.tile + 1 : first, stages, block_m);
   }
 };
 
@@ -92,22 +121,13 @@ struct Backward {
     float slope = 0.0F;  // a thread's part, of the head at hand
   };
 
-  /// A tile of rows on the walk over all that see the block's keys, head by head.
-  struct Place {
-    int head, tile;
-  };
-  /// The same for the copies, with the tile's first rows.
-  struct Ahead : Place {
-    const char *q, *dout;
-  };
-
   const BackwardParams& p;
-  const Walk& walk;
+  Walk& walk;
   const Sequence& sequence;
   const u32 shared;
 
   FOVEA_DEVICE int key() const { return walk.key_block * S.block_n; }
-  FOVEA_DEVICE i64 slot(const Place& at) const { return RowSlots(p, sequence, S.block_m).at(at.head, at.tile); }
+  FOVEA_DEVICE const Step& step(int n) const { return walk.steps[n & 3]; }
   template <class T>
   FOVEA_DEVICE T tile_at(int offset) const {
     return {fresh(shared) + offset};
@@ -116,8 +136,8 @@ struct Backward {
   FOVEA_DEVICE VTile v_tile() const { return tile_at<VTile>(kShared.v); }
   FOVEA_DEVICE QTile q_tile(int stage) const { return tile_at<QTile>(kShared.ring + stage * kShared.stage); }
   FOVEA_DEVICE DoutTile dout_tile(int stage) const { return tile_at<DoutTile>(kShared.ring + stage * kShared.stage + kShared.dout); }
-  FOVEA_DEVICE EntryTile weights(int turn) const { return tile_at<EntryTile>(kShared.weights + turn * kShared.entries); }
-  FOVEA_DEVICE EntryTile ds_tile(int turn) const { return tile_at<EntryTile>(kShared.ds + turn * kShared.entries); }
+  FOVEA_DEVICE EntryTile weights(int n) const { return tile_at<EntryTile>(kShared.weights + (kLeapfrog ? n & 1 : 0) * kShared.entries); }
+  FOVEA_DEVICE EntryTile ds_tile(int n) const { return tile_at<EntryTile>(kShared.ds + (kLeapfrog ? n & 1 : 0) * kShared.entries); }
   FOVEA_DEVICE u32 statistics(int stage) const { return fresh(shared) + kShared.ring + stage * kShared.stage + kShared.statistics; }
 
   FOVEA_DEVICE void load_keys() const {
@@ -127,39 +147,21 @@ struct Backward {
     load_rows<S.async_copy, kThreads>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.v.aligned,
                                       sequence.kv_row(p.v, key(), walk.kv_head), p.v.row);
   }
-  FOVEA_DEVICE void load(const Ahead& next, int stage) const {
-    const int rows = static_cast<int>(sequence.band.seqlen_q) - next.tile * S.block_m;
-    load_rows<S.async_copy, kThreads>(q_tile(stage), rows, p.head_dim * kBytes<S.type>, p.q.aligned, next.q, p.q.row);
-    load_rows<S.async_copy, kThreads>(dout_tile(stage), rows, p.head_dim_v * kBytes<S.type>, p.dout.aligned, next.dout, p.dout.row);
-    static_assert(S.block_m / 2 <= kThreads);
-    if (const int at = static_cast<int>(threadIdx.x); at < S.block_m / 2) {  // log2_lse, then delta
-      const float* from = (at < S.block_m / 4 ? p.log2_lse : p.delta) + slot(next) * S.block_m + at % (S.block_m / 4) * 4;
-      copy_or_clear<S.async_copy>(statistics(stage) + at * 16, reinterpret_cast<const char*>(from), true);
+  /// Starts the copies of a tile of rows, if there is one, and sees to the step after it.
+  FOVEA_DEVICE void load(int n) const {
+    const Step& at = step(n);
+    if (at.exists) {
+      const int stage = at.stage, rows = static_cast<int>(sequence.band.seqlen_q) - at.tile * S.block_m;
+      load_rows<S.async_copy, kThreads>(q_tile(stage), rows, p.head_dim * kBytes<S.type>, p.q.aligned, at.q, p.q.row);
+      load_rows<S.async_copy, kThreads>(dout_tile(stage), rows, p.head_dim_v * kBytes<S.type>, p.dout.aligned, at.dout, p.dout.row);
+      static_assert(S.block_m / 2 <= kThreads);
+      if (const int x = static_cast<int>(threadIdx.x); x < S.block_m / 2) {  // log2_lse, then delta
+        const float* from = (x < S.block_m / 4 ? p.log2_lse : p.delta) + at.slot * S.block_m + x % (S.block_m / 4) * 4;
+        copy_or_clear<S.async_copy>(statistics(stage) + x * 16, reinterpret_cast<const char*>(from), true);
+      }
     }
-  }
-
-  FOVEA_DEVICE Place first_place() const { return {walk.first_head, walk.first}; }
-  FOVEA_DEVICE Place next(Place at) const {
-    return at.tile + 1 < walk.end ? Place{at.head, at.tile + 1} : Place{at.head + 1, walk.first};
-  }
-  FOVEA_DEVICE bool exists(const Place& at) const { return at.head < walk.end_head; }
-  FOVEA_DEVICE bool full(const Place& at) const { return at.tile >= walk.first_full && at.tile < walk.end_full; }
-
-  FOVEA_DEVICE Ahead ahead_at(const Place& at) const {
-    const int row = at.tile * S.block_m;
-    return {at, sequence.q_row(p.q, row, at.head), sequence.q_row(p.dout, row, at.head)};
-  }
-  /// Starts the copies of a tile of rows and moves on to the next.
-  FOVEA_DEVICE void load_ahead(Ahead& ahead, int stage) const {
-    if (exists(ahead)) load(ahead, stage);
     close_copies<S.async_copy>();
-    if (ahead.tile + 1 < walk.end) {
-      ++ahead.tile;
-      ahead.q += S.block_m * p.q.row;
-      ahead.dout += S.block_m * p.dout.row;
-    } else {
-      ahead = ahead_at(next(ahead));
-    }
+    if (threadIdx.x == 0) walk.write_next(p, n, S.stages, S.block_m);
   }
 
   FOVEA_DEVICE void run() const {
@@ -168,6 +170,7 @@ struct Backward {
     clear(sums.dv.c);
     if constexpr (S.alibi) clear_slope_parts();
     load_keys();
+    load(0);
     if constexpr (kLeapfrog) {
       leapfrog(sums);
     } else {
@@ -175,32 +178,29 @@ struct Backward {
     }
     await_copies<S.async_copy, 0>();
     __syncthreads();
-    if constexpr (S.deterministic) {
-      if (walk.first_head < walk.end_head) pass_turn({walk.end_head - 1, walk.end - 1});
-    }
     store(sums.dk, sums.dv);
   }
 
   /// All warps make the scores of a tile, then all its products; the next tile's rows arrive meanwhile, or in the end
   /// where there is room for one tile only.
   FOVEA_DEVICE void alternate(Sums& sums) const {
-    Ahead ahead = ahead_at(first_place());
-    load_ahead(ahead, 0);
-    int stage = 0;
+    int n = 0;
 #pragma unroll 1
-    for (Place at = first_place(); exists(at); at = next(at)) {
+    for (; step(n).exists; ++n) {
       await_copies<S.async_copy, 0>();
       __syncthreads();  // this tile is there for all, and nobody still reads the last one
-      if constexpr (S.deterministic) pass_turn_before(at);
-      if constexpr (S.stages == 2) load_ahead(ahead, stage ^ 1);
-      const bool spoiled = meet(!full(at), scores(at, stage, 0, sums));
-      products(at, stage, 0, sums, spoiled);
+      if constexpr (S.deterministic) pass_turn(n - 1);
+      if constexpr (S.stages == 2) load(n + 1);
+      const bool spoiled = meet(!step(n).full, scores(n, sums));
+      products(n, sums, spoiled);
       if constexpr (S.stages == 1) {
         __syncthreads();
-        load_ahead(ahead, 0);
-      } else {
-        stage ^= 1;
+        load(n + 1);
       }
+    }
+    if constexpr (S.deterministic) {
+      __syncthreads();
+      pass_turn(n - 1);
     }
   }
 
@@ -208,34 +208,28 @@ struct Backward {
   /// first half of the warps in this order, the others in the other: so the tensor cores have work while scores pass
   /// through the exponential.
   FOVEA_DEVICE void leapfrog(Sums& sums) const {
-    const bool products_first = warp_id() < S.warps / 2;
-    Ahead ahead = ahead_at(first_place());
-    load_ahead(ahead, 0);
-    Place at{}, then = first_place();
-    bool started = false, spoiled = false;
-    int stage = 2, turn = 1;
+    bool spoiled = false;
 #pragma unroll 1
-    while (true) {
+    for (int n = 0;; ++n) {
       await_copies<S.async_copy, 0>();
-      spoiled = meet(started && !full(at), spoiled);  // behind it nobody still reads the tile before this one
-      if (S.deterministic && started) pass_turn_before(at);
-      const int next_stage = stage == 2 ? 0 : stage + 1;
-      load_ahead(ahead, next_stage == 2 ? 0 : next_stage + 1);
-      const bool careful = spoiled;
+      const bool careful = meet(n > 0 && !step(n - 1).full, spoiled);  // behind it nobody still reads tile n − 2
+      if constexpr (S.deterministic) pass_turn(n - 2);
+      load(n + 1);
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
-        if ((half == 0) == products_first) {
-          if (started) products(at, stage, turn, sums, careful);
-        } else if (exists(then)) {
-          spoiled = scores(then, next_stage, turn ^ 1, sums);
+        if ((half == 0) == (warp_id() < S.warps / 2)) {
+          if (n > 0) products(n - 1, sums, careful);
+        } else if (step(n).exists) {
+          spoiled = scores(n, sums);
         }
       }
-      if (!exists(then)) break;
-      at = then;
-      then = next(then);
-      started = true;
-      stage = next_stage;
-      turn ^= 1;
+      if (!step(n).exists) {
+        if constexpr (S.deterministic) {
+          __syncthreads();
+          pass_turn(n - 1);
+        }
+        return;
+      }
     }
   }
 
@@ -247,21 +241,23 @@ struct Backward {
   }
 
   /// P and dS of a tile, to shared memory; whether a hidden entry may have met something that is not finite.
-  FOVEA_DEVICE bool scores(const Place& at, int stage, int turn, Sums& sums) const {
+  FOVEA_DEVICE bool scores(int n, Sums& sums) const {
     if constexpr (!S.mask && !S.bias) {
-      if (full(at)) return scores<false>(at, stage, turn, sums);
+      if (step(n).full) return scores<false>(n, sums);
     }
-    return scores<true>(at, stage, turn, sums);
+    return scores<true>(n, sums);
   }
   template <bool kHides>
-  FOVEA_DEVICE bool scores(const Place& at, int stage, int turn, Sums& sums) const {
+  FOVEA_DEVICE bool scores(int n, Sums& sums) const {
     GradientTile<S> tile;
     if (!tile.works()) return false;
+    const Step& at = step(n);
+    const int stage = at.stage;
     const RowMap<false> rows{at.tile * S.block_m, sequence.q_rows, at.head, 1};
     const ScoreRules<S, false> rules{p, sequence, rows};
     const math::DropoutStream stream = S.dropout ? rules.stream(at.head) : math::DropoutStream{};
     const bool spoiled = tile.template compute<kHides>(q_tile(stage), k_tile(), dout_tile(stage), v_tile(), statistics(stage), rules,
-                                                       key(), full(at) ? TileState::kFull : TileState::kPartial, stream);
+                                                       key(), at.full ? TileState::kFull : TileState::kPartial, stream);
     if constexpr (S.alibi) {
       tile.each([&](int i, int j, int e) {
         const int r = tile.row() + 16 * i + lane_id() / 4 + e / 2 * 8, c = key() + tile.column() + 8 * j + lane_id() % 4 * 2 + e % 2;
@@ -271,27 +267,28 @@ struct Backward {
     }
     tile.pass_softcap();
     const int lane = fresh(lane_id());
-    store_accumulators(corner_c(weights(turn), lane, tile.row(), tile.column()), tile.p);
-    store_accumulators(corner_c(ds_tile(turn), lane, tile.row(), tile.column()), tile.ds);
+    store_accumulators(corner_c(weights(n), lane, tile.row(), tile.column()), tile.p);
+    store_accumulators(corner_c(ds_tile(n), lane, tile.row(), tile.column()), tile.ds);
     return spoiled;
   }
 
   /// What a tile adds to dv, dk and dq.
-  FOVEA_DEVICE void products(const Place& at, int stage, int turn, Sums& sums, bool careful) const {
+  FOVEA_DEVICE void products(int n, Sums& sums, bool careful) const {
     if (careful) {
-      products<true>(at, stage, turn, sums);
+      products<true>(n, sums);
     } else {
-      products<false>(at, stage, turn, sums);
+      products<false>(n, sums);
     }
   }
   template <bool kCareful>
-  FOVEA_DEVICE void products(const Place& at, int stage, int turn, Sums& sums) const {
+  FOVEA_DEVICE void products(int n, Sums& sums) const {
+    const int stage = step(n).stage;
     const int lane = fresh(lane_id());
-    add_columns<kCareful>(sums.dv, weights(turn), dout_tile(stage), lane);
-    add_columns<kCareful>(sums.dk, ds_tile(turn), q_tile(stage), lane);
+    add_columns<kCareful>(sums.dv, weights(n), dout_tile(stage), lane);
+    add_columns<kCareful>(sums.dk, ds_tile(n), q_tile(stage), lane);
     if (!Dq::works()) return;
     Dq dq;
-    const EntryTile ds = ds_tile(turn);
+    const EntryTile ds = ds_tile(n);
     const KTile k_columns = k_tile();
     if constexpr (kCareful) {
       clear(dq.c);
@@ -304,8 +301,8 @@ struct Backward {
           dq.c, [&](int i, int k) { return load_a<true>(a, 16 * i, k); },
           [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); }, [](int) { return Accumulator{}; });
     }
-    if constexpr (S.deterministic) await_turn(at);
-    float* sum = p.dq_sum + slot(at) * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
+    if constexpr (S.deterministic) await_turn(n);
+    float* sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
 #pragma unroll
     for (int x = 0; x < Dq::kM * Dq::kN; ++x) reduce(sum + x * 128, dq.c[x / Dq::kN][x % Dq::kN]);
     if constexpr (S.deterministic) __threadfence();
@@ -355,14 +352,14 @@ struct Backward {
 
   // ---- turns: where bits must not change, dq is added up in the order of the key blocks ---------------------------------
 
-  FOVEA_DEVICE int turn(const Place& at) const {
+  FOVEA_DEVICE int turn(const Step& at) const {
     const i64 row = i64{at.tile} * S.block_m;
     return walk.key_block - static_cast<int>(sequence.band.keys_of_rows({row, row + S.block_m}).begin / S.block_n);
   }
-  FOVEA_DEVICE void await_turn(const Place& at) const {
+  FOVEA_DEVICE void await_turn(int n) const {
     if (lane_id() == 0) {
-      const int mine = turn(at);
-      const int* ticket = p.tickets + slot(at);
+      const int mine = turn(step(n));
+      const int* ticket = p.tickets + step(n).slot;
       int now;
       do {
         asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(ticket) : "memory");
@@ -370,15 +367,11 @@ struct Backward {
     }
     __syncwarp();
   }
-  /// Called behind a barrier that all additions of this tile came before.
-  FOVEA_DEVICE void pass_turn(const Place& at) const {
-    if (threadIdx.x != 0) return;
+  /// Called behind a barrier that all additions of step n, if there is one, came before.
+  FOVEA_DEVICE void pass_turn(int n) const {
+    if (n < 0 || threadIdx.x != 0) return;
     __threadfence();
-    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + slot(at)), "r"(turn(at) + 1) : "memory");
-  }
-  FOVEA_DEVICE void pass_turn_before(const Place& at) const {
-    if (at.tile > walk.first) return pass_turn({at.head, at.tile - 1});
-    if (at.head > walk.first_head) pass_turn({at.head - 1, walk.end - 1});
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + step(n).slot), "r"(turn(step(n)) + 1) : "memory");
   }
 
   FOVEA_DEVICE float* slope_part(int head) const {
@@ -428,6 +421,7 @@ __device__ void backward(const BackwardParams& p) {
   if (threadIdx.x == 0) {
     const int block = S.deterministic ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x);
     walk = Walk(p, block, S.block_m, S.block_n);
+    walk.write_step(p, 0, walk.first_head, walk.first, S.stages, S.block_m);
   }
   __syncthreads();
   if (walk.key_block * S.block_n >= walk.sequence.kv_rows) return;
