@@ -45,10 +45,11 @@ struct Walk {
   int first_full, end_full;
   Step steps[4];
 
-  /// Blocks: key blocks (early ones, which most rows see under a causal rule, first) × kv heads × batch.
-  FOVEA_DEVICE Walk(const BackwardParams& p, int block, int block_m, int block_n)
+  /// Blocks: key blocks × kv heads × batch.  Early keys, which most rows see under a causal rule, come first; where dq
+  /// is added up in order they come last, so that a block's first tile waits for nobody.
+  FOVEA_DEVICE Walk(const BackwardParams& p, int block, int block_m, int block_n, bool last_first)
       : sequence(p, block / p.key_blocks / p.kv_heads),
-        key_block(block % p.key_blocks),
+        key_block(last_first ? p.key_blocks - 1 - block % p.key_blocks : block % p.key_blocks),
         kv_head(block / p.key_blocks % p.kv_heads) {
     const math::Band& band = sequence.band;
     const Interval keys{key_block * block_n, (key_block + 1) * block_n};
@@ -350,11 +351,11 @@ struct Backward {
     }
   }
 
-  // ---- turns: where bits must not change, dq is added up in the order of the key blocks ---------------------------------
+  // ---- turns: where bits must not change, dq is added up from the last key block to the first ------------------------------
 
   FOVEA_DEVICE int turn(const Step& at) const {
     const i64 row = i64{at.tile} * S.block_m;
-    return walk.key_block - static_cast<int>(sequence.band.keys_of_rows({row, row + S.block_m}).begin / S.block_n);
+    return static_cast<int>((sequence.band.keys_of_rows({row, row + S.block_m}).end - 1) / S.block_n) - walk.key_block;
   }
   FOVEA_DEVICE void await_turn(int n) const {
     if (lane_id() == 0) {
@@ -420,7 +421,7 @@ __device__ void backward(const BackwardParams& p) {
   Walk& walk = *reinterpret_cast<Walk*>(shared + BackwardShared::of(S).walk);
   if (threadIdx.x == 0) {
     const int block = S.deterministic ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x);
-    walk = Walk(p, block, S.block_m, S.block_n);
+    walk = Walk(p, block, S.block_m, S.block_n, S.deterministic);
     walk.write_step(p, 0, walk.first_head, walk.first, S.stages, S.block_m);
   }
   __syncthreads();
