@@ -5,13 +5,16 @@ set(CMAKE_INSTALL_DEFAULT_COMPONENT_NAME library)
 
 install(TARGETS fovea EXPORT fovea_targets)
 install(TARGETS fovea_command COMPONENT command)
+# `./dev pack` makes it; the library and the command each look beside themselves.
+install(FILES ${PROJECT_BINARY_DIR}/fovea.pack DESTINATION ${CMAKE_INSTALL_LIBDIR} OPTIONAL)
+install(FILES ${PROJECT_BINARY_DIR}/fovea.pack DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT command OPTIONAL)
 install(DIRECTORY include/fovea DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN "*.h")
 
 # A shared library finds what it uses by itself; whoever links the static one must name it.
 get_target_property(fovea_type fovea TYPE)
 if(fovea_type STREQUAL "STATIC_LIBRARY")
   set(fovea_pc_requires "tbb")
-  set(fovea_pc_libs "-lstdc++ -lm")
+  set(fovea_pc_libs "-lstdc++ -lm -ldl")
 endif()
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/fovea)

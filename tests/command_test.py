@@ -16,6 +16,7 @@ FOVEA = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-")
 SAMPLE = Path(__file__).resolve().parent.parent / "examples" / "data" / "minilm.safetensors"
 LINE = "fwd fp32 b1 hq2 sq16 d8"
 TOO_LARGE = "fwd fp32 b1024 hq1024 sq1048576 d128"  # valid, and more than any memory
+GPUS = len(json.loads(subprocess.run([FOVEA, "doctor", "--json"], capture_output=True, check=True).stdout)["cuda"]["gpus"])
 FORMATS = {"F32": "f", "F16": "e", "I32": "i", "I64": "q", "U8": "B", "BOOL": "?"}
 
 
@@ -159,9 +160,9 @@ class CommandTest(unittest.TestCase):
 class Help(CommandTest):
     def test_help_names_commands_variables_and_exit_codes(self):
         text = self.fovea("--help")
-        for word in ("run", "explain", "check", "bench", "doctor", "FOVEA_CPU_ISA", "NO_COLOR", "Exit codes"):
+        for word in ("run", "explain", "check", "bench", "precompile", "doctor", "FOVEA_CPU_ISA", "FOVEA_JIT", "NO_COLOR", "Exit codes"):
             self.assertIn(word, text)
-        for command in ("run", "explain", "check", "bench", "doctor"):
+        for command in ("run", "explain", "check", "bench", "precompile", "doctor"):
             self.assertIn("--help", self.fovea(command, "--help"))
         self.assertRegex(self.fovea("--version"), r"^fovea \d+\.\d+\.\d+\n$")
 
@@ -177,6 +178,10 @@ class Help(CommandTest):
         self.refuse("bench", LINE, "--repeat", "0", says="--repeat")
         self.refuse("bench", LINE, "--seconds", "nan", says="--seconds")
         self.refuse("check", "--random", "-5", says="--random")
+        self.refuse("precompile", LINE, says="--arch")
+        self.refuse("precompile", LINE, "--arch", "sm_80", says="--out")
+        self.refuse("precompile", LINE, "--arch", "sm_80,sm_8", "--check", says="--arch 'sm_8' is no architecture")
+        self.refuse("precompile", "fwd fp64", "--arch", "sm_80", "--check", says="fp64")
 
     def test_a_full_disk_under_standard_output_is_a_failure(self):
         with open("/dev/full", "w") as full:
@@ -398,9 +403,12 @@ class Run(CommandTest):
 
     def test_devices_that_are_not_there_are_refused(self):
         source = self.file(self.tensors())
-        self.refuse("run", source, "--device", "cuda:0", says="cuda:0")
         self.refuse("run", source, "--device", "sm_90", says="sm_90")
-        self.refuse("bench", LINE, "--device", "cuda:0", says="cuda:0")
+        for command in (("run", source), ("bench", LINE), ("check", LINE)):
+            if GPUS:
+                self.refuse(*command, "--device", f"cuda:{GPUS}", says=f"cuda:{GPUS} is not there")
+            else:
+                self.refuse(*command, "--device", "cuda:0", says="driver", code=3)
         self.refuse("run", source, "--device", "tpu", says="'tpu'")
         self.refuse("explain", LINE, "--device", "sm_", says="'sm_'")
 
@@ -532,6 +540,18 @@ class Doctor(CommandTest):
         for rate in page["fma_gflops"].values():
             self.assertGreater(rate["one_thread"], 0)
         self.assertEqual(page["backends"]["cpu_portable"]["fwd fp32"], [])
+
+    def test_it_tells_of_the_compiler_and_the_cache(self):
+        with tempfile.TemporaryDirectory() as folder:
+            env = {"FOVEA_NVRTC": "/dev/null", "FOVEA_CACHE_DIR": folder, "FOVEA_JIT": "cache"}
+            cuda = json.loads(self.fovea("doctor", "--json", env=env))["cuda"]
+            self.assertIsNone(cuda["nvrtc"])
+            self.assertIn("FOVEA_NVRTC names '/dev/null'", cuda["nvrtc_problem"])
+            self.assertEqual(cuda["cache"], {"folder": folder, "writable": True, "kernels": 0, "bytes": 0})
+            self.assertEqual(cuda["FOVEA_JIT"], "cache")
+            text = self.fovea("doctor", env=env)
+            self.assertIn(f"0, 0 B in {folder}", text)
+            self.assertIn("no kernel is compiled", text)
 
     def test_a_pinned_instruction_set_makes_the_others_refuse(self):
         page = json.loads(self.fovea("doctor", "--json", env={"FOVEA_CPU_ISA": "portable"}))

@@ -267,7 +267,7 @@ TEST(Gqa, GivesEachGroupItsOwnKeys) {
   repeated.problem.num_kv_heads = 6;
   const auto repeat = [&](const std::vector<double>& of, std::int64_t dim) {
     std::vector<double> all;
-    for (std::size_t row = 0; row < of.size() / dim; ++row) {
+    for (std::int64_t row = 0; row < std::ssize(of) / dim; ++row) {
       for (int copy = 0; copy < 3; ++copy) all.insert(all.end(), of.begin() + row * dim, of.begin() + (row + 1) * dim);
     }
     return all;

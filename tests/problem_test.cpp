@@ -83,6 +83,12 @@ TEST(Flops, CountAsThePapersDo) {
   EXPECT_DOUBLE_EQ(flops_of("fwd fp32 b2 hq1 d1 sq0 skv7"), 0.0);
 }
 
+TEST(Flops, CountAWindowOfAnySize) {
+  const std::string line = "fwd fp32 b1 hq1 sq90 skv90 d1 window=";
+  EXPECT_DOUBLE_EQ(flops_of(line + "288230376151711744,288230376151711744"), 4.0 * 90 * 90);
+  EXPECT_DOUBLE_EQ(flops_of(line + "288230376151711744,0"), 4.0 * 90 * 91 / 2);
+}
+
 TEST(Flops, CountTheWindowPairByPair) {
   for (std::uint64_t seed = 0; seed < 300; ++seed) {
     Problem p = random_valid_problem(seed, 12);

@@ -74,7 +74,7 @@ AttentionOptions read_options(const std::string& text, AttentionCall& call) {
   keep_lengths(call, &Inputs::kv_lengths, "kvlen", said.kv_lengths);
   call.problem.layout = said.layout;
   AttentionOptions options;
-  static_cast<Rules&>(options) = said;
+  static_cast<Rules&>(options) = static_cast<const Rules&>(said);
 
   Problem rest = said;
   rest.q_lengths = rest.kv_lengths = {};
@@ -188,6 +188,18 @@ std::vector<std::pair<std::string, Tensor>> AttentionCall::results() const {
     named.emplace_back(name, heads_first ? exchange_heads(tensor) : tensor);
   }
   return named;
+}
+
+std::vector<Allocation> AttentionCall::allocations() const {
+  std::vector<Allocation> all;
+  if (workload != nullptr) all = workload->allocations();
+  for (const OwnedTensor& tensor : storage) {
+    const auto lies_here = [&](const Named<Outputs>& output) {
+      return (outputs.*output.tensor).data == tensor.view().data;
+    };
+    all.push_back({tensor.bytes().data(), tensor.bytes().size(), std::ranges::any_of(kOutputNames, lies_here)});
+  }
+  return all;
 }
 
 }  // namespace fovea::tools

@@ -72,6 +72,8 @@ struct AttentionCall {
 
   /// The results as files hold them: by name, in the axis order of the inputs given.
   [[nodiscard]] std::vector<std::pair<std::string, Tensor>> results() const;
+
+  [[nodiscard]] std::vector<Allocation> allocations() const;
 };
 
 }  // namespace fovea::tools

@@ -9,7 +9,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <optional>
 #include <thread>
 
@@ -22,23 +21,6 @@
 
 namespace fovea::tools {
 namespace {
-
-/// A workspace full of bytes that no run may care about.
-class Workspace {
- public:
-  explicit Workspace(std::size_t bytes) : memory_(bytes + kAlignment), bytes_(bytes) {}
-  void* filled_with(int byte) {
-    std::size_t space = memory_.size();
-    void* begin = memory_.data();
-    std::align(kAlignment, bytes_, begin, space);
-    return std::memset(begin, byte, bytes_);
-  }
-
- private:
-  static constexpr std::size_t kAlignment = 64;
-  std::vector<std::byte> memory_;
-  std::size_t bytes_;
-};
 
 /// The bits of a tensor, gaps left out.
 std::vector<std::byte> bits_of(const Tensor& t) {
@@ -56,6 +38,8 @@ class Check {
   Check(const Problem& problem, std::uint64_t seed, const CheckOptions& options)
       : problem_(problem),
         options_(options),
+        own_place_(options.place == nullptr ? std::make_unique<Place>(options.device) : nullptr),
+        place_(options.place == nullptr ? *own_place_ : *options.place),
         work_(problem, seed, Data::kHostile),
         peers_(work_.operands(), work_.exact()) {
     if (options_.num_threads == 0) options_.num_threads = static_cast<int>(Draw(seed, kThreads).between(1, 3));
@@ -71,13 +55,14 @@ class Check {
   static constexpr std::uint64_t kThreads = 1000;  // a stream of random numbers that no workload uses
 
   void run_pass(bool forward) {
+    place_.require_working();
     const Plan plan = plan_pass(forward);
     result_.backends.push_back(plan.report().backend);
-    Workspace workspace(plan.workspace_bytes());
+    const PlacedCall call(place_, work_.inputs(), work_.outputs(), work_.allocations());
+    const Workspace workspace(place_, plan.workspace_bytes());
 
-    work_.poison_outputs();
-    plan.execute(work_.inputs(), work_.outputs(), workspace.filled_with(0xff));
-    if (const std::string damage = work_.damage(); !damage.empty()) fail(forward, "has written " + damage);
+    const std::string damage = execute(plan, call, workspace, 0xff);
+    if (!damage.empty()) fail(forward, "has written " + damage);
     std::vector<std::vector<std::byte>> first;
     for (const ResultKind& kind : result_kinds()) {
       const Tensor& tensor = work_.outputs().*kind.tensor;
@@ -88,14 +73,30 @@ class Check {
     }
 
     if (!forward && !problem_.deterministic) return;
-    work_.poison_outputs();
-    plan.execute(work_.inputs(), work_.outputs(), workspace.filled_with(0));
+    (void)execute(plan, call, workspace, 0);
     auto bits = first.begin();
     for (const ResultKind& kind : result_kinds()) {
       const Tensor& tensor = work_.outputs().*kind.tensor;
       if (kind.forward != forward || !tensor.defined()) continue;
       if (bits_of(tensor) != *bits++) fail(forward, fmt::format("gives other bits of {} on a second run", kind.name));
     }
+  }
+
+  /// Once, on poisoned outputs and a workspace full of bytes that nobody may care about.  What was written that should
+  /// not have been; empty if nothing.
+  std::string execute(const Plan& plan, const PlacedCall& call, const Workspace& workspace, int workspace_byte) {
+    work_.poison_outputs();
+    bool beside_output = false, past_workspace = false;
+    place_.take_turn([&] {
+      call.upload();
+      workspace.fill(workspace_byte);
+      call.execute(plan, workspace);
+      call.download();
+      beside_output = call.overrun();
+      past_workspace = workspace.overrun();
+    });
+    if (beside_output) return "memory beside an output";
+    return past_workspace ? "memory past its workspace" : work_.damage();
   }
 
   [[nodiscard]] Plan plan_pass(bool forward) const {
@@ -111,6 +112,8 @@ class Check {
 
   Problem problem_;
   CheckOptions options_;
+  std::unique_ptr<Place> own_place_;
+  Place& place_;
   Workload work_;
   Peers peers_;
   CheckResult result_;
@@ -252,10 +255,13 @@ CheckResult check_problem(const Problem& problem, std::uint64_t seed, const Chec
 int run_check(const CheckRun& run) {
   const std::vector<Case> cases = cases_of(run);
   Printer printer(run, cases);
+  Place place(run.options.device);  // a GPU takes the problems in turns; data and oracle are made by all threads
+  CheckOptions options = run.options;
+  options.place = &place;
   std::atomic<std::size_t> next{0};
   const auto work = [&] {
     for (std::size_t i = next++; i < cases.size(); i = next++) {
-      printer.done(i, check_problem(cases[i].problem, cases[i].seed, run.options));
+      printer.done(i, check_problem(cases[i].problem, cases[i].seed, options));
     }
   };
   std::vector<std::jthread> helpers;

@@ -7,14 +7,16 @@
 #include <string>
 #include <vector>
 
+#include "device_call.h"
 #include "error_rule.h"
 
 namespace fovea::tools {
 
 struct CheckOptions {
   Device device{};
-  std::string backend;  ///< empty: who would run the problem anyway
-  int num_threads = 0;  ///< 0: a number that depends on the seed
+  Place* place = nullptr;  ///< on that device, shared with other checks; null: one of its own
+  std::string backend{};   ///< empty: who would run the problem anyway
+  int num_threads = 0;     ///< 0: a number that depends on the seed
 
   /// In place of plan_forward and plan_backward, where set: tests put faulty kernels here.
   std::function<Plan(const Problem& problem, Direction pass)> plan{};
@@ -29,8 +31,9 @@ struct CheckResult {
 };
 
 /// Runs a problem on hostile data (tools/workload.h) and judges every result by the error rule.  Also: gaps and inputs
-/// are left alone, the workspace's content does not matter, and a second run gives the same bits where the contract
-/// promises it.  A refusal or failure of the library is a failure of the check.
+/// are left alone, on a GPU what lies around outputs and workspace too, the workspace's content does not matter, and a
+/// second run gives the same bits where the contract promises it.  A refusal or failure of the library is a failure of
+/// the check.
 [[nodiscard]] CheckResult check_problem(const Problem& problem, std::uint64_t seed, const CheckOptions& options = {});
 
 /// What `fovea check` was asked for.

@@ -23,7 +23,7 @@ struct Runner {
   std::string device = "cpu";
   PlanOptions options;
 
-  /// The device named; `architectures` allows "sm_90", a GPU that need not be there.
+  /// The device named, which is there; `architectures` allows "sm_90" and GPUs that need not be there.
   [[nodiscard]] Device parsed_device(bool architectures) const;
 };
 
@@ -68,6 +68,20 @@ struct BenchArguments {
   std::string html;
 };
 ExitCode command_bench(const BenchArguments& arguments);
+
+/// Kernels for GPUs that need not be there.
+struct PrecompileArguments {
+  std::vector<std::string> lines;
+  std::vector<std::string> archs;  ///< "sm_80"
+  std::string out;                 ///< the pack; empty: none
+  std::string table;               ///< a file for registers, shared memory, seconds
+  int jobs = 0;
+  std::size_t most = 0;       ///< so many kernels, evenly spread; 0: all
+  bool check = false;         ///< exit 1 where one spills, warns or is slow to compile
+  double median_seconds = 0;  ///< what --check allows; 0: any
+  double most_seconds = 0;
+};
+ExitCode command_precompile(const PrecompileArguments& arguments);
 
 struct DoctorArguments {
   bool json = false;

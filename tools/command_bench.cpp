@@ -4,14 +4,16 @@
 #include <fovea/version.h>
 
 #include <algorithm>
+#include <chrono>
 #include <ctime>
 #include <map>
-#include <memory>
 #include <nlohmann/json.hpp>
 
 #include "command.h"
 #include "cpu/flash_backend.h"
 #include "cpu/threads.h"
+#include "cuda/driver.h"
+#include "device_call.h"
 #include "machine.h"
 #include "picture.h"
 #include "report.h"
@@ -35,48 +37,51 @@ struct Result {
   Timing timing;
   double flops = 0.0;
   double bytes = 0.0;
-  std::string isa;       // whose multiply-add rate is the ceiling
-  double ceiling = 0.0;  // FLOP/s
+  std::string isa;       // whose multiply-add rate is the ceiling; empty: a GPU, whose copy rate is
+  double ceiling = 0.0;  // FLOP/s, or bytes/s
+  double plan_seconds = 0.0;
   std::size_t workspace_bytes = 0;
+  std::vector<std::pair<std::string, std::string>> details;  // of the report
   std::string against;  // the contender that `ratio` compares with; empty: this is that one
   double ratio = 0.0;   // how many times as long this one takes
 
   [[nodiscard]] double gflops() const { return flops / timing.median() / 1e9; }
   [[nodiscard]] double gbytes() const { return bytes / timing.median() / 1e9; }
-  [[nodiscard]] double percent() const { return ceiling > 0 ? 100 * flops / timing.median() / ceiling : 0.0; }
+  [[nodiscard]] double percent() const {
+    return ceiling > 0 ? 100 * (isa.empty() ? bytes : flops) / timing.median() / ceiling : 0.0;
+  }
 };
 
 /// A plan with a workspace of its own, so that no allocation is timed.
 struct Contender {
   Plan plan;
-  OwnedTensor workspace;
-
-  explicit Contender(Plan made) : plan(std::move(made)) {
-    const auto bytes = static_cast<std::int64_t>(plan.workspace_bytes());
-    workspace = OwnedTensor(DType::kBool, std::span(&bytes, 1));
-  }
+  double plan_seconds;
+  Workspace workspace;
 };
 
-/// The multiply-add rates of this run: each instruction set is measured around every problem, the best time counts.
+/// The rates of this run: each instruction set, or the GPU's copies, measured around every problem; the best time
+/// counts.
 class Ceilings {
  public:
-  explicit Ceilings(int threads) : threads_(threads) {}
+  Ceilings(Place& place, int threads) : place_(place), threads_(threads) {}
 
   void measure(const std::string& isa) {
     constexpr double kSeconds = 0.15;
     double& rate = rates_[isa];
-    rate = std::max(rate, cpu::measure_fma_rate(isa, threads_, kSeconds));
+    rate = std::max(rate, isa.empty() ? place_.copy_rate() : cpu::measure_fma_rate(isa, threads_, kSeconds));
   }
   [[nodiscard]] double rate(const std::string& isa) const { return rates_.at(isa); }
 
-  /// The instruction set that a backend's name ends in, else the best there is.
-  [[nodiscard]] static std::string isa_of(const std::string& backend) {
+  /// The instruction set that a backend's name ends in, else the best there is; none on a GPU.
+  [[nodiscard]] std::string isa_of(const std::string& backend) const {
+    if (place_.on_gpu()) return {};
     const std::vector<std::string> isas = cpu::available_isas();
     const auto named = std::ranges::find_if(isas, [&](const std::string& isa) { return backend.ends_with("_" + isa); });
     return named == isas.end() ? isas.front() : *named;
   }
 
  private:
+  Place& place_;
   int threads_;
   std::map<std::string, double> rates_;
 };
@@ -84,49 +89,66 @@ class Ceilings {
 class Bench {
  public:
   explicit Bench(const BenchArguments& arguments)
-      : asked_(arguments), threads_(cpu::worker_count(asked_.runner.options.num_threads)), ceilings_(threads_) {}
+      : asked_(arguments),
+        threads_(cpu::worker_count(asked_.runner.options.num_threads)),
+        place_(asked_.runner.parsed_device(false)),
+        ceilings_(place_, threads_) {}
   ExitCode run();
 
  private:
   std::vector<Result> run_problem(const Problem& problem, const std::string& place);
-  std::vector<Result> run_pass(Direction pass, const Workload& work, const std::function<void(double)>& progress);
+  std::vector<Result> run_pass(Direction pass, const Workload& work, const PlacedCall& call,
+                               const std::function<void(double)>& progress);
+  [[nodiscard]] Contender make_contender(Direction pass, const Problem& problem, const std::string& backend) const;
+  void print_problem(const Terminal& terminal, const std::vector<Result>& results) const;
+  [[nodiscard]] std::vector<std::pair<std::string, std::string>> facts() const;
   void write_files(const std::vector<Result>& results) const;
 
   const BenchArguments& asked_;
   int threads_;
+  Place place_;
   Ceilings ceilings_;
   ProgressBar bar_;
 };
 
-std::vector<Result> Bench::run_pass(Direction pass, const Workload& work, const std::function<void(double)>& progress) {
-  const auto make = [&](const std::string& backend) {
-    PlanOptions options = asked_.runner.options;
-    options.backend = backend;
-    const Device device = asked_.runner.parsed_device(false);
-    return pass == Direction::kForward ? plan_forward(work.problem(), device, options)
-                                       : plan_backward(work.problem(), device, options);
-  };
-  std::vector<std::unique_ptr<Contender>> contenders;
-  contenders.push_back(std::make_unique<Contender>(make(asked_.runner.options.backend)));
-  for (const std::string& backend : asked_.against) contenders.push_back(std::make_unique<Contender>(make(backend)));
-  std::vector<std::function<void()>> executions;
-  for (const auto& contender : contenders) {
-    executions.emplace_back(
-        [&work, &c = *contender] { c.plan.execute(work.inputs(), work.outputs(), c.workspace.view().data); });
-    ceilings_.measure(Ceilings::isa_of(contender->plan.report().backend));
+Contender Bench::make_contender(Direction pass, const Problem& problem, const std::string& backend) const {
+  PlanOptions options = asked_.runner.options;
+  options.backend = backend;
+  const auto start = std::chrono::steady_clock::now();
+  Plan plan = pass == Direction::kForward ? plan_forward(problem, place_.device(), options)
+                                          : plan_backward(problem, place_.device(), options);
+  const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+  Workspace workspace(place_, plan.workspace_bytes());
+  return {std::move(plan), time.count(), std::move(workspace)};
+}
+
+std::vector<Result> Bench::run_pass(Direction pass, const Workload& work, const PlacedCall& call,
+                                    const std::function<void(double)>& progress) {
+  std::vector<std::string> backends{asked_.runner.options.backend};
+  backends.insert(backends.end(), asked_.against.begin(), asked_.against.end());
+  std::vector<Contender> contenders;
+  for (const std::string& backend : backends) contenders.push_back(make_contender(pass, work.problem(), backend));
+  std::vector<std::function<double()>> executions;
+  for (const Contender& contender : contenders) {
+    executions.emplace_back([this, &call, &contender] {
+      return place_.seconds_of([&] { call.execute(contender.plan, contender.workspace); });
+    });
+    ceilings_.measure(ceilings_.isa_of(contender.plan.report().backend));
   }
   const std::vector<Timing> timings = measure(executions, asked_.effort, progress);
   std::vector<Result> results;
   for (std::size_t i = 0; i < contenders.size(); ++i) {
-    const Report& report = contenders[i]->plan.report();
+    const Report& report = contenders[i].plan.report();
     Result result;
     result.pass = pass == Direction::kForward ? "forward" : "backward";
     result.backend = report.backend;
     result.timing = timings[i];
     result.flops = flops_of(work.problem(), pass);
     result.bytes = traffic_bytes(pass, work.inputs(), work.outputs());
+    result.plan_seconds = contenders[i].plan_seconds;
     result.workspace_bytes = report.workspace_bytes;
-    result.isa = Ceilings::isa_of(report.backend);
+    result.details = report.details;
+    result.isa = ceilings_.isa_of(report.backend);
     ceilings_.measure(result.isa);
     if (i > 0) {
       result.against = results.front().backend;
@@ -139,13 +161,19 @@ std::vector<Result> Bench::run_pass(Direction pass, const Workload& work, const 
 
 std::vector<Result> Bench::run_problem(const Problem& problem, const std::string& place) {
   const Workload work(problem, asked_.seed);
-  if (problem.backward()) plan_forward(work.problem()).execute(work.inputs(), work.outputs());  // for out and lse
+  const PlacedCall call(place_, work.inputs(), work.outputs(), work.allocations());
+  call.upload();
+  if (problem.backward()) {  // which reads out and lse
+    const Contender forward = make_contender(Direction::kForward, work.problem(), "");
+    call.execute(forward.plan, forward.workspace);
+    place_.synchronize();
+  }
   std::vector<Result> results;
   for (const Direction pass : {Direction::kForward, Direction::kBackward}) {
     if (!(pass == Direction::kForward ? problem.forward() : problem.backward())) continue;
     const std::string label = place + (pass == Direction::kForward ? " forward" : " backward");
     bar_.show(0.0, label);
-    for (Result& result : run_pass(pass, work, [&](double share) { bar_.show(share, label); })) {
+    for (Result& result : run_pass(pass, work, call, [&](double share) { bar_.show(share, label); })) {
       result.problem = to_string(problem);
       results.push_back(std::move(result));
     }
@@ -154,11 +182,13 @@ std::vector<Result> Bench::run_problem(const Problem& problem, const std::string
   return results;
 }
 
-void print_problem(const Terminal& terminal, const std::vector<Result>& results, int threads) {
+void Bench::print_problem(const Terminal& terminal, const std::vector<Result>& results) const {
   const bool compared = std::ranges::any_of(results, [](const Result& r) { return r.ratio > 0; });
   std::vector<Table::Column> columns{
-      {"pass", false, 8}, {"backend", false, 12}, {"median", true, 8}, {"p10 … p90", true, 19}, {"fastest", true, 8},
-      {"runs", true, 5},  {"GFLOP/s", true, 7},   {"GB/s", true, 6},   {"of FMA", true, 6},     {"workspace", true, 9}};
+      {"pass", false, 8},      {"backend", false, 12}, {"median", true, 8},
+      {"p10 … p90", true, 19}, {"fastest", true, 8},   {"runs", true, 5},
+      {"GFLOP/s", true, 7},    {"GB/s", true, 6},      {place_.on_gpu() ? "of copy" : "of FMA", true, 6},
+      {"workspace", true, 9},  {"planned", true, 8}};
   if (compared) columns.push_back({"time ratio", true});
   Table table(columns);
   for (const Result& r : results) {
@@ -172,18 +202,26 @@ void print_problem(const Terminal& terminal, const std::vector<Result>& results,
         {number_text(r.gflops()), Ink::kStrong},
         {number_text(r.gbytes())},
         {fmt::format("{:.0f}%", r.percent()), Ink::kStrong},
-        {bytes_text(static_cast<double>(r.workspace_bytes))}};
+        {bytes_text(static_cast<double>(r.workspace_bytes))},
+        {seconds_text(r.plan_seconds), Ink::kDim}};
     if (compared) cells.push_back({r.ratio > 0 ? number_text(r.ratio) + "×" : "1×"});
     table.add(std::move(cells));
   }
   terminal.line("\n  " + terminal.paint(Ink::kStrong, results.front().problem));
   terminal.write(table.text(terminal));
+  const auto note = [&](const std::string& text) { terminal.line("  " + terminal.paint(Ink::kDim, text)); };
   std::map<std::string, double> ceilings;
-  for (const Result& r : results) ceilings[r.isa] = r.ceiling;
+  for (const Result& r : results) {
+    ceilings[r.isa] = r.ceiling;
+    if (!place_.on_gpu()) continue;
+    std::string how;
+    for (const auto& [key, value] : r.details) how += fmt::format("{}{} {}", how.empty() ? "" : ", ", key, value);
+    note(fmt::format("{} {}: {}", r.pass, r.backend, how));
+  }
   for (const auto& [isa, rate] : ceilings) {
-    terminal.line(
-        "  " + terminal.paint(Ink::kDim, fmt::format("FMA rate measured in this run: {} GFLOP/s fp32, {}, {} thread{}",
-                                                     number_text(rate / 1e9), isa, threads, threads == 1 ? "" : "s")));
+    note(isa.empty() ? fmt::format("copies measured in this run: {} GB/s read and written", number_text(rate / 1e9))
+                     : fmt::format("FMA rate measured in this run: {} GFLOP/s fp32, {}, {} thread{}",
+                                   number_text(rate / 1e9), isa, threads_, threads_ == 1 ? "" : "s"));
   }
 }
 
@@ -198,10 +236,17 @@ ordered_json json_of(const Result& r) {
                     {"runs", r.timing.seconds.size()},
                     {"gflops", r.gflops()},
                     {"gbytes_per_second", r.gbytes()},
-                    {"fma_isa", r.isa},
-                    {"fma_gflops", r.ceiling / 1e9},
-                    {"percent_of_fma", r.percent()},
+                    {"plan_seconds", r.plan_seconds},
                     {"workspace_bytes", r.workspace_bytes}};
+  for (const auto& [key, value] : r.details) json["details"][key] = value;
+  if (r.isa.empty()) {
+    json["copy_gbytes_per_second"] = r.ceiling / 1e9;
+    json["percent_of_copy"] = r.percent();
+  } else {
+    json["fma_isa"] = r.isa;
+    json["fma_gflops"] = r.ceiling / 1e9;
+    json["percent_of_fma"] = r.percent();
+  }
   if (r.ratio > 0) {
     json["against"] = r.against;
     json["time_ratio"] = r.ratio;
@@ -219,15 +264,25 @@ BenchRow row_of(const Result& r) {
           .repeats = static_cast<int>(r.timing.seconds.size()),
           .gflops = r.gflops(),
           .gbytes = r.gbytes(),
-          .ceiling_gflops = r.ceiling / 1e9,
+          .ceiling_gflops = r.isa.empty() ? 0.0 : r.ceiling / 1e9,
           .workspace_bytes = r.workspace_bytes};
 }
 
+/// What ran, for those who read the numbers elsewhere.
+std::vector<std::pair<std::string, std::string>> Bench::facts() const {
+  if (!place_.on_gpu()) return {{"processor", processor().model}};
+  const int driver = cuda::driver_version();
+  return {{"processor", processor().model},
+          {"gpu", cuda::gpu(place_.device().index).name},
+          {"driver", fmt::format("CUDA {}.{}", driver / 1000, driver % 1000 / 10)}};
+}
+
 void Bench::write_files(const std::vector<Result>& results) const {
-  const Processor cpu = processor();
   const std::string date = fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr)));
   if (!asked_.json.empty()) {
-    ordered_json page{{"version", FOVEA_VERSION}, {"date", date}, {"processor", cpu.model}, {"threads", threads_}};
+    ordered_json page{{"version", FOVEA_VERSION}, {"date", date}, {"device", name(place_.device())}};
+    for (const auto& [key, value] : facts()) page[key] = value;
+    page["threads"] = threads_;
     page["results"] = ordered_json::array();
     for (const Result& result : results) page["results"].push_back(json_of(result));
     if (asked_.json == kStandardOutput) {
@@ -240,12 +295,12 @@ void Bench::write_files(const std::vector<Result>& results) const {
     std::vector<BenchRow> rows;
     rows.reserve(results.size());
     for (const Result& result : results) rows.push_back(row_of(result));
-    write_bench_page(asked_.html, rows,
-                     {{"processor", cpu.model},
-                      {"threads", std::to_string(threads_)},
-                      {"instruction set", results.front().isa},
-                      {"version", FOVEA_VERSION},
-                      {"date", date}});
+    std::vector<std::pair<std::string, std::string>> said = facts();
+    said.emplace_back("threads", std::to_string(threads_));
+    if (!place_.on_gpu()) said.emplace_back("instruction set", results.front().isa);
+    said.emplace_back("version", FOVEA_VERSION);
+    said.emplace_back("date", date);
+    write_bench_page(asked_.html, rows, said);
   }
 }
 
@@ -264,7 +319,7 @@ ExitCode Bench::run() {
   for (std::size_t i = 0; i < problems.size(); ++i) {
     std::vector<Result> of_problem = run_problem(problems[i], fmt::format("{}/{}", i + 1, problems.size()));
     bar_.clear();
-    if (table) print_problem(terminal, of_problem, threads_);
+    if (table) print_problem(terminal, of_problem);
     std::ranges::move(of_problem, std::back_inserter(results));
   }
   write_files(results);

@@ -8,6 +8,9 @@
 #include "command.h"
 #include "cpu/flash_backend.h"
 #include "cpu/threads.h"
+#include "cuda/driver.h"
+#include "cuda/jit/cache.h"
+#include "cuda/jit/device_text.h"
 #include "dispatch/backend.h"
 #include "machine.h"
 #include "report.h"
@@ -60,16 +63,61 @@ std::vector<Ability> abilities() {
   return all;
 }
 
+/// What there is for GPU kernels.
+struct CudaFound {
+  int driver = cuda::driver_version();
+  const std::string& driver_why = cuda::why_no_driver();
+  const cuda::Nvrtc* nvrtc = cuda::Nvrtc::find();
+  const cuda::jit::Cache& cache = cuda::jit::Cache::shared();
+  cuda::jit::Disk::Usage usage = cache.disk().usage();
+};
+
 struct Diagnosis {
   Processor cpu = processor();
-  CudaFound cuda = find_cuda();
+  CudaFound cuda;
   int threads = cpu::worker_count(0);
   const char* pinned = std::getenv("FOVEA_CPU_ISA");
   std::vector<FmaRate> rates = fma_rates(threads);
   std::vector<Ability> backends = abilities();
 };
 
-constexpr const char* kNoCuda = "this version has no CUDA backend; GPUs and NVRTC are listed, not used";
+std::string version_text(int version) { return fmt::format("{}.{}", version / 1000, version % 1000 / 10); }
+
+const char* name(cuda::jit::Mode mode) {
+  if (mode == cuda::jit::Mode::kOn) return "on";
+  return mode == cuda::jit::Mode::kCache ? "cache" : "off";
+}
+
+ordered_json json_of(const CudaFound& found) {
+  const auto or_null = [](const std::string& text) { return text.empty() ? ordered_json() : ordered_json(text); };
+  ordered_json json{{"driver", found.driver == 0 ? ordered_json() : ordered_json(version_text(found.driver))},
+                    {"driver_problem", or_null(found.driver_why)},
+                    {"nvrtc", or_null(found.nvrtc == nullptr ? "" : found.nvrtc->version())},
+                    {"nvrtc_path", or_null(found.nvrtc == nullptr ? "" : found.nvrtc->path())},
+                    {"nvrtc_problem", or_null(cuda::Nvrtc::why_none())},
+                    {"nvrtc_archs", ordered_json::array()},
+                    {"gpus", ordered_json::array()},
+                    {"FOVEA_JIT", name(found.cache.mode())},
+                    {"build_id", std::string(cuda::jit::build_id)},
+                    {"cache",
+                     {{"folder", or_null(found.cache.disk().folder())},
+                      {"writable", found.usage.writable},
+                      {"kernels", found.usage.kernels},
+                      {"bytes", found.usage.bytes}}},
+                    {"packs", ordered_json::array()}};
+  for (int i = 0; i < cuda::gpu_count(); ++i) {
+    const cuda::Gpu& gpu = cuda::gpu(i);
+    json["gpus"].push_back(
+        {{"name", gpu.name}, {"compute_capability", gpu.compute_capability}, {"memory_bytes", gpu.memory_bytes}});
+  }
+  for (const int arch : cuda::jit::kArchs) {
+    if (found.nvrtc != nullptr && found.nvrtc->knows(arch)) json["nvrtc_archs"].push_back(fmt::format("sm_{}", arch));
+  }
+  for (const cuda::jit::Pack& pack : found.cache.packs()) {
+    json["packs"].push_back({{"file", pack.file().string()}, {"kernels", pack.size()}, {"build_id", pack.build()}});
+  }
+  return json;
+}
 
 ordered_json json_of(const Diagnosis& found) {
   ordered_json json;
@@ -88,16 +136,7 @@ ordered_json json_of(const Diagnosis& found) {
   for (const FmaRate& rate : found.rates) {
     json["fma_gflops"][rate.isa] = {{"one_thread", rate.one / 1e9}, {"all_threads", rate.all / 1e9}};
   }
-  const auto or_null = [](const std::string& text) { return text.empty() ? ordered_json() : ordered_json(text); };
-  json["cuda"] = {{"driver", or_null(found.cuda.driver)},
-                  {"driver_problem", or_null(found.cuda.driver_why)},
-                  {"nvrtc", or_null(found.cuda.nvrtc)},
-                  {"gpus", ordered_json::array()},
-                  {"note", kNoCuda}};
-  for (const Gpu& gpu : found.cuda.gpus) {
-    json["cuda"]["gpus"].push_back(
-        {{"name", gpu.name}, {"compute_capability", gpu.compute_capability}, {"memory_bytes", gpu.memory_bytes}});
-  }
+  json["cuda"] = json_of(found.cuda);
   json["backends"] = ordered_json::object();
   for (const Ability& ability : found.backends) {
     for (const auto& [question, reasons] : ability.answers) json["backends"][ability.backend][question] = reasons;
@@ -125,17 +164,35 @@ void print_cpu(const Terminal& terminal, const Diagnosis& found) {
   terminal.write("\n" + rates.text(terminal));
 }
 
-void print_cuda(const Terminal& terminal, const CudaFound& cuda) {
-  std::string driver = cuda.driver.empty() ? "none" : cuda.driver;
-  if (!cuda.driver_why.empty()) driver += ": " + cuda.driver_why;
+void print_cuda(const Terminal& terminal, const CudaFound& found) {
+  std::string driver = found.driver_why;
+  if (found.driver != 0) driver = version_text(found.driver) + (driver.empty() ? "" : ": " + driver);
   terminal.write("\n" + labelled(terminal, "CUDA driver", driver));
-  for (const Gpu& gpu : cuda.gpus) {
+  for (int i = 0; i < cuda::gpu_count(); ++i) {
+    const cuda::Gpu& gpu = cuda::gpu(i);
     terminal.write(labelled(terminal, "GPU",
                             fmt::format("{}, sm_{}, {}", gpu.name, gpu.compute_capability,
                                         bytes_text(static_cast<double>(gpu.memory_bytes)))));
   }
-  terminal.write(labelled(terminal, "NVRTC", cuda.nvrtc.empty() ? "none: no libnvrtc.so is there" : cuda.nvrtc));
-  terminal.write(labelled(terminal, "", terminal.paint(Ink::kDim, kNoCuda)));
+  terminal.write(labelled(terminal, "NVRTC",
+                          found.nvrtc == nullptr ? cuda::Nvrtc::why_none()
+                                                 : fmt::format("{}, {}", found.nvrtc->version(), found.nvrtc->path())));
+  const cuda::jit::Disk& disk = found.cache.disk();
+  terminal.write(labelled(
+      terminal, "GPU kernels",
+      disk.folder().empty()
+          ? "not kept: there is no home folder; name one in FOVEA_CACHE_DIR"
+          : fmt::format("{}, {} in {}{}", found.usage.kernels, bytes_text(static_cast<double>(found.usage.bytes)),
+                        disk.folder().string(), found.usage.writable ? "" : ", which cannot be written")));
+  for (const cuda::jit::Pack& pack : found.cache.packs()) {
+    const bool ours = pack.build() == cuda::jit::build_id;
+    terminal.write(labelled(terminal, "pack",
+                            fmt::format("{} in {}{}", pack.size(), pack.file().string(),
+                                        ours ? "" : ", made by another version and of no use to this one")));
+  }
+  if (found.cache.mode() != cuda::jit::Mode::kOn) {
+    terminal.write(labelled(terminal, "FOVEA_JIT", fmt::format("{}: no kernel is compiled", name(found.cache.mode()))));
+  }
 }
 
 void print_backends(const Terminal& terminal, const std::vector<Ability>& backends) {

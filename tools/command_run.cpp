@@ -8,6 +8,7 @@
 
 #include "attention_call.h"
 #include "command.h"
+#include "device_call.h"
 #include "error_rule.h"
 #include "picture.h"
 #include "report.h"
@@ -44,7 +45,8 @@ class Run {
   ExitCode run() const;
 
  private:
-  [[nodiscard]] Pass execute(Direction direction, const AttentionCall& call) const;
+  [[nodiscard]] Pass execute(Direction direction, const AttentionCall& call, Place& place,
+                             const PlacedCall& placed) const;
   void draw(const AttentionCall& call, const Report& report) const;
   void print(const AttentionCall& call, const Summary& summary) const;
   [[nodiscard]] ordered_json to_json(const AttentionCall& call, const Summary& summary) const;
@@ -58,14 +60,12 @@ std::string Run::title() const {
   return asked_.source.file.empty() ? "arrays" : asked_.source.file;
 }
 
-Pass Run::execute(Direction direction, const AttentionCall& call) const {
+Pass Run::execute(Direction direction, const AttentionCall& call, Place& place, const PlacedCall& placed) const {
   const bool forward = direction == Direction::kForward;
-  const Device device = asked_.runner.parsed_device(false);
-  const Plan plan = forward ? plan_forward(call.problem, device, asked_.runner.options)
-                            : plan_backward(call.problem, device, asked_.runner.options);
-  const auto bytes = static_cast<std::int64_t>(plan.workspace_bytes());
-  const OwnedTensor workspace(DType::kBool, std::span(&bytes, 1));
-  const std::function<void()> once = [&] { plan.execute(call.inputs, call.outputs, workspace.view().data); };
+  const Plan plan = forward ? plan_forward(call.problem, place.device(), asked_.runner.options)
+                            : plan_backward(call.problem, place.device(), asked_.runner.options);
+  const Workspace workspace(place, plan.workspace_bytes());
+  const std::function<double()> once = [&] { return place.seconds_of([&] { placed.execute(plan, workspace); }); };
   Pass pass{forward ? "forward" : "backward", plan.report(), {}};
   pass.timing = measure(std::span(&once, 1), {.seconds = 0.1}).front();
   pass.gflops = flops_of(call.problem, direction) / pass.timing.median() / 1e9;
@@ -207,10 +207,14 @@ ExitCode Run::run() const {
   }
   if (!asked_.out.empty()) require_writable(asked_.out);
   if (!asked_.plot.empty()) require_writable(asked_.plot);
+  Place place(asked_.runner.parsed_device(false));
   const AttentionCall call = AttentionCall::prepare(asked_.source);
+  const PlacedCall placed(place, call.inputs, call.outputs, call.allocations());
+  placed.upload();
   Summary summary;
-  summary.passes.push_back(execute(Direction::kForward, call));
-  if (call.problem.backward()) summary.passes.push_back(execute(Direction::kBackward, call));
+  summary.passes.push_back(execute(Direction::kForward, call, place, placed));
+  if (call.problem.backward()) summary.passes.push_back(execute(Direction::kBackward, call, place, placed));
+  placed.download();
   if (asked_.check) summary.figures = judge_results(call);
   if (!asked_.out.empty()) write_safetensors(asked_.out, call.results());
   if (!asked_.plot.empty()) draw(call, summary.passes.front().report);

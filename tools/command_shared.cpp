@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "command.h"
+#include "cuda/driver.h"
 #include "tensor_data.h"
 
 namespace fovea::tools {
@@ -25,8 +26,10 @@ std::optional<int> number_after(std::string_view text, std::string_view prefix) 
 
 Device Runner::parsed_device(bool architectures) const {
   if (device == "cpu") return {};
-  if (device == "cuda") return {.kind = DeviceKind::kCuda};
-  if (const auto index = number_after(device, "cuda:")) return {.kind = DeviceKind::kCuda, .index = *index};
+  if (const auto index = device == "cuda" ? 0 : number_after(device, "cuda:")) {
+    if (!architectures) (void)cuda::gpu(*index);  // refuses the one that is not there
+    return {.kind = DeviceKind::kCuda, .index = *index};
+  }
   if (const auto capability = number_after(device, "sm_"); capability && *capability > 0) {
     if (architectures) return {.kind = DeviceKind::kCuda, .compute_capability = *capability};
     throw Error(

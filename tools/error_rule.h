@@ -34,7 +34,7 @@ struct ResultKind {
 
 /// What results of a problem are held against.
 struct Peers {
-  explicit Peers(const cpu::Operands& operands, cpu::Results exact);
+  explicit Peers(const cpu::Operands& operands, cpu::Results results);
   DType dtype;
   cpu::Results exact, plain;
   Roundings unavoidable;

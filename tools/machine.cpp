@@ -1,7 +1,5 @@
 #include "machine.h"
 
-#include <dlfcn.h>
-#include <fmt/format.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
@@ -38,46 +36,6 @@ void read_cpuinfo(Processor& processor) {
   if (processor.model.empty()) processor.model = "unknown";
 }
 
-/// Never closed: the libraries of CUDA keep threads and memory of their own.
-void* open_library(const char* name) { return ::dlopen(name, RTLD_NOW | RTLD_LOCAL); }
-
-/// Calls a C function of the library; −1 where it has none of that name.
-template <typename... Arguments>
-int call(void* library, const char* name, Arguments... arguments) {
-  using Function = int (*)(Arguments...);
-  auto* function = reinterpret_cast<Function>(::dlsym(library, name));
-  return function == nullptr ? -1 : function(arguments...);
-}
-
-void find_driver(CudaFound& found) {
-  void* const cuda = open_library("libcuda.so.1");
-  if (cuda == nullptr) {
-    found.driver_why = "libcuda.so.1 is not there";
-    return;
-  }
-  int version = 0;
-  call(cuda, "cuDriverGetVersion", &version);
-  found.driver = fmt::format("{}.{}", version / 1000, version % 1000 / 10);
-  if (const int status = call(cuda, "cuInit", 0U); status != 0) {
-    found.driver_why = fmt::format("cuInit gives error {}", status);
-    return;
-  }
-  int count = 0;
-  call(cuda, "cuDeviceGetCount", &count);
-  for (int i = 0; i < count; ++i) {
-    constexpr int kMajor = 75, kMinor = 76;  // CUdevice_attribute
-    int device = 0, major = 0, minor = 0;
-    std::size_t memory = 0;
-    std::array<char, 256> name{};
-    call(cuda, "cuDeviceGet", &device, i);
-    call(cuda, "cuDeviceGetName", name.data(), static_cast<int>(name.size()), device);
-    call(cuda, "cuDeviceGetAttribute", &major, kMajor, device);
-    call(cuda, "cuDeviceGetAttribute", &minor, kMinor, device);
-    call(cuda, "cuDeviceTotalMem_v2", &memory, device);
-    found.gpus.push_back({name.data(), major * 10 + minor, static_cast<std::int64_t>(memory)});
-  }
-}
-
 }  // namespace
 
 Processor processor() {
@@ -91,19 +49,6 @@ Processor processor() {
   found.l2_bytes = ask(_SC_LEVEL2_CACHE_SIZE);
   found.l3_bytes = ask(_SC_LEVEL3_CACHE_SIZE);
   found.memory_bytes = ask(_SC_PHYS_PAGES) * ask(_SC_PAGESIZE);
-  return found;
-}
-
-CudaFound find_cuda() {
-  CudaFound found;
-  find_driver(found);
-  for (const char* name : {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2", "libnvrtc.so"}) {
-    void* const nvrtc = open_library(name);
-    int major = 0, minor = 0;
-    if (nvrtc == nullptr || call(nvrtc, "nvrtcVersion", &major, &minor) != 0) continue;
-    found.nvrtc = fmt::format("{}.{}", major, minor);
-    break;
-  }
   return found;
 }
 

@@ -19,19 +19,4 @@ struct Processor {
 };
 [[nodiscard]] Processor processor();
 
-struct Gpu {
-  std::string name;
-  int compute_capability = 0;  ///< 90 for sm_90
-  std::int64_t memory_bytes = 0;
-};
-
-/// What there is of CUDA, found by opening libcuda and libnvrtc at run time.
-struct CudaFound {
-  std::string driver;      ///< "12.4"; empty: no libcuda.so.1
-  std::string driver_why;  ///< why the driver does not work, or why it was not found
-  std::string nvrtc;       ///< "12.4"; empty: no libnvrtc
-  std::vector<Gpu> gpus;
-};
-[[nodiscard]] CudaFound find_cuda();
-
 }  // namespace fovea::tools

@@ -22,8 +22,12 @@ A problem is one line of text, as in
   fovea explain "fwd+bwd bf16 b2 hq16 hkv4 sq4096 d128 causal=bottom_right"
 
 Environment:
-  FOVEA_CPU_ISA   avx512, avx2 or portable: the only CPU instruction set to use
-  NO_COLOR        set and not empty: no colours
+  FOVEA_CPU_ISA    avx512, avx2 or portable: the only CPU instruction set to use
+  FOVEA_JIT        on, cache or off: compile GPU kernels; take what is cached; take what is in a pack
+  FOVEA_CACHE_DIR  where compiled kernels are kept, instead of ~/.cache/fovea
+  FOVEA_PACK       the pack of kernels to use, instead of fovea.pack beside the program
+  FOVEA_NVRTC      the libnvrtc.so to compile with
+  NO_COLOR         set and not empty: no colours
 
 Exit codes: 0 done, 1 a check failed, 2 the input was refused, 3 the device or the system failed.)";
 
@@ -41,7 +45,7 @@ ExitCode complain(ExitCode code, std::string_view sentence) {
 
 /// CLI11's complaint as one sentence.
 std::string sentence_of(const CLI::ParseError& error, const CLI::App& app) {
-  constexpr const char* kCommands = "run, explain, check, bench or doctor; see fovea --help";
+  constexpr const char* kCommands = "run, explain, check, bench, precompile or doctor; see fovea --help";
   const std::vector<CLI::App*> chosen = app.get_subcommands();
   if (chosen.empty()) {
     const std::vector<std::string> words = app.remaining();
@@ -167,6 +171,23 @@ void add_bench(CLI::App& fovea, Action& action) {
   command.path("--html", said.html, "FILE", "write one self-contained page");
 }
 
+void add_precompile(CLI::App& fovea, Action& action) {
+  const Command<PrecompileArguments> command(fovea, "precompile",
+                                             "GPU kernels ahead of time, as one file; needs NVRTC and no GPU",
+                                             command_precompile, action);
+  PrecompileArguments& said = *command.said;
+  command.lines()->required();
+  command.option("--arch", said.archs, "LIST", "architectures, as in sm_80,sm_90")->delimiter(',')->required();
+  command.path("--out", said.out, "PACK", "write the pack");
+  command.path("--table", said.table, "FILE", "write each kernel's registers, shared memory and compile time");
+  command.number("--jobs", said.jobs, 0, kMostThreads, "kernels at once; 0: as many as the process may use threads");
+  command.number("--most", said.most, 1, 1'000'000, "so many kernels at most, spread over all")->take_last();
+  command.flag("--check", said.check, "exit 1 where a kernel spills, uses local memory, warns or is slow to compile");
+  command.option("--median-seconds", said.median_seconds, "S", "with --check: what compiling may take in the median")
+      ->take_last();
+  command.option("--most-seconds", said.most_seconds, "S", "with --check: what it may take at most")->take_last();
+}
+
 void add_doctor(CLI::App& fovea, Action& action) {
   const Command<DoctorArguments> command(
       fovea, "doctor", "What this machine has, how fast it multiplies, and what each backend can do here",
@@ -186,6 +207,7 @@ ExitCode run_command(int argc, char** argv) {
   add_explain(app, action);
   add_check(app, action);
   add_bench(app, action);
+  add_precompile(app, action);
   add_doctor(app, action);
   app.footer(kFooter);  // last, so that the commands' own help does not repeat it
   try {

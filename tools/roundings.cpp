@@ -22,7 +22,7 @@ double together(std::initializer_list<double> errors) {
 
 /// A number and how far it may be off: see Rounding.
 struct Rounded {
-  double value, computed, stored;
+  double value = 0.0, computed = 0.0, stored = 0.0;
   [[nodiscard]] Rounded times(double x) const { return {value * x, computed * std::abs(x), stored * std::abs(x)}; }
   [[nodiscard]] Rounded with(double more_computed, double more_stored) const {
     return {value, together({computed, more_computed}), together({stored, more_stored})};
@@ -32,7 +32,7 @@ struct Rounded {
 /// A sum of products, what its additions cost, and what storing its second operand costs in a format that keeps all
 /// digits of the numbers from `smallest`.
 struct Dot : Rounded {
-  Dot(const double* x, const double* y, std::int64_t count, double smallest) : Rounded{} {
+  Dot(const double* x, const double* y, std::int64_t count, double smallest) {
     double squares = 0.0, stored_squares = 0.0;
     for (std::int64_t c = 0; c < count; ++c) {
       value += x[c] * y[c];

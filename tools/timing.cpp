@@ -11,12 +11,6 @@ namespace {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-double seconds_of(const std::function<void()>& work) {
-  const double start = now();
-  work();
-  return now() - start;
-}
-
 /// Bytes of a tensor's own elements: a dimension of stride 0 holds one.
 double bytes_of(const Tensor& tensor) {
   if (!tensor.defined()) return 0.0;
@@ -37,13 +31,13 @@ double Timing::quantile(double share) const {
   return std::lerp(seconds[below], seconds[above], place - static_cast<double>(below));
 }
 
-std::vector<Timing> measure(std::span<const std::function<void()>> contenders, const Effort& effort,
+std::vector<Timing> measure(std::span<const std::function<double()>> contenders, const Effort& effort,
                             const std::function<void(double)>& progress) {
   constexpr std::size_t kFewest = 3;
   std::vector<Timing> timings(contenders.size());
   double longest = 0.0;
   for (std::size_t i = 0; i < contenders.size(); ++i) {
-    timings[i].seconds.push_back(seconds_of(contenders[i]));
+    timings[i].seconds.push_back(contenders[i]());
     longest = std::max(longest, timings[i].seconds.front());
   }
   if (effort.repeats == 0 && longest > effort.seconds) return timings;
@@ -57,7 +51,7 @@ std::vector<Timing> measure(std::span<const std::function<void()>> contenders, c
                                             : std::min(spent, static_cast<double>(done) / kFewest);
     if (share >= 1.0) break;
     if (progress) progress(share);
-    for (std::size_t i = 0; i < contenders.size(); ++i) timings[i].seconds.push_back(seconds_of(contenders[i]));
+    for (std::size_t i = 0; i < contenders.size(); ++i) timings[i].seconds.push_back(contenders[i]());
   }
   for (Timing& timing : timings) std::ranges::sort(timing.seconds);
   return timings;

@@ -24,8 +24,8 @@ struct Effort {
 };
 
 /// Times contenders in turns, so that what disturbs the machine disturbs them alike, after one execution each that is
-/// not counted.  `progress` hears the share done.
-[[nodiscard]] std::vector<Timing> measure(std::span<const std::function<void()>> contenders, const Effort& effort,
+/// not counted.  A contender executes once and says how long that took; `progress` hears the share done.
+[[nodiscard]] std::vector<Timing> measure(std::span<const std::function<double()>> contenders, const Effort& effort,
                                           const std::function<void(double)>& progress = {});
 
 /// Bytes of the tensors that one pass reads and writes, each element once.

@@ -425,6 +425,8 @@ Workload::Workload(const Problem& problem, std::uint64_t seed, Data data) : prob
   for (Buffer& buffer : buffers_) buffer.checksum = checksum_of(buffer.begin, buffer.bytes);
 }
 
+std::vector<Allocation> Workload::allocations() const { return {buffers_.begin(), buffers_.end()}; }
+
 void Workload::poison_outputs() {
   for (Buffer& buffer : buffers_) {
     if (buffer.written) std::memset(buffer.begin, kPoison, buffer.bytes);

@@ -25,6 +25,13 @@ enum class Data {
   kHostile,
 };
 
+/// Host memory in which tensors of a call lie, gaps and all.
+struct Allocation {
+  std::byte* begin = nullptr;
+  std::size_t bytes = 0;
+  bool written = false;  ///< by the call
+};
+
 /// The tensors of a problem line, filled with random numbers that depend on the seed and the sizes alone.
 class Workload {
  public:
@@ -33,6 +40,7 @@ class Workload {
   [[nodiscard]] const Problem& problem() const { return problem_; }  ///< random lengths made definite
   [[nodiscard]] const Inputs& inputs() const { return inputs_; }
   [[nodiscard]] const Outputs& outputs() const { return outputs_; }
+  [[nodiscard]] std::vector<Allocation> allocations() const;
   void poison_outputs();  ///< NaN everywhere, gaps included
 
   /// Hostile workloads only: the operands as the oracle reads them, and what it makes of them.
@@ -46,12 +54,9 @@ class Workload {
   [[nodiscard]] std::string damage() const;
 
  private:
-  struct Buffer {
+  struct Buffer : Allocation {
     std::unique_ptr<std::byte[]> memory;
-    std::byte* begin = nullptr;
-    std::size_t bytes = 0;
-    bool written = false;  // by the run; otherwise `checksum` tells whether it was
-    std::uint64_t checksum = 0;
+    std::uint64_t checksum = 0;  // of what is not to be written
     std::vector<Tensor> views;
   };
   class Maker;

@@ -3,13 +3,14 @@
 /// Fovea's C door: the C++ one (fovea.h), for C99 and every language that binds to it.  Stable: names, values and
 /// struct members stay; structs that begin with `size` may grow at their end.
 ///
-/// - Every function that can fail returns a fovea_status; fovea_last_error() has the sentence of this thread's last
-/// failure.
+/// - Every function that can fail returns a fovea_status; fovea_last_error() has the sentence of the last failure of
+///   this thread.
 /// - A struct that begins with `size` is zeroed, then given its size: `fovea_options o = {.size = sizeof o};`.  Zero or
-/// NULL
-///   in any other member means its default or absence.
+///   NULL in any other member means its default or absence.
 /// - Tensors are views: nothing here owns or keeps data, and tensor structs need to live no longer than the call.
 /// - Plans may be used from any number of threads at once.
+
+// NOLINTBEGIN(modernize-*,readability-identifier-naming): this is C.
 
 #include <fovea/export.h>
 #include <stddef.h>
@@ -179,3 +180,5 @@ FOVEA_API fovea_status fovea_explain(const char* line, const fovea_device* devic
 #ifdef __cplusplus
 }
 #endif
+
+// NOLINTEND(modernize-*,readability-identifier-naming)

@@ -37,10 +37,11 @@ struct IndexView {
 
 /// What forward and backward both need to know.
 struct CallParams {
-  int batch, q_heads, kv_heads;
-  int head_dim, head_dim_v;         // the true ones
-  int seqlen_q, seqlen_kv;          // packed: of the longest sequence
-  int total_q, total_kv;            // packed: all rows
+  int batch, q_heads, kv_heads, group;  // group: q_heads / kv_heads
+  int first_batch;                      // of this launch: a grid has at most 65535 of them
+  int head_dim, head_dim_v;             // the true ones
+  int seqlen_q, seqlen_kv;              // packed: of the longest sequence
+  int total_q, total_kv;                // packed: all rows
   math::BandRule band;
   IndexView q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_kv;
   RowView q, k, v;
@@ -50,35 +51,37 @@ struct CallParams {
   i64 slopes_batch;                 // stride
   const float* sink;                // [head]
   float scale, softcap;
-  u32 keep_threshold;               // of 65536
+  u32 keep_threshold;  // of 65536
   u64 seed, offset;
 };
 
 struct ForwardParams : CallParams {
   RowView out;
   StatView lse;
-  int row_blocks;        // of the longest sequence
-  int v_chunks;          // blocks that share out the columns of v
-  int splits;            // parts of the keys
-  int keys_per_split;    // a multiple of block_n
-  float* partials;       // [batch][head][row][split][head_dim_v + 2]: O, maximum in units of log2, sum
+  int row_blocks;      // of the longest sequence
+  int v_chunks;        // blocks that share out the columns of v
+  int splits;          // parts of the keys
+  int keys_per_split;  // a multiple of block_n
+  float* partials;     // [batch][head][row][split][head_dim_v + 2]: O, maximum in units of log2, sum
 };
+
+inline constexpr int kCombineRows = 4;  // of a block that combines, a warp each
 
 struct BackwardParams : CallParams {
   RowView out, dout, dq, dk, dv;
   StatView lse, dlse;
   EntryView dbias;
   float *dslopes, *dsink;
-  i64 dslopes_batch;     // stride
+  i64 dslopes_batch;  // stride
   int row_blocks, key_blocks;  // of the longest sequence
-  int row_slots;         // of blocks of rows, all sequences together
+  int row_slots;               // of blocks of rows, all sequences together
   // In the workspace; slots: `RowSlots`.
-  float* log2_lse;       // [head][slot][row of block_m]; +infinity where a row sees nothing
-  float* delta;          // likewise: Σ dout·out − dlse
-  float* dq_sum;         // [head][slot][block_m × head_dim, as accumulators lie in warps]
-  int* tickets;          // [head][slot] key blocks that have added to dq, where their order matters; then blocks begun
-  float* sink_parts;     // [head][slot]
-  float* slope_parts;    // [batch][head][key block][warp]
+  float* log2_lse;     // [head][slot][row of block_m]; +infinity where a row sees nothing
+  float* delta;        // likewise: Σ dout·out − dlse
+  float* dq_sum;       // [head][slot][block_m × head_dim, as accumulators lie in warps]
+  int* tickets;        // [head][slot] key blocks that have added to dq, where their order matters; then blocks begun
+  float* sink_parts;   // [head][slot]
+  float* slope_parts;  // [batch][head][key block][warp]
 };
 
 }  // namespace fovea::cuda

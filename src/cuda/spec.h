@@ -9,6 +9,12 @@ namespace fovea::cuda {
 
 enum class Type : int { kFloat32, kFloat16, kBFloat16 };
 
+FOVEA_FN constexpr int bytes_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
+
+/// Bytes from row to row of a tile in shared memory: an odd number of 16-byte pieces, so that a column of pieces, read
+/// down the rows, meets every bank.
+FOVEA_FN constexpr int pitch_of(Type type, int dim) { return (dim * bytes_of(type) / 16 | 1) * 16; }
+
 /// How a 16 × 8 piece of a product is made.
 enum class Mma : int {
   kHalf16,    // m16n8k16 of fp16 or bf16 (sm_80)
@@ -26,11 +32,11 @@ struct ForwardSpec {
   int block_m = 128;       // rows
   int block_n = 64;        // keys
   int warps = 4;
-  int stages = 2;          // tiles of keys in flight
+  int stages = 2;  // tiles of keys in flight
   bool q_in_registers = false;
-  bool pack_gqa = false;   // a row is a query and a head of the group, not a query of one head
-  bool split = false;      // keys are shared out to several blocks, whose parts are combined
-  bool band = false;       // causal or a window
+  bool pack_gqa = false;  // a row is a query and a head of the group, not a query of one head
+  bool split = false;     // keys are shared out to several blocks, whose parts are combined
+  bool band = false;      // causal or a window
   bool mask = false;
   bool bias = false;
   Type bias_type = Type::kFloat32;
@@ -38,19 +44,28 @@ struct ForwardSpec {
   bool softcap = false;
   bool dropout = false;
 
-  friend constexpr bool operator==(const ForwardSpec&, const ForwardSpec&) = default;
+  FOVEA_FN friend constexpr bool operator==(const ForwardSpec&, const ForwardSpec&) = default;
 };
+
+/// Shared memory of a block: Q, in whose place O leaves; then `stages` times K and V.
+FOVEA_FN constexpr int q_bytes(const ForwardSpec& s) {
+  return s.block_m * math::larger(pitch_of(s.type, s.head_dim), pitch_of(s.type, s.head_dim_v));
+}
+FOVEA_FN constexpr int stage_bytes(const ForwardSpec& s) {
+  return s.block_n * (pitch_of(s.type, s.head_dim) + pitch_of(s.type, s.head_dim_v));
+}
+FOVEA_FN constexpr int shared_bytes(const ForwardSpec& s) { return q_bytes(s) + s.stages * stage_bytes(s); }
 
 struct BackwardSpec {
   Type type = Type::kBFloat16;
   Mma mma = Mma::kHalf16;
   bool async_copy = true;
-  int head_dim = 64;       // of q and k, rounded up to whole products
-  int head_dim_v = 64;     // of v and out, likewise
-  int block_m = 64;        // rows
-  int block_n = 128;       // keys
+  int head_dim = 64;    // of q and k, rounded up to whole products
+  int head_dim_v = 64;  // of v and out, likewise
+  int block_m = 64;     // rows
+  int block_n = 128;    // keys
   int warps = 8;
-  int stages = 2;          // tiles of rows in flight: 1 or 2, or 3 for the leapfrog
+  int stages = 2;              // tiles of rows in flight: 1 or 2, or 3 for the leapfrog
   bool deterministic = false;  // dq is added up in one order of the key blocks
   bool band = false;
   bool mask = false;
@@ -60,12 +75,12 @@ struct BackwardSpec {
   bool softcap = false;
   bool dropout = false;
 
-  friend constexpr bool operator==(const BackwardSpec&, const BackwardSpec&) = default;
+  FOVEA_FN friend constexpr bool operator==(const BackwardSpec&, const BackwardSpec&) = default;
 };
 
 /// Calls f(name, value) for every field.
 template <class F>
-constexpr void each_field(const ForwardSpec& s, F&& f) {
+FOVEA_FN constexpr void each_field(const ForwardSpec& s, F&& f) {
   f("type", s.type), f("mma", s.mma), f("async_copy", s.async_copy);
   f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
   f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("stages", s.stages);
@@ -74,7 +89,7 @@ constexpr void each_field(const ForwardSpec& s, F&& f) {
   f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);
 }
 template <class F>
-constexpr void each_field(const BackwardSpec& s, F&& f) {
+FOVEA_FN constexpr void each_field(const BackwardSpec& s, F&& f) {
   f("type", s.type), f("mma", s.mma), f("async_copy", s.async_copy);
   f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
   f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("stages", s.stages);

@@ -6,12 +6,14 @@ namespace fovea::math {
 
 enum class TileState { kHidden, kPartial, kFull };
 
-struct Interval {
-  i64 begin;
-  i64 end;
+template <class Int>
+struct IntervalOf {
+  Int begin;
+  Int end;
   FOVEA_FN constexpr bool empty() const { return end <= begin; }
-  FOVEA_FN constexpr bool contains(i64 x) const { return begin <= x && x < end; }
+  FOVEA_FN constexpr bool contains(Int x) const { return begin <= x && x < end; }
 };
+using Interval = IntervalOf<i64>;
 
 /// What the caller says of the band, whatever the lengths.
 struct BandRule {
@@ -21,7 +23,7 @@ struct BandRule {
 
   /// From fovea::Rules, which this header does without.
   template <class Rules>
-  static constexpr BandRule of(const Rules& rules) {
+  FOVEA_FN static constexpr BandRule of(const Rules& rules) {
     using Causal = decltype(rules.causal);
     return {rules.causal == Causal::kTopLeft, rules.window_left.value_or(kUnbounded),
             rules.causal == Causal::kNone ? rules.window_right.value_or(kUnbounded) : 0};
@@ -31,37 +33,42 @@ struct BandRule {
 
 /// THE RULE OF THE MASK that needs no memory: causal corners, windows, lengths.  Query i of one sequence sees the keys
 /// of one interval, and both ends of the interval never move left as i grows; everything else follows from that.  A
-/// rule of this kind is changed in `BandRule`, `of`, `keys_of_row` and `rows_of_key` and nowhere else; kernels only ask.
-struct Band {
-  static constexpr i64 kUnbounded = BandRule::kUnbounded;
+/// rule of this kind is changed in `BandRule`, `of`, `keys_of_row` and `rows_of_key` and nowhere else; kernels only
+/// ask. Int is 64 bits wide on the host; a GPU counts positions, which are below 2^29 there, in 32.
+template <class Int>
+struct BandOf {
+  using Interval = IntervalOf<Int>;
+  static constexpr Int kUnbounded = sizeof(Int) == 8 ? static_cast<Int>(BandRule::kUnbounded) : Int{1} << 29;
 
-  i64 seqlen_q = 0;        // rows past it see nothing
-  i64 seqlen_kv = 0;       // keys past it are hidden
-  i64 offset = 0;          // the diagonal runs through key i + offset: 0 top left, seqlen_kv − seqlen_q bottom right
-  i64 left = kUnbounded;   // keys before the diagonal that stay visible
-  i64 right = kUnbounded;  // keys after it; causal is 0
+  Int seqlen_q = 0;        // rows past it see nothing
+  Int seqlen_kv = 0;       // keys past it are hidden
+  Int offset = 0;          // the diagonal runs through key i + offset: 0 top left, seqlen_kv − seqlen_q bottom right
+  Int left = kUnbounded;   // keys before the diagonal that stay visible
+  Int right = kUnbounded;  // keys after it; causal is 0
 
   /// The band of one sequence.
-  FOVEA_FN static constexpr Band of(const BandRule& rule, i64 seqlen_q, i64 seqlen_kv) {
-    return {seqlen_q, seqlen_kv, rule.top_left ? 0 : seqlen_kv - seqlen_q, rule.left, rule.right};
+  FOVEA_FN static constexpr BandOf of(const BandRule& rule, Int seqlen_q, Int seqlen_kv) {
+    return {seqlen_q, seqlen_kv, rule.top_left ? 0 : seqlen_kv - seqlen_q,
+            static_cast<Int>(smaller<i64>(rule.left, kUnbounded)),
+            static_cast<Int>(smaller<i64>(rule.right, kUnbounded))};
   }
 
-  FOVEA_FN constexpr i64 clip_key(i64 j) const { return smaller(larger(j, i64{0}), seqlen_kv); }
-  FOVEA_FN constexpr i64 clip_row(i64 i) const { return smaller(larger(i, i64{0}), seqlen_q); }
+  FOVEA_FN constexpr Int clip_key(Int j) const { return smaller(larger(j, Int{0}), seqlen_kv); }
+  FOVEA_FN constexpr Int clip_row(Int i) const { return smaller(larger(i, Int{0}), seqlen_q); }
 
   /// The keys that row i sees.
-  FOVEA_FN constexpr Interval keys_of_row(i64 i) const {
+  FOVEA_FN constexpr Interval keys_of_row(Int i) const {
     if (i >= seqlen_q) return {0, 0};
     return {clip_key(i + offset - left), clip_key(i + offset + right + 1)};
   }
 
   /// The rows that see key j.
-  FOVEA_FN constexpr Interval rows_of_key(i64 j) const {
+  FOVEA_FN constexpr Interval rows_of_key(Int j) const {
     if (j >= seqlen_kv) return {0, 0};
     return {clip_row(j - offset - right), clip_row(j - offset + left + 1)};
   }
 
-  FOVEA_FN constexpr bool visible(i64 i, i64 j) const { return keys_of_row(i).contains(j); }
+  FOVEA_FN constexpr bool visible(Int i, i64 j) const { return keys_of_row(i).contains(j); }
 
   /// The smallest interval that holds every key seen by rows [begin, end), and likewise for keys.
   FOVEA_FN constexpr Interval keys_of_rows(Interval rows) const {
@@ -90,5 +97,6 @@ struct Band {
     return full ? TileState::kFull : TileState::kPartial;
   }
 };
+using Band = BandOf<i64>;
 
 }  // namespace fovea::math

@@ -37,7 +37,9 @@ FOVEA_FN constexpr u32 patch_of(i64 x) { return static_cast<u32>((x / 16) * 8 + 
 /// The four draws of a patch.
 struct Draws {
   u32 words[2];
-  FOVEA_FN constexpr u32 at(i64 i, i64 j) const { return words[i / 8 % 2] >> (j / 8 % 2 * 16) & 0xffffU; }
+  FOVEA_FN constexpr u32 at(i64 i, i64 j) const {
+    return (i / 8 % 2 == 0 ? words[0] : words[1]) >> (j / 8 % 2 * 16) & 0xffffU;
+  }
 };
 FOVEA_FN constexpr Draws draws_of_patch(const DropoutStream& stream, u32 m, u32 n) {
   u32 x0 = stream.a ^ m, x1 = stream.b ^ n, key = stream.key;

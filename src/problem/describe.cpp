@@ -96,7 +96,7 @@ Problem describe(Direction direction, const Tensor& q, const Tensor& k, const Te
     p.seqlen_kv = k.shape[token];
   }
 
-  static_cast<Rules&>(p) = o;
+  static_cast<Rules&>(p) = static_cast<const Rules&>(o);
   p.mask = extent_of("mask", o.mask);
   p.bias = extent_of("bias", o.bias);
   if (p.bias) p.bias_dtype = o.bias.dtype;

@@ -64,10 +64,11 @@ double pairs(const Problem& p, double seqlen_q, double seqlen_kv) {
   if (!p.window_left && !p.window_right) return seqlen_q * seqlen_kv * (p.causal == Causal::kNone ? 1.0 : 0.5);
   const double unbounded = seqlen_q + seqlen_kv;
   const double offset = p.causal == Causal::kTopLeft ? 0.0 : seqlen_kv - seqlen_q;
-  const double left = p.window_left ? static_cast<double>(*p.window_left) : unbounded;
-  const double right = p.causal != Causal::kNone ? 0.0
-                       : p.window_right          ? static_cast<double>(*p.window_right)
-                                                 : unbounded;
+  const auto distance = [&](std::optional<std::int64_t> window) {  // a longer one sees no more, and its square is lost
+    return window ? std::min(static_cast<double>(*window), unbounded) : unbounded;
+  };
+  const double left = distance(p.window_left);
+  const double right = p.causal != Causal::kNone ? 0.0 : distance(p.window_right);
   const auto keys_before = [&](double start) {  // Σ over rows i of i + start, clipped to [0, seqlen_kv]
     return sum_of_positives(start, seqlen_q) - sum_of_positives(start - seqlen_kv, seqlen_q);
   };

@@ -233,7 +233,7 @@ void check(const char* name, const Tensor& t, const Tensor& wanted, Use use, Pre
 struct Wanted {
   Tensor q, k, v, out, lse, mask, bias, alibi_slopes, sink;
 
-  Wanted(const Problem& p, const Device& device) : problem(p), device(device) {
+  Wanted(const Problem& p, const Device& device) : problem_(p), device_(device) {
     const auto tokens = [&](std::int64_t total, std::int64_t seqlen, std::int64_t heads, std::int64_t dim) {
       return p.packed() ? dense(p.dtype, {total, heads, dim}) : dense(p.dtype, {p.batch, seqlen, heads, dim});
     };
@@ -263,7 +263,7 @@ struct Wanted {
     check("bias", in.bias, bias, Use::kBroadcast);
     check("alibi_slopes", in.alibi_slopes, alibi_slopes, Use::kInput);
     check("sink", in.sink, sink, Use::kInput);
-    const auto& p = problem;
+    const auto& p = problem_;
     const Size sq{"seqlen_q", p.seqlen_q}, skv{"seqlen_kv", p.seqlen_kv};
     const Lengths slots_q = check_slots("cu_seqlens_q", in.cu_seqlens_q, p.packed_q, p.total_q, sq);
     const Lengths slots_kv = check_slots("cu_seqlens_kv", in.cu_seqlens_kv, p.packed_kv, p.total_kv, skv);
@@ -273,18 +273,18 @@ struct Wanted {
 
  private:
   [[nodiscard]] Tensor dense(DType dtype, std::initializer_list<std::int64_t> shape) const {
-    return Tensor::contiguous(nullptr, dtype, shape, device);
+    return Tensor::contiguous(nullptr, dtype, shape, device_);
   }
 
   /// int32 [count] where the problem has it; true where its values are there to be checked, too.
   bool check_ints(const char* name, const Tensor& t, bool present, std::int64_t count) const {
     check(name, t, present ? dense(DType::kInt32, {count}) : Tensor{}, Use::kInput);
-    return present && device.kind == DeviceKind::kCpu;
+    return present && device_.kind == DeviceKind::kCpu;
   }
 
   Lengths check_slots(const char* name, const Tensor& t, const Lengths& packed, std::int64_t total, Size seqlen) const {
-    if (!check_ints(name, t, packed.present, problem.batch + 1)) return {};
-    const Lengths slots{true, read_cu_seqlens(name, t, problem.batch, total)};
+    if (!check_ints(name, t, packed.present, problem_.batch + 1)) return {};
+    Lengths slots{true, read_cu_seqlens(name, t, problem_.batch, total)};
     for (std::size_t i = 0; i < slots.values.size(); ++i) {
       if (slots.values[i] <= seqlen.value) continue;
       refuse(name, " makes sequence ", i, " ", slots.values[i], " long, more than ", seqlen.name, " (", seqlen.value,
@@ -296,9 +296,9 @@ struct Wanted {
 
   void check_lengths_tensor(const char* name, const Tensor& t, const Lengths& stated, Size seqlen,
                             const Lengths& slots) const {
-    if (!check_ints(name, t, stated.present, problem.batch)) return;
-    const Lengths lengths{true, read_lengths(name, t, problem.batch)};
-    check_lengths(name, lengths, problem.batch, seqlen, slots);
+    if (!check_ints(name, t, stated.present, problem_.batch)) return;
+    const Lengths lengths{true, read_lengths(name, t, problem_.batch)};
+    check_lengths(name, lengths, problem_.batch, seqlen, slots);
     check_stated(name, lengths, stated);
   }
 
@@ -311,8 +311,8 @@ struct Wanted {
     }
   }
 
-  const Problem& problem;
-  const Device& device;
+  const Problem& problem_;
+  const Device& device_;
 };
 
 }  // namespace

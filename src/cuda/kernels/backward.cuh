@@ -48,17 +48,17 @@ struct Walk {
   /// Blocks: key blocks × kv heads × batch.  Early keys, which most rows see under a causal rule, come first; where dq
   /// is added up in order they come last, so that a block's first tile waits for nobody.
   FOVEA_DEVICE Walk(const BackwardParams& p, int block, int block_m, int block_n, bool last_first)
-      : sequence(p, block / p.key_blocks / p.kv_heads),
+      : sequence(Sequence::of(p, block / p.key_blocks / p.kv_heads)),
         key_block(last_first ? p.key_blocks - 1 - block % p.key_blocks : block % p.key_blocks),
         kv_head(block / p.key_blocks % p.kv_heads) {
-    const math::Band& band = sequence.band;
+    const Band& band = sequence.band;
     const Interval keys{key_block * block_n, (key_block + 1) * block_n};
     const Interval rows = band.rows_of_keys(keys), seers = band.rows_that_see_all(keys);
-    const int group = p.q_heads / p.kv_heads;
-    first = static_cast<int>(rows.begin) / block_m;
-    end = rows.empty() ? first : static_cast<int>(rows.end - 1) / block_m + 1;
-    first_full = (static_cast<int>(seers.begin) + block_m - 1) / block_m;
-    end_full = static_cast<int>(seers.end) / block_m;
+    const int group = p.group;
+    first = rows.begin / block_m;
+    end = rows.empty() ? first : (rows.end - 1) / block_m + 1;
+    first_full = (seers.begin + block_m - 1) / block_m;
+    end_full = seers.end / block_m;
     first_head = kv_head * group;
     end_head = first < end ? first_head + group : first_head;
   }
@@ -142,7 +142,7 @@ struct Backward {
   FOVEA_DEVICE u32 statistics(int stage) const { return fresh(shared) + kShared.ring + stage * kShared.stage + kShared.statistics; }
 
   FOVEA_DEVICE void load_keys() const {
-    const int keys = static_cast<int>(sequence.band.seqlen_kv) - key();
+    const int keys = sequence.band.seqlen_kv - key();
     load_rows<S.async_copy, kThreads>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.k.aligned,
                                       sequence.kv_row(p.k, key(), walk.kv_head), p.k.row);
     load_rows<S.async_copy, kThreads>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.v.aligned,
@@ -152,7 +152,7 @@ struct Backward {
   FOVEA_DEVICE void load(int n) const {
     const Step& at = step(n);
     if (at.exists) {
-      const int stage = at.stage, rows = static_cast<int>(sequence.band.seqlen_q) - at.tile * S.block_m;
+      const int stage = at.stage, rows = sequence.band.seqlen_q - at.tile * S.block_m;
       load_rows<S.async_copy, kThreads>(q_tile(stage), rows, p.head_dim * kBytes<S.type>, p.q.aligned, at.q, p.q.row);
       load_rows<S.async_copy, kThreads>(dout_tile(stage), rows, p.head_dim_v * kBytes<S.type>, p.dout.aligned, at.dout, p.dout.row);
       static_assert(S.block_m / 2 <= kThreads);
@@ -354,8 +354,8 @@ struct Backward {
   // ---- turns: where bits must not change, dq is added up from the last key block to the first ------------------------------
 
   FOVEA_DEVICE int turn(const Step& at) const {
-    const i64 row = i64{at.tile} * S.block_m;
-    return static_cast<int>((sequence.band.keys_of_rows({row, row + S.block_m}).end - 1) / S.block_n) - walk.key_block;
+    const int row = at.tile * S.block_m;
+    return (sequence.band.keys_of_rows({row, row + S.block_m}).end - 1) / S.block_n - walk.key_block;
   }
   FOVEA_DEVICE void await_turn(int n) const {
     if (lane_id() == 0) {
@@ -380,7 +380,7 @@ struct Backward {
   }
   FOVEA_DEVICE void clear_slope_parts() const {
     if (lane_id() != 0) return;
-    for (int h = 0; h < p.q_heads / p.kv_heads; ++h) *slope_part(walk.first_head + h) = 0.0F;
+    for (int h = 0; h < p.group; ++h) *slope_part(walk.first_head + h) = 0.0F;
   }
   /// The warp's share of a head's slope gradient; starts the next.
   FOVEA_DEVICE void store_slope_part(int head, float& sum) const {

@@ -10,7 +10,7 @@ namespace fovea::cuda {
 template <BackwardSpec S>
 __device__ void backward_queries(const BackwardParams& p) {
   const int block = static_cast<int>(blockIdx.x), tile = block % p.row_blocks, head = block / p.row_blocks % p.q_heads;
-  const Sequence sequence(p, block / p.row_blocks / p.q_heads);
+  const Sequence sequence = Sequence::of(p, block / p.row_blocks / p.q_heads);
   const float* sum = p.dq_sum + RowSlots(p, sequence, S.block_m).at(head, tile) * (S.block_m * S.head_dim);
   constexpr int kAcross = S.head_dim / 8;
   for (int at = static_cast<int>(threadIdx.x); at < S.block_m / 16 * kAcross * 8; at += kSideThreads) {

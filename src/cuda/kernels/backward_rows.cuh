@@ -38,7 +38,7 @@ template <BackwardSpec S>
 __device__ void backward_rows(const BackwardParams& p) {
   constexpr int kLanes = 8;  // that share a row
   const int block = static_cast<int>(blockIdx.x), tile = block % p.row_blocks, head = block / p.row_blocks % p.q_heads;
-  const Sequence sequence(p, block / p.row_blocks / p.q_heads);
+  const Sequence sequence = Sequence::of(p, block / p.row_blocks / p.q_heads);
   if (S.deterministic && block == 0 && threadIdx.x == 0) p.tickets[i64{p.q_heads} * p.row_slots] = 0;
   if (tile * S.block_m >= sequence.q_rows) return;
   const i64 slot = RowSlots(p, sequence, S.block_m).at(head, tile);

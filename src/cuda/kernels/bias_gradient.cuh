@@ -25,10 +25,10 @@ struct BiasGradient {
   /// Adds dS of one tile of rows and one of keys.
   FOVEA_DEVICE void add(Scores& tile, float (&sum)[Scores::kM][Scores::kN][4], const Sequence& sequence, int head, int row_tile,
                         int key_tile) const {
-    const int row = row_tile * S.block_m, key = key_tile * S.block_n, kv_head = head / (p.q_heads / p.kv_heads);
+    const int row = row_tile * S.block_m, key = key_tile * S.block_n, kv_head = head / (p.group);
     const TileState state = sequence.band.tile({row, row + S.block_m}, {key, key + S.block_n});
     if (state == TileState::kHidden) return;
-    const int rows = static_cast<int>(sequence.band.seqlen_q) - row, keys = static_cast<int>(sequence.band.seqlen_kv) - key;
+    const int rows = sequence.band.seqlen_q - row, keys = sequence.band.seqlen_kv - key;
     const auto q = tile_at<S.block_m, S.head_dim>(kShared.ring);
     const auto dout = tile_at<S.block_m, S.head_dim_v>(kShared.ring + kShared.dout);
     const auto k = tile_at<S.block_n, S.head_dim>(kShared.k);
@@ -63,18 +63,18 @@ struct BiasGradient {
     const auto range = [](bool own, int at, int count) { return Interval{own ? at : 0, own ? at + 1 : count}; };
     const Interval batches = range(p.dbias.batch != 0, batch, p.batch), heads = range(p.dbias.head != 0, head, p.q_heads);
 #pragma unroll 1
-    for (int b = static_cast<int>(batches.begin); b < batches.end; ++b) {
-      const Sequence sequence(p, b);
+    for (int b = batches.begin; b < batches.end; ++b) {
+      const Sequence sequence = Sequence::of(p, b);
       const int row_tiles = (sequence.q_rows + S.block_m - 1) / S.block_m;
       const Interval rows = range(own_row, row_tile, row_tiles);
 #pragma unroll 1
-      for (int h = static_cast<int>(heads.begin); h < heads.end; ++h) {
+      for (int h = heads.begin; h < heads.end; ++h) {
 #pragma unroll 1
-        for (int r = static_cast<int>(rows.begin); r < rows.end && r < row_tiles; ++r) {
+        for (int r = rows.begin; r < rows.end && r < row_tiles; ++r) {
           const Interval seen = sequence.band.keys_of_rows({r * S.block_m, (r + 1) * S.block_m});
           if (seen.empty()) continue;
-          const int first = own_key ? key_tile : static_cast<int>(seen.begin) / S.block_n;
-          const int end = own_key ? key_tile + 1 : static_cast<int>(seen.end - 1) / S.block_n + 1;
+          const int first = own_key ? key_tile : seen.begin / S.block_n;
+          const int end = own_key ? key_tile + 1 : (seen.end - 1) / S.block_n + 1;
 #pragma unroll 1
           for (int k = first; k < end; ++k) add(tile, sum, sequence, h, r, k);
         }

@@ -8,7 +8,8 @@
 
 namespace fovea::cuda {
 
-using math::Interval;
+using Band = math::BandOf<int>;
+using Interval = math::IntervalOf<int>;
 using math::TileState;
 using u16 = unsigned short;
 
@@ -56,7 +57,8 @@ FOVEA_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
-// ---- shared memory, by address in its own space -----------------------------------------------------------------------
+// ---- shared memory, by address in its own space
+// -----------------------------------------------------------------------
 
 FOVEA_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
@@ -102,7 +104,8 @@ FOVEA_DEVICE void load_matrices_transposed(u32 (&x)[4], u32 address) {
                : "memory");
 }
 
-// ---- copies from global to shared memory ------------------------------------------------------------------------------
+// ---- copies from global to shared memory
+// ------------------------------------------------------------------------------
 
 /// Up to 16 bytes from any even address; the others are 0.
 FOVEA_DEVICE uint4 gather_16(const char* from, int bytes) {

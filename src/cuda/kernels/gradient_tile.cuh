@@ -7,43 +7,62 @@
 // dS = P ∘ (dP − delta) from dout and v (2205.14135, algorithm 4).
 namespace fovea::cuda {
 
-struct OnTop {};  // of what C holds already
-
-/// C = A · B + `start` of its rows, or on top; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.
-template <auto S, int kSteps, int kM, int kN, class A, class B, class Start>
-FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start) {
-#pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-    OperandA rows[kM];
-#pragma unroll
-    for (int i = 0; i < kM; ++i) rows[i] = a(i, k * kStep<S.type>);
-#pragma unroll
-    for (int j = 0; j < kN; j += 2) {
-      OperandB columns[2];
-      b(columns, j, k * kStep<S.type>);
-#pragma unroll
-      for (int i = 0; i < kM; ++i) {
-#pragma unroll
-        for (int x = 0; x < 2; ++x) {
-          if constexpr (__is_same(Start, OnTop)) {
-            multiply_add<S.type, S.mma>(c[i][j + x], rows[i], columns[x]);
-          } else if (k == 0) {
-            multiply<S.type, S.mma>(c[i][j + x], rows[i], columns[x], start(i));
-          } else {
-            multiply_add<S.type, S.mma>(c[i][j + x], rows[i], columns[x]);
-          }
-        }
-      }
-    }
-  }
-}
-
 template <int kM, int kN>
 FOVEA_DEVICE void clear(Accumulator (&c)[kM][kN]) {
 #pragma unroll
   for (int i = 0; i < kM; ++i) {
 #pragma unroll
     for (int j = 0; j < kN; ++j) c[i][j] = {};
+  }
+}
+
+struct OnTop {};  // of what C holds already
+
+/// C = A · B + `start` of its rows, or on top; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.  What
+/// goes on top in fp32 is summed apart and added by ordinary additions, for what `kPasses` says.
+template <auto S, int kSteps, int kM, int kN, class A, class B, class Start>
+FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start) {
+  constexpr bool kOnTop = __is_same(Start, OnTop), kApart = kOnTop && S.type == Type::kFloat32;
+  constexpr int kWidth = !kApart ? kN : kN % 4 == 0 ? 4 : 2;
+#pragma unroll
+  for (int first = 0; first < kN; first += kWidth) {
+    Accumulator apart[kApart ? kM : 1][kApart ? kWidth : 1];
+    if constexpr (kApart) clear(apart);
+#pragma unroll
+    for (int pass = 0; pass < kPasses<S.mma>; ++pass) {
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        OperandA rows[kM];
+#pragma unroll
+        for (int i = 0; i < kM; ++i) rows[i] = a(i, k * kStep<S.type>);
+#pragma unroll
+        for (int j = 0; j < kWidth; j += 2) {
+          OperandB columns[2];
+          b(columns, first + j, k * kStep<S.type>);
+#pragma unroll
+          for (int i = 0; i < kM; ++i) {
+#pragma unroll
+            for (int x = 0; x < 2; ++x) {
+              Accumulator& sum = kApart ? apart[kApart ? i : 0][kApart ? j + x : 0] : c[i][first + j + x];
+              if constexpr (kOnTop) {
+                multiply_add<S.type, S.mma>(sum, rows[i], columns[x], pass);
+              } else if (pass == 0 && k == 0) {
+                multiply<S.type, S.mma>(sum, rows[i], columns[x], start(i));
+              } else {
+                multiply_add<S.type, S.mma>(sum, rows[i], columns[x], pass);
+              }
+            }
+          }
+        }
+      }
+    }
+    if constexpr (kApart) {
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+#pragma unroll
+        for (int x = 0; x < kWidth * 4; ++x) c[i][first + x / 4].x[x % 4] += apart[i][x / 4].x[x % 4];
+      }
+    }
   }
 }
 
@@ -62,6 +81,9 @@ struct GradientTile {
   static constexpr WarpGrid kGrid = WarpGrid::of(S.block_m, S.block_n, S.warps);
   static constexpr int kM = kGrid.rows / 16, kN = kGrid.columns / 8;
   using Rules = ScoreRules<S, false>;
+
+  /// dP starts from −delta; not where its digits are dear or dropout scales dP alone.
+  static constexpr bool kDeltaFirst = !S.dropout && S.type != Type::kFloat32;
 
   Accumulator p[kM][kN], ds[kM][kN];
   Accumulator tanhs[S.softcap ? kM : 1][S.softcap ? kN : 1];
@@ -85,8 +107,7 @@ struct GradientTile {
     exponentiate<kHides>(statistics, unit);
     load_statistics(statistics + 4 * S.block_m);
     product(ds, dout, v, lane, [&](int i) {
-      const float low = S.dropout ? 0.0F : -statistic[i][0], high = S.dropout ? 0.0F : -statistic[i][1];
-      return Accumulator{{low, low, high, high}};
+      return kDeltaFirst ? Accumulator{{-statistic[i][0], -statistic[i][0], -statistic[i][1], -statistic[i][1]}} : Accumulator{};
     });
     if constexpr (kHides) check += not_finite(ds);
     differentiate<kHides>(rules, key, stream);
@@ -170,7 +191,10 @@ struct GradientTile {
         if (!kept && !(kHides && hidden(x))) x *= 0.0F;
       });
     } else {
-      each([&](int i, int j, int e) { pass_softmax<kHides>(p[i][j].x[e], ds[i][j].x[e]); });
+      each([&](int i, int j, int e) {
+        if constexpr (!kDeltaFirst) ds[i][j].x[e] -= statistic[i][e / 2];
+        pass_softmax<kHides>(p[i][j].x[e], ds[i][j].x[e]);
+      });
     }
   }
   /// dP − delta becomes dS; of a visible entry never −0.

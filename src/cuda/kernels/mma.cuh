@@ -22,11 +22,12 @@ struct OperandB {
 };
 
 template <Type kType>
-inline constexpr int kBytes = kType == Type::kFloat32 ? 4 : 2;
+inline constexpr int kBytes = bytes_of(kType);
 template <Type kType>
 inline constexpr int kStep = kType == Type::kFloat32 ? 8 : 16;
 
-// ---- numbers ----------------------------------------------------------------------------------------------------------
+// ---- numbers
+// ----------------------------------------------------------------------------------------------------------
 
 template <Type kType>
 FOVEA_DEVICE float widen(u32 bits) {
@@ -48,14 +49,17 @@ FOVEA_DEVICE float read(const char* p) {
 template <Type kType>
 FOVEA_DEVICE u32 pack(float low, float high) {
   u32 word;
-  if constexpr (kType == Type::kFloat16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  if constexpr (kType == Type::kBFloat16) {
 #if __CUDA_ARCH__ >= 800
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  if constexpr (kType == Type::kFloat16) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  if constexpr (kType == Type::kBFloat16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
 #else
-    word = u32{math::bf16_of_float(low)} | u32{math::bf16_of_float(high)} << 16;
-#endif
+  if constexpr (kType == Type::kFloat16) {
+    asm("{ .reg .b16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h}; }"
+        : "=r"(word)
+        : "f"(low), "f"(high));
   }
+  if constexpr (kType == Type::kBFloat16) word = u32{math::bf16_of_float(low)} | u32{math::bf16_of_float(high)} << 16;
+#endif
   return word;
 }
 template <Type kType>
@@ -67,7 +71,8 @@ FOVEA_DEVICE void write(char* p, float x) {
   }
 }
 
-// ---- products ---------------------------------------------------------------------------------------------------------
+// ---- products
+// ---------------------------------------------------------------------------------------------------------
 
 /// An fp32 number as a TF32 one and a rest that TF32 holds too: together they are within 2^-24 of it.
 struct Tf32Halves {
@@ -79,21 +84,25 @@ struct Tf32Halves {
 };
 
 FOVEA_DEVICE void multiply_add_tf32(Accumulator& c, const u32 (&a)[4], const u32 (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 /// Element k of the operands comes from the lane that has it.
 template <Type kType>
 FOVEA_DEVICE void multiply_add_by_shuffles(Accumulator& c, const OperandA& a, const OperandB& b) {
-  const int row = lane_id() / 4 * 4, column = lane_id() % 4 * 8;  // first lanes of the rows of A and of two columns of B
+  const int row = lane_id() / 4 * 4,
+            column = lane_id() % 4 * 8;  // first lanes of the rows of A and of two columns of B
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
-#pragma unroll
+#pragma unroll 1
     for (int t = 0; t < 4; ++t) {
-      const u32 low = __shfl_sync(kAllLanes, a.x[2 * part], row + t), high = __shfl_sync(kAllLanes, a.x[2 * part + 1], row + t);
-      const u32 first = __shfl_sync(kAllLanes, b.x[part], column + t), second = __shfl_sync(kAllLanes, b.x[part], column + 4 + t);
+      const u32 low = __shfl_sync(kAllLanes, a.x[2 * part], row + t),
+                high = __shfl_sync(kAllLanes, a.x[2 * part + 1], row + t);
+      const u32 first = __shfl_sync(kAllLanes, b.x[part], column + t),
+                second = __shfl_sync(kAllLanes, b.x[part], column + 4 + t);
 #pragma unroll
       for (int e = 0; e < (kType == Type::kFloat32 ? 1 : 2); ++e) {
         const auto number = [e](u32 word) { return widen<kType>(e == 0 ? word : word >> 16); };
@@ -106,66 +115,72 @@ FOVEA_DEVICE void multiply_add_by_shuffles(Accumulator& c, const OperandA& a, co
   }
 }
 
-/// C += A · B.
+/// A tensor core cuts off what an addition loses, always in one direction.  fp32 cannot afford that often: the small
+/// products of all steps come first, in a pass of their own, then the large ones; and sums over all keys are made of
+/// the sums of tiles by ordinary additions.
+template <Mma kMma>
+inline constexpr int kPasses = kMma == Mma::kTf32x3 ? 2 : 1;
+
+/// C += A · B, or the part of it that belongs to a pass.
 template <Type kType, Mma kMma>
-FOVEA_DEVICE void multiply_add(Accumulator& c, const OperandA& a, const OperandB& b) {
+FOVEA_DEVICE void multiply_add(Accumulator& c, const OperandA& a, const OperandB& b, int pass) {
   if constexpr (kMma == Mma::kHalf16 && kType == Type::kFloat16) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
-                 : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
   }
   if constexpr (kMma == Mma::kHalf16 && kType == Type::kBFloat16) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
-                 : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
+        : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
   }
   if constexpr (kMma == Mma::kHalf8) {
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-                   : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
-                   : "r"(a.x[2 * part]), "r"(a.x[2 * part + 1]), "r"(b.x[part]));
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+          : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+          : "r"(a.x[2 * part]), "r"(a.x[2 * part + 1]), "r"(b.x[part]));
     }
   }
   if constexpr (kMma == Mma::kTf32x3) {
     const Tf32Halves a0(a.x[0]), a1(a.x[1]), a2(a.x[2]), a3(a.x[3]), b0(b.x[0]), b1(b.x[1]);
-    multiply_add_tf32(c, {a0.low, a1.low, a2.low, a3.low}, {b0.high, b1.high});
-    multiply_add_tf32(c, {a0.high, a1.high, a2.high, a3.high}, {b0.low, b1.low});
-    multiply_add_tf32(c, {a0.high, a1.high, a2.high, a3.high}, {b0.high, b1.high});
+    const u32 a_high[] = {a0.high, a1.high, a2.high, a3.high}, b_high[] = {b0.high, b1.high};
+    if (pass == 0) {
+      multiply_add_tf32(c, {a0.low, a1.low, a2.low, a3.low}, b_high);
+      multiply_add_tf32(c, a_high, {b0.low, b1.low});
+    } else {
+      multiply_add_tf32(c, a_high, b_high);
+    }
   }
   if constexpr (kMma == Mma::kShuffles) multiply_add_by_shuffles<kType>(c, a, b);
 }
 
-// ---- operands ---------------------------------------------------------------------------------------------------------
+// ---- operands
+// ---------------------------------------------------------------------------------------------------------
 
-/// A tile in shared memory: kRows rows of kDim elements, an odd number of 16-byte pieces apart, so that a column of
-/// pieces, read down the rows, meets every bank.
+/// A tile in shared memory: kRows rows of kDim elements.
 template <Type kElement, int kRowCount, int kDim>
 struct SharedTile {
   static constexpr Type kType = kElement;
   static constexpr int kRows = kRowCount, kColumns = kDim, kPieceColumns = 16 / kBytes<kType>;
   static constexpr int kPieces = kDim * kBytes<kType> / 16;  // with data
-  static constexpr int kPitch = (kPieces | 1) * 16;          // bytes
+  static constexpr int kPitch = pitch_of(kType, kDim);       // bytes
   static constexpr int kSize = kRows * kPitch;               // bytes
   u32 base;
 
-  FOVEA_DEVICE u32 at(int row, int column) const { return base + static_cast<u32>(row * kPitch + column * kBytes<kType>); }
+  FOVEA_DEVICE u32 at(int row, int column) const {
+    return base + static_cast<u32>(row * kPitch + column * kBytes<kType>);
+  }
 };
 
-/// A = rows [row, row + 16), columns [k, k + kStep) of a tile.
+/// A = rows [row, row + 16), columns [k, k + kStep) of a tile.  An 8 × 8 matrix of ldmatrix is 8 rows of 16 bytes, of
+/// which each lane receives a word: that is how both kinds of operand lie.
 template <class Tile>
 FOVEA_DEVICE OperandA load_a(const Tile& tile, int row, int k) {
   OperandA a;
-  const int lane = lane_id();
-  if constexpr (Tile::kType == Type::kFloat32) {
-    const u32 at = tile.at(row + lane / 4, k + lane % 4);
-    a.x[0] = load_shared(at);
-    a.x[1] = load_shared(at + 8 * Tile::kPitch);
-    a.x[2] = load_shared(at + 16);
-    a.x[3] = load_shared(at + 8 * Tile::kPitch + 16);
-  } else {
-    load_matrices(a.x, tile.at(row + lane % 16, k + lane / 16 * 8));
-  }
+  load_matrices(a.x, tile.at(row + lane_id() % 16, k + lane_id() / 16 * (kStep<Tile::kType> / 2)));
   return a;
 }
 
@@ -190,18 +205,10 @@ FOVEA_DEVICE OperandA load_a_columns(const Tile& tile, int row, int k) {
 template <class Tile>
 FOVEA_DEVICE void load_b_rows(OperandB (&b)[2], const Tile& tile, int n, int k) {
   const int lane = lane_id();
-  if constexpr (Tile::kType == Type::kFloat32) {
-    const u32 at = tile.at(n + lane / 4, k + lane % 4);
-    b[0].x[0] = load_shared(at);
-    b[0].x[1] = load_shared(at + 16);
-    b[1].x[0] = load_shared(at + 8 * Tile::kPitch);
-    b[1].x[1] = load_shared(at + 8 * Tile::kPitch + 16);
-  } else {
-    u32 x[4];
-    load_matrices(x, tile.at(n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
-    b[0] = {x[0], x[1]};
-    b[1] = {x[2], x[3]};
-  }
+  u32 x[4];
+  load_matrices(x, tile.at(n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * (kStep<Tile::kType> / 2)));
+  b[0] = {x[0], x[1]};
+  b[1] = {x[2], x[3]};
 }
 
 /// Two B side by side, B[k][n] = tile[k][n].  V in O = P V.  For fp32 a step takes the rows in the order in which an
@@ -231,8 +238,8 @@ FOVEA_DEVICE OperandA operand_a(const Accumulator* row, int k) {
     return {__float_as_uint(c.x[0]), __float_as_uint(c.x[2]), __float_as_uint(c.x[1]), __float_as_uint(c.x[3])};
   } else {
     const Accumulator &left = row[2 * k], &right = row[2 * k + 1];
-    return {pack<kType>(left.x[0], left.x[1]), pack<kType>(left.x[2], left.x[3]),
-            pack<kType>(right.x[0], right.x[1]), pack<kType>(right.x[2], right.x[3])};
+    return {pack<kType>(left.x[0], left.x[1]), pack<kType>(left.x[2], left.x[3]), pack<kType>(right.x[0], right.x[1]),
+            pack<kType>(right.x[2], right.x[3])};
   }
 }
 

@@ -194,18 +194,18 @@ FOVEA_DEVICE float read_shared(u32 address) {
 template <Type kType, Mma kMma>
 FOVEA_DEVICE void multiply(Accumulator& c, const OperandA& a, const OperandB& b, const Accumulator& start) {
   if constexpr (kMma == Mma::kHalf16 && kType == Type::kFloat16) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
                  : "=f"(c.x[0]), "=f"(c.x[1]), "=f"(c.x[2]), "=f"(c.x[3])
                  : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]), "f"(start.x[0]),
                    "f"(start.x[1]), "f"(start.x[2]), "f"(start.x[3]));
   } else if constexpr (kMma == Mma::kHalf16 && kType == Type::kBFloat16) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
                  : "=f"(c.x[0]), "=f"(c.x[1]), "=f"(c.x[2]), "=f"(c.x[3])
                  : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]), "f"(start.x[0]),
                    "f"(start.x[1]), "f"(start.x[2]), "f"(start.x[3]));
   } else {
     c = start;
-    multiply_add<kType, kMma>(c, a, b);
+    multiply_add<kType, kMma>(c, a, b, 0);
   }
 }
 

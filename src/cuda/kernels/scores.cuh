@@ -11,10 +11,10 @@ namespace fovea::cuda {
 /// that grouped heads share the keys and values they read.
 template <bool kPacked>
 struct RowMap {
-  int first;       // number of the block's row 0
-  int rows;        // of the sequence, over all heads that share the numbering
+  int first;  // number of the block's row 0
+  int rows;   // of the sequence, over all heads that share the numbering
   int first_head;
-  int group;       // heads that share it: 1 where it is not packed
+  int group;  // heads that share it: 1 where it is not packed
 
   FOVEA_DEVICE int query(int r) const { return kPacked ? (first + r) / group : first + r; }
   FOVEA_DEVICE int head(int r) const { return kPacked ? first_head + (first + r) % group : first_head; }
@@ -35,7 +35,8 @@ FOVEA_DEVICE void for_each_entry(Accumulator (&s)[kM][kN], const F& f) {
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) f(s[i][j].x[e], 16 * i + lane_id() / 4 + e / 2 * 8, 8 * j + lane_id() % 4 * 2 + e % 2);
+      for (int e = 0; e < 4; ++e)
+        f(s[i][j].x[e], 16 * i + lane_id() / 4 + e / 2 * 8, 8 * j + lane_id() % 4 * 2 + e % 2);
     }
   }
 }
@@ -76,6 +77,12 @@ struct ScoreRules {
     return fabsf(static_cast<float>(rows.query(r) + static_cast<int>(sequence.band.offset) - j));
   }
 
+  /// One entry as `finish` leaves it.
+  FOVEA_DEVICE float finished(float qk, int r, int j, float* tanh_of_it) const {
+    if constexpr (kBareScores<S>) return p.scale > 0.0F ? qk : qk * (p.scale * kLog2E);
+    return score(qk, r, j, tanh_of_it);
+  }
+
   /// The entry exists, so that masks and biases may be asked for it.
   FOVEA_DEVICE bool inside(int r, int j) const { return r < rows.left() && j < sequence.kv_rows; }
   FOVEA_DEVICE bool masked(int r, int j) const {
@@ -98,7 +105,13 @@ struct ScoreRules {
   template <bool kTransposed, int kM, int kN>
   FOVEA_DEVICE void finish(Accumulator (&s)[kM][kN], int row, int key, TileState state, bool use_mask,
                            Accumulator (*tanhs)[kN]) const {
-    if (!kBareScores<S> || p.scale <= 0.0F) score_all<kTransposed>(s, row, key, tanhs);
+    if constexpr (kBareScores<S>) {
+      if (p.scale <= 0.0F) {  // the largest product is not the largest score
+        for_each_entry(s, [&](float& x, int, int) { x *= p.scale * kLog2E; });
+      }
+    } else {
+      score_all<kTransposed>(s, row, key, tanhs);
+    }
     hide<kTransposed>(s, row, key, state, use_mask);
   }
 
@@ -121,44 +134,55 @@ struct ScoreRules {
         });
       }
     }
-    if (state == TileState::kPartial) {
+    if (state == TileState::kPartial) hide_outside_band<kTransposed>(s, row, key);
+  }
+
+  template <bool kTransposed, int kM, int kN>
+  FOVEA_DEVICE void hide_outside_band(Accumulator (&s)[kM][kN], int row, int key) const {
+    constexpr int kQueries = kTransposed ? kN : kM;
 #pragma unroll
-      for (int i = 0; i < kM; ++i) {
+    for (int i = 0; i < kQueries; ++i) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {  // a line of entries sees one interval
-          const int line = 16 * i + 8 * h + lane_id() / 4, other = kTransposed ? rows.first + row : key;
-          const Interval seen = kTransposed ? sequence.band.rows_of_key(key + line) : sequence.band.keys_of_row(rows.query(row + line));
-          const int begin = static_cast<int>(seen.begin) - other, end = static_cast<int>(seen.end) - other;
+      for (int h = 0; h < 2; ++h) {  // the two queries of this lane in a piece
+        const int at = kTransposed ? 8 * i + lane_id() % 4 * 2 + h : 16 * i + lane_id() / 4 + 8 * h;
+        Interval seen = sequence.band.keys_of_row(rows.query(row + at));
+        if (row + at >= rows.left()) seen = {0, 0};
+        seen = {seen.begin - key, seen.end - key};
 #pragma unroll
-          for (int j = 0; j < kN; ++j) {
+        for (int j = 0; j < (kTransposed ? kM : kN); ++j) {
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const int at = 8 * j + lane_id() % 4 * 2 + e;
-              if (at < begin || at >= end) s[i][j].x[2 * h + e] = -infinity();
-            }
+          for (int e = 0; e < 2; ++e) {
+            const int b = kTransposed ? 16 * j + lane_id() / 4 + 8 * e : 8 * j + lane_id() % 4 * 2 + e;
+            float& x = kTransposed ? s[j][i].x[2 * e + h] : s[i][j].x[2 * h + e];
+            x = seen.contains(b) ? x : -infinity();
           }
         }
       }
     }
   }
 
-  // ---- dropout --------------------------------------------------------------------------------------------------------
+  // ---- dropout
+  // --------------------------------------------------------------------------------------------------------
 
   FOVEA_DEVICE math::DropoutStream stream(int head) const {
     return math::dropout_stream(p.seed, p.offset, static_cast<u32>(sequence.batch * p.q_heads + head));
   }
 
+  /// Whether dropout keeps an entry.
+  FOVEA_DEVICE bool kept(int r, int j) const {
+    const int i = rows.query(r);
+    return math::draws_of_patch(stream(rows.head(r)), math::patch_of(i), math::patch_of(j)).at(i, j) < p.keep_threshold;
+  }
+
   /// Calls f(entry, kept) for all entries of a piece, which begins at multiples of 16.
   template <bool kTransposed, int kM, int kN, class F>
-  FOVEA_DEVICE void drop(Accumulator (&s)[kM][kN], int row, int key, const math::DropoutStream& stream, const F& f) const {
+  FOVEA_DEVICE void drop(Accumulator (&s)[kM][kN], int row, int key, const math::DropoutStream& stream,
+                         const F& f) const {
     if constexpr (kPacked) {
-      for_each_entry(s, [&](float& x, int a, int b) {
-        const int i = rows.query(row + a), j = key + b;
-        const math::Draws draws = math::draws_of_patch(this->stream(rows.head(row + a)), math::patch_of(i), math::patch_of(j));
-        f(x, draws.at(i, j) < p.keep_threshold);
-      });
+      for_each_entry(s, [&](float& x, int a, int b) { f(x, kept(row + a, key + b)); });
     } else {
-      for_each_draw<kTransposed, kM, kN>(row, key, stream, [&](int i, int j, int e, bool kept) { f(s[i][j].x[e], kept); });
+      for_each_draw<kTransposed, kM, kN>(row, key, stream,
+                                         [&](int i, int j, int e, bool kept) { f(s[i][j].x[e], kept); });
     }
   }
 
@@ -173,8 +197,9 @@ struct ScoreRules {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {  // four entries from one draw: two rows by two columns, 8 apart
           const int a = 16 * i + lane / 4, b = 8 * j + lane % 4 * 2 + e;
-          const math::Draws draws = math::draws_of_patch(stream, math::patch_of(rows.first + row + (kTransposed ? b : a)),
-                                                         math::patch_of(key + (kTransposed ? a : b)));
+          const math::Draws draws =
+              math::draws_of_patch(stream, math::patch_of(rows.first + row + (kTransposed ? b : a)),
+                                   math::patch_of(key + (kTransposed ? a : b)));
 #pragma unroll
           for (int half = 0; half < 4; ++half) {
             const int low = half / 2, right = half % 2;  // of the row, of the column

@@ -13,7 +13,7 @@ __device__ void backward_sums(const BackwardParams& p) {
   if (p.dslopes != nullptr) {
     double sum = 0.0;
     for (int b = first; b < (p.slopes_batch == 0 ? p.batch : first + 1); ++b) {
-      const Sequence sequence(p, b);
+      const Sequence sequence = Sequence::of(p, b);
       const float* parts = p.slope_parts + (i64{b} * p.q_heads + head) * p.key_blocks * S.warps;
       const int count = (sequence.kv_rows + S.block_n - 1) / S.block_n * S.warps;
       for (int x = thread; x < count; x += kSideThreads) sum += static_cast<double>(parts[x]);
@@ -24,7 +24,7 @@ __device__ void backward_sums(const BackwardParams& p) {
   if (p.dsink != nullptr && first == 0) {
     double sum = 0.0;
     for (int b = 0; b < p.batch; ++b) {
-      const Sequence sequence(p, b);
+      const Sequence sequence = Sequence::of(p, b);
       const float* parts = p.sink_parts + RowSlots(p, sequence, S.block_m).at(head, 0);
       for (int x = thread; x < (sequence.q_rows + S.block_m - 1) / S.block_m; x += kSideThreads) sum += static_cast<double>(parts[x]);
     }

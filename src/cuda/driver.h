@@ -1,0 +1,127 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+
+// The NVIDIA driver, opened at run time: the library builds and links without CUDA.  Streams, functions and addresses
+// are the driver's own (CUstream, CUfunction, CUdeviceptr) as void*.  A call that fails throws Error with what was
+// asked, of what, and the driver's words.
+namespace fovea::cuda {
+
+/// Why no GPU can be used here; empty where one can.
+[[nodiscard]] const std::string& why_no_driver();
+
+/// The newest CUDA that the driver serves, 13000 for 13.0; 0 where there is no driver.  Works without a GPU.
+[[nodiscard]] int driver_version();
+
+struct Gpu {
+  std::string name;
+  int compute_capability = 0;  ///< 90 for sm_90
+  int sm_count = 0;
+  std::int64_t memory_bytes = 0;
+  std::int64_t l2_bytes = 0;
+  int shared_bytes_per_sm = 0;
+  int shared_bytes_per_block = 0;  ///< the most that a kernel may ask for
+};
+
+/// 0 where there is no driver.
+[[nodiscard]] int gpu_count();
+
+/// Throws Error(kDevice) where there is no driver, Error(kInvalidArgument) where there is no such GPU.
+[[nodiscard]] const Gpu& gpu(int index);
+
+/// While it lives, a GPU's primary context, which the CUDA runtime and PyTorch use too, is this thread's current one;
+/// then the one before is again.
+class CurrentGpu {
+ public:
+  explicit CurrentGpu(int index);
+  ~CurrentGpu();
+  CurrentGpu(const CurrentGpu&) = delete;
+  CurrentGpu& operator=(const CurrentGpu&) = delete;
+};
+
+/// A handle of the driver's that is given back on its GPU.
+struct Release {
+  int gpu = 0;
+  int (*function)(void*) = nullptr;
+  void operator()(void* handle) const;
+};
+using Handle = std::unique_ptr<void, Release>;
+
+/// Kernels in flight are unaffected by its end: the driver waits for them before it frees.
+class DeviceMemory {
+ public:
+  DeviceMemory() = default;
+  DeviceMemory(int gpu, std::size_t bytes);  ///< 0 bytes: null
+
+  [[nodiscard]] void* data() const { return memory_.get(); }
+  [[nodiscard]] std::size_t bytes() const { return bytes_; }
+
+  // All three take the start of the memory, and return when done.
+  void upload(const void* from, std::size_t bytes) const;
+  void download(void* to, std::size_t bytes) const;
+  void fill(std::uint8_t value) const;
+
+ private:
+  Handle memory_;
+  std::size_t bytes_ = 0;
+};
+
+/// A stream that does not wait for the default one.
+class Stream {
+ public:
+  explicit Stream(int gpu);
+  [[nodiscard]] void* get() const { return stream_.get(); }
+  void synchronize() const;
+
+ private:
+  Handle stream_;
+};
+
+class Event {
+ public:
+  explicit Event(int gpu);
+  void record(void* stream) const;
+  void synchronize() const;
+  [[nodiscard]] double seconds_since(const Event& start) const;  ///< both recorded and over
+
+ private:
+  Handle event_;
+};
+
+/// What `work` puts into the stream, captured and ready to be launched again.
+class Graph {
+ public:
+  Graph(int gpu, const Stream& stream, const std::function<void()>& work);
+  void launch(const Stream& stream) const;
+
+ private:
+  Handle graph_, executable_;
+};
+
+/// Waits for everything on a GPU: where a kernel's fault shows.
+void synchronize(int gpu);
+
+// Into a stream of the GPU; both may be captured.
+void fill_async(int gpu, void* memory, std::uint8_t value, std::size_t bytes, void* stream);
+void copy_async(int gpu, void* to, const void* from, std::size_t bytes, void* stream);
+
+/// The kernel `name` of a cubin, loaded for as long as the process lives and allowed all the shared memory there is.
+/// `made_by` ("NVRTC 13.0") tells the user what a driver refused that is older than that.
+[[nodiscard]] void* load_function(int gpu, const std::string& cubin, const char* name, std::string_view title,
+                                  std::string_view made_by);
+
+struct Grid {
+  unsigned x = 1, y = 1, z = 1;
+  unsigned threads = 128;
+  unsigned shared_bytes = 0;  ///< dynamic
+};
+
+/// `params` is the kernel's one parameter, copied before this returns.
+void launch(int gpu, void* function, std::string_view title, const Grid& grid, const void* params, void* stream);
+
+}  // namespace fovea::cuda

@@ -1,0 +1,159 @@
+#include "cuda/forward_tuning.h"
+
+#include <algorithm>
+#include <array>
+
+#include "math/band.h"
+
+namespace fovea::cuda {
+namespace {
+
+// Columns of O that a block's registers hold; fp32 keeps sums of tiles beside it.
+constexpr std::int64_t widest_v(Type type) { return type == Type::kFloat32 ? 128 : 256; }
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
+
+struct Tile {
+  int widest;  // head dim that it serves
+  int block_m, block_n, warps, stages, min_blocks;
+  bool q_in_registers = false;
+};
+
+// Measured on an H100 (docs/notes): 32 rows a warp, so that an operand of K or V serves two pieces of rows, as long as
+// O leaves room for S; then two blocks a multiprocessor, whose phases overlap.  The first that fits is taken.
+constexpr std::array kTiles16{
+    Tile{64, 128, 96, 4, 2, 2}, Tile{128, 128, 64, 4, 2, 2}, Tile{128, 64, 64, 4, 1, 2}, Tile{256, 64, 64, 4, 1, 2},
+    Tile{512, 64, 32, 4, 1, 1}, Tile{512, 32, 32, 2, 1, 1},  Tile{512, 16, 16, 1, 1, 1},
+};
+// Masks, biases, ALiBi, softcap and dropout want registers too.
+constexpr std::array kTiles16WithOptions{
+    Tile{64, 128, 64, 4, 2, 2}, Tile{128, 128, 32, 4, 2, 2}, Tile{128, 64, 32, 4, 2, 2}, Tile{256, 64, 32, 4, 2, 2},
+    Tile{256, 64, 32, 4, 1, 2}, Tile{512, 64, 32, 4, 1, 1},  Tile{512, 32, 32, 2, 1, 1}, Tile{512, 16, 16, 1, 1, 1},
+};
+constexpr std::array kTiles32{
+    Tile{64, 128, 32, 4, 2, 2}, Tile{128, 64, 32, 4, 2, 1}, Tile{256, 64, 32, 4, 1, 1},
+    Tile{512, 64, 16, 4, 1, 1}, Tile{512, 32, 16, 2, 1, 1}, Tile{512, 16, 16, 1, 1, 1},
+};
+constexpr std::array kTiles32WithOptions{
+    Tile{128, 64, 32, 4, 2, 1}, Tile{256, 64, 32, 4, 1, 1}, Tile{512, 64, 16, 4, 1, 1},
+    Tile{512, 32, 16, 2, 1, 1}, Tile{512, 16, 16, 1, 1, 1},
+};
+
+// Without a unit for products, short code matters more than reuse.
+constexpr std::array kTilesByShuffles{Tile{256, 64, 16, 4, 1, 1}, Tile{512, 16, 16, 1, 1, 1}};
+
+/// Few rows and many keys, as in the generation of text: nothing is won by tall blocks.
+constexpr int kFewRows = 64;
+
+}  // namespace
+
+GpuModel model_of(int compute_capability) {
+  const int sm = compute_capability;
+  const int kib = sm < 80 ? 64 : sm == 80 || sm == 87 ? 163 : sm < 90 || sm / 10 == 12 ? 99 : 227;
+  const int multiprocessors = sm < 80 ? 72 : sm == 80 ? 108 : sm < 89 ? 84 : sm < 90 ? 142 : sm < 100 ? 132 : 148;
+  return {sm, multiprocessors, kib * 1024};
+}
+
+Type type_of(DType dtype) {
+  if (dtype == DType::kFloat16) return Type::kFloat16;
+  return dtype == DType::kBFloat16 ? Type::kBFloat16 : Type::kFloat32;
+}
+
+Mma mma_of(Type type, int sm) {
+  if (sm < 80) return type == Type::kFloat16 ? Mma::kHalf8 : Mma::kShuffles;
+  return type == Type::kFloat32 ? Mma::kTf32x3 : Mma::kHalf16;
+}
+
+std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuModel& gpu) {
+  ForwardShape shape;
+  ForwardSpec& spec = shape.spec;
+  spec.type = type_of(problem.dtype);
+  spec.mma = mma_of(spec.type, gpu.sm);
+  spec.async_copy = gpu.sm >= 80;
+  shape.v_chunks = static_cast<int>(std::max<std::int64_t>(1, ceil_div(problem.head_dim_v, widest_v(spec.type))));
+  spec.head_dim = round_up(problem.head_dim, 16);
+  spec.head_dim_v = round_up(ceil_div(problem.head_dim_v, shape.v_chunks), 16);
+  spec.band = math::BandRule::of(problem).bounded();
+  spec.mask = problem.mask.has_value();
+  spec.bias = problem.bias.has_value();
+  if (spec.bias) spec.bias_type = type_of(problem.bias_dtype);
+  spec.alibi = problem.alibi != Alibi::kNone;
+  spec.softcap = problem.softcap != 0.0F;
+  spec.dropout = problem.dropout.probability > 0.0F;
+
+  const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
+  spec.pack_gqa = group > 1 && problem.seqlen_q * group <= kFewRows;
+  const std::int64_t rows = problem.seqlen_q * (spec.pack_gqa ? group : 1);
+
+  const bool options = spec.mask || spec.bias || spec.alibi || spec.softcap || spec.dropout;
+  const int widest = std::max(spec.head_dim, spec.head_dim_v);
+  bool fits = false;
+  const auto try_tiles = [&](const auto& tiles) {
+    for (const Tile& tile : tiles) {
+      spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.stages = tile.stages;
+      spec.q_in_registers = tile.q_in_registers;
+      shape.min_blocks = tile.min_blocks;
+      if (!spec.async_copy) spec.stages = 1;
+      const int room = std::min(gpu.shared_bytes, (gpu.shared_bytes + 1024) / shape.min_blocks - 1024);
+      fits = tile.widest >= widest && shared_bytes(spec) <= (shape.min_blocks > 1 ? room : gpu.shared_bytes) &&
+             !(tile.block_m > 2 * kFewRows - 1 && rows <= kFewRows);
+      if (fits) return;
+    }
+  };
+  if (spec.mma == Mma::kShuffles) {
+    try_tiles(kTilesByShuffles);
+  } else if (spec.type == Type::kFloat32 && options) {
+    try_tiles(kTiles32WithOptions);
+  } else if (spec.type == Type::kFloat32) {
+    try_tiles(kTiles32);
+  } else if (options) {
+    try_tiles(kTiles16WithOptions);
+  } else {
+    try_tiles(kTiles16);
+  }
+  if (!fits) return std::nullopt;
+
+  shape.row_blocks = static_cast<int>(std::max<std::int64_t>(1, ceil_div(rows, spec.block_m)));
+  const std::int64_t heads = spec.pack_gqa ? problem.num_kv_heads : problem.num_q_heads;
+  const std::int64_t blocks = std::max<std::int64_t>(1, problem.batch * heads * shape.row_blocks * shape.v_chunks);
+  const std::int64_t key_tiles = ceil_div(problem.seqlen_kv, spec.block_n);
+  const std::int64_t wanted = std::int64_t{gpu.multiprocessors} * shape.min_blocks / blocks;
+  shape.splits = static_cast<int>(std::clamp<std::int64_t>(std::min(wanted, key_tiles / 4), 1, 128));
+  const std::int64_t tiles_per_split = std::max<std::int64_t>(1, ceil_div(key_tiles, shape.splits));
+  shape.keys_per_split = static_cast<int>(tiles_per_split * spec.block_n);
+  shape.splits = static_cast<int>(std::max<std::int64_t>(1, ceil_div(problem.seqlen_kv, shape.keys_per_split)));
+  spec.split = shape.splits > 1;
+  if (spec.split) {
+    shape.partial_bytes = static_cast<std::size_t>(problem.batch * problem.num_q_heads * problem.seqlen_q *
+                                                   shape.splits * (problem.head_dim_v + 2)) *
+                          sizeof(float);
+  }
+  return shape;
+}
+
+jit::KernelRequest forward_request(const ForwardShape& shape, int arch) {
+  return jit::render({.function = "forward",
+                      .header = "cuda/kernels/forward.cuh",
+                      .spec = "ForwardSpec",
+                      .params = "ForwardParams",
+                      .threads = shape.spec.warps * 32,
+                      .min_blocks = shape.min_blocks,
+                      .shared_bytes = shared_bytes(shape.spec)},
+                     shape.spec, arch);
+}
+
+jit::KernelRequest combine_request(const ForwardShape& shape, int arch) {
+  // All that combining depends on, so that one kernel serves every forward of a type.
+  ForwardSpec spec;
+  spec.type = shape.spec.type;
+  spec.dropout = shape.spec.dropout;
+  return jit::render({.function = "combine",
+                      .header = "cuda/kernels/combine.cuh",
+                      .spec = "ForwardSpec",
+                      .params = "ForwardParams",
+                      .threads = 128},
+                     spec, arch);
+}
+
+}  // namespace fovea::cuda

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <fovea/problem.h>
+
+#include <cstddef>
+#include <optional>
+
+#include "cuda/jit/render.h"
+#include "cuda/spec.h"
+
+namespace fovea::cuda {
+
+/// What tuning needs to know of a GPU, there or not.
+struct GpuModel {
+  int sm = 80;  ///< compute capability
+  int multiprocessors = 1;
+  int shared_bytes = 0;  ///< the most that a block may have
+};
+[[nodiscard]] GpuModel model_of(int compute_capability);
+
+/// How a forward is cut and what it is compiled for.
+struct ForwardShape {
+  ForwardSpec spec;
+  int min_blocks = 1;  ///< on a multiprocessor at once
+  int row_blocks = 1, v_chunks = 1, splits = 1, keys_per_split = 0;
+  std::size_t partial_bytes = 0;
+};
+
+/// Nothing where no tile of it fits this GPU's shared memory.
+[[nodiscard]] std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuModel& gpu);
+
+/// A problem's element type and how a GPU multiplies it.
+[[nodiscard]] Type type_of(DType dtype);
+[[nodiscard]] Mma mma_of(Type type, int sm);
+
+[[nodiscard]] jit::KernelRequest forward_request(const ForwardShape& shape, int arch);
+[[nodiscard]] jit::KernelRequest combine_request(const ForwardShape& shape, int arch);
+
+}  // namespace fovea::cuda

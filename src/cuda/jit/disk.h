@@ -1,0 +1,50 @@
+#pragma once
+
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "cuda/jit/request.h"
+
+namespace fovea::cuda::jit {
+
+/// Compiled kernels that outlive the process: FOLDER/BUILD_ID/sm_80/NAME-KEY-COMPILER.cubin, and beside it as .json
+/// what is known of it.  Best effort: what cannot be read or written is as if it were not there.
+class Disk {
+ public:
+  explicit Disk(std::filesystem::path folder) : folder_(std::move(folder)) {}  ///< empty: no disk
+
+  [[nodiscard]] const std::filesystem::path& folder() const { return folder_; }
+
+  /// `compiler` empty: whoever compiled it.
+  [[nodiscard]] std::optional<Binary> find(const KernelRequest& request, const std::string& key,
+                                           const std::string& compiler) const;
+  void store(const Binary& binary) const;
+
+  /// While it lives, no other process compiles this kernel; so says everybody who could open the folder's lock file,
+  /// and nobody waits for long.
+  class Lock {
+   public:
+    Lock(const Disk& disk, int arch, const std::string& key);
+    ~Lock();
+    Lock(const Lock&) = delete;
+    Lock& operator=(const Lock&) = delete;
+
+   private:
+    int descriptor_ = -1;
+  };
+
+  struct Usage {
+    std::int64_t kernels = 0, bytes = 0;  ///< of all builds
+    bool writable = false;
+  };
+  [[nodiscard]] Usage usage() const;
+
+ private:
+  [[nodiscard]] std::filesystem::path folder_of(int arch) const;
+
+  std::filesystem::path folder_;
+};
+
+}  // namespace fovea::cuda::jit

@@ -1,0 +1,63 @@
+#include "cuda/jit/render.h"
+
+#include <array>
+#include <utility>
+
+namespace fovea::cuda::jit {
+namespace {
+
+constexpr std::array<std::pair<const char*, const char*>, 3> kTypes{
+    {{"kFloat32", "fp32"}, {"kFloat16", "fp16"}, {"kBFloat16", "bf16"}}};
+constexpr std::array<std::pair<const char*, const char*>, 4> kMmas{
+    {{"kHalf16", "half16"}, {"kHalf8", "half8"}, {"kTf32x3", "tf32x3"}, {"kShuffles", "shuffles"}}};
+constexpr std::array<std::pair<std::string_view, std::string_view>, 6> kShort{
+    {{"head_dim", "d"}, {"head_dim_v", "dv"}, {"block_m", "m"}, {"block_n", "n"}, {"warps", "w"}, {"stages", "s"}}};
+
+}  // namespace
+
+Field field_of(std::string_view name, bool value) {
+  return {std::string(name), value ? "true" : "false", (value ? "" : "no_") + std::string(name)};
+}
+
+Field field_of(std::string_view name, int value) {
+  std::string word(name);
+  for (const auto& [field, letters] : kShort) {
+    if (field == name) word = letters;
+  }
+  return {std::string(name), std::to_string(value), word + std::to_string(value)};
+}
+
+Field field_of(std::string_view name, Type value) {
+  const auto& [enumerator, word] = kTypes.at(static_cast<std::size_t>(value));
+  return {std::string(name), std::string("Type::") + enumerator,
+          name == "type" ? word : std::string(name) + "_" + word};
+}
+
+Field field_of(std::string_view name, Mma value) {
+  const auto& [enumerator, word] = kMmas.at(static_cast<std::size_t>(value));
+  return {std::string(name), std::string("Mma::") + enumerator, word};
+}
+
+KernelRequest render(const Template& kernel, const std::vector<Field>& fields, const std::vector<Field>& usual,
+                     int arch) {
+  const std::string function(kernel.function), spec(kernel.spec), params(kernel.params);
+  KernelRequest request{
+      .name = function, .unit = {}, .arch = arch, .threads = kernel.threads, .shared_bytes = kernel.shared_bytes};
+  std::string values, dim;
+  for (std::size_t i = 0; i < fields.size(); ++i) {
+    const Field& field = fields[i];
+    values += "    ." + field.name + " = " + field.literal + ",\n";
+    if (field.name == "head_dim") dim = field.literal;
+    const bool told = field.name == "type" || field.name == "head_dim" ||
+                      (field.name == "head_dim_v" ? field.literal != dim : field.literal != usual.at(i).literal);
+    if (told) request.name += "_" + field.word;
+  }
+  request.unit = "#include \"" + std::string(kernel.header) + "\"\n\nnamespace fovea::cuda {\n\nconstexpr " + spec +
+                 " kSpec{\n" + values + "};\n\nextern \"C\" __global__ __launch_bounds__(" +
+                 std::to_string(kernel.threads) + ", " + std::to_string(kernel.min_blocks) + ") void " + kEntryPoint +
+                 "(const __grid_constant__ " + params + " params) {\n  " + function +
+                 "<kSpec>(params);\n}\n\n}  // namespace fovea::cuda\n";
+  return request;
+}
+
+}  // namespace fovea::cuda::jit

@@ -1,0 +1,33 @@
+#pragma once
+
+#include <dlfcn.h>
+
+#include <string>
+
+namespace fovea::cuda {
+
+/// A shared library opened at run time, and never closed: NVIDIA's keep threads and memory of their own.
+struct Library {
+  explicit Library(const char* file) : handle(::dlopen(file, RTLD_LAZY | RTLD_LOCAL)) {}
+  void* handle;
+  std::string missing;  ///< the last function that was asked for in vain
+};
+
+/// A C function of a library, and its name for the sentence where it fails.
+template <class Signature>
+struct LibraryFunction {
+  LibraryFunction(Library& library, const char* its_name) : name(its_name) {
+    if (library.handle == nullptr) return;
+    address = reinterpret_cast<Signature*>(::dlsym(library.handle, name));
+    if (address == nullptr) library.missing = name;
+  }
+  template <class... Arguments>
+  auto operator()(Arguments... arguments) const {
+    return address(arguments...);
+  }
+
+  const char* name;
+  Signature* address = nullptr;
+};
+
+}  // namespace fovea::cuda

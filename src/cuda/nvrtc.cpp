@@ -1,0 +1,195 @@
+#include "cuda/nvrtc.h"
+
+#include <fovea/error.h>
+#include <link.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+#include <memory>
+#include <optional>
+
+#include "cuda/driver.h"
+#include "cuda/library.h"
+
+namespace fovea::cuda {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int kOldest = 12040;
+constexpr int kCompilationFailed = 6;  // nvrtcResult
+
+/// Every library that this process has loaded, by its path.
+std::vector<fs::path> loaded_libraries() {
+  std::vector<fs::path> paths;
+  const auto add = [](dl_phdr_info* info, std::size_t, void* list) {
+    if (info->dlpi_name != nullptr && *info->dlpi_name != 0) {
+      static_cast<std::vector<fs::path>*>(list)->emplace_back(info->dlpi_name);
+    }
+    return 0;
+  };
+  ::dl_iterate_phdr(add, &paths);
+  return paths;
+}
+
+bool is_nvrtc(const fs::path& path) { return path.filename().string().starts_with("libnvrtc.so"); }
+
+/// The Python packages that a library belongs to: .../site-packages.  Empty where it belongs to none.
+fs::path python_packages(fs::path path) {
+  for (; path.has_relative_path(); path = path.parent_path()) {
+    if (path.filename() == "site-packages" || path.filename() == "dist-packages") return path;
+  }
+  return {};
+}
+
+/// Where an NVRTC may be, best first; names without a folder are looked up by the system.
+std::vector<std::string> candidates() {
+  std::vector<std::string> files;
+  const auto add = [&](const std::string& file) {
+    if (std::ranges::find(files, file) == files.end()) files.push_back(file);
+  };
+  const std::vector<fs::path> loaded = loaded_libraries();
+  for (const fs::path& path : loaded) {
+    if (is_nvrtc(path)) add(path);
+  }
+  for (const char* name : {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so", "/usr/local/cuda/lib64/libnvrtc.so"}) {
+    add(name);
+  }
+  for (const fs::path& path : loaded) {
+    const fs::path packages = python_packages(path);
+    if (packages.empty()) continue;
+    for (const char* wheel : {"nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"}) {
+      std::error_code ignored;
+      for (const fs::directory_entry& entry : fs::directory_iterator(packages / wheel, ignored)) {
+        if (is_nvrtc(entry.path())) add(entry.path());
+      }
+    }
+  }
+  return files;
+}
+
+}  // namespace
+
+struct Nvrtc::Functions {
+  explicit Functions(const char* file) : library(file) {}
+  template <class Signature>
+  using Call = LibraryFunction<Signature>;
+  using Size = std::size_t;
+  using Texts = const char* const*;
+
+  Library library;
+  Call<int(int*, int*)> version{library, "nvrtcVersion"};
+  Call<int(int*)> arch_count{library, "nvrtcGetNumSupportedArchs"};
+  Call<int(int*)> archs{library, "nvrtcGetSupportedArchs"};
+  Call<const char*(int)> error_string{library, "nvrtcGetErrorString"};
+  Call<int(void**, const char*, const char*, int, Texts, Texts)> create{library, "nvrtcCreateProgram"};
+  Call<int(void**)> destroy{library, "nvrtcDestroyProgram"};
+  Call<int(void*, int, Texts)> compile{library, "nvrtcCompileProgram"};
+  Call<int(void*, Size*)> log_size{library, "nvrtcGetProgramLogSize"};
+  Call<int(void*, char*)> log{library, "nvrtcGetProgramLog"};
+  Call<int(void*, Size*)> cubin_size{library, "nvrtcGetCUBINSize"};
+  Call<int(void*, char*)> cubin{library, "nvrtcGetCUBIN"};
+};
+
+std::string Nvrtc::open(const std::string& file) {
+  call_ = std::make_shared<const Functions>(file.c_str());
+  const Functions& call = *call_;
+  if (call.library.handle == nullptr) return "cannot be opened";
+  if (!call.library.missing.empty()) return "has no " + call.library.missing;
+  int major = 0, minor = 0, count = 0;
+  check(call.version(&major, &minor), call.version.name);
+  number_ = major * 1000 + minor * 10;
+  version_ = std::to_string(major) + "." + std::to_string(minor);
+  if (number_ < kOldest) return "is " + version_ + ", older than 12.4";
+  check(call.arch_count(&count), call.arch_count.name);
+  archs_.resize(static_cast<std::size_t>(count));
+  check(call.archs(archs_.data()), call.archs.name);
+  Dl_info info{};
+  const bool named = ::dladdr(reinterpret_cast<void*>(call.version.address), &info) != 0 && info.dli_fname != nullptr;
+  path_ = named ? info.dli_fname : file;
+  return {};
+}
+
+struct Nvrtc::Found {
+  std::optional<Nvrtc> nvrtc;
+  std::string why_none;
+
+  Found() {
+    const char* set = std::getenv("FOVEA_NVRTC");
+    if (set != nullptr && *set != 0) {
+      Nvrtc named;
+      const std::string why = named.open(set);
+      if (why.empty())
+        nvrtc = std::move(named);
+      else
+        why_none = "FOVEA_NVRTC names '" + std::string(set) + "', which " + why + "; name an NVRTC of 12.4 or later";
+      return;
+    }
+    const int driver = driver_version();
+    for (const std::string& file : candidates()) {
+      Nvrtc candidate;
+      const std::string why = candidate.open(file);
+      if (why.starts_with("is ")) why_none += (why_none.empty() ? "" : ", ") + file + " " + why;
+      if (!why.empty()) continue;
+      // A driver takes what compilers of its own major version or an older one make.
+      const bool fits = driver == 0 || candidate.number_ / 1000 <= driver / 1000;
+      if (fits || !nvrtc) nvrtc = std::move(candidate);
+      if (fits) break;
+    }
+    if (nvrtc)
+      why_none.clear();
+    else
+      why_none = "there is no NVRTC" + (why_none.empty() ? "" : " to use (" + why_none + ")") +
+                 ": install it (pip install nvidia-cuda-nvrtc, or the CUDA toolkit) and name its libnvrtc.so in "
+                 "FOVEA_NVRTC where it is not found";
+  }
+};
+
+const Nvrtc::Found& Nvrtc::found() {
+  static const Found instance;
+  return instance;
+}
+
+const Nvrtc* Nvrtc::find() { return found().nvrtc ? &*found().nvrtc : nullptr; }
+const std::string& Nvrtc::why_none() { return found().why_none; }
+
+bool Nvrtc::knows(int arch) const { return std::ranges::find(archs_, arch) != archs_.end(); }
+
+void Nvrtc::check(int status, const char* what) const {
+  if (status == 0) return;
+  throw Error(ErrorCode::kDevice, std::string(what) + " failed: NVRTC " + version_ + " says " +
+                                      call_->error_string(status) +
+                                      "; look at the memory and the disk, or name another NVRTC in FOVEA_NVRTC");
+}
+
+Nvrtc::Result Nvrtc::compile(const std::string& source, const char* file_name, std::span<const Header> headers,
+                             std::span<const char* const> options) const {
+  std::vector<const char*> names, texts;
+  for (const Header& header : headers) {
+    names.push_back(header.name);
+    texts.push_back(header.text);
+  }
+  void* program = nullptr;
+  check(call_->create(&program, source.c_str(), file_name, static_cast<int>(names.size()), texts.data(), names.data()),
+        "nvrtcCreateProgram");
+  const auto destroy = [this](void* handle) { call_->destroy(&handle); };
+  const std::unique_ptr<void, decltype(destroy)> owner(program, destroy);
+
+  const int status = call_->compile(program, static_cast<int>(options.size()), options.data());
+  if (status != 0 && status != kCompilationFailed) check(status, "nvrtcCompileProgram");
+  Result result{.done = status == 0, .cubin = {}, .log = {}};
+  std::size_t size = 0;
+  check(call_->log_size(program, &size), "nvrtcGetProgramLogSize");
+  result.log.resize(size);
+  check(call_->log(program, result.log.data()), "nvrtcGetProgramLog");
+  result.log.resize(result.log.find_last_not_of('\0') + 1);
+  std::ranges::replace(result.log, '\0', '\n');  // stands between what compiler and assembler say
+  if (!result.done) return result;
+  check(call_->cubin_size(program, &size), "nvrtcGetCUBINSize");
+  result.cubin.resize(size);
+  check(call_->cubin(program, result.cubin.data()), "nvrtcGetCUBIN");
+  return result;
+}
+
+}  // namespace fovea::cuda

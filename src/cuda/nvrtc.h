@@ -1,0 +1,52 @@
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+// NVRTC, NVIDIA's run-time compiler, opened at run time.  Compiling needs no GPU and no driver.
+namespace fovea::cuda {
+
+/// A text that sources can include under a name; both end in a zero byte.
+struct Header {
+  const char* name;
+  const char* text;
+};
+
+class Nvrtc {
+ public:
+  /// The one of this process: the file that FOVEA_NVRTC names, or else the first of at least 12.4 among a library
+  /// already loaded, the system's, the toolkit's and those of Python wheels; one no newer than the driver, where there
+  /// is such a one.  Null where there is none.
+  [[nodiscard]] static const Nvrtc* find();
+  [[nodiscard]] static const std::string& why_none();  ///< one sentence; empty where there is one
+
+  [[nodiscard]] const std::string& path() const { return path_; }
+  [[nodiscard]] const std::string& version() const { return version_; }  ///< "13.0"
+  [[nodiscard]] bool knows(int arch) const;                              ///< 90 for sm_90
+
+  struct Result {
+    bool done = false;
+    std::string cubin;  ///< empty unless done
+    std::string log;    ///< of the compiler and the assembler
+  };
+  /// From any number of threads at once.  Throws Error where NVRTC itself fails, not where the source does.
+  [[nodiscard]] Result compile(const std::string& source, const char* file_name, std::span<const Header> headers,
+                               std::span<const char* const> options) const;
+
+ private:
+  struct Functions;
+  struct Found;
+  static const Found& found();
+  std::string open(const std::string& file);  // why not; empty: it is
+  void check(int status, const char* what) const;
+
+  std::shared_ptr<const Functions> call_;
+  int number_ = 0;  // 13000 for 13.0, as the driver counts
+  std::string path_, version_;
+  std::vector<int> archs_;
+};
+
+}  // namespace fovea::cuda

@@ -1,0 +1,243 @@
+#include "cuda/portable_backend.h"
+
+#include <fovea/error.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/driver.h"
+#include "cuda/forward_tuning.h"
+#include "cuda/jit/cache.h"
+#include "cuda/params.h"
+#include "cuda/requests.h"
+
+namespace fovea::cuda {
+namespace {
+
+constexpr std::int64_t kLongest = std::int64_t{1} << 29;  // positions are 32 bits wide in kernels
+constexpr std::int64_t kMostInGrid = 65535;
+
+RowView row_view(const Tensor& t) {
+  if (!t.defined()) return {};
+  const std::int64_t size = size_bytes(t.dtype);
+  const int token = t.rank - 3;
+  RowView view{static_cast<char*>(t.data), t.rank == 4 ? t.strides[0] * size : 0, t.strides[token] * size,
+               t.strides[token + 1] * size, reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0};
+  for (int axis = 0; axis + 1 < t.rank; ++axis) {
+    view.aligned = view.aligned && (t.shape[axis] == 1 || t.strides[axis] * size % 16 == 0);
+  }
+  return view;
+}
+
+StatView stat_view(const Tensor& t) {
+  if (!t.defined()) return {};
+  if (t.rank == 2) return {static_cast<float*>(t.data), 0, t.strides[0], t.strides[1]};
+  return {static_cast<float*>(t.data), t.strides[0], t.strides[1], t.strides[2]};
+}
+
+EntryView entry_view(const Tensor& t) {
+  if (!t.defined()) return {};
+  const auto stride = [&t](int axis) { return t.shape[axis] == 1 ? 0 : t.strides[axis] * size_bytes(t.dtype); };
+  return {static_cast<char*>(t.data), stride(0), stride(1), stride(2), stride(3)};
+}
+
+IndexView index_view(const Tensor& t) {
+  if (!t.defined()) return {};
+  return {static_cast<const int*>(t.data), t.strides[0]};
+}
+
+/// What does not depend on tensors.
+void describe_call(const Problem& problem, CallParams& p) {
+  p.batch = static_cast<int>(problem.batch);
+  p.q_heads = static_cast<int>(problem.num_q_heads);
+  p.kv_heads = static_cast<int>(problem.num_kv_heads);
+  p.group = p.q_heads / p.kv_heads;
+  p.head_dim = static_cast<int>(problem.head_dim);
+  p.head_dim_v = static_cast<int>(problem.head_dim_v);
+  p.seqlen_q = static_cast<int>(problem.seqlen_q);
+  p.seqlen_kv = static_cast<int>(problem.seqlen_kv);
+  p.total_q = static_cast<int>(problem.total_q);
+  p.total_kv = static_cast<int>(problem.total_kv);
+  p.band = math::BandRule::of(problem);
+  p.scale = problem.scale();
+  p.softcap = problem.softcap;
+  p.keep_threshold = static_cast<u32>(std::lround((1.0 - static_cast<double>(problem.dropout.probability)) * 65536.0));
+  p.seed = problem.dropout.seed;
+  p.offset = problem.dropout.offset;
+}
+
+void attach_inputs(CallParams& p, const Inputs& in) {
+  p.q_lengths = index_view(in.q_lengths);
+  p.kv_lengths = index_view(in.kv_lengths);
+  p.cu_seqlens_q = index_view(in.cu_seqlens_q);
+  p.cu_seqlens_kv = index_view(in.cu_seqlens_kv);
+  p.q = row_view(in.q);
+  p.k = row_view(in.k);
+  p.v = row_view(in.v);
+  p.mask = entry_view(in.mask);
+  p.bias = entry_view(in.bias);
+  if (in.alibi_slopes.defined()) {
+    p.slopes = static_cast<const float*>(in.alibi_slopes.data);
+    p.slopes_batch = in.alibi_slopes.rank == 2 ? in.alibi_slopes.strides[0] : 0;
+  }
+  if (in.sink.defined()) p.sink = static_cast<const float*>(in.sink.data);
+}
+
+/// A kernel of a plan: loaded where there is a GPU, else only known.
+struct PlannedLaunch {
+  jit::KernelRequest request;
+  std::shared_ptr<const jit::Binary> binary{};
+  const jit::Kernel* kernel = nullptr;
+
+  PlannedLaunch(jit::KernelRequest wanted, const Device& device) : request(std::move(wanted)) {
+    if (device.compute_capability != 0) {
+      binary = jit::Cache::shared().binary(request);
+    } else {
+      kernel = &jit::Cache::shared().load(request, device.index);
+    }
+  }
+  [[nodiscard]] const jit::Binary& compiled() const { return kernel != nullptr ? kernel->binary() : *binary; }
+  [[nodiscard]] std::string describe() const {
+    return request.name + ": " + std::to_string(compiled().registers) + " registers, " +
+           std::to_string(request.shared_bytes + compiled().shared_bytes) + " bytes of shared memory, " +
+           std::to_string(request.threads) + " threads, from " + jit::name(compiled().source);
+  }
+};
+
+class ForwardPlan final : public PlannedKernel {
+ public:
+  ForwardPlan(const Problem& problem, const ForwardShape& shape, const Device& device, int arch)
+      : shape_(shape), device_(device), forward_(forward_request(shape, arch), device) {
+    if (shape.splits > 1) combine_.emplace(combine_request(shape, arch), device);
+    describe_call(problem, params_);
+    params_.row_blocks = shape.row_blocks;
+    params_.v_chunks = shape.v_chunks;
+    params_.splits = shape.splits;
+    params_.keys_per_split = shape.keys_per_split;
+  }
+
+  [[nodiscard]] std::size_t workspace_bytes() const override { return shape_.partial_bytes; }
+
+  [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override {
+    const ForwardSpec& s = shape_.spec;
+    std::vector<std::pair<std::string, std::string>> list{
+        {"kernel", forward_.describe()},
+        {"tile", std::to_string(s.block_m) + " rows × " + std::to_string(s.block_n) + " keys, " +
+                     std::to_string(s.stages) + (s.stages == 1 ? " stage" : " stages")},
+        {"key splits", std::to_string(shape_.splits)}};
+    if (combine_) list.emplace_back("combine", combine_->describe());
+    return list;
+  }
+
+  void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const override {
+    if (forward_.kernel == nullptr) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "this plan is for " + name(device_) + ", a description; plan for cuda:0 to execute");
+    }
+    ForwardParams params = params_;
+    attach_inputs(params, inputs);
+    params.out = row_view(outputs.out);
+    params.lse = stat_view(outputs.lse);
+    params.partials = static_cast<float*>(workspace);
+    const int heads = shape_.spec.pack_gqa ? params.kv_heads : params.q_heads;
+    for (params.first_batch = 0; params.first_batch < params.batch;
+         params.first_batch += static_cast<int>(kMostInGrid)) {
+      Grid grid{.x = static_cast<unsigned>(shape_.row_blocks * shape_.v_chunks * shape_.splits),
+                .y = static_cast<unsigned>(heads),
+                .z = static_cast<unsigned>(std::min<std::int64_t>(params.batch - params.first_batch, kMostInGrid)),
+                .threads = static_cast<unsigned>(forward_.request.threads),
+                .shared_bytes = static_cast<unsigned>(forward_.request.shared_bytes)};
+      if (params.seqlen_q == 0) return;
+      forward_.kernel->launch(grid, params, stream);
+      if (!combine_) continue;
+      grid.x = static_cast<unsigned>((params.seqlen_q + kCombineRows - 1) / kCombineRows);
+      grid.y = static_cast<unsigned>(params.q_heads);
+      grid.threads = static_cast<unsigned>(combine_->request.threads);
+      grid.shared_bytes = 0;
+      combine_->kernel->launch(grid, params, stream);
+    }
+  }
+
+ private:
+  ForwardShape shape_;
+  Device device_;
+  PlannedLaunch forward_;
+  std::optional<PlannedLaunch> combine_;
+  ForwardParams params_{};
+};
+
+int capability_of(const Device& device) {
+  return device.compute_capability != 0 ? device.compute_capability : gpu(device.index).compute_capability;
+}
+
+GpuModel model_of_device(const Device& device) {
+  GpuModel model = model_of(capability_of(device));
+  if (device.compute_capability == 0) {
+    model.multiprocessors = gpu(device.index).sm_count;
+    model.shared_bytes = gpu(device.index).shared_bytes_per_block;
+  }
+  return model;
+}
+
+class PortableBackend final : public Backend {
+ public:
+  [[nodiscard]] std::string name() const override { return "cuda_portable"; }
+
+  [[nodiscard]] Verdict judge(const Problem& problem, const Device& device) const override {
+    Verdict verdict{.backend = name()};
+    auto& reasons = verdict.reasons;
+    if (device.kind != DeviceKind::kCuda) {
+      reasons.emplace_back("it runs on NVIDIA GPUs only, and the tensors are on " + fovea::name(device));
+    } else if (device.compute_capability == 0 && !why_no_driver().empty()) {
+      reasons.push_back(why_no_driver());
+    } else if (capability_of(device) < 75) {
+      reasons.emplace_back("it needs compute capability 7.5 (Turing) or newer, and " + fovea::name(device) + " has " +
+                           std::to_string(capability_of(device) / 10) + "." +
+                           std::to_string(capability_of(device) % 10));
+    }
+    verdict.available = reasons.empty();
+    if (!verdict.available) return verdict;
+
+    const auto limit = [&](const char* what, std::int64_t value, std::int64_t most) {
+      if (value > most) {
+        reasons.emplace_back(std::string(what) + " (" + std::to_string(value) + ") is above " + std::to_string(most));
+      }
+    };
+    limit("seqlen_q", problem.seqlen_q, kLongest);
+    limit("seqlen_kv", problem.seqlen_kv, kLongest);
+    limit("total_q", problem.total_q, kLongest);
+    limit("total_kv", problem.total_kv, kLongest);
+    limit("num_q_heads", problem.num_q_heads, kMostInGrid);
+    limit("batch", problem.batch, kLongest);
+    if (problem.direction == Direction::kBackward) {
+      reasons.emplace_back("its backward is not there yet");
+    } else if (reasons.empty() && !choose_forward(problem, model_of_device(device))) {
+      reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " fits the " +
+                           std::to_string(model_of_device(device).shared_bytes / 1024) + " KiB of shared memory");
+    }
+    return verdict;
+  }
+
+  [[nodiscard]] std::shared_ptr<const PlannedKernel> plan(const Problem& problem, const Device& device,
+                                                          const PlanOptions& /*options*/) const override {
+    return std::make_shared<ForwardPlan>(problem, *choose_forward(problem, model_of_device(device)), device,
+                                         jit::arch_of(capability_of(device)));
+  }
+};
+
+}  // namespace
+
+std::vector<jit::KernelRequest> requests(const Problem& problem, Direction direction, int arch) {
+  std::vector<jit::KernelRequest> all;
+  if (direction == Direction::kForward) {
+    if (const auto shape = choose_forward(problem, model_of(arch))) {
+      all.push_back(forward_request(*shape, arch));
+      if (shape->splits > 1) all.push_back(combine_request(*shape, arch));
+    }
+  }
+  return all;
+}
+
+std::unique_ptr<Backend> make_portable_backend() { return std::make_unique<PortableBackend>(); }
+
+}  // namespace fovea::cuda

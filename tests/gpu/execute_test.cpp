@@ -1,0 +1,191 @@
+// How plans run on a GPU: streams, graphs, threads, devices, and memory that lies elsewhere.
+#include <dlfcn.h>
+#include <fovea/c.h>
+#include <fovea/error.h>
+
+#include <atomic>
+#include <memory>
+#include <thread>
+
+#include "tests/gpu/support.h"
+#include "tests/support.h"
+
+namespace fovea::test {
+namespace {
+
+using Graphs = OnGpu;
+using Streams = OnGpu;
+using Threads = OnGpu;
+using Devices = OnGpu;
+using Memory = OnGpu;
+
+TEST_F(Graphs, RefuseToCaptureWhatAllocatesOrWaits) {  // so that capturing proves something
+  const cuda::Stream stream(0);
+  EXPECT_THROW(cuda::Graph(0, stream, [] { const cuda::DeviceMemory memory(0, 1 << 20); }), Error);
+  EXPECT_THROW(cuda::Graph(0, stream, [&] { stream.synchronize(); }), Error);
+}
+
+TEST_F(Graphs, ReplayGivesTheBitsOfADirectRun) {
+  for (const char* line : kLines) {
+    SCOPED_TRACE(line);
+    Task task(line);
+    const Bits direct = task.run();
+    const cuda::Graph graph(0, task.place().gpu_stream(), [&] { task.execute(); });
+    for (int replay = 0; replay < 3; ++replay) {
+      task.prepare();
+      graph.launch(task.place().gpu_stream());
+      EXPECT_EQ(task.results(), direct);
+    }
+  }
+}
+
+TEST_F(Streams, TwoAtOnceDoNotDisturbEachOther) {
+  for (const char* line : kLines) {
+    SCOPED_TRACE(line);
+    Task one(line), other(kLines[0]);
+    const Bits alone = one.run(), other_alone = other.run();
+    one.prepare();
+    other.prepare();
+    for (int i = 0; i < 20; ++i) {
+      one.execute();
+      other.execute();
+    }
+    EXPECT_EQ(one.results(), alone);
+    EXPECT_EQ(other.results(), other_alone);
+  }
+}
+
+TEST_F(Threads, PlanAndExecuteAtOnceAndAgree) {
+  constexpr int kThreads = 8, kRounds = 6;
+  std::vector<Bits> expected;
+  for (const char* line : kLines) expected.push_back(Task(line).run());
+  std::atomic<int> agreed{0};
+  const auto work = [&](int thread) {
+    for (int round = 0; round < kRounds; ++round) {
+      const std::size_t i = static_cast<std::size_t>(thread + round) % std::size(kLines);
+      if (Task(kLines[i]).run() == expected[i]) ++agreed;
+    }
+  };
+  std::vector<std::jthread> threads;
+  for (int t = 0; t < kThreads; ++t) threads.emplace_back(work, t);
+  threads.clear();
+  EXPECT_EQ(agreed, kThreads * kRounds);
+}
+
+TEST_F(Threads, ShareOnePlan) {
+  constexpr int kThreads = 8;
+  const Problem problem = parse_problem(kLines[3]);
+  const Plan plan = plan_forward(problem, kGpu);
+  const Bits expected = Task(kLines[3]).run();
+  std::atomic<int> agreed{0};
+  const auto work = [&] {
+    Task own(kLines[3]);
+    const tools::Workspace workspace(own.place(), plan.workspace_bytes());
+    own.prepare();
+    own.call().execute(plan, workspace);
+    if (own.results() == expected) ++agreed;
+  };
+  std::vector<std::jthread> threads;
+  for (int t = 0; t < kThreads; ++t) threads.emplace_back(work);
+  threads.clear();
+  EXPECT_EQ(agreed, kThreads);
+}
+
+/// The context that is this thread's current one, as the caller of the library sees it.
+void* current_context() {
+  void* const library = ::dlopen("libcuda.so.1", RTLD_NOW);
+  const auto get = reinterpret_cast<int (*)(void**)>(::dlsym(library, "cuCtxGetCurrent"));
+  void* context = nullptr;
+  EXPECT_EQ(get(&context), 0);
+  return context;
+}
+
+TEST_F(Devices, TheCallersContextStaysCurrent) {
+  std::jthread([] {  // a thread on which nothing is current yet
+    EXPECT_EQ(current_context(), nullptr);
+    Task task(kLines[0]);
+    EXPECT_EQ(current_context(), nullptr);
+    (void)task.run();
+    EXPECT_EQ(current_context(), nullptr);
+    const cuda::CurrentGpu last(cuda::gpu_count() - 1);
+    void* const own = current_context();
+    EXPECT_NE(own, nullptr);
+    (void)Task(kLines[0]).run();
+    EXPECT_EQ(current_context(), own);
+  });
+}
+
+TEST_F(Devices, EveryGpuOfAKindGivesTheSameBits) {
+  if (cuda::gpu_count() < 2) GTEST_SKIP() << "there is one GPU only";
+  for (const char* line : kLines) {
+    SCOPED_TRACE(line);
+    const Bits first = Task(line).run();
+    for (int index = 1; index < cuda::gpu_count(); ++index) {
+      const Device device{.kind = DeviceKind::kCuda, .index = index};
+      const Bits bits = Task(line, device).run();
+      if (cuda::gpu(index).name == cuda::gpu(0).name) {
+        EXPECT_EQ(bits, first) << name(device);
+      }
+    }
+  }
+}
+
+TEST_F(Devices, OneThatIsNotThereIsRefused) {
+  const Device missing{.kind = DeviceKind::kCuda, .index = cuda::gpu_count()};
+  const std::string said = refusal([&] { (void)plan_forward(parse_problem(kLines[0]), missing); });
+  EXPECT_TRUE(contains(said, name(missing)));
+}
+
+TEST_F(Memory, OfTheHostIsRefusedByAPlanForAGpu) {
+  Task task(kLines[0]);
+  const tools::Workload& work = task.work();
+  const Plan plan = plan_forward(work.problem(), kGpu);
+  const tools::Workspace workspace(task.place(), plan.workspace_bytes());
+  const auto refused = [&](const Inputs& in, const Outputs& out) {
+    return refusal([&] { plan.execute(in, out, workspace.data(), task.place().stream()); });
+  };
+  EXPECT_TRUE(contains(refused(work.inputs(), task.call().outputs()), "q is on cpu but the plan is for cuda:0"));
+  EXPECT_TRUE(contains(refused(task.call().inputs(), work.outputs()), "out is on cpu but the plan is for cuda:0"));
+}
+
+TEST_F(Memory, OfAGpuIsRefusedByAPlanForTheCpu) {
+  Task task(kLines[0]);
+  const Plan plan = plan_forward(task.work().problem());
+  EXPECT_TRUE(contains(refusal([&] { plan.execute(task.call().inputs(), task.call().outputs()); }),
+                       "q is on cuda:0 but the plan is for cpu"));
+}
+
+TEST_F(Memory, AWorkspaceThatIsMissingOrMisalignedIsRefused) {
+  Task task("bwd bf16 b1 hq2 sq200 d64 deterministic");
+  const Plan plan = plan_backward(task.work().problem(), kGpu);
+  ASSERT_GT(plan.workspace_bytes(), 0);
+  const tools::Workspace workspace(task.place(), plan.workspace_bytes());
+  const auto refused = [&](void* memory) {
+    return refusal([&] { plan.execute(task.call().inputs(), task.call().outputs(), memory, task.place().stream()); });
+  };
+  EXPECT_TRUE(contains(refused(nullptr), "workspace is null"));
+  EXPECT_TRUE(contains(refused(static_cast<std::byte*>(workspace.data()) + 8), "not aligned"));
+}
+
+fovea_tensor c_tensor(const Tensor& t) {
+  fovea_tensor c{t.data, static_cast<std::int32_t>(t.dtype), t.rank, {FOVEA_CUDA, t.device.index, 0}, {}, {}};
+  std::copy_n(t.shape.begin(), t.rank, c.shape);
+  std::copy_n(t.strides.begin(), t.rank, c.strides);
+  return c;
+}
+
+TEST_F(Memory, OneCallOfTheCDoorOwnsItsWorkspace) {
+  Task task("fwd bf16 b1 hq8 hkv2 sq1 skv8192 d128");
+  const Bits expected = task.run();
+  task.prepare();
+  const Inputs& in = task.call().inputs();
+  const Outputs& out = task.call().outputs();
+  const fovea_tensor q = c_tensor(in.q), k = c_tensor(in.k), v = c_tensor(in.v);
+  const fovea_tensor o = c_tensor(out.out), lse = c_tensor(out.lse);
+  ASSERT_EQ(fovea_attention_forward(&q, &k, &v, nullptr, &o, &lse), FOVEA_OK) << fovea_last_error();
+  cuda::synchronize(0);
+  EXPECT_EQ(task.results(), expected);
+}
+
+}  // namespace
+}  // namespace fovea::test

@@ -1,0 +1,205 @@
+#include <fmt/format.h>
+#include <fovea/error.h>
+
+#include <algorithm>
+#include <atomic>
+#include <charconv>
+#include <map>
+#include <mutex>
+
+#include "command.h"
+#include "cpu/threads.h"
+#include "cuda/jit/cache.h"
+#include "cuda/requests.h"
+#include "tensor_data.h"
+#include "terminal.h"
+
+namespace fovea::tools {
+namespace {
+
+using cuda::jit::Binary;
+using cuda::jit::KernelRequest;
+
+/// 80 for "sm_80".
+int parsed_arch(const std::string& text) {
+  int arch = 0;
+  const char* end = text.data() + text.size();
+  const bool read = text.starts_with("sm_") && std::from_chars(text.data() + 3, end, arch).ptr == end;
+  if (!read || arch == 0 || cuda::jit::arch_of(arch) != arch) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--arch {} is no architecture that kernels are made for; use sm_75, sm_80, sm_86, sm_89, "
+                            "sm_90, sm_100 or sm_120",
+                            in_quotes(text)));
+  }
+  return arch;
+}
+
+/// What came of one request.
+struct Outcome {
+  std::shared_ptr<const Binary> binary;
+  std::string fault;  // of compiling, or against --check
+};
+
+class Precompile {
+ public:
+  explicit Precompile(const PrecompileArguments& asked) : asked_(asked) { collect(); }
+
+  void compile() {
+    outcomes_.resize(requests_.size());
+    cpu::run_tasks(
+        static_cast<std::int64_t>(requests_.size()), cpu::worker_count(asked_.jobs),
+        [](void* self, std::int64_t index, int) {
+          static_cast<Precompile*>(self)->compile_one(static_cast<std::size_t>(index));
+        },
+        this);
+    bar_.clear();
+  }
+
+  ExitCode tell() const;
+  void write_pack() const;
+
+ private:
+  void collect();
+  void compile_one(std::size_t index);
+  [[nodiscard]] std::string fault_of(const Binary& binary) const;
+  [[nodiscard]] double median_seconds() const;
+  [[nodiscard]] std::string table() const;
+
+  const PrecompileArguments& asked_;
+  std::vector<KernelRequest> requests_;
+  std::vector<Outcome> outcomes_;
+  std::size_t wanted_ = 0;  // before --most
+  std::atomic<std::size_t> done_ = 0;
+  std::mutex mutex_;  // of the bar
+  ProgressBar bar_;
+};
+
+void Precompile::collect() {
+  std::map<std::string, KernelRequest> unique;
+  std::vector<int> archs;
+  for (const std::string& text : asked_.archs) archs.push_back(parsed_arch(text));
+  for (const std::string& line : problem_lines(asked_.lines)) {
+    const Problem problem = parse_problem(line);
+    for (const Direction pass : {Direction::kForward, Direction::kBackward}) {
+      if (!(pass == Direction::kForward ? problem.forward() : problem.backward())) continue;
+      for (const int arch : archs) {
+        for (KernelRequest& request : cuda::requests(problem, pass, arch)) {
+          unique.try_emplace(fmt::format("{} {} {}", request.name, arch, cuda::jit::content_key(request)), request);
+        }
+      }
+    }
+  }
+  wanted_ = unique.size();
+  if (wanted_ == 0) {
+    throw Error(ErrorCode::kUnsupported,
+                fmt::format("no GPU kernel runs any of these problems on {}; `fovea explain` says why",
+                            fmt::join(asked_.archs, ", ")));
+  }
+  // Evenly spread over the names, so that a short run sees some of every kind.
+  const std::size_t most = asked_.most > 0 ? std::min<std::size_t>(asked_.most, wanted_) : wanted_;
+  std::size_t i = 0;
+  for (auto& [name, request] : unique) {
+    if (i * most / wanted_ != (i + 1) * most / wanted_) requests_.push_back(std::move(request));
+    ++i;
+  }
+}
+
+void Precompile::compile_one(std::size_t index) {
+  Outcome& outcome = outcomes_[index];
+  try {
+    outcome.binary = cuda::jit::Cache::shared().binary(requests_[index]);
+    if (asked_.check) outcome.fault = fault_of(*outcome.binary);
+  } catch (const Error& error) {
+    outcome.fault = error.what();
+  }
+  const std::size_t done = ++done_;
+  const std::lock_guard lock(mutex_);
+  bar_.show(static_cast<double>(done) / static_cast<double>(requests_.size()), requests_[index].name);
+}
+
+std::string Precompile::fault_of(const Binary& binary) const {
+  std::string faults;
+  const auto add = [&](const std::string& fault) { faults += (faults.empty() ? "" : ", ") + fault; };
+  if (binary.spill_bytes > 0) add(fmt::format("spills {} bytes", binary.spill_bytes));
+  if (binary.local_bytes > 0) add(fmt::format("keeps {} bytes in local memory", binary.local_bytes));
+  if (asked_.most_seconds > 0 && binary.seconds > asked_.most_seconds) {
+    add(fmt::format("took {} to compile, more than {} s", seconds_text(binary.seconds), asked_.most_seconds));
+  }
+  if (!binary.warnings.empty()) add(binary.warnings);
+  return faults.empty() ? "" : fmt::format("kernel {} for sm_{} {}", binary.name, binary.arch, faults);
+}
+
+double Precompile::median_seconds() const {
+  std::vector<double> seconds;
+  for (const Outcome& outcome : outcomes_) {
+    if (outcome.binary) seconds.push_back(outcome.binary->seconds);
+  }
+  if (seconds.empty()) return 0;
+  std::ranges::nth_element(seconds, seconds.begin() + static_cast<std::ptrdiff_t>(seconds.size() / 2));
+  return seconds[seconds.size() / 2];
+}
+
+std::string Precompile::table() const {
+  constexpr const char* kRow = "{:<64} {:>6} {:>7} {:>9} {:>6} {:>6} {:>7} {:>7}  {}\n";
+  std::string text =
+      fmt::format(kRow, "kernel", "arch", "threads", "registers", "spilt", "local", "shared", "seconds", "from");
+  for (std::size_t i = 0; i < requests_.size(); ++i) {
+    const KernelRequest& request = requests_[i];
+    const std::string arch = fmt::format("sm_{}", request.arch);
+    const Binary* binary = outcomes_[i].binary.get();
+    text += binary == nullptr
+                ? fmt::format(kRow, request.name, arch, request.threads, "", "", "", "", "", "failed")
+                : fmt::format(kRow, request.name, arch, request.threads, binary->registers, binary->spill_bytes,
+                              binary->local_bytes, binary->shared_bytes + request.shared_bytes,
+                              fmt::format("{:.2f}", binary->seconds), name(binary->source));
+  }
+  return text;
+}
+
+ExitCode Precompile::tell() const {
+  const Terminal terminal(stdout);
+  if (!asked_.table.empty()) write_atomically(asked_.table, [&](std::ostream& stream) { stream << table(); });
+  std::size_t faults = 0;
+  double seconds = 0, slowest = 0;
+  for (const Outcome& outcome : outcomes_) {
+    if (outcome.binary) seconds += outcome.binary->seconds, slowest = std::max(slowest, outcome.binary->seconds);
+    if (outcome.fault.empty()) continue;
+    ++faults;
+    terminal.line(terminal.paint(Ink::kBad, outcome.fault));
+  }
+  const double median = median_seconds();
+  const bool slow = asked_.check && asked_.median_seconds > 0 && median > asked_.median_seconds;
+  const std::string count =
+      requests_.size() == wanted_ ? fmt::format("{}", wanted_) : fmt::format("{} of {}", requests_.size(), wanted_);
+  terminal.line(fmt::format("{} kernels for {}: {} at fault; compiling took {} in all, {} in the median, {} at most",
+                            count, fmt::join(asked_.archs, ", "), faults, seconds_text(seconds), seconds_text(median),
+                            seconds_text(slowest)));
+  if (slow)
+    terminal.line(terminal.paint(Ink::kBad, fmt::format("the median is more than {} s", asked_.median_seconds)));
+  return faults > 0 || slow ? kCheckFailed : kDone;
+}
+
+void Precompile::write_pack() const {
+  std::vector<Binary> binaries;
+  for (const Outcome& outcome : outcomes_) {
+    if (outcome.binary) binaries.push_back(*outcome.binary);
+  }
+  cuda::jit::Pack::write(asked_.out, binaries);
+}
+
+}  // namespace
+
+ExitCode command_precompile(const PrecompileArguments& arguments) {
+  if (arguments.out.empty() && !arguments.check) {
+    throw Error(ErrorCode::kInvalidArgument, "there is nothing to do: name a pack with --out, or ask for --check");
+  }
+  if (!arguments.out.empty()) require_writable(arguments.out);
+  if (!arguments.table.empty()) require_writable(arguments.table);
+  Precompile work(arguments);
+  work.compile();
+  const ExitCode code = work.tell();
+  if (code == kDone && !arguments.out.empty()) work.write_pack();
+  return code;
+}
+
+}  // namespace fovea::tools
