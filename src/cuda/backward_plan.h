@@ -62,4 +62,10 @@ struct BackwardShared {
   }
 };
 
+FOVEA_FN constexpr int shared_bytes(const BackwardSpec& s) { return BackwardShared::of(s).total; }
+/// Of the bias gradient, whose sums take the place of all else in the end.
+FOVEA_FN constexpr int bias_gradient_shared_bytes(const BackwardSpec& s) {
+  return math::larger(shared_bytes(s), s.block_m * pitch_of(Type::kFloat32, s.block_n));
+}
+
 }  // namespace fovea::cuda

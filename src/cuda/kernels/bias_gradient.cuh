@@ -11,8 +11,7 @@ struct BiasGradient {
   static constexpr int kThreads = S.warps * kWarp;
   static constexpr BackwardShared kShared = BackwardShared::of(S);
   using Scores = GradientTile<S>;
-  using SumTile = SharedTile<Type::kFloat32, S.block_m, S.block_n>;  // in the place of the rows and keys
-  static_assert(SumTile::kSize <= kShared.weights);
+  using SumTile = SharedTile<Type::kFloat32, S.block_m, S.block_n>;  // in the place of all else
 
   const BackwardParams& p;
   const u32 shared;

@@ -5,14 +5,14 @@
 // After the main kernel of the backward: dslopes and dsink, each summed by one block in one order.
 namespace fovea::cuda {
 
-/// Blocks: heads × batch, or heads alone where slopes are per head (slopes_batch is 0).
+/// Blocks: heads × batch, or heads alone where slopes are per head.
 template <BackwardSpec S>
 __device__ void backward_sums(const BackwardParams& p) {
   const int head = static_cast<int>(blockIdx.x) % p.q_heads, first = static_cast<int>(blockIdx.x) / p.q_heads;
   const int thread = static_cast<int>(threadIdx.x);
   if (p.dslopes != nullptr) {
     double sum = 0.0;
-    for (int b = first; b < (p.slopes_batch == 0 ? p.batch : first + 1); ++b) {
+    for (int b = first; b < (p.slopes_per_batch ? first + 1 : p.batch); ++b) {
       const Sequence sequence = Sequence::of(p, b);
       const float* parts = p.slope_parts + (i64{b} * p.q_heads + head) * p.key_blocks * S.warps;
       const int count = (sequence.kv_rows + S.block_n - 1) / S.block_n * S.warps;
