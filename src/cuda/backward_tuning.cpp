@@ -25,7 +25,7 @@ constexpr std::array kTiles16{
 // Masks, biases, ALiBi, softcap and dropout want registers too.
 constexpr std::array kTiles16WithOptions{
     Tile{64, 64, 128, 8, 3},  Tile{64, 64, 64, 8, 2},  Tile{64, 64, 64, 8, 1},  Tile{128, 32, 128, 8, 3},
-    Tile{128, 32, 128, 8, 2}, Tile{128, 32, 64, 8, 1}, Tile{128, 32, 64, 4, 1}, Tile{256, 64, 64, 8, 2},
+    Tile{128, 32, 128, 8, 2}, Tile{128, 32, 64, 8, 1}, Tile{128, 32, 64, 4, 1}, Tile{256, 32, 64, 8, 2},
     Tile{256, 32, 64, 8, 1},  Tile{256, 32, 32, 8, 1}, Tile{256, 16, 32, 4, 1}, Tile{512, 32, 32, 8, 1},
     Tile{512, 16, 32, 8, 1},  Tile{512, 16, 16, 8, 1},
 };

@@ -17,20 +17,34 @@ FOVEA_DEVICE void clear(Accumulator (&c)[kM][kN]) {
 }
 
 struct OnTop {};  // of what C holds already
+template <class Start>
+inline constexpr bool kIsOnTop = false;
+template <>
+inline constexpr bool kIsOnTop<OnTop> = true;
 
 /// C = A · B + `start` of its rows, or on top; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.  What
 /// goes on top in fp32 is summed apart and added by ordinary additions, for what `kPasses` says.
 template <auto S, int kSteps, int kM, int kN, class A, class B, class Start>
 FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start) {
-  constexpr bool kOnTop = __is_same(Start, OnTop), kApart = kOnTop && S.type == Type::kFloat32;
+  constexpr bool kOnTop = kIsOnTop<Start>, kApart = kOnTop && S.type == Type::kFloat32;
   constexpr int kWidth = !kApart ? kN : kN % 4 == 0 ? 4 : 2;
+  // Many steps would be long to compile.
+  constexpr bool kRolled = kSteps * kPasses<S.mma> > 16;
+  constexpr int kUnroll = kRolled ? 4 : kSteps;
 #pragma unroll
   for (int first = 0; first < kN; first += kWidth) {
     Accumulator apart[kApart ? kM : 1][kApart ? kWidth : 1];
     if constexpr (kApart) clear(apart);
+    if constexpr (kRolled && !kOnTop) {
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+#pragma unroll
+        for (int j = 0; j < kN; ++j) c[i][j] = start(i);
+      }
+    }
 #pragma unroll
     for (int pass = 0; pass < kPasses<S.mma>; ++pass) {
-#pragma unroll
+#pragma unroll kUnroll
       for (int k = 0; k < kSteps; ++k) {
         OperandA rows[kM];
 #pragma unroll
@@ -44,7 +58,7 @@ FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& 
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
               Accumulator& sum = kApart ? apart[kApart ? i : 0][kApart ? j + x : 0] : c[i][first + j + x];
-              if constexpr (kOnTop) {
+              if constexpr (kOnTop || kRolled) {
                 multiply_add<S.type, S.mma>(sum, rows[i], columns[x], pass);
               } else if (pass == 0 && k == 0) {
                 multiply<S.type, S.mma>(sum, rows[i], columns[x], start(i));
