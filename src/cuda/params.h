@@ -72,15 +72,17 @@ struct BackwardParams : CallParams {
   StatView lse, dlse;
   EntryView dbias;
   float *dslopes, *dsink;
-  i64 dslopes_batch;  // stride
-  int row_blocks, key_blocks;
-  // In the workspace.
-  float* log2_lse;     // [batch][head][row of row_blocks·block_m]; +infinity where a row sees nothing
+  i64 dslopes_batch;           // stride
+  bool slopes_per_batch;
+  int row_blocks, key_blocks;  // of the longest sequence
+  int row_slots;               // of blocks of rows, all sequences together
+  // In the workspace; slots: `RowSlots`.
+  float* log2_lse;     // [head][slot][row of block_m]; +infinity where a row sees nothing
   float* delta;        // likewise: Σ dout·out − dlse
-  float* dq_sum;       // [batch][head][row of row_blocks·block_m][head_dim]
-  int* tickets;        // [batch][head][row block]: key blocks that have added to dq, where their order matters
-  float* sink_parts;   // [head][batch·row_blocks]
-  float* slope_parts;  // [batch][head][key block]
+  float* dq_sum;       // [head][slot][block_m × head_dim, as accumulators lie in warps]
+  int* tickets;        // [head][slot] key blocks that have added to dq, where their order matters; then blocks begun
+  float* sink_parts;   // [head][slot]
+  float* slope_parts;  // [batch][head][key block][warp]
 };
 
 }  // namespace fovea::cuda

@@ -110,13 +110,23 @@ struct ScoreRules {
         for_each_entry(s, [&](float& x, int, int) { x *= p.scale * kLog2E; });
       }
     } else {
-      int at = 0;
-      for_each_entry(s, [&](float& x, int a, int b) {
-        const int r = row + (kTransposed ? b : a), j = key + (kTransposed ? a : b);
-        x = score(x, r, j, tanhs == nullptr ? nullptr : &tanhs[at / (4 * kN)][at / 4 % kN].x[at % 4]);
-        ++at;
-      });
+      score_all<kTransposed>(s, row, key, tanhs);
     }
+    hide<kTransposed>(s, row, key, state, use_mask);
+  }
+
+  template <bool kTransposed, int kM, int kN>
+  FOVEA_DEVICE void score_all(Accumulator (&s)[kM][kN], int row, int key, Accumulator (*tanhs)[kN]) const {
+    int at = 0;
+    for_each_entry(s, [&](float& x, int a, int b) {
+      const int r = row + (kTransposed ? b : a), j = key + (kTransposed ? a : b);
+      x = score(x, r, j, tanhs == nullptr ? nullptr : &tanhs[at / (4 * kN)][at / 4 % kN].x[at % 4]);
+      ++at;
+    });
+  }
+
+  template <bool kTransposed, int kM, int kN>
+  FOVEA_DEVICE void hide(Accumulator (&s)[kM][kN], int row, int key, TileState state, bool use_mask) const {
     if constexpr (S.mask) {
       if (use_mask) {
         for_each_entry(s, [&](float& x, int a, int b) {
@@ -171,23 +181,30 @@ struct ScoreRules {
     if constexpr (kPacked) {
       for_each_entry(s, [&](float& x, int a, int b) { f(x, kept(row + a, key + b)); });
     } else {
-      const int lane = lane_id();
+      for_each_draw<kTransposed, kM, kN>(row, key, stream,
+                                         [&](int i, int j, int e, bool kept) { f(s[i][j].x[e], kept); });
+    }
+  }
+
+  /// Calls f(i, j, e, kept) for entry e of every accumulator [i][j] of a piece.
+  template <bool kTransposed, int kM, int kN, class F>
+  FOVEA_DEVICE void for_each_draw(int row, int key, const math::DropoutStream& stream, const F& f) const {
+    const int lane = lane_id();
 #pragma unroll
-      for (int i = 0; i < kM; ++i) {
+    for (int i = 0; i < kM; ++i) {
 #pragma unroll
-        for (int j = 0; j < kN; j += 2) {
+      for (int j = 0; j < kN; j += 2) {
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {  // four entries from one draw: two rows by two columns, 8 apart
-            const int a = 16 * i + lane / 4, b = 8 * j + lane % 4 * 2 + e;
-            const math::Draws draws =
-                math::draws_of_patch(stream, math::patch_of(rows.first + row + (kTransposed ? b : a)),
-                                     math::patch_of(key + (kTransposed ? a : b)));
+        for (int e = 0; e < 2; ++e) {  // four entries from one draw: two rows by two columns, 8 apart
+          const int a = 16 * i + lane / 4, b = 8 * j + lane % 4 * 2 + e;
+          const math::Draws draws =
+              math::draws_of_patch(stream, math::patch_of(rows.first + row + (kTransposed ? b : a)),
+                                   math::patch_of(key + (kTransposed ? a : b)));
 #pragma unroll
-            for (int half = 0; half < 4; ++half) {
-              const int low = half / 2, right = half % 2;  // of the row, of the column
-              const u32 draw = draws.at(8 * (kTransposed ? right : low), 8 * (kTransposed ? low : right));
-              f(s[i][j + right].x[2 * low + e], draw < p.keep_threshold);
-            }
+          for (int half = 0; half < 4; ++half) {
+            const int low = half / 2, right = half % 2;  // of the row, of the column
+            const u32 draw = draws.at(8 * (kTransposed ? right : low), 8 * (kTransposed ? low : right));
+            f(i, j + right, 2 * low + e, draw < p.keep_threshold);
           }
         }
       }
