@@ -14,12 +14,12 @@ struct Tile {
   int block_m, block_n, warps, stages;
 };
 
-// Measured on an H100 (docs/notes).  dk and dv of a block fill half of its registers, P and dS a quarter; the first that
-// fits the shared memory is taken.
+// Measured on an H100 (docs/notes).  dk and dv of a block fill half of its registers, P and dS a quarter; the first
+// that fits the shared memory is taken.
 constexpr std::array kTiles16{
-    Tile{64, 128, 128, 8, 2}, Tile{64, 64, 64, 4, 2},   Tile{64, 64, 64, 4, 1},   Tile{128, 64, 128, 8, 3},
-    Tile{128, 64, 128, 8, 2}, Tile{128, 64, 64, 8, 1},  Tile{128, 32, 64, 4, 1},  Tile{256, 64, 64, 8, 2},
-    Tile{256, 64, 64, 8, 1},  Tile{256, 32, 32, 4, 1},  Tile{256, 16, 32, 4, 1},  Tile{512, 32, 32, 8, 1},
+    Tile{64, 128, 128, 8, 2}, Tile{64, 64, 64, 4, 2},  Tile{64, 64, 64, 4, 1},  Tile{128, 64, 128, 8, 3},
+    Tile{128, 64, 128, 8, 2}, Tile{128, 64, 64, 8, 1}, Tile{128, 32, 64, 4, 1}, Tile{256, 64, 64, 8, 2},
+    Tile{256, 64, 64, 8, 1},  Tile{256, 32, 32, 4, 1}, Tile{256, 16, 32, 4, 1}, Tile{512, 32, 32, 8, 1},
     Tile{512, 16, 32, 8, 1},  Tile{512, 16, 16, 8, 1},
 };
 // Masks, biases, ALiBi, softcap and dropout want registers too.
@@ -30,8 +30,8 @@ constexpr std::array kTiles16WithOptions{
     Tile{512, 16, 32, 8, 1},  Tile{512, 16, 16, 8, 1},
 };
 constexpr std::array kTiles32{
-    Tile{64, 64, 64, 8, 2},  Tile{64, 64, 64, 8, 1},   Tile{64, 32, 64, 8, 1},  Tile{64, 32, 32, 4, 1},
-    Tile{128, 32, 64, 8, 1}, Tile{128, 32, 32, 4, 1},  Tile{128, 16, 32, 4, 1}, Tile{256, 32, 32, 8, 1},
+    Tile{64, 64, 64, 8, 2},  Tile{64, 64, 64, 8, 1},  Tile{64, 32, 64, 8, 1},  Tile{64, 32, 32, 4, 1},
+    Tile{128, 32, 64, 8, 1}, Tile{128, 32, 32, 4, 1}, Tile{128, 16, 32, 4, 1}, Tile{256, 32, 32, 8, 1},
     Tile{512, 16, 32, 8, 1}, Tile{512, 16, 16, 8, 1},
 };
 // Without a unit for products, short code matters more than reuse.
@@ -43,7 +43,8 @@ int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b
 /// Whole products, and above 128 columns pairs of them, which more ways of sharing out divide.
 int whole_products(std::int64_t dim) { return round_up(dim, dim <= 128 ? 16 : 32); }
 
-jit::KernelRequest side_request(std::string_view function, std::string_view header, const BackwardSpec& spec, int arch) {
+jit::KernelRequest side_request(std::string_view function, std::string_view header, const BackwardSpec& spec,
+                                int arch) {
   return jit::render({.function = function,
                       .header = header,
                       .spec = "BackwardSpec",

@@ -46,6 +46,7 @@ struct CallParams {
   IndexView q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_kv;
   RowView q, k, v;
   EntryView mask, bias;
+  bool entries_in_pairs;            // keys 2n and 2n + 1 of mask and bias can be read as one
   const unsigned char* mask_tiles;  // math::TileState of every block_m × block_n tile of the mask
   const float* slopes;              // of ALiBi, [batch,] head
   i64 slopes_batch;                 // stride
@@ -72,7 +73,7 @@ struct BackwardParams : CallParams {
   StatView lse, dlse;
   EntryView dbias;
   float *dslopes, *dsink;
-  i64 dslopes_batch;           // stride
+  i64 dslopes_batch;  // stride
   bool slopes_per_batch;
   int row_blocks, key_blocks;  // of the longest sequence
   int row_slots;               // of blocks of rows, all sequences together

@@ -42,6 +42,15 @@ EntryView entry_view(const Tensor& t) {
   return {static_cast<char*>(t.data), stride(0), stride(1), stride(2), stride(3)};
 }
 
+/// Whether entries 2n and 2n + 1 along the keys are neighbours that one load can take.
+bool in_pairs(const Tensor& t) {
+  if (!t.defined()) return true;
+  const std::int64_t size = size_bytes(t.dtype);
+  bool pairs = t.shape[3] > 1 && t.strides[3] == 1 && reinterpret_cast<std::uintptr_t>(t.data) % (2 * size) == 0;
+  for (int axis = 0; axis < 3; ++axis) pairs = pairs && (t.shape[axis] == 1 || t.strides[axis] % 2 == 0);
+  return pairs;
+}
+
 IndexView index_view(const Tensor& t) {
   if (!t.defined()) return {};
   return {static_cast<const int*>(t.data), t.strides[0]};
@@ -77,6 +86,7 @@ void attach_inputs(CallParams& p, const Inputs& in) {
   p.v = row_view(in.v);
   p.mask = entry_view(in.mask);
   p.bias = entry_view(in.bias);
+  p.entries_in_pairs = in_pairs(in.mask) && in_pairs(in.bias);
   if (in.alibi_slopes.defined()) {
     p.slopes = static_cast<const float*>(in.alibi_slopes.data);
     p.slopes_batch = in.alibi_slopes.rank == 2 ? in.alibi_slopes.strides[0] : 0;
@@ -309,7 +319,8 @@ class PortableBackend final : public Backend {
     limit("batch", problem.batch, kLongest);
     const bool backward = problem.direction == Direction::kBackward;
     const GpuModel model = model_of_device(device);
-    if (reasons.empty() && !(backward ? choose_backward(problem, model).has_value() : choose_forward(problem, model).has_value())) {
+    if (reasons.empty() &&
+        !(backward ? choose_backward(problem, model).has_value() : choose_forward(problem, model).has_value())) {
       reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " fits the " +
                            std::to_string(model_of_device(device).shared_bytes / 1024) + " KiB of shared memory");
     }

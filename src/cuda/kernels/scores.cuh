@@ -51,6 +51,22 @@ FOVEA_DEVICE float score_unit(const CallParams& p) {
   return kBareScores<S> && p.scale > 0.0F ? p.scale * kLog2E : 1.0F;
 }
 
+/// Mask and bias under a piece of scores, two keys at a time, so that they can be on their way while the product is
+/// made.
+template <auto S, int kM, int kN>
+struct EntryPairs {
+  static constexpr bool kFp32 = S.bias_type == Type::kFloat32;
+  bool there = false;  // where not, entries are read one by one
+  u16 mask[S.mask ? kM : 1][2][S.mask ? kN : 1];
+  u32 bias[S.bias ? kM : 1][2][S.bias ? kN : 1][kFp32 ? 2 : 1];
+
+  FOVEA_DEVICE bool masked(int i, int j, int e) const { return (mask[i][e / 2][j] >> (8 * (e % 2)) & 0xff) == 0; }
+  FOVEA_DEVICE float bias_of(int i, int j, int e) const {
+    if constexpr (kFp32) return __uint_as_float(bias[i][e / 2][j][e % 2]);
+    return widen<S.bias_type>(e % 2 == 0 ? bias[i][e / 2][j][0] : bias[i][e / 2][j][0] >> 16);
+  }
+};
+
 /// All that scores depend on but their position.
 template <auto S, bool kPacked>
 struct ScoreRules {
@@ -59,7 +75,7 @@ struct ScoreRules {
   const RowMap<kPacked>& rows;
 
   /// softcap · tanh(x / softcap) − slope · distance + bias, in units of log2, for the entry of row r and key j.
-  FOVEA_DEVICE float score(float qk, int r, int j, float* tanh_of_it) const {
+  FOVEA_DEVICE float score(float qk, int r, int j, float bias, float* tanh_of_it) const {
     float s = qk * p.scale;
     if constexpr (S.softcap) {
       const float t = tanh(s / p.softcap);
@@ -67,10 +83,14 @@ struct ScoreRules {
       s = p.softcap * t;
     }
     if constexpr (S.alibi) s -= slope(r) * distance(r, j);
-    if constexpr (S.bias) {
-      if (inside(r, j)) s += read<S.bias_type>(sequence.entry(p.bias, rows.query(r), j, rows.head(r)));
-    }
+    if constexpr (S.bias) s += bias;
     return s * kLog2E;
+  }
+  FOVEA_DEVICE float bias_at(int r, int j) const {
+    if constexpr (S.bias) {
+      if (inside(r, j)) return read<S.bias_type>(sequence.entry(p.bias, rows.query(r), j, rows.head(r)));
+    }
+    return 0.0F;
   }
   FOVEA_DEVICE float slope(int r) const { return p.slopes[sequence.batch * p.slopes_batch + rows.head(r)]; }
   FOVEA_DEVICE float distance(int r, int j) const {
@@ -80,7 +100,7 @@ struct ScoreRules {
   /// One entry as `finish` leaves it.
   FOVEA_DEVICE float finished(float qk, int r, int j, float* tanh_of_it) const {
     if constexpr (kBareScores<S>) return p.scale > 0.0F ? qk : qk * (p.scale * kLog2E);
-    return score(qk, r, j, tanh_of_it);
+    return score(qk, r, j, bias_at(r, j), tanh_of_it);
   }
 
   /// The entry exists, so that masks and biases may be asked for it.
@@ -93,10 +113,41 @@ struct ScoreRules {
     if constexpr (S.mask) {
       if (masked(r, j)) return false;
     }
-    if constexpr (S.bias) {
-      return read<S.bias_type>(sequence.entry(p.bias, rows.query(r), j, rows.head(r))) != -infinity();
+    return bias_at(r, j) != -infinity();
+  }
+
+  /// Asks for mask and bias of a piece whose rows are queries.
+  template <int kM, int kN>
+  FOVEA_DEVICE void fetch(EntryPairs<S, kM, kN>& pairs, int row, int key) const {
+    if constexpr (S.mask || S.bias) {
+      pairs.there = !kPacked && p.entries_in_pairs && row + 16 * kM <= rows.left() && key + 8 * kN <= sequence.kv_rows;
+      if (!pairs.there) return;
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int r = row + 16 * i + lane_id() / 4 + 8 * h, j = key + lane_id() % 4 * 2;
+          if constexpr (S.mask) {
+            const char* at = sequence.entry(p.mask, rows.query(r), j, rows.head(r));
+#pragma unroll
+            for (int n = 0; n < kN; ++n) pairs.mask[i][h][n] = *reinterpret_cast<const u16*>(at + 8 * n);
+          }
+          if constexpr (S.bias) {
+            const char* at = sequence.entry(p.bias, rows.query(r), j, rows.head(r));
+#pragma unroll
+            for (int n = 0; n < kN; ++n) {
+              const char* pair = at + 8 * n * kBytes<S.bias_type>;
+              if constexpr (S.bias_type == Type::kFloat32) {
+                const uint2 x = *reinterpret_cast<const uint2*>(pair);
+                pairs.bias[i][h][n][0] = x.x, pairs.bias[i][h][n][1] = x.y;
+              } else {
+                pairs.bias[i][h][n][0] = *reinterpret_cast<const u32*>(pair);
+              }
+            }
+          }
+        }
+      }
     }
-    return true;
   }
 
   /// A piece of Q Kᵀ, or of K Qᵀ where kTransposed, becomes what the softmax sees; hidden entries become −infinity.
@@ -104,31 +155,47 @@ struct ScoreRules {
   /// nothing of the tile.  `tanhs`, where the backward wants it, receives softcap's.
   template <bool kTransposed, int kM, int kN>
   FOVEA_DEVICE void finish(Accumulator (&s)[kM][kN], int row, int key, TileState state, bool use_mask,
-                           Accumulator (*tanhs)[kN]) const {
+                           Accumulator (*tanhs)[kN], const EntryPairs<S, kM, kN>& pairs) const {
     if constexpr (kBareScores<S>) {
       if (p.scale <= 0.0F) {  // the largest product is not the largest score
         for_each_entry(s, [&](float& x, int, int) { x *= p.scale * kLog2E; });
       }
     } else {
-      score_all<kTransposed>(s, row, key, tanhs);
+      score_all<kTransposed>(s, row, key, tanhs, pairs);
     }
-    hide<kTransposed>(s, row, key, state, use_mask);
+    hide<kTransposed>(s, row, key, state, use_mask, pairs);
   }
 
   template <bool kTransposed, int kM, int kN>
-  FOVEA_DEVICE void score_all(Accumulator (&s)[kM][kN], int row, int key, Accumulator (*tanhs)[kN]) const {
-    int at = 0;
-    for_each_entry(s, [&](float& x, int a, int b) {
-      const int r = row + (kTransposed ? b : a), j = key + (kTransposed ? a : b);
-      x = score(x, r, j, tanhs == nullptr ? nullptr : &tanhs[at / (4 * kN)][at / 4 % kN].x[at % 4]);
-      ++at;
-    });
+  FOVEA_DEVICE void score_all(Accumulator (&s)[kM][kN], int row, int key, Accumulator (*tanhs)[kN],
+                              const EntryPairs<S, kM, kN>& pairs = {}) const {
+    const auto all = [&](const auto& bias_of) {
+      int at = 0;
+      for_each_entry(s, [&](float& x, int a, int b) {
+        const int r = row + (kTransposed ? b : a), j = key + (kTransposed ? a : b);
+        const int m = at / (4 * kN), n = at / 4 % kN, e = at % 4;
+        x = score(x, r, j, bias_of(m, n, e, r, j), tanhs == nullptr ? nullptr : &tanhs[m][n].x[e]);
+        ++at;
+      });
+    };
+    if (S.bias && pairs.there) {
+      all([&](int m, int n, int e, int, int) { return S.bias ? pairs.bias_of(m, n, e) : 0.0F; });
+    } else {
+      all([&](int, int, int, int r, int j) { return bias_at(r, j); });
+    }
   }
 
   template <bool kTransposed, int kM, int kN>
-  FOVEA_DEVICE void hide(Accumulator (&s)[kM][kN], int row, int key, TileState state, bool use_mask) const {
+  FOVEA_DEVICE void hide(Accumulator (&s)[kM][kN], int row, int key, TileState state, bool use_mask,
+                         const EntryPairs<S, kM, kN>& pairs = {}) const {
     if constexpr (S.mask) {
-      if (use_mask) {
+      if (use_mask && pairs.there) {
+        int at = 0;
+        for_each_entry(s, [&](float& x, int, int) {
+          if (pairs.masked(at / (4 * kN), at / 4 % kN, at % 4)) x = -infinity();
+          ++at;
+        });
+      } else if (use_mask) {
         for_each_entry(s, [&](float& x, int a, int b) {
           if (masked(row + (kTransposed ? b : a), key + (kTransposed ? a : b))) x = -infinity();
         });
