@@ -106,6 +106,27 @@ TEST(Check, LetsTheOracleThrough) {
   }
 }
 
+TEST(RandomProblem, OfOneKindAsksForTheSameKernels) {
+  for (std::uint64_t kind = 0; kind < 20; ++kind) {
+    const Problem first = random_problem(1, kind);
+    for (std::uint64_t seed = 2; seed < 20; ++seed) {
+      const Problem p = random_problem(seed, kind);
+      EXPECT_EQ(p.direction, first.direction);
+      EXPECT_EQ(p.dtype, first.dtype);
+      EXPECT_EQ(p.head_dim, first.head_dim);
+      EXPECT_EQ(p.head_dim_v, first.head_dim_v);
+      EXPECT_EQ(p.causal, first.causal);
+      EXPECT_EQ(p.window_left.has_value(), first.window_left.has_value());
+      EXPECT_EQ(p.mask.has_value(), first.mask.has_value());
+      EXPECT_EQ(p.bias.has_value(), first.bias.has_value());
+      EXPECT_EQ(p.alibi != Alibi::kNone, first.alibi != Alibi::kNone);
+      EXPECT_EQ(p.softcap != 0, first.softcap != 0);
+      EXPECT_EQ(p.dropout.probability != 0, first.dropout.probability != 0);
+      EXPECT_EQ(p.deterministic, first.deterministic);
+    }
+  }
+}
+
 TEST(Check, CatchesADiagonalOneOff) {
   expect_caught("b2 hq2 sq40 skv50 d16 causal=top_left", oracle_with([](cpu::Operands& x) {
                   x.problem.causal = Causal::kNone;

@@ -401,6 +401,14 @@ class Run(CommandTest):
         self.assertEqual(done.returncode, 0, done.stderr)
         json.loads(done.stdout)
 
+    def test_random_problems_can_be_listed_and_kept_to_few_kinds(self):
+        lines = self.fovea("check", "--random", "40", "--kinds", "2", "--list").splitlines()
+        self.assertEqual(len(lines), 40)
+        kinds = {tuple(word for word in line.split() if word[:2] in ("fw", "bw", "fp", "bf")) for line in lines}
+        self.assertLessEqual(len(kinds), 2)
+        self.assertEqual(len(set(lines)), 40)
+        self.refuse("check", "--random", "4", "--kinds", "0", says="--kinds")
+
     def test_devices_that_are_not_there_are_refused(self):
         source = self.file(self.tensors())
         self.refuse("run", source, "--device", "sm_90", says="sm_90")
@@ -454,8 +462,16 @@ class Explain(CommandTest):
             self.assertEqual(chosen[0]["reasons"], [])
         self.assertEqual(len(json.loads(self.fovea("explain", LINE, "--json"))), 1)
 
-    def test_a_gpu_needs_not_be_there_and_nobody_runs_it(self):
-        for device in ("sm_90", "sm_75", "cuda:0"):
+    def test_a_gpu_needs_not_be_there(self):
+        for device in ("sm_90", "sm_80"):
+            (report,) = json.loads(self.fovea("explain", LINE, "--device", device, "--json"))
+            self.assertEqual(report["device"], device)
+            self.assertEqual(report["backend"], "cuda_portable")
+            self.assertIn("forward_fp32", report["details"]["kernel"])
+            self.assertRegex(report["details"]["tile"], r"^\d+ rows × \d+ keys")
+
+    def test_where_nobody_runs_it_everybody_says_why(self):
+        for device in ("sm_60", "cuda:99"):
             (report,) = json.loads(self.fovea("explain", LINE, "--device", device, "--json"))
             self.assertEqual(report["device"], device)
             self.assertIsNone(report["backend"])

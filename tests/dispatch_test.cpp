@@ -78,9 +78,11 @@ TEST(Dispatch, NobodySlowStepsInForAPinnedInstructionSet) {
 
 TEST(Dispatch, AGpuProblemIsNeverSentToTheCpu) {
   const Device gpu{.kind = DeviceKind::kCuda, .index = 0, .compute_capability = 90};
-  EXPECT_EQ(explain(kProblem, gpu).backend, "");
-  const std::string sentence = sentence_of([&] { (void)plan_forward(kProblem, gpu); });
-  EXPECT_NE(sentence.find("sm_90"), std::string::npos) << sentence;
+  EXPECT_EQ(explain(kProblem, gpu).backend, "cuda_portable");
+  const Device old{.kind = DeviceKind::kCuda, .index = 0, .compute_capability = 60};
+  EXPECT_EQ(explain(kProblem, old).backend, "");
+  const std::string sentence = sentence_of([&] { (void)plan_forward(kProblem, old); });
+  EXPECT_NE(sentence.find("sm_60"), std::string::npos) << sentence;
 }
 
 TEST(Dispatch, StrictModeAcceptsTheFirstChoice) {

@@ -1,5 +1,5 @@
 # The rings around the unit tests: problem lists and random problems against the oracle, scripts that drive the command,
-# faults, GPU kernels, the installed tree.  Labels: unit, ring, faults, kernels, tree (ctest -L).  77 means: skipped, the machine lacks a tool.
+# faults, the installed tree.  Labels: unit, ring, faults, tree (ctest -L).  77 means: skipped, the machine lacks a tool.
 set(FOVEA_RANDOM_CHECKS 400 CACHE STRING "Random problems that the tests compare with the oracle")
 set(FOVEA_SANITIZER "" CACHE STRING "What CMAKE_CXX_FLAGS sanitize: address, thread or nothing (CMakePresets.json)")
 find_package(Python3 3.11 REQUIRED COMPONENTS Interpreter)
@@ -37,13 +37,6 @@ add_dependencies(fovea_driver_faults fovea_fake_driver)
 gtest_discover_tests(fovea_driver_faults DISCOVERY_TIMEOUT 60 PROPERTIES LABELS faults TIMEOUT 60
   ENVIRONMENT LD_LIBRARY_PATH=${CMAKE_CURRENT_BINARY_DIR}/fake_driver
 )
-
-# The GPU kernels of the problem lists, some of every kind, compiled with no GPU; `./dev compile-ring` compiles all.  Other
-# tests run beside it, so the limits are three times those of a quiet machine.
-fovea_add_ring(compile_ring kernels bash ${CMAKE_CURRENT_SOURCE_DIR}/compile_ring.sh $<TARGET_FILE:fovea_command>
-  ${CMAKE_CURRENT_BINARY_DIR}/compile-ring.txt --most 100 --median-seconds 6 --most-seconds 12
-)
-set_tests_properties(compile_ring PROPERTIES ENVIRONMENT FOVEA_CACHE_DIR=${PROJECT_BINARY_DIR}/kernels)
 
 # The command from outside, and its pages in a browser.
 foreach(script command picture)

@@ -54,14 +54,23 @@ class Check {
  private:
   static constexpr std::uint64_t kThreads = 1000;  // a stream of random numbers that no workload uses
 
-  void run_pass(bool forward) {
-    place_.require_working();
-    const Plan plan = plan_pass(forward);
-    result_.backends.push_back(plan.report().backend);
-    const PlacedCall call(place_, work_.inputs(), work_.outputs(), work_.allocations());
-    const Workspace workspace(place_, plan.workspace_bytes());
+  struct Prepared {
+    Plan plan;
+    PlacedCall call;
+    Workspace workspace;
+  };
+  [[nodiscard]] Prepared prepare(bool forward) const {
+    Plan plan = plan_pass(forward);
+    Workspace workspace(place_, plan.workspace_bytes());
+    return {std::move(plan), PlacedCall(place_, work_.inputs(), work_.outputs(), work_.allocations()),
+            std::move(workspace)};
+  }
 
-    const std::string damage = execute(plan, call, workspace, 0xff);
+  void run_pass(bool forward) {
+    const Prepared prepared = place_.prepare([&] { return prepare(forward); });
+    result_.backends.push_back(prepared.plan.report().backend);
+
+    const std::string damage = execute(prepared, 0xff);
     if (!damage.empty()) fail(forward, "has written " + damage);
     std::vector<std::vector<std::byte>> first;
     for (const ResultKind& kind : result_kinds()) {
@@ -73,7 +82,7 @@ class Check {
     }
 
     if (!forward && !problem_.deterministic) return;
-    (void)execute(plan, call, workspace, 0);
+    (void)execute(prepared, 0);
     auto bits = first.begin();
     for (const ResultKind& kind : result_kinds()) {
       const Tensor& tensor = work_.outputs().*kind.tensor;
@@ -84,16 +93,16 @@ class Check {
 
   /// Once, on poisoned outputs and a workspace full of bytes that nobody may care about.  What was written that should
   /// not have been; empty if nothing.
-  std::string execute(const Plan& plan, const PlacedCall& call, const Workspace& workspace, int workspace_byte) {
+  std::string execute(const Prepared& prepared, int workspace_byte) {
     work_.poison_outputs();
     bool beside_output = false, past_workspace = false;
     place_.take_turn([&] {
-      call.upload();
-      workspace.fill(workspace_byte);
-      call.execute(plan, workspace);
-      call.download();
-      beside_output = call.overrun();
-      past_workspace = workspace.overrun();
+      prepared.call.upload();
+      prepared.workspace.fill(workspace_byte);
+      prepared.call.execute(prepared.plan, prepared.workspace);
+      prepared.call.download();
+      beside_output = prepared.call.overrun();
+      past_workspace = prepared.workspace.overrun();
     });
     if (beside_output) return "memory beside an output";
     return past_workspace ? "memory past its workspace" : work_.damage();
@@ -131,7 +140,8 @@ std::vector<Case> cases_of(const CheckRun& run) {
   const Random seeds(run.seed);
   for (std::int64_t i = 0; i < run.random; ++i) {
     const std::uint64_t seed = seeds.bits(static_cast<std::uint64_t>(i));
-    cases.push_back({random_problem(seed), seed});
+    const std::uint64_t kind = seeds.bits(static_cast<std::uint64_t>(run.kinds > 0 ? i % run.kinds : i));
+    cases.push_back({random_problem(seed, kind), seed});
   }
   return cases;
 }
@@ -154,7 +164,7 @@ class Printer {
               fmt::format("{} of {} problems, {} violations", next_, cases_.size(), failed_));
   }
 
-  /// How many problems failed.
+  /// How many problems failed or were not run.
   std::size_t finish() {
     bar_.clear();
     std::string worst;
@@ -167,13 +177,21 @@ class Printer {
     const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start_;
     out_.line(fmt::format("{} problems, {} violations in {}; {}", cases_.size(), failed_, seconds_text(time.count()),
                           backends.empty() ? "nothing ran" : backends));
+    if (not_run_ > 0) {
+      out_.line(out_.paint(Ink::kBad, fmt::format("{} problems were not run: {}", not_run_, why_not_run_)));
+    }
     out_.line(fmt::format("largest errors over those of their peers (at most {}): {}", kMostRatio,
                           worst.empty() ? "none" : worst));
-    return failed_;
+    return failed_ + not_run_;
   }
 
  private:
   void print(const Case& c, const CheckResult& result) {
+    if (!result.run) {
+      ++not_run_;
+      why_not_run_ = result.failures.front();
+      return;
+    }
     std::string figures;
     for (const Figure& figure : result.figures) {
       figures += fmt::format(" {} {:.2f}", figure.name, figure.ratio);
@@ -203,7 +221,8 @@ class Printer {
   std::vector<std::optional<CheckResult>> results_;
   std::map<std::string, double> worst_;
   std::map<std::string, std::size_t> passes_;
-  std::size_t next_ = 0, failed_ = 0;
+  std::size_t next_ = 0, failed_ = 0, not_run_ = 0;
+  std::string why_not_run_;
   Terminal out_;
   ProgressBar bar_;
   std::chrono::steady_clock::time_point start_;
@@ -247,13 +266,20 @@ void print_pairs(const std::vector<Case>& cases) {
 CheckResult check_problem(const Problem& problem, std::uint64_t seed, const CheckOptions& options) {
   try {
     return Check(problem, seed, options).run();
+  } catch (const GpuLost& lost) {
+    return {{}, {}, {lost.what()}, false};
   } catch (const std::exception& error) {
-    return {{}, {}, {error.what()}};
+    return {{}, {}, {error.what()}, true};
   }
 }
 
 int run_check(const CheckRun& run) {
   const std::vector<Case> cases = cases_of(run);
+  if (run.list) {
+    const Terminal out(stdout);
+    for (const Case& c : cases) out.line(to_string(c.problem));
+    return 0;
+  }
   Printer printer(run, cases);
   Place place(run.options.device);  // a GPU takes the problems in turns; data and oracle are made by all threads
   CheckOptions options = run.options;

@@ -27,7 +27,8 @@ struct CheckResult {
   std::vector<std::string> backends;  ///< who ran the passes
   std::vector<Figure> figures;        ///< one a result
   std::vector<std::string> failures;  ///< sentences; empty: all is well
-  [[nodiscard]] bool ok() const { return failures.empty(); }
+  bool run = true;                    ///< false: the GPU had failed in another problem
+  [[nodiscard]] bool ok() const { return run && failures.empty(); }
 };
 
 /// Runs a problem on hostile data (tools/workload.h) and judges every result by the error rule.  Also: gaps and inputs
@@ -40,7 +41,9 @@ struct CheckResult {
 struct CheckRun {
   std::vector<std::string> lines;  ///< problem lines, or
   std::int64_t random = 0;         ///< so many random problems
+  std::int64_t kinds = 0;          ///< of not more kinds than this (random_problem.h); 0: any
   std::uint64_t seed = 1;
+  bool list = false;   ///< print the lines, and check nothing
   bool pairs = false;  ///< print how often each two options came together
   int jobs = 0;        ///< problems at once; 0: as many as the process may use threads
   CheckOptions options;

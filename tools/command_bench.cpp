@@ -127,6 +127,7 @@ std::vector<Result> Bench::run_pass(Direction pass, const Workload& work, const 
   std::vector<std::string> backends{asked_.runner.options.backend};
   backends.insert(backends.end(), asked_.against.begin(), asked_.against.end());
   std::vector<Contender> contenders;
+  contenders.reserve(backends.size());
   for (const std::string& backend : backends) contenders.push_back(make_contender(pass, work.problem(), backend));
   std::vector<std::function<double()>> executions;
   for (const Contender& contender : contenders) {

@@ -36,14 +36,10 @@ void Place::synchronize() const {
   if (on_gpu()) stream_->synchronize();
 }
 
-void Place::require_working() const {
-  if (failed_) throw Error(ErrorCode::kDevice, "not run: " + name(device_) + " has failed in another problem");
-}
-
 void Place::take_turn(const std::function<void()>& work) {
   if (!on_gpu()) return work();
   const std::lock_guard lock(mutex_);
-  require_working();
+  if (failed_) throw GpuLost(ErrorCode::kDevice, name(device_) + " has failed in another problem");
   try {
     work();
     synchronize();

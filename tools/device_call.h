@@ -1,8 +1,8 @@
 #pragma once
 
+#include <fovea/error.h>
 #include <fovea/plan.h>
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -14,6 +14,12 @@
 #include "workload.h"
 
 namespace fovea::tools {
+
+/// A call that was not run because its GPU had failed in another one.
+class GpuLost : public Error {
+ public:
+  using Error::Error;
+};
 
 /// Where calls run: the CPU, or a GPU through one stream.
 class Place {
@@ -27,11 +33,20 @@ class Place {
 
   void synchronize() const;
 
-  /// Runs what uses the GPU, one caller at a time, and waits for it; on the CPU callers do not wait for each other.
+  /// Runs what uses the GPU, one caller at a time, and waits for it; on the CPU callers do not wait for each other.  A
+  /// GPU that has failed serves nobody any more: who comes later gets a GpuLost.
   void take_turn(const std::function<void()>& work);
 
-  /// A GPU that has failed serves nobody any more: who comes later hears by an Error that it was not their fault.
-  void require_working() const;
+  /// Runs what makes a call ready, beside other callers' turns: their faults are not this call's.
+  template <class Work>
+  auto prepare(const Work& work) {
+    try {
+      return work();
+    } catch (const Error& error) {
+      if (error.code() == ErrorCode::kDevice) take_turn([] {});
+      throw;
+    }
+  }
 
   /// How long `work` takes: by the clock, or between two events in the stream, with nothing of the operands in L2.
   [[nodiscard]] double seconds_of(const std::function<void()>& work);
@@ -43,7 +58,7 @@ class Place {
   Device device_;
   std::optional<cuda::Stream> stream_;
   std::mutex mutex_;
-  std::atomic<bool> failed_ = false;
+  bool failed_ = false;         // guarded by the mutex
   cuda::DeviceMemory scratch_;  // made when first timed
 };
 

@@ -148,6 +148,9 @@ void add_check(CLI::App& fovea, Action& action) {
   command.lines();
   command.number("--random", run.random, 1, 1'000'000'000, "so many random problems, out of the whole option space");
   command.option("--seed", run.seed, "S", "of the random problems and tensors")->capture_default_str();
+  command.number("--kinds", run.kinds, 1, 1'000'000'000,
+                 "with --random: of so many kinds, so that a GPU needs few kernels; any where left out");
+  command.flag("--list", run.list, "print the problem lines, and check nothing");
   command.flag("--pairs", run.pairs, "count how often each two options came together");
   command.number("--jobs", run.jobs, 0, kMostThreads, "problems at once; 0: as many as the process may use threads");
   command.runner(false);

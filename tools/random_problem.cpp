@@ -16,13 +16,13 @@ constexpr double kMostWork = 4.0e6;
 
 class Maker {
  public:
-  explicit Maker(std::uint64_t seed) : draw_(seed) {}
+  Maker(std::uint64_t seed, std::uint64_t kind) : draw_(seed), kind_(kind, kKind) {}
 
   Problem make() {
-    p_.direction = draw_.one_of({Direction::kForward, Direction::kBackward, Direction::kForwardBackward});
-    p_.dtype = draw_.one_of({DType::kFloat32, DType::kFloat32, DType::kFloat16, DType::kBFloat16});
+    p_.direction = kind_.one_of({Direction::kForward, Direction::kBackward, Direction::kForwardBackward});
+    p_.dtype = kind_.one_of({DType::kFloat32, DType::kFloat32, DType::kFloat16, DType::kBFloat16});
     p_.head_dim = head_dim();
-    p_.head_dim_v = draw_.chance(0.3) ? head_dim() : p_.head_dim;
+    p_.head_dim_v = kind_.chance(0.3) ? head_dim() : p_.head_dim;
     p_.layout = draw_.one_of({Layout::kBshd, Layout::kBshd, Layout::kBhsd, Layout::kQkvPacked});
     p_.num_kv_heads = draw_.chance(0.5) ? 1 : draw_.between(2, 3);
     p_.num_q_heads = p_.num_kv_heads * (draw_.chance(0.45) ? 1 : draw_.between(2, 4));
@@ -35,24 +35,24 @@ class Maker {
     lengths(p_.kv_lengths, slots_kv_);
     band();
     scores();
-    p_.deterministic = draw_.chance(0.3);
+    p_.deterministic = kind_.chance(0.3);
     return p_;
   }
 
  private:
   std::int64_t head_dim() {
-    switch (draw_.between(0, 9)) {
+    switch (kind_.between(0, 9)) {
       case 0:
-        return draw_.between(129, 512);
+        return kind_.between(129, 512);
       case 1:
-        return draw_.one_of({256, 512, 511, 384, 320});
+        return kind_.one_of({256, 512, 511, 384, 320});
       case 2:
       case 3:
-        return draw_.one_of({16, 32, 64, 128, 96, 80, 40, 72});
+        return kind_.one_of({16, 32, 64, 128, 96, 80, 40, 72});
       case 4:
-        return draw_.between(1, 8);
+        return kind_.between(1, 8);
       default:
-        return draw_.between(1, 128);
+        return kind_.between(1, 128);
     }
   }
 
@@ -137,9 +137,9 @@ class Maker {
   }
 
   void band() {
-    p_.causal = draw_.one_of({Causal::kNone, Causal::kNone, Causal::kTopLeft, Causal::kBottomRight});
+    p_.causal = kind_.one_of({Causal::kNone, Causal::kNone, Causal::kTopLeft, Causal::kBottomRight});
     const auto side = [&]() -> std::optional<std::int64_t> {
-      if (!draw_.chance(0.3)) return {};
+      if (!kind_.chance(0.3)) return {};
       if (draw_.chance(0.05)) return std::int64_t{1} << 58;
       return draw_.chance(0.3) ? draw_.between(0, 2) : draw_.between(0, 100);
     };
@@ -150,23 +150,26 @@ class Maker {
   Extent extent() { return {draw_.chance(0.5), draw_.chance(0.5), draw_.chance(0.6), draw_.chance(0.7)}; }
 
   void scores() {
-    if (draw_.chance(0.35)) p_.mask = extent();
-    if (draw_.chance(0.4)) {
+    if (kind_.chance(0.35)) p_.mask = extent();
+    if (kind_.chance(0.4)) {
       p_.bias = extent();
-      p_.bias_dtype = draw_.chance(0.5) ? p_.dtype : DType::kFloat32;
+      p_.bias_dtype = kind_.chance(0.5) ? p_.dtype : DType::kFloat32;
     }
-    if (draw_.chance(0.4)) p_.alibi = draw_.one_of({Alibi::kPerHead, Alibi::kPerBatchAndHead});
+    if (kind_.chance(0.4)) p_.alibi = draw_.one_of({Alibi::kPerHead, Alibi::kPerBatchAndHead});
     p_.sink = draw_.chance(0.3);
-    if (draw_.chance(0.3)) p_.softcap = draw_.one_of({0.5F, 1.0F, 5.0F, 30.0F, 50.0F});
+    if (kind_.chance(0.3)) p_.softcap = draw_.one_of({0.5F, 1.0F, 5.0F, 30.0F, 50.0F});
     if (draw_.chance(0.3)) p_.softmax_scale = draw_.one_of({0.125F, 0.3F, 1.0F, 0.02F, -0.2F, 0.0F});
-    if (draw_.chance(0.3)) {
+    if (kind_.chance(0.3)) {
       p_.dropout.probability = draw_.one_of({0.1F, 0.5F, 0.2F, 0.9F, 0.003F, 0.99F});
       p_.dropout.seed = draw_.chance(0.5) ? draw_.bits() : 7;
       p_.dropout.offset = draw_.chance(0.5) ? draw_.bits() : 0;
     }
   }
 
+  static constexpr std::uint64_t kKind = 1;  // a stream of random numbers
+
   Draw draw_;
+  Draw kind_;  // of what GPU kernels are specialised for
   Problem p_;
   Values slots_q_, slots_kv_;  // of the sequences, padded or packed
 };
@@ -227,7 +230,8 @@ constexpr std::pair<std::string_view, std::string_view> kImpossible[] = {
 
 }  // namespace
 
-Problem random_problem(std::uint64_t seed) { return Maker(seed).make(); }
+Problem random_problem(std::uint64_t seed, std::uint64_t kind) { return Maker(seed, kind).make(); }
+Problem random_problem(std::uint64_t seed) { return random_problem(seed, seed); }
 
 std::span<const Option> all_options() { return kOptions; }
 

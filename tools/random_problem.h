@@ -11,6 +11,10 @@ namespace fovea::tools {
 /// A small problem out of the whole option space, valid by construction, each option with every other.
 [[nodiscard]] Problem random_problem(std::uint64_t seed);
 
+/// The same where problems of one `kind` share what GPU kernels are specialised for: direction, dtype, head dims, and
+/// which options that kernels know there are.
+[[nodiscard]] Problem random_problem(std::uint64_t seed, std::uint64_t kind);
+
 /// One thing a problem may ask for.
 struct Option {
   const char* name;

@@ -1,5 +1,6 @@
 #include <fovea/attention.h>
 
+#include "cuda/driver.h"
 #include "problem/refuse.h"
 
 namespace fovea {
@@ -25,14 +26,22 @@ PlanOptions plan_options(const AttentionOptions& options) {
   return {.backend = options.backend, .strict = options.strict, .num_threads = options.num_threads};
 }
 
+/// With a workspace of its own.
+void execute(const Plan& plan, const Inputs& inputs, const Outputs& outputs) {
+  const Device& device = plan.report().device;
+  if (device.kind == DeviceKind::kCpu) return plan.execute(inputs, outputs);
+  const cuda::DeviceMemory workspace(device.index, plan.workspace_bytes());
+  plan.execute(inputs, outputs, workspace.data());
+}
+
 }  // namespace
 
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options,
                        const Tensor& out, const Tensor& lse) {
   or_out_of_memory([&] {
     const Problem problem = describe(Direction::kForward, q, k, v, options);
-    plan_forward(problem, q.device, plan_options(options))
-        .execute(operands(q, k, v, options), {.out = out, .lse = lse});
+    execute(plan_forward(problem, q.device, plan_options(options)), operands(q, k, v, options),
+            {.out = out, .lse = lse});
   });
 }
 
@@ -46,13 +55,13 @@ void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const
     in.lse = lse;
     in.dout = dout;
     in.dlse = dlse;
-    plan_backward(problem, q.device, plan_options(options))
-        .execute(in, {.dq = gradients.dq,
-                      .dk = gradients.dk,
-                      .dv = gradients.dv,
-                      .dbias = gradients.dbias,
-                      .dalibi_slopes = gradients.dalibi_slopes,
-                      .dsink = gradients.dsink});
+    execute(plan_backward(problem, q.device, plan_options(options)), in,
+            {.dq = gradients.dq,
+             .dk = gradients.dk,
+             .dv = gradients.dv,
+             .dbias = gradients.dbias,
+             .dalibi_slopes = gradients.dalibi_slopes,
+             .dsink = gradients.dsink});
   });
 }
 

@@ -89,19 +89,25 @@ struct PlannedLaunch {
   jit::KernelRequest request;
   std::shared_ptr<const jit::Binary> binary{};
   const jit::Kernel* kernel = nullptr;
+  std::string why_not_compiled{};
 
   PlannedLaunch(jit::KernelRequest wanted, const Device& device) : request(std::move(wanted)) {
-    if (device.compute_capability != 0) {
-      binary = jit::Cache::shared().binary(request);
+    if (device.compute_capability != 0) {  // a description: what cannot be compiled here is told, too
+      try {
+        binary = jit::Cache::shared().binary(request);
+      } catch (const Error& error) {
+        why_not_compiled = error.what();
+      }
     } else {
       kernel = &jit::Cache::shared().load(request, device.index);
     }
   }
-  [[nodiscard]] const jit::Binary& compiled() const { return kernel != nullptr ? kernel->binary() : *binary; }
   [[nodiscard]] std::string describe() const {
-    return request.name + ": " + std::to_string(compiled().registers) + " registers, " +
-           std::to_string(request.shared_bytes + compiled().shared_bytes) + " bytes of shared memory, " +
-           std::to_string(request.threads) + " threads, from " + jit::name(compiled().source);
+    if (!why_not_compiled.empty()) return request.name + ": not compiled, " + why_not_compiled;
+    const jit::Binary& compiled = kernel != nullptr ? kernel->binary() : *binary;
+    return request.name + ": " + std::to_string(compiled.registers) + " registers, " +
+           std::to_string(request.shared_bytes + compiled.shared_bytes) + " bytes of shared memory, " +
+           std::to_string(request.threads) + " threads, from " + jit::name(compiled.source);
   }
 };
 

@@ -115,7 +115,7 @@ struct Forward {
     }
 #pragma unroll
     for (int pass = 0; pass < kPasses<S.mma>; ++pass) {
-#pragma unroll
+#pragma unroll 8
       for (int c = 0; c < S.head_dim; c += kK) {
         OperandA q[kM];
 #pragma unroll
