@@ -10,13 +10,15 @@ inline constexpr int kSideThreads = 256;
 
 /// Rows of 64, 128, 256 or 512 16-bit elements are swizzled; others lie an odd number of 16-byte pieces apart.  Either
 /// way a column of pieces, read down the rows, meets every bank.
-FOVEA_FN constexpr bool swizzled(Type type, int dim) { return type != Type::kFloat32 && dim >= 64 && (dim & (dim - 1)) == 0; }
+FOVEA_FN constexpr bool swizzled(Type type, int dim) {
+  return type != Type::kFloat32 && dim >= 64 && (dim & (dim - 1)) == 0;
+}
 FOVEA_FN constexpr int tile_bytes(Type type, int rows, int dim) {
   return rows * (swizzled(type, dim) ? dim * bytes_of(type) : pitch_of(type, dim));
 }
 
-/// How the warps of a block share out a product: equal pieces in whole steps of 16, cut where the rows and columns to be
-/// read are fewest.  Warps from `used` on have none.
+/// How the warps of a block share out a product: equal pieces in whole steps of 16, cut where the rows and columns to
+/// be read are fewest.  Warps from `used` on have none.
 struct WarpGrid {
   int rows = 0, columns = 0;  // of a warp's piece
   int across = 1, used = 0;

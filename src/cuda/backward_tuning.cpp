@@ -15,8 +15,8 @@ struct Tile {
   bool bare = false;  // masks, biases, ALiBi, softcap and dropout would want more registers than it leaves
 };
 
-// Measured on an H100 (docs/notes).  dk and dv of a block fill half of its registers, P and dS a quarter; the first that
-// fits the shared memory is taken.
+// Measured on an H100 (docs/notes).  dk and dv of a block fill half of its registers, P and dS a quarter; the first
+// that fits the shared memory is taken.
 constexpr std::array kTiles16{
     Tile{64, 128, 128, 8, 2, true}, Tile{64, 64, 128, 8, 3},        Tile{64, 64, 64, 8, 2},
     Tile{64, 64, 64, 8, 1},         Tile{128, 64, 128, 8, 3, true}, Tile{128, 64, 128, 8, 2, true},
@@ -26,8 +26,8 @@ constexpr std::array kTiles16{
     Tile{512, 32, 32, 8, 1, true},  Tile{512, 16, 32, 8, 1},        Tile{512, 16, 16, 8, 1},
 };
 constexpr std::array kTiles32{
-    Tile{64, 64, 64, 8, 2},  Tile{64, 64, 64, 8, 1},  Tile{64, 32, 64, 8, 1},        Tile{64, 32, 32, 4, 1},
-    Tile{128, 32, 64, 8, 1}, Tile{128, 32, 32, 4, 1}, Tile{128, 16, 32, 4, 1},       Tile{256, 32, 32, 8, 1},
+    Tile{64, 64, 64, 8, 2},  Tile{64, 64, 64, 8, 1},        Tile{64, 32, 64, 8, 1},  Tile{64, 32, 32, 4, 1},
+    Tile{128, 32, 64, 8, 1}, Tile{128, 32, 32, 4, 1},       Tile{128, 16, 32, 4, 1}, Tile{256, 32, 32, 8, 1},
     Tile{256, 16, 16, 8, 1}, Tile{512, 16, 32, 8, 1, true}, Tile{512, 16, 16, 8, 1},
 };
 // Without a unit for products, short code matters more than reuse.
@@ -39,7 +39,8 @@ int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b
 /// Whole products, and above 128 columns pairs of them, which more ways of sharing out divide.
 int whole_products(std::int64_t dim) { return round_up(dim, dim <= 128 ? 16 : 32); }
 
-jit::KernelRequest side_request(std::string_view function, std::string_view header, const BackwardSpec& spec, int arch) {
+jit::KernelRequest side_request(std::string_view function, std::string_view header, const BackwardSpec& spec,
+                                int arch) {
   return jit::render({.function = function,
                       .header = header,
                       .spec = "BackwardSpec",
@@ -81,7 +82,8 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
   const auto try_tiles = [&](const auto& tiles) {
     for (const Tile& tile : tiles) {
       spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.stages = tile.stages;
-      fits = tile.widest >= widest && !(tile.bare && options) && shared_bytes(spec) <= gpu.shared_bytes && (spec.async_copy || spec.stages == 1);
+      fits = tile.widest >= widest && !(tile.bare && options) && shared_bytes(spec) <= gpu.shared_bytes &&
+             (spec.async_copy || spec.stages == 1);
       if (fits) return;
     }
   };

@@ -72,7 +72,7 @@ struct BackwardParams : CallParams {
   StatView lse, dlse;
   EntryView dbias;
   float *dslopes, *dsink;
-  i64 dslopes_batch;           // stride
+  i64 dslopes_batch;  // stride
   bool slopes_per_batch;
   int row_blocks, key_blocks;  // of the longest sequence
   int row_slots;               // of blocks of rows, all sequences together

@@ -309,7 +309,8 @@ class PortableBackend final : public Backend {
     limit("batch", problem.batch, kLongest);
     const bool backward = problem.direction == Direction::kBackward;
     const GpuModel model = model_of_device(device);
-    if (reasons.empty() && !(backward ? choose_backward(problem, model).has_value() : choose_forward(problem, model).has_value())) {
+    if (reasons.empty() &&
+        !(backward ? choose_backward(problem, model).has_value() : choose_forward(problem, model).has_value())) {
       reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " fits the " +
                            std::to_string(model_of_device(device).shared_bytes / 1024) + " KiB of shared memory");
     }

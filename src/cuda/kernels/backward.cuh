@@ -31,8 +31,8 @@ struct Step {
   const char *q, *dout;  // its first rows
   i64 slot;
   int head, tile;
-  int stage;             // its place in the ring
-  bool exists, full;     // full: every row sees every key
+  int stage;          // its place in the ring
+  bool exists, full;  // full: every row sees every key
 };
 
 /// Which keys a block has, and the tiles of rows that see them, head by head.  It lies in shared memory and is kept by
@@ -109,10 +109,13 @@ struct Backward {
   using Dk = Share<S.block_n, S.head_dim>;
   using Dv = Share<S.block_n, S.head_dim_v>;
   struct Dq : Share<S.block_m, S.head_dim> {
-    static constexpr int kM = Share<S.block_m, S.head_dim>::kGrid.rows / 16, kN = Share<S.block_m, S.head_dim>::kGrid.columns / 8;
+    static constexpr int kM = Share<S.block_m, S.head_dim>::kGrid.rows / 16,
+                         kN = Share<S.block_m, S.head_dim>::kGrid.columns / 8;
     static constexpr int kFloats = kM * kN * 128;  // of a warp
     /// The place in dq_sum of a tile's piece in row `i` and column `j` of pieces.
-    FOVEA_DEVICE static int piece(int i, int j) { return ((i / kM * Dq::kGrid.across + j / kN) * kM + i % kM) * kN + j % kN; }
+    FOVEA_DEVICE static int piece(int i, int j) {
+      return ((i / kM * Dq::kGrid.across + j / kN) * kM + i % kM) * kN + j % kN;
+    }
   };
 
   /// What a block gathers.
@@ -136,10 +139,18 @@ struct Backward {
   FOVEA_DEVICE KTile k_tile() const { return tile_at<KTile>(kShared.k); }
   FOVEA_DEVICE VTile v_tile() const { return tile_at<VTile>(kShared.v); }
   FOVEA_DEVICE QTile q_tile(int stage) const { return tile_at<QTile>(kShared.ring + stage * kShared.stage); }
-  FOVEA_DEVICE DoutTile dout_tile(int stage) const { return tile_at<DoutTile>(kShared.ring + stage * kShared.stage + kShared.dout); }
-  FOVEA_DEVICE EntryTile weights(int n) const { return tile_at<EntryTile>(kShared.weights + (kLeapfrog ? n & 1 : 0) * kShared.entries); }
-  FOVEA_DEVICE EntryTile ds_tile(int n) const { return tile_at<EntryTile>(kShared.ds + (kLeapfrog ? n & 1 : 0) * kShared.entries); }
-  FOVEA_DEVICE u32 statistics(int stage) const { return fresh(shared) + kShared.ring + stage * kShared.stage + kShared.statistics; }
+  FOVEA_DEVICE DoutTile dout_tile(int stage) const {
+    return tile_at<DoutTile>(kShared.ring + stage * kShared.stage + kShared.dout);
+  }
+  FOVEA_DEVICE EntryTile weights(int n) const {
+    return tile_at<EntryTile>(kShared.weights + (kLeapfrog ? n & 1 : 0) * kShared.entries);
+  }
+  FOVEA_DEVICE EntryTile ds_tile(int n) const {
+    return tile_at<EntryTile>(kShared.ds + (kLeapfrog ? n & 1 : 0) * kShared.entries);
+  }
+  FOVEA_DEVICE u32 statistics(int stage) const {
+    return fresh(shared) + kShared.ring + stage * kShared.stage + kShared.statistics;
+  }
 
   FOVEA_DEVICE void load_keys() const {
     const int keys = sequence.band.seqlen_kv - key();
@@ -154,7 +165,8 @@ struct Backward {
     if (at.exists) {
       const int stage = at.stage, rows = sequence.band.seqlen_q - at.tile * S.block_m;
       load_rows<S.async_copy, kThreads>(q_tile(stage), rows, p.head_dim * kBytes<S.type>, p.q.aligned, at.q, p.q.row);
-      load_rows<S.async_copy, kThreads>(dout_tile(stage), rows, p.head_dim_v * kBytes<S.type>, p.dout.aligned, at.dout, p.dout.row);
+      load_rows<S.async_copy, kThreads>(dout_tile(stage), rows, p.head_dim_v * kBytes<S.type>, p.dout.aligned, at.dout,
+                                        p.dout.row);
       static_assert(S.block_m / 2 <= kThreads);
       if (const int x = static_cast<int>(threadIdx.x); x < S.block_m / 2) {  // log2_lse, then delta
         const float* from = (x < S.block_m / 4 ? p.log2_lse : p.delta) + at.slot * S.block_m + x % (S.block_m / 4) * 4;
@@ -257,11 +269,13 @@ struct Backward {
     const RowMap<false> rows{at.tile * S.block_m, sequence.q_rows, at.head, 1};
     const ScoreRules<S, false> rules{p, sequence, rows};
     const math::DropoutStream stream = S.dropout ? rules.stream(at.head) : math::DropoutStream{};
-    const bool spoiled = tile.template compute<kHides>(q_tile(stage), k_tile(), dout_tile(stage), v_tile(), statistics(stage), rules,
-                                                       key(), at.full ? TileState::kFull : TileState::kPartial, stream);
+    const bool spoiled =
+        tile.template compute<kHides>(q_tile(stage), k_tile(), dout_tile(stage), v_tile(), statistics(stage), rules,
+                                      key(), at.full ? TileState::kFull : TileState::kPartial, stream);
     if constexpr (S.alibi) {
       tile.each([&](int i, int j, int e) {
-        const int r = tile.row() + 16 * i + lane_id() / 4 + e / 2 * 8, c = key() + tile.column() + 8 * j + lane_id() % 4 * 2 + e % 2;
+        const int r = tile.row() + 16 * i + lane_id() / 4 + e / 2 * 8,
+                  c = key() + tile.column() + 8 * j + lane_id() % 4 * 2 + e % 2;
         sums.slope -= tile.ds[i][j].x[e] * rules.distance(r, c);
       });
       if (at.tile + 1 == walk.end) store_slope_part(at.head, sums.slope);
@@ -294,13 +308,15 @@ struct Backward {
     if constexpr (kCareful) {
       clear(dq.c);
       multiply_seen<S.block_n>(
-          dq, [&](int k, int row) { return ds.at(row, k); }, [&](int k, int column) { return k_columns.at(k, column); });
+          dq, [&](int k, int row) { return ds.at(row, k); },
+          [&](int k, int column) { return k_columns.at(k, column); });
     } else {
       const auto a = corner_a<true>(ds, lane, Dq::row(), 0);
       const auto b = corner_b_columns(k_columns, lane, 0, Dq::column());
       multiply_steps<S, S.block_n / kStep<S.type>>(
           dq.c, [&](int i, int k) { return load_a<true>(a, 16 * i, k); },
-          [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); }, [](int) { return Accumulator{}; });
+          [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); },
+          [](int) { return Accumulator{}; });
     }
     if constexpr (S.deterministic) await_turn(n);
     float* sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
@@ -315,7 +331,8 @@ struct Backward {
     if (!C::works()) return;
     if constexpr (kCareful) {
       multiply_seen<S.block_m>(
-          sum, [&](int k, int row) { return entries.at(k, row); }, [&](int k, int column) { return rows.at(k, column); });
+          sum, [&](int k, int row) { return entries.at(k, row); },
+          [&](int k, int column) { return rows.at(k, column); });
     } else {
       const auto a = corner_a_columns(entries, lane, 0, C::row());
       const auto b = corner_b_columns(rows, lane, 0, C::column());
@@ -325,8 +342,8 @@ struct Backward {
     }
   }
 
-  /// The slow product, term by term, that leaves out hidden entries of A: for tiles in which something hidden may not be
-  /// finite.
+  /// The slow product, term by term, that leaves out hidden entries of A: for tiles in which something hidden may not
+  /// be finite.
   template <int kSteps, class C, class A, class B>
   FOVEA_DEVICE static void multiply_seen(C& sum, const A& a, const B& b) {
     const int row = fresh(C::row() + lane_id() / 4), column = fresh(C::column() + lane_id() % 4 * 2);
@@ -351,7 +368,8 @@ struct Backward {
     }
   }
 
-  // ---- turns: where bits must not change, dq is added up from the last key block to the first ------------------------------
+  // ---- turns: where bits must not change, dq is added up from the last key block to the first
+  // ------------------------------
 
   FOVEA_DEVICE int turn(const Step& at) const {
     const int row = at.tile * S.block_m;
@@ -372,11 +390,13 @@ struct Backward {
   FOVEA_DEVICE void pass_turn(int n) const {
     if (n < 0 || threadIdx.x != 0) return;
     __threadfence();
-    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + step(n).slot), "r"(turn(step(n)) + 1) : "memory");
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + step(n).slot), "r"(turn(step(n)) + 1)
+                 : "memory");
   }
 
   FOVEA_DEVICE float* slope_part(int head) const {
-    return p.slope_parts + ((i64{sequence.batch} * p.q_heads + head) * p.key_blocks + walk.key_block) * S.warps + warp_id();
+    return p.slope_parts + ((i64{sequence.batch} * p.q_heads + head) * p.key_blocks + walk.key_block) * S.warps +
+           warp_id();
   }
   FOVEA_DEVICE void clear_slope_parts() const {
     if (lane_id() != 0) return;
@@ -396,8 +416,10 @@ struct Backward {
     place(v_tile(), dv, kept);
     __syncthreads();
     const int keys = sequence.kv_rows - key();
-    store_rows<kThreads>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.dk.aligned, sequence.kv_row(p.dk, key(), walk.kv_head), p.dk.row);
-    store_rows<kThreads>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.dv.aligned, sequence.kv_row(p.dv, key(), walk.kv_head), p.dv.row);
+    store_rows<kThreads>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.dk.aligned,
+                         sequence.kv_row(p.dk, key(), walk.kv_head), p.dk.row);
+    store_rows<kThreads>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.dv.aligned,
+                         sequence.kv_row(p.dv, key(), walk.kv_head), p.dv.row);
   }
   template <class To, class C>
   FOVEA_DEVICE static void place(const To& tile, C& sum, float scale) {
@@ -420,7 +442,8 @@ __device__ void backward(const BackwardParams& p) {
   extern __shared__ __align__(128) char shared[];
   Walk& walk = *reinterpret_cast<Walk*>(shared + BackwardShared::of(S).walk);
   if (threadIdx.x == 0) {
-    const int block = S.deterministic ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x);
+    const int block =
+        S.deterministic ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x);
     walk = Walk(p, block, S.block_m, S.block_n, S.deterministic);
     walk.write_step(p, 0, walk.first_head, walk.first, S.stages, S.block_m);
   }

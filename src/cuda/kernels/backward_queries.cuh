@@ -5,8 +5,8 @@
 // After the main kernel of the backward: dq_sum, which lies as accumulators lie in warps, becomes dq.
 namespace fovea::cuda {
 
-/// Blocks: row blocks × heads × batch.  A thread takes 8 columns of the rows r and r + 8 of a piece of 16 × 8, which are
-/// 64 bytes in a row.
+/// Blocks: row blocks × heads × batch.  A thread takes 8 columns of the rows r and r + 8 of a piece of 16 × 8, which
+/// are 64 bytes in a row.
 template <BackwardSpec S>
 __device__ void backward_queries(const BackwardParams& p) {
   const int block = static_cast<int>(blockIdx.x), tile = block % p.row_blocks, head = block / p.row_blocks % p.q_heads;
@@ -36,10 +36,16 @@ __device__ void backward_queries(const BackwardParams& p) {
       char* to = sequence.q_row(p.dq, row + 8 * h, head) + column * kBytes<S.type>;
       const int bytes = (p.head_dim - column) * kBytes<S.type>;
       if constexpr (S.type == Type::kFloat32) {
-        write_piece(to, {__float_as_uint(y[0]), __float_as_uint(y[1]), __float_as_uint(y[2]), __float_as_uint(y[3])}, bytes, p.dq.aligned);
-        write_piece(to + 16, {__float_as_uint(y[4]), __float_as_uint(y[5]), __float_as_uint(y[6]), __float_as_uint(y[7])}, bytes - 16, p.dq.aligned);
+        write_piece(to, {__float_as_uint(y[0]), __float_as_uint(y[1]), __float_as_uint(y[2]), __float_as_uint(y[3])},
+                    bytes, p.dq.aligned);
+        write_piece(to + 16,
+                    {__float_as_uint(y[4]), __float_as_uint(y[5]), __float_as_uint(y[6]), __float_as_uint(y[7])},
+                    bytes - 16, p.dq.aligned);
       } else {
-        write_piece(to, {pack<S.type>(y[0], y[1]), pack<S.type>(y[2], y[3]), pack<S.type>(y[4], y[5]), pack<S.type>(y[6], y[7])}, bytes, p.dq.aligned);
+        write_piece(
+            to,
+            {pack<S.type>(y[0], y[1]), pack<S.type>(y[2], y[3]), pack<S.type>(y[4], y[5]), pack<S.type>(y[6], y[7])},
+            bytes, p.dq.aligned);
       }
     }
   }

@@ -14,7 +14,8 @@ FOVEA_DEVICE float dot_pieces(uint4 a, uint4 b) {
     if constexpr (kType == Type::kFloat32) {
       sum += widen<kType>(x[w]) * widen<kType>(y[w]);
     } else {
-      sum += widen<kType>(x[w] & 0xffffU) * widen<kType>(y[w] & 0xffffU) + widen<kType>(x[w] >> 16) * widen<kType>(y[w] >> 16);
+      sum += widen<kType>(x[w] & 0xffffU) * widen<kType>(y[w] & 0xffffU) +
+             widen<kType>(x[w] >> 16) * widen<kType>(y[w] >> 16);
     }
   }
   return sum;
@@ -57,7 +58,8 @@ __device__ void backward_rows(const BackwardParams& p) {
       const char *out = sequence.q_row(p.out, i, head), *dout = sequence.q_row(p.dout, i, head);
 #pragma unroll 4
       for (int at = lane * 16; at < bytes; at += kLanes * 16) {
-        delta += dot_pieces<S.type>(read_piece(out + at, bytes - at, p.out.aligned), read_piece(dout + at, bytes - at, p.dout.aligned));
+        delta += dot_pieces<S.type>(read_piece(out + at, bytes - at, p.out.aligned),
+                                    read_piece(dout + at, bytes - at, p.dout.aligned));
       }
     }
     for (int step = kLanes / 2; step > 0; step /= 2) delta += __shfl_xor_sync(kAllLanes, delta, step);

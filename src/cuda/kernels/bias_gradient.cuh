@@ -1,9 +1,10 @@
 #pragma once
 
-#include "cuda/kernels/backward_rows.cuh"
+#include "cuda/kernels/gradient_tile.cuh"
 
-// dbias: a block owns one tile of it (a broadcast dimension is one entry long), walks all rows, keys, heads and sequences
-// that flow into it, recomputes their dS and adds them up: entry (i, j) of each at (i mod block_m, j mod block_n).
+// dbias: a block owns one tile of it (a broadcast dimension is one entry long), walks all rows, keys, heads and
+// sequences that flow into it, recomputes their dS and adds them up: entry (i, j) of each at (i mod block_m, j mod
+// block_n).
 namespace fovea::cuda {
 
 template <BackwardSpec S>
@@ -22,8 +23,8 @@ struct BiasGradient {
   }
 
   /// Adds dS of one tile of rows and one of keys.
-  FOVEA_DEVICE void add(Scores& tile, float (&sum)[Scores::kM][Scores::kN][4], const Sequence& sequence, int head, int row_tile,
-                        int key_tile) const {
+  FOVEA_DEVICE void add(Scores& tile, float (&sum)[Scores::kM][Scores::kN][4], const Sequence& sequence, int head,
+                        int row_tile, int key_tile) const {
     const int row = row_tile * S.block_m, key = key_tile * S.block_n, kv_head = head / (p.group);
     const TileState state = sequence.band.tile({row, row + S.block_m}, {key, key + S.block_n});
     if (state == TileState::kHidden) return;
@@ -35,13 +36,18 @@ struct BiasGradient {
     const u32 statistics = fresh(shared) + kShared.ring + kShared.statistics;
     constexpr int kSize = kBytes<S.type>;
     __syncthreads();
-    load_rows<S.async_copy, kThreads>(q, rows, p.head_dim * kSize, p.q.aligned, sequence.q_row(p.q, row, head), p.q.row);
-    load_rows<S.async_copy, kThreads>(dout, rows, p.head_dim_v * kSize, p.dout.aligned, sequence.q_row(p.dout, row, head), p.dout.row);
-    load_rows<S.async_copy, kThreads>(k, keys, p.head_dim * kSize, p.k.aligned, sequence.kv_row(p.k, key, kv_head), p.k.row);
-    load_rows<S.async_copy, kThreads>(v, keys, p.head_dim_v * kSize, p.v.aligned, sequence.kv_row(p.v, key, kv_head), p.v.row);
+    load_rows<S.async_copy, kThreads>(q, rows, p.head_dim * kSize, p.q.aligned, sequence.q_row(p.q, row, head),
+                                      p.q.row);
+    load_rows<S.async_copy, kThreads>(dout, rows, p.head_dim_v * kSize, p.dout.aligned,
+                                      sequence.q_row(p.dout, row, head), p.dout.row);
+    load_rows<S.async_copy, kThreads>(k, keys, p.head_dim * kSize, p.k.aligned, sequence.kv_row(p.k, key, kv_head),
+                                      p.k.row);
+    load_rows<S.async_copy, kThreads>(v, keys, p.head_dim_v * kSize, p.v.aligned, sequence.kv_row(p.v, key, kv_head),
+                                      p.v.row);
     const i64 slot = RowSlots(p, sequence, S.block_m).at(head, row_tile) * S.block_m;
     for (int x = static_cast<int>(threadIdx.x); x < 2 * S.block_m; x += kThreads) {
-      store_shared(statistics + 4 * x, __float_as_uint(x < S.block_m ? p.log2_lse[slot + x] : p.delta[slot + x - S.block_m]));
+      store_shared(statistics + 4 * x,
+                   __float_as_uint(x < S.block_m ? p.log2_lse[slot + x] : p.delta[slot + x - S.block_m]));
     }
     close_copies<S.async_copy>();
     await_copies<S.async_copy, 0>();
@@ -60,7 +66,8 @@ struct BiasGradient {
     Scores tile;
     float sum[Scores::kM][Scores::kN][4] = {};
     const auto range = [](bool own, int at, int count) { return Interval{own ? at : 0, own ? at + 1 : count}; };
-    const Interval batches = range(p.dbias.batch != 0, batch, p.batch), heads = range(p.dbias.head != 0, head, p.q_heads);
+    const Interval batches = range(p.dbias.batch != 0, batch, p.batch),
+                   heads = range(p.dbias.head != 0, head, p.q_heads);
 #pragma unroll 1
     for (int b = batches.begin; b < batches.end; ++b) {
       const Sequence sequence = Sequence::of(p, b);
@@ -83,13 +90,14 @@ struct BiasGradient {
   }
 
   /// Through shared memory, where broadcast rows and keys are summed.
-  FOVEA_DEVICE void store(const float (&sum)[Scores::kM][Scores::kN][4], int batch, int head, int row_tile, int key_tile, bool own_row,
-                          bool own_key) const {
+  FOVEA_DEVICE void store(const float (&sum)[Scores::kM][Scores::kN][4], int batch, int head, int row_tile,
+                          int key_tile, bool own_row, bool own_key) const {
     const SumTile sums{shared};
     __syncthreads();
     if (Scores::works()) {
       Scores::each([&](int i, int j, int e) {
-        const int r = Scores::row() + 16 * i + lane_id() / 4 + e / 2 * 8, c = Scores::column() + 8 * j + lane_id() % 4 * 2 + e % 2;
+        const int r = Scores::row() + 16 * i + lane_id() / 4 + e / 2 * 8,
+                  c = Scores::column() + 8 * j + lane_id() % 4 * 2 + e % 2;
         store_shared(sums.at(r, c), __float_as_uint(sum[i][j][e]));
       });
     }
@@ -104,8 +112,8 @@ struct BiasGradient {
           total += static_cast<double>(__uint_as_float(load_shared(sums.at(r, c))));
         }
       }
-      char* to = p.dbias.data + batch * p.dbias.batch + head * p.dbias.head + (i64{row_tile} * S.block_m + i) * p.dbias.query +
-                 (i64{key_tile} * S.block_n + j) * p.dbias.key;
+      char* to = p.dbias.data + batch * p.dbias.batch + head * p.dbias.head +
+                 (i64{row_tile} * S.block_m + i) * p.dbias.query + (i64{key_tile} * S.block_n + j) * p.dbias.key;
       write<S.bias_type>(to, static_cast<float>(total));
     }
   }

@@ -22,8 +22,8 @@ inline constexpr bool kIsOnTop = false;
 template <>
 inline constexpr bool kIsOnTop<OnTop> = true;
 
-/// C = A · B + `start` of its rows, or on top; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.  What
-/// goes on top in fp32 is summed apart and added by ordinary additions, for what `kPasses` says.
+/// C = A · B + `start` of its rows, or on top; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.
+/// What goes on top in fp32 is summed apart and added by ordinary additions, for what `kPasses` says.
 template <auto S, int kSteps, int kM, int kN, class A, class B, class Start>
 FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start) {
   constexpr bool kOnTop = kIsOnTop<Start>, kApart = kOnTop && S.type == Type::kFloat32;
@@ -84,7 +84,8 @@ FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& 
 struct RowSlots {
   int first, count;  // of this sequence, of all
   FOVEA_DEVICE RowSlots(const BackwardParams& p, const Sequence& sequence, int block_m)
-      : first(p.cu_seqlens_q.data == nullptr ? sequence.batch * p.row_blocks : sequence.q_begin / block_m + sequence.batch),
+      : first(p.cu_seqlens_q.data == nullptr ? sequence.batch * p.row_blocks
+                                             : sequence.q_begin / block_m + sequence.batch),
         count(p.row_slots) {}
   FOVEA_DEVICE i64 at(int head, int tile) const { return i64{head} * count + first + tile; }
 };
@@ -107,12 +108,13 @@ struct GradientTile {
   FOVEA_DEVICE static int row() { return warp_id() / kGrid.across * kGrid.rows; }
   FOVEA_DEVICE static int column() { return warp_id() % kGrid.across * kGrid.columns; }
 
-  /// kHides: some entry may be hidden.  Returns whether something that is not finite was met then: a product with it must
-  /// ask who is hidden, for 0 · NaN is NaN.  `statistics`: block_m of log2_lse, then of delta, in shared memory.
+  /// kHides: some entry may be hidden.  Returns whether something that is not finite was met then: a product with it
+  /// must ask who is hidden, for 0 · NaN is NaN.  `statistics`: block_m of log2_lse, then of delta, in shared memory.
   template <bool kHides, class Q, class K, class Dout, class V>
-  FOVEA_DEVICE bool compute(const Q& q, const K& k, const Dout& dout, const V& v, u32 statistics, const Rules& rules, int key,
-                            TileState state, const math::DropoutStream& stream) {
-    const float unit = kBareScores<S> ? rules.p.scale * kLog2E : 1.0F;  // of any sign: hidden entries are told apart first
+  FOVEA_DEVICE bool compute(const Q& q, const K& k, const Dout& dout, const V& v, u32 statistics, const Rules& rules,
+                            int key, TileState state, const math::DropoutStream& stream) {
+    const float unit =
+        kBareScores<S> ? rules.p.scale * kLog2E : 1.0F;  // of any sign: hidden entries are told apart first
     const int lane = fresh(lane_id());
     product(p, q, k, lane, [](int) { return Accumulator{}; });
     float check = kHides ? not_finite(p) : 0.0F;
@@ -121,7 +123,8 @@ struct GradientTile {
     exponentiate<kHides>(statistics, unit);
     load_statistics(statistics + 4 * S.block_m);
     product(ds, dout, v, lane, [&](int i) {
-      return kDeltaFirst ? Accumulator{{-statistic[i][0], -statistic[i][0], -statistic[i][1], -statistic[i][1]}} : Accumulator{};
+      return kDeltaFirst ? Accumulator{{-statistic[i][0], -statistic[i][0], -statistic[i][1], -statistic[i][1]}}
+                         : Accumulator{};
     });
     if constexpr (kHides) check += not_finite(ds);
     differentiate<kHides>(rules, key, stream);
@@ -155,7 +158,8 @@ struct GradientTile {
  private:
   /// C = rows · keysᵀ + start.
   template <class Rows, class Keys, class Start>
-  FOVEA_DEVICE static void product(Accumulator (&c)[kM][kN], const Rows& rows, const Keys& keys, int lane, const Start& start) {
+  FOVEA_DEVICE static void product(Accumulator (&c)[kM][kN], const Rows& rows, const Keys& keys, int lane,
+                                   const Start& start) {
     const auto a = corner_a(rows, lane, row(), 0);
     const auto b = corner_b_rows(keys, lane, column(), 0);
     multiply_steps<S, Rows::kColumns / kStep<S.type>>(

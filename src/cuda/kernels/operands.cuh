@@ -3,8 +3,8 @@
 #include "cuda/backward_plan.h"
 #include "cuda/kernels/mma.cuh"
 
-// Operands by way of corners: what a lane's address owes to the lane and its warp is worked out once a product, and what
-// is left for each load is a constant.
+// Operands by way of corners: what a lane's address owes to the lane and its warp is worked out once a product, and
+// what is left for each load is a constant.
 namespace fovea::cuda {
 
 /// A tile without room between the rows: pieces of 16 bytes change places within 128 bytes, row by row.
@@ -28,8 +28,7 @@ struct TileOf {
   using Is = SharedTile<kType, kRows, kDim>;
 };
 template <Type kType, int kRows, int kDim>
-  requires(swizzled(kType, kDim))
-struct TileOf<kType, kRows, kDim> {
+requires(swizzled(kType, kDim)) struct TileOf<kType, kRows, kDim> {
   using Is = SwizzledTile<kType, kRows, kDim>;
 };
 template <Type kType, int kRows, int kDim>
@@ -59,15 +58,16 @@ inline constexpr bool kStoresMatrices = false;
 /// The inverse of `load_matrices`.
 FOVEA_DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
                : "memory");
 #endif
 }
 
 // `lane` is the lane's number, asked for anew (`fresh`) where its parts are not to be kept in registers.
 
-/// For `load_a` and, paired, for the A that goes with `load_b_columns`: fp32 then takes a step's columns in the order 0,
-/// 2, 4, 6, 1, 3, 5, 7.
+/// For `load_a` and, paired, for the A that goes with `load_b_columns`: fp32 then takes a step's columns in the order
+/// 0, 2, 4, 6, 1, 3, 5, 7.
 template <bool kPaired = false, class Tile>
 FOVEA_DEVICE Corner<Tile> corner_a(const Tile& tile, int lane, int row, int column) {
   if constexpr (Tile::kType == Type::kFloat32) return {tile.at(row + lane / 4, column + lane % 4 * (kPaired ? 2 : 1))};
@@ -132,7 +132,8 @@ template <class Tile>
 FOVEA_DEVICE void load_b_rows(OperandB (&b)[2], const Corner<Tile>& corner, int n, int k) {
   if constexpr (Tile::kType == Type::kFloat32) {
 #pragma unroll
-    for (int x = 0; x < 2; ++x) b[x] = {load_shared(corner.at(n + 8 * x, k)), load_shared(corner.at(n + 8 * x, k) + 16)};
+    for (int x = 0; x < 2; ++x)
+      b[x] = {load_shared(corner.at(n + 8 * x, k)), load_shared(corner.at(n + 8 * x, k) + 16)};
   } else {
     u32 x[4];
     load_matrices(x, corner.at(n, k));
@@ -145,7 +146,8 @@ template <class Tile>
 FOVEA_DEVICE void load_b_columns(OperandB (&b)[2], const Corner<Tile>& corner, int k, int n) {
   if constexpr (Tile::kType == Type::kFloat32) {
 #pragma unroll
-    for (int x = 0; x < 2; ++x) b[x] = {load_shared(corner.at(k, n + 8 * x)), load_shared(corner.at(k, n + 8 * x) + Tile::kPitch)};
+    for (int x = 0; x < 2; ++x)
+      b[x] = {load_shared(corner.at(k, n + 8 * x)), load_shared(corner.at(k, n + 8 * x) + Tile::kPitch)};
   } else {
     u32 x[4];
     load_matrices_transposed(x, corner.at(k, n));
@@ -171,8 +173,9 @@ FOVEA_DEVICE void store_accumulators(const Corner<Tile>& corner, const Accumulat
       } else if constexpr (kStoresMatrices) {
         const Accumulator& two = c[i][j | 1];
         if (j % 2 == 0) {
-          store_matrices(corner.at(16 * i, 8 * j), pack<Tile::kType>(one.x[0], one.x[1]), pack<Tile::kType>(one.x[2], one.x[3]),
-                         pack<Tile::kType>(two.x[0], two.x[1]), pack<Tile::kType>(two.x[2], two.x[3]));
+          store_matrices(corner.at(16 * i, 8 * j), pack<Tile::kType>(one.x[0], one.x[1]),
+                         pack<Tile::kType>(one.x[2], one.x[3]), pack<Tile::kType>(two.x[0], two.x[1]),
+                         pack<Tile::kType>(two.x[2], two.x[3]));
         }
       } else {
         store_shared(corner.at(16 * i, 8 * j), pack<Tile::kType>(one.x[0], one.x[1]));
@@ -194,15 +197,17 @@ FOVEA_DEVICE float read_shared(u32 address) {
 template <Type kType, Mma kMma>
 FOVEA_DEVICE void multiply(Accumulator& c, const OperandA& a, const OperandB& b, const Accumulator& start) {
   if constexpr (kMma == Mma::kHalf16 && kType == Type::kFloat16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
-                 : "=f"(c.x[0]), "=f"(c.x[1]), "=f"(c.x[2]), "=f"(c.x[3])
-                 : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]), "f"(start.x[0]),
-                   "f"(start.x[1]), "f"(start.x[2]), "f"(start.x[3]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, "
+        "%12, %13};"
+        : "=f"(c.x[0]), "=f"(c.x[1]), "=f"(c.x[2]), "=f"(c.x[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]), "f"(start.x[0]),
+          "f"(start.x[1]), "f"(start.x[2]), "f"(start.x[3]));
   } else if constexpr (kMma == Mma::kHalf16 && kType == Type::kBFloat16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
-                 : "=f"(c.x[0]), "=f"(c.x[1]), "=f"(c.x[2]), "=f"(c.x[3])
-                 : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]), "f"(start.x[0]),
-                   "f"(start.x[1]), "f"(start.x[2]), "f"(start.x[3]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, "
+        "%12, %13};"
+        : "=f"(c.x[0]), "=f"(c.x[1]), "=f"(c.x[2]), "=f"(c.x[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]), "f"(start.x[0]),
+          "f"(start.x[1]), "f"(start.x[2]), "f"(start.x[3]));
   } else {
     c = start;
     multiply_add<kType, kMma>(c, a, b, 0);

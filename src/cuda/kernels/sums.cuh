@@ -26,7 +26,8 @@ __device__ void backward_sums(const BackwardParams& p) {
     for (int b = 0; b < p.batch; ++b) {
       const Sequence sequence = Sequence::of(p, b);
       const float* parts = p.sink_parts + RowSlots(p, sequence, S.block_m).at(head, 0);
-      for (int x = thread; x < (sequence.q_rows + S.block_m - 1) / S.block_m; x += kSideThreads) sum += static_cast<double>(parts[x]);
+      for (int x = thread; x < (sequence.q_rows + S.block_m - 1) / S.block_m; x += kSideThreads)
+        sum += static_cast<double>(parts[x]);
     }
     sum = sum_of_block(sum);
     if (thread == 0) p.dsink[head] = static_cast<float>(sum);
