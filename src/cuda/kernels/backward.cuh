@@ -103,8 +103,8 @@ struct Backward {
     Accumulator c[kGrid.rows / 16][kGrid.columns / 8];
 
     FOVEA_DEVICE static bool works() { return kGrid.used == S.warps || warp_id() < kGrid.used; }
-    FOVEA_DEVICE static int row() { return warp_id() / kGrid.across * kGrid.rows; }
-    FOVEA_DEVICE static int column() { return warp_id() % kGrid.across * kGrid.columns; }
+    FOVEA_DEVICE static int row() { return fresh(warp_id()) / kGrid.across * kGrid.rows; }
+    FOVEA_DEVICE static int column() { return fresh(warp_id()) % kGrid.across * kGrid.columns; }
   };
   using Dk = Share<S.block_n, S.head_dim>;
   using Dv = Share<S.block_n, S.head_dim_v>;

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cuda/kernels/backward_rows.cuh"
+#include "cuda/kernels/gradient_tile.cuh"
 
 // dbias: a block owns one tile of it (a broadcast dimension is one entry long), walks all rows, keys, heads and
 // sequences that flow into it, recomputes their dS and adds them up: entry (i, j) of each at (i mod block_m, j mod

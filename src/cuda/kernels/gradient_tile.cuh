@@ -28,9 +28,12 @@ template <auto S, int kSteps, int kM, int kN, class A, class B, class Start>
 FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start) {
   constexpr bool kOnTop = kIsOnTop<Start>, kApart = kOnTop && S.type == Type::kFloat32;
   constexpr int kWidth = !kApart ? kN : kN % 4 == 0 ? 4 : 2;
-  // Many steps would be long to compile.
-  constexpr bool kRolled = kSteps * kPasses < S.mma >> 16;
-  constexpr int kUnroll = kRolled ? 4 : kSteps;
+  // Many steps at once would be long to compile and want more registers than there are.
+  constexpr int kMost = S.mma == Mma::kShuffles ? 1
+                        : S.mma == Mma::kTf32x3 ? 2
+                                                : 16,
+                kUnroll = math::smaller(kSteps, kMost);
+  constexpr bool kRolled = kUnroll < kSteps;
 #pragma unroll
   for (int first = 0; first < kN; first += kWidth) {
     Accumulator apart[kApart ? kM : 1][kApart ? kWidth : 1];
