@@ -169,20 +169,29 @@ struct ScoreRules {
   template <bool kTransposed, int kM, int kN>
   FOVEA_DEVICE void score_all(Accumulator (&s)[kM][kN], int row, int key, Accumulator (*tanhs)[kN],
                               const EntryPairs<S, kM, kN>& pairs = {}) const {
-    const auto all = [&](const auto& bias_of) {
-      int at = 0;
-      for_each_entry(s, [&](float& x, int a, int b) {
-        const int r = row + (kTransposed ? b : a), j = key + (kTransposed ? a : b);
-        const int m = at / (4 * kN), n = at / 4 % kN, e = at % 4;
-        x = score(x, r, j, bias_of(m, n, e, r, j), tanhs == nullptr ? nullptr : &tanhs[m][n].x[e]);
-        ++at;
-      });
-    };
     if (S.bias && pairs.there) {
-      all([&](int m, int n, int e, int, int) { return S.bias ? pairs.bias_of(m, n, e) : 0.0F; });
+      score_with<kTransposed, true>(s, row, key, tanhs, pairs);
     } else {
-      all([&](int, int, int, int r, int j) { return bias_at(r, j); });
+      score_with<kTransposed, false>(s, row, key, tanhs, pairs);
     }
+  }
+
+  template <bool kTransposed, bool kPairs, int kM, int kN>
+  FOVEA_DEVICE void score_with(Accumulator (&s)[kM][kN], int row, int key, Accumulator (*tanhs)[kN],
+                               const EntryPairs<S, kM, kN>& pairs) const {
+    int at = 0;
+    for_each_entry(s, [&](float& x, int a, int b) {
+      const int r = row + (kTransposed ? b : a), j = key + (kTransposed ? a : b);
+      const int m = at / (4 * kN), n = at / 4 % kN, e = at % 4;
+      float bias = 0.0F;
+      if constexpr (kPairs && S.bias) {
+        bias = pairs.bias_of(m, n, e);
+      } else {
+        bias = bias_at(r, j);
+      }
+      x = score(x, r, j, bias, tanhs == nullptr ? nullptr : &tanhs[m][n].x[e]);
+      ++at;
+    });
   }
 
   template <bool kTransposed, int kM, int kN>
