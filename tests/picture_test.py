@@ -78,6 +78,12 @@ class Browser:
         self.take_logs()
         self.call("POST", "/url", {"url": "about:blank"})
         self.call("POST", "/url", {"url": pathlib.Path(path).as_uri() + hash_text})
+        # On a busy machine the driver has been seen to answer before the page's scripts had run.
+        deadline = time.monotonic() + 60
+        while not self.run("return location.protocol === 'file:' && document.readyState === 'complete'"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{path} has not finished loading after 60 s")
+            time.sleep(0.05)
 
     def run(self, script, *arguments):
         return self.call("POST", "/execute/sync", {"script": script, "args": list(arguments)})

@@ -67,6 +67,7 @@ TEST_F(Threads, PlanAndExecuteAtOnceAndAgree) {
     }
   };
   std::vector<std::jthread> threads;
+  threads.reserve(kThreads);
   for (int t = 0; t < kThreads; ++t) threads.emplace_back(work, t);
   threads.clear();
   EXPECT_EQ(agreed, kThreads * kRounds);
@@ -86,6 +87,7 @@ TEST_F(Threads, ShareOnePlan) {
     if (own.results() == expected) ++agreed;
   };
   std::vector<std::jthread> threads;
+  threads.reserve(kThreads);
   for (int t = 0; t < kThreads; ++t) threads.emplace_back(work);
   threads.clear();
   EXPECT_EQ(agreed, kThreads);
