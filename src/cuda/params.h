@@ -46,6 +46,7 @@ struct CallParams {
   IndexView q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_kv;
   RowView q, k, v;
   EntryView mask, bias;
+  bool entries_in_pairs;            // keys 2n and 2n + 1 of mask and bias can be read as one
   const unsigned char* mask_tiles;  // math::TileState of every block_m × block_n tile of the mask
   const float* slopes;              // of ALiBi, [batch,] head
   i64 slopes_batch;                 // stride
@@ -73,14 +74,16 @@ struct BackwardParams : CallParams {
   EntryView dbias;
   float *dslopes, *dsink;
   i64 dslopes_batch;  // stride
-  int row_blocks, key_blocks;
-  // In the workspace.
-  float* log2_lse;     // [batch][head][row of row_blocks·block_m]; +infinity where a row sees nothing
+  bool slopes_per_batch;
+  int row_blocks, key_blocks;  // of the longest sequence
+  int row_slots;               // of blocks of rows, all sequences together
+  // In the workspace; slots: `RowSlots`.
+  float* log2_lse;     // [head][slot][row of block_m]; +infinity where a row sees nothing
   float* delta;        // likewise: Σ dout·out − dlse
-  float* dq_sum;       // [batch][head][row of row_blocks·block_m][head_dim]
-  int* tickets;        // [batch][head][row block]: key blocks that have added to dq, where their order matters
-  float* sink_parts;   // [head][batch·row_blocks]
-  float* slope_parts;  // [batch][head][key block]
+  float* dq_sum;       // [head][slot][block_m × head_dim, as accumulators lie in warps]
+  int* tickets;        // [head][slot] key blocks that have added to dq, where their order matters; then blocks begun
+  float* sink_parts;   // [head][slot]
+  float* slope_parts;  // [batch][head][key block][warp]
 };
 
 }  // namespace fovea::cuda

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/backward_tuning.h"
 #include "cuda/driver.h"
 #include "cuda/forward_tuning.h"
 #include "cuda/jit/cache.h"
@@ -39,6 +40,15 @@ EntryView entry_view(const Tensor& t) {
   if (!t.defined()) return {};
   const auto stride = [&t](int axis) { return t.shape[axis] == 1 ? 0 : t.strides[axis] * size_bytes(t.dtype); };
   return {static_cast<char*>(t.data), stride(0), stride(1), stride(2), stride(3)};
+}
+
+/// Whether entries 2n and 2n + 1 along the keys are neighbours that one load can take.
+bool in_pairs(const Tensor& t) {
+  if (!t.defined()) return true;
+  const std::int64_t size = size_bytes(t.dtype);
+  bool pairs = t.shape[3] > 1 && t.strides[3] == 1 && reinterpret_cast<std::uintptr_t>(t.data) % (2 * size) == 0;
+  for (int axis = 0; axis < 3; ++axis) pairs = pairs && (t.shape[axis] == 1 || t.strides[axis] % 2 == 0);
+  return pairs;
 }
 
 IndexView index_view(const Tensor& t) {
@@ -76,6 +86,7 @@ void attach_inputs(CallParams& p, const Inputs& in) {
   p.v = row_view(in.v);
   p.mask = entry_view(in.mask);
   p.bias = entry_view(in.bias);
+  p.entries_in_pairs = in_pairs(in.mask) && in_pairs(in.bias);
   if (in.alibi_slopes.defined()) {
     p.slopes = static_cast<const float*>(in.alibi_slopes.data);
     p.slopes_batch = in.alibi_slopes.rank == 2 ? in.alibi_slopes.strides[0] : 0;
@@ -172,6 +183,97 @@ class ForwardPlan final : public PlannedKernel {
   ForwardParams params_{};
 };
 
+class BackwardPlan final : public PlannedKernel {
+ public:
+  BackwardPlan(const Problem& problem, const BackwardShape& shape, const Device& device, int arch)
+      : shape_(shape),
+        device_(device),
+        rows_(backward_rows_request(shape, arch), device),
+        main_(backward_request(shape, arch), device),
+        queries_(backward_queries_request(shape, arch), device) {
+    if (shape.spec.alibi || problem.sink) sums_.emplace(backward_sums_request(shape, arch), device);
+    if (shape.spec.bias) bias_.emplace(bias_gradient_request(shape, arch), device);
+    describe_call(problem, params_);
+    params_.row_blocks = shape.row_blocks;
+    params_.key_blocks = shape.key_blocks;
+    params_.row_slots = shape.row_slots;
+  }
+
+  [[nodiscard]] std::size_t workspace_bytes() const override { return shape_.workspace_bytes; }
+
+  [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override {
+    const BackwardSpec& s = shape_.spec;
+    return {{"kernel", main_.describe()},
+            {"tile", std::to_string(s.block_m) + " rows × " + std::to_string(s.block_n) + " keys, " +
+                         std::to_string(s.stages) + (s.stages == 1 ? " stage" : " stages")},
+            {"rows", rows_.describe()},
+            {"queries", queries_.describe()}};
+  }
+
+  void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const override {
+    if (main_.kernel == nullptr) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "this plan is for " + name(device_) + ", a description; plan for cuda:0 to execute");
+    }
+    BackwardParams p = params_;
+    attach_inputs(p, inputs);
+    p.out = row_view(inputs.out);
+    p.dout = row_view(inputs.dout);
+    p.lse = stat_view(inputs.lse);
+    p.dlse = stat_view(inputs.dlse);
+    p.dq = row_view(outputs.dq);
+    p.dk = row_view(outputs.dk);
+    p.dv = row_view(outputs.dv);
+    p.dbias = entry_view(outputs.dbias);
+    p.slopes_per_batch = inputs.alibi_slopes.defined() && inputs.alibi_slopes.rank == 2;
+    if (outputs.dalibi_slopes.defined()) {
+      p.dslopes = static_cast<float*>(outputs.dalibi_slopes.data);
+      p.dslopes_batch = outputs.dalibi_slopes.rank == 2 ? outputs.dalibi_slopes.strides[0] : 0;
+    }
+    if (outputs.dsink.defined()) p.dsink = static_cast<float*>(outputs.dsink.data);
+    auto* memory = static_cast<std::byte*>(workspace);
+    p.log2_lse = reinterpret_cast<float*>(memory + shape_.log2_lse);
+    p.delta = reinterpret_cast<float*>(memory + shape_.delta);
+    p.dq_sum = reinterpret_cast<float*>(memory + shape_.dq_sum);
+    p.tickets = reinterpret_cast<int*>(memory + shape_.tickets);
+    p.sink_parts = reinterpret_cast<float*>(memory + shape_.sink_parts);
+    p.slope_parts = reinterpret_cast<float*>(memory + shape_.slope_parts);
+
+    const int row_tiles = p.row_blocks * p.q_heads * p.batch;
+    launch(rows_, row_tiles, p, stream);
+    launch(main_, p.key_blocks * p.kv_heads * p.batch, p, stream);
+    launch(queries_, row_tiles, p, stream);
+    if (p.dslopes != nullptr || p.dsink != nullptr) {
+      launch(*sums_, p.q_heads * (p.slopes_per_batch ? p.batch : 1), p, stream);
+    }
+    if (p.dbias.data != nullptr) {
+      const Tensor& t = outputs.dbias;
+      const auto count = [](std::int64_t size, int many) { return size == 1 ? 1 : many; };
+      launch(*bias_,
+             count(t.shape[0], p.batch) * count(t.shape[1], p.q_heads) * count(t.shape[2], p.row_blocks) *
+                 count(t.shape[3], p.key_blocks),
+             p, stream);
+    }
+  }
+
+ private:
+  static void launch(const PlannedLaunch& what, int blocks, const BackwardParams& params, void* stream) {
+    if (blocks == 0) return;
+    what.kernel->launch({.x = static_cast<unsigned>(blocks),
+                         .y = 1,
+                         .z = 1,
+                         .threads = static_cast<unsigned>(what.request.threads),
+                         .shared_bytes = static_cast<unsigned>(what.request.shared_bytes)},
+                        params, stream);
+  }
+
+  BackwardShape shape_;
+  Device device_;
+  PlannedLaunch rows_, main_, queries_;
+  std::optional<PlannedLaunch> sums_, bias_;
+  BackwardParams params_{};
+};
+
 int capability_of(const Device& device) {
   return device.compute_capability != 0 ? device.compute_capability : gpu(device.index).compute_capability;
 }
@@ -215,9 +317,10 @@ class PortableBackend final : public Backend {
     limit("total_kv", problem.total_kv, kLongest);
     limit("num_q_heads", problem.num_q_heads, kMostInGrid);
     limit("batch", problem.batch, kLongest);
-    if (problem.direction == Direction::kBackward) {
-      reasons.emplace_back("its backward is not there yet");
-    } else if (reasons.empty() && !choose_forward(problem, model_of_device(device))) {
+    const bool backward = problem.direction == Direction::kBackward;
+    const GpuModel model = model_of_device(device);
+    if (reasons.empty() &&
+        !(backward ? choose_backward(problem, model).has_value() : choose_forward(problem, model).has_value())) {
       reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " fits the " +
                            std::to_string(model_of_device(device).shared_bytes / 1024) + " KiB of shared memory");
     }
@@ -226,6 +329,10 @@ class PortableBackend final : public Backend {
 
   [[nodiscard]] std::shared_ptr<const PlannedKernel> plan(const Problem& problem, const Device& device,
                                                           const PlanOptions& /*options*/) const override {
+    if (problem.direction == Direction::kBackward) {
+      return std::make_shared<BackwardPlan>(problem, *choose_backward(problem, model_of_device(device)), device,
+                                            jit::arch_of(capability_of(device)));
+    }
     return std::make_shared<ForwardPlan>(problem, *choose_forward(problem, model_of_device(device)), device,
                                          jit::arch_of(capability_of(device)));
   }
@@ -239,6 +346,15 @@ std::vector<jit::KernelRequest> requests(const Problem& problem, Direction direc
     if (const auto shape = choose_forward(problem, model_of(arch))) {
       all.push_back(forward_request(*shape, arch));
       if (shape->splits > 1) all.push_back(combine_request(*shape, arch));
+    }
+  }
+  if (direction == Direction::kBackward) {
+    if (const auto shape = choose_backward(problem, model_of(arch))) {
+      all.push_back(backward_rows_request(*shape, arch));
+      all.push_back(backward_request(*shape, arch));
+      all.push_back(backward_queries_request(*shape, arch));
+      if (shape->spec.alibi || problem.sink) all.push_back(backward_sums_request(*shape, arch));
+      if (shape->spec.bias) all.push_back(bias_gradient_request(*shape, arch));
     }
   }
   return all;

@@ -65,8 +65,8 @@ struct BackwardSpec {
   int block_m = 64;     // rows
   int block_n = 128;    // keys
   int warps = 8;
-  int stages = 2;              // tiles of rows in flight
-  bool deterministic = false;  // dq is added up in the order of the key blocks
+  int stages = 2;              // tiles of rows in flight: 1 or 2, or 3 for the leapfrog
+  bool deterministic = false;  // dq is added up in one order of the key blocks
   bool band = false;
   bool mask = false;
   bool bias = false;

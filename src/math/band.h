@@ -82,6 +82,12 @@ struct BandOf {
     return {rows_of_key(keys.begin).begin, rows_of_key(keys.end - 1).end};
   }
 
+  /// The rows that see every one of these keys.
+  FOVEA_FN constexpr Interval rows_that_see_all(Interval keys) const {
+    if (keys.empty() || keys.end > seqlen_kv) return {0, 0};
+    return {rows_of_key(keys.end - 1).begin, rows_of_key(keys.begin).end};
+  }
+
   /// Skip a tile, compute it with the rule applied entry by entry, or compute it as if there were no rule.
   FOVEA_FN constexpr TileState tile(Interval rows, Interval keys) const {
     const Interval seen = keys_of_rows(rows);

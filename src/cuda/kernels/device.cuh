@@ -62,6 +62,13 @@ FOVEA_DEVICE float quad_sum(float x) {
 
 FOVEA_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
+/// The same number, but nothing made of it is kept over a loop: registers are dearer than additions.
+template <class T>
+FOVEA_DEVICE T fresh(T x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 FOVEA_DEVICE u32 load_shared(u32 address) {
   u32 x;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
@@ -117,6 +124,19 @@ FOVEA_DEVICE void scatter_16(char* to, uint4 x, int bytes) {
 #pragma unroll
   for (int w = 0; w < 8; ++w) {
     if (2 * w < bytes) *reinterpret_cast<u16*>(to + 2 * w) = static_cast<u16>(words[w / 2] >> (w % 2 * 16));
+  }
+}
+
+/// 16 bytes of a row, of which `bytes` are left.
+FOVEA_DEVICE uint4 read_piece(const char* from, int bytes, bool aligned) {
+  return aligned && bytes >= 16 ? *reinterpret_cast<const uint4*>(from) : gather_16(from, bytes);
+}
+
+FOVEA_DEVICE void write_piece(char* to, uint4 x, int bytes, bool aligned) {
+  if (aligned && bytes >= 16) {
+    *reinterpret_cast<uint4*>(to) = x;
+  } else {
+    scatter_16(to, x, bytes);
   }
 }
 

@@ -244,8 +244,10 @@ struct Forward {
     if (state == TileState::kHidden) return false;
     bool raise = !running.settled;
     for (;;) {  // twice where the references do not serve
+      EntryPairs<S, kM, kN> pairs;
+      rules.fetch(pairs, warp_row(), key);
       multiply_qk(s, kept, k_tile(stage));
-      rules.template finish<false>(s, warp_row(), key, state, S.mask, static_cast<Accumulator(*)[kN]>(nullptr));
+      rules.template finish<false>(s, warp_row(), key, state, S.mask, static_cast<Accumulator(*)[kN]>(nullptr), pairs);
       if (raise) raise_references(s, running, o, unit);
       float sum[kM][2];
       if (exponentiate(s, running, sum, unit) || raise) {

@@ -164,7 +164,7 @@ FOVEA_DEVICE void multiply_add(Accumulator& c, const OperandA& a, const OperandB
 template <Type kElement, int kRowCount, int kDim>
 struct SharedTile {
   static constexpr Type kType = kElement;
-  static constexpr int kRows = kRowCount, kColumns = kDim;
+  static constexpr int kRows = kRowCount, kColumns = kDim, kPieceColumns = 16 / kBytes<kType>;
   static constexpr int kPieces = kDim * kBytes<kType> / 16;  // with data
   static constexpr int kPitch = pitch_of(kType, kDim);       // bytes
   static constexpr int kSize = kRows * kPitch;               // bytes

@@ -51,6 +51,22 @@ FOVEA_DEVICE float score_unit(const CallParams& p) {
   return kBareScores<S> && p.scale > 0.0F ? p.scale * kLog2E : 1.0F;
 }
 
+/// Mask and bias under a piece of scores, two keys at a time, so that they can be on their way while the product is
+/// made.
+template <auto S, int kM, int kN>
+struct EntryPairs {
+  static constexpr bool kFp32 = S.bias_type == Type::kFloat32;
+  bool there = false;  // where not, entries are read one by one
+  u16 mask[S.mask ? kM : 1][2][S.mask ? kN : 1];
+  u32 bias[S.bias ? kM : 1][2][S.bias ? kN : 1][kFp32 ? 2 : 1];
+
+  FOVEA_DEVICE bool masked(int i, int j, int e) const { return (mask[i][e / 2][j] >> (8 * (e % 2)) & 0xff) == 0; }
+  FOVEA_DEVICE float bias_of(int i, int j, int e) const {
+    if constexpr (kFp32) return __uint_as_float(bias[i][e / 2][j][e % 2]);
+    return widen<S.bias_type>(e % 2 == 0 ? bias[i][e / 2][j][0] : bias[i][e / 2][j][0] >> 16);
+  }
+};
+
 /// All that scores depend on but their position.
 template <auto S, bool kPacked>
 struct ScoreRules {
@@ -59,7 +75,7 @@ struct ScoreRules {
   const RowMap<kPacked>& rows;
 
   /// softcap · tanh(x / softcap) − slope · distance + bias, in units of log2, for the entry of row r and key j.
-  FOVEA_DEVICE float score(float qk, int r, int j, float* tanh_of_it) const {
+  FOVEA_DEVICE float score(float qk, int r, int j, float bias, float* tanh_of_it) const {
     float s = qk * p.scale;
     if constexpr (S.softcap) {
       const float t = tanh(s / p.softcap);
@@ -67,10 +83,14 @@ struct ScoreRules {
       s = p.softcap * t;
     }
     if constexpr (S.alibi) s -= slope(r) * distance(r, j);
-    if constexpr (S.bias) {
-      if (inside(r, j)) s += read<S.bias_type>(sequence.entry(p.bias, rows.query(r), j, rows.head(r)));
-    }
+    if constexpr (S.bias) s += bias;
     return s * kLog2E;
+  }
+  FOVEA_DEVICE float bias_at(int r, int j) const {
+    if constexpr (S.bias) {
+      if (inside(r, j)) return read<S.bias_type>(sequence.entry(p.bias, rows.query(r), j, rows.head(r)));
+    }
+    return 0.0F;
   }
   FOVEA_DEVICE float slope(int r) const { return p.slopes[sequence.batch * p.slopes_batch + rows.head(r)]; }
   FOVEA_DEVICE float distance(int r, int j) const {
@@ -80,7 +100,7 @@ struct ScoreRules {
   /// One entry as `finish` leaves it.
   FOVEA_DEVICE float finished(float qk, int r, int j, float* tanh_of_it) const {
     if constexpr (kBareScores<S>) return p.scale > 0.0F ? qk : qk * (p.scale * kLog2E);
-    return score(qk, r, j, tanh_of_it);
+    return score(qk, r, j, bias_at(r, j), tanh_of_it);
   }
 
   /// The entry exists, so that masks and biases may be asked for it.
@@ -93,10 +113,41 @@ struct ScoreRules {
     if constexpr (S.mask) {
       if (masked(r, j)) return false;
     }
-    if constexpr (S.bias) {
-      return read<S.bias_type>(sequence.entry(p.bias, rows.query(r), j, rows.head(r))) != -infinity();
+    return bias_at(r, j) != -infinity();
+  }
+
+  /// Asks for mask and bias of a piece whose rows are queries.
+  template <int kM, int kN>
+  FOVEA_DEVICE void fetch(EntryPairs<S, kM, kN>& pairs, int row, int key) const {
+    if constexpr (S.mask || S.bias) {
+      pairs.there = !kPacked && p.entries_in_pairs && row + 16 * kM <= rows.left() && key + 8 * kN <= sequence.kv_rows;
+      if (!pairs.there) return;
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int r = row + 16 * i + lane_id() / 4 + 8 * h, j = key + lane_id() % 4 * 2;
+          if constexpr (S.mask) {
+            const char* at = sequence.entry(p.mask, rows.query(r), j, rows.head(r));
+#pragma unroll
+            for (int n = 0; n < kN; ++n) pairs.mask[i][h][n] = *reinterpret_cast<const u16*>(at + 8 * n);
+          }
+          if constexpr (S.bias) {
+            const char* at = sequence.entry(p.bias, rows.query(r), j, rows.head(r));
+#pragma unroll
+            for (int n = 0; n < kN; ++n) {
+              const char* pair = at + 8 * n * kBytes<S.bias_type>;
+              if constexpr (S.bias_type == Type::kFloat32) {
+                const uint2 x = *reinterpret_cast<const uint2*>(pair);
+                pairs.bias[i][h][n][0] = x.x, pairs.bias[i][h][n][1] = x.y;
+              } else {
+                pairs.bias[i][h][n][0] = *reinterpret_cast<const u32*>(pair);
+              }
+            }
+          }
+        }
+      }
     }
-    return true;
   }
 
   /// A piece of Q Kᵀ, or of K Qᵀ where kTransposed, becomes what the softmax sees; hidden entries become −infinity.
@@ -104,21 +155,56 @@ struct ScoreRules {
   /// nothing of the tile.  `tanhs`, where the backward wants it, receives softcap's.
   template <bool kTransposed, int kM, int kN>
   FOVEA_DEVICE void finish(Accumulator (&s)[kM][kN], int row, int key, TileState state, bool use_mask,
-                           Accumulator (*tanhs)[kN]) const {
+                           Accumulator (*tanhs)[kN], const EntryPairs<S, kM, kN>& pairs) const {
     if constexpr (kBareScores<S>) {
       if (p.scale <= 0.0F) {  // the largest product is not the largest score
         for_each_entry(s, [&](float& x, int, int) { x *= p.scale * kLog2E; });
       }
     } else {
-      int at = 0;
-      for_each_entry(s, [&](float& x, int a, int b) {
-        const int r = row + (kTransposed ? b : a), j = key + (kTransposed ? a : b);
-        x = score(x, r, j, tanhs == nullptr ? nullptr : &tanhs[at / (4 * kN)][at / 4 % kN].x[at % 4]);
-        ++at;
-      });
+      score_all<kTransposed>(s, row, key, tanhs, pairs);
     }
+    hide<kTransposed>(s, row, key, state, use_mask, pairs);
+  }
+
+  template <bool kTransposed, int kM, int kN>
+  FOVEA_DEVICE void score_all(Accumulator (&s)[kM][kN], int row, int key, Accumulator (*tanhs)[kN],
+                              const EntryPairs<S, kM, kN>& pairs = {}) const {
+    if (S.bias && pairs.there) {
+      score_with<kTransposed, true>(s, row, key, tanhs, pairs);
+    } else {
+      score_with<kTransposed, false>(s, row, key, tanhs, pairs);
+    }
+  }
+
+  template <bool kTransposed, bool kPairs, int kM, int kN>
+  FOVEA_DEVICE void score_with(Accumulator (&s)[kM][kN], int row, int key, Accumulator (*tanhs)[kN],
+                               const EntryPairs<S, kM, kN>& pairs) const {
+    int at = 0;
+    for_each_entry(s, [&](float& x, int a, int b) {
+      const int r = row + (kTransposed ? b : a), j = key + (kTransposed ? a : b);
+      const int m = at / (4 * kN), n = at / 4 % kN, e = at % 4;
+      float bias = 0.0F;
+      if constexpr (kPairs && S.bias) {
+        bias = pairs.bias_of(m, n, e);
+      } else {
+        bias = bias_at(r, j);
+      }
+      x = score(x, r, j, bias, tanhs == nullptr ? nullptr : &tanhs[m][n].x[e]);
+      ++at;
+    });
+  }
+
+  template <bool kTransposed, int kM, int kN>
+  FOVEA_DEVICE void hide(Accumulator (&s)[kM][kN], int row, int key, TileState state, bool use_mask,
+                         const EntryPairs<S, kM, kN>& pairs = {}) const {
     if constexpr (S.mask) {
-      if (use_mask) {
+      if (use_mask && pairs.there) {
+        int at = 0;
+        for_each_entry(s, [&](float& x, int, int) {
+          if (pairs.masked(at / (4 * kN), at / 4 % kN, at % 4)) x = -infinity();
+          ++at;
+        });
+      } else if (use_mask) {
         for_each_entry(s, [&](float& x, int a, int b) {
           if (masked(row + (kTransposed ? b : a), key + (kTransposed ? a : b))) x = -infinity();
         });
@@ -171,23 +257,30 @@ struct ScoreRules {
     if constexpr (kPacked) {
       for_each_entry(s, [&](float& x, int a, int b) { f(x, kept(row + a, key + b)); });
     } else {
-      const int lane = lane_id();
+      for_each_draw<kTransposed, kM, kN>(row, key, stream,
+                                         [&](int i, int j, int e, bool kept) { f(s[i][j].x[e], kept); });
+    }
+  }
+
+  /// Calls f(i, j, e, kept) for entry e of every accumulator [i][j] of a piece.
+  template <bool kTransposed, int kM, int kN, class F>
+  FOVEA_DEVICE void for_each_draw(int row, int key, const math::DropoutStream& stream, const F& f) const {
+    const int lane = lane_id();
 #pragma unroll
-      for (int i = 0; i < kM; ++i) {
+    for (int i = 0; i < kM; ++i) {
 #pragma unroll
-        for (int j = 0; j < kN; j += 2) {
+      for (int j = 0; j < kN; j += 2) {
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {  // four entries from one draw: two rows by two columns, 8 apart
-            const int a = 16 * i + lane / 4, b = 8 * j + lane % 4 * 2 + e;
-            const math::Draws draws =
-                math::draws_of_patch(stream, math::patch_of(rows.first + row + (kTransposed ? b : a)),
-                                     math::patch_of(key + (kTransposed ? a : b)));
+        for (int e = 0; e < 2; ++e) {  // four entries from one draw: two rows by two columns, 8 apart
+          const int a = 16 * i + lane / 4, b = 8 * j + lane % 4 * 2 + e;
+          const math::Draws draws =
+              math::draws_of_patch(stream, math::patch_of(rows.first + row + (kTransposed ? b : a)),
+                                   math::patch_of(key + (kTransposed ? a : b)));
 #pragma unroll
-            for (int half = 0; half < 4; ++half) {
-              const int low = half / 2, right = half % 2;  // of the row, of the column
-              const u32 draw = draws.at(8 * (kTransposed ? right : low), 8 * (kTransposed ? low : right));
-              f(s[i][j + right].x[2 * low + e], draw < p.keep_threshold);
-            }
+          for (int half = 0; half < 4; ++half) {
+            const int low = half / 2, right = half % 2;  // of the row, of the column
+            const u32 draw = draws.at(8 * (kTransposed ? right : low), 8 * (kTransposed ? low : right));
+            f(i, j + right, 2 * low + e, draw < p.keep_threshold);
           }
         }
       }

@@ -1,0 +1,73 @@
+#pragma once
+
+#include "cuda/spec.h"
+
+// How a backward kernel cuts up its work and its shared memory.  Host and device compile this text.
+namespace fovea::cuda {
+
+/// Threads of the kernels around the main one.
+inline constexpr int kSideThreads = 256;
+
+/// Rows of 64, 128, 256 or 512 16-bit elements are swizzled; others lie an odd number of 16-byte pieces apart.  Either
+/// way a column of pieces, read down the rows, meets every bank.
+FOVEA_FN constexpr bool swizzled(Type type, int dim) {
+  return type != Type::kFloat32 && dim >= 64 && (dim & (dim - 1)) == 0;
+}
+FOVEA_FN constexpr int tile_bytes(Type type, int rows, int dim) {
+  return rows * (swizzled(type, dim) ? dim * bytes_of(type) : pitch_of(type, dim));
+}
+
+/// How the warps of a block share out a product: equal pieces in whole steps of 16, cut where the rows and columns to
+/// be read are fewest.  Warps from `used` on have none.
+struct WarpGrid {
+  int rows = 0, columns = 0;  // of a warp's piece
+  int across = 1, used = 0;
+
+  FOVEA_FN static constexpr WarpGrid of(int m, int n, int warps) {
+    WarpGrid best;
+    for (int down = 1; down <= warps; ++down) {
+      for (int across = 1; down * across <= warps; ++across) {
+        if (m % (16 * down) != 0 || n % (16 * across) != 0) continue;
+        const WarpGrid grid{m / down, n / across, across, down * across};
+        const bool closer = grid.rows + grid.columns < best.rows + best.columns;
+        if (grid.used > best.used || (grid.used == best.used && closer)) best = grid;
+      }
+    }
+    return best;
+  }
+};
+
+/// Where things lie in the main kernel's shared memory, in bytes.
+struct BackwardShared {
+  int k, v;              // the block's keys
+  int ring, stage;       // tiles of rows in flight: q, then
+  int dout, statistics;  // dout; log2_lse and delta
+  int weights, ds;       // P and dS of a tile
+  int entries;           // from one tile's to the next's
+  int walk;              // cuda::Walk
+  int total;
+
+  FOVEA_FN static constexpr BackwardShared of(const BackwardSpec& s) {
+    BackwardShared at{};
+    at.k = 0;
+    at.v = at.k + tile_bytes(s.type, s.block_n, s.head_dim);
+    at.ring = at.v + tile_bytes(s.type, s.block_n, s.head_dim_v);
+    at.dout = tile_bytes(s.type, s.block_m, s.head_dim);
+    at.statistics = at.dout + tile_bytes(s.type, s.block_m, s.head_dim_v);
+    at.stage = (at.statistics + 8 * s.block_m + 127) / 128 * 128;
+    at.weights = at.ring + s.stages * at.stage;
+    at.ds = at.weights + tile_bytes(s.type, s.block_m, s.block_n);
+    at.entries = at.ds + tile_bytes(s.type, s.block_m, s.block_n) - at.weights;
+    at.walk = at.weights + (s.stages == 3 ? 2 : 1) * at.entries;
+    at.total = at.walk + 320;
+    return at;
+  }
+};
+
+FOVEA_FN constexpr int shared_bytes(const BackwardSpec& s) { return BackwardShared::of(s).total; }
+/// Of the bias gradient, whose sums take the place of all else in the end.
+FOVEA_FN constexpr int bias_gradient_shared_bytes(const BackwardSpec& s) {
+  return math::larger(shared_bytes(s), s.block_m * pitch_of(Type::kFloat32, s.block_n));
+}
+
+}  // namespace fovea::cuda

@@ -1,0 +1,152 @@
+#include "cuda/backward_tuning.h"
+
+#include <algorithm>
+#include <array>
+
+#include "cuda/backward_plan.h"
+#include "math/band.h"
+
+namespace fovea::cuda {
+namespace {
+
+struct Tile {
+  int widest;  // head dim that it serves
+  int block_m, block_n, warps, stages;
+  bool bare = false;  // masks, biases, ALiBi, softcap and dropout would want more registers than it leaves
+};
+
+// Measured on an H100 (docs/notes).  dk and dv of a block fill half of its registers, P and dS a quarter; the first
+// that fits the shared memory is taken.
+constexpr std::array kTiles16{
+    Tile{64, 128, 128, 8, 2, true}, Tile{64, 64, 128, 8, 3},        Tile{64, 64, 64, 8, 2},
+    Tile{64, 64, 64, 8, 1},         Tile{128, 64, 128, 8, 3, true}, Tile{128, 64, 128, 8, 2, true},
+    Tile{128, 32, 128, 8, 3},       Tile{128, 32, 128, 8, 2},       Tile{128, 32, 64, 8, 1},
+    Tile{128, 32, 64, 4, 1},        Tile{256, 64, 64, 8, 2, true},  Tile{256, 32, 64, 8, 2},
+    Tile{256, 32, 64, 8, 1},        Tile{256, 32, 32, 8, 1},        Tile{256, 16, 32, 4, 1},
+    Tile{512, 32, 32, 8, 1, true},  Tile{512, 16, 32, 8, 1},        Tile{512, 16, 16, 8, 1},
+};
+constexpr std::array kTiles32{
+    Tile{64, 64, 64, 8, 2},  Tile{64, 64, 64, 8, 1},        Tile{64, 32, 64, 8, 1},  Tile{64, 32, 32, 4, 1},
+    Tile{128, 32, 64, 8, 1}, Tile{128, 32, 32, 4, 1},       Tile{128, 16, 32, 4, 1}, Tile{256, 32, 32, 8, 1},
+    Tile{256, 16, 16, 8, 1}, Tile{512, 16, 32, 8, 1, true}, Tile{512, 16, 16, 8, 1},
+};
+// Without a unit for products, short code matters more than reuse.
+constexpr std::array kTilesByShuffles{Tile{512, 32, 32, 4, 1}, Tile{512, 16, 32, 8, 1}, Tile{512, 16, 16, 8, 1}};
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
+
+/// Whole products, and above 128 columns pairs of them, which more ways of sharing out divide.
+int whole_products(std::int64_t dim) { return round_up(dim, dim <= 128 ? 16 : 32); }
+
+jit::KernelRequest side_request(std::string_view function, std::string_view header, const BackwardSpec& spec,
+                                int arch) {
+  return jit::render({.function = function,
+                      .header = header,
+                      .spec = "BackwardSpec",
+                      .params = "BackwardParams",
+                      .threads = kSideThreads},
+                     spec, arch);
+}
+
+/// What the kernels around the main one depend on, so that one serves many.
+BackwardSpec plain(const BackwardSpec& from) {
+  BackwardSpec spec = from;
+  spec.band = spec.mask = spec.bias = spec.alibi = spec.softcap = spec.dropout = false;
+  spec.bias_type = BackwardSpec{}.bias_type;
+  return spec;
+}
+
+}  // namespace
+
+std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuModel& gpu) {
+  BackwardShape shape;
+  BackwardSpec& spec = shape.spec;
+  spec.type = type_of(problem.dtype);
+  spec.mma = mma_of(spec.type, gpu.sm);
+  spec.async_copy = gpu.sm >= 80;
+  spec.head_dim = whole_products(problem.head_dim);
+  spec.head_dim_v = whole_products(problem.head_dim_v);
+  spec.deterministic = problem.deterministic;
+  spec.band = math::BandRule::of(problem).bounded();
+  spec.mask = problem.mask.has_value();
+  spec.bias = problem.bias.has_value();
+  if (spec.bias) spec.bias_type = type_of(problem.bias_dtype);
+  spec.alibi = problem.alibi != Alibi::kNone;
+  spec.softcap = problem.softcap != 0.0F;
+  spec.dropout = problem.dropout.probability > 0.0F;
+
+  const bool options = spec.mask || spec.bias || spec.alibi || spec.softcap || spec.dropout;
+  const int widest = std::max(spec.head_dim, spec.head_dim_v);
+  bool fits = false;
+  const auto try_tiles = [&](const auto& tiles) {
+    for (const Tile& tile : tiles) {
+      spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.stages = tile.stages;
+      fits = tile.widest >= widest && !(tile.bare && options) && shared_bytes(spec) <= gpu.shared_bytes &&
+             (spec.async_copy || spec.stages == 1);
+      if (fits) return;
+    }
+  };
+  if (spec.mma == Mma::kShuffles) {
+    try_tiles(kTilesByShuffles);
+  } else if (spec.type == Type::kFloat32) {
+    try_tiles(kTiles32);
+  } else {
+    try_tiles(kTiles16);
+  }
+  if (!fits) return std::nullopt;
+
+  const std::int64_t batch = problem.batch, heads = problem.num_q_heads;
+  shape.row_blocks = static_cast<int>(ceil_div(problem.seqlen_q, spec.block_m));
+  shape.key_blocks = static_cast<int>(ceil_div(problem.seqlen_kv, spec.block_n));
+  const std::int64_t slots = problem.packed() ? problem.total_q / spec.block_m + batch : batch * shape.row_blocks;
+  const std::int64_t most = std::max({slots * heads, std::int64_t{shape.row_blocks} * heads * batch,
+                                      std::int64_t{shape.key_blocks} * problem.num_kv_heads * batch});
+  if (most >= std::int64_t{1} << 31) return std::nullopt;
+  shape.row_slots = static_cast<int>(slots);
+  const auto take = [&shape](std::int64_t words) {
+    const std::size_t at = shape.workspace_bytes;
+    shape.workspace_bytes += static_cast<std::size_t>(ceil_div(words * 4, 128) * 128);
+    return at;
+  };
+  shape.log2_lse = take(heads * slots * spec.block_m);
+  shape.delta = take(heads * slots * spec.block_m);
+  shape.dq_sum = take(heads * slots * spec.block_m * spec.head_dim);
+  shape.tickets = take(spec.deterministic ? heads * slots + 1 : 0);
+  shape.sink_parts = take(problem.sink ? heads * slots : 0);
+  shape.slope_parts = take(spec.alibi ? batch * heads * shape.key_blocks * spec.warps : 0);
+  return shape;
+}
+
+jit::KernelRequest backward_rows_request(const BackwardShape& shape, int arch) {
+  return side_request("backward_rows", "cuda/kernels/backward_rows.cuh", plain(shape.spec), arch);
+}
+jit::KernelRequest backward_queries_request(const BackwardShape& shape, int arch) {
+  return side_request("backward_queries", "cuda/kernels/backward_queries.cuh", plain(shape.spec), arch);
+}
+jit::KernelRequest backward_sums_request(const BackwardShape& shape, int arch) {
+  return side_request("backward_sums", "cuda/kernels/sums.cuh", plain(shape.spec), arch);
+}
+jit::KernelRequest backward_request(const BackwardShape& shape, int arch) {
+  return jit::render({.function = "backward",
+                      .header = "cuda/kernels/backward.cuh",
+                      .spec = "BackwardSpec",
+                      .params = "BackwardParams",
+                      .threads = shape.spec.warps * 32,
+                      .shared_bytes = shared_bytes(shape.spec)},
+                     shape.spec, arch);
+}
+jit::KernelRequest bias_gradient_request(const BackwardShape& shape, int arch) {
+  BackwardSpec spec = shape.spec;
+  spec.stages = 1;
+  spec.deterministic = false;
+  return jit::render({.function = "bias_gradient",
+                      .header = "cuda/kernels/bias_gradient.cuh",
+                      .spec = "BackwardSpec",
+                      .params = "BackwardParams",
+                      .threads = spec.warps * 32,
+                      .shared_bytes = bias_gradient_shared_bytes(spec)},
+                     spec, arch);
+}
+
+}  // namespace fovea::cuda

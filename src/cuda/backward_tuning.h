@@ -1,0 +1,32 @@
+#pragma once
+
+#include <fovea/problem.h>
+
+#include <cstddef>
+#include <optional>
+
+#include "cuda/forward_tuning.h"
+
+namespace fovea::cuda {
+
+/// How a backward is cut, what its kernels are compiled for, and how its workspace is shared out.
+struct BackwardShape {
+  BackwardSpec spec;
+  int row_blocks = 0, key_blocks = 0;  ///< of the longest sequence
+  int row_slots = 0;                   ///< of blocks of rows, all sequences together
+  /// Offsets in bytes, in the order of BackwardParams.
+  std::size_t log2_lse = 0, delta = 0, dq_sum = 0, tickets = 0, sink_parts = 0, slope_parts = 0;
+  std::size_t workspace_bytes = 0;
+};
+
+/// Nothing where no tile of it fits this GPU's shared memory.
+[[nodiscard]] std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuModel& gpu);
+
+/// In the order in which they run; the last two only where their results are wanted.
+[[nodiscard]] jit::KernelRequest backward_rows_request(const BackwardShape& shape, int arch);
+[[nodiscard]] jit::KernelRequest backward_request(const BackwardShape& shape, int arch);
+[[nodiscard]] jit::KernelRequest backward_queries_request(const BackwardShape& shape, int arch);
+[[nodiscard]] jit::KernelRequest backward_sums_request(const BackwardShape& shape, int arch);
+[[nodiscard]] jit::KernelRequest bias_gradient_request(const BackwardShape& shape, int arch);
+
+}  // namespace fovea::cuda

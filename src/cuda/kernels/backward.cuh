@@ -1,0 +1,455 @@
+#pragma once
+
+#include "cuda/kernels/gradient_tile.cuh"
+
+// FlashAttention's backward (2205.14135, algorithm 4; 2307.08691, algorithm 2): a block owns block_n keys of a kv head
+// and walks the rows of all heads that read them.  P and dS meet the other products in shared memory; dk and dv stay in
+// registers; dq leaves as additions to dq_sum, which `backward_queries` turns into dq.
+namespace fovea::cuda {
+
+// dq_sum holds, tile by tile of rows, the pieces of 16 × 8 of the warps' shares, each as its accumulators: lane by lane
+// where four floats are added at once, else entry by entry, so that a warp's additions always meet 128 bytes in a row.
+#if __CUDA_ARCH__ >= 900
+inline constexpr bool kVectorReduction = true;
+#else
+inline constexpr bool kVectorReduction = false;
+#endif
+
+FOVEA_DEVICE void reduce(float* piece, const Accumulator& c) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(piece + 4 * lane_id()), "f"(c.x[0]),
+               "f"(c.x[1]), "f"(c.x[2]), "f"(c.x[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int e = 0; e < 4; ++e) atomicAdd(piece + 32 * e + lane_id(), c.x[e]);
+#endif
+}
+
+/// A tile of rows on a block's walk.
+struct Step {
+  const char *q, *dout;  // its first rows
+  i64 slot;
+  int head, tile;
+  int stage;          // its place in the ring
+  bool exists, full;  // full: every row sees every key
+};
+
+/// Which keys a block has, and the tiles of rows that see them, head by head.  It lies in shared memory and is kept by
+/// one thread: asked a few times a tile, it is not worth the registers of all.
+struct Walk {
+  Sequence sequence;
+  int key_block, kv_head;
+  int first_head, end_head;  // that read the keys; none where no row sees them
+  int first, end;            // tiles
+  int first_full, end_full;
+  Step steps[4];
+
+  /// Blocks: key blocks × kv heads × batch.  Early keys, which most rows see under a causal rule, come first; where dq
+  /// is added up in order they come last, so that a block's first tile waits for nobody.
+  FOVEA_DEVICE Walk(const BackwardParams& p, int block, int block_m, int block_n, bool last_first)
+      : sequence(Sequence::of(p, block / p.key_blocks / p.kv_heads)),
+        key_block(last_first ? p.key_blocks - 1 - block % p.key_blocks : block % p.key_blocks),
+        kv_head(block / p.key_blocks % p.kv_heads) {
+    const Band& band = sequence.band;
+    const Interval keys{key_block * block_n, (key_block + 1) * block_n};
+    const Interval rows = band.rows_of_keys(keys), seers = band.rows_that_see_all(keys);
+    const int group = p.group;
+    first = rows.begin / block_m;
+    end = rows.empty() ? first : (rows.end - 1) / block_m + 1;
+    first_full = (seers.begin + block_m - 1) / block_m;
+    end_full = seers.end / block_m;
+    first_head = kv_head * group;
+    end_head = first < end ? first_head + group : first_head;
+  }
+
+  FOVEA_DEVICE void write_step(const BackwardParams& p, int n, int head, int tile, int stages, int block_m) {
+    steps[n & 3] = {sequence.q_row(p.q, tile * block_m, head),
+                    sequence.q_row(p.dout, tile * block_m, head),
+                    RowSlots(p, sequence, block_m).at(head, tile),
+                    head,
+                    tile,
+                    n % stages,
+                    head < end_head,
+                    tile >= first_full && tile < end_full};
+  }
+  /// Step n + 1 from step n.
+  FOVEA_DEVICE void write_next(const BackwardParams& p, int n, int stages, int block_m) {
+    const Step& last = steps[n & 3];
+    const bool same_head = last.tile + 1 < end;
+    write_step(p, n + 1, same_head ? last.head : last.head + 1, same_head ? last.tile + 1 : first, stages, block_m);
+  }
+};
+
+template <BackwardSpec S>
+struct Backward {
+  static constexpr int kThreads = S.warps * kWarp;
+  static constexpr BackwardShared kShared = BackwardShared::of(S);
+  /// Half of the warps make the scores of a tile while the others make the products of the one before.
+  static constexpr bool kLeapfrog = S.stages == 3;
+
+  using KTile = Tile<S.type, S.block_n, S.head_dim>;
+  using VTile = Tile<S.type, S.block_n, S.head_dim_v>;
+  using QTile = Tile<S.type, S.block_m, S.head_dim>;
+  using DoutTile = Tile<S.type, S.block_m, S.head_dim_v>;
+  using EntryTile = Tile<S.type, S.block_m, S.block_n>;  // P, dS
+  static_assert(KTile::kSize == tile_bytes(S.type, S.block_n, S.head_dim));
+  static_assert(EntryTile::kSize == tile_bytes(S.type, S.block_m, S.block_n));
+
+  /// A warp's piece of a product that all warps share.
+  template <int kRows, int kColumns>
+  struct Share {
+    static constexpr WarpGrid kGrid = WarpGrid::of(kRows, kColumns, S.warps);
+    Accumulator c[kGrid.rows / 16][kGrid.columns / 8];
+
+    FOVEA_DEVICE static bool works() { return kGrid.used == S.warps || warp_id() < kGrid.used; }
+    FOVEA_DEVICE static int row() { return fresh(warp_id()) / kGrid.across * kGrid.rows; }
+    FOVEA_DEVICE static int column() { return fresh(warp_id()) % kGrid.across * kGrid.columns; }
+  };
+  using Dk = Share<S.block_n, S.head_dim>;
+  using Dv = Share<S.block_n, S.head_dim_v>;
+  struct Dq : Share<S.block_m, S.head_dim> {
+    static constexpr int kM = Share<S.block_m, S.head_dim>::kGrid.rows / 16,
+                         kN = Share<S.block_m, S.head_dim>::kGrid.columns / 8;
+    static constexpr int kFloats = kM * kN * 128;  // of a warp
+    /// The place in dq_sum of a tile's piece in row `i` and column `j` of pieces.
+    FOVEA_DEVICE static int piece(int i, int j) {
+      return ((i / kM * Dq::kGrid.across + j / kN) * kM + i % kM) * kN + j % kN;
+    }
+  };
+
+  /// What a block gathers.
+  struct Sums {
+    Dk dk;
+    Dv dv;
+    float slope = 0.0F;  // a thread's part, of the head at hand
+  };
+
+  const BackwardParams& p;
+  Walk& walk;
+  const Sequence& sequence;
+  const u32 shared;
+
+  FOVEA_DEVICE int key() const { return walk.key_block * S.block_n; }
+  FOVEA_DEVICE const Step& step(int n) const { return walk.steps[n & 3]; }
+  template <class T>
+  FOVEA_DEVICE T tile_at(int offset) const {
+    return {fresh(shared) + offset};
+  }
+  FOVEA_DEVICE KTile k_tile() const { return tile_at<KTile>(kShared.k); }
+  FOVEA_DEVICE VTile v_tile() const { return tile_at<VTile>(kShared.v); }
+  FOVEA_DEVICE QTile q_tile(int stage) const { return tile_at<QTile>(kShared.ring + stage * kShared.stage); }
+  FOVEA_DEVICE DoutTile dout_tile(int stage) const {
+    return tile_at<DoutTile>(kShared.ring + stage * kShared.stage + kShared.dout);
+  }
+  FOVEA_DEVICE EntryTile weights(int n) const {
+    return tile_at<EntryTile>(kShared.weights + (kLeapfrog ? n & 1 : 0) * kShared.entries);
+  }
+  FOVEA_DEVICE EntryTile ds_tile(int n) const {
+    return tile_at<EntryTile>(kShared.ds + (kLeapfrog ? n & 1 : 0) * kShared.entries);
+  }
+  FOVEA_DEVICE u32 statistics(int stage) const {
+    return fresh(shared) + kShared.ring + stage * kShared.stage + kShared.statistics;
+  }
+
+  FOVEA_DEVICE void load_keys() const {
+    const int keys = sequence.band.seqlen_kv - key();
+    load_rows<S.async_copy, kThreads>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.k.aligned,
+                                      sequence.kv_row(p.k, key(), walk.kv_head), p.k.row);
+    load_rows<S.async_copy, kThreads>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.v.aligned,
+                                      sequence.kv_row(p.v, key(), walk.kv_head), p.v.row);
+  }
+  /// Starts the copies of a tile of rows, if there is one, and sees to the step after it.
+  FOVEA_DEVICE void load(int n) const {
+    const Step& at = step(n);
+    if (at.exists) {
+      const int stage = at.stage, rows = sequence.band.seqlen_q - at.tile * S.block_m;
+      load_rows<S.async_copy, kThreads>(q_tile(stage), rows, p.head_dim * kBytes<S.type>, p.q.aligned, at.q, p.q.row);
+      load_rows<S.async_copy, kThreads>(dout_tile(stage), rows, p.head_dim_v * kBytes<S.type>, p.dout.aligned, at.dout,
+                                        p.dout.row);
+      static_assert(S.block_m / 2 <= kThreads);
+      if (const int x = static_cast<int>(threadIdx.x); x < S.block_m / 2) {  // log2_lse, then delta
+        const float* from = (x < S.block_m / 4 ? p.log2_lse : p.delta) + at.slot * S.block_m + x % (S.block_m / 4) * 4;
+        copy_or_clear<S.async_copy>(statistics(stage) + x * 16, reinterpret_cast<const char*>(from), true);
+      }
+    }
+    close_copies<S.async_copy>();
+    if (threadIdx.x == 0) walk.write_next(p, n, S.stages, S.block_m);
+  }
+
+  FOVEA_DEVICE void run() const {
+    Sums sums;
+    clear(sums.dk.c);
+    clear(sums.dv.c);
+    if constexpr (S.alibi) clear_slope_parts();
+    load_keys();
+    load(0);
+    if constexpr (kLeapfrog) {
+      leapfrog(sums);
+    } else {
+      alternate(sums);
+    }
+    await_copies<S.async_copy, 0>();
+    __syncthreads();
+    store(sums.dk, sums.dv);
+  }
+
+  /// All warps make the scores of a tile, then all its products; the next tile's rows arrive meanwhile, or in the end
+  /// where there is room for one tile only.
+  FOVEA_DEVICE void alternate(Sums& sums) const {
+    int n = 0;
+#pragma unroll 1
+    for (; step(n).exists; ++n) {
+      await_copies<S.async_copy, 0>();
+      __syncthreads();  // this tile is there for all, and nobody still reads the last one
+      if constexpr (S.deterministic) pass_turn(n - 1);
+      if constexpr (S.stages == 2) load(n + 1);
+      const bool spoiled = meet(!step(n).full, scores(n, sums));
+      products(n, sums, spoiled);
+      if constexpr (S.stages == 1) {
+        __syncthreads();
+        load(n + 1);
+      }
+    }
+    if constexpr (S.deterministic) {
+      __syncthreads();
+      pass_turn(n - 1);
+    }
+  }
+
+  /// One barrier a tile.  Between two of them each warp makes the products of one tile and the scores of the next, the
+  /// first half of the warps in this order, the others in the other: so the tensor cores have work while scores pass
+  /// through the exponential.
+  FOVEA_DEVICE void leapfrog(Sums& sums) const {
+    bool spoiled = false;
+#pragma unroll 1
+    for (int n = 0;; ++n) {
+      await_copies<S.async_copy, 0>();
+      const bool careful = meet(n > 0 && !step(n - 1).full, spoiled);  // behind it nobody still reads tile n − 2
+      if constexpr (S.deterministic) pass_turn(n - 2);
+      load(n + 1);
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        if ((half == 0) == (warp_id() < S.warps / 2)) {
+          if (n > 0) products(n - 1, sums, careful);
+        } else if (step(n).exists) {
+          spoiled = scores(n, sums);
+        }
+      }
+      if (!step(n).exists) {
+        if constexpr (S.deterministic) {
+          __syncthreads();
+          pass_turn(n - 1);
+        }
+        return;
+      }
+    }
+  }
+
+  /// A barrier; whether anybody says yes, if it matters.
+  FOVEA_DEVICE static bool meet(bool matters, bool yes) {
+    if (S.mask || S.bias || matters) return __syncthreads_or(yes);
+    __syncthreads();
+    return false;
+  }
+
+  /// P and dS of a tile, to shared memory; whether a hidden entry may have met something that is not finite.
+  FOVEA_DEVICE bool scores(int n, Sums& sums) const {
+    if constexpr (!S.mask && !S.bias) {
+      if (step(n).full) return scores<false>(n, sums);
+    }
+    return scores<true>(n, sums);
+  }
+  template <bool kHides>
+  FOVEA_DEVICE bool scores(int n, Sums& sums) const {
+    GradientTile<S> tile;
+    if (!tile.works()) return false;
+    const Step& at = step(n);
+    const int stage = at.stage;
+    const RowMap<false> rows{at.tile * S.block_m, sequence.q_rows, at.head, 1};
+    const ScoreRules<S, false> rules{p, sequence, rows};
+    const math::DropoutStream stream = S.dropout ? rules.stream(at.head) : math::DropoutStream{};
+    const bool spoiled =
+        tile.template compute<kHides>(q_tile(stage), k_tile(), dout_tile(stage), v_tile(), statistics(stage), rules,
+                                      key(), at.full ? TileState::kFull : TileState::kPartial, stream);
+    if constexpr (S.alibi) {
+      tile.each([&](int i, int j, int e) {
+        const int r = tile.row() + 16 * i + lane_id() / 4 + e / 2 * 8,
+                  c = key() + tile.column() + 8 * j + lane_id() % 4 * 2 + e % 2;
+        sums.slope -= tile.ds[i][j].x[e] * rules.distance(r, c);
+      });
+      if (at.tile + 1 == walk.end) store_slope_part(at.head, sums.slope);
+    }
+    tile.pass_softcap();
+    const int lane = fresh(lane_id());
+    store_accumulators(corner_c(weights(n), lane, tile.row(), tile.column()), tile.p);
+    store_accumulators(corner_c(ds_tile(n), lane, tile.row(), tile.column()), tile.ds);
+    return spoiled;
+  }
+
+  /// What a tile adds to dv, dk and dq.
+  FOVEA_DEVICE void products(int n, Sums& sums, bool careful) const {
+    if (careful) {
+      products<true>(n, sums);
+    } else {
+      products<false>(n, sums);
+    }
+  }
+  template <bool kCareful>
+  FOVEA_DEVICE void products(int n, Sums& sums) const {
+    const int stage = step(n).stage;
+    const int lane = fresh(lane_id());
+    add_columns<kCareful>(sums.dv, weights(n), dout_tile(stage), lane);
+    add_columns<kCareful>(sums.dk, ds_tile(n), q_tile(stage), lane);
+    if (!Dq::works()) return;
+    Dq dq;
+    const EntryTile ds = ds_tile(n);
+    const KTile k_columns = k_tile();
+    if constexpr (kCareful) {
+      clear(dq.c);
+      multiply_seen<S.block_n>(
+          dq, [&](int k, int row) { return ds.at(row, k); },
+          [&](int k, int column) { return k_columns.at(k, column); });
+    } else {
+      const auto a = corner_a<true>(ds, lane, Dq::row(), 0);
+      const auto b = corner_b_columns(k_columns, lane, 0, Dq::column());
+      multiply_steps<S, S.block_n / kStep<S.type>>(
+          dq.c, [&](int i, int k) { return load_a<true>(a, 16 * i, k); },
+          [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); },
+          [](int) { return Accumulator{}; });
+    }
+    if constexpr (S.deterministic) await_turn(n);
+    float* sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
+#pragma unroll
+    for (int x = 0; x < Dq::kM * Dq::kN; ++x) reduce(sum + x * 128, dq.c[x / Dq::kN][x % Dq::kN]);
+    if constexpr (S.deterministic) __threadfence();
+  }
+
+  /// C += (entries)ᵀ · rows: dv from P and dout, dk from dS and q.
+  template <bool kCareful, class C, class RowTile>
+  FOVEA_DEVICE static void add_columns(C& sum, const EntryTile& entries, const RowTile& rows, int lane) {
+    if (!C::works()) return;
+    if constexpr (kCareful) {
+      multiply_seen<S.block_m>(
+          sum, [&](int k, int row) { return entries.at(k, row); },
+          [&](int k, int column) { return rows.at(k, column); });
+    } else {
+      const auto a = corner_a_columns(entries, lane, 0, C::row());
+      const auto b = corner_b_columns(rows, lane, 0, C::column());
+      multiply_steps<S, S.block_m / kStep<S.type>>(
+          sum.c, [&](int i, int k) { return load_a_columns(a, 16 * i, k); },
+          [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); }, OnTop{});
+    }
+  }
+
+  /// The slow product, term by term, that leaves out hidden entries of A: for tiles in which something hidden may not
+  /// be finite.
+  template <int kSteps, class C, class A, class B>
+  FOVEA_DEVICE static void multiply_seen(C& sum, const A& a, const B& b) {
+    const int row = fresh(C::row() + lane_id() / 4), column = fresh(C::column() + lane_id() % 4 * 2);
+#pragma unroll 1
+    for (int k = 0; k < kSteps; ++k) {
+      constexpr int kM = C::kGrid.rows / 16, kN = C::kGrid.columns / 8;
+      float factors[kM][2];
+#pragma unroll
+      for (int x = 0; x < 2 * kM; ++x) factors[x / 2][x % 2] = read_shared<S.type>(a(k, row + 8 * x));
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float other = read_shared<S.type>(b(k, column + 8 * j + e));
+#pragma unroll
+          for (int x = 0; x < 2 * kM; ++x) {
+            const float factor = factors[x / 2][x % 2];
+            if (!GradientTile<S>::hidden(factor)) sum.c[x / 2][j].x[x % 2 * 2 + e] += factor * other;
+          }
+        }
+      }
+    }
+  }
+
+  // ---- turns: where bits must not change, dq is added up from the last key block to the first
+  // ------------------------------
+
+  FOVEA_DEVICE int turn(const Step& at) const {
+    const int row = at.tile * S.block_m;
+    return (sequence.band.keys_of_rows({row, row + S.block_m}).end - 1) / S.block_n - walk.key_block;
+  }
+  FOVEA_DEVICE void await_turn(int n) const {
+    if (lane_id() == 0) {
+      const int mine = turn(step(n));
+      const int* ticket = p.tickets + step(n).slot;
+      int now;
+      do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(ticket) : "memory");
+      } while (now != mine);
+    }
+    __syncwarp();
+  }
+  /// Called behind a barrier that all additions of step n, if there is one, came before.
+  FOVEA_DEVICE void pass_turn(int n) const {
+    if (n < 0 || threadIdx.x != 0) return;
+    __threadfence();
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + step(n).slot), "r"(turn(step(n)) + 1)
+                 : "memory");
+  }
+
+  FOVEA_DEVICE float* slope_part(int head) const {
+    return p.slope_parts + ((i64{sequence.batch} * p.q_heads + head) * p.key_blocks + walk.key_block) * S.warps +
+           warp_id();
+  }
+  FOVEA_DEVICE void clear_slope_parts() const {
+    if (lane_id() != 0) return;
+    for (int h = 0; h < p.group; ++h) *slope_part(walk.first_head + h) = 0.0F;
+  }
+  /// The warp's share of a head's slope gradient; starts the next.
+  FOVEA_DEVICE void store_slope_part(int head, float& sum) const {
+    for (int lane = 1; lane < kWarp; lane *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lane);
+    if (lane_id() == 0) *slope_part(head) = sum;
+    sum = 0.0F;
+  }
+
+  /// Through shared memory, in the place of k and v.
+  FOVEA_DEVICE void store(Dk& dk, Dv& dv) const {
+    const float kept = S.dropout ? 65536.0F / static_cast<float>(p.keep_threshold) : 1.0F;
+    place(k_tile(), dk, p.scale);
+    place(v_tile(), dv, kept);
+    __syncthreads();
+    const int keys = sequence.kv_rows - key();
+    store_rows<kThreads>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.dk.aligned,
+                         sequence.kv_row(p.dk, key(), walk.kv_head), p.dk.row);
+    store_rows<kThreads>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.dv.aligned,
+                         sequence.kv_row(p.dv, key(), walk.kv_head), p.dv.row);
+  }
+  template <class To, class C>
+  FOVEA_DEVICE static void place(const To& tile, C& sum, float scale) {
+    if (!C::works()) return;
+#pragma unroll
+    for (auto& row : sum.c) {
+#pragma unroll
+      for (Accumulator& c : row) {
+#pragma unroll
+        for (float& x : c.x) x *= scale;
+      }
+    }
+    store_accumulators(corner_c(tile, lane_id(), C::row(), C::column()), sum.c);
+  }
+};
+
+/// Blocks are numbered as `Walk` says; where one waits for others, as they begin, so that those have begun.
+template <BackwardSpec S>
+__device__ void backward(const BackwardParams& p) {
+  extern __shared__ __align__(128) char shared[];
+  Walk& walk = *reinterpret_cast<Walk*>(shared + BackwardShared::of(S).walk);
+  if (threadIdx.x == 0) {
+    const int block =
+        S.deterministic ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x);
+    walk = Walk(p, block, S.block_m, S.block_n, S.deterministic);
+    walk.write_step(p, 0, walk.first_head, walk.first, S.stages, S.block_m);
+  }
+  __syncthreads();
+  if (walk.key_block * S.block_n >= walk.sequence.kv_rows) return;
+  Backward<S>{p, walk, walk.sequence, shared_address(shared)}.run();
+}
+
+}  // namespace fovea::cuda

@@ -1,0 +1,54 @@
+#pragma once
+
+#include "cuda/kernels/backward.cuh"
+
+// After the main kernel of the backward: dq_sum, which lies as accumulators lie in warps, becomes dq.
+namespace fovea::cuda {
+
+/// Blocks: row blocks × heads × batch.  A thread takes 8 columns of the rows r and r + 8 of a piece of 16 × 8, which
+/// are 64 bytes in a row.
+template <BackwardSpec S>
+__device__ void backward_queries(const BackwardParams& p) {
+  const int block = static_cast<int>(blockIdx.x), tile = block % p.row_blocks, head = block / p.row_blocks % p.q_heads;
+  const Sequence sequence = Sequence::of(p, block / p.row_blocks / p.q_heads);
+  const float* sum = p.dq_sum + RowSlots(p, sequence, S.block_m).at(head, tile) * (S.block_m * S.head_dim);
+  constexpr int kAcross = S.head_dim / 8;
+  for (int at = static_cast<int>(threadIdx.x); at < S.block_m / 16 * kAcross * 8; at += kSideThreads) {
+    const int r = at % 8, piece = at / 8, column = piece % kAcross * 8;
+    const int row = tile * S.block_m + piece / kAcross * 16 + r;
+    if (row >= sequence.q_rows || column >= p.head_dim) continue;
+    const float* from = sum + Backward<S>::Dq::piece(piece / kAcross, piece % kAcross) * 128;
+    float x[4][4];  // [lane of the quad][entry], or [entry][lane]
+#pragma unroll
+    for (int a = 0; a < 4; ++a) {
+      const float4 four = *reinterpret_cast<const float4*>(from + (kVectorReduction ? 16 * r + 4 * a : 32 * a + 4 * r));
+      x[a][0] = four.x, x[a][1] = four.y, x[a][2] = four.z, x[a][3] = four.w;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (row + 8 * h >= sequence.q_rows) continue;
+      float y[8];
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        const int lane = c / 2, e = 2 * h + c % 2;
+        y[c] = (kVectorReduction ? x[lane][e] : x[e][lane]) * p.scale;
+      }
+      char* to = sequence.q_row(p.dq, row + 8 * h, head) + column * kBytes<S.type>;
+      const int bytes = (p.head_dim - column) * kBytes<S.type>;
+      if constexpr (S.type == Type::kFloat32) {
+        write_piece(to, {__float_as_uint(y[0]), __float_as_uint(y[1]), __float_as_uint(y[2]), __float_as_uint(y[3])},
+                    bytes, p.dq.aligned);
+        write_piece(to + 16,
+                    {__float_as_uint(y[4]), __float_as_uint(y[5]), __float_as_uint(y[6]), __float_as_uint(y[7])},
+                    bytes - 16, p.dq.aligned);
+      } else {
+        write_piece(
+            to,
+            {pack<S.type>(y[0], y[1]), pack<S.type>(y[2], y[3]), pack<S.type>(y[4], y[5]), pack<S.type>(y[6], y[7])},
+            bytes, p.dq.aligned);
+      }
+    }
+  }
+}
+
+}  // namespace fovea::cuda

@@ -1,0 +1,228 @@
+#pragma once
+
+#include "cuda/kernels/copies.cuh"
+#include "cuda/kernels/scores.cuh"
+
+// What every part of the backward does with a tile of rows and a tile of keys: recompute P from q, k and lse, and
+// dS = P ∘ (dP − delta) from dout and v (2205.14135, algorithm 4).
+namespace fovea::cuda {
+
+template <int kM, int kN>
+FOVEA_DEVICE void clear(Accumulator (&c)[kM][kN]) {
+#pragma unroll
+  for (int i = 0; i < kM; ++i) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) c[i][j] = {};
+  }
+}
+
+struct OnTop {};  // of what C holds already
+template <class Start>
+inline constexpr bool kIsOnTop = false;
+template <>
+inline constexpr bool kIsOnTop<OnTop> = true;
+
+/// C = A · B + `start` of its rows, or on top; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.
+/// What goes on top in fp32 is summed apart and added by ordinary additions, for what `kPasses` says.
+template <auto S, int kSteps, int kM, int kN, class A, class B, class Start>
+FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start) {
+  constexpr bool kOnTop = kIsOnTop<Start>, kApart = kOnTop && S.type == Type::kFloat32;
+  constexpr int kWidth = !kApart ? kN : kN % 4 == 0 ? 4 : 2;
+  // Many steps at once would be long to compile and want more registers than there are.
+  constexpr int kMost = S.mma == Mma::kShuffles ? 1
+                        : S.mma == Mma::kTf32x3 ? 2
+                                                : 16,
+                kUnroll = math::smaller(kSteps, kMost);
+  constexpr bool kRolled = kUnroll < kSteps;
+#pragma unroll
+  for (int first = 0; first < kN; first += kWidth) {
+    Accumulator apart[kApart ? kM : 1][kApart ? kWidth : 1];
+    if constexpr (kApart) clear(apart);
+    if constexpr (kRolled && !kOnTop) {
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+#pragma unroll
+        for (int j = 0; j < kN; ++j) c[i][j] = start(i);
+      }
+    }
+#pragma unroll
+    for (int pass = 0; pass < kPasses<S.mma>; ++pass) {
+#pragma unroll kUnroll
+      for (int k = 0; k < kSteps; ++k) {
+        OperandA rows[kM];
+#pragma unroll
+        for (int i = 0; i < kM; ++i) rows[i] = a(i, k * kStep<S.type>);
+#pragma unroll
+        for (int j = 0; j < kWidth; j += 2) {
+          OperandB columns[2];
+          b(columns, first + j, k * kStep<S.type>);
+#pragma unroll
+          for (int i = 0; i < kM; ++i) {
+#pragma unroll
+            for (int x = 0; x < 2; ++x) {
+              Accumulator& sum = kApart ? apart[kApart ? i : 0][kApart ? j + x : 0] : c[i][first + j + x];
+              if constexpr (kOnTop || kRolled) {
+                multiply_add<S.type, S.mma>(sum, rows[i], columns[x], pass);
+              } else if (pass == 0 && k == 0) {
+                multiply<S.type, S.mma>(sum, rows[i], columns[x], start(i));
+              } else {
+                multiply_add<S.type, S.mma>(sum, rows[i], columns[x], pass);
+              }
+            }
+          }
+        }
+      }
+    }
+    if constexpr (kApart) {
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+#pragma unroll
+        for (int x = 0; x < kWidth * 4; ++x) c[i][first + x / 4].x[x % 4] += apart[i][x / 4].x[x % 4];
+      }
+    }
+  }
+}
+
+/// Where the rows of a block find what was prepared for them: [head][slot][row of block_m].
+struct RowSlots {
+  int first, count;  // of this sequence, of all
+  FOVEA_DEVICE RowSlots(const BackwardParams& p, const Sequence& sequence, int block_m)
+      : first(p.cu_seqlens_q.data == nullptr ? sequence.batch * p.row_blocks
+                                             : sequence.q_begin / block_m + sequence.batch),
+        count(p.row_slots) {}
+  FOVEA_DEVICE i64 at(int head, int tile) const { return i64{head} * count + first + tile; }
+};
+
+/// A warp's piece of P and dS.  A hidden entry is −0 in both, a visible one never.
+template <BackwardSpec S>
+struct GradientTile {
+  static constexpr WarpGrid kGrid = WarpGrid::of(S.block_m, S.block_n, S.warps);
+  static constexpr int kM = kGrid.rows / 16, kN = kGrid.columns / 8;
+  using Rules = ScoreRules<S, false>;
+
+  /// dP starts from −delta; not where its digits are dear or dropout scales dP alone.
+  static constexpr bool kDeltaFirst = !S.dropout && S.type != Type::kFloat32;
+
+  Accumulator p[kM][kN], ds[kM][kN];
+  Accumulator tanhs[S.softcap ? kM : 1][S.softcap ? kN : 1];
+  float statistic[kM][2];  // of the rows: log2_lse, then delta
+
+  FOVEA_DEVICE static bool works() { return kGrid.used == S.warps || warp_id() < kGrid.used; }
+  FOVEA_DEVICE static int row() { return warp_id() / kGrid.across * kGrid.rows; }
+  FOVEA_DEVICE static int column() { return warp_id() % kGrid.across * kGrid.columns; }
+
+  /// kHides: some entry may be hidden.  Returns whether something that is not finite was met then: a product with it
+  /// must ask who is hidden, for 0 · NaN is NaN.  `statistics`: block_m of log2_lse, then of delta, in shared memory.
+  template <bool kHides, class Q, class K, class Dout, class V>
+  FOVEA_DEVICE bool compute(const Q& q, const K& k, const Dout& dout, const V& v, u32 statistics, const Rules& rules,
+                            int key, TileState state, const math::DropoutStream& stream) {
+    const float unit =
+        kBareScores<S> ? rules.p.scale * kLog2E : 1.0F;  // of any sign: hidden entries are told apart first
+    const int lane = fresh(lane_id());
+    product(p, q, k, lane, [](int) { return Accumulator{}; });
+    float check = kHides ? not_finite(p) : 0.0F;
+    if constexpr (!kBareScores<S>) rules.template score_all<false>(p, row(), key + column(), tanhs_or_null());
+    if constexpr (kHides) rules.template hide<false>(p, row(), key + column(), state, S.mask);
+    exponentiate<kHides>(statistics, unit);
+    load_statistics(statistics + 4 * S.block_m);
+    product(ds, dout, v, lane, [&](int i) {
+      return kDeltaFirst ? Accumulator{{-statistic[i][0], -statistic[i][0], -statistic[i][1], -statistic[i][1]}}
+                         : Accumulator{};
+    });
+    if constexpr (kHides) check += not_finite(ds);
+    differentiate<kHides>(rules, key, stream);
+    return !(check == 0.0F);
+  }
+
+  /// dS becomes the gradient of the scores before the softcap.
+  FOVEA_DEVICE void pass_softcap() {
+    if constexpr (S.softcap) {
+      each([&](int i, int j, int e) {
+        const float t = tanhs[i][j].x[e];
+        if (!hidden(ds[i][j].x[e])) ds[i][j].x[e] *= 1.0F - t * t;
+      });
+    }
+  }
+
+  FOVEA_DEVICE static bool hidden(float x) { return __float_as_uint(x) == 0x80000000U; }
+
+  template <class F>
+  FOVEA_DEVICE static void each(const F& f) {
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) f(i, j, e);
+      }
+    }
+  }
+
+ private:
+  /// C = rows · keysᵀ + start.
+  template <class Rows, class Keys, class Start>
+  FOVEA_DEVICE static void product(Accumulator (&c)[kM][kN], const Rows& rows, const Keys& keys, int lane,
+                                   const Start& start) {
+    const auto a = corner_a(rows, lane, row(), 0);
+    const auto b = corner_b_rows(keys, lane, column(), 0);
+    multiply_steps<S, Rows::kColumns / kStep<S.type>>(
+        c, [&](int i, int k) { return load_a(a, 16 * i, k); },
+        [&](OperandB(&two)[2], int j, int k) { load_b_rows(two, b, 8 * j, k); }, start);
+  }
+
+  FOVEA_DEVICE void load_statistics(u32 from) {
+    const u32 mine = from + 4 * (row() + fresh(lane_id()) / 4);
+#pragma unroll
+    for (int x = 0; x < 2 * kM; ++x) statistic[x / 2][x % 2] = __uint_as_float(load_shared(mine + 32 * x));
+  }
+
+  FOVEA_DEVICE auto tanhs_or_null() {
+    if constexpr (S.softcap) {
+      return &tanhs[0];
+    } else {
+      return static_cast<Accumulator(*)[kN]>(nullptr);
+    }
+  }
+
+  /// 0 where all is finite, NaN otherwise.
+  FOVEA_DEVICE static float not_finite(const Accumulator (&c)[kM][kN]) {
+    float sums[4] = {};
+    each([&](int i, int j, int e) { sums[e] += c[i][j].x[e] * 0.0F; });
+    return sums[0] + sums[1] + sums[2] + sums[3];
+  }
+
+  template <bool kHides>
+  FOVEA_DEVICE void exponentiate(u32 log2_lse, float unit) {
+    load_statistics(log2_lse);
+    each([&](int i, int j, int e) {
+      const float s = p[i][j].x[e];
+      const float weight = exp2(s * unit - statistic[i][e / 2]);
+      p[i][j].x[e] = kHides && s == -infinity() ? -0.0F : weight;
+    });
+  }
+
+  template <bool kHides>
+  FOVEA_DEVICE void differentiate(const Rules& rules, int key, const math::DropoutStream& stream) {
+    if constexpr (S.dropout) {
+      const float scale = 65536.0F / static_cast<float>(rules.p.keep_threshold);
+      rules.template for_each_draw<false, kM, kN>(row(), key + column(), stream, [&](int i, int j, int e, bool kept) {
+        float &x = p[i][j].x[e], &d = ds[i][j].x[e];
+        d = (kept ? d * scale : 0.0F) - statistic[i][e / 2];
+        pass_softmax<kHides>(x, d);
+        if (!kept && !(kHides && hidden(x))) x *= 0.0F;
+      });
+    } else {
+      each([&](int i, int j, int e) {
+        if constexpr (!kDeltaFirst) ds[i][j].x[e] -= statistic[i][e / 2];
+        pass_softmax<kHides>(p[i][j].x[e], ds[i][j].x[e]);
+      });
+    }
+  }
+  /// dP − delta becomes dS; of a visible entry never −0.
+  template <bool kHides>
+  FOVEA_DEVICE static void pass_softmax(float weight, float& d) {
+    d = kHides && hidden(weight) ? -0.0F : weight * d + 0.0F;
+  }
+};
+
+}  // namespace fovea::cuda

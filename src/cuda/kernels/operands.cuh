@@ -1,0 +1,217 @@
+#pragma once
+
+#include "cuda/backward_plan.h"
+#include "cuda/kernels/mma.cuh"
+
+// Operands by way of corners: what a lane's address owes to the lane and its warp is worked out once a product, and
+// what is left for each load is a constant.
+namespace fovea::cuda {
+
+/// A tile without room between the rows: pieces of 16 bytes change places within 128 bytes, row by row.
+template <Type kElement, int kRowCount, int kDim>
+struct SwizzledTile {
+  static constexpr Type kType = kElement;
+  static constexpr int kRows = kRowCount, kColumns = kDim, kPieceColumns = 16 / kBytes<kType>;
+  static constexpr int kPieces = kDim * kBytes<kType> / 16;
+  static constexpr int kPitch = kPieces * 16;
+  static constexpr int kSize = kRows * kPitch;
+  u32 base;  // a multiple of 128
+
+  FOVEA_DEVICE u32 at(int row, int column) const {
+    const u32 piece = static_cast<u32>(column) / 8, r = static_cast<u32>(row);
+    return base + r * kPitch + piece / 8 * 128 + ((piece ^ r) & 7) * 16 + static_cast<u32>(column) % 8 * 2;
+  }
+};
+
+template <Type kType, int kRows, int kDim>
+struct TileOf {
+  using Is = SharedTile<kType, kRows, kDim>;
+};
+template <Type kType, int kRows, int kDim>
+requires(swizzled(kType, kDim)) struct TileOf<kType, kRows, kDim> {
+  using Is = SwizzledTile<kType, kRows, kDim>;
+};
+template <Type kType, int kRows, int kDim>
+using Tile = typename TileOf<kType, kRows, kDim>::Is;
+
+/// Where a lane finds its part of the operand at one place of a tile, and so of those at a constant distance: rows in
+/// whole steps of 8; columns likewise, and without a carry out of the first place's column into the distance's, so that
+/// the swizzle is one exclusive or.
+template <class Tile>
+struct Corner {
+  u32 lane;
+  FOVEA_DEVICE u32 at(int row, int column) const {
+    if constexpr (swizzled(Tile::kType, Tile::kColumns)) {
+      return (lane ^ static_cast<u32>(column / 8 % 8 * 16)) + static_cast<u32>(column / 64 * 128 + row * Tile::kPitch);
+    } else {
+      return lane + static_cast<u32>(row * Tile::kPitch + column * kBytes<Tile::kType>);
+    }
+  }
+};
+
+#if __CUDA_ARCH__ >= 900
+inline constexpr bool kStoresMatrices = true;
+#else
+inline constexpr bool kStoresMatrices = false;
+#endif
+
+/// The inverse of `load_matrices`.
+FOVEA_DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+#endif
+}
+
+// `lane` is the lane's number, asked for anew (`fresh`) where its parts are not to be kept in registers.
+
+/// For `load_a` and, paired, for the A that goes with `load_b_columns`: fp32 then takes a step's columns in the order
+/// 0, 2, 4, 6, 1, 3, 5, 7.
+template <bool kPaired = false, class Tile>
+FOVEA_DEVICE Corner<Tile> corner_a(const Tile& tile, int lane, int row, int column) {
+  if constexpr (Tile::kType == Type::kFloat32) return {tile.at(row + lane / 4, column + lane % 4 * (kPaired ? 2 : 1))};
+  return {tile.at(row + lane % 16, column + lane / 16 * 8)};
+}
+/// For `load_b_rows`.
+template <class Tile>
+FOVEA_DEVICE Corner<Tile> corner_b_rows(const Tile& tile, int lane, int row, int column) {
+  if constexpr (Tile::kType == Type::kFloat32) return {tile.at(row + lane / 4, column + lane % 4)};
+  return {tile.at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8)};
+}
+/// For `load_a_columns`.
+template <class Tile>
+FOVEA_DEVICE Corner<Tile> corner_a_columns(const Tile& tile, int lane, int row, int column) {
+  if constexpr (Tile::kType == Type::kFloat32) return {tile.at(row + lane % 4 * 2, column + lane / 4)};
+  return {tile.at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8)};
+}
+/// For `load_b_columns`.
+template <class Tile>
+FOVEA_DEVICE Corner<Tile> corner_b_columns(const Tile& tile, int lane, int row, int column) {
+  if constexpr (Tile::kType == Type::kFloat32) return {tile.at(row + lane % 4 * 2, column + lane / 4)};
+  return {tile.at(row + lane % 16, column + lane / 16 * 8)};
+}
+/// For `store_accumulators`.
+template <class Tile>
+FOVEA_DEVICE Corner<Tile> corner_c(const Tile& tile, int lane, int row, int column) {
+  if constexpr (kStoresMatrices && Tile::kType != Type::kFloat32) return corner_a(tile, lane, row, column);
+  return {tile.at(row + lane / 4, column + lane % 4 * 2)};
+}
+
+/// A = rows [row, row + 16), columns [k, k + kStep).
+template <bool kPaired = false, class Tile>
+FOVEA_DEVICE OperandA load_a(const Corner<Tile>& corner, int row, int k) {
+  OperandA a;
+  if constexpr (Tile::kType == Type::kFloat32) {
+    constexpr int kNext = kPaired ? 4 : 16;  // bytes
+    a.x[0] = load_shared(corner.at(row, k));
+    a.x[1] = load_shared(corner.at(row + 8, k));
+    a.x[2] = load_shared(corner.at(row, k) + kNext);
+    a.x[3] = load_shared(corner.at(row + 8, k) + kNext);
+  } else {
+    load_matrices(a.x, corner.at(row, k));
+  }
+  return a;
+}
+/// A = (the tile)ᵀ: rows [row, row + 16) are its columns, [k, k + kStep) its rows.
+template <class Tile>
+FOVEA_DEVICE OperandA load_a_columns(const Corner<Tile>& corner, int row, int k) {
+  OperandA a;
+  if constexpr (Tile::kType == Type::kFloat32) {
+    a.x[0] = load_shared(corner.at(k, row));
+    a.x[1] = load_shared(corner.at(k, row + 8));
+    a.x[2] = load_shared(corner.at(k, row) + Tile::kPitch);
+    a.x[3] = load_shared(corner.at(k, row + 8) + Tile::kPitch);
+  } else {
+    load_matrices_transposed(a.x, corner.at(k, row));
+  }
+  return a;
+}
+/// Two B side by side, B[k][n] = tile[n][k].
+template <class Tile>
+FOVEA_DEVICE void load_b_rows(OperandB (&b)[2], const Corner<Tile>& corner, int n, int k) {
+  if constexpr (Tile::kType == Type::kFloat32) {
+#pragma unroll
+    for (int x = 0; x < 2; ++x)
+      b[x] = {load_shared(corner.at(n + 8 * x, k)), load_shared(corner.at(n + 8 * x, k) + 16)};
+  } else {
+    u32 x[4];
+    load_matrices(x, corner.at(n, k));
+    b[0] = {x[0], x[1]};
+    b[1] = {x[2], x[3]};
+  }
+}
+/// Two B side by side, B[k][n] = tile[k][n].
+template <class Tile>
+FOVEA_DEVICE void load_b_columns(OperandB (&b)[2], const Corner<Tile>& corner, int k, int n) {
+  if constexpr (Tile::kType == Type::kFloat32) {
+#pragma unroll
+    for (int x = 0; x < 2; ++x)
+      b[x] = {load_shared(corner.at(k, n + 8 * x)), load_shared(corner.at(k, n + 8 * x) + Tile::kPitch)};
+  } else {
+    u32 x[4];
+    load_matrices_transposed(x, corner.at(k, n));
+    b[0] = {x[0], x[1]};
+    b[1] = {x[2], x[3]};
+  }
+}
+/// Writes a piece of a tile, its accumulators side by side in twos.
+template <class Tile, int kM, int kN>
+FOVEA_DEVICE void store_accumulators(const Corner<Tile>& corner, const Accumulator (&c)[kM][kN]) {
+#pragma unroll
+  for (int i = 0; i < kM; ++i) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      const Accumulator& one = c[i][j];
+      if constexpr (Tile::kType == Type::kFloat32) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const u32 at = corner.at(16 * i + 8 * h, 8 * j);
+          store_shared(at, __float_as_uint(one.x[2 * h]));
+          store_shared(at + 4, __float_as_uint(one.x[2 * h + 1]));
+        }
+      } else if constexpr (kStoresMatrices) {
+        const Accumulator& two = c[i][j | 1];
+        if (j % 2 == 0) {
+          store_matrices(corner.at(16 * i, 8 * j), pack<Tile::kType>(one.x[0], one.x[1]),
+                         pack<Tile::kType>(one.x[2], one.x[3]), pack<Tile::kType>(two.x[0], two.x[1]),
+                         pack<Tile::kType>(two.x[2], two.x[3]));
+        }
+      } else {
+        store_shared(corner.at(16 * i, 8 * j), pack<Tile::kType>(one.x[0], one.x[1]));
+        store_shared(corner.at(16 * i + 8, 8 * j), pack<Tile::kType>(one.x[2], one.x[3]));
+      }
+    }
+  }
+}
+template <Type kType>
+FOVEA_DEVICE float read_shared(u32 address) {
+  if constexpr (kType == Type::kFloat32) {
+    return __uint_as_float(load_shared(address));
+  } else {
+    return widen<kType>(load_shared(address & ~3U) >> (address & 2U) * 8 & 0xffffU);
+  }
+}
+
+/// C = A · B + `start`, which is kept.
+template <Type kType, Mma kMma>
+FOVEA_DEVICE void multiply(Accumulator& c, const OperandA& a, const OperandB& b, const Accumulator& start) {
+  if constexpr (kMma == Mma::kHalf16 && kType == Type::kFloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, "
+        "%12, %13};"
+        : "=f"(c.x[0]), "=f"(c.x[1]), "=f"(c.x[2]), "=f"(c.x[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]), "f"(start.x[0]),
+          "f"(start.x[1]), "f"(start.x[2]), "f"(start.x[3]));
+  } else if constexpr (kMma == Mma::kHalf16 && kType == Type::kBFloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, "
+        "%12, %13};"
+        : "=f"(c.x[0]), "=f"(c.x[1]), "=f"(c.x[2]), "=f"(c.x[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]), "f"(start.x[0]),
+          "f"(start.x[1]), "f"(start.x[2]), "f"(start.x[3]));
+  } else {
+    c = start;
+    multiply_add<kType, kMma>(c, a, b, 0);
+  }
+}
+
+}  // namespace fovea::cuda
