@@ -68,7 +68,7 @@ class Ceilings {
   void measure(const std::string& isa) {
     constexpr double kSeconds = 0.15;
     double& rate = rates_[isa];
-    rate = std::max(rate, isa.empty() ? place_.copy_rate() : cpu::measure_fma_rate(isa, threads_, kSeconds));
+    rate = std::max(rate, isa.empty() ? place_.copy_rate() : fma_rate(isa, threads_, kSeconds));
   }
   [[nodiscard]] double rate(const std::string& isa) const { return rates_.at(isa); }
 

@@ -35,8 +35,8 @@ std::vector<FmaRate> fma_rates(int threads) {
   const std::vector<std::string> isas = cpu::available_isas();
   for (const std::string& isa : isas) {
     bar.show(static_cast<double>(rates.size()) / static_cast<double>(isas.size()), "multiply-add rate of " + isa);
-    FmaRate rate{isa, cpu::measure_fma_rate(isa, 1, kRateSeconds)};
-    rate.all = threads > 1 ? cpu::measure_fma_rate(isa, threads, kRateSeconds) : rate.one;
+    FmaRate rate{isa, fma_rate(isa, 1, kRateSeconds)};
+    rate.all = threads > 1 ? fma_rate(isa, threads, kRateSeconds) : rate.one;
     rates.push_back(std::move(rate));
   }
   return rates;

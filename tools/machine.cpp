@@ -5,10 +5,14 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <fstream>
 #include <iterator>
 #include <set>
 #include <sstream>
+
+#include "cpu/flash_backend.h"
+#include "cpu/threads.h"
 
 namespace fovea::tools {
 namespace {
@@ -50,6 +54,30 @@ Processor processor() {
   found.l3_bytes = ask(_SC_LEVEL3_CACHE_SIZE);
   found.memory_bytes = ask(_SC_PHYS_PAGES) * ask(_SC_PAGESIZE);
   return found;
+}
+
+double fma_rate(const std::string& isa, int threads, double seconds) {
+  struct Run {
+    const cpu::FlashKernels& kernels;
+    std::vector<double> flops;
+    std::int64_t rounds;
+  } run{cpu::flash_kernels(isa), std::vector<double>(static_cast<std::size_t>(threads)), 20000};
+  double best = 0.0, spent = 0.0;
+  while (spent < seconds) {
+    const auto start = std::chrono::steady_clock::now();
+    cpu::run_tasks(
+        threads, threads,
+        [](void* context, std::int64_t index, int /*worker*/) {
+          auto& my = *static_cast<Run*>(context);
+          my.flops[static_cast<std::size_t>(index)] = my.kernels.multiply_add(my.rounds);
+        },
+        &run);
+    const double took = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    best = std::max(best, run.flops[0] * threads / took);
+    spent += took;
+    if (took < 0.01) run.rounds *= 2;
+  }
+  return best;
 }
 
 }  // namespace fovea::tools

@@ -19,4 +19,8 @@ struct Processor {
 };
 [[nodiscard]] Processor processor();
 
+/// Peak fp32 rate in FLOP/s (a multiply-add is two) that `threads` threads reach with independent FMAs of one
+/// instruction set, measured for about `seconds`: the ceiling that kernels are held against.
+[[nodiscard]] double fma_rate(const std::string& isa, int threads, double seconds);
+
 }  // namespace fovea::tools

@@ -34,11 +34,18 @@ struct Rules {
   friend bool operator==(const Rules&, const Rules&) = default;
 };
 
+/// How a problem is to be run.
+struct PlanOptions {
+  std::string backend{};  ///< run this backend or fail; empty: the first that supports the problem
+  bool strict = false;    ///< fail rather than pass over a backend this device has
+  int num_threads = 0;    ///< CPU threads; 0: as many as the process may use
+};
+
 /// Everything an attention call may ask for besides q, k and v.  All options compose.
 ///
 ///     s = q kᵀ · softmax_scale;  s = softcap · tanh(s / softcap);  s += alibi + bias;  hidden entries become −inf
 ///     p = softmax(s), the sink being one more logit with no value;  dropout;  out = p v
-struct AttentionOptions : Rules {
+struct AttentionOptions : Rules, PlanOptions {
   Tensor mask;           ///< bool, any broadcast of [batch, num_q_heads, seqlen_q, seqlen_kv]; true = keep
   Tensor bias;           ///< fp32 or q's dtype, any broadcast of the same shape; an entry of −inf hides
   Tensor alibi_slopes;   ///< fp32 [num_q_heads] or [batch, num_q_heads]: adds −slope·|i + offset − j| (2108.12409)
@@ -50,10 +57,6 @@ struct AttentionOptions : Rules {
   Tensor cu_seqlens_kv;  ///< int32 [batch + 1]: the same for k and v; given together with cu_seqlens_q
   std::int64_t max_seqlen_q = 0;  ///< packed sequences on a GPU: the longest; on the CPU 0 lets the library look
   std::int64_t max_seqlen_kv = 0;
-
-  std::string backend;  ///< run this backend or fail; empty: the first that supports the problem
-  bool strict = false;  ///< fail rather than pass over a backend this device has
-  int num_threads = 0;  ///< CPU threads; 0: as many as the process may use
 };
 
 }  // namespace fovea

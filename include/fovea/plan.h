@@ -62,12 +62,6 @@ struct Report {
 /// Several lines for people.
 [[nodiscard]] FOVEA_API std::string to_string(const Report& report);
 
-struct PlanOptions {
-  std::string backend{};  ///< run this backend or fail; empty: the first that supports the problem
-  bool strict = false;    ///< fail rather than pass over a backend this device has
-  int num_threads = 0;    ///< CPU threads; 0: as many as the process may use
-};
-
 class PlannedKernel;  // src/dispatch/backend.h
 
 /// A problem made ready to run: slow once, then `execute` any number of times, from any number of threads, each with a

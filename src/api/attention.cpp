@@ -22,10 +22,6 @@ Inputs operands(const Tensor& q, const Tensor& k, const Tensor& v, const Attenti
   return in;
 }
 
-PlanOptions plan_options(const AttentionOptions& options) {
-  return {.backend = options.backend, .strict = options.strict, .num_threads = options.num_threads};
-}
-
 /// With a workspace of its own.
 void execute(const Plan& plan, const Inputs& inputs, const Outputs& outputs) {
   const Device& device = plan.report().device;
@@ -40,8 +36,7 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
                        const Tensor& out, const Tensor& lse) {
   or_out_of_memory([&] {
     const Problem problem = describe(Direction::kForward, q, k, v, options);
-    execute(plan_forward(problem, q.device, plan_options(options)), operands(q, k, v, options),
-            {.out = out, .lse = lse});
+    execute(plan_forward(problem, q.device, options), operands(q, k, v, options), {.out = out, .lse = lse});
   });
 }
 
@@ -55,7 +50,7 @@ void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const
     in.lse = lse;
     in.dout = dout;
     in.dlse = dlse;
-    execute(plan_backward(problem, q.device, plan_options(options)), in,
+    execute(plan_backward(problem, q.device, options), in,
             {.dq = gradients.dq,
              .dk = gradients.dk,
              .dv = gradients.dv,

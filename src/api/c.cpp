@@ -17,7 +17,7 @@ struct fovea_plan {
 
 namespace {
 
-// ------------------------------------------------------------------------------------------------------------- errors
+// ---- errors
 
 constexpr std::size_t kLongestSentence = 2048;
 thread_local std::array<char, kLongestSentence> last_sentence{};
@@ -53,8 +53,7 @@ static_assert(FOVEA_CUDA == static_cast<int>(DeviceKind::kCuda));
 static_assert(FOVEA_CAUSAL_BOTTOM_RIGHT == static_cast<int>(Causal::kBottomRight));
 static_assert(FOVEA_BACKWARD == static_cast<int>(Direction::kBackward));
 
-// ------------------------------------------------------------------------------------------------- from C to C++
-// values
+// ---- from C to C++ values
 
 template <typename T>
 T& need(T* pointer, const char* name) {
@@ -142,7 +141,9 @@ constexpr Field<fovea_outputs, Gradients> kGradientFields[] = {FOVEA_GRADIENT_FI
 #undef FOVEA_OPTION_FIELDS
 #undef FOVEA_FIELD
 
-std::string text_or_empty(const char* text) { return text == nullptr ? "" : text; }
+PlanOptions plan_options_of(const auto& c) {
+  return {.backend = c.backend == nullptr ? "" : c.backend, .strict = c.strict != 0, .num_threads = c.num_threads};
+}
 
 AttentionOptions to_options(const fovea_options* given) {
   const fovea_options c = read("fovea_options", given);
@@ -157,15 +158,12 @@ AttentionOptions to_options(const fovea_options* given) {
   o.deterministic = c.deterministic != 0;
   o.max_seqlen_q = c.max_seqlen_q;
   o.max_seqlen_kv = c.max_seqlen_kv;
-  o.backend = text_or_empty(c.backend);
-  o.strict = c.strict != 0;
-  o.num_threads = c.num_threads;
+  static_cast<PlanOptions&>(o) = plan_options_of(c);
   return o;
 }
 
 PlanOptions to_plan_options(const fovea_plan_options* given) {
-  const fovea_plan_options c = read("fovea_plan_options", given);
-  return {.backend = text_or_empty(c.backend), .strict = c.strict != 0, .num_threads = c.num_threads};
+  return plan_options_of(read("fovea_plan_options", given));
 }
 
 void make_plan(const Problem& problem, const Device& device, const PlanOptions& options, fovea_plan*& plan) {
@@ -179,8 +177,7 @@ void make_plan(const Problem& problem, const Device& device, const PlanOptions& 
 
 }  // namespace
 
-// -------------------------------------------------------------------------------------------------------------- the
-// door
+// ---- the door
 
 extern "C" {
 
@@ -225,7 +222,7 @@ fovea_status fovea_plan_from_tensors(int32_t direction, const fovea_tensor* q, c
     const AttentionOptions o = to_options(options);
     const Problem problem = describe(to_enum("direction", direction, Direction::kBackward), queries, to_tensor("k", k),
                                      to_tensor("v", v), o);
-    make_plan(problem, queries.device, {.backend = o.backend, .strict = o.strict, .num_threads = o.num_threads}, *plan);
+    make_plan(problem, queries.device, o, *plan);
   });
 }
 

@@ -92,11 +92,8 @@ Plan::Plan(Report report, std::shared_ptr<const PlannedKernel> kernel)
 
 void Plan::execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const {
   or_out_of_memory([&] {
-    if (problem().direction == Direction::kBackward) {
-      validate_backward(problem(), report_.device, inputs, outputs);
-    } else {
-      validate_forward(problem(), report_.device, inputs, outputs);
-    }
+    const auto validate_tensors = problem().direction == Direction::kBackward ? validate_backward : validate_forward;
+    validate_tensors(problem(), report_.device, inputs, outputs);
     std::unique_ptr<void, AlignedDelete> owned;
     if (workspace == nullptr && workspace_bytes() > 0) {
       if (report_.device.kind != DeviceKind::kCpu) {

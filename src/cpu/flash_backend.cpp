@@ -3,16 +3,16 @@
 #include <fovea/error.h>
 
 #include <algorithm>
-#include <chrono>
-#include <cmath>
 #include <cstdlib>
-#include <new>
 
-#include "cpu/flash/kernels.h"
 #include "cpu/threads.h"
+#include "dispatch/views.h"
+#include "math/philox.h"
 
 namespace fovea::cpu {
 namespace {
+
+using dispatch::entry_view, dispatch::floats, dispatch::row_view, dispatch::slope_view, dispatch::stat_view;
 
 struct Isa {
   const char* name;
@@ -60,24 +60,6 @@ Element element(DType dtype) {
 i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
 
-RowView row_view(const Tensor& t) {
-  if (!t.defined()) return {};
-  if (t.rank == 3) return {static_cast<char*>(t.data), 0, t.strides[0], t.strides[1]};
-  return {static_cast<char*>(t.data), t.strides[0], t.strides[1], t.strides[2]};
-}
-
-StatView stat_view(const Tensor& t) {
-  if (!t.defined()) return {};
-  if (t.rank == 2) return {static_cast<float*>(t.data), 0, t.strides[0], t.strides[1]};
-  return {static_cast<float*>(t.data), t.strides[0], t.strides[1], t.strides[2]};
-}
-
-EntryView entry_view(const Tensor& t) {
-  if (!t.defined()) return {};
-  const auto stride = [&t](int axis) { return t.shape[axis] == 1 ? 0 : t.strides[axis]; };
-  return {static_cast<char*>(t.data), stride(0), stride(1), stride(2), stride(3), element(t.dtype)};
-}
-
 std::int32_t value(const Tensor& t, i64 index) {
   return static_cast<const std::int32_t*>(t.data)[index * t.strides[0]];
 }
@@ -86,6 +68,7 @@ std::int32_t value(const Tensor& t, i64 index) {
 FlashCall describe_call(const Problem& problem) {
   FlashCall call;
   call.type = element(problem.dtype);
+  call.bias_type = element(problem.bias_dtype);
   call.batch = problem.batch;
   call.q_heads = problem.num_q_heads;
   call.kv_heads = problem.num_kv_heads;
@@ -94,8 +77,7 @@ FlashCall describe_call(const Problem& problem) {
   call.scale = problem.scale();
   call.softcap = problem.softcap;
   call.alibi = problem.alibi != Alibi::kNone;
-  call.keep_threshold =
-      static_cast<std::uint32_t>(std::lround((1.0 - static_cast<double>(problem.dropout.probability)) * 65536.0));
+  call.keep_threshold = math::keep_threshold(problem.dropout.probability);
   call.seed = problem.dropout.seed;
   call.offset = problem.dropout.offset;
   return call;
@@ -115,17 +97,10 @@ void attach_tensors(FlashCall& call, bool backward, const Inputs& in, const Outp
   call.mask = entry_view(in.mask);
   call.bias = entry_view(in.bias);
   call.dbias = entry_view(out.dbias);
-  if (in.alibi_slopes.defined()) {
-    call.slopes = static_cast<const float*>(in.alibi_slopes.data);
-    call.slopes_per_batch = in.alibi_slopes.rank == 2;
-    call.slopes_batch = call.slopes_per_batch ? in.alibi_slopes.strides[0] : 0;
-  }
-  if (in.sink.defined()) call.sink = static_cast<const float*>(in.sink.data);
-  if (out.dalibi_slopes.defined()) {
-    call.dslopes = static_cast<float*>(out.dalibi_slopes.data);
-    call.dslopes_batch = call.slopes_per_batch ? out.dalibi_slopes.strides[0] : 0;
-  }
-  if (out.dsink.defined()) call.dsink = static_cast<float*>(out.dsink.data);
+  call.slopes = slope_view(in.alibi_slopes);
+  call.dslopes = slope_view(out.dalibi_slopes);
+  call.sink = floats(in.sink);
+  call.dsink = floats(out.dsink);
 }
 
 /// Where each sequence lies and what its rows see.
@@ -211,13 +186,13 @@ class FlashPlan final : public PlannedKernel {
     if (problem_.direction == Direction::kBackward) {
       list.emplace_back("block", text(backward_.block_keys) + " keys, in tiles of " + text(kGroupRows) + " rows × " +
                                      text(kKeyTile) + " keys");
-      list.emplace_back("threads", text(backward_.workers));
     } else {
       list.emplace_back("block", text(forward_.block_rows) + " rows, in tiles of " + text(isa_.kernels.panel_rows) +
                                      " rows × " + text(kForwardKeys) + " keys");
       list.emplace_back("key splits", text(forward_.key_splits));
-      list.emplace_back("threads", text(forward_.workers));
     }
+    list.emplace_back("threads",
+                      text(problem_.direction == Direction::kBackward ? backward_.workers : forward_.workers));
     return list;
   }
 
@@ -290,33 +265,11 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
-double measure_fma_rate(const std::string& isa, int threads, double seconds) {
-  const auto found =
-      std::find_if(isas().begin(), isas().end(), [&](const Isa& i) { return i.present && isa == i.name; });
-  if (found == isas().end())
-    throw Error(ErrorCode::kInvalidArgument,
-                "instruction set '" + isa + "' is not one this CPU has; ask `fovea doctor`");
-  struct Run {
-    const FlashKernels& kernels;
-    std::vector<double> flops;
-    i64 rounds;
-  } run{found->kernels, std::vector<double>(static_cast<std::size_t>(threads)), 20000};
-  double best = 0.0, spent = 0.0;
-  while (spent < seconds) {
-    const auto start = std::chrono::steady_clock::now();
-    run_tasks(
-        threads, threads,
-        [](void* context, std::int64_t index, int /*worker*/) {
-          auto& my = *static_cast<Run*>(context);
-          my.flops[static_cast<std::size_t>(index)] = my.kernels.multiply_add(my.rounds);
-        },
-        &run);
-    const double took = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    best = std::max(best, run.flops[0] * threads / took);
-    spent += took;
-    if (took < 0.01) run.rounds *= 2;
+const FlashKernels& flash_kernels(const std::string& isa) {
+  for (const Isa& each : isas()) {
+    if (each.present && isa == each.name) return each.kernels;
   }
-  return best;
+  throw Error(ErrorCode::kInvalidArgument, "instruction set '" + isa + "' is not one this CPU has; ask `fovea doctor`");
 }
 
 }  // namespace fovea::cpu

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/flash/call.h"
 #include "dispatch/backend.h"
 
 namespace fovea::cpu {
@@ -15,8 +16,7 @@ namespace fovea::cpu {
 /// The instruction sets compiled in that this CPU has, best first: "avx512", "avx2", "portable".
 [[nodiscard]] std::vector<std::string> available_isas();
 
-/// Peak fp32 rate in FLOP/s (a multiply-add is two) that `threads` threads reach with independent FMAs of one
-/// instruction set, measured for about `seconds`: the ceiling that kernels are held against.
-[[nodiscard]] double measure_fma_rate(const std::string& isa, int threads, double seconds);
+/// The code of one of them.
+[[nodiscard]] const FlashKernels& flash_kernels(const std::string& isa);
 
 }  // namespace fovea::cpu

@@ -1,33 +1,10 @@
 #pragma once
 
 #include "math/band.h"
+#include "math/views.h"
 
 // What a GPU kernel is called with: run-time values.  Host and device compile this text.
 namespace fovea::cuda {
-
-using math::i64;
-using math::u32;
-using math::u64;
-
-/// Rows of head_dim elements; strides in bytes.  Packed problems have batch stride 0.  `aligned`: every row begins at a
-/// multiple of 16 bytes.
-struct RowView {
-  char* data;
-  i64 batch, row, head;
-  bool aligned;
-};
-
-/// fp32 statistics; strides in elements.  data null: not given, not wanted.
-struct StatView {
-  float* data;
-  i64 batch, head, row;
-};
-
-/// A mask or bias; strides in bytes, 0 where broadcast.
-struct EntryView {
-  char* data;
-  i64 batch, head, query, key;
-};
 
 /// int32 values on the device; data null: none.
 struct IndexView {
@@ -48,9 +25,8 @@ struct CallParams {
   EntryView mask, bias;
   bool entries_in_pairs;            // keys 2n and 2n + 1 of mask and bias can be read as one
   const unsigned char* mask_tiles;  // math::TileState of every block_m × block_n tile of the mask
-  const float* slopes;              // of ALiBi, [batch,] head
-  i64 slopes_batch;                 // stride
-  const float* sink;                // [head]
+  SlopeView slopes;
+  const float* sink;  // [head]
   float scale, softcap;
   u32 keep_threshold;  // of 65536
   u64 seed, offset;
@@ -72,9 +48,8 @@ struct BackwardParams : CallParams {
   RowView out, dout, dq, dk, dv;
   StatView lse, dlse;
   EntryView dbias;
-  float *dslopes, *dsink;
-  i64 dslopes_batch;  // stride
-  bool slopes_per_batch;
+  SlopeView dslopes;
+  float* dsink;
   int row_blocks, key_blocks;  // of the longest sequence
   int row_slots;               // of blocks of rows, all sequences together
   // In the workspace; slots: `RowSlots`.

@@ -3,7 +3,6 @@
 #include <fovea/error.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "cuda/backward_tuning.h"
 #include "cuda/driver.h"
@@ -11,36 +10,16 @@
 #include "cuda/jit/cache.h"
 #include "cuda/params.h"
 #include "cuda/requests.h"
+#include "dispatch/views.h"
+#include "math/philox.h"
 
 namespace fovea::cuda {
 namespace {
 
+using dispatch::entry_view, dispatch::floats, dispatch::row_view, dispatch::slope_view, dispatch::stat_view;
+
 constexpr std::int64_t kLongest = std::int64_t{1} << 29;  // positions are 32 bits wide in kernels
 constexpr std::int64_t kMostInGrid = 65535;
-
-RowView row_view(const Tensor& t) {
-  if (!t.defined()) return {};
-  const std::int64_t size = size_bytes(t.dtype);
-  const int token = t.rank - 3;
-  RowView view{static_cast<char*>(t.data), t.rank == 4 ? t.strides[0] * size : 0, t.strides[token] * size,
-               t.strides[token + 1] * size, reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0};
-  for (int axis = 0; axis + 1 < t.rank; ++axis) {
-    view.aligned = view.aligned && (t.shape[axis] == 1 || t.strides[axis] * size % 16 == 0);
-  }
-  return view;
-}
-
-StatView stat_view(const Tensor& t) {
-  if (!t.defined()) return {};
-  if (t.rank == 2) return {static_cast<float*>(t.data), 0, t.strides[0], t.strides[1]};
-  return {static_cast<float*>(t.data), t.strides[0], t.strides[1], t.strides[2]};
-}
-
-EntryView entry_view(const Tensor& t) {
-  if (!t.defined()) return {};
-  const auto stride = [&t](int axis) { return t.shape[axis] == 1 ? 0 : t.strides[axis] * size_bytes(t.dtype); };
-  return {static_cast<char*>(t.data), stride(0), stride(1), stride(2), stride(3)};
-}
 
 /// Whether entries 2n and 2n + 1 along the keys are neighbours that one load can take.
 bool in_pairs(const Tensor& t) {
@@ -71,7 +50,7 @@ void describe_call(const Problem& problem, CallParams& p) {
   p.band = math::BandRule::of(problem);
   p.scale = problem.scale();
   p.softcap = problem.softcap;
-  p.keep_threshold = static_cast<u32>(std::lround((1.0 - static_cast<double>(problem.dropout.probability)) * 65536.0));
+  p.keep_threshold = math::keep_threshold(problem.dropout.probability);
   p.seed = problem.dropout.seed;
   p.offset = problem.dropout.offset;
 }
@@ -87,11 +66,8 @@ void attach_inputs(CallParams& p, const Inputs& in) {
   p.mask = entry_view(in.mask);
   p.bias = entry_view(in.bias);
   p.entries_in_pairs = in_pairs(in.mask) && in_pairs(in.bias);
-  if (in.alibi_slopes.defined()) {
-    p.slopes = static_cast<const float*>(in.alibi_slopes.data);
-    p.slopes_batch = in.alibi_slopes.rank == 2 ? in.alibi_slopes.strides[0] : 0;
-  }
-  if (in.sink.defined()) p.sink = static_cast<const float*>(in.sink.data);
+  p.slopes = slope_view(in.alibi_slopes);
+  p.sink = floats(in.sink);
 }
 
 /// A kernel of a plan: loaded where there is a GPU, else only known.
@@ -225,12 +201,8 @@ class BackwardPlan final : public PlannedKernel {
     p.dk = row_view(outputs.dk);
     p.dv = row_view(outputs.dv);
     p.dbias = entry_view(outputs.dbias);
-    p.slopes_per_batch = inputs.alibi_slopes.defined() && inputs.alibi_slopes.rank == 2;
-    if (outputs.dalibi_slopes.defined()) {
-      p.dslopes = static_cast<float*>(outputs.dalibi_slopes.data);
-      p.dslopes_batch = outputs.dalibi_slopes.rank == 2 ? outputs.dalibi_slopes.strides[0] : 0;
-    }
-    if (outputs.dsink.defined()) p.dsink = static_cast<float*>(outputs.dsink.data);
+    p.dslopes = slope_view(outputs.dalibi_slopes);
+    p.dsink = floats(outputs.dsink);
     auto* memory = static_cast<std::byte*>(workspace);
     p.log2_lse = reinterpret_cast<float*>(memory + shape_.log2_lse);
     p.delta = reinterpret_cast<float*>(memory + shape_.delta);
@@ -243,8 +215,8 @@ class BackwardPlan final : public PlannedKernel {
     launch(rows_, row_tiles, p, stream);
     launch(main_, p.key_blocks * p.kv_heads * p.batch, p, stream);
     launch(queries_, row_tiles, p, stream);
-    if (p.dslopes != nullptr || p.dsink != nullptr) {
-      launch(*sums_, p.q_heads * (p.slopes_per_batch ? p.batch : 1), p, stream);
+    if (p.dslopes.data != nullptr || p.dsink != nullptr) {
+      launch(*sums_, p.q_heads * (p.slopes.per_batch ? p.batch : 1), p, stream);
     }
     if (p.dbias.data != nullptr) {
       const Tensor& t = outputs.dbias;

@@ -369,12 +369,8 @@ void complete(const Line& line, Problem& p) {
     line.require("packed_kv");
   }
   const std::string_view q = has("packed") ? "packed" : "packed_q", kv = has("packed") ? "packed" : "packed_kv";
-  for (const auto token : {"b", "sq"}) {
-    if (known(p.packed_q)) line.forbid(token, q);
-  }
-  for (const auto token : {"b", "skv"}) {
-    if (known(p.packed_kv)) line.forbid(token, kv);
-  }
+  if (known(p.packed_q)) line.forbid("b", q), line.forbid("sq", q);
+  if (known(p.packed_kv)) line.forbid("b", kv), line.forbid("skv", kv);
   if (!known(p.packed_q) && !known(p.packed_kv)) line.require("b");
   if (!known(p.packed_q)) line.require("sq");
   line.require("hq");

@@ -5,35 +5,22 @@
 
 namespace fovea {
 
-const char* name(DType dtype) noexcept {
-  switch (dtype) {
-    case DType::kFloat32:
-      return "fp32";
-    case DType::kFloat16:
-      return "fp16";
-    case DType::kBFloat16:
-      return "bf16";
-    case DType::kBool:
-      return "bool";
-    case DType::kInt32:
-      return "int32";
-  }
-  return "?";
+namespace {
+
+struct DTypeFacts {
+  const char* name;
+  std::int64_t bytes;
+};
+constexpr DTypeFacts kDTypes[] = {{"fp32", 4}, {"fp16", 2}, {"bf16", 2}, {"bool", 1}, {"int32", 4}, {"?", 0}};
+
+const DTypeFacts& facts(DType dtype) noexcept {
+  return kDTypes[std::min(static_cast<std::size_t>(dtype), std::size(kDTypes) - 1)];
 }
 
-std::int64_t size_bytes(DType dtype) noexcept {
-  switch (dtype) {
-    case DType::kFloat32:
-    case DType::kInt32:
-      return 4;
-    case DType::kFloat16:
-    case DType::kBFloat16:
-      return 2;
-    case DType::kBool:
-      return 1;
-  }
-  return 0;
-}
+}  // namespace
+
+const char* name(DType dtype) noexcept { return facts(dtype).name; }
+std::int64_t size_bytes(DType dtype) noexcept { return facts(dtype).bytes; }
 
 std::string name(const Device& device) {
   if (device.kind == DeviceKind::kCpu) return "cpu";

@@ -150,7 +150,7 @@ void validate(const Problem& p) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------- tensors
+// ---- tensors
 
 std::string shape_text(const Tensor& t) {
   return "[" + join({t.shape.data(), static_cast<std::size_t>(t.rank)}, ", ") + "]";

@@ -70,8 +70,8 @@ class Backward {
     each<&Backward::row_statistics>(heads * shape_.max_groups);
     each<&Backward::key_block>(heads * shape_.blocks);
     each<&Backward::store_dq>(heads * shape_.max_groups);
-    if (call_.dslopes != nullptr)
-      each<&Backward::sum_dslopes>((call_.slopes_per_batch ? call_.batch : 1) * call_.q_heads);
+    if (call_.dslopes.data != nullptr)
+      each<&Backward::sum_dslopes>((call_.slopes.per_batch ? call_.batch : 1) * call_.q_heads);
     if (call_.dsink != nullptr) each<&Backward::sum_dsink>(call_.q_heads);
     if (call_.dbias.data != nullptr) each<&Backward::bias_block>(bias_blocks());
   }
@@ -295,12 +295,12 @@ class Backward {
     const i64 batch = task / call_.q_heads,
               head = task % call_.q_heads;  // batch 0 stands for all where slopes are per head
     double total = 0.0;
-    for (i64 b = batch; b < (call_.slopes_per_batch ? batch + 1 : call_.batch); ++b) {
+    for (i64 b = batch; b < (call_.slopes.per_batch ? batch + 1 : call_.batch); ++b) {
       const double* parts = dslopes_ + (b * call_.q_heads + head) * shape_.blocks;
       const i64 blocks = (call_.sequences[b].kv_rows + shape_.block_keys - 1) / shape_.block_keys;
       for (i64 block = 0; block < blocks; ++block) total += parts[block];
     }
-    call_.dslopes[batch * call_.dslopes_batch + head] = static_cast<float>(total);
+    call_.dslopes.data[batch * call_.dslopes.batch + head] = static_cast<float>(total);
   }
 
   void sum_dsink(i64 head, int /*worker*/) {
@@ -313,8 +313,7 @@ class Backward {
     call_.dsink[head] = static_cast<float>(total);
   }
 
-  // ---- dbias: each task owns one tile of it (a broadcast dimension is one entry long) and adds up all that flows into
-  // it --------
+  // ---- dbias: each task owns a tile of it (one entry long where broadcast) and adds up all that flows into it
 
   struct BiasShape {
     i64 batches, heads, row_blocks, key_blocks;  // of dbias
@@ -356,7 +355,6 @@ class Backward {
           add_bias_gradient(my, b, h, {i, math::smaller(i + kGroupRows, rows.end)}, keys);
       }
     }
-    const Element type = call_.dbias.type;
     const Context context{call_, call_.sequences[batch], batch};
     for (i64 i = 0; i < (own_row ? rows.end - rows.begin : 1); ++i) {
       for (i64 j = 0; j < (own_key ? keys.end - keys.begin : 1); ++j) {
@@ -365,8 +363,8 @@ class Backward {
           for (i64 x = own_row ? i : 0; x < (own_row ? i + 1 : kGroupRows); ++x)
             total += static_cast<double>(my.tile_sum[r * kGroupRows + x]);
         }
-        char* to = const_cast<char*>(context.entry(call_.dbias, rows.begin + i, keys.begin + j, head, bytes(type)));
-        narrow(to, type, static_cast<float>(total));
+        char* to = const_cast<char*>(context.entry(call_.dbias, rows.begin + i, keys.begin + j, head));
+        narrow(to, call_.bias_type, static_cast<float>(total));
       }
     }
   }

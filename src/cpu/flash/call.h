@@ -4,34 +4,15 @@
 #include <cstdint>
 
 #include "math/band.h"
+#include "math/views.h"
 
 // What the code compiled per instruction set is called with.  Plain values and pointers only: this header meets code
 // built for different instruction sets, so it must not bring in any function that the linker could share among them.
 namespace fovea::cpu {
 
-using math::i64;
 using math::Interval;
 
 enum class Element : int { kFloat32, kFloat16, kBFloat16 };
-
-/// Rows of head_dim elements; strides in elements.  Packed problems have batch stride 0.
-struct RowView {
-  char* data = nullptr;
-  i64 batch = 0, row = 0, head = 0;
-};
-
-/// fp32 statistics: lse, delta and their like.
-struct StatView {
-  float* data = nullptr;
-  i64 batch = 0, head = 0, row = 0;
-};
-
-/// A mask or bias; broadcast dimensions have stride 0.
-struct EntryView {
-  char* data = nullptr;
-  i64 batch = 0, head = 0, query = 0, key = 0;
-  Element type = Element::kFloat32;
-};
 
 /// One sequence: where its rows lie and what they may see.
 struct Sequence {
@@ -46,16 +27,15 @@ struct FlashCall {
   i64 batch = 0, q_heads = 0, kv_heads = 0, head_dim = 0, head_dim_v = 0;
   const Sequence* sequences = nullptr;
   RowView q, k, v, out, dout, dq, dk, dv;
-  StatView lse, dlse;  // data null: not wanted, not given
+  StatView lse, dlse;
 
   float scale = 1.0F, softcap = 0.0F;
-  EntryView mask, bias, dbias;  // data null: none
+  EntryView mask, bias, dbias;
+  Element bias_type = Element::kFloat32;
   bool alibi = false;
-  const float* slopes = nullptr;  // given where alibi is
-  bool slopes_per_batch = false;
-  i64 slopes_batch = 0, dslopes_batch = 0;  // strides
+  SlopeView slopes, dslopes;  // slopes given where alibi is
   const float* sink = nullptr;
-  float *dslopes = nullptr, *dsink = nullptr;
+  float* dsink = nullptr;
   std::uint32_t keep_threshold = 65536;  // of 65536; 65536: no dropout
   std::uint64_t seed = 0, offset = 0;
 };
@@ -91,6 +71,16 @@ struct FlashKernels {
   void (*backward)(const FlashCall&, const BackwardShape&, std::byte* workspace);
   double (*multiply_add)(i64 rounds);  // runs independent FMAs, returns how many FLOPs that was
 };
+
+namespace portable {
+FlashKernels kernels();
+}
+namespace avx2 {
+FlashKernels kernels();
+}
+namespace avx512 {
+FlashKernels kernels();
+}
 
 // Multiples of 16, the keys that one draw of dropout bits spans, and of the rows that a product holds in registers.
 inline constexpr i64 kKeyTile = 48;      // keys of one tile in the backward

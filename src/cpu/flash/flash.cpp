@@ -1,7 +1,6 @@
 // Tiled attention for one instruction set: this file is compiled once for each, with FOVEA_ISA naming the namespace.
 #include "cpu/flash/backward.h"
 #include "cpu/flash/forward.h"
-#include "cpu/flash/kernels.h"
 
 namespace fovea::cpu::FOVEA_ISA {
 namespace {

@@ -48,7 +48,7 @@ struct Context {
   i64 batch;
 
   [[nodiscard]] const char* at(const RowView& view, i64 begin, i64 row, i64 head) const {
-    return view.data + (batch * view.batch + (begin + row) * view.row + head * view.head) * bytes(call.type);
+    return view.data + batch * view.batch + (begin + row) * view.row + head * view.head;
   }
   [[nodiscard]] const char* q_row(const RowView& view, i64 i, i64 head) const {
     return at(view, sequence.q_begin, i, head);
@@ -59,8 +59,8 @@ struct Context {
   [[nodiscard]] float* statistic(const StatView& view, i64 i, i64 head) const {
     return view.data + batch * view.batch + head * view.head + (sequence.q_begin + i) * view.row;
   }
-  [[nodiscard]] const char* entry(const EntryView& view, i64 i, i64 j, i64 head, i64 size) const {
-    return view.data + (batch * view.batch + head * view.head + i * view.query + j * view.key) * size;
+  [[nodiscard]] const char* entry(const EntryView& view, i64 i, i64 j, i64 head) const {
+    return view.data + batch * view.batch + head * view.head + i * view.query + j * view.key;
   }
 
   /// Q is multiplied by this as it is packed, so that S = K Qᵀ needs no more scaling: scores in units of log2, or the
@@ -70,9 +70,8 @@ struct Context {
   /// The rule for one entry; for the rare places where a tile's bulk answer does not do.
   [[nodiscard]] bool visible(i64 i, i64 j, i64 head) const {
     if (!sequence.band.visible(i, j)) return false;
-    if (call.mask.data != nullptr && *entry(call.mask, i, j, head, 1) == 0) return false;
-    return call.bias.data == nullptr ||
-           widen(entry(call.bias, i, j, head, bytes(call.bias.type)), call.bias.type) != -kInfinity;
+    if (call.mask.data != nullptr && *entry(call.mask, i, j, head) == 0) return false;
+    return call.bias.data == nullptr || widen(entry(call.bias, i, j, head), call.bias_type) != -kInfinity;
   }
 };
 
@@ -88,7 +87,7 @@ inline void set_rows(Panel& panel, const Context& context, const RowMap& map, i6
     const i64 head = map.first_head + (real ? (first_row + lane) % map.group : 0);
     panel.query[lane] = i;
     panel.head[lane] = head;
-    panel.slope[lane] = !call.alibi ? 0.0F : kLog2E * call.slopes[context.batch * call.slopes_batch + head];
+    panel.slope[lane] = !call.alibi ? 0.0F : kLog2E * call.slopes.data[context.batch * call.slopes.batch + head];
     if (call.keep_threshold < 65536) {
       if (head != stream_head) {
         stream = math::dropout_stream(call.seed, call.offset,

@@ -39,7 +39,7 @@ struct Distance {
 
 /// Copies the entries of a mask or bias under a tile to out[key][kPanelRows]; tells whether any of them is not zero.
 template <class T, class Read>
-inline bool gather(T* out, const Panel& panel, const Context& context, const EntryView& view, i64 size, Interval keys,
+inline bool gather(T* out, const Panel& panel, const Context& context, const EntryView& view, Interval keys,
                    Read read) {
   const i64 n = keys.end - keys.begin;
   bool any = false;
@@ -49,9 +49,9 @@ inline bool gather(T* out, const Panel& panel, const Context& context, const Ent
       for (i64 r = 0; r < n; ++r) out[r * kPanelRows + lane] = T{};
       continue;
     }
-    const char* from = context.entry(view, panel.query[lane], keys.begin, panel.head[lane], size);
+    const char* from = context.entry(view, panel.query[lane], keys.begin, panel.head[lane]);
     for (i64 r = 0; r < n; ++r) {
-      const T x = from == previous ? out[r * kPanelRows + lane - 1] : read(from + r * view.key * size);
+      const T x = from == previous ? out[r * kPanelRows + lane - 1] : read(from + r * view.key);
       out[r * kPanelRows + lane] = x;
       any = any || x != T{};
     }
@@ -62,7 +62,7 @@ inline bool gather(T* out, const Panel& panel, const Context& context, const Ent
 
 /// The mask under a tile as −1 (keep) or 0; false if it hides the whole tile.
 inline bool gather_mask(std::int32_t* out, const Panel& panel, const Context& context, Interval keys) {
-  return gather(out, panel, context, context.call.mask, 1, keys, [](const char* p) { return *p != 0 ? -1 : 0; });
+  return gather(out, panel, context, context.call.mask, keys, [](const char* p) { return *p != 0 ? -1 : 0; });
 }
 
 inline void hide_outside_band(const Tile& s, const Panel& panel, const Context& context) {
@@ -99,8 +99,8 @@ inline void finish_scores(const Tile& s, const Panel& panel, const Context& cont
         s, [&](i64 r, int lane, float* at) { store(at, load(at) - load(panel.slope + lane) * distance.at(r, lane)); });
   }
   if (call.bias.data != nullptr) {
-    const Element type = call.bias.type;
-    gather(scratch, panel, context, call.bias, bytes(type), s.keys, [type](const char* p) { return widen(p, type); });
+    const Element type = call.bias_type;
+    gather(scratch, panel, context, call.bias, s.keys, [type](const char* p) { return widen(p, type); });
     for_each_vector(s, [&](i64 r, int lane, float* at) {
       const V bias = load(scratch + r * kPanelRows + lane);
       store(at, bias == splat(-kInfinity) ? bias : load(at) + bias * kLog2E);

@@ -138,7 +138,6 @@ FOVEA_INLINE float sum(V x) {
 }
 
 // ---- storage types
-// ---------------------------------------------------------------------------------------------------
 
 FOVEA_INLINE i64 bytes(Element type) { return type == Element::kFloat32 ? 4 : 2; }
 

@@ -369,7 +369,6 @@ struct Backward {
   }
 
   // ---- turns: where bits must not change, dq is added up from the last key block to the first
-  // ------------------------------
 
   FOVEA_DEVICE int turn(const Step& at) const {
     const int row = at.tile * S.block_m;

@@ -58,7 +58,6 @@ FOVEA_DEVICE float quad_sum(float x) {
 }
 
 // ---- shared memory, by address in its own space
-// -----------------------------------------------------------------------
 
 FOVEA_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
@@ -105,7 +104,6 @@ FOVEA_DEVICE void load_matrices_transposed(u32 (&x)[4], u32 address) {
 }
 
 // ---- copies from global to shared memory
-// ------------------------------------------------------------------------------
 
 /// Up to 16 bytes from any even address; the others are 0.
 FOVEA_DEVICE uint4 gather_16(const char* from, int bytes) {

@@ -27,7 +27,6 @@ template <Type kType>
 inline constexpr int kStep = kType == Type::kFloat32 ? 8 : 16;
 
 // ---- numbers
-// ----------------------------------------------------------------------------------------------------------
 
 template <Type kType>
 FOVEA_DEVICE float widen(u32 bits) {
@@ -72,7 +71,6 @@ FOVEA_DEVICE void write(char* p, float x) {
 }
 
 // ---- products
-// ---------------------------------------------------------------------------------------------------------
 
 /// An fp32 number as a TF32 one and a rest that TF32 holds too: together they are within 2^-24 of it.
 struct Tf32Halves {
@@ -158,7 +156,6 @@ FOVEA_DEVICE void multiply_add(Accumulator& c, const OperandA& a, const OperandB
 }
 
 // ---- operands
-// ---------------------------------------------------------------------------------------------------------
 
 /// A tile in shared memory: kRows rows of kDim elements.
 template <Type kElement, int kRowCount, int kDim>

@@ -92,7 +92,7 @@ struct ScoreRules {
     }
     return 0.0F;
   }
-  FOVEA_DEVICE float slope(int r) const { return p.slopes[sequence.batch * p.slopes_batch + rows.head(r)]; }
+  FOVEA_DEVICE float slope(int r) const { return p.slopes.data[sequence.batch * p.slopes.batch + rows.head(r)]; }
   FOVEA_DEVICE float distance(int r, int j) const {
     return fabsf(static_cast<float>(rows.query(r) + static_cast<int>(sequence.band.offset) - j));
   }
@@ -238,7 +238,6 @@ struct ScoreRules {
   }
 
   // ---- dropout
-  // --------------------------------------------------------------------------------------------------------
 
   FOVEA_DEVICE math::DropoutStream stream(int head) const {
     return math::dropout_stream(p.seed, p.offset, static_cast<u32>(sequence.batch * p.q_heads + head));

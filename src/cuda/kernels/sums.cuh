@@ -10,16 +10,16 @@ template <BackwardSpec S>
 __device__ void backward_sums(const BackwardParams& p) {
   const int head = static_cast<int>(blockIdx.x) % p.q_heads, first = static_cast<int>(blockIdx.x) / p.q_heads;
   const int thread = static_cast<int>(threadIdx.x);
-  if (p.dslopes != nullptr) {
+  if (p.dslopes.data != nullptr) {
     double sum = 0.0;
-    for (int b = first; b < (p.slopes_per_batch ? first + 1 : p.batch); ++b) {
+    for (int b = first; b < (p.slopes.per_batch ? first + 1 : p.batch); ++b) {
       const Sequence sequence = Sequence::of(p, b);
       const float* parts = p.slope_parts + (i64{b} * p.q_heads + head) * p.key_blocks * S.warps;
       const int count = (sequence.kv_rows + S.block_n - 1) / S.block_n * S.warps;
       for (int x = thread; x < count; x += kSideThreads) sum += static_cast<double>(parts[x]);
     }
     sum = sum_of_block(sum);
-    if (thread == 0) p.dslopes[first * p.dslopes_batch + head] = static_cast<float>(sum);
+    if (thread == 0) p.dslopes.data[first * p.dslopes.batch + head] = static_cast<float>(sum);
   }
   if (p.dsink != nullptr && first == 0) {
     double sum = 0.0;

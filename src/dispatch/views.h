@@ -1,0 +1,48 @@
+#pragma once
+
+#include <fovea/tensor.h>
+
+#include <cstdint>
+
+#include "math/views.h"
+
+// From the caller's tensors, which have been checked, to the views that kernels are called with.
+namespace fovea::dispatch {
+
+/// [batch, seqlen, heads, dim], or packed [rows, heads, dim].
+inline RowView row_view(const Tensor& t) {
+  if (!t.defined()) return {};
+  const i64 size = size_bytes(t.dtype);
+  const int token = t.rank - 3;
+  RowView view{static_cast<char*>(t.data), t.rank == 4 ? t.strides[0] * size : 0, t.strides[token] * size,
+               t.strides[token + 1] * size, reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0};
+  for (int axis = 0; axis + 1 < t.rank; ++axis) {
+    view.aligned = view.aligned && (t.shape[axis] == 1 || t.strides[axis] * size % 16 == 0);
+  }
+  return view;
+}
+
+/// [batch, heads, seqlen], or packed [heads, rows].
+inline StatView stat_view(const Tensor& t) {
+  if (!t.defined()) return {};
+  const int head = t.rank - 2;
+  return {static_cast<float*>(t.data), head == 0 ? 0 : t.strides[0], t.strides[head], t.strides[head + 1]};
+}
+
+/// [batch, heads, seqlen_q, seqlen_kv], any of them 1.
+inline EntryView entry_view(const Tensor& t) {
+  if (!t.defined()) return {};
+  const auto stride = [&t](int axis) { return t.shape[axis] == 1 ? 0 : t.strides[axis] * size_bytes(t.dtype); };
+  return {static_cast<char*>(t.data), stride(0), stride(1), stride(2), stride(3)};
+}
+
+/// fp32 values, densely packed.
+inline float* floats(const Tensor& t) { return t.defined() ? static_cast<float*>(t.data) : nullptr; }
+
+/// [heads], or [batch, heads].
+inline SlopeView slope_view(const Tensor& t) {
+  if (!t.defined()) return {};
+  return {static_cast<float*>(t.data), t.rank == 2, t.rank == 2 ? t.strides[0] : 0};
+}
+
+}  // namespace fovea::dispatch
