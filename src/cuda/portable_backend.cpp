@@ -290,11 +290,16 @@ class PortableBackend final : public Backend {
     limit("num_q_heads", problem.num_q_heads, kMostInGrid);
     limit("batch", problem.batch, kLongest);
     const bool backward = problem.direction == Direction::kBackward;
+    if (reasons.empty() && backward) {
+      constexpr std::int64_t kFewestRows = 16;  // of a block
+      limit("batch·num_q_heads", problem.batch * problem.num_q_heads,
+            kLongest * 2 / (std::max(problem.seqlen_q, problem.seqlen_kv) / kFewestRows + 1));
+    }
     const GpuModel model = model_of_device(device);
     if (reasons.empty() &&
         !(backward ? choose_backward(problem, model).has_value() : choose_forward(problem, model).has_value())) {
       reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " fits the " +
-                           std::to_string(model_of_device(device).shared_bytes / 1024) + " KiB of shared memory");
+                           std::to_string(model.shared_bytes / 1024) + " KiB of shared memory");
     }
     return verdict;
   }
