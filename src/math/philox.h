@@ -12,7 +12,9 @@ inline constexpr int kDropoutRounds = 7;
 
 /// Of 65536 values of a draw, how many keep their entry.
 FOVEA_FN constexpr u32 keep_threshold(float dropout) {
-  return static_cast<u32>((1.0 - static_cast<double>(dropout)) * 65536.0 + 0.5);
+  const double kept = (1.0 - static_cast<double>(dropout)) * 65536.0;
+  const auto whole = static_cast<u32>(kept);
+  return kept - whole < 0.5 ? whole : whole + 1;
 }
 
 /// What one (batch, head) draws its dropout from: the key and the two words that row and column numbers are folded
