@@ -8,9 +8,7 @@ namespace {
 
 Inputs operands(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   Inputs in;
-  in.q = q;
-  in.k = k;
-  in.v = v;
+  in.q = q, in.k = k, in.v = v;
   in.mask = options.mask;
   in.bias = options.bias;
   in.alibi_slopes = options.alibi_slopes;

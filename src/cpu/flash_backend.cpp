@@ -7,12 +7,11 @@
 
 #include "cpu/threads.h"
 #include "dispatch/views.h"
-#include "math/philox.h"
 
 namespace fovea::cpu {
 namespace {
 
-using dispatch::entry_view, dispatch::floats, dispatch::row_view, dispatch::slope_view, dispatch::stat_view;
+using dispatch::entry_view, dispatch::row_view, dispatch::slope_view, dispatch::stat_view;
 
 struct Isa {
   const char* name;
@@ -77,7 +76,7 @@ FlashCall describe_call(const Problem& problem) {
   call.scale = problem.scale();
   call.softcap = problem.softcap;
   call.alibi = problem.alibi != Alibi::kNone;
-  call.keep_threshold = math::keep_threshold(problem.dropout.probability);
+  call.keep_threshold = dispatch::keep_threshold(problem.dropout.probability);
   call.seed = problem.dropout.seed;
   call.offset = problem.dropout.offset;
   return call;
@@ -99,8 +98,8 @@ void attach_tensors(FlashCall& call, bool backward, const Inputs& in, const Outp
   call.dbias = entry_view(out.dbias);
   call.slopes = slope_view(in.alibi_slopes);
   call.dslopes = slope_view(out.dalibi_slopes);
-  call.sink = floats(in.sink);
-  call.dsink = floats(out.dsink);
+  call.sink = slope_view(in.sink).data;
+  call.dsink = slope_view(out.dsink).data;
 }
 
 /// Where each sequence lies and what its rows see.

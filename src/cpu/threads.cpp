@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <thread>
 
 namespace fovea::cpu {
 
@@ -32,7 +31,5 @@ void run_tasks(std::int64_t tasks, int workers, void (*task)(void* context, std:
     tbb::task_arena(workers).execute(share_out);
   }
 }
-
-void yield_thread() { std::this_thread::yield(); }
 
 }  // namespace fovea::cpu

@@ -14,7 +14,4 @@ namespace fovea::cpu {
 void run_tasks(std::int64_t tasks, int workers, void (*task)(void* context, std::int64_t index, int worker),
                void* context);
 
-/// Lets another thread run; for waiting on one that is known to be running.
-void yield_thread();
-
 }  // namespace fovea::cpu

@@ -18,12 +18,12 @@ struct Tile {
 // Measured on an H100 (docs/notes).  dk and dv of a block fill half of its registers, P and dS a quarter; the first
 // that fits the shared memory is taken.
 constexpr std::array kTiles16{
-    Tile{64, 128, 128, 8, 2, true}, Tile{64, 64, 128, 8, 3},        Tile{64, 64, 64, 8, 2},
-    Tile{64, 64, 64, 8, 1},         Tile{128, 64, 128, 8, 3, true}, Tile{128, 64, 128, 8, 2, true},
-    Tile{128, 32, 128, 8, 3},       Tile{128, 32, 128, 8, 2},       Tile{128, 32, 64, 8, 1},
-    Tile{128, 32, 64, 4, 1},        Tile{256, 64, 64, 8, 2, true},  Tile{256, 32, 64, 8, 2},
-    Tile{256, 32, 64, 8, 1},        Tile{256, 32, 32, 8, 1},        Tile{256, 16, 32, 4, 1},
-    Tile{512, 32, 32, 8, 1, true},  Tile{512, 16, 32, 8, 1},        Tile{512, 16, 16, 8, 1},
+    Tile{64, 128, 128, 8, 2, true}, Tile{64, 64, 128, 8, 3},       Tile{64, 64, 64, 8, 2},
+    Tile{64, 64, 64, 8, 1},         Tile{128, 64, 128, 8, 3},      Tile{128, 64, 128, 8, 2},
+    Tile{128, 32, 128, 8, 3},       Tile{128, 32, 128, 8, 2},      Tile{128, 32, 64, 8, 1},
+    Tile{128, 32, 64, 4, 1},        Tile{256, 64, 64, 8, 2, true}, Tile{256, 32, 64, 8, 2},
+    Tile{256, 32, 64, 8, 1},        Tile{256, 32, 32, 8, 1},       Tile{256, 16, 32, 4, 1},
+    Tile{512, 32, 32, 8, 1, true},  Tile{512, 16, 32, 8, 1},       Tile{512, 16, 16, 8, 1},
 };
 constexpr std::array kTiles32{
     Tile{64, 64, 64, 8, 2},  Tile{64, 64, 64, 8, 1},        Tile{64, 32, 64, 8, 1},  Tile{64, 32, 32, 4, 1},

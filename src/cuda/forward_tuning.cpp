@@ -17,7 +17,7 @@ int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b
 struct Tile {
   int widest;  // head dim that it serves
   int block_m, block_n, warps, stages, min_blocks;
-  bool q_in_registers = false;
+  bool light = false;  // leaves registers for a mask or for dropout alone
 };
 
 // Measured on an H100 (docs/notes): 32 rows a warp, so that an operand of K or V serves two pieces of rows, as long as
@@ -28,8 +28,9 @@ constexpr std::array kTiles16{
 };
 // Masks, biases, ALiBi, softcap and dropout want registers too.
 constexpr std::array kTiles16WithOptions{
-    Tile{64, 128, 64, 4, 2, 2}, Tile{128, 128, 32, 4, 2, 2}, Tile{128, 64, 32, 4, 2, 2}, Tile{256, 64, 32, 4, 2, 2},
-    Tile{256, 64, 32, 4, 1, 2}, Tile{512, 64, 32, 4, 1, 1},  Tile{512, 32, 32, 2, 1, 1}, Tile{512, 16, 16, 1, 1, 1},
+    Tile{64, 128, 64, 4, 2, 2}, Tile{128, 128, 64, 4, 2, 2, true}, Tile{128, 128, 32, 4, 2, 2},
+    Tile{128, 64, 32, 4, 2, 2}, Tile{256, 64, 32, 4, 2, 2},        Tile{256, 64, 32, 4, 1, 2},
+    Tile{512, 64, 32, 4, 1, 1}, Tile{512, 32, 32, 2, 1, 1},        Tile{512, 16, 16, 1, 1, 1},
 };
 constexpr std::array kTiles32{
     Tile{64, 128, 32, 4, 2, 2}, Tile{128, 64, 32, 4, 2, 1}, Tile{256, 64, 32, 4, 1, 1},
@@ -87,17 +88,17 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   const std::int64_t rows = problem.seqlen_q * (spec.pack_gqa ? group : 1);
 
   const bool options = spec.mask || spec.bias || spec.alibi || spec.softcap || spec.dropout;
+  const bool light = spec.mask != spec.dropout && !(spec.bias || spec.alibi || spec.softcap);
   const int widest = std::max(spec.head_dim, spec.head_dim_v);
   bool fits = false;
   const auto try_tiles = [&](const auto& tiles) {
     for (const Tile& tile : tiles) {
       spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.stages = tile.stages;
-      spec.q_in_registers = tile.q_in_registers;
       shape.min_blocks = tile.min_blocks;
       if (!spec.async_copy) spec.stages = 1;
       const int room = std::min(gpu.shared_bytes, (gpu.shared_bytes + 1024) / shape.min_blocks - 1024);
       fits = tile.widest >= widest && shared_bytes(spec) <= (shape.min_blocks > 1 ? room : gpu.shared_bytes) &&
-             !(tile.block_m > 2 * kFewRows - 1 && rows <= kFewRows);
+             !(tile.block_m > 2 * kFewRows - 1 && rows <= kFewRows) && !(tile.light && !light);
       if (fits) return;
     }
   };
@@ -154,6 +155,15 @@ jit::KernelRequest combine_request(const ForwardShape& shape, int arch) {
                       .params = "ForwardParams",
                       .threads = 128},
                      spec, arch);
+}
+
+jit::KernelRequest mask_words_request(int arch) {
+  return jit::render({.function = "mask_words",
+                      .header = "cuda/kernels/mask_words.cuh",
+                      .spec = "ForwardSpec",
+                      .params = "CallParams",
+                      .threads = 256},
+                     ForwardSpec{}, arch);
 }
 
 }  // namespace fovea::cuda

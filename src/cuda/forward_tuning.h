@@ -35,5 +35,6 @@ struct ForwardShape {
 
 [[nodiscard]] jit::KernelRequest forward_request(const ForwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest combine_request(const ForwardShape& shape, int arch);
+[[nodiscard]] jit::KernelRequest mask_words_request(int arch);
 
 }  // namespace fovea::cuda

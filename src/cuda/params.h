@@ -6,6 +6,14 @@
 // What a GPU kernel is called with: run-time values.  Host and device compile this text.
 namespace fovea::cuda {
 
+/// A mask as words of 32 keys, [batch][head][word][row]; strides in words, 0 where broadcast.
+struct WordView {
+  u32* data;
+  i64 batch, head, row;
+  int rows, count;  // words of a row
+};
+inline constexpr int kMaskTile = 32;  // words and rows of a block that makes them
+
 /// int32 values on the device; data null: none.
 struct IndexView {
   const int* data;
@@ -23,8 +31,8 @@ struct CallParams {
   IndexView q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_kv;
   RowView q, k, v;
   EntryView mask, bias;
-  bool entries_in_pairs;            // keys 2n and 2n + 1 of mask and bias can be read as one
-  const unsigned char* mask_tiles;  // math::TileState of every block_m × block_n tile of the mask
+  WordView mask_words;
+  bool bias_in_runs;  // 8 keys of it can be read as one, or 16 bytes of them
   SlopeView slopes;
   const float* sink;  // [head]
   float scale, softcap;

@@ -11,23 +11,23 @@
 #include "cuda/params.h"
 #include "cuda/requests.h"
 #include "dispatch/views.h"
-#include "math/philox.h"
 
 namespace fovea::cuda {
 namespace {
 
-using dispatch::entry_view, dispatch::floats, dispatch::row_view, dispatch::slope_view, dispatch::stat_view;
+using dispatch::entry_view, dispatch::row_view, dispatch::slope_view, dispatch::stat_view;
 
 constexpr std::int64_t kLongest = std::int64_t{1} << 29;  // positions are 32 bits wide in kernels
 constexpr std::int64_t kMostInGrid = 65535;
 
-/// Whether entries 2n and 2n + 1 along the keys are neighbours that one load can take.
-bool in_pairs(const Tensor& t) {
+/// Whether a bias's entries 8n to 8n + 7 along the keys are neighbours that one load can take, or one of 16 bytes some
+/// of them.
+bool in_runs(const Tensor& t) {
   if (!t.defined()) return true;
-  const std::int64_t size = size_bytes(t.dtype);
-  bool pairs = t.shape[3] > 1 && t.strides[3] == 1 && reinterpret_cast<std::uintptr_t>(t.data) % (2 * size) == 0;
-  for (int axis = 0; axis < 3; ++axis) pairs = pairs && (t.shape[axis] == 1 || t.strides[axis] % 2 == 0);
-  return pairs;
+  const std::int64_t size = size_bytes(t.dtype), run = std::min<std::int64_t>(8 * size, 16);
+  bool runs = t.shape[3] > 1 && t.strides[3] == 1 && reinterpret_cast<std::uintptr_t>(t.data) % run == 0;
+  for (int axis = 0; axis < 3; ++axis) runs = runs && (t.shape[axis] == 1 || t.strides[axis] * size % run == 0);
+  return runs;
 }
 
 IndexView index_view(const Tensor& t) {
@@ -50,7 +50,7 @@ void describe_call(const Problem& problem, CallParams& p) {
   p.band = math::BandRule::of(problem);
   p.scale = problem.scale();
   p.softcap = problem.softcap;
-  p.keep_threshold = math::keep_threshold(problem.dropout.probability);
+  p.keep_threshold = dispatch::keep_threshold(problem.dropout.probability);
   p.seed = problem.dropout.seed;
   p.offset = problem.dropout.offset;
 }
@@ -65,9 +65,9 @@ void attach_inputs(CallParams& p, const Inputs& in) {
   p.v = row_view(in.v);
   p.mask = entry_view(in.mask);
   p.bias = entry_view(in.bias);
-  p.entries_in_pairs = in_pairs(in.mask) && in_pairs(in.bias);
+  p.bias_in_runs = in_runs(in.bias);
   p.slopes = slope_view(in.alibi_slopes);
-  p.sink = floats(in.sink);
+  p.sink = slope_view(in.sink).data;
 }
 
 /// A kernel of a plan: loaded where there is a GPU, else only known.
@@ -97,10 +97,55 @@ struct PlannedLaunch {
   }
 };
 
+/// The words that a boolean mask becomes before a pass, at the end of its workspace.
+class MaskWords {
+ public:
+  MaskWords(const Problem& problem, std::size_t workspace_bytes, const Device& device, int arch)
+      : begin_((workspace_bytes + 127) / 128 * 128), bytes_(workspace_bytes) {
+    if (!problem.mask) return;
+    launch_.emplace(mask_words_request(arch), device);
+    view_.rows = problem.mask->queries ? static_cast<int>(problem.seqlen_q) : 1;
+    view_.count = static_cast<int>((problem.seqlen_kv + 31) / 32);
+    view_.row = problem.mask->queries ? 1 : 0;
+    const std::int64_t plane = std::int64_t{view_.rows} * view_.count;
+    const std::int64_t heads = problem.mask->heads ? problem.num_q_heads : 1;
+    view_.head = problem.mask->heads ? plane : 0;
+    view_.batch = problem.mask->batch ? plane * heads : 0;
+    planes_ = heads * (problem.mask->batch ? problem.batch : 1);
+    bytes_ = begin_ + static_cast<std::size_t>(plane * planes_) * sizeof(u32);
+  }
+
+  /// Of the workspace, with what comes before.
+  [[nodiscard]] std::size_t workspace_bytes() const { return bytes_; }
+
+  void make(CallParams& p, void* workspace, void* stream) const {
+    if (!launch_) return;
+    p.mask_words = view_;
+    p.mask_words.data = reinterpret_cast<u32*>(static_cast<std::byte*>(workspace) + begin_);
+    const auto tiles = [](int n) { return (n + kMaskTile - 1) / kMaskTile; };
+    if (view_.count == 0 || view_.rows == 0) return;
+    launch_->kernel->launch({.x = static_cast<unsigned>(tiles(view_.count) * tiles(view_.rows)),
+                             .y = static_cast<unsigned>(std::min(planes_, kMostInGrid)),
+                             .z = 1,
+                             .threads = static_cast<unsigned>(launch_->request.threads),
+                             .shared_bytes = 0},
+                            p, stream);
+  }
+
+ private:
+  std::size_t begin_, bytes_;
+  std::optional<PlannedLaunch> launch_;
+  WordView view_{};
+  std::int64_t planes_ = 0;
+};
+
 class ForwardPlan final : public PlannedKernel {
  public:
   ForwardPlan(const Problem& problem, const ForwardShape& shape, const Device& device, int arch)
-      : shape_(shape), device_(device), forward_(forward_request(shape, arch), device) {
+      : shape_(shape),
+        device_(device),
+        mask_words_(problem, shape.partial_bytes, device, arch),
+        forward_(forward_request(shape, arch), device) {
     if (shape.splits > 1) combine_.emplace(combine_request(shape, arch), device);
     describe_call(problem, params_);
     params_.row_blocks = shape.row_blocks;
@@ -109,7 +154,7 @@ class ForwardPlan final : public PlannedKernel {
     params_.keys_per_split = shape.keys_per_split;
   }
 
-  [[nodiscard]] std::size_t workspace_bytes() const override { return shape_.partial_bytes; }
+  [[nodiscard]] std::size_t workspace_bytes() const override { return mask_words_.workspace_bytes(); }
 
   [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override {
     const ForwardSpec& s = shape_.spec;
@@ -132,6 +177,8 @@ class ForwardPlan final : public PlannedKernel {
     params.out = row_view(outputs.out);
     params.lse = stat_view(outputs.lse);
     params.partials = static_cast<float*>(workspace);
+    if (params.seqlen_q == 0) return;
+    mask_words_.make(params, workspace, stream);
     const int heads = shape_.spec.pack_gqa ? params.kv_heads : params.q_heads;
     for (params.first_batch = 0; params.first_batch < params.batch;
          params.first_batch += static_cast<int>(kMostInGrid)) {
@@ -140,7 +187,6 @@ class ForwardPlan final : public PlannedKernel {
                 .z = static_cast<unsigned>(std::min<std::int64_t>(params.batch - params.first_batch, kMostInGrid)),
                 .threads = static_cast<unsigned>(forward_.request.threads),
                 .shared_bytes = static_cast<unsigned>(forward_.request.shared_bytes)};
-      if (params.seqlen_q == 0) return;
       forward_.kernel->launch(grid, params, stream);
       if (!combine_) continue;
       grid.x = static_cast<unsigned>((params.seqlen_q + kCombineRows - 1) / kCombineRows);
@@ -154,6 +200,7 @@ class ForwardPlan final : public PlannedKernel {
  private:
   ForwardShape shape_;
   Device device_;
+  MaskWords mask_words_;
   PlannedLaunch forward_;
   std::optional<PlannedLaunch> combine_;
   ForwardParams params_{};
@@ -164,6 +211,7 @@ class BackwardPlan final : public PlannedKernel {
   BackwardPlan(const Problem& problem, const BackwardShape& shape, const Device& device, int arch)
       : shape_(shape),
         device_(device),
+        mask_words_(problem, shape.workspace_bytes, device, arch),
         rows_(backward_rows_request(shape, arch), device),
         main_(backward_request(shape, arch), device),
         queries_(backward_queries_request(shape, arch), device) {
@@ -175,7 +223,7 @@ class BackwardPlan final : public PlannedKernel {
     params_.row_slots = shape.row_slots;
   }
 
-  [[nodiscard]] std::size_t workspace_bytes() const override { return shape_.workspace_bytes; }
+  [[nodiscard]] std::size_t workspace_bytes() const override { return mask_words_.workspace_bytes(); }
 
   [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override {
     const BackwardSpec& s = shape_.spec;
@@ -202,7 +250,7 @@ class BackwardPlan final : public PlannedKernel {
     p.dv = row_view(outputs.dv);
     p.dbias = entry_view(outputs.dbias);
     p.dslopes = slope_view(outputs.dalibi_slopes);
-    p.dsink = floats(outputs.dsink);
+    p.dsink = slope_view(outputs.dsink).data;
     auto* memory = static_cast<std::byte*>(workspace);
     p.log2_lse = reinterpret_cast<float*>(memory + shape_.log2_lse);
     p.delta = reinterpret_cast<float*>(memory + shape_.delta);
@@ -211,6 +259,7 @@ class BackwardPlan final : public PlannedKernel {
     p.sink_parts = reinterpret_cast<float*>(memory + shape_.sink_parts);
     p.slope_parts = reinterpret_cast<float*>(memory + shape_.slope_parts);
 
+    mask_words_.make(p, workspace, stream);
     const int row_tiles = p.row_blocks * p.q_heads * p.batch;
     launch(rows_, row_tiles, p, stream);
     launch(main_, p.key_blocks * p.kv_heads * p.batch, p, stream);
@@ -241,6 +290,7 @@ class BackwardPlan final : public PlannedKernel {
 
   BackwardShape shape_;
   Device device_;
+  MaskWords mask_words_;
   PlannedLaunch rows_, main_, queries_;
   std::optional<PlannedLaunch> sums_, bias_;
   BackwardParams params_{};
@@ -319,6 +369,7 @@ class PortableBackend final : public Backend {
 
 std::vector<jit::KernelRequest> requests(const Problem& problem, Direction direction, int arch) {
   std::vector<jit::KernelRequest> all;
+  if (problem.mask) all.push_back(mask_words_request(arch));
   if (direction == Direction::kForward) {
     if (const auto shape = choose_forward(problem, model_of(arch))) {
       all.push_back(forward_request(*shape, arch));

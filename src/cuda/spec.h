@@ -32,8 +32,7 @@ struct ForwardSpec {
   int block_m = 128;       // rows
   int block_n = 64;        // keys
   int warps = 4;
-  int stages = 2;  // tiles of keys in flight
-  bool q_in_registers = false;
+  int stages = 2;         // tiles of keys in flight
   bool pack_gqa = false;  // a row is a query and a head of the group, not a query of one head
   bool split = false;     // keys are shared out to several blocks, whose parts are combined
   bool band = false;      // causal or a window
@@ -84,7 +83,7 @@ FOVEA_FN constexpr void each_field(const ForwardSpec& s, F&& f) {
   f("type", s.type), f("mma", s.mma), f("async_copy", s.async_copy);
   f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
   f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("stages", s.stages);
-  f("q_in_registers", s.q_in_registers), f("pack_gqa", s.pack_gqa), f("split", s.split);
+  f("pack_gqa", s.pack_gqa), f("split", s.split);
   f("band", s.band), f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
   f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);
 }

@@ -2,6 +2,7 @@
 
 #include <fovea/tensor.h>
 
+#include <cmath>
 #include <cstdint>
 
 #include "math/views.h"
@@ -36,10 +37,12 @@ inline EntryView entry_view(const Tensor& t) {
   return {static_cast<char*>(t.data), stride(0), stride(1), stride(2), stride(3)};
 }
 
-/// fp32 values, densely packed.
-inline float* floats(const Tensor& t) { return t.defined() ? static_cast<float*>(t.data) : nullptr; }
+/// Of 65536 values of a draw, how many keep their entry.
+inline u32 keep_threshold(float dropout) {
+  return static_cast<u32>(std::lround((1.0 - static_cast<double>(dropout)) * 65536.0));
+}
 
-/// [heads], or [batch, heads].
+/// fp32 [heads], or [batch, heads].
 inline SlopeView slope_view(const Tensor& t) {
   if (!t.defined()) return {};
   return {static_cast<float*>(t.data), t.rank == 2, t.rank == 2 ? t.strides[0] : 0};

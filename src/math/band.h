@@ -88,14 +88,22 @@ struct BandOf {
     return {rows_of_key(keys.end - 1).begin, rows_of_key(keys.begin).end};
   }
 
-  /// Skip a tile, compute it with the rule applied entry by entry, or compute it as if there were no rule.
-  FOVEA_FN constexpr TileState tile(Interval rows, Interval keys) const {
-    const Interval seen = keys_of_rows(rows);
-    if (seen.empty() || seen.end <= keys.begin || keys.end <= seen.begin) return TileState::kHidden;
+  /// What a tile of these rows can ask without the band: which keys any of the rows sees, and which all of them do.
+  struct Reach {
+    Int any_begin, any_end, all_begin, all_end;
+
+    /// Skip a tile, compute it with the rule applied entry by entry, or compute it as if there were no rule.
+    FOVEA_FN constexpr TileState tile(Interval keys) const {
+      if (any_end <= larger(keys.begin, any_begin) || keys.end <= any_begin) return TileState::kHidden;
+      return all_begin <= keys.begin && keys.end <= all_end ? TileState::kFull : TileState::kPartial;
+    }
+  };
+  FOVEA_FN constexpr Reach reach(Interval rows) const {
+    const Interval any = keys_of_rows(rows);
     const Interval first = keys_of_row(rows.begin), last = keys_of_row(rows.end - 1);
-    const bool full = last.begin <= keys.begin && keys.end <= first.end && keys.end <= last.end;
-    return full ? TileState::kFull : TileState::kPartial;
+    return {any.begin, any.end, last.begin, smaller(first.end, last.end)};
   }
+  FOVEA_FN constexpr TileState tile(Interval rows, Interval keys) const { return reach(rows).tile(keys); }
 };
 using Band = BandOf<i64>;
 

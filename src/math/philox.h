@@ -10,13 +10,6 @@ inline constexpr u32 kPhilox2x32M = 0xD256D193U;
 inline constexpr u32 kPhiloxW0 = 0x9E3779B9U, kPhiloxW1 = 0xBB67AE85U;
 inline constexpr int kDropoutRounds = 7;
 
-/// Of 65536 values of a draw, how many keep their entry.
-FOVEA_FN constexpr u32 keep_threshold(float dropout) {
-  const double kept = (1.0 - static_cast<double>(dropout)) * 65536.0;
-  const auto whole = static_cast<u32>(kept);
-  return kept - whole < 0.5 ? whole : whole + 1;
-}
-
 /// What one (batch, head) draws its dropout from: the key and the two words that row and column numbers are folded
 /// into.
 struct DropoutStream {

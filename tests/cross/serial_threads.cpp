@@ -10,6 +10,4 @@ void run_tasks(std::int64_t tasks, int /*workers*/, void (*task)(void* context, 
   for (std::int64_t i = 0; i < tasks; ++i) task(context, i, 0);
 }
 
-void yield_thread() {}
-
 }  // namespace fovea::cpu

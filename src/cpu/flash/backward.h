@@ -1,5 +1,7 @@
 #pragma once
 
+#include <sched.h>
+
 #include "cpu/flash/gradient_tile.h"
 #include "cpu/threads.h"
 
@@ -32,7 +34,7 @@ struct BackwardScratch {
 
 /// Waits until `ticket` reaches `turn`.  Whoever is waited for was claimed earlier, so it runs or has run.
 inline void await_turn(const std::int32_t* ticket, std::int32_t turn) {
-  while (__atomic_load_n(ticket, __ATOMIC_ACQUIRE) != turn) yield_thread();
+  while (__atomic_load_n(ticket, __ATOMIC_ACQUIRE) != turn) sched_yield();
 }
 
 class Backward {

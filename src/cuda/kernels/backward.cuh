@@ -88,6 +88,7 @@ struct Backward {
   /// Half of the warps make the scores of a tile while the others make the products of the one before.
   static constexpr bool kLeapfrog = S.stages == 3;
 
+  using Order = typename GradientTile<S>::Order;
   using KTile = Tile<S.type, S.block_n, S.head_dim>;
   using VTile = Tile<S.type, S.block_n, S.head_dim_v>;
   using QTile = Tile<S.type, S.block_m, S.head_dim>;
@@ -154,10 +155,10 @@ struct Backward {
 
   FOVEA_DEVICE void load_keys() const {
     const int keys = sequence.band.seqlen_kv - key();
-    load_rows<S.async_copy, kThreads>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.k.aligned,
-                                      sequence.kv_row(p.k, key(), walk.kv_head), p.k.row);
-    load_rows<S.async_copy, kThreads>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.v.aligned,
-                                      sequence.kv_row(p.v, key(), walk.kv_head), p.v.row);
+    load_rows<S.async_copy, kThreads, Order>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.k.aligned,
+                                             sequence.kv_row(p.k, key(), walk.kv_head), p.k.row);
+    load_rows<S.async_copy, kThreads, Order>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.v.aligned,
+                                             sequence.kv_row(p.v, key(), walk.kv_head), p.v.row);
   }
   /// Starts the copies of a tile of rows, if there is one, and sees to the step after it.
   FOVEA_DEVICE void load(int n) const {
@@ -267,15 +268,14 @@ struct Backward {
     const Step& at = step(n);
     const int stage = at.stage;
     const RowMap<false> rows{at.tile * S.block_m, sequence.q_rows, at.head, 1};
-    const ScoreRules<S, false> rules{p, sequence, rows};
+    const typename GradientTile<S>::Rules rules{p, sequence, rows};
     const math::DropoutStream stream = S.dropout ? rules.stream(at.head) : math::DropoutStream{};
     const bool spoiled =
         tile.template compute<kHides>(q_tile(stage), k_tile(), dout_tile(stage), v_tile(), statistics(stage), rules,
                                       key(), at.full ? TileState::kFull : TileState::kPartial, stream);
     if constexpr (S.alibi) {
       tile.each([&](int i, int j, int e) {
-        const int r = tile.row() + 16 * i + lane_id() / 4 + e / 2 * 8,
-                  c = key() + tile.column() + 8 * j + lane_id() % 4 * 2 + e % 2;
+        const int r = tile.row() + rules.row_of(i, e), c = key() + tile.column() + rules.key_of(j, e);
         sums.slope -= tile.ds[i][j].x[e] * rules.distance(r, c);
       });
       if (at.tile + 1 == walk.end) store_slope_part(at.head, sums.slope);
@@ -415,10 +415,10 @@ struct Backward {
     place(v_tile(), dv, kept);
     __syncthreads();
     const int keys = sequence.kv_rows - key();
-    store_rows<kThreads>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.dk.aligned,
-                         sequence.kv_row(p.dk, key(), walk.kv_head), p.dk.row);
-    store_rows<kThreads>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.dv.aligned,
-                         sequence.kv_row(p.dv, key(), walk.kv_head), p.dv.row);
+    store_rows<kThreads, Order>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.dk.aligned,
+                                sequence.kv_row(p.dk, key(), walk.kv_head), p.dk.row);
+    store_rows<kThreads, Order>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.dv.aligned,
+                                sequence.kv_row(p.dv, key(), walk.kv_head), p.dv.row);
   }
   template <class To, class C>
   FOVEA_DEVICE static void place(const To& tile, C& sum, float scale) {

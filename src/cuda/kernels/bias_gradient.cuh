@@ -12,6 +12,8 @@ struct BiasGradient {
   static constexpr int kThreads = S.warps * kWarp;
   static constexpr BackwardShared kShared = BackwardShared::of(S);
   using Scores = GradientTile<S>;
+  using Rules = typename Scores::Rules;
+  using Order = typename Scores::Order;
   using SumTile = SharedTile<Type::kFloat32, S.block_m, S.block_n>;  // in the place of all else
 
   const BackwardParams& p;
@@ -40,10 +42,10 @@ struct BiasGradient {
                                       p.q.row);
     load_rows<S.async_copy, kThreads>(dout, rows, p.head_dim_v * kSize, p.dout.aligned,
                                       sequence.q_row(p.dout, row, head), p.dout.row);
-    load_rows<S.async_copy, kThreads>(k, keys, p.head_dim * kSize, p.k.aligned, sequence.kv_row(p.k, key, kv_head),
-                                      p.k.row);
-    load_rows<S.async_copy, kThreads>(v, keys, p.head_dim_v * kSize, p.v.aligned, sequence.kv_row(p.v, key, kv_head),
-                                      p.v.row);
+    load_rows<S.async_copy, kThreads, Order>(k, keys, p.head_dim * kSize, p.k.aligned,
+                                             sequence.kv_row(p.k, key, kv_head), p.k.row);
+    load_rows<S.async_copy, kThreads, Order>(v, keys, p.head_dim_v * kSize, p.v.aligned,
+                                             sequence.kv_row(p.v, key, kv_head), p.v.row);
     const i64 slot = RowSlots(p, sequence, S.block_m).at(head, row_tile) * S.block_m;
     for (int x = static_cast<int>(threadIdx.x); x < 2 * S.block_m; x += kThreads) {
       store_shared(statistics + 4 * x,
@@ -54,7 +56,7 @@ struct BiasGradient {
     __syncthreads();
     if (!tile.works()) return;
     const RowMap<false> map{row, sequence.q_rows, head, 1};
-    const ScoreRules<S, false> rules{p, sequence, map};
+    const Rules rules{p, sequence, map};
     const math::DropoutStream stream = S.dropout ? rules.stream(head) : math::DropoutStream{};
     tile.template compute<true>(q, k, dout, v, statistics, rules, key, state, stream);
     tile.each([&](int i, int j, int e) { sum[i][j][e] += tile.ds[i][j].x[e]; });
@@ -96,8 +98,7 @@ struct BiasGradient {
     __syncthreads();
     if (Scores::works()) {
       Scores::each([&](int i, int j, int e) {
-        const int r = Scores::row() + 16 * i + lane_id() / 4 + e / 2 * 8,
-                  c = Scores::column() + 8 * j + lane_id() % 4 * 2 + e % 2;
+        const int r = Scores::row() + Rules::row_of(i, e), c = Scores::column() + Rules::key_of(j, e);
         store_shared(sums.at(r, c), __float_as_uint(sum[i][j][e]));
       });
     }

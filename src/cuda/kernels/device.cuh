@@ -19,8 +19,8 @@ inline constexpr int kWarp = 32;
 inline constexpr u32 kAllLanes = 0xffffffffU;
 
 FOVEA_DEVICE float infinity() { return __int_as_float(0x7f800000); }
-FOVEA_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
-FOVEA_DEVICE int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
+FOVEA_DEVICE int lane_id() { return static_cast<int>(threadIdx.x % kWarp); }
+FOVEA_DEVICE int warp_id() { return static_cast<int>(threadIdx.x / kWarp); }
 
 /// 2^x; below −126 it is 0.
 FOVEA_DEVICE float exp2(float x) {
@@ -138,18 +138,6 @@ FOVEA_DEVICE void write_piece(char* to, uint4 x, int bytes, bool aligned) {
   }
 }
 
-/// 16 bytes, of which the first `bytes` are read and the others become 0; `from` is a multiple of 16.
-template <bool kAsync>
-FOVEA_DEVICE void copy_16(u32 to, const char* from, int bytes) {
-  if constexpr (kAsync) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-  } else {
-    uint4 x{};
-    if (bytes == 16) x = *reinterpret_cast<const uint4*>(from);
-    if (bytes > 0 && bytes < 16) x = gather_16(from, bytes);
-    store_shared_16(to, x);
-  }
-}
 template <bool kAsync>
 FOVEA_DEVICE void close_copies() {
   if constexpr (kAsync) asm volatile("cp.async.commit_group;" ::: "memory");

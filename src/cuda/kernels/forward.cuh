@@ -39,10 +39,10 @@ struct Forward {
   using OutTile = SharedTile<S.type, S.block_m, S.head_dim_v>;  // in the place of Q
 
   using Rows = RowMap<S.pack_gqa>;
-  using Rules = ScoreRules<S, S.pack_gqa>;
+  using Order = KeyOrder<S.block_n, S.bias>;
+  using Rules = ScoreRules<S, S.pack_gqa, Order>;
   using Scores = Accumulator[kM][kN];
   using Out = Accumulator[kM][kD];
-  using QOperands = OperandA[kM][S.q_in_registers ? S.head_dim / kK : 1];
 
   static constexpr bool kHidesValues = S.band || S.mask || S.bias;  // of keys that other rows see
 
@@ -58,7 +58,9 @@ struct Forward {
     Sequence sequence;
     Rows rows;
     int kv_head, v_begin, split;
-    Interval keys;  // that the block walks
+    const char *k, *v;  // the sequence's, of the block's head and columns
+    Interval keys;      // that the block walks
+    Band::Reach reach[S.warps];
   };
 
   const ForwardParams& p;
@@ -77,107 +79,52 @@ struct Forward {
   FOVEA_DEVICE void load_q() const {
     const int bytes = p.head_dim * kBytes<S.type>;
     if constexpr (S.pack_gqa) {
-      load_scattered_tile<S.async_copy, kThreads>(q_tile(), rows.left(), bytes, p.q.aligned, [&](int r) {
+      load_scattered_rows<S.async_copy, kThreads>(q_tile(), rows.left(), bytes, p.q.aligned, [&](int r) {
         return sequence.q_row(p.q, rows.query(r), rows.head(r));
       });
     } else {
-      load_tile<S.async_copy, kThreads>(q_tile(), sequence.q_row(p.q, rows.first, rows.first_head), p.q.row,
-                                        rows.left(), bytes, p.q.aligned);
+      load_rows<S.async_copy, kThreads>(q_tile(), rows.left(), bytes, p.q.aligned,
+                                        sequence.q_row(p.q, rows.first, rows.first_head), p.q.row);
     }
   }
-  FOVEA_DEVICE void load_k(int tile, int stage) const {
+  template <int kParts, class Tile>
+  using Copies = RowCopies<S.async_copy, kThreads, Order, kParts, Tile>;
+  template <int kParts = 1>
+  FOVEA_DEVICE Copies<kParts, KTile> k_copies(int tile, int stage) const {
     const int key = tile * S.block_n;
-    load_tile<S.async_copy, kThreads>(k_tile(stage), sequence.kv_row(p.k, key, block.kv_head), p.k.row,
-                                      sequence.band.seqlen_kv - key, p.head_dim * kBytes<S.type>, p.k.aligned);
+    return {k_tile(stage), sequence.band.seqlen_kv - key, p.head_dim * kBytes<S.type>,
+            p.k.aligned,   block.k + key * p.k.row,       p.k.row};
   }
-  FOVEA_DEVICE void load_v(int tile, int stage) const {
+  template <int kParts = 1>
+  FOVEA_DEVICE Copies<kParts, VTile> v_copies(int tile, int stage) const {
     const int key = tile * S.block_n, columns = math::smaller(p.head_dim_v - block.v_begin, S.head_dim_v);
-    load_tile<S.async_copy, kThreads>(v_tile(stage),
-                                      sequence.kv_row(p.v, key, block.kv_head) + block.v_begin * kBytes<S.type>,
-                                      p.v.row, sequence.band.seqlen_kv - key, columns * kBytes<S.type>, p.v.aligned);
+    return {v_tile(stage), sequence.band.seqlen_kv - key, columns * kBytes<S.type>,
+            p.v.aligned,   block.v + key * p.v.row,       p.v.row};
   }
-
-  FOVEA_DEVICE void keep_q(QOperands& kept) const {
-#pragma unroll
-    for (int i = 0; S.q_in_registers && i < kM; ++i) {
-#pragma unroll
-      for (int c = 0; c < S.head_dim; c += kK)
-        kept[i][S.q_in_registers ? c / kK : 0] = load_a(q_tile(), warp_row() + 16 * i, c);
-    }
+  FOVEA_DEVICE void load(int tile, int stage) const {
+    k_copies(tile, stage).all();
+    v_copies(tile, stage).all();
   }
 
   /// S = Q Kᵀ.
-  FOVEA_DEVICE void multiply_qk(Scores& s, const QOperands& kept, const KTile& k) const {
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int j = 0; j < kN; ++j) s[i][j] = {};
-    }
-#pragma unroll
-    for (int pass = 0; pass < kPasses<S.mma>; ++pass) {
-#pragma unroll 8
-      for (int c = 0; c < S.head_dim; c += kK) {
-        OperandA q[kM];
-#pragma unroll
-        for (int i = 0; i < kM; ++i)
-          q[i] = S.q_in_registers ? kept[i][S.q_in_registers ? c / kK : 0] : load_a(q_tile(), warp_row() + 16 * i, c);
-#pragma unroll
-        for (int j = 0; j < kN; j += 2) {
-          OperandB kj[2];
-          load_b_rows(kj, k, 8 * j, c);
-#pragma unroll
-          for (int i = 0; i < kM; ++i) {
-            multiply_add<S.type, S.mma>(s[i][j], q[i], kj[0], pass);
-            multiply_add<S.type, S.mma>(s[i][j + 1], q[i], kj[1], pass);
-          }
-        }
-      }
-    }
+  template <class Between>
+  FOVEA_DEVICE void multiply_qk(Scores& s, const KTile& tile, Between& between) const {
+    const int lane = fresh(lane_id());
+    const Corner<QTile> q = corner_a(q_tile(), lane, warp_row(), 0);
+    const Corner<KTile> k = corner_b_rows(tile, lane, 0, 0);
+    multiply_steps<S, S.head_dim / kK>(
+        s, [&](int i, int c) { return load_a(q, 16 * i, c); },
+        [&](OperandB(&two)[2], int j, int c) { load_b_rows(two, k, 8 * j, c); }, [](int) { return Accumulator{}; },
+        between);
   }
 
-  /// O += P V, some columns at a time.
-  FOVEA_DEVICE void multiply_pv(Out& o, const Scores& weights, const VTile& v) const {
-    constexpr bool kExact = S.type == Type::kFloat32;
-    constexpr int kColumns = !kExact ? kD : kD % 4 == 0 ? 4 : 2;
-#pragma unroll
-    for (int first = 0; first < kD; first += kColumns) {
-      Accumulator sum[kM][kColumns];
-#pragma unroll
-      for (int i = 0; i < kM; ++i) {
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) sum[i][c] = kExact ? Accumulator{} : o[i][first + c];
-      }
-#pragma unroll
-      for (int pass = 0; pass < kPasses<S.mma>; ++pass) {
-#pragma unroll
-        for (int key = 0; key < S.block_n; key += kK) {
-          OperandA w[kM];
-#pragma unroll
-          for (int i = 0; i < kM; ++i) w[i] = operand_a<S.type>(weights[i], key / kK);
-#pragma unroll
-          for (int c = 0; c < kColumns; c += 2) {
-            OperandB vc[2];
-            load_b_columns(vc, v, key, 8 * (first + c));
-#pragma unroll
-            for (int i = 0; i < kM; ++i) {
-              multiply_add<S.type, S.mma>(sum[i][c], w[i], vc[0], pass);
-              multiply_add<S.type, S.mma>(sum[i][c + 1], w[i], vc[1], pass);
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kM; ++i) {
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float& x = o[i][first + c].x[e];
-            x = kExact ? x + sum[i][c].x[e] : sum[i][c].x[e];
-          }
-        }
-      }
-    }
+  /// O += P V.
+  template <class Between>
+  FOVEA_DEVICE void multiply_pv(Out& o, const Scores& weights, const VTile& tile, Between& between) const {
+    const Corner<VTile> v = corner_b_columns(tile, fresh(lane_id()), 0, 0);
+    multiply_steps<S, S.block_n / kK, true>(
+        o, [&](int i, int key) { return operand_a<S.type>(weights[i], key / kK); },
+        [&](OperandB(&two)[2], int c, int key) { load_b_columns(two, v, key, 8 * c); }, OnTop{}, between);
   }
 
   /// Raises each row's reference to the largest score seen; sum and O move on to it.
@@ -236,83 +183,90 @@ struct Forward {
 
   /// P of one tile of keys, its sums taken along.  False, and nothing computed, where this warp's rows see none of
   /// them. The search for a maximum is left out where the references still serve: it costs more than the exponentials.
-  FOVEA_DEVICE bool weigh(Scores& s, const QOperands& kept, Out& o, Running& running, int tile, int stage,
-                          float unit) const {
+  template <class Between>
+  FOVEA_DEVICE bool weigh(Scores& s, Out& o, Running& running, int tile, int stage, float unit,
+                          Between&& between) const {
     const int key = tile * S.block_n;
-    const Interval mine = rows.queries(warp_row(), warp_row() + 16 * kM);
-    const TileState state = mine.empty() ? TileState::kHidden : sequence.band.tile(mine, {key, key + S.block_n});
+    const TileState state = block.reach[fresh(warp_id())].tile({key, key + S.block_n});
     if (state == TileState::kHidden) return false;
-    bool raise = !running.settled;
-    for (;;) {  // twice where the references do not serve
-      EntryPairs<S, kM, kN> pairs;
-      rules.fetch(pairs, warp_row(), key);
-      multiply_qk(s, kept, k_tile(stage));
-      rules.template finish<false>(s, warp_row(), key, state, S.mask, static_cast<Accumulator(*)[kN]>(nullptr), pairs);
+    float sum[kM][2];
+    bool raise = !running.settled, fits;
+#pragma unroll 1
+    do {  // twice where the references do not serve
+      Entries<S, kM, kN> entries;
+      rules.fetch(entries, warp_row(), key);
+      multiply_qk(s, k_tile(stage), between);
+      if constexpr (S.stages == 1) between.close();
+      rules.finish(s, warp_row(), key, state, entries);
       if (raise) raise_references(s, running, o, unit);
-      float sum[kM][2];
-      if (exponentiate(s, running, sum, unit) || raise) {
-#pragma unroll
-        for (int i = 0; i < kM; ++i) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) running.sum[i][h] += sum[i][h];
-        }
-        return true;
-      }
+      fits = exponentiate(s, running, sum, unit) || raise;
       raise = true;
+    } while (!fits);
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) running.sum[i][h] += sum[i][h];
     }
+    return true;
   }
 
-  FOVEA_DEVICE void add_values(Out& o, Scores& weights, int tile, int stage) const {
+  template <class Between>
+  FOVEA_DEVICE void add_values(Out& o, Scores& weights, int tile, int stage, Between&& between) const {
     if constexpr (S.dropout) {
       const math::DropoutStream stream = rules.stream(rows.first_head);
-      rules.template drop<false>(weights, warp_row(), tile * S.block_n, stream,
-                                 [](float& x, bool kept) { x = kept ? x : 0.0F; });
+      rules.template for_each_draw<kM, kN>(warp_row(), tile * S.block_n, stream, [&](int i, int j, int e, bool kept) {
+        if (!kept) weights[i][j].x[e] = 0.0F;
+      });
     }
-    multiply_pv(o, weights, v_tile(stage));
+    // A block of instructions of its own: ptxas else moves O about in registers to share it with the redone scores.
+#pragma unroll 1
+    for (int once = fresh(0); once < 1; ++once) multiply_pv(o, weights, v_tile(stage), between);
   }
 
   /// Tiles of keys arrive stages − 1 ahead, last ones first.
   FOVEA_DEVICE void walk_ahead(Out& o, Running& running, int first, int last, float unit) const {
 #pragma unroll
     for (int ahead = 0; ahead < S.stages - 1; ++ahead) {
-      if (last - ahead >= first) load_k(last - ahead, ahead), load_v(last - ahead, ahead);
+      if (last - ahead >= first) load(last - ahead, ahead);
       close_copies<S.async_copy>();
     }
     int stage = 0;
-    QOperands kept;
 #pragma unroll 1
     for (int tile = last; tile >= first; --tile) {
       await_copies<S.async_copy, math::larger(S.stages - 2, 0)>();
       __syncthreads();  // this tile is there for all, and all are done with the one whose place comes next
-      if (tile == last) keep_q(kept);
       const int ahead = tile - (S.stages - 1), free = stage == 0 ? S.stages - 1 : stage - 1;
-      if (ahead >= first) load_k(ahead, free), load_v(ahead, free);
+      if (ahead >= first) load(ahead, free);
       close_copies<S.async_copy>();
       Scores s;
-      if (weigh(s, kept, o, running, tile, stage, unit)) add_values(o, s, tile, stage);
+      if (weigh(s, o, running, tile, stage, unit, Nothing{})) add_values(o, s, tile, stage, Nothing{});
       stage = stage + 1 == S.stages ? 0 : stage + 1;
     }
   }
 
   /// One place for K and one for V: V arrives while S is made, the next K while P V is.
   FOVEA_DEVICE void walk_in_turns(Out& o, Running& running, int first, int last, float unit) const {
-    load_k(last, 0);
+    k_copies(last, 0).all();
     close_copies<S.async_copy>();
-    QOperands kept;
 #pragma unroll 1
     for (int tile = last; tile >= first; --tile) {
       await_copies<S.async_copy, 0>();
       __syncthreads();  // K is there for all, and all are done with V
-      if (tile == last) keep_q(kept);
-      load_v(tile, 0);
-      close_copies<S.async_copy>();
+      auto v = v_copies<S.head_dim / kK>(tile, 0);
       Scores s;
-      const bool seen = weigh(s, kept, o, running, tile, 0, unit);
+      const bool seen = weigh(s, o, running, tile, 0, unit, v);
+      if (!seen) v.all();
+      close_copies<S.async_copy>();
       await_copies<S.async_copy, 0>();
       __syncthreads();  // V is there for all, and all are done with K
-      if (tile > first) load_k(tile - 1, 0);
+      auto k = k_copies<S.block_n / kK>(math::larger(tile - 1, first), 0);
+      if (tile == first) k.close();
+      if (seen) {
+        add_values(o, s, tile, 0, k);
+      } else {
+        k.all();
+      }
       close_copies<S.async_copy>();
-      if (seen) add_values(o, s, tile, 0);
     }
   }
 
@@ -354,12 +308,12 @@ struct Forward {
         const int r = warp_row() + entry_row(i, 2 * h);
         float check = 0.0F;
 #pragma unroll
-        for (int c = 0; c < kD; ++c) check += o[i][c].x[2 * h] * 0.0F + o[i][c].x[2 * h + 1] * 0.0F;
+        for (int c = 0; kHidesValues && c < kD; ++c) check += o[i][c].x[2 * h] * 0.0F + o[i][c].x[2 * h + 1] * 0.0F;
         const float sum = quad_sum(running.sum[i][h]), reference = running.reference[i][h];
         float factor = 1.0F;
         if (r < rows.left())
           factor = S.split ? store_part(o[i], h, r, reference, sum) : normalise(o[i], h, r, reference, sum);
-        spoiled |= keep_row_facts(r, reference, factor, quad_sum(check) == 0.0F);
+        if constexpr (kHidesValues) spoiled |= keep_row_facts(r, reference, factor, quad_sum(check) == 0.0F);
       }
     }
     if constexpr (!S.split) store_out(o);
@@ -521,18 +475,35 @@ __device__ void forward(const ForwardParams& p) {
   extern __shared__ __align__(128) char shared[];
   __shared__ __align__(16) char block_memory[sizeof(typename Kernel::Block)];
   typename Kernel::Block& me = *reinterpret_cast<typename Kernel::Block*>(block_memory);
-  if (threadIdx.x == 0) {
-    const int x = static_cast<int>(blockIdx.x), part = x / p.row_blocks, head = static_cast<int>(blockIdx.y);
-    me.sequence = Sequence::of(p, p.first_batch + static_cast<int>(blockIdx.z));
-    const int group = S.pack_gqa ? p.group : 1;
-    me.rows = {(p.row_blocks - 1 - x % p.row_blocks) * S.block_m, me.sequence.q_rows * group, head * group, group};
-    me.kv_head = S.pack_gqa ? head : head / p.group;
-    me.v_begin = part % p.v_chunks * S.head_dim_v;
-    me.split = part / p.v_chunks;
-    me.keys = me.sequence.band.keys_of_rows(me.rows.queries(0, S.block_m));
-    if constexpr (S.split) {
-      const int begin = me.split * p.keys_per_split;
-      me.keys = {math::larger(me.keys.begin, begin), math::smaller(me.keys.end, begin + p.keys_per_split)};
+  if (lane_id() == 0) {
+    int row_block = static_cast<int>(blockIdx.x), part = 0;
+    if (row_block >= p.row_blocks) {
+      part = row_block / p.row_blocks;
+      row_block -= part * p.row_blocks;
+    }
+    const int head = static_cast<int>(blockIdx.y), group = S.pack_gqa ? p.group : 1;
+    const Sequence sequence = Sequence::of(p, p.first_batch + static_cast<int>(blockIdx.z));
+    const typename Kernel::Rows rows{(p.row_blocks - 1 - row_block) * S.block_m, sequence.q_rows * group, head * group,
+                                     group};
+    constexpr int kRows = S.block_m / S.warps;
+    const int warp = warp_id();
+    me.reach[warp] = sequence.band.reach(rows.queries(warp * kRows, (warp + 1) * kRows));
+    if (warp == 0) {
+      me.sequence = sequence;
+      me.rows = rows;
+      me.kv_head = S.pack_gqa || p.group == 1 ? head : head / p.group;
+      me.v_begin = 0, me.split = part;
+      if (p.v_chunks > 1) {
+        me.v_begin = part % p.v_chunks * S.head_dim_v;
+        me.split = part / p.v_chunks;
+      }
+      me.k = sequence.kv_row(p.k, 0, me.kv_head);
+      me.v = sequence.kv_row(p.v, 0, me.kv_head) + me.v_begin * kBytes<S.type>;
+      me.keys = sequence.band.keys_of_rows(rows.queries(0, S.block_m));
+      if constexpr (S.split) {
+        const int begin = me.split * p.keys_per_split;
+        me.keys = {math::larger(me.keys.begin, begin), math::smaller(me.keys.end, begin + p.keys_per_split)};
+      }
     }
   }
   __syncthreads();

@@ -7,82 +7,6 @@
 // dS = P ∘ (dP − delta) from dout and v (2205.14135, algorithm 4).
 namespace fovea::cuda {
 
-template <int kM, int kN>
-FOVEA_DEVICE void clear(Accumulator (&c)[kM][kN]) {
-#pragma unroll
-  for (int i = 0; i < kM; ++i) {
-#pragma unroll
-    for (int j = 0; j < kN; ++j) c[i][j] = {};
-  }
-}
-
-struct OnTop {};  // of what C holds already
-template <class Start>
-inline constexpr bool kIsOnTop = false;
-template <>
-inline constexpr bool kIsOnTop<OnTop> = true;
-
-/// C = A · B + `start` of its rows, or on top; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.
-/// What goes on top in fp32 is summed apart and added by ordinary additions, for what `kPasses` says.
-template <auto S, int kSteps, int kM, int kN, class A, class B, class Start>
-FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start) {
-  constexpr bool kOnTop = kIsOnTop<Start>, kApart = kOnTop && S.type == Type::kFloat32;
-  constexpr int kWidth = !kApart ? kN : kN % 4 == 0 ? 4 : 2;
-  // Many steps at once would be long to compile and want more registers than there are.
-  constexpr int kMost = S.mma == Mma::kShuffles ? 1
-                        : S.mma == Mma::kTf32x3 ? 2
-                                                : 16,
-                kUnroll = math::smaller(kSteps, kMost);
-  constexpr bool kRolled = kUnroll < kSteps;
-#pragma unroll
-  for (int first = 0; first < kN; first += kWidth) {
-    Accumulator apart[kApart ? kM : 1][kApart ? kWidth : 1];
-    if constexpr (kApart) clear(apart);
-    if constexpr (kRolled && !kOnTop) {
-#pragma unroll
-      for (int i = 0; i < kM; ++i) {
-#pragma unroll
-        for (int j = 0; j < kN; ++j) c[i][j] = start(i);
-      }
-    }
-#pragma unroll
-    for (int pass = 0; pass < kPasses<S.mma>; ++pass) {
-#pragma unroll kUnroll
-      for (int k = 0; k < kSteps; ++k) {
-        OperandA rows[kM];
-#pragma unroll
-        for (int i = 0; i < kM; ++i) rows[i] = a(i, k * kStep<S.type>);
-#pragma unroll
-        for (int j = 0; j < kWidth; j += 2) {
-          OperandB columns[2];
-          b(columns, first + j, k * kStep<S.type>);
-#pragma unroll
-          for (int i = 0; i < kM; ++i) {
-#pragma unroll
-            for (int x = 0; x < 2; ++x) {
-              Accumulator& sum = kApart ? apart[kApart ? i : 0][kApart ? j + x : 0] : c[i][first + j + x];
-              if constexpr (kOnTop || kRolled) {
-                multiply_add<S.type, S.mma>(sum, rows[i], columns[x], pass);
-              } else if (pass == 0 && k == 0) {
-                multiply<S.type, S.mma>(sum, rows[i], columns[x], start(i));
-              } else {
-                multiply_add<S.type, S.mma>(sum, rows[i], columns[x], pass);
-              }
-            }
-          }
-        }
-      }
-    }
-    if constexpr (kApart) {
-#pragma unroll
-      for (int i = 0; i < kM; ++i) {
-#pragma unroll
-        for (int x = 0; x < kWidth * 4; ++x) c[i][first + x / 4].x[x % 4] += apart[i][x / 4].x[x % 4];
-      }
-    }
-  }
-}
-
 /// Where the rows of a block find what was prepared for them: [head][slot][row of block_m].
 struct RowSlots {
   int first, count;  // of this sequence, of all
@@ -98,7 +22,8 @@ template <BackwardSpec S>
 struct GradientTile {
   static constexpr WarpGrid kGrid = WarpGrid::of(S.block_m, S.block_n, S.warps);
   static constexpr int kM = kGrid.rows / 16, kN = kGrid.columns / 8;
-  using Rules = ScoreRules<S, false>;
+  using Order = KeyOrder<kGrid.columns, S.bias>;
+  using Rules = ScoreRules<S, false, Order>;
 
   /// dP starts from −delta; not where its digits are dear or dropout scales dP alone.
   static constexpr bool kDeltaFirst = !S.dropout && S.type != Type::kFloat32;
@@ -119,10 +44,12 @@ struct GradientTile {
     const float unit =
         kBareScores<S> ? rules.p.scale * kLog2E : 1.0F;  // of any sign: hidden entries are told apart first
     const int lane = fresh(lane_id());
+    Entries<S, kM, kN> entries;
+    rules.fetch(entries, row(), key + column());
     product(p, q, k, lane, [](int) { return Accumulator{}; });
     float check = kHides ? not_finite(p) : 0.0F;
-    if constexpr (!kBareScores<S>) rules.template score_all<false>(p, row(), key + column(), tanhs_or_null());
-    if constexpr (kHides) rules.template hide<false>(p, row(), key + column(), state, S.mask);
+    if constexpr (!kBareScores<S>) rules.score_all(p, row(), key + column(), tanhs_or_null(), entries);
+    if constexpr (kHides) rules.hide(p, row(), key + column(), state, entries);
     exponentiate<kHides>(statistics, unit);
     load_statistics(statistics + 4 * S.block_m);
     product(ds, dout, v, lane, [&](int i) {
@@ -148,14 +75,7 @@ struct GradientTile {
 
   template <class F>
   FOVEA_DEVICE static void each(const F& f) {
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int j = 0; j < kN; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) f(i, j, e);
-      }
-    }
+    for_each_entry<kM, kN>(f);
   }
 
  private:
@@ -205,7 +125,7 @@ struct GradientTile {
   FOVEA_DEVICE void differentiate(const Rules& rules, int key, const math::DropoutStream& stream) {
     if constexpr (S.dropout) {
       const float scale = 65536.0F / static_cast<float>(rules.p.keep_threshold);
-      rules.template for_each_draw<false, kM, kN>(row(), key + column(), stream, [&](int i, int j, int e, bool kept) {
+      rules.template for_each_draw<kM, kN>(row(), key + column(), stream, [&](int i, int j, int e, bool kept) {
         float &x = p[i][j].x[e], &d = ds[i][j].x[e];
         d = (kept ? d * scale : 0.0F) - statistic[i][e / 2];
         pass_softmax<kHides>(x, d);

@@ -165,67 +165,13 @@ struct SharedTile {
   static constexpr int kPieces = kDim * kBytes<kType> / 16;  // with data
   static constexpr int kPitch = pitch_of(kType, kDim);       // bytes
   static constexpr int kSize = kRows * kPitch;               // bytes
+  static constexpr bool kSwizzled = false;
   u32 base;
 
   FOVEA_DEVICE u32 at(int row, int column) const {
     return base + static_cast<u32>(row * kPitch + column * kBytes<kType>);
   }
 };
-
-/// A = rows [row, row + 16), columns [k, k + kStep) of a tile.  An 8 × 8 matrix of ldmatrix is 8 rows of 16 bytes, of
-/// which each lane receives a word: that is how both kinds of operand lie.
-template <class Tile>
-FOVEA_DEVICE OperandA load_a(const Tile& tile, int row, int k) {
-  OperandA a;
-  load_matrices(a.x, tile.at(row + lane_id() % 16, k + lane_id() / 16 * (kStep<Tile::kType> / 2)));
-  return a;
-}
-
-/// A = (a tile)ᵀ: rows [row, row + 16) are its columns, [k, k + kStep) its rows.
-template <class Tile>
-FOVEA_DEVICE OperandA load_a_columns(const Tile& tile, int row, int k) {
-  OperandA a;
-  const int lane = lane_id();
-  if constexpr (Tile::kType == Type::kFloat32) {
-    const u32 at = tile.at(k + lane % 4, row + lane / 4);
-    a.x[0] = load_shared(at);
-    a.x[1] = load_shared(at + 32);
-    a.x[2] = load_shared(at + 4 * Tile::kPitch);
-    a.x[3] = load_shared(at + 4 * Tile::kPitch + 32);
-  } else {
-    load_matrices_transposed(a.x, tile.at(k + lane / 16 * 8 + lane % 8, row + lane / 8 % 2 * 8));
-  }
-  return a;
-}
-
-/// Two B side by side, B[k][n] = tile[n][k]: columns are rows [n, n + 16) of the tile.  K in S = Q Kᵀ.
-template <class Tile>
-FOVEA_DEVICE void load_b_rows(OperandB (&b)[2], const Tile& tile, int n, int k) {
-  const int lane = lane_id();
-  u32 x[4];
-  load_matrices(x, tile.at(n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * (kStep<Tile::kType> / 2)));
-  b[0] = {x[0], x[1]};
-  b[1] = {x[2], x[3]};
-}
-
-/// Two B side by side, B[k][n] = tile[k][n].  V in O = P V.  For fp32 a step takes the rows in the order in which an
-/// accumulator has them (`operand_a`): 0, 2, 4, 6, 1, 3, 5, 7.
-template <class Tile>
-FOVEA_DEVICE void load_b_columns(OperandB (&b)[2], const Tile& tile, int k, int n) {
-  const int lane = lane_id();
-  if constexpr (Tile::kType == Type::kFloat32) {
-    const u32 at = tile.at(k + lane % 4 * 2, n + lane / 4);
-    b[0].x[0] = load_shared(at);
-    b[0].x[1] = load_shared(at + Tile::kPitch);
-    b[1].x[0] = load_shared(at + 32);
-    b[1].x[1] = load_shared(at + Tile::kPitch + 32);
-  } else {
-    u32 x[4];
-    load_matrices_transposed(x, tile.at(k + lane % 16, n + lane / 16 * 8));
-    b[0] = {x[0], x[1]};
-    b[1] = {x[2], x[3]};
-  }
-}
 
 /// Step `k` of A out of the accumulators of 16 rows: 16 columns of them, or 8 for fp32.
 template <Type kType>

@@ -15,6 +15,7 @@ struct SwizzledTile {
   static constexpr int kPieces = kDim * kBytes<kType> / 16;
   static constexpr int kPitch = kPieces * 16;
   static constexpr int kSize = kRows * kPitch;
+  static constexpr bool kSwizzled = true;
   u32 base;  // a multiple of 128
 
   FOVEA_DEVICE u32 at(int row, int column) const {
@@ -41,7 +42,7 @@ template <class Tile>
 struct Corner {
   u32 lane;
   FOVEA_DEVICE u32 at(int row, int column) const {
-    if constexpr (swizzled(Tile::kType, Tile::kColumns)) {
+    if constexpr (Tile::kSwizzled) {
       return (lane ^ static_cast<u32>(column / 8 % 8 * 16)) + static_cast<u32>(column / 64 * 128 + row * Tile::kPitch);
     } else {
       return lane + static_cast<u32>(row * Tile::kPitch + column * kBytes<Tile::kType>);
@@ -70,14 +71,13 @@ FOVEA_DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
 /// 0, 2, 4, 6, 1, 3, 5, 7.
 template <bool kPaired = false, class Tile>
 FOVEA_DEVICE Corner<Tile> corner_a(const Tile& tile, int lane, int row, int column) {
-  if constexpr (Tile::kType == Type::kFloat32) return {tile.at(row + lane / 4, column + lane % 4 * (kPaired ? 2 : 1))};
-  return {tile.at(row + lane % 16, column + lane / 16 * 8)};
+  if constexpr (kPaired && Tile::kType == Type::kFloat32) return {tile.at(row + lane / 4, column + lane % 4 * 2)};
+  return {tile.at(row + lane % 16, column + lane / 16 * Tile::kPieceColumns)};
 }
 /// For `load_b_rows`.
 template <class Tile>
 FOVEA_DEVICE Corner<Tile> corner_b_rows(const Tile& tile, int lane, int row, int column) {
-  if constexpr (Tile::kType == Type::kFloat32) return {tile.at(row + lane / 4, column + lane % 4)};
-  return {tile.at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8)};
+  return {tile.at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * Tile::kPieceColumns)};
 }
 /// For `load_a_columns`.
 template <class Tile>
@@ -98,16 +98,16 @@ FOVEA_DEVICE Corner<Tile> corner_c(const Tile& tile, int lane, int row, int colu
   return {tile.at(row + lane / 4, column + lane % 4 * 2)};
 }
 
-/// A = rows [row, row + 16), columns [k, k + kStep).
+/// A = rows [row, row + 16), columns [k, k + kStep).  An 8 × 8 matrix of ldmatrix is 8 rows of 16 bytes, of which each
+/// lane receives a word: that is how both kinds of operand lie.
 template <bool kPaired = false, class Tile>
 FOVEA_DEVICE OperandA load_a(const Corner<Tile>& corner, int row, int k) {
   OperandA a;
-  if constexpr (Tile::kType == Type::kFloat32) {
-    constexpr int kNext = kPaired ? 4 : 16;  // bytes
+  if constexpr (kPaired && Tile::kType == Type::kFloat32) {
     a.x[0] = load_shared(corner.at(row, k));
     a.x[1] = load_shared(corner.at(row + 8, k));
-    a.x[2] = load_shared(corner.at(row, k) + kNext);
-    a.x[3] = load_shared(corner.at(row + 8, k) + kNext);
+    a.x[2] = load_shared(corner.at(row, k) + 4);
+    a.x[3] = load_shared(corner.at(row + 8, k) + 4);
   } else {
     load_matrices(a.x, corner.at(row, k));
   }
@@ -130,18 +130,13 @@ FOVEA_DEVICE OperandA load_a_columns(const Corner<Tile>& corner, int row, int k)
 /// Two B side by side, B[k][n] = tile[n][k].
 template <class Tile>
 FOVEA_DEVICE void load_b_rows(OperandB (&b)[2], const Corner<Tile>& corner, int n, int k) {
-  if constexpr (Tile::kType == Type::kFloat32) {
-#pragma unroll
-    for (int x = 0; x < 2; ++x)
-      b[x] = {load_shared(corner.at(n + 8 * x, k)), load_shared(corner.at(n + 8 * x, k) + 16)};
-  } else {
-    u32 x[4];
-    load_matrices(x, corner.at(n, k));
-    b[0] = {x[0], x[1]};
-    b[1] = {x[2], x[3]};
-  }
+  u32 x[4];
+  load_matrices(x, corner.at(n, k));
+  b[0] = {x[0], x[1]};
+  b[1] = {x[2], x[3]};
 }
-/// Two B side by side, B[k][n] = tile[k][n].
+/// Two B side by side, B[k][n] = tile[k][n].  For fp32 a step takes the rows in the order in which an accumulator has
+/// them (`operand_a`): 0, 2, 4, 6, 1, 3, 5, 7.
 template <class Tile>
 FOVEA_DEVICE void load_b_columns(OperandB (&b)[2], const Corner<Tile>& corner, int k, int n) {
   if constexpr (Tile::kType == Type::kFloat32) {
@@ -211,6 +206,96 @@ FOVEA_DEVICE void multiply(Accumulator& c, const OperandA& a, const OperandB& b,
   } else {
     c = start;
     multiply_add<kType, kMma>(c, a, b, 0);
+  }
+}
+
+template <int kM, int kN>
+FOVEA_DEVICE void clear(Accumulator (&c)[kM][kN]) {
+#pragma unroll
+  for (int i = 0; i < kM; ++i) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) c[i][j] = {};
+  }
+}
+
+struct OnTop {};  // of what C holds already
+template <class Start>
+inline constexpr bool kIsOnTop = false;
+template <>
+inline constexpr bool kIsOnTop<OnTop> = true;
+
+struct Nothing {
+  FOVEA_DEVICE void close() const {}
+  FOVEA_DEVICE void operator()(int) const {}
+};
+
+/// C = A · B + `start` of its rows, or on top; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.
+/// What goes on top in fp32 is summed apart and added by ordinary additions, for what `kPasses` says.  Many steps at
+/// once would be long to compile and want more registers than there are; where A lies in registers there is no choice.
+/// `between` is called once with each step's number.
+template <auto S, int kSteps, bool kAtOnce = false, int kM, int kN, class A, class B, class Start,
+          class Between = Nothing>
+FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start,
+                                 Between&& between = {}) {
+  constexpr bool kOnTop = kIsOnTop<Start>, kApart = kOnTop && S.type == Type::kFloat32;
+  constexpr int kWidth = !kApart ? kN : kN % 4 == 0 ? 4 : 2;
+  constexpr int kMost = kAtOnce                   ? kSteps
+                        : S.mma == Mma::kShuffles ? 1
+                        : S.mma == Mma::kTf32x3   ? 2
+                                                  : 16,
+                kUnroll = math::smaller(kSteps, kMost);
+  constexpr bool kRolled = kUnroll < kSteps;
+  if constexpr (kRolled) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) between(k);
+  }
+#pragma unroll
+  for (int first = 0; first < kN; first += kWidth) {
+    Accumulator apart[kApart ? kM : 1][kApart ? kWidth : 1];
+    if constexpr (kApart) clear(apart);
+    if constexpr (kRolled && !kOnTop) {
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+#pragma unroll
+        for (int j = 0; j < kN; ++j) c[i][j] = start(i);
+      }
+    }
+#pragma unroll
+    for (int pass = 0; pass < kPasses<S.mma>; ++pass) {
+#pragma unroll kUnroll
+      for (int k = 0; k < kSteps; ++k) {
+        OperandA rows[kM];
+#pragma unroll
+        for (int i = 0; i < kM; ++i) rows[i] = a(i, k * kStep<S.type>);
+        if (!kRolled && first == 0 && pass == 0) between(k);
+#pragma unroll
+        for (int j = 0; j < kWidth; j += 2) {
+          OperandB columns[2];
+          b(columns, first + j, k * kStep<S.type>);
+#pragma unroll
+          for (int i = 0; i < kM; ++i) {
+#pragma unroll
+            for (int x = 0; x < 2; ++x) {
+              Accumulator& sum = kApart ? apart[kApart ? i : 0][kApart ? j + x : 0] : c[i][first + j + x];
+              if constexpr (kOnTop || kRolled) {
+                multiply_add<S.type, S.mma>(sum, rows[i], columns[x], pass);
+              } else if (pass == 0 && k == 0) {
+                multiply<S.type, S.mma>(sum, rows[i], columns[x], start(i));
+              } else {
+                multiply_add<S.type, S.mma>(sum, rows[i], columns[x], pass);
+              }
+            }
+          }
+        }
+      }
+    }
+    if constexpr (kApart) {
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+#pragma unroll
+        for (int x = 0; x < kWidth * 4; ++x) c[i][first + x / 4].x[x % 4] += apart[i][x / 4].x[x % 4];
+      }
+    }
   }
 }
 

@@ -27,16 +27,15 @@ struct RowMap {
   }
 };
 
-/// Calls f(entry, row, column) for all entries of a warp's piece of a matrix, rows and columns counted from its corner.
+/// Calls f(i, j, e) for entry e of every accumulator [i][j] of a warp's piece of a matrix.
 template <int kM, int kN, class F>
-FOVEA_DEVICE void for_each_entry(Accumulator (&s)[kM][kN], const F& f) {
+FOVEA_DEVICE void for_each_entry(const F& f) {
 #pragma unroll
   for (int i = 0; i < kM; ++i) {
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        f(s[i][j].x[e], 16 * i + lane_id() / 4 + e / 2 * 8, 8 * j + lane_id() % 4 * 2 + e % 2);
+      for (int e = 0; e < 4; ++e) f(i, j, e);
     }
   }
 }
@@ -51,24 +50,44 @@ FOVEA_DEVICE float score_unit(const CallParams& p) {
   return kBareScores<S> && p.scale > 0.0F ? p.scale * kLog2E : 1.0F;
 }
 
-/// Mask and bias under a piece of scores, two keys at a time, so that they can be on their way while the product is
-/// made.
-template <auto S, int kM, int kN>
-struct EntryPairs {
-  static constexpr bool kFp32 = S.bias_type == Type::kFloat32;
-  bool there = false;  // where not, entries are read one by one
-  u16 mask[S.mask ? kM : 1][2][S.mask ? kN : 1];
-  u32 bias[S.bias ? kM : 1][2][S.bias ? kN : 1][kFp32 ? 2 : 1];
+/// kBytes from a multiple of kBytes, at most of 16.
+template <int kBytes>
+FOVEA_DEVICE void load_run(u32* words, const char* from) {
+  static_assert(kBytes % 4 == 0);
+  if constexpr (kBytes == 4) words[0] = *reinterpret_cast<const u32*>(from);
+  if constexpr (kBytes == 8) {
+    const uint2 x = *reinterpret_cast<const uint2*>(from);
+    words[0] = x.x, words[1] = x.y;
+  }
+#pragma unroll
+  for (int at = 0; at + 16 <= kBytes; at += 16) {
+    const uint4 x = *reinterpret_cast<const uint4*>(from + at);
+    words[at / 4] = x.x, words[at / 4 + 1] = x.y, words[at / 4 + 2] = x.z, words[at / 4 + 3] = x.w;
+  }
+}
 
-  FOVEA_DEVICE bool masked(int i, int j, int e) const { return (mask[i][e / 2][j] >> (8 * (e % 2)) & 0xff) == 0; }
+/// Mask and bias under a lane's entries, so that they can be on their way while the product is made.  Of each row: the
+/// mask's words, shifted so that a lane finds its bits at the same places as all others; the bias of the lane's keys in
+/// the order of its entries.
+template <auto S, int kM, int kN>
+struct Entries {
+  static constexpr bool kFp32 = S.bias_type == Type::kFloat32;
+  static constexpr int kWords = (kN + 3) / 4;
+  u32 mask[S.mask ? kM : 1][2][S.mask ? kWords : 1];
+  u32 bias[S.bias ? kM : 1][2][!S.bias ? 1 : kFp32 ? 2 * kN : kN];
+
   FOVEA_DEVICE float bias_of(int i, int j, int e) const {
-    if constexpr (kFp32) return __uint_as_float(bias[i][e / 2][j][e % 2]);
-    return widen<S.bias_type>(e % 2 == 0 ? bias[i][e / 2][j][0] : bias[i][e / 2][j][0] >> 16);
+    const int x = 2 * j + e % 2;
+    if constexpr (kFp32) return __uint_as_float(bias[i][e / 2][x]);
+    if constexpr (S.bias_type == Type::kBFloat16) {
+      return __uint_as_float(x % 2 == 0 ? bias[i][e / 2][x / 2] << 16 : bias[i][e / 2][x / 2] & 0xffff0000U);
+    }
+    return widen<S.bias_type>(bias[i][e / 2][x / 2] >> 16 * (x % 2));
   }
 };
 
 /// All that scores depend on but their position.
-template <auto S, bool kPacked>
+template <auto S, bool kPacked, class Order>
 struct ScoreRules {
   const CallParams& p;
   const Sequence& sequence;
@@ -116,121 +135,137 @@ struct ScoreRules {
     return bias_at(r, j) != -infinity();
   }
 
-  /// Asks for mask and bias of a piece whose rows are queries.
+  /// Row and key of an entry of a piece, counted from its corner.
+  FOVEA_DEVICE static int row_of(int i, int e) { return 16 * i + lane_id() / 4 + e / 2 * 8; }
+  FOVEA_DEVICE static int key_of(int j, int e) {
+    return static_cast<int>(Order::of_lane(threadIdx.x % 4) + Order::of_entry(j, e % 2));
+  }
+
+  /// Asks for mask and bias of a piece.  Past the last row or key the last one is read: such entries are hidden anyway.
   template <int kM, int kN>
-  FOVEA_DEVICE void fetch(EntryPairs<S, kM, kN>& pairs, int row, int key) const {
-    if constexpr (S.mask || S.bias) {
-      pairs.there = !kPacked && p.entries_in_pairs && row + 16 * kM <= rows.left() && key + 8 * kN <= sequence.kv_rows;
-      if (!pairs.there) return;
+  FOVEA_DEVICE void fetch(Entries<S, kM, kN>& entries, int row, int key) const {
+    const int first = row + fresh(lane_id()) / 4;
+    const auto row_at = [&](int x) { return math::smaller(first + 8 * x, rows.left() - 1); };
+    if constexpr (S.mask) {
 #pragma unroll
-      for (int i = 0; i < kM; ++i) {
+      for (int x = 0; x < 2 * kM; ++x) fetch_words<kN>(entries.mask[x / 2][x % 2], row_at(x), key);
+    }
+    if constexpr (S.bias) {
+      if (!kPacked && p.bias_in_runs && row + 16 * kM <= rows.left() && key + 8 * kN <= sequence.kv_rows) {
+        const int i = rows.first + row + row_of(0, 0), j = key + key_of(0, 0);
+        fetch_runs<kBytes<S.bias_type>>(entries.bias, sequence.entry(p.bias, i, j, rows.first_head), p.bias.query);
+      } else {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int r = row + 16 * i + lane_id() / 4 + 8 * h, j = key + lane_id() % 4 * 2;
-          if constexpr (S.mask) {
-            const char* at = sequence.entry(p.mask, rows.query(r), j, rows.head(r));
+        for (int x = 0; x < 2 * kM; ++x) fetch_one_by_one(entries.bias[x / 2][x % 2], row_at(x), key);
+      }
+    }
+  }
+  template <int kN, int kWords>
+  FOVEA_DEVICE void fetch_words(u32 (&words)[kWords], int r, int key) const {
+    const WordView& view = p.mask_words;
+    const u32 mine = Order::of_lane(threadIdx.x % 4);
+    const u32* const from =
+        view.data + sequence.batch * view.batch + rows.head(r) * view.head + rows.query(r) * view.row;
 #pragma unroll
-            for (int n = 0; n < kN; ++n) pairs.mask[i][h][n] = *reinterpret_cast<const u16*>(at + 8 * n);
-          }
-          if constexpr (S.bias) {
-            const char* at = sequence.entry(p.bias, rows.query(r), j, rows.head(r));
+    for (int w = 0; w < kWords; ++w) {
+      words[w] = from[i64{math::smaller(key / 32 + static_cast<int>(mine / 32) + w, view.count - 1)} * view.rows];
+    }
+    u32 shift = mine % 32;
+    if constexpr (kN % 4 != 0) {  // pieces may begin in the middle of a word
+      static_assert(kWords <= 2);
+      shift += static_cast<u32>(key) % 32;
+      if constexpr (kWords == 2) words[0] = __funnelshift_rc(words[0], words[1], shift);
+    }
 #pragma unroll
-            for (int n = 0; n < kN; ++n) {
-              const char* pair = at + 8 * n * kBytes<S.bias_type>;
-              if constexpr (S.bias_type == Type::kFloat32) {
-                const uint2 x = *reinterpret_cast<const uint2*>(pair);
-                pairs.bias[i][h][n][0] = x.x, pairs.bias[i][h][n][1] = x.y;
-              } else {
-                pairs.bias[i][h][n][0] = *reinterpret_cast<const u32*>(pair);
-              }
-            }
-          }
-        }
+    for (int w = kWords == 2 && kN % 4 != 0 ? 1 : 0; w < kWords; ++w) words[w] >>= shift;
+  }
+  /// Elements of kSize bytes; `from`: the lane's first; `stride`: bytes from row to row.
+  template <int kSize, int kM, int kWords>
+  FOVEA_DEVICE static void fetch_runs(u32 (&words)[kM][2][kWords], const char* from, i64 stride) {
+    constexpr int kRun = Order::kRun;
+#pragma unroll
+    for (int row = 0; row < 2 * kM; ++row) {
+      const char* const mine = from + 8 * row * stride;
+#pragma unroll
+      for (int x = 0; x < kWords * 4 / kSize; x += kRun) {
+        const char* const run = mine + Order::of_entry(x / 2, 0) * kSize;
+        u32* const to = words[row / 2][row % 2] + x * kSize / 4;
+        load_run<kRun * kSize>(to, run);
+      }
+    }
+  }
+  template <int kWords>
+  FOVEA_DEVICE void fetch_one_by_one(u32 (&words)[kWords], int r, int key) const {
+    constexpr int kSize = kBytes<S.bias_type>;
+#pragma unroll
+    for (int x = 0; x < kWords * 4 / kSize; ++x) {
+      const int j = math::smaller(key + key_of(x / 2, x % 2), sequence.kv_rows - 1);
+      const char* from = sequence.entry(p.bias, rows.query(r), j, rows.head(r));
+      if constexpr (kSize == 4) {
+        words[x] = *reinterpret_cast<const u32*>(from);
+      } else {
+        const u32 one = *reinterpret_cast<const u16*>(from);
+        words[x / 2] = x % 2 == 0 ? one : words[x / 2] | one << 16;
       }
     }
   }
 
-  /// A piece of Q Kᵀ, or of K Qᵀ where kTransposed, becomes what the softmax sees; hidden entries become −infinity.
-  /// Row and key 0 of the piece are row `row` of the block and key `key`.  `use_mask` is false where the mask hides
-  /// nothing of the tile.  `tanhs`, where the backward wants it, receives softcap's.
-  template <bool kTransposed, int kM, int kN>
-  FOVEA_DEVICE void finish(Accumulator (&s)[kM][kN], int row, int key, TileState state, bool use_mask,
-                           Accumulator (*tanhs)[kN], const EntryPairs<S, kM, kN>& pairs) const {
+  /// A piece of Q Kᵀ becomes what the softmax sees; hidden entries become −infinity.  Row and key 0 of the piece are
+  /// row `row` of the block and key `key`.
+  template <int kM, int kN>
+  FOVEA_DEVICE void finish(Accumulator (&s)[kM][kN], int row, int key, TileState state,
+                           const Entries<S, kM, kN>& entries) const {
     if constexpr (kBareScores<S>) {
       if (p.scale <= 0.0F) {  // the largest product is not the largest score
-        for_each_entry(s, [&](float& x, int, int) { x *= p.scale * kLog2E; });
+        for_each_entry<kM, kN>([&](int i, int j, int e) { s[i][j].x[e] *= p.scale * kLog2E; });
       }
     } else {
-      score_all<kTransposed>(s, row, key, tanhs, pairs);
+      score_all(s, row, key, static_cast<Accumulator(*)[kN]>(nullptr), entries);
     }
-    hide<kTransposed>(s, row, key, state, use_mask, pairs);
+    hide(s, row, key, state, entries);
   }
 
-  template <bool kTransposed, int kM, int kN>
+  /// `tanhs`, where the backward wants it, receives softcap's.
+  template <int kM, int kN>
   FOVEA_DEVICE void score_all(Accumulator (&s)[kM][kN], int row, int key, Accumulator (*tanhs)[kN],
-                              const EntryPairs<S, kM, kN>& pairs = {}) const {
-    if (S.bias && pairs.there) {
-      score_with<kTransposed, true>(s, row, key, tanhs, pairs);
-    } else {
-      score_with<kTransposed, false>(s, row, key, tanhs, pairs);
-    }
-  }
-
-  template <bool kTransposed, bool kPairs, int kM, int kN>
-  FOVEA_DEVICE void score_with(Accumulator (&s)[kM][kN], int row, int key, Accumulator (*tanhs)[kN],
-                               const EntryPairs<S, kM, kN>& pairs) const {
-    int at = 0;
-    for_each_entry(s, [&](float& x, int a, int b) {
-      const int r = row + (kTransposed ? b : a), j = key + (kTransposed ? a : b);
-      const int m = at / (4 * kN), n = at / 4 % kN, e = at % 4;
+                              const Entries<S, kM, kN>& entries) const {
+    for_each_entry<kM, kN>([&](int i, int j, int e) {
       float bias = 0.0F;
-      if constexpr (kPairs && S.bias) {
-        bias = pairs.bias_of(m, n, e);
-      } else {
-        bias = bias_at(r, j);
-      }
-      x = score(x, r, j, bias, tanhs == nullptr ? nullptr : &tanhs[m][n].x[e]);
-      ++at;
+      if constexpr (S.bias) bias = entries.bias_of(i, j, e);
+      s[i][j].x[e] = score(s[i][j].x[e], row + row_of(i, e), key + key_of(j, e), bias,
+                           tanhs == nullptr ? nullptr : &tanhs[i][j].x[e]);
     });
   }
 
-  template <bool kTransposed, int kM, int kN>
-  FOVEA_DEVICE void hide(Accumulator (&s)[kM][kN], int row, int key, TileState state, bool use_mask,
-                         const EntryPairs<S, kM, kN>& pairs = {}) const {
+  template <int kM, int kN>
+  FOVEA_DEVICE void hide(Accumulator (&s)[kM][kN], int row, int key, TileState state,
+                         const Entries<S, kM, kN>& entries) const {
     if constexpr (S.mask) {
-      if (use_mask && pairs.there) {
-        int at = 0;
-        for_each_entry(s, [&](float& x, int, int) {
-          if (pairs.masked(at / (4 * kN), at / 4 % kN, at % 4)) x = -infinity();
-          ++at;
-        });
-      } else if (use_mask) {
-        for_each_entry(s, [&](float& x, int a, int b) {
-          if (masked(row + (kTransposed ? b : a), key + (kTransposed ? a : b))) x = -infinity();
-        });
-      }
+      for_each_entry<kM, kN>([&](int i, int j, int e) {
+        constexpr u32 kBit = 1;
+        const u32 at = Order::of_entry(j, e % 2);
+        if ((entries.mask[i][e / 2][at / 32] & kBit << at % 32) == 0) s[i][j].x[e] = -infinity();
+      });
     }
-    if (state == TileState::kPartial) hide_outside_band<kTransposed>(s, row, key);
+    if (state == TileState::kPartial) hide_outside_band(s, row, key);
   }
 
-  template <bool kTransposed, int kM, int kN>
+  template <int kM, int kN>
   FOVEA_DEVICE void hide_outside_band(Accumulator (&s)[kM][kN], int row, int key) const {
-    constexpr int kQueries = kTransposed ? kN : kM;
 #pragma unroll
-    for (int i = 0; i < kQueries; ++i) {
+    for (int i = 0; i < kM; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {  // the two queries of this lane in a piece
-        const int at = kTransposed ? 8 * i + lane_id() % 4 * 2 + h : 16 * i + lane_id() / 4 + 8 * h;
-        Interval seen = sequence.band.keys_of_row(rows.query(row + at));
-        if (row + at >= rows.left()) seen = {0, 0};
+        const int r = row + row_of(i, 2 * h);
+        Interval seen = sequence.band.keys_of_row(rows.query(r));
+        if (r >= rows.left()) seen = {0, 0};
         seen = {seen.begin - key, seen.end - key};
 #pragma unroll
-        for (int j = 0; j < (kTransposed ? kM : kN); ++j) {
+        for (int j = 0; j < kN; ++j) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const int b = kTransposed ? 16 * j + lane_id() / 4 + 8 * e : 8 * j + lane_id() % 4 * 2 + e;
-            float& x = kTransposed ? s[j][i].x[2 * e + h] : s[i][j].x[2 * h + e];
-            x = seen.contains(b) ? x : -infinity();
+            float& x = s[i][j].x[2 * h + e];
+            x = seen.contains(key_of(j, e)) ? x : -infinity();
           }
         }
       }
@@ -246,40 +281,35 @@ struct ScoreRules {
   /// Whether dropout keeps an entry.
   FOVEA_DEVICE bool kept(int r, int j) const {
     const int i = rows.query(r);
-    return math::draws_of_patch(stream(rows.head(r)), math::patch_of(i), math::patch_of(j)).at(i, j) < p.keep_threshold;
+    return math::draws_of_patch(stream(rows.head(r)), math::patch_of(static_cast<u32>(i)),
+                                math::patch_of(static_cast<u32>(j)))
+               .at(i, j) < p.keep_threshold;
   }
 
-  /// Calls f(entry, kept) for all entries of a piece, which begins at multiples of 16.
-  template <bool kTransposed, int kM, int kN, class F>
-  FOVEA_DEVICE void drop(Accumulator (&s)[kM][kN], int row, int key, const math::DropoutStream& stream,
-                         const F& f) const {
-    if constexpr (kPacked) {
-      for_each_entry(s, [&](float& x, int a, int b) { f(x, kept(row + a, key + b)); });
-    } else {
-      for_each_draw<kTransposed, kM, kN>(row, key, stream,
-                                         [&](int i, int j, int e, bool kept) { f(s[i][j].x[e], kept); });
-    }
-  }
-
-  /// Calls f(i, j, e, kept) for entry e of every accumulator [i][j] of a piece.
-  template <bool kTransposed, int kM, int kN, class F>
+  /// Calls f(i, j, e, kept) for all entries of a piece, which begins at multiples of 16.
+  template <int kM, int kN, class F>
   FOVEA_DEVICE void for_each_draw(int row, int key, const math::DropoutStream& stream, const F& f) const {
-    const int lane = lane_id();
+    if constexpr (kPacked) {
+      for_each_entry<kM, kN>([&](int i, int j, int e) { f(i, j, e, kept(row + row_of(i, e), key + key_of(j, e))); });
+    } else {
+      constexpr int kPair = Order::kGroups;           // pieces from a key to the one 8 on
+      const u32 most = (p.keep_threshold << 16) - 1;  // of a draw kept, in the upper half of a word
+      const u32 first = math::patch_of(key + Order::of_lane(threadIdx.x % 4));
 #pragma unroll
-    for (int i = 0; i < kM; ++i) {
+      for (int i = 0; i < kM; ++i) {
 #pragma unroll
-      for (int j = 0; j < kN; j += 2) {
+        for (int j = 0; j < kN; ++j) {
+          if (j / kPair % 2 != 0) continue;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {  // four entries from one draw: two rows by two columns, 8 apart
-          const int a = 16 * i + lane / 4, b = 8 * j + lane % 4 * 2 + e;
-          const math::Draws draws =
-              math::draws_of_patch(stream, math::patch_of(rows.first + row + (kTransposed ? b : a)),
-                                   math::patch_of(key + (kTransposed ? a : b)));
+          for (int e = 0; e < 2; ++e) {  // four entries from one draw: two rows by two keys, 8 apart
+            const math::Draws draws =
+                math::draws_of_patch(stream, math::patch_of(static_cast<u32>(rows.first + row + row_of(i, 0))),
+                                     first + math::patch_of(Order::of_entry(j, e)));
 #pragma unroll
-          for (int half = 0; half < 4; ++half) {
-            const int low = half / 2, right = half % 2;  // of the row, of the column
-            const u32 draw = draws.at(8 * (kTransposed ? right : low), 8 * (kTransposed ? low : right));
-            f(i, j + right, 2 * low + e, draw < p.keep_threshold);
+            for (int low = 0; low < 2; ++low) {
+              f(i, j, 2 * low + e, draws.words[low] << 16 <= most);
+              f(i, j + kPair, 2 * low + e, draws.words[low] <= most);
+            }
           }
         }
       }

@@ -1,0 +1,30 @@
+#pragma once
+
+#include "cuda/kernels/mma.cuh"
+
+// Which keys the entries of a lane stand for.  The products do not care in which order a tile's keys lie in shared
+// memory, as long as K and V agree; so they lie there such that a lane's entries of a row are neighbours in memory,
+// where masks and biases are, and still come in pairs 8 apart, which share their draw of dropout.
+namespace fovea::cuda {
+
+/// Of a warp's piece `kColumns` keys wide.  Each 16 · kGroups keys are shared out to the four lanes of a quad: two runs
+/// of kRun keys, 8 apart, to each.  One group is the order of the keys themselves.
+template <int kColumns, bool kNeighbours>
+struct KeyOrder {
+  static constexpr u32 kGroups = !kNeighbours ? 1 : kColumns % 64 == 0 ? 4 : kColumns % 32 == 0 ? 2 : 1;
+  static constexpr u32 kRun = 2 * kGroups;
+
+  /// Column 2t + e of piece j of an accumulator is key of_lane(t) + of_entry(j, e).
+  FOVEA_FN static constexpr u32 of_lane(u32 t) { return t * kGroups / 4 * 16 + t * kRun % 8; }
+  FOVEA_FN static constexpr u32 of_entry(u32 j, u32 e) {
+    const u32 x = 2 * (j % kRun) + e;
+    return j / kRun * 16 * kGroups + x / kRun * 8 + x % kRun;
+  }
+  /// Row `row` of K and V in shared memory; of a sum of rows without a carry the sum.
+  FOVEA_FN static constexpr int of_row(u32 row) {
+    return static_cast<int>(kGroups == 1 ? row : of_lane(row / 2 % 4) + of_entry(row / 8, row % 2));
+  }
+};
+using AsTheyAre = KeyOrder<16, false>;
+
+}  // namespace fovea::cuda
