@@ -10,7 +10,8 @@ namespace fovea::cuda {
 struct WordView {
   u32* data;
   i64 batch, head, row;
-  int rows, count;  // words of a row
+  int rows, count;    // count: words of a row
+  int heads, planes;  // heads, and sequences × heads, that have words of their own
 };
 inline constexpr int kMaskTile = 32;  // words and rows of a block that makes them
 

@@ -111,8 +111,9 @@ class MaskWords {
     const std::int64_t heads = problem.mask->heads ? problem.num_q_heads : 1;
     view_.head = problem.mask->heads ? plane : 0;
     view_.batch = problem.mask->batch ? plane * heads : 0;
-    planes_ = heads * (problem.mask->batch ? problem.batch : 1);
-    bytes_ = begin_ + static_cast<std::size_t>(plane * planes_) * sizeof(u32);
+    view_.heads = static_cast<int>(heads);
+    view_.planes = static_cast<int>(heads * (problem.mask->batch ? problem.batch : 1));
+    bytes_ = begin_ + static_cast<std::size_t>(plane * view_.planes) * sizeof(u32);
   }
 
   /// Of the workspace, with what comes before.
@@ -125,7 +126,7 @@ class MaskWords {
     const auto tiles = [](int n) { return (n + kMaskTile - 1) / kMaskTile; };
     if (view_.count == 0 || view_.rows == 0) return;
     launch_->kernel->launch({.x = static_cast<unsigned>(tiles(view_.count) * tiles(view_.rows)),
-                             .y = static_cast<unsigned>(std::min(planes_, kMostInGrid)),
+                             .y = static_cast<unsigned>(std::min<std::int64_t>(view_.planes, kMostInGrid)),
                              .z = 1,
                              .threads = static_cast<unsigned>(launch_->request.threads),
                              .shared_bytes = 0},
@@ -136,7 +137,6 @@ class MaskWords {
   std::size_t begin_, bytes_;
   std::optional<PlannedLaunch> launch_;
   WordView view_{};
-  std::int64_t planes_ = 0;
 };
 
 class ForwardPlan final : public PlannedKernel {

@@ -44,6 +44,12 @@ def made():
     return json.loads((HERE / "made.json").read_text())
 
 
+def shown(word):
+    """A word of a command, without where this machine keeps its files."""
+    word = str(word).replace(f"{HERE}/", "")
+    return os.path.basename(word) if os.path.isabs(word) else word
+
+
 def sanitizer():
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
@@ -78,7 +84,7 @@ class Ring:
         told = [line.strip() for line in lines if line.strip() and re.search(summary, line)]
         self.steps.append({"step": name, "result": "passed" if process.returncode == 0 else f"failed ({process.returncode})",
                            "seconds": round(time.monotonic() - start, 1), "summary": told[-1] if told else "",
-                           "command": " ".join(str(word) for word in command)})
+                           "command": " ".join(map(shown, command))})
         if self.said.logs:
             (self.said.out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.log").write_text("".join(lines))
 

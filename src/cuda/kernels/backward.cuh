@@ -441,8 +441,8 @@ __device__ void backward(const BackwardParams& p) {
   extern __shared__ __align__(128) char shared[];
   Walk& walk = *reinterpret_cast<Walk*>(shared + BackwardShared::of(S).walk);
   if (threadIdx.x == 0) {
-    const int block =
-        S.deterministic ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x);
+    const bool turns = S.deterministic && p.row_blocks > 0;  // without rows nobody has cleared the tickets
+    const int block = turns ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x);
     walk = Walk(p, block, S.block_m, S.block_n, S.deterministic);
     walk.write_step(p, 0, walk.first_head, walk.first, S.stages, S.block_m);
   }

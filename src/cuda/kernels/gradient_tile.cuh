@@ -66,7 +66,7 @@ struct GradientTile {
     if constexpr (S.softcap) {
       each([&](int i, int j, int e) {
         const float t = tanhs[i][j].x[e];
-        if (!hidden(ds[i][j].x[e])) ds[i][j].x[e] *= 1.0F - t * t;
+        if (!hidden(ds[i][j].x[e])) ds[i][j].x[e] = ds[i][j].x[e] * (1.0F - t * t) + 0.0F;
       });
     }
   }

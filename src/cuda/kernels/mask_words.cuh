@@ -13,10 +13,9 @@ __device__ void mask_words(const CallParams& p) {
   const WordView& to = p.mask_words;
   const int across = (to.count + kWarp - 1) / kWarp, x = static_cast<int>(blockIdx.x);
   const int first_word = x % across * kWarp, first_row = x / across * kWarp;
-  const int heads = p.mask.head == 0 ? 1 : p.q_heads, planes = (p.mask.batch == 0 ? 1 : p.batch) * heads;
   const int lane = lane_id(), warps = static_cast<int>(blockDim.x) / kWarp;
-  for (int plane = static_cast<int>(blockIdx.y); plane < planes; plane += static_cast<int>(gridDim.y)) {
-    const char* const from = p.mask.data + plane / heads * p.mask.batch + plane % heads * p.mask.head;
+  for (int plane = static_cast<int>(blockIdx.y); plane < to.planes; plane += static_cast<int>(gridDim.y)) {
+    const char* const from = p.mask.data + plane / to.heads * p.mask.batch + plane % to.heads * p.mask.head;
     for (int r = warp_id(); r < kWarp; r += warps) {
       const char* const row = from + (first_row + r) * p.mask.query;
       u32 mine = 0;
