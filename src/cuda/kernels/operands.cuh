@@ -230,15 +230,17 @@ struct Nothing {
 };
 
 /// C = A · B + `start` of its rows, or on top; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.
-/// What goes on top in fp32 is summed apart and added by ordinary additions, for what `kPasses` says.  Many steps at
-/// once would be long to compile and want more registers than there are; where A lies in registers there is no choice.
-/// `between` is called once with each step's number.
+/// What goes on top in fp32, and every kChain steps of TF32, is summed apart and added by ordinary additions, for what
+/// `kPasses` says.  Many steps at once would be long to compile and want more registers than there are; where A lies in
+/// registers there is no choice.  `between` is called once with each step's number.
 template <auto S, int kSteps, bool kAtOnce = false, int kM, int kN, class A, class B, class Start,
           class Between = Nothing>
 FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start,
                                  Between&& between = {}) {
-  constexpr bool kOnTop = kIsOnTop<Start>, kApart = kOnTop && S.type == Type::kFloat32;
-  constexpr int kWidth = !kApart ? kN : kN % 4 == 0 ? 4 : 2;
+  constexpr bool kOnTop = kIsOnTop<Start>;
+  constexpr int kChain = S.mma == Mma::kTf32x3 ? math::smaller(kSteps, 16) : kSteps;
+  constexpr bool kApart = (kOnTop && S.type == Type::kFloat32) || kChain < kSteps;
+  constexpr int kWidth = !kOnTop || !kApart ? kN : kN % 4 == 0 ? 4 : 2;
   constexpr int kMost = kAtOnce                   ? kSteps
                         : S.mma == Mma::kShuffles ? 1
                         : S.mma == Mma::kTf32x3   ? 2
@@ -249,51 +251,56 @@ FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& 
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) between(k);
   }
+  if constexpr (kRolled && !kOnTop) {
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) c[i][j] = start(i);
+    }
+  }
 #pragma unroll
   for (int first = 0; first < kN; first += kWidth) {
-    Accumulator apart[kApart ? kM : 1][kApart ? kWidth : 1];
-    if constexpr (kApart) clear(apart);
-    if constexpr (kRolled && !kOnTop) {
+#pragma unroll 1
+    for (int chain = 0; chain < kSteps; chain += kChain) {
+      Accumulator apart[kApart ? kM : 1][kApart ? kWidth : 1];
+      if constexpr (kApart) clear(apart);
 #pragma unroll
-      for (int i = 0; i < kM; ++i) {
-#pragma unroll
-        for (int j = 0; j < kN; ++j) c[i][j] = start(i);
-      }
-    }
-#pragma unroll
-    for (int pass = 0; pass < kPasses<S.mma>; ++pass) {
+      for (int pass = 0; pass < kPasses<S.mma>; ++pass) {
 #pragma unroll kUnroll
-      for (int k = 0; k < kSteps; ++k) {
-        OperandA rows[kM];
+        for (int step = 0; step < kChain; ++step) {
+          const int k = kChain == kSteps ? step : chain + step;
+          if (kSteps % kChain != 0 && k >= kSteps) break;
+          OperandA rows[kM];
 #pragma unroll
-        for (int i = 0; i < kM; ++i) rows[i] = a(i, k * kStep<S.type>);
-        if (!kRolled && first == 0 && pass == 0) between(k);
+          for (int i = 0; i < kM; ++i) rows[i] = a(i, k * kStep<S.type>);
+          if (!kRolled && first == 0 && pass == 0) between(k);
 #pragma unroll
-        for (int j = 0; j < kWidth; j += 2) {
-          OperandB columns[2];
-          b(columns, first + j, k * kStep<S.type>);
+          for (int j = 0; j < kWidth; j += 2) {
+            OperandB columns[2];
+            b(columns, first + j, k * kStep<S.type>);
 #pragma unroll
-          for (int i = 0; i < kM; ++i) {
+            for (int i = 0; i < kM; ++i) {
 #pragma unroll
-            for (int x = 0; x < 2; ++x) {
-              Accumulator& sum = kApart ? apart[kApart ? i : 0][kApart ? j + x : 0] : c[i][first + j + x];
-              if constexpr (kOnTop || kRolled) {
-                multiply_add<S.type, S.mma>(sum, rows[i], columns[x], pass);
-              } else if (pass == 0 && k == 0) {
-                multiply<S.type, S.mma>(sum, rows[i], columns[x], start(i));
-              } else {
-                multiply_add<S.type, S.mma>(sum, rows[i], columns[x], pass);
+              for (int x = 0; x < 2; ++x) {
+                Accumulator& sum = kApart ? apart[kApart ? i : 0][kApart ? j + x : 0] : c[i][first + j + x];
+                if constexpr (kOnTop || kRolled) {
+                  multiply_add<S.type, S.mma>(sum, rows[i], columns[x], pass);
+                } else if (pass == 0 && k == 0) {
+                  multiply<S.type, S.mma>(sum, rows[i], columns[x], start(i));
+                } else {
+                  multiply_add<S.type, S.mma>(sum, rows[i], columns[x], pass);
+                }
               }
             }
           }
         }
       }
-    }
-    if constexpr (kApart) {
+      if constexpr (kApart) {
 #pragma unroll
-      for (int i = 0; i < kM; ++i) {
+        for (int i = 0; i < kM; ++i) {
 #pragma unroll
-        for (int x = 0; x < kWidth * 4; ++x) c[i][first + x / 4].x[x % 4] += apart[i][x / 4].x[x % 4];
+          for (int x = 0; x < kWidth * 4; ++x) c[i][first + x / 4].x[x % 4] += apart[i][x / 4].x[x % 4];
+        }
       }
     }
   }
