@@ -79,6 +79,7 @@ TEST(Flops, CountAsThePapersDo) {
   EXPECT_DOUBLE_EQ(flops_of("fwd fp32 hq1 d1 packed=3+0+5"), 4.0 * (9 + 25));
   EXPECT_DOUBLE_EQ(flops_of("fwd fp32 hq1 d1 packed_q=3+1 packed_kv=7+2"), 4.0 * (21 + 2));
   EXPECT_DOUBLE_EQ(flops_of("fwd fp32 b2 hq1 d1 sq4 packed=random:6"), 4.0 * 2 * 9);
+  EXPECT_DOUBLE_EQ(flops_of("fwd fp32 b1 hq1 d1 sq1 skv3333133365 window=40,-"), 4.0 * 41);  // squares would lose it
   EXPECT_DOUBLE_EQ(flops_of("fwd fp32 b2 hq1 d1 sq4 kvlen=1,3"), 4.0 * (4 + 12));
   EXPECT_DOUBLE_EQ(flops_of("fwd fp32 b2 hq1 d1 sq0 skv7"), 0.0);
 }

@@ -1,6 +1,7 @@
 #include <fovea/problem.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 namespace fovea {
@@ -40,26 +41,26 @@ std::uint64_t hash(const Problem& problem) {
 
 namespace {
 
-/// Σ max(0, i + start) for i in [0, count).
-double sum_of_positives(double start, double count) {
-  const auto triangle = [](double n) { return n > 0 ? n * (n + 1) / 2 : 0.0; };
-  return triangle(start + count - 1) - triangle(start - 1);
-}
-
 /// Query–key pairs of one sequence: half of all where causal, exactly those inside a window.
 double pairs(const Problem& p, double seqlen_q, double seqlen_kv) {
   if (!p.window_left && !p.window_right) return seqlen_q * seqlen_kv * (p.causal == Causal::kNone ? 1.0 : 0.5);
-  const double unbounded = seqlen_q + seqlen_kv;
   const double offset = p.causal == Causal::kTopLeft ? 0.0 : seqlen_kv - seqlen_q;
-  const auto distance = [&](std::optional<std::int64_t> window) {  // a longer one sees no more, and its square is lost
-    return window ? std::min(static_cast<double>(*window), unbounded) : unbounded;
+  const auto distance = [&](std::optional<std::int64_t> window) {  // a longer one sees no more
+    return std::min(static_cast<double>(window.value_or(std::int64_t{1} << 62)), seqlen_q + seqlen_kv);
   };
-  const double left = distance(p.window_left);
-  const double right = p.causal != Causal::kNone ? 0.0 : distance(p.window_right);
-  const auto keys_before = [&](double start) {  // Σ over rows i of i + start, clipped to [0, seqlen_kv]
-    return sum_of_positives(start, seqlen_q) - sum_of_positives(start - seqlen_kv, seqlen_q);
+  const double begin = offset - distance(p.window_left);  // of row 0's keys, before they are clipped
+  const double end = offset + (p.causal != Causal::kNone ? 0.0 : distance(p.window_right)) + 1;
+  const auto keys = [&](double i) {
+    return std::clamp(i + end, 0.0, seqlen_kv) - std::clamp(i + begin, 0.0, seqlen_kv);
   };
-  return keys_before(offset + right + 1) - keys_before(offset - left);
+  // From row to row it grows, stays or shrinks evenly but where an end meets the first key or the last.
+  std::array<double, 6> turns{0.0, -end, seqlen_kv - end, -begin, seqlen_kv - begin, seqlen_q};
+  for (double& row : turns) row = std::clamp(row, 0.0, seqlen_q);
+  std::sort(turns.begin(), turns.end());
+  double sum = 0;
+  for (std::size_t t = 1; t < turns.size(); ++t)
+    sum += (turns[t] - turns[t - 1]) * (keys(turns[t - 1]) + keys(turns[t] - 1)) / 2;
+  return sum;
 }
 
 }  // namespace
