@@ -11,7 +11,7 @@
 namespace fovea::cpu {
 namespace {
 
-using dispatch::entry_view, dispatch::row_view, dispatch::slope_view, dispatch::stat_view;
+using dispatch::entry_view, dispatch::row_view, dispatch::head_view, dispatch::stat_view;
 
 struct Isa {
   const char* name;
@@ -96,10 +96,10 @@ void attach_tensors(FlashCall& call, bool backward, const Inputs& in, const Outp
   call.mask = entry_view(in.mask);
   call.bias = entry_view(in.bias);
   call.dbias = entry_view(out.dbias);
-  call.slopes = slope_view(in.alibi_slopes);
-  call.dslopes = slope_view(out.dalibi_slopes);
-  call.sink = slope_view(in.sink).data;
-  call.dsink = slope_view(out.dsink).data;
+  call.slopes = head_view(in.alibi_slopes);
+  call.dslopes = head_view(out.dalibi_slopes);
+  call.sink = head_view(in.sink).data;
+  call.dsink = head_view(out.dsink).data;
 }
 
 /// Where each sequence lies and what its rows see.

@@ -34,7 +34,7 @@ struct CallParams {
   EntryView mask, bias;
   WordView mask_words;
   bool bias_in_runs;  // 8 keys of it can be read as one, or 16 bytes of them
-  SlopeView slopes;
+  HeadView slopes;
   const float* sink;  // [head]
   float scale, softcap;
   u32 keep_threshold;  // of 65536
@@ -57,7 +57,7 @@ struct BackwardParams : CallParams {
   RowView out, dout, dq, dk, dv;
   StatView lse, dlse;
   EntryView dbias;
-  SlopeView dslopes;
+  HeadView dslopes;
   float* dsink;
   int row_blocks, key_blocks;  // of the longest sequence
   int row_slots;               // of blocks of rows, all sequences together

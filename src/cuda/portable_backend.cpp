@@ -15,7 +15,7 @@
 namespace fovea::cuda {
 namespace {
 
-using dispatch::entry_view, dispatch::row_view, dispatch::slope_view, dispatch::stat_view;
+using dispatch::entry_view, dispatch::row_view, dispatch::head_view, dispatch::stat_view;
 
 constexpr std::int64_t kLongest = std::int64_t{1} << 29;  // positions are 32 bits wide in kernels
 constexpr std::int64_t kMostInGrid = 65535;
@@ -66,8 +66,8 @@ void attach_inputs(CallParams& p, const Inputs& in) {
   p.mask = entry_view(in.mask);
   p.bias = entry_view(in.bias);
   p.bias_in_runs = in_runs(in.bias);
-  p.slopes = slope_view(in.alibi_slopes);
-  p.sink = slope_view(in.sink).data;
+  p.slopes = head_view(in.alibi_slopes);
+  p.sink = head_view(in.sink).data;
 }
 
 /// A kernel of a plan: loaded where there is a GPU, else only known.
@@ -249,8 +249,8 @@ class BackwardPlan final : public PlannedKernel {
     p.dk = row_view(outputs.dk);
     p.dv = row_view(outputs.dv);
     p.dbias = entry_view(outputs.dbias);
-    p.dslopes = slope_view(outputs.dalibi_slopes);
-    p.dsink = slope_view(outputs.dsink).data;
+    p.dslopes = head_view(outputs.dalibi_slopes);
+    p.dsink = head_view(outputs.dsink).data;
     auto* memory = static_cast<std::byte*>(workspace);
     p.log2_lse = reinterpret_cast<float*>(memory + shape_.log2_lse);
     p.delta = reinterpret_cast<float*>(memory + shape_.delta);
@@ -340,11 +340,6 @@ class PortableBackend final : public Backend {
     limit("num_q_heads", problem.num_q_heads, kMostInGrid);
     limit("batch", problem.batch, kLongest);
     const bool backward = problem.direction == Direction::kBackward;
-    if (reasons.empty() && backward) {
-      constexpr std::int64_t kFewestRows = 16;  // of a block
-      limit("batch·num_q_heads", problem.batch * problem.num_q_heads,
-            kLongest * 2 / (std::max(problem.seqlen_q, problem.seqlen_kv) / kFewestRows + 1));
-    }
     const GpuModel model = model_of_device(device);
     if (reasons.empty() &&
         !(backward ? choose_backward(problem, model).has_value() : choose_forward(problem, model).has_value())) {

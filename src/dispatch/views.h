@@ -43,7 +43,7 @@ inline u32 keep_threshold(float dropout) {
 }
 
 /// fp32 [heads], or [batch, heads].
-inline SlopeView slope_view(const Tensor& t) {
+inline HeadView head_view(const Tensor& t) {
   if (!t.defined()) return {};
   return {static_cast<float*>(t.data), t.rank == 2, t.rank == 2 ? t.strides[0] : 0};
 }

@@ -29,8 +29,8 @@ struct EntryView {
   i64 batch = 0, head = 0, query = 0, key = 0;
 };
 
-/// ALiBi slopes or their gradients, one a head; `batch` is the stride where each batch has its own.
-struct SlopeView {
+/// One fp32 value a head: ALiBi slopes, sinks, their gradients; `batch` is the stride where each batch has its own.
+struct HeadView {
   float* data = nullptr;
   bool per_batch = false;
   i64 batch = 0;

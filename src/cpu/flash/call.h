@@ -33,7 +33,7 @@ struct FlashCall {
   EntryView mask, bias, dbias;
   Element bias_type = Element::kFloat32;
   bool alibi = false;
-  SlopeView slopes, dslopes;  // slopes given where alibi is
+  HeadView slopes, dslopes;  // slopes given where alibi is
   const float* sink = nullptr;
   float* dsink = nullptr;
   std::uint32_t keep_threshold = 65536;  // of 65536; 65536: no dropout

@@ -196,7 +196,7 @@ struct Forward {
       Entries<S, kM, kN> entries;
       rules.fetch(entries, warp_row(), key);
       multiply_qk(s, k_tile(stage), between);
-      if constexpr (S.stages == 1) between.close();
+      between.close();
       rules.finish(s, warp_row(), key, state, entries);
       if (raise) raise_references(s, running, o, unit);
       fits = exponentiate(s, running, sum, unit) || raise;
@@ -321,9 +321,7 @@ struct Forward {
     if (kHidesValues && __any_sync(kAllLanes, spoiled)) mend_rows();
   }
 
-  // ---- rows that are not finite
-  // --------------------------------------------------------------------------------------- A hidden entry has weight
-  // 0, but 0 · NaN is NaN.  Such rows are made once more, entry by entry, of what they see.
+  // ---- rows that are not finite: a hidden entry has weight 0, but 0 · NaN is NaN; made once more of what they see
 
   struct RowFacts {
     float reference, factor;

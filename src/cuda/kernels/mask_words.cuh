@@ -9,6 +9,7 @@ namespace fovea::cuda {
 /// Blocks: x: 32 words of 32 rows; y: sequences × heads that have a mask of their own, some of them at once.
 template <ForwardSpec S>
 __device__ void mask_words(const CallParams& p) {
+  static_assert(kMaskTile == kWarp);  // a lane for each word, then for each row
   __shared__ u32 words[kWarp][kWarp + 1];
   const WordView& to = p.mask_words;
   const int across = (to.count + kWarp - 1) / kWarp, x = static_cast<int>(blockIdx.x);
