@@ -2,7 +2,8 @@
 
     python3 bench/peers.py --lib build/shared/src/libfovea.so [--quick] [--json FILE] [LINE | @FILE ...]
 
-Without lines: bench/grid.txt, bench/beyond.txt and the memory of the longest sequences.  Fovea is called through its
+Without lines: bench/grid.txt, bench/beyond.txt and the memory of the longest sequences.  Masks hide a tenth of the entries,
+or, where a line's name says "blocks of 128", half of the blocks of 128 by 128.  Fovea is called through its
 C door (include/fovea/c.h) on PyTorch's memory and stream.  Backward times are of the gradients alone, with out and lse
 there.  TFLOP/s count as the papers do.  Needs PyTorch with CUDA.
 """
@@ -178,7 +179,12 @@ class Tensors:
         self.dq, self.dk, self.dv = (torch.empty_like(t) for t in (self.q, self.k, self.v))
         self.named = {}
         if "mask" in p.options:
-            self.named["mask"] = torch.rand(extent(p.options["mask"]), generator=generator, device="cuda") < 0.9
+            shape = extent(p.options["mask"])
+            block = 128 if "blocks of 128" in p.name else 1
+            seen = torch.rand([*shape[:2], *(-(-n // block) for n in shape[2:])], generator=generator, device="cuda")
+            seen = seen < (0.5 if block > 1 else 0.9)
+            seen = seen.repeat_interleave(block, 2).repeat_interleave(block, 3) if block > 1 else seen
+            self.named["mask"] = seen[:, :, : shape[2], : shape[3]].contiguous()
         if "bias" in p.options:
             self.named["bias"] = normal(*extent(p.options["bias"]))
         if "alibi" in p.options:

@@ -44,6 +44,7 @@ enum Stream : std::uint64_t {
   kDout,
   kDlse,
   kVisibleNaN,
+  kMaskTiles,
 };
 
 std::uint64_t checksum_of(const std::byte* begin, std::size_t bytes) {
@@ -344,8 +345,16 @@ class Workload::Maker {
     const std::int64_t first_row = draw.between(0, mask.shape[2]), rows = draw.between(0, 40);
     const std::int64_t first_key = draw.between(0, mask.shape[3]), keys = draw.between(0, 80);
     const std::int64_t width = mask.shape[3], height = mask.shape[2];
+    // Many consist of blocks that are hidden, visible or mixed, so that kernels meet tiles of all three kinds.
+    Draw blocks(seed_ + static_cast<std::uint64_t>(height * width), kMaskTiles);
+    const bool blocky = hostile_ && blocks.chance(0.4);
+    constexpr std::int64_t kSizes[] = {17, 32, 64, 100, 128, 192};
+    const std::int64_t block_rows = blocks.one_of(kSizes), block_keys = blocks.one_of(kSizes);
+    const Random kinds(blocks.bits());
     fill(mask, [&, random = Random(seed_, kMask)](std::int64_t index) {
       const std::int64_t j = index % width, i = index / width % height;
+      const double kind = blocky ? kinds.uniform((index / width - i + i / block_rows) * width + j / block_keys) : 1.0;
+      if (kind < 0.7) return kind < 0.35 ? 0.0 : 1.0;
       const bool in_rows = hide_rows && height > 1 && i >= first_row && i < first_row + rows;
       const bool in_keys = hide_keys && width > 1 && j >= first_key && j < first_key + keys;
       return !in_rows && !in_keys && random.uniform(index) < kept ? 1.0 : 0.0;

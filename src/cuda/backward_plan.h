@@ -7,6 +7,8 @@ namespace fovea::cuda {
 
 /// Threads of the kernels around the main one.
 inline constexpr int kSideThreads = 256;
+/// Of them on a multiprocessor at once, for they wait for memory.
+inline constexpr int kSideBlocks = 4;
 
 /// Rows of 64, 128, 256 or 512 16-bit elements are swizzled; others lie an odd number of 16-byte pieces apart.  Either
 /// way a column of pieces, read down the rows, meets every bank.
@@ -37,6 +39,8 @@ struct WarpGrid {
   }
 };
 
+inline constexpr int kWalkBytes = 384;  // of cuda::Walk
+
 /// Where things lie in the main kernel's shared memory, in bytes.
 struct BackwardShared {
   int k, v;              // the block's keys
@@ -59,15 +63,17 @@ struct BackwardShared {
     at.ds = at.weights + tile_bytes(s.type, s.block_m, s.block_n);
     at.entries = at.ds + tile_bytes(s.type, s.block_m, s.block_n) - at.weights;
     at.walk = at.weights + (s.stages == 3 ? 2 : 1) * at.entries;
-    at.total = at.walk + 320;
+    at.total = at.walk + kWalkBytes;
     return at;
   }
 };
 
 FOVEA_FN constexpr int shared_bytes(const BackwardSpec& s) { return BackwardShared::of(s).total; }
-/// Of the bias gradient, whose sums take the place of all else in the end.
+/// Keys of a tile of the bias gradient.
+FOVEA_FN constexpr int bias_gradient_keys(const BackwardSpec& s) { return math::smaller(s.block_n, 64); }
+/// Of the bias gradient, which keeps P and dS in registers, and whose sums take the place of all else in the end.
 FOVEA_FN constexpr int bias_gradient_shared_bytes(const BackwardSpec& s) {
-  return math::larger(shared_bytes(s), s.block_m * pitch_of(Type::kFloat32, s.block_n));
+  return math::larger(BackwardShared::of(s).weights, s.block_m * pitch_of(Type::kFloat32, s.block_n));
 }
 
 }  // namespace fovea::cuda

@@ -12,23 +12,48 @@ namespace {
 struct Tile {
   int widest;  // head dim that it serves
   int block_m, block_n, warps, stages;
-  bool bare = false;  // masks, biases, ALiBi, softcap and dropout would want more registers than it leaves
+  int most_options = kAnyOptions;  // see `weight_of`
+  int most_keys = 0;               // where more are not its strength; 0: any number
+  int min_blocks = 1;              // on a multiprocessor at once
+
+  static constexpr int kAnyOptions = 99;
 };
+
+/// What options want of a backward's registers.
+int weight_of(const BackwardSpec& s) { return s.mask + s.dropout + s.alibi + 2 * s.bias + 8 * s.softcap; }
 
 // Measured on an H100 (docs/notes).  dk and dv of a block fill half of its registers, P and dS a quarter; the first
 // that fits the shared memory is taken.
 constexpr std::array kTiles16{
-    Tile{64, 128, 128, 8, 2, true}, Tile{64, 64, 128, 8, 3},       Tile{64, 64, 64, 8, 2},
-    Tile{64, 64, 64, 8, 1},         Tile{128, 64, 128, 8, 3},      Tile{128, 64, 128, 8, 2},
-    Tile{128, 32, 128, 8, 3},       Tile{128, 32, 128, 8, 2},      Tile{128, 32, 64, 8, 1},
-    Tile{128, 32, 64, 4, 1},        Tile{256, 64, 64, 8, 2, true}, Tile{256, 32, 64, 8, 2},
-    Tile{256, 32, 64, 8, 1},        Tile{256, 32, 32, 8, 1},       Tile{256, 16, 32, 4, 1},
-    Tile{512, 32, 32, 8, 1, true},  Tile{512, 16, 32, 8, 1},       Tile{512, 16, 16, 8, 1},
+    Tile{64, 64, 64, 4, 2, 0, 1024, 3},
+    Tile{64, 128, 128, 8, 2, 0},
+    Tile{64, 64, 128, 8, 3},
+    Tile{64, 64, 64, 8, 2},
+    Tile{64, 64, 64, 8, 1},
+    Tile{96, 96, 128, 8, 2, 0},
+    Tile{128, 64, 128, 8, 3, 2},
+    Tile{128, 64, 128, 8, 2, 7},
+    Tile{128, 64, 64, 8, 2},
+    Tile{128, 32, 128, 8, 3},
+    Tile{128, 32, 128, 8, 2},
+    Tile{128, 32, 64, 8, 1},
+    Tile{128, 32, 64, 4, 1},
+    Tile{160, 64, 128, 8, 2, 0},
+    Tile{160, 64, 64, 8, 2},
+    Tile{192, 64, 96, 8, 2},
+    Tile{256, 64, 64, 8, 2, 0},
+    Tile{256, 32, 64, 8, 2},
+    Tile{256, 32, 64, 8, 1},
+    Tile{256, 32, 32, 8, 1},
+    Tile{256, 16, 32, 4, 1},
+    Tile{512, 32, 32, 8, 1, 0},
+    Tile{512, 16, 32, 8, 1},
+    Tile{512, 16, 16, 8, 1},
 };
 constexpr std::array kTiles32{
-    Tile{64, 64, 64, 8, 2},  Tile{64, 64, 64, 8, 1},        Tile{64, 32, 64, 8, 1},  Tile{64, 32, 32, 4, 1},
-    Tile{128, 32, 64, 8, 1}, Tile{128, 32, 32, 4, 1},       Tile{128, 16, 32, 4, 1}, Tile{256, 32, 32, 8, 1},
-    Tile{256, 16, 16, 8, 1}, Tile{512, 16, 32, 8, 1, true}, Tile{512, 16, 16, 8, 1},
+    Tile{64, 64, 64, 8, 2},  Tile{64, 64, 64, 8, 1},     Tile{64, 32, 64, 8, 1},  Tile{64, 32, 32, 4, 1},
+    Tile{128, 32, 64, 8, 1}, Tile{128, 32, 32, 4, 1},    Tile{128, 16, 32, 4, 1}, Tile{256, 32, 32, 8, 1},
+    Tile{256, 16, 16, 8, 1}, Tile{512, 16, 32, 8, 1, 0}, Tile{512, 16, 16, 8, 1},
 };
 // Without a unit for products, short code matters more than reuse.
 constexpr std::array kTilesByShuffles{Tile{512, 32, 32, 4, 1}, Tile{512, 16, 32, 8, 1}, Tile{512, 16, 16, 8, 1}};
@@ -39,13 +64,21 @@ int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b
 /// Whole products, and above 128 columns pairs of them, which more ways of sharing out divide.
 int whole_products(std::int64_t dim) { return round_up(dim, dim <= 128 ? 16 : 32); }
 
+/// Up to `most`, or 1.
+int largest_divisor(std::int64_t of, std::int64_t most) {
+  std::int64_t divisor = std::max<std::int64_t>(std::min(of, most), 1);
+  while (of % divisor != 0) --divisor;
+  return static_cast<int>(divisor);
+}
+
 jit::KernelRequest side_request(std::string_view function, std::string_view header, const BackwardSpec& spec,
                                 int arch) {
   return jit::render({.function = function,
                       .header = header,
                       .spec = "BackwardSpec",
                       .params = "BackwardParams",
-                      .threads = kSideThreads},
+                      .threads = kSideThreads,
+                      .min_blocks = kSideBlocks},
                      spec, arch);
 }
 
@@ -76,14 +109,15 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
   spec.softcap = problem.softcap != 0.0F;
   spec.dropout = problem.dropout.probability > 0.0F;
 
-  const bool options = spec.mask || spec.bias || spec.alibi || spec.softcap || spec.dropout;
   const int widest = std::max(spec.head_dim, spec.head_dim_v);
   bool fits = false;
   const auto try_tiles = [&](const auto& tiles) {
     for (const Tile& tile : tiles) {
       spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.stages = tile.stages;
-      fits = tile.widest >= widest && !(tile.bare && options) && shared_bytes(spec) <= gpu.shared_bytes &&
-             (spec.async_copy || spec.stages == 1);
+      shape.min_blocks = tile.min_blocks;
+      const int room = tile.min_blocks > 1 ? (gpu.shared_bytes + 1024) / tile.min_blocks - 1024 : gpu.shared_bytes;
+      fits = tile.widest >= widest && weight_of(spec) <= tile.most_options && shared_bytes(spec) <= room &&
+             (tile.most_keys == 0 || problem.seqlen_kv <= tile.most_keys) && (spec.async_copy || spec.stages == 1);
       if (fits) return;
     }
   };
@@ -100,10 +134,13 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
   shape.row_blocks = static_cast<int>(ceil_div(problem.seqlen_q, spec.block_m));
   shape.key_blocks = static_cast<int>(ceil_div(problem.seqlen_kv, spec.block_n));
   const std::int64_t slots = problem.packed() ? problem.total_q / spec.block_m + batch : batch * shape.row_blocks;
-  const std::int64_t most = std::max({slots * heads, std::int64_t{shape.row_blocks} * heads * batch,
-                                      std::int64_t{shape.key_blocks} * problem.num_kv_heads * batch});
-  if (most >= std::int64_t{1} << 31) return std::nullopt;
+  shape.most_blocks = std::max({slots * heads, std::int64_t{shape.row_blocks} * heads * batch,
+                                std::int64_t{shape.key_blocks} * problem.num_kv_heads * batch});
   shape.row_slots = static_cast<int>(slots);
+  if (spec.band && !spec.deterministic && shape.key_blocks > 0) {
+    const auto wave = static_cast<std::int64_t>(2) * gpu.multiprocessors / shape.key_blocks;
+    shape.heads_abreast = largest_divisor(batch * problem.num_kv_heads, wave);
+  }
   const auto take = [&shape](std::int64_t words) {
     const std::size_t at = shape.workspace_bytes;
     shape.workspace_bytes += static_cast<std::size_t>(ceil_div(words * 4, 128) * 128);
@@ -133,6 +170,7 @@ jit::KernelRequest backward_request(const BackwardShape& shape, int arch) {
                       .spec = "BackwardSpec",
                       .params = "BackwardParams",
                       .threads = shape.spec.warps * 32,
+                      .min_blocks = shape.min_blocks,
                       .shared_bytes = shared_bytes(shape.spec)},
                      shape.spec, arch);
 }
@@ -140,6 +178,7 @@ jit::KernelRequest bias_gradient_request(const BackwardShape& shape, int arch) {
   BackwardSpec spec = shape.spec;
   spec.stages = 1;
   spec.deterministic = false;
+  spec.block_n = bias_gradient_keys(spec);
   return jit::render({.function = "bias_gradient",
                       .header = "cuda/kernels/bias_gradient.cuh",
                       .spec = "BackwardSpec",

@@ -3,6 +3,7 @@
 #include <fovea/problem.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 
 #include "cuda/forward_tuning.h"
@@ -12,8 +13,11 @@ namespace fovea::cuda {
 /// How a backward is cut, what its kernels are compiled for, and how its workspace is shared out.
 struct BackwardShape {
   BackwardSpec spec;
+  int min_blocks = 1;                  ///< on a multiprocessor at once
   int row_blocks = 0, key_blocks = 0;  ///< of the longest sequence
   int row_slots = 0;                   ///< of blocks of rows, all sequences together
+  std::int64_t most_blocks = 0;        ///< of any launch: a grid and an int hold 2^31 − 1
+  int heads_abreast = 1;               ///< see BackwardParams
   /// Offsets in bytes, in the order of BackwardParams.
   std::size_t log2_lse = 0, delta = 0, dq_sum = 0, tickets = 0, sink_parts = 0, slope_parts = 0;
   std::size_t workspace_bytes = 0;

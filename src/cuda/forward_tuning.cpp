@@ -16,33 +16,55 @@ int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b
 
 struct Tile {
   int widest;  // head dim that it serves
-  int block_m, block_n, warps, stages, min_blocks;
-  bool light = false;  // leaves registers for a mask or for dropout alone
+  int block_m, block_n, warps, across, stages, min_blocks;
+  bool spread = false;             // copies leave between the steps of a product
+  int most_options = kAnyOptions;  // see `weight_of`
+  int least_keys = 0;              // fewer are not worth its start
+  enum { kAnyBand, kNoBand, kBand } band = kAnyBand;
+
+  static constexpr int kAnyOptions = 99;
 };
 
+/// What options want of a forward's registers.
+int weight_of(const ForwardSpec& s) { return s.mask + 2 * s.dropout + 4 * s.alibi + 4 * s.bias + 16 * s.softcap; }
+
 // Measured on an H100 (docs/notes): 32 rows a warp, so that an operand of K or V serves two pieces of rows, as long as
-// O leaves room for S; then two blocks a multiprocessor, whose phases overlap.  The first that fits is taken.
+// O leaves room for S, or as warps share them; then two blocks a multiprocessor, whose phases overlap, or one with many
+// keys at a time.  The first that fits is taken.
 constexpr std::array kTiles16{
-    Tile{64, 128, 96, 4, 2, 2}, Tile{128, 128, 64, 4, 2, 2}, Tile{128, 64, 64, 4, 1, 2}, Tile{256, 64, 64, 4, 1, 2},
-    Tile{512, 64, 32, 4, 1, 1}, Tile{512, 32, 32, 2, 1, 1},  Tile{512, 16, 16, 1, 1, 1},
-};
-// Masks, biases, ALiBi, softcap and dropout want registers too.
-constexpr std::array kTiles16WithOptions{
-    Tile{64, 128, 64, 4, 2, 2}, Tile{128, 128, 64, 4, 2, 2, true}, Tile{128, 128, 32, 4, 2, 2},
-    Tile{128, 64, 32, 4, 2, 2}, Tile{256, 64, 32, 4, 2, 2},        Tile{256, 64, 32, 4, 1, 2},
-    Tile{512, 64, 32, 4, 1, 1}, Tile{512, 32, 32, 2, 1, 1},        Tile{512, 16, 16, 1, 1, 1},
+    // As they are.
+    Tile{64, 128, 128, 4, 1, 1, 2, false, 0, 2048},
+    Tile{64, 128, 64, 4, 1, 2, 3, false, 0, 0, Tile::kNoBand},
+    Tile{64, 64, 64, 4, 1, 2, 4, false, 0, 0, Tile::kBand},
+    Tile{80, 128, 96, 4, 1, 2, 2, true, 0},
+    Tile{96, 128, 96, 4, 1, 1, 2, false, 0},
+    Tile{128, 128, 64, 4, 1, 2, 2, false, 0},
+    Tile{128, 64, 64, 4, 1, 1, 2, false, 0},
+    Tile{192, 128, 96, 8, 1, 2, 1, true, 0},
+    Tile{256, 128, 64, 8, 2, 2, 1, true, 0, 1024},
+    Tile{256, 64, 64, 4, 2, 1, 2, false, 0},
+    Tile{256, 128, 64, 8, 1, 1, 1, false, 0},
+    // With options.
+    Tile{64, 128, 64, 4, 1, 2, 2, false, 6},
+    Tile{64, 128, 32, 4, 1, 2, 2},
+    Tile{128, 128, 64, 4, 1, 2, 2, false, 1},
+    Tile{128, 128, 48, 4, 1, 1, 2, false, 3},
+    Tile{128, 128, 32, 4, 1, 2, 2, true, 15},
+    Tile{128, 64, 64, 4, 1, 1, 3, false, 16},
+    Tile{128, 64, 32, 4, 1, 2, 2},
+    Tile{256, 64, 32, 4, 1, 2, 2},
+    Tile{256, 64, 32, 4, 1, 1, 2},
+    Tile{512, 64, 32, 4, 1, 1, 1},
+    Tile{512, 32, 32, 2, 1, 1, 1},
+    Tile{512, 16, 16, 1, 1, 1, 1},
 };
 constexpr std::array kTiles32{
-    Tile{64, 128, 32, 4, 2, 2}, Tile{128, 64, 32, 4, 2, 1}, Tile{256, 64, 32, 4, 1, 1},
-    Tile{512, 64, 16, 4, 1, 1}, Tile{512, 32, 16, 2, 1, 1}, Tile{512, 16, 16, 1, 1, 1},
-};
-constexpr std::array kTiles32WithOptions{
-    Tile{128, 64, 32, 4, 2, 1}, Tile{256, 64, 32, 4, 1, 1}, Tile{512, 64, 16, 4, 1, 1},
-    Tile{512, 32, 16, 2, 1, 1}, Tile{512, 16, 16, 1, 1, 1},
+    Tile{64, 128, 32, 4, 1, 2, 2, false, 0}, Tile{128, 64, 32, 4, 1, 2, 1}, Tile{256, 64, 32, 4, 1, 1, 1, false, 0},
+    Tile{512, 64, 16, 4, 1, 1, 1},           Tile{512, 32, 16, 2, 1, 1, 1}, Tile{512, 16, 16, 1, 1, 1, 1},
 };
 
 // Without a unit for products, short code matters more than reuse.
-constexpr std::array kTilesByShuffles{Tile{256, 64, 16, 4, 1, 1}, Tile{512, 16, 16, 1, 1, 1}};
+constexpr std::array kTilesByShuffles{Tile{256, 64, 16, 4, 1, 1, 1}, Tile{512, 16, 16, 1, 1, 1, 1}};
 
 /// Few rows and many keys, as in the generation of text: nothing is won by tall blocks.
 constexpr int kFewRows = 64;
@@ -87,29 +109,26 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   spec.pack_gqa = group > 1 && problem.seqlen_q * group <= kFewRows;
   const std::int64_t rows = problem.seqlen_q * (spec.pack_gqa ? group : 1);
 
-  const bool options = spec.mask || spec.bias || spec.alibi || spec.softcap || spec.dropout;
-  const bool light = spec.mask != spec.dropout && !(spec.bias || spec.alibi || spec.softcap);
   const int widest = std::max(spec.head_dim, spec.head_dim_v);
   bool fits = false;
   const auto try_tiles = [&](const auto& tiles) {
     for (const Tile& tile : tiles) {
-      spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.stages = tile.stages;
-      shape.min_blocks = tile.min_blocks;
-      if (!spec.async_copy) spec.stages = 1;
+      spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.across = tile.across,
+      spec.stages = tile.stages;
+      spec.spread_copies = tile.spread, shape.min_blocks = tile.min_blocks;
+      if (!spec.async_copy) spec.stages = 1, spec.spread_copies = false;
       const int room = std::min(gpu.shared_bytes, (gpu.shared_bytes + 1024) / shape.min_blocks - 1024);
       fits = tile.widest >= widest && shared_bytes(spec) <= (shape.min_blocks > 1 ? room : gpu.shared_bytes) &&
-             !(tile.block_m > 2 * kFewRows - 1 && rows <= kFewRows) && !(tile.light && !light);
+             !(tile.block_m > kFewRows && rows <= kFewRows) && problem.seqlen_kv >= tile.least_keys &&
+             weight_of(spec) <= tile.most_options &&
+             (tile.band == Tile::kAnyBand || (tile.band == Tile::kBand) == spec.band);
       if (fits) return;
     }
   };
   if (spec.mma == Mma::kShuffles) {
     try_tiles(kTilesByShuffles);
-  } else if (spec.type == Type::kFloat32 && options) {
-    try_tiles(kTiles32WithOptions);
   } else if (spec.type == Type::kFloat32) {
     try_tiles(kTiles32);
-  } else if (options) {
-    try_tiles(kTiles16WithOptions);
   } else {
     try_tiles(kTiles16);
   }

@@ -6,14 +6,18 @@
 // What a GPU kernel is called with: run-time values.  Host and device compile this text.
 namespace fovea::cuda {
 
-/// A mask as words of 32 keys, [batch][head][word][row]; strides in words, 0 where broadcast.
+/// A mask as words of 32 keys, [batch][head][word][row], and behind each head's what they come to, two words for each
+/// 32 words of 32 rows (`MaskTiles`); strides in words, 0 where broadcast.
 struct WordView {
   u32* data;
   i64 batch, head, row;
   int rows, count;    // count: words of a row
   int heads, planes;  // heads, and sequences × heads, that have words of their own
+
+  FOVEA_FN constexpr int groups() const { return (rows + 31) / 32; }
+  FOVEA_FN constexpr int spans() const { return (count + 31) / 32; }
+  FOVEA_FN constexpr i64 plane() const { return i64{rows} * count + i64{2} * groups() * spans(); }
 };
-inline constexpr int kMaskTile = 32;  // words and rows of a block that makes them
 
 /// int32 values on the device; data null: none.
 struct IndexView {
@@ -31,6 +35,7 @@ struct CallParams {
   math::BandRule band;
   IndexView q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_kv;
   RowView q, k, v;
+  bool in_pieces;  // rows of k and v are whole pieces of 16 bytes, below 4 GiB apart
   EntryView mask, bias;
   WordView mask_words;
   bool bias_in_runs;  // 8 keys of it can be read as one, or 16 bytes of them
@@ -38,6 +43,7 @@ struct CallParams {
   const float* sink;  // [head]
   float scale, softcap;
   u32 keep_threshold;  // of 65536
+  float keep_scale;    // of what is kept
   u64 seed, offset;
 };
 
@@ -61,6 +67,7 @@ struct BackwardParams : CallParams {
   float* dsink;
   int row_blocks, key_blocks;  // of the longest sequence
   int row_slots;               // of blocks of rows, all sequences together
+  int heads_abreast;           // kv heads, of any sequences, whose blocks take turns in the grid
   // In the workspace; slots: `RowSlots`.
   float* log2_lse;     // [head][slot][row of block_m]; +infinity where a row sees nothing
   float* delta;        // likewise: Σ dout·out − dlse

@@ -3,7 +3,9 @@
 #include <fovea/error.h>
 
 #include <algorithm>
+#include <limits>
 
+#include "cuda/backward_plan.h"
 #include "cuda/backward_tuning.h"
 #include "cuda/driver.h"
 #include "cuda/forward_tuning.h"
@@ -51,6 +53,7 @@ void describe_call(const Problem& problem, CallParams& p) {
   p.scale = problem.scale();
   p.softcap = problem.softcap;
   p.keep_threshold = dispatch::keep_threshold(problem.dropout.probability);
+  p.keep_scale = 65536.0F / static_cast<float>(p.keep_threshold);
   p.seed = problem.dropout.seed;
   p.offset = problem.dropout.offset;
 }
@@ -63,6 +66,10 @@ void attach_inputs(CallParams& p, const Inputs& in) {
   p.q = row_view(in.q);
   p.k = row_view(in.k);
   p.v = row_view(in.v);
+  const auto in_pieces = [](const RowView& view, int dim, const Tensor& t) {
+    return view.aligned && dim * size_bytes(t.dtype) % 16 == 0 && view.row >= 0 && view.row < (std::int64_t{1} << 32);
+  };
+  p.in_pieces = in_pieces(p.k, p.head_dim, in.k) && in_pieces(p.v, p.head_dim_v, in.v);
   p.mask = entry_view(in.mask);
   p.bias = entry_view(in.bias);
   p.bias_in_runs = in_runs(in.bias);
@@ -97,6 +104,19 @@ struct PlannedLaunch {
   }
 };
 
+/// Of a mask of these own dimensions.
+WordView word_view(const CallParams& p, bool batch, bool heads, bool queries) {
+  WordView view{};
+  view.rows = queries ? p.seqlen_q : 1;
+  view.count = (p.seqlen_kv + 31) / 32;
+  view.heads = heads ? p.q_heads : 1;
+  view.planes = batch ? view.heads * p.batch : view.heads;
+  view.row = queries ? 1 : 0;
+  view.head = heads ? view.plane() : 0;
+  view.batch = batch ? view.plane() * view.heads : 0;
+  return view;
+}
+
 /// The words that a boolean mask becomes before a pass, at the end of its workspace.
 class MaskWords {
  public:
@@ -104,16 +124,10 @@ class MaskWords {
       : begin_((workspace_bytes + 127) / 128 * 128), bytes_(workspace_bytes) {
     if (!problem.mask) return;
     launch_.emplace(mask_words_request(arch), device);
-    view_.rows = problem.mask->queries ? static_cast<int>(problem.seqlen_q) : 1;
-    view_.count = static_cast<int>((problem.seqlen_kv + 31) / 32);
-    view_.row = problem.mask->queries ? 1 : 0;
-    const std::int64_t plane = std::int64_t{view_.rows} * view_.count;
-    const std::int64_t heads = problem.mask->heads ? problem.num_q_heads : 1;
-    view_.head = problem.mask->heads ? plane : 0;
-    view_.batch = problem.mask->batch ? plane * heads : 0;
-    view_.heads = static_cast<int>(heads);
-    view_.planes = static_cast<int>(heads * (problem.mask->batch ? problem.batch : 1));
-    bytes_ = begin_ + static_cast<std::size_t>(plane * view_.planes) * sizeof(u32);
+    CallParams p{};
+    describe_call(problem, p);
+    const WordView view = word_view(p, problem.mask->batch, problem.mask->heads, problem.mask->queries);
+    bytes_ = begin_ + static_cast<std::size_t>(view.plane() * view.planes) * sizeof(u32);
   }
 
   /// Of the workspace, with what comes before.
@@ -121,12 +135,12 @@ class MaskWords {
 
   void make(CallParams& p, void* workspace, void* stream) const {
     if (!launch_) return;
-    p.mask_words = view_;
-    p.mask_words.data = reinterpret_cast<u32*>(static_cast<std::byte*>(workspace) + begin_);
-    const auto tiles = [](int n) { return (n + kMaskTile - 1) / kMaskTile; };
-    if (view_.count == 0 || view_.rows == 0) return;
-    launch_->kernel->launch({.x = static_cast<unsigned>(tiles(view_.count) * tiles(view_.rows)),
-                             .y = static_cast<unsigned>(std::min<std::int64_t>(view_.planes, kMostInGrid)),
+    WordView& view = p.mask_words;  // what is expanded by a stride of 0 is read once
+    view = word_view(p, p.mask.batch != 0, p.mask.head != 0, p.mask.query != 0);
+    view.data = reinterpret_cast<u32*>(static_cast<std::byte*>(workspace) + begin_);
+    if (view.plane() == 0) return;
+    launch_->kernel->launch({.x = static_cast<unsigned>(view.spans() * view.groups()),
+                             .y = static_cast<unsigned>(std::min<std::int64_t>(view.planes, kMostInGrid)),
                              .z = 1,
                              .threads = static_cast<unsigned>(launch_->request.threads),
                              .shared_bytes = 0},
@@ -136,7 +150,6 @@ class MaskWords {
  private:
   std::size_t begin_, bytes_;
   std::optional<PlannedLaunch> launch_;
-  WordView view_{};
 };
 
 class ForwardPlan final : public PlannedKernel {
@@ -221,6 +234,7 @@ class BackwardPlan final : public PlannedKernel {
     params_.row_blocks = shape.row_blocks;
     params_.key_blocks = shape.key_blocks;
     params_.row_slots = shape.row_slots;
+    params_.heads_abreast = shape.heads_abreast;
   }
 
   [[nodiscard]] std::size_t workspace_bytes() const override { return mask_words_.workspace_bytes(); }
@@ -269,6 +283,7 @@ class BackwardPlan final : public PlannedKernel {
     }
     if (p.dbias.data != nullptr) {
       const Tensor& t = outputs.dbias;
+      p.key_blocks = (p.seqlen_kv + bias_gradient_keys(shape_.spec) - 1) / bias_gradient_keys(shape_.spec);
       const auto count = [](std::int64_t size, int many) { return size == 1 ? 1 : many; };
       launch(*bias_,
              count(t.shape[0], p.batch) * count(t.shape[1], p.q_heads) * count(t.shape[2], p.row_blocks) *
@@ -339,10 +354,17 @@ class PortableBackend final : public Backend {
     limit("total_kv", problem.total_kv, kLongest);
     limit("num_q_heads", problem.num_q_heads, kMostInGrid);
     limit("batch", problem.batch, kLongest);
-    const bool backward = problem.direction == Direction::kBackward;
+    if (!reasons.empty()) return verdict;
     const GpuModel model = model_of_device(device);
-    if (reasons.empty() &&
-        !(backward ? choose_backward(problem, model).has_value() : choose_forward(problem, model).has_value())) {
+    bool fits;
+    if (problem.direction == Direction::kBackward) {
+      const auto shape = choose_backward(problem, model);
+      fits = shape.has_value();
+      if (fits) limit("the number of blocks", shape->most_blocks, std::numeric_limits<int>::max());
+    } else {
+      fits = choose_forward(problem, model).has_value();
+    }
+    if (!fits) {
       reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " fits the " +
                            std::to_string(model.shared_bytes / 1024) + " KiB of shared memory");
     }

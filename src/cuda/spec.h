@@ -32,10 +32,12 @@ struct ForwardSpec {
   int block_m = 128;       // rows
   int block_n = 64;        // keys
   int warps = 4;
-  int stages = 2;         // tiles of keys in flight
-  bool pack_gqa = false;  // a row is a query and a head of the group, not a query of one head
-  bool split = false;     // keys are shared out to several blocks, whose parts are combined
-  bool band = false;      // causal or a window
+  int across = 1;              // warps that share rows, each with its part of a tile's keys and of v's columns
+  int stages = 2;              // tiles of keys in flight
+  bool spread_copies = false;  // they leave between the steps of a product
+  bool pack_gqa = false;       // a row is a query and a head of the group, not a query of one head
+  bool split = false;          // keys are shared out to several blocks, whose parts are combined
+  bool band = false;           // causal or a window
   bool mask = false;
   bool bias = false;
   Type bias_type = Type::kFloat32;
@@ -46,14 +48,20 @@ struct ForwardSpec {
   FOVEA_FN friend constexpr bool operator==(const ForwardSpec&, const ForwardSpec&) = default;
 };
 
-/// Shared memory of a block: Q, in whose place O leaves; then `stages` times K and V.
+/// Shared memory of a block: Q, in whose place O leaves; then `stages` times K and V; then P, where warps share rows.
 FOVEA_FN constexpr int q_bytes(const ForwardSpec& s) {
   return s.block_m * math::larger(pitch_of(s.type, s.head_dim), pitch_of(s.type, s.head_dim_v));
 }
 FOVEA_FN constexpr int stage_bytes(const ForwardSpec& s) {
   return s.block_n * (pitch_of(s.type, s.head_dim) + pitch_of(s.type, s.head_dim_v));
 }
-FOVEA_FN constexpr int shared_bytes(const ForwardSpec& s) { return q_bytes(s) + s.stages * stage_bytes(s); }
+FOVEA_FN constexpr int block_bytes(const ForwardSpec& s) {  // and what the threads of a block share
+  return 256 + 16 * s.warps * (32 + 1) + 4 * s.block_m * s.across + (s.mask ? 512 : 0);
+}
+FOVEA_FN constexpr int shared_bytes(const ForwardSpec& s) {
+  return q_bytes(s) + s.stages * stage_bytes(s) + (s.across > 1 ? s.block_m * pitch_of(s.type, s.block_n) : 0) +
+         block_bytes(s);
+}
 
 struct BackwardSpec {
   Type type = Type::kBFloat16;
@@ -82,8 +90,8 @@ template <class F>
 FOVEA_FN constexpr void each_field(const ForwardSpec& s, F&& f) {
   f("type", s.type), f("mma", s.mma), f("async_copy", s.async_copy);
   f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
-  f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("stages", s.stages);
-  f("pack_gqa", s.pack_gqa), f("split", s.split);
+  f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("across", s.across), f("stages", s.stages);
+  f("spread_copies", s.spread_copies), f("pack_gqa", s.pack_gqa), f("split", s.split);
   f("band", s.band), f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
   f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);
 }

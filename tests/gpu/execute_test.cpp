@@ -169,6 +169,34 @@ TEST_F(Memory, AWorkspaceThatIsMissingOrMisalignedIsRefused) {
   EXPECT_TRUE(contains(refused(static_cast<std::byte*>(workspace.data()) + 8), "not aligned"));
 }
 
+TEST_F(Memory, AMaskExpandedByStride0GivesTheBitsOfOneThatIsNot) {
+  for (const char* whole : {"fwd+bwd bf16 b2 hq4 hkv2 sq303 skv384 d64 mask=bhqk deterministic",
+                            "fwd bf16 b2 hq8 hkv2 sq1 skv3000 d64 mask=bhqk"}) {
+    for (const char* broadcast : {"11qk", "b11k", "b1qk"}) {
+      SCOPED_TRACE(std::string(whole) + " of " + broadcast);
+      std::string line = whole;
+      line.replace(line.find("bhqk"), 4, broadcast);
+      Task task(line);
+      const Bits expected = task.run();
+      const Problem problem = parse_problem(whole);
+      task.prepare();
+      Inputs in = task.call().inputs();
+      const std::int64_t full[] = {problem.batch, problem.num_q_heads, problem.seqlen_q, problem.seqlen_kv};
+      for (int axis = 0; axis < 4; ++axis) {
+        if (in.mask.shape[axis] != full[axis]) in.mask.shape[axis] = full[axis], in.mask.strides[axis] = 0;
+      }
+      const auto run = [&](const Plan& plan) {
+        const tools::Workspace workspace(task.place(), plan.workspace_bytes());
+        plan.execute(in, task.call().outputs(), workspace.data(), task.place().stream());
+        task.place().synchronize();
+      };
+      run(plan_forward(problem, kGpu));
+      if (problem.backward()) run(plan_backward(problem, kGpu));
+      EXPECT_EQ(task.results(), expected);
+    }
+  }
+}
+
 fovea_tensor c_tensor(const Tensor& t) {
   fovea_tensor c{t.data, static_cast<std::int32_t>(t.dtype), t.rank, {FOVEA_CUDA, t.device.index, 0}, {}, {}};
   std::copy_n(t.shape.begin(), t.rank, c.shape);

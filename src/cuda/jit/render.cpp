@@ -10,8 +10,13 @@ constexpr std::array<std::pair<const char*, const char*>, 3> kTypes{
     {{"kFloat32", "fp32"}, {"kFloat16", "fp16"}, {"kBFloat16", "bf16"}}};
 constexpr std::array<std::pair<const char*, const char*>, 4> kMmas{
     {{"kHalf16", "half16"}, {"kHalf8", "half8"}, {"kTf32x3", "tf32x3"}, {"kShuffles", "shuffles"}}};
-constexpr std::array<std::pair<std::string_view, std::string_view>, 6> kShort{
-    {{"head_dim", "d"}, {"head_dim_v", "dv"}, {"block_m", "m"}, {"block_n", "n"}, {"warps", "w"}, {"stages", "s"}}};
+constexpr std::array<std::pair<std::string_view, std::string_view>, 7> kShort{{{"head_dim", "d"},
+                                                                               {"head_dim_v", "dv"},
+                                                                               {"block_m", "m"},
+                                                                               {"block_n", "n"},
+                                                                               {"warps", "w"},
+                                                                               {"across", "x"},
+                                                                               {"stages", "s"}}};
 
 }  // namespace
 

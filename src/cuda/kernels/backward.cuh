@@ -31,12 +31,22 @@ struct Step {
   const char *q, *dout;  // its first rows
   i64 slot;
   int head, tile;
-  int stage;          // its place in the ring
-  bool exists, full;  // full: every row sees every key
+  int stage;  // its place in the ring
+  int turn;   // key blocks that add to its dq before this one, where their order matters
+  TileState mask;
+  bool exists, full_band;  // every row sees every key, as far as the band goes
+  math::DropoutStream stream;
+
+  FOVEA_DEVICE Sight sight() const { return {full_band ? TileState::kFull : TileState::kPartial, mask}; }
+  template <bool kMasked>
+  FOVEA_DEVICE bool full() const {
+    return full_band && (!kMasked || mask == TileState::kFull);
+  }
 };
 
 /// Which keys a block has, and the tiles of rows that see them, head by head.  It lies in shared memory and is kept by
-/// one thread: asked a few times a tile, it is not worth the registers of all.
+/// one warp: asked a few times a tile, it is not worth the registers of all.
+template <BackwardSpec S>
 struct Walk {
   Sequence sequence;
   int key_block, kv_head;
@@ -44,40 +54,120 @@ struct Walk {
   int first, end;            // tiles
   int first_full, end_full;
   Step steps[4];
+  int window_head, window;  // tiles that were looked up in the mask: 32 of a head
+  u32 some, whole;          // those of which something is seen, and everything
 
-  /// Blocks: key blocks × kv heads × batch.  Early keys, which most rows see under a causal rule, come first; where dq
-  /// is added up in order they come last, so that a block's first tile waits for nobody.
-  FOVEA_DEVICE Walk(const BackwardParams& p, int block, int block_m, int block_n, bool last_first)
-      : sequence(Sequence::of(p, block / p.key_blocks / p.kv_heads)),
-        key_block(last_first ? p.key_blocks - 1 - block % p.key_blocks : block % p.key_blocks),
-        kv_head(block / p.key_blocks % p.kv_heads) {
-    const Band& band = sequence.band;
-    const Interval keys{key_block * block_n, (key_block + 1) * block_n};
-    const Interval rows = band.rows_of_keys(keys), seers = band.rows_that_see_all(keys);
-    const int group = p.group;
-    first = rows.begin / block_m;
-    end = rows.empty() ? first : (rows.end - 1) / block_m + 1;
-    first_full = (seers.begin + block_m - 1) / block_m;
-    end_full = seers.end / block_m;
-    first_head = kv_head * group;
-    end_head = first < end ? first_head + group : first_head;
+  /// Blocks: heads abreast × key blocks × the rest of kv heads × batch.  Early keys, which most rows see under a causal
+  /// rule, come first; where dq is added up in order they come last, so that a block's first tile waits for nobody.
+  FOVEA_DEVICE Walk(const BackwardParams& p, int block) {
+    const int line = block / p.heads_abreast, head = line / p.key_blocks * p.heads_abreast + block % p.heads_abreast;
+    sequence = Sequence::of(p, head / p.kv_heads);
+    kv_head = head % p.kv_heads;
+    key_block = S.deterministic ? p.key_blocks - 1 - line % p.key_blocks : line % p.key_blocks;
   }
 
-  FOVEA_DEVICE void write_step(const BackwardParams& p, int n, int head, int tile, int stages, int block_m) {
-    steps[n & 3] = {sequence.q_row(p.q, tile * block_m, head),
-                    sequence.q_row(p.dout, tile * block_m, head),
-                    RowSlots(p, sequence, block_m).at(head, tile),
-                    head,
-                    tile,
-                    n % stages,
-                    head < end_head,
-                    tile >= first_full && tile < end_full};
+  /// The first step.
+  FOVEA_DEVICE void begin(const BackwardParams& p) {
+    const Band& band = sequence.band;
+    const Interval keys{key_block * S.block_n, (key_block + 1) * S.block_n};
+    const Interval rows = band.rows_of_keys(keys), seers = band.rows_that_see_all(keys);
+    if (!S.mask || lane_id() == 0) {
+      first = rows.begin / S.block_m;
+      end = rows.empty() ? first : (rows.end - 1) / S.block_m + 1;
+      first_full = (seers.begin + S.block_m - 1) / S.block_m;
+      end_full = seers.end / S.block_m;
+      first_head = kv_head * p.group;
+      end_head = first < end ? first_head + p.group : first_head;
+      window_head = -1;
+    }
+    if constexpr (S.mask) __syncwarp();
+    write(p, 0, first_of_head(p, first_head, 0), first_head, first);
   }
   /// Step n + 1 from step n.
-  FOVEA_DEVICE void write_next(const BackwardParams& p, int n, int stages, int block_m) {
-    const Step& last = steps[n & 3];
-    const bool same_head = last.tile + 1 < end;
-    write_step(p, n + 1, same_head ? last.head : last.head + 1, same_head ? last.tile + 1 : first, stages, block_m);
+  FOVEA_DEVICE void write_next(const BackwardParams& p, int n) {
+    Step next = steps[n & 3];
+    next.stage = next.stage + 1 == S.stages ? 0 : next.stage + 1;
+    const bool same_head = next.tile + 1 != end;
+    write(p, n + 1, next, same_head ? next.head : next.head + 1, same_head ? next.tile + 1 : first);
+  }
+  /// Who keeps the walk: a thread, or the warp that looks for what a mask does not hide.
+  FOVEA_DEVICE static bool keeps() { return S.mask ? warp_id() == 0 : threadIdx.x == 0; }
+
+ private:
+  /// Step n, made of another one: this tile of rows, or the next one that the mask does not hide.
+  FOVEA_DEVICE void write(const BackwardParams& p, int n, Step step, int head, int tile) {
+    if constexpr (S.mask) {
+      while (head < end_head && !find_seen(p, head, tile, step.mask)) ++head, tile = first;
+    }
+    if (head != step.head) {
+      const TileState mask = step.mask;
+      step = first_of_head(p, head, step.stage);
+      step.mask = mask;
+    }
+    if (S.mask || tile != step.tile) {  // without a mask the next
+      const int ahead = S.mask ? tile - step.tile : 1;
+      step.q += ahead * (S.block_m * p.q.row);
+      step.dout += ahead * (S.block_m * p.dout.row);
+      step.slot += ahead;
+      step.tile = tile;
+    }
+    step.full_band = tile >= first_full && tile < end_full;
+    if (S.deterministic && step.exists) step.turn = turn_at(p, head, tile);
+    if (!S.mask || lane_id() == 0) steps[n & 3] = step;
+  }
+  FOVEA_DEVICE Step first_of_head(const BackwardParams& p, int head, int stage) const {
+    Step step{sequence.q_row(p.q, first * S.block_m, head),
+              sequence.q_row(p.dout, first * S.block_m, head),
+              RowSlots(p, sequence, S.block_m).at(head, first),
+              head,
+              first,
+              stage,
+              0,
+              TileState::kFull,
+              head < end_head,
+              false,
+              {}};
+    if constexpr (S.dropout)
+      step.stream = math::dropout_stream(p.seed, p.offset, static_cast<u32>(sequence.batch * p.q_heads + head));
+    return step;
+  }
+
+  FOVEA_DEVICE static Interval rows_of(int tile) { return {tile * S.block_m, (tile + 1) * S.block_m}; }
+  FOVEA_DEVICE TileState mask_state(const BackwardParams& p, int head, int tile, int block) const {
+    return mask_tile<S.block_n>(p, sequence, {head, head + 1}, rows_of(tile), block * S.block_n);
+  }
+
+  /// Moves `tile` on to the head's next that the mask does not hide; false where there is none.
+  FOVEA_DEVICE bool find_seen(const BackwardParams& p, int head, int& tile, TileState& state) {
+    while (tile < end) {
+      if (head != window_head || tile - window >= kWarp) {
+        const int mine = tile + lane_id();
+        const TileState looked_up = mine < end ? mask_state(p, head, mine, key_block) : TileState::kHidden;
+        const u32 now_some = __ballot_sync(kAllLanes, looked_up != TileState::kHidden);
+        const u32 now_whole = __ballot_sync(kAllLanes, looked_up == TileState::kFull);
+        if (lane_id() == 0) window_head = head, window = tile, some = now_some, whole = now_whole;
+        __syncwarp();
+      }
+      const u32 left = some >> (tile - window);
+      tile = left == 0 ? window + kWarp : tile + __ffs(static_cast<int>(left)) - 1;
+      if (left == 0) continue;
+      state = (whole >> (tile - window) & 1) != 0 ? TileState::kFull : TileState::kPartial;
+      return true;
+    }
+    return false;
+  }
+
+  /// dq is added up from the last key block that sees some of a tile's rows to the first.
+  FOVEA_DEVICE int turn_at(const BackwardParams& p, int head, int tile) const {
+    const int last = (sequence.band.keys_of_rows(rows_of(tile)).end - 1) / S.block_n;
+    if constexpr (!S.mask) return last - key_block;
+    int turn = 0;
+    for (int block = key_block + 1; block <= last; block += kWarp) {
+      const int mine = block + lane_id();
+      const bool adds = mine <= last && mask_state(p, head, tile, mine) != TileState::kHidden;
+      turn += __popc(__ballot_sync(kAllLanes, adds));
+    }
+    return turn;
   }
 };
 
@@ -127,12 +217,13 @@ struct Backward {
   };
 
   const BackwardParams& p;
-  Walk& walk;
+  Walk<S>& walk;
   const Sequence& sequence;
   const u32 shared;
 
   FOVEA_DEVICE int key() const { return walk.key_block * S.block_n; }
   FOVEA_DEVICE const Step& step(int n) const { return walk.steps[n & 3]; }
+  FOVEA_DEVICE bool full(int n) const { return step(n).template full<S.mask>(); }
   template <class T>
   FOVEA_DEVICE T tile_at(int offset) const {
     return {fresh(shared) + offset};
@@ -175,15 +266,17 @@ struct Backward {
       }
     }
     close_copies<S.async_copy>();
-    if (threadIdx.x == 0) walk.write_next(p, n, S.stages, S.block_m);
+    if (walk.keeps()) walk.write_next(p, n);
   }
 
   FOVEA_DEVICE void run() const {
     Sums sums;
     clear(sums.dk.c);
     clear(sums.dv.c);
-    if constexpr (S.alibi) clear_slope_parts();
     load_keys();
+    if (walk.keeps()) walk.begin(p);
+    __syncthreads();
+    if constexpr (S.alibi) clear_slope_parts();
     load(0);
     if constexpr (kLeapfrog) {
       leapfrog(sums);
@@ -205,7 +298,7 @@ struct Backward {
       __syncthreads();  // this tile is there for all, and nobody still reads the last one
       if constexpr (S.deterministic) pass_turn(n - 1);
       if constexpr (S.stages == 2) load(n + 1);
-      const bool spoiled = meet(!step(n).full, scores(n, sums));
+      const bool spoiled = meet(!full(n), scores(n, sums));
       products(n, sums, spoiled);
       if constexpr (S.stages == 1) {
         __syncthreads();
@@ -226,7 +319,7 @@ struct Backward {
 #pragma unroll 1
     for (int n = 0;; ++n) {
       await_copies<S.async_copy, 0>();
-      const bool careful = meet(n > 0 && !step(n - 1).full, spoiled);  // behind it nobody still reads tile n − 2
+      const bool careful = meet(n > 0 && !full(n - 1), spoiled);  // behind it nobody still reads tile n − 2
       if constexpr (S.deterministic) pass_turn(n - 2);
       load(n + 1);
 #pragma unroll 1
@@ -249,15 +342,15 @@ struct Backward {
 
   /// A barrier; whether anybody says yes, if it matters.
   FOVEA_DEVICE static bool meet(bool matters, bool yes) {
-    if (S.mask || S.bias || matters) return __syncthreads_or(yes);
+    if (S.bias || matters) return __syncthreads_or(yes);
     __syncthreads();
     return false;
   }
 
   /// P and dS of a tile, to shared memory; whether a hidden entry may have met something that is not finite.
   FOVEA_DEVICE bool scores(int n, Sums& sums) const {
-    if constexpr (!S.mask && !S.bias) {
-      if (step(n).full) return scores<false>(n, sums);
+    if constexpr (!S.bias) {
+      if (full(n)) return scores<false>(n, sums);
     }
     return scores<true>(n, sums);
   }
@@ -269,16 +362,17 @@ struct Backward {
     const int stage = at.stage;
     const RowMap<false> rows{at.tile * S.block_m, sequence.q_rows, at.head, 1};
     const typename GradientTile<S>::Rules rules{p, sequence, rows};
-    const math::DropoutStream stream = S.dropout ? rules.stream(at.head) : math::DropoutStream{};
-    const bool spoiled =
-        tile.template compute<kHides>(q_tile(stage), k_tile(), dout_tile(stage), v_tile(), statistics(stage), rules,
-                                      key(), at.full ? TileState::kFull : TileState::kPartial, stream);
+    const math::DropoutStream stream = S.dropout ? uniform(at.stream) : math::DropoutStream{};
+    constexpr Sight kKnown{kHides ? TileState::kPartial : TileState::kFull, TileState::kFull};
+    const Sight sight = S.mask || (S.bias && kHides) ? at.sight() : kKnown;
+    const bool spoiled = tile.template compute<kHides>(q_tile(stage), k_tile(), dout_tile(stage), v_tile(),
+                                                       statistics(stage), rules, key(), sight, stream);
     if constexpr (S.alibi) {
       tile.each([&](int i, int j, int e) {
         const int r = tile.row() + rules.row_of(i, e), c = key() + tile.column() + rules.key_of(j, e);
         sums.slope -= tile.ds[i][j].x[e] * rules.distance(r, c);
       });
-      if (at.tile + 1 == walk.end) store_slope_part(at.head, sums.slope);
+      if (const Step& next = step(n + 1); !next.exists || next.head != at.head) store_slope_part(at.head, sums.slope);
     }
     tile.pass_softcap();
     const int lane = fresh(lane_id());
@@ -368,15 +462,11 @@ struct Backward {
     }
   }
 
-  // ---- turns: where bits must not change, dq is added up from the last key block to the first
+  // ---- turns: where bits must not change, dq is added up key block by key block
 
-  FOVEA_DEVICE int turn(const Step& at) const {
-    const int row = at.tile * S.block_m;
-    return (sequence.band.keys_of_rows({row, row + S.block_m}).end - 1) / S.block_n - walk.key_block;
-  }
   FOVEA_DEVICE void await_turn(int n) const {
     if (lane_id() == 0) {
-      const int mine = turn(step(n));
+      const int mine = step(n).turn;
       const int* ticket = p.tickets + step(n).slot;
       int now;
       do {
@@ -389,7 +479,7 @@ struct Backward {
   FOVEA_DEVICE void pass_turn(int n) const {
     if (n < 0 || threadIdx.x != 0) return;
     __threadfence();
-    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + step(n).slot), "r"(turn(step(n)) + 1)
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + step(n).slot), "r"(step(n).turn + 1)
                  : "memory");
   }
 
@@ -410,9 +500,8 @@ struct Backward {
 
   /// Through shared memory, in the place of k and v.
   FOVEA_DEVICE void store(Dk& dk, Dv& dv) const {
-    const float kept = S.dropout ? 65536.0F / static_cast<float>(p.keep_threshold) : 1.0F;
     place(k_tile(), dk, p.scale);
-    place(v_tile(), dv, kept);
+    place(v_tile(), dv, S.dropout ? p.keep_scale : 1.0F);
     __syncthreads();
     const int keys = sequence.kv_rows - key();
     store_rows<kThreads, Order>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.dk.aligned,
@@ -438,13 +527,13 @@ struct Backward {
 /// Blocks are numbered as `Walk` says; where one waits for others, as they begin, so that those have begun.
 template <BackwardSpec S>
 __device__ void backward(const BackwardParams& p) {
+  static_assert(sizeof(Walk<S>) <= kWalkBytes);
   extern __shared__ __align__(128) char shared[];
-  Walk& walk = *reinterpret_cast<Walk*>(shared + BackwardShared::of(S).walk);
+  Walk<S>& walk = *reinterpret_cast<Walk<S>*>(shared + BackwardShared::of(S).walk);
   if (threadIdx.x == 0) {
     const bool turns = S.deterministic && p.row_blocks > 0;  // without rows nobody has cleared the tickets
     const int block = turns ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x);
-    walk = Walk(p, block, S.block_m, S.block_n, S.deterministic);
-    walk.write_step(p, 0, walk.first_head, walk.first, S.stages, S.block_m);
+    walk = Walk<S>(p, block);
   }
   __syncthreads();
   if (walk.key_block * S.block_n >= walk.sequence.kv_rows) return;

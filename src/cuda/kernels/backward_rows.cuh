@@ -21,6 +21,46 @@ FOVEA_DEVICE float dot_pieces(uint4 a, uint4 b) {
   return sum;
 }
 
+/// 16 bytes, or zeros: no branch, so that many are asked for at once.
+FOVEA_DEVICE uint4 read_or_clear(const char* from, bool real) {
+  uint4 x;
+  asm volatile(
+      "{\n.reg .pred real;\nsetp.ne.s32 real, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@real ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+      : "l"(from), "r"(static_cast<int>(real)));
+  return x;
+}
+
+/// A lane's part of the inner product of two rows: every kLanes-th of their 16-byte pieces, or of their elements.
+template <BackwardSpec S, int kLanes>
+FOVEA_DEVICE float dot_of_rows(const BackwardParams& p, const char* out, const char* dout, int lane) {
+  constexpr int kPieces = (S.head_dim_v * kBytes<S.type> / 16 + kLanes - 1) / kLanes,
+                kAtOnce = math::smaller(kPieces, 4);
+  const int bytes = p.head_dim_v * kBytes<S.type>;
+  float sum = 0.0F;
+  if (p.out.aligned && p.dout.aligned && bytes % 16 == 0) {
+#pragma unroll 1
+    for (int at = lane * 16; at < bytes; at += kAtOnce * kLanes * 16) {
+      uint4 x[kAtOnce], y[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int here = at + n * kLanes * 16;
+        x[n] = read_or_clear(out + here, here < bytes);
+        y[n] = read_or_clear(dout + here, here < bytes);
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) sum += dot_pieces<S.type>(x[n], y[n]);
+    }
+    return sum;
+  }
+#pragma unroll 1
+  for (int at = lane * kBytes<S.type>; at < bytes; at += kLanes * kBytes<S.type>) {
+    sum += read<S.type>(out + at) * read<S.type>(dout + at);
+  }
+  return sum;
+}
+
 /// The sum over all threads, in the same order every time; for thread 0.
 template <class T>
 FOVEA_DEVICE T sum_of_block(T x) {
@@ -37,7 +77,7 @@ FOVEA_DEVICE T sum_of_block(T x) {
 /// Blocks: row blocks × heads × batch.  Writes log2_lse, delta and the sink's parts, clears dq_sum and the tickets.
 template <BackwardSpec S>
 __device__ void backward_rows(const BackwardParams& p) {
-  constexpr int kLanes = 8;  // that share a row
+  constexpr int kLanes = math::larger(kSideThreads / S.block_m, 4);  // that share a row
   const int block = static_cast<int>(blockIdx.x), tile = block % p.row_blocks, head = block / p.row_blocks % p.q_heads;
   const Sequence sequence = Sequence::of(p, block / p.row_blocks / p.q_heads);
   if (S.deterministic && block == 0 && threadIdx.x == 0) p.tickets[i64{p.q_heads} * p.row_slots] = 0;
@@ -48,23 +88,22 @@ __device__ void backward_rows(const BackwardParams& p) {
   for (int x = static_cast<int>(threadIdx.x); x < S.block_m * S.head_dim / 4; x += kSideThreads) sums[x] = {};
   if (S.deterministic && threadIdx.x == 0) p.tickets[slot] = 0;
 
-  const int lane = static_cast<int>(threadIdx.x) % kLanes, bytes = p.head_dim_v * kBytes<S.type>;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
   float sink_part = 0.0F;
-  for (int r = static_cast<int>(threadIdx.x) / kLanes; r < S.block_m; r += kSideThreads / kLanes) {
+#pragma unroll 1
+  for (int pass = 0; pass < S.block_m * kLanes / kSideThreads; ++pass) {
+    const int r = (pass * kSideThreads + static_cast<int>(threadIdx.x)) / kLanes;
     const int i = tile * S.block_m + r;
-    const float lse = i < sequence.band.seqlen_q ? *sequence.statistic(p.lse, i, head) : -infinity();
+    const bool real = i < sequence.band.seqlen_q;
+    const float lse = real ? *sequence.statistic(p.lse, i, head) : -infinity();
     float delta = 0.0F;
-    if (lse != -infinity()) {
-      const char *out = sequence.q_row(p.out, i, head), *dout = sequence.q_row(p.dout, i, head);
-#pragma unroll 4
-      for (int at = lane * 16; at < bytes; at += kLanes * 16) {
-        delta += dot_pieces<S.type>(read_piece(out + at, bytes - at, p.out.aligned),
-                                    read_piece(dout + at, bytes - at, p.dout.aligned));
-      }
+    if (real) {  // without waiting for lse
+      delta = dot_of_rows<S, kLanes>(p, sequence.q_row(p.out, i, head), sequence.q_row(p.dout, i, head), lane);
     }
     for (int step = kLanes / 2; step > 0; step /= 2) delta += __shfl_xor_sync(kAllLanes, delta, step);
     if (lane != 0) continue;
-    if (lse != -infinity() && p.dlse.data != nullptr) delta -= *sequence.statistic(p.dlse, i, head);
+    if (real && p.dlse.data != nullptr) delta -= *sequence.statistic(p.dlse, i, head);
+    if (lse == -infinity()) delta = 0.0F;
     p.log2_lse[slot * S.block_m + r] = lse == -infinity() ? infinity() : lse * kLog2E;
     p.delta[slot * S.block_m + r] = delta;
     if (p.dsink != nullptr && lse != -infinity()) sink_part -= delta * exp2((p.sink[head] - lse) * kLog2E);

@@ -28,8 +28,10 @@ struct BiasGradient {
   FOVEA_DEVICE void add(Scores& tile, float (&sum)[Scores::kM][Scores::kN][4], const Sequence& sequence, int head,
                         int row_tile, int key_tile) const {
     const int row = row_tile * S.block_m, key = key_tile * S.block_n, kv_head = head / (p.group);
-    const TileState state = sequence.band.tile({row, row + S.block_m}, {key, key + S.block_n});
-    if (state == TileState::kHidden) return;
+    const Interval own{row, row + S.block_m};
+    Sight sight{sequence.band.tile(own, {key, key + S.block_n})};
+    if constexpr (S.mask) sight.mask = mask_tile<S.block_n>(p, sequence, {head, head + 1}, own, key);
+    if (sight.hidden()) return;
     const int rows = sequence.band.seqlen_q - row, keys = sequence.band.seqlen_kv - key;
     const auto q = tile_at<S.block_m, S.head_dim>(kShared.ring);
     const auto dout = tile_at<S.block_m, S.head_dim_v>(kShared.ring + kShared.dout);
@@ -47,9 +49,9 @@ struct BiasGradient {
     load_rows<S.async_copy, kThreads, Order>(v, keys, p.head_dim_v * kSize, p.v.aligned,
                                              sequence.kv_row(p.v, key, kv_head), p.v.row);
     const i64 slot = RowSlots(p, sequence, S.block_m).at(head, row_tile) * S.block_m;
-    for (int x = static_cast<int>(threadIdx.x); x < 2 * S.block_m; x += kThreads) {
-      store_shared(statistics + 4 * x,
-                   __float_as_uint(x < S.block_m ? p.log2_lse[slot + x] : p.delta[slot + x - S.block_m]));
+    if (const int x = static_cast<int>(threadIdx.x); x < S.block_m / 2) {  // log2_lse, then delta
+      const float* from = (x < S.block_m / 4 ? p.log2_lse : p.delta) + slot + x % (S.block_m / 4) * 4;
+      copy_or_clear<S.async_copy>(statistics + x * 16, reinterpret_cast<const char*>(from), true);
     }
     close_copies<S.async_copy>();
     await_copies<S.async_copy, 0>();
@@ -57,8 +59,8 @@ struct BiasGradient {
     if (!tile.works()) return;
     const RowMap<false> map{row, sequence.q_rows, head, 1};
     const Rules rules{p, sequence, map};
-    const math::DropoutStream stream = S.dropout ? rules.stream(head) : math::DropoutStream{};
-    tile.template compute<true>(q, k, dout, v, statistics, rules, key, state, stream);
+    const math::DropoutStream stream = S.dropout ? uniform(rules.stream(head)) : math::DropoutStream{};
+    tile.template compute<true>(q, k, dout, v, statistics, rules, key, sight, stream);
     tile.each([&](int i, int j, int e) { sum[i][j][e] += tile.ds[i][j].x[e]; });
   }
 

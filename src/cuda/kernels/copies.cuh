@@ -30,50 +30,40 @@ FOVEA_DEVICE void copy_piece(u32 to, const char* from, int bytes, bool aligned) 
   }
 }
 
-/// Fills a tile by `kThreads` threads from rows `stride` bytes apart: `row_bytes` of each; all else, and rows from
-/// `rows` on, becomes 0.  Row r of the tile is row Order::of_row(r).  In kParts parts, so that they can leave between
-/// the steps of a product and not all at once before it, when they would stand in its way.  The caller closes and
-/// awaits the copies.
+/// The pieces of 16 bytes of a tile's rows, as `kThreads` threads copy them from rows `stride` bytes apart: `row_bytes`
+/// of each; all else, and rows from `rows` on, becomes 0.  Row r of the tile is row Order::of_row(r).  In kParts parts,
+/// so that they can leave between the steps of a product and not all at once before it, when they would stand in its
+/// way.  The caller closes and awaits the copies.
 template <bool kAsync, int kThreads, class Order, int kParts, class Tile>
 class RowCopies {
-  static constexpr int kPieces = Tile::kPieces, kLanes = kPieces >= 32   ? 32
-                                                         : kPieces >= 16 ? 16
-                                                         : kPieces >= 8  ? 8
-                                                         : kPieces >= 4  ? 4
-                                                                         : 2;
-  static constexpr int kStep = kThreads / kLanes;  // rows that the threads copy at once
+  static constexpr int kPieces = Tile::kPieces,
+                       kLanes = math::smaller(kPieces & -kPieces, kWarp);  // of a row at once: no lane is ever idle
+  static constexpr int kStep = kThreads / kLanes;                          // rows that the threads copy at once
   static constexpr int kSteps = (Tile::kRows + kStep - 1) / kStep;
-  static constexpr bool kWhole = !Tile::kSwizzled || kStep % 8 == 0;  // corners know steps of whole rows
 
   Corner<Tile> corner_;
   const char* from_;
-  i64 stride_;
+  u32 stride_;
   int rows_, row_bytes_;
-  bool fast_;
 
  public:
-  FOVEA_DEVICE RowCopies(const Tile& tile, int rows, int row_bytes, bool aligned, const char* from, i64 stride)
-      : stride_(stride), rows_(rows), row_bytes_(row_bytes), fast_(kWhole && aligned && row_bytes % 16 == 0) {
-    const u32 thread = fresh(threadIdx.x);
-    if (fast_) {
-      const int first = static_cast<int>(thread / kLanes), lane = static_cast<int>(thread % kLanes);
-      corner_ = {tile.at(first, lane * Tile::kPieceColumns)};
-      from_ = from + Order::of_row(first) * stride + lane * 16;
-      rows_ = rows - Order::of_row(first);
-      row_bytes_ = row_bytes - lane * 16;
-      return;
-    }
-#pragma unroll 1
-    for (int at = static_cast<int>(thread); at < Tile::kRows * kPieces; at += kThreads) {
-      const int row = at / kPieces, piece = at % kPieces, from_row = Order::of_row(row);
-      copy_piece<kAsync>(tile.at(row, piece * Tile::kPieceColumns), from + from_row * stride + piece * 16,
-                         from_row < rows ? row_bytes - piece * 16 : 0, aligned);
-    }
+  /// Corners know steps of whole rows.
+  static constexpr bool kCan = !Tile::kSwizzled || kStep % 8 == 0;
+
+  /// From a tile's first byte to the first that this thread copies; the stride is below 2^32.
+  FOVEA_DEVICE static u64 first_byte(u32 stride) {
+    return u64{static_cast<u32>(Order::of_row(threadIdx.x / kLanes))} * stride + threadIdx.x % kLanes * 16;
+  }
+  FOVEA_DEVICE RowCopies(const Tile& tile, int rows, int row_bytes, const char* first, u32 stride)
+      : from_(first), stride_(stride) {
+    const u32 thread = fresh(threadIdx.x), row = thread / kLanes, lane = thread % kLanes;
+    corner_ = {tile.at(static_cast<int>(row), static_cast<int>(lane) * Tile::kPieceColumns)};
+    rows_ = rows - Order::of_row(row);
+    row_bytes_ = row_bytes - static_cast<int>(lane) * 16;
   }
 
   /// `part` is a constant where this is called.
-  FOVEA_DEVICE void operator()(int part) {
-    if (!fast_) return;
+  FOVEA_DEVICE void operator()(int part) const {
     const u32 thread = fresh(threadIdx.x);
 #pragma unroll
     for (int step = part * kSteps / kParts; step < (part + 1) * kSteps / kParts; ++step) {
@@ -81,34 +71,38 @@ class RowCopies {
       if (Tile::kRows % kStep != 0 && static_cast<int>(thread / kLanes) + row >= Tile::kRows) break;
 #pragma unroll
       for (int piece = 0; piece < kPieces; piece += kLanes) {
-        if (kPieces % kLanes != 0 && piece + static_cast<int>(thread % kLanes) >= kPieces) break;
-        copy_or_clear<kAsync>(corner_.at(row, piece * Tile::kPieceColumns), from_ + piece * 16,
+        copy_or_clear<kAsync>(corner_.at(row, piece * Tile::kPieceColumns),
+                              from_ + u64{static_cast<u32>(Order::of_row(row))} * stride_ + piece * 16,
                               piece * 16 < row_bytes_ && Order::of_row(row) < rows_);
       }
-      from_ += (Order::of_row(row + kStep) - Order::of_row(row)) * stride_;
     }
   }
-  FOVEA_DEVICE void all() {
+  FOVEA_DEVICE void all() const {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) (*this)(part);
   }
-  /// All have left: further calls do nothing.
-  FOVEA_DEVICE void close() { fast_ = false; }
 };
 
-template <bool kAsync, int kThreads, class Order = AsTheyAre, class Tile>
-FOVEA_DEVICE void load_rows(const Tile& tile, int rows, int row_bytes, bool aligned, const char* from, i64 stride) {
-  RowCopies<kAsync, kThreads, Order, 1, Tile>(tile, rows, row_bytes, aligned, from, stride).all();
-}
-
-/// The same where rows lie anywhere: row r at row_at(r).
-template <bool kAsync, int kThreads, class Tile, class RowAt>
+/// The same of rows that lie anywhere, row r at row_at(r), and of any pieces.
+template <bool kAsync, int kThreads, class Order = AsTheyAre, class Tile, class RowAt>
 FOVEA_DEVICE void load_scattered_rows(const Tile& tile, int rows, int row_bytes, bool aligned, const RowAt& row_at) {
 #pragma unroll 1
   for (int at = static_cast<int>(threadIdx.x); at < Tile::kRows * Tile::kPieces; at += kThreads) {
-    const int row = at / Tile::kPieces, piece = at % Tile::kPieces;
-    copy_piece<kAsync>(tile.at(row, piece * Tile::kPieceColumns), row_at(row < rows ? row : 0) + piece * 16,
+    const int to = at / Tile::kPieces, piece = at % Tile::kPieces, row = Order::of_row(to);
+    copy_piece<kAsync>(tile.at(to, piece * Tile::kPieceColumns), row_at(row < rows ? row : 0) + piece * 16,
                        row < rows ? row_bytes - piece * 16 : 0, aligned);
+  }
+}
+
+/// Fills a tile from rows `stride` bytes apart, by `RowCopies` where they are made of whole pieces.
+template <bool kAsync, int kThreads, class Order = AsTheyAre, class Tile>
+FOVEA_DEVICE void load_rows(const Tile& tile, int rows, int row_bytes, bool aligned, const char* from, i64 stride) {
+  using Copies = RowCopies<kAsync, kThreads, Order, 1, Tile>;
+  if (Copies::kCan && aligned && row_bytes % 16 == 0 && stride == i64{static_cast<u32>(stride)}) {
+    Copies(tile, rows, row_bytes, from + Copies::first_byte(static_cast<u32>(stride)), static_cast<u32>(stride)).all();
+  } else {
+    load_scattered_rows<kAsync, kThreads, Order>(tile, rows, row_bytes, aligned,
+                                                 [&](int row) { return from + row * stride; });
   }
 }
 
@@ -116,12 +110,22 @@ FOVEA_DEVICE void load_scattered_rows(const Tile& tile, int rows, int row_bytes,
 /// of each.
 template <int kThreads, class Order = AsTheyAre, class Tile>
 FOVEA_DEVICE void store_rows(const Tile& tile, int rows, int row_bytes, bool aligned, char* to, i64 stride) {
+  constexpr int kCount = Tile::kRows * Tile::kPieces, kAtOnce = 4;
 #pragma unroll 1
-  for (int at = static_cast<int>(threadIdx.x); at < Tile::kRows * Tile::kPieces; at += kThreads) {
-    const int row = at / Tile::kPieces, piece = at % Tile::kPieces, bytes = row_bytes - piece * 16;
-    if (Order::of_row(row) >= rows || bytes <= 0) continue;
-    write_piece(to + Order::of_row(row) * stride + piece * 16,
-                load_shared_16(tile.at(row, piece * Tile::kPieceColumns)), bytes, aligned);
+  for (int at = static_cast<int>(threadIdx.x); at < kCount; at += kAtOnce * kThreads) {
+    uint4 pieces[kAtOnce];
+    const auto place = [at](int n) { return math::smaller(at + n * kThreads, kCount - 1); };
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      pieces[n] = load_shared_16(tile.at(place(n) / Tile::kPieces, place(n) % Tile::kPieces * Tile::kPieceColumns));
+    }
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      const int row = Order::of_row(place(n) / Tile::kPieces), offset = place(n) % Tile::kPieces * 16;
+      if (at + n * kThreads < kCount && row < rows && offset < row_bytes) {
+        write_piece(to + row * stride + offset, pieces[n], row_bytes - offset, aligned);
+      }
+    }
   }
 }
 

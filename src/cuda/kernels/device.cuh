@@ -68,6 +68,14 @@ FOVEA_DEVICE T fresh(T x) {
   return x;
 }
 
+/// A number that all lanes of a whole warp have, told to the compiler: it then needs no register of theirs.
+FOVEA_DEVICE u32 uniform(u32 x) {
+#if __CUDA_ARCH__ >= 800
+  asm("redux.sync.or.b32 %0, %1, 0xffffffff;" : "=r"(x) : "r"(x));
+#endif
+  return x;
+}
+
 FOVEA_DEVICE u32 load_shared(u32 address) {
   u32 x;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");

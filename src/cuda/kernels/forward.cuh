@@ -21,50 +21,75 @@ FOVEA_DEVICE RowEnd end_of_row(const ForwardParams& p, int head, float reference
     sum = sum * factor + exp2(sink - top);
     reference = top;
   }
-  const float kept = S.dropout ? 65536.0F / static_cast<float>(p.keep_threshold) : 1.0F;
+  const float kept = S.dropout ? p.keep_scale : 1.0F;
   return {factor * kept / sum, kLn2 * (reference + log2(sum)), false};
 }
+
+/// A tile of keys that a mask does not hide.  Of each group of rows that a warp has: bit g, whether some of its rows
+/// see some of the keys; bit 16 + g, whether all see all.
+struct MaskStep {
+  int tile;
+  u32 seen;
+};
 
 template <ForwardSpec S>
 struct Forward {
   static constexpr int kThreads = S.warps * kWarp;
-  static constexpr int kM = S.block_m / S.warps / 16;  // pieces of 16 rows of a warp
-  static constexpr int kN = S.block_n / 8;             // pieces of 8 keys
-  static constexpr int kD = S.head_dim_v / 8;          // pieces of 8 columns of v
+  static constexpr int kDown = S.warps / S.across;        // groups of warps, each with rows of its own
+  static constexpr int kM = S.block_m / kDown / 16;       // pieces of 16 rows of a warp
+  static constexpr int kN = S.block_n / S.across / 8;     // pieces of 8 keys of its scores
+  static constexpr int kD = S.head_dim_v / S.across / 8;  // pieces of 8 columns of its out
   static constexpr int kK = kStep<S.type>;
 
   using QTile = SharedTile<S.type, S.block_m, S.head_dim>;
   using KTile = SharedTile<S.type, S.block_n, S.head_dim>;
   using VTile = SharedTile<S.type, S.block_n, S.head_dim_v>;
+  using WeightTile = SharedTile<S.type, S.block_m, S.block_n>;  // P, where warps share rows
   using OutTile = SharedTile<S.type, S.block_m, S.head_dim_v>;  // in the place of Q
 
   using Rows = RowMap<S.pack_gqa>;
-  using Order = KeyOrder<S.block_n, S.bias>;
+  using Order = KeyOrder<S.block_n / S.across, S.bias>;
   using Rules = ScoreRules<S, S.pack_gqa, Order>;
   using Scores = Accumulator[kM][kN];
   using Out = Accumulator[kM][kD];
 
   static constexpr bool kHidesValues = S.band || S.mask || S.bias;  // of keys that other rows see
 
-  /// Of a thread's rows, 2 in each piece of 16: what exponents are taken against, in units of log2 (−infinity until a
-  /// key was seen), and this lane's part of the sum.
+  /// Pieces of 8 keys that are weighed while the products of those before are made.
+  static constexpr int kChunk = S.type == Type::kFloat32 || S.across > 1 ? kN : 2 * Order::kGroups;
+  static constexpr int kChunks = kN / kChunk;
+
+  /// Of a thread's rows, 2 in each piece of 16: what exponents are taken against, in units of log2 (kUnseen until a key
+  /// was seen), and this lane's part of the sum.
   struct Running {
     float reference[kM][2], sum[kM][2];
-    bool settled;  // every row of the warp has a reference
+    bool settled;  // every row of the warp has a reference, and keeps it
   };
+
+  static constexpr int kSteps = 64, kLookEvery = 8;  // of the ring that a mask fills
+
+  /// Below every score but −infinity, whose distance from it still is −infinity.
+  static constexpr float kUnseen = -3.40282347e38F;
 
   /// What all threads of a block share; in shared memory, because registers are for S and O.
   struct Block {
     Sequence sequence;
     Rows rows;
     int kv_head, v_begin, split;
-    const char *k, *v;  // the sequence's, of the block's head and columns
-    Interval keys;      // that the block walks
-    Band::Reach reach[S.warps];
+    const char *k, *v;                                  // the sequence's, of the block's head and columns
+    const char *first_k[kThreads], *first_v[kThreads];  // what a thread copies first, of tile 0
+    Interval keys;                                      // that the block walks
+    Interval full;                                      // tiles of keys that all rows see whole
+    bool careful;                                       // references follow the maximum
+    math::DropoutStream stream;
+    Band::Reach reach[kDown];
+    MaskStep steps[S.mask ? 64 : 1];                         // a ring
+    int steps_found, next_tile;                              // what was not looked at begins there
+    float exchange[S.across > 1 ? S.block_m : 1][S.across];  // between the warps that share rows
   };
 
   const ForwardParams& p;
-  const Block& block;
+  Block& block;
   const u32 shared;
   const Sequence& sequence = block.sequence;
   const Rows& rows = block.rows;
@@ -74,7 +99,10 @@ struct Forward {
   FOVEA_DEVICE OutTile out_tile() const { return {shared}; }
   FOVEA_DEVICE KTile k_tile(int stage) const { return {shared + q_bytes(S) + stage * stage_bytes(S)}; }
   FOVEA_DEVICE VTile v_tile(int stage) const { return {k_tile(stage).base + KTile::kSize}; }
-  FOVEA_DEVICE int warp_row() const { return warp_id() * kM * 16; }
+  FOVEA_DEVICE WeightTile weight_tile() const { return {k_tile(S.stages).base}; }
+  FOVEA_DEVICE static int warp_row() { return warp_id() / S.across * kM * 16; }
+  FOVEA_DEVICE static int warp_key() { return warp_id() % S.across * kN * 8; }
+  FOVEA_DEVICE static int warp_column() { return warp_id() % S.across * kD * 8; }
 
   FOVEA_DEVICE void load_q() const {
     const int bytes = p.head_dim * kBytes<S.type>;
@@ -89,181 +117,333 @@ struct Forward {
   }
   template <int kParts, class Tile>
   using Copies = RowCopies<S.async_copy, kThreads, Order, kParts, Tile>;
-  template <int kParts = 1>
+  FOVEA_DEVICE int keys_from(int tile) const { return sequence.band.seqlen_kv - tile * S.block_n; }
+  FOVEA_DEVICE int v_bytes() const {
+    return math::smaller(p.head_dim_v - block.v_begin, S.head_dim_v) * kBytes<S.type>;
+  }
+  template <int kParts>
   FOVEA_DEVICE Copies<kParts, KTile> k_copies(int tile, int stage) const {
-    const int key = tile * S.block_n;
-    return {k_tile(stage), sequence.band.seqlen_kv - key, p.head_dim * kBytes<S.type>,
-            p.k.aligned,   block.k + key * p.k.row,       p.k.row};
+    const u32 stride = static_cast<u32>(p.k.row);
+    return {k_tile(stage), keys_from(tile), p.head_dim * kBytes<S.type>,
+            block.first_k[threadIdx.x] + u64{static_cast<u32>(tile * S.block_n)} * stride, stride};
   }
-  template <int kParts = 1>
+  template <int kParts>
   FOVEA_DEVICE Copies<kParts, VTile> v_copies(int tile, int stage) const {
-    const int key = tile * S.block_n, columns = math::smaller(p.head_dim_v - block.v_begin, S.head_dim_v);
-    return {v_tile(stage), sequence.band.seqlen_kv - key, columns * kBytes<S.type>,
-            p.v.aligned,   block.v + key * p.v.row,       p.v.row};
+    const u32 stride = static_cast<u32>(p.v.row);
+    return {v_tile(stage), keys_from(tile), v_bytes(),
+            block.first_v[threadIdx.x] + u64{static_cast<u32>(tile * S.block_n)} * stride, stride};
   }
-  FOVEA_DEVICE void load(int tile, int stage) const {
-    k_copies(tile, stage).all();
-    v_copies(tile, stage).all();
+  /// Of a tile's copies, four a thread in each, that leave within `span` places of a product: ptxas puts three
+  /// instructions before the first of neighbours.
+  template <class Tile>
+  FOVEA_FN static constexpr int parts_of(int span) {
+    return math::larger(1, math::smaller(span, Tile::kRows * Tile::kPieces / kThreads / 4));
+  }
+  /// At place `at`, a constant, of a product.
+  template <int kSpan, int kParts, class C>
+  FOVEA_DEVICE static void leave_spread(const C& copies, int at) {
+    constexpr int kEvery = math::larger(1, kSpan / kParts);
+    if (at >= 0 && at % kEvery == 0 && at / kEvery < kParts) copies(at / kEvery);
+  }
+  FOVEA_DEVICE void load_k(int tile, int stage) const {
+    if (p.in_pieces) return k_copies<1>(tile, stage).all();
+    load_scattered_rows<S.async_copy, kThreads, Order>(
+        k_tile(stage), keys_from(tile), p.head_dim * kBytes<S.type>, p.k.aligned,
+        [&](int row) { return block.k + i64{tile * S.block_n + row} * p.k.row; });
+  }
+  FOVEA_DEVICE void load_v(int tile, int stage) const {
+    if (p.in_pieces) return v_copies<1>(tile, stage).all();
+    load_scattered_rows<S.async_copy, kThreads, Order>(
+        v_tile(stage), keys_from(tile), v_bytes(), p.v.aligned,
+        [&](int row) { return block.v + i64{tile * S.block_n + row} * p.v.row; });
   }
 
   /// S = Q Kᵀ.
   template <class Between>
-  FOVEA_DEVICE void multiply_qk(Scores& s, const KTile& tile, Between& between) const {
+  FOVEA_DEVICE void multiply_qk(Scores& s, const KTile& tile, const Between& between) const {
     const int lane = fresh(lane_id());
     const Corner<QTile> q = corner_a(q_tile(), lane, warp_row(), 0);
-    const Corner<KTile> k = corner_b_rows(tile, lane, 0, 0);
+    const Corner<KTile> k = corner_b_rows(tile, lane, warp_key(), 0);
     multiply_steps<S, S.head_dim / kK>(
         s, [&](int i, int c) { return load_a(q, 16 * i, c); },
         [&](OperandB(&two)[2], int j, int c) { load_b_rows(two, k, 8 * j, c); }, [](int) { return Accumulator{}; },
         between);
   }
 
-  /// O += P V.
-  template <class Between>
-  FOVEA_DEVICE void multiply_pv(Out& o, const Scores& weights, const VTile& tile, Between& between) const {
-    const Corner<VTile> v = corner_b_columns(tile, fresh(lane_id()), 0, 0);
-    multiply_steps<S, S.block_n / kK, true>(
-        o, [&](int i, int key) { return operand_a<S.type>(weights[i], key / kK); },
-        [&](OperandB(&two)[2], int c, int key) { load_b_columns(two, v, key, 8 * c); }, OnTop{}, between);
-  }
-
   /// Raises each row's reference to the largest score seen; sum and O move on to it.
   FOVEA_DEVICE void raise_references(const Scores& s, Running& running, Out& o, float unit) const {
-    running.settled = true;
+    float tops[kM][2];
 #pragma unroll
-    for (int i = 0; i < kM; ++i) {
+    for (int x = 0; x < 2 * kM; ++x) {
+      float& top = tops[x / 2][x % 2] = -infinity();
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float top = -infinity();
+      for (int j = 0; j < kN; ++j) top = fmaxf(top, fmaxf(s[x / 2][j].x[x % 2 * 2], s[x / 2][j].x[x % 2 * 2 + 1]));
+      top = quad_max(top);
+    }
+    share_rows(tops, [](float a, float b) { return fmaxf(a, b); });
+    running.settled = !block.careful;
+    float rescale[kM][2];
+    bool begun = false;  // there is something to move
 #pragma unroll
-        for (int j = 0; j < kN; ++j) top = fmaxf(top, fmaxf(s[i][j].x[2 * h], s[i][j].x[2 * h + 1]));
-        top = fmaxf(running.reference[i][h], quad_max(top) * unit);
-        running.settled &= top > -infinity();
-        const float rescale = top == -infinity() ? 1.0F : exp2(running.reference[i][h] - top);
-        running.reference[i][h] = top;
-        running.sum[i][h] *= rescale;
-#pragma unroll
-        for (int c = 0; c < kD; ++c) {
-          o[i][c].x[2 * h] *= rescale;
-          o[i][c].x[2 * h + 1] *= rescale;
-        }
-      }
+    for (int x = 0; x < 2 * kM; ++x) {
+      float& reference = running.reference[x / 2][x % 2];
+      const float top = fmaxf(reference, tops[x / 2][x % 2] * unit);
+      running.settled &= top > kUnseen;
+      begun |= reference > kUnseen;
+      rescale[x / 2][x % 2] = exp2(reference - top);
+      reference = top;
     }
     running.settled = __all_sync(kAllLanes, running.settled);
+    if (!__any_sync(kAllLanes, begun)) return;
+#pragma unroll
+    for (int x = 0; x < 2 * kM; ++x) running.sum[x / 2][x % 2] *= rescale[x / 2][x % 2];
+    for_each_entry<kM, kD>([&](int i, int c, int e) { o[i][c].x[e] *= rescale[i][e / 2]; });
   }
 
-  /// S becomes P = 2^(unit·S − reference).  Any reference is exact as long as sums stay in range: false where they do
-  /// not, or a NaN came in.
-  FOVEA_DEVICE static bool exponentiate(Scores& s, const Running& running, float (&sum)[kM][2], float unit) {
-    constexpr float kMost = 8192.0F;
-    bool fits = true;
+  /// One number a row, which the quad's lanes agree on, becomes f of those of all warps that share the row.
+  template <class F>
+  FOVEA_DEVICE void share_rows(float (&mine)[kM][2], const F& f) const {
+    if constexpr (S.across > 1) {
 #pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        sum[i][h] = 0.0F;
-        const float reference = larger_than_minus_infinity(running.reference[i][h]);
-#pragma unroll
-        for (int j = 0; j < kN; ++j) {
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            s[i][j].x[e] = exp2(s[i][j].x[e] * unit - reference);
-            sum[i][h] += s[i][j].x[e];
-          }
-        }
-        fits &= sum[i][h] < kMost;
+      for (int x = 0; x < 2 * kM; ++x) {
+        if (lane_id() % 4 == 0)
+          block.exchange[warp_row() + entry_row(x / 2, x % 2 * 2)][warp_id() % S.across] = mine[x / 2][x % 2];
       }
+      meet_sharers();
+#pragma unroll
+      for (int x = 0; x < 2 * kM; ++x) {
+        const float(&all)[S.across] = block.exchange[warp_row() + entry_row(x / 2, x % 2 * 2)];
+        float& result = mine[x / 2][x % 2] = all[0];
+#pragma unroll
+        for (int w = 1; w < S.across; ++w) result = f(result, all[w]);
+      }
+      meet_sharers();
     }
-    return __all_sync(kAllLanes, fits);
   }
-  /// Nothing visible yet: keep −inf − −inf away.
-  FOVEA_DEVICE static float larger_than_minus_infinity(float reference) {
-    return reference == -infinity() ? 0.0F : reference;
+  /// A barrier of the warps that share rows.
+  FOVEA_DEVICE static void meet_sharers() {
+    if constexpr (S.across > 1) {
+      asm volatile("barrier.sync %0, %1;" ::"r"(1 + warp_id() / S.across), "n"(S.across * kWarp) : "memory");
+    }
   }
 
-  /// P of one tile of keys, its sums taken along.  False, and nothing computed, where this warp's rows see none of
-  /// them. The search for a maximum is left out where the references still serve: it costs more than the exponentials.
+  /// S of one tile of keys.  False, and nothing computed, where this warp's rows see none of them.  The search for a
+  /// maximum is left out where each row has a reference: it costs more than the exponentials, and any reference is
+  /// exact as long as sums stay in range, which `run` looks after.
   template <class Between>
-  FOVEA_DEVICE bool weigh(Scores& s, Out& o, Running& running, int tile, int stage, float unit,
-                          Between&& between) const {
+  FOVEA_DEVICE bool score(Scores& s, Out& o, Running& running, int n, int tile, int stage, float unit,
+                          const Between& between) const {
     const int key = tile * S.block_n;
-    const TileState state = block.reach[fresh(warp_id())].tile({key, key + S.block_n});
-    if (state == TileState::kHidden) return false;
-    float sum[kM][2];
-    bool raise = !running.settled, fits;
-#pragma unroll 1
-    do {  // twice where the references do not serve
-      Entries<S, kM, kN> entries;
-      rules.fetch(entries, warp_row(), key);
-      multiply_qk(s, k_tile(stage), between);
-      between.close();
-      rules.finish(s, warp_row(), key, state, entries);
-      if (raise) raise_references(s, running, o, unit);
-      fits = exponentiate(s, running, sum, unit) || raise;
-      raise = true;
-    } while (!fits);
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) running.sum[i][h] += sum[i][h];
+    const Sight sight{block.full.contains(tile) ? TileState::kFull
+                                                : block.reach[fresh(warp_id()) / S.across].tile({key, key + S.block_n}),
+                      mask_of(n)};
+    if (sight.hidden()) return false;
+    Entries<S, kM, kN> entries;
+    rules.fetch(entries, warp_row(), key + warp_key());
+    multiply_qk(s, k_tile(stage), between);
+    rules.finish(s, warp_row(), key + warp_key(), sight, entries);
+    if (!running.settled) {
+      if (block.careful) rules.hide_by_bias(s, entries);
+      raise_references(s, running, o, unit);
     }
     return true;
   }
 
-  template <class Between>
-  FOVEA_DEVICE void add_values(Out& o, Scores& weights, int tile, int stage, Between&& between) const {
-    if constexpr (S.dropout) {
-      const math::DropoutStream stream = rules.stream(rows.first_head);
-      rules.template for_each_draw<kM, kN>(warp_row(), tile * S.block_n, stream, [&](int i, int j, int e, bool kept) {
-        if (!kept) weights[i][j].x[e] = 0.0F;
-      });
+  /// Units [begin, end) of a chunk of pieces, each the four entries that share a draw of dropout, two rows by two keys:
+  /// S becomes P = 2^(unit·S − reference), is summed, and dropout has its share.
+  FOVEA_DEVICE void weigh(Scores& s, Running& running, float unit, int key, const math::DropoutStream& stream,
+                          int chunk, int begin, int end) const {
+    constexpr int kPair = Order::kGroups;  // pieces from a key to the one 8 on
+#pragma unroll
+    for (int u = begin; u < end; ++u) {
+      const int i = u / kChunk, x = u % kChunk / 2, e = u % 2;
+      const int j = chunk * kChunk + x / kPair * 2 * kPair + x % kPair;
+#pragma unroll
+      for (int entry = 0; entry < 4; ++entry) {
+        const int h = entry / 2;
+        float& weight = s[i][j + entry % 2 * kPair].x[2 * h + e];
+        weight = exp2(weight * unit - running.reference[i][h]);
+        running.sum[i][h] += weight;
+      }
+      if constexpr (S.dropout) {
+        rules.for_each_draw(i, j, e, warp_row(), key, stream, [&](int piece, int at, bool kept) {
+          if (!kept) s[i][piece].x[at] = 0.0F;
+        });
+      }
     }
-    // A block of instructions of its own: ptxas else moves O about in registers to share it with the redone scores.
+  }
+  static constexpr int kUnits = kM * kChunk;  // of a chunk
+
+  /// P of a tile, and O += P V: while the tensor cores have one chunk of keys, the next passes through the exponential.
+  template <class Between>
+  FOVEA_DEVICE void add_values(Out& o, Scores& s, Running& running, int tile, int stage, float unit,
+                               const Between& between) const {
+    const int key = tile * S.block_n + warp_key();
+    const math::DropoutStream stream = S.dropout ? uniform(block.stream) : math::DropoutStream{};
+    weigh(s, running, unit, key, stream, 0, 0, kUnits);
+    const Corner<VTile> v = corner_b_columns(v_tile(stage), fresh(lane_id()), 0, warp_column());
+    const auto load_v = [&](OperandB(&two)[2], int c, int k) { load_b_columns(two, v, k, 8 * c); };
+    if constexpr (S.across == 1) {
+      multiply_steps<S, S.block_n / kK, true>(
+          o, [&](int i, int k) { return operand_a<S.type>(s[i], k / kK); }, load_v, OnTop{},
+          [&](int step, int c) {
+            constexpr int kSteps = kChunk * 8 / kK, kParts = kSteps * kD / 2;  // of a chunk
+            const int next = step / kSteps + 1, part = step % kSteps * (kD / 2) + c / 2;
+            if (next < kChunks)
+              weigh(s, running, unit, key, stream, next, part * kUnits / kParts, (part + 1) * kUnits / kParts);
+            between(step, c);
+          });
+    } else {
+      store_accumulators(corner_c(weight_tile(), lane_id(), warp_row(), warp_key()), s);
+      meet_sharers();
+      const Corner<WeightTile> weights = corner_a<true>(weight_tile(), fresh(lane_id()), warp_row(), 0);
+      multiply_steps<S, S.block_n / kK>(
+          o, [&](int i, int k) { return load_a<true>(weights, 16 * i, k); }, load_v, OnTop{}, between);
+    }
+  }
+
+  // ---- tiles that a mask hides are not walked: warp 0 looks for the next ones, many at a time
+
+  /// Starts the walk at tile `last`; a barrier.
+  FOVEA_DEVICE void find_first_steps(int first, int last) const {
+    if (warp_id() == 0) {
+      if (lane_id() == 0) block.steps_found = 0, block.next_tile = last;
+      __syncwarp();
+      find_steps(S.stages, first);
+    }
+    __syncthreads();
+  }
+  /// Before step n is walked.
+  FOVEA_DEVICE void find_later_steps(int n, int first) const {
+    if (S.mask && n % kLookEvery == 0 && warp_id() == 0) find_steps(n + kLookEvery + S.stages, first);
+  }
+  /// Until step n is known; tiles below `first` say that there is none.
+  FOVEA_DEVICE void find_steps(int n, int first) const {
+    static_assert(!S.mask || (S.stages < 4 && kDown <= 16 && kWarp % kDown == 0));
+    constexpr u32 kGroup = (1U << kDown) - 1;
+    constexpr int kTiles = kWarp / kDown, kAtOnce = math::larger(16 / kTiles, 1);  // of a look; looks
+    const int lane = lane_id(), rows_at = lane % kDown * 16 * kM;
+    int found = block.steps_found, tile = block.next_tile;
 #pragma unroll 1
-    for (int once = fresh(0); once < 1; ++once) multiply_pv(o, weights, v_tile(stage), between);
+    while (found <= n) {
+      TileState states[kAtOnce];
+#pragma unroll
+      for (int look = 0; look < kAtOnce; ++look) {
+        const int mine = tile - look * kTiles - lane / kDown;
+        states[look] =
+            mask_tile<S.block_n>(p, sequence, {rows.first_head, rows.first_head + rows.group},
+                                 rows.queries(rows_at, rows_at + 16 * kM), math::larger(mine, 0) * S.block_n);
+        if (mine < first) states[look] = TileState::kHidden;
+      }
+#pragma unroll
+      for (int look = 0; look < kAtOnce; ++look) {
+        const u32 some = __ballot_sync(kAllLanes, states[look] != TileState::kHidden) >> lane / kDown * kDown & kGroup;
+        const u32 full = __ballot_sync(kAllLanes, states[look] == TileState::kFull) >> lane / kDown * kDown & kGroup;
+        const bool told = lane % kDown == 0 && (some != 0 || tile < first);
+        const u32 all_told = __ballot_sync(kAllLanes, told);
+        if (told)
+          block.steps[(found + __popc(all_told & ((1U << lane) - 1))) % kSteps] = {tile - lane / kDown,
+                                                                                   some | full << 16};
+        found += __popc(all_told);
+        tile = math::larger(tile - kTiles, first - 1);
+      }
+    }
+    __syncwarp();
+    if (lane == 0) block.steps_found = found, block.next_tile = tile;
+    __syncwarp();
+  }
+
+  FOVEA_DEVICE int tile_of(int step, int without_mask) const {
+    return S.mask ? block.steps[step % kSteps].tile : without_mask;
+  }
+  /// What the mask makes of a tile for the warp's rows.
+  FOVEA_DEVICE TileState mask_of(int n) const {
+    if constexpr (!S.mask) return TileState::kFull;
+    const u32 seen = block.steps[n % kSteps].seen >> warp_id() / S.across;
+    return (seen & 1) == 0 ? TileState::kHidden : (seen >> 16 & 1) != 0 ? TileState::kFull : TileState::kPartial;
   }
 
   /// Tiles of keys arrive stages − 1 ahead, last ones first.
   FOVEA_DEVICE void walk_ahead(Out& o, Running& running, int first, int last, float unit) const {
+    // K, then V, leave while half of S is made.
+    constexpr int kSpan = math::larger(1, S.head_dim / kK / 4), kKParts = parts_of<KTile>(kSpan),
+                  kVParts = parts_of<VTile>(kSpan);
+    const auto load = [&](int tile, int stage) { load_k(tile, stage), load_v(tile, stage); };
 #pragma unroll
     for (int ahead = 0; ahead < S.stages - 1; ++ahead) {
-      if (last - ahead >= first) load(last - ahead, ahead);
+      if (tile_of(ahead, last - ahead) >= first) load(tile_of(ahead, last - ahead), ahead);
       close_copies<S.async_copy>();
     }
-    int stage = 0;
+    int stage = 0, n = 0;
 #pragma unroll 1
-    for (int tile = last; tile >= first; --tile) {
+    for (int tile = tile_of(0, last); tile >= first; tile = tile_of(++n, tile - 1)) {
       await_copies<S.async_copy, math::larger(S.stages - 2, 0)>();
       __syncthreads();  // this tile is there for all, and all are done with the one whose place comes next
-      const int ahead = tile - (S.stages - 1), free = stage == 0 ? S.stages - 1 : stage - 1;
-      if (ahead >= first) load(ahead, free);
-      close_copies<S.async_copy>();
+      const int ahead = tile_of(n + S.stages - 1, tile - (S.stages - 1)), free = stage == 0 ? S.stages - 1 : stage - 1;
+      bool copy = ahead >= first;
+      if (copy && !(S.spread_copies && p.in_pieces)) {
+        load(ahead, free);
+        copy = false;
+      }
+      find_later_steps(n, first);
       Scores s;
-      if (weigh(s, o, running, tile, stage, unit, Nothing{})) add_values(o, s, tile, stage, Nothing{});
+      bool seen;
+      if constexpr (S.spread_copies) {
+        const auto k = k_copies<kKParts>(ahead, free);
+        const auto v = v_copies<kVParts>(ahead, free);
+        seen = score(s, o, running, n, tile, stage, unit, [&](int step, int j) {
+          if (j == 0 && copy) leave_spread<kSpan, kKParts>(k, step), leave_spread<kSpan, kVParts>(v, step - kSpan);
+        });
+        if (!seen && copy) k.all(), v.all();
+      } else {
+        seen = score(s, o, running, n, tile, stage, unit, Nothing{});
+      }
+      close_copies<S.async_copy>();
+      if (seen) add_values(o, s, running, tile, stage, unit, Nothing{});
       stage = stage + 1 == S.stages ? 0 : stage + 1;
     }
   }
 
-  /// One place for K and one for V: V arrives while S is made, the next K while P V is.
+  /// One place for K and one for V: V arrives while S is made, the next K while P V is.  Copies leave in the first
+  /// quarter of either product.
   FOVEA_DEVICE void walk_in_turns(Out& o, Running& running, int first, int last, float unit) const {
-    k_copies(last, 0).all();
+    constexpr int kVSpan = S.head_dim / kK * kN / 2 / 4, kVParts = parts_of<VTile>(kVSpan);
+    constexpr int kKSpan = S.block_n / kK * kD / 2 / 4, kKParts = parts_of<KTile>(kKSpan);
+    const int begin = tile_of(0, last);
+    if (begin >= first) load_k(begin, 0);
     close_copies<S.async_copy>();
+    if (begin >= first) load_v(begin, 0);
+    close_copies<S.async_copy>();
+    int n = 0;
 #pragma unroll 1
-    for (int tile = last; tile >= first; --tile) {
-      await_copies<S.async_copy, 0>();
+    for (int tile = begin; tile >= first; tile = tile_of(++n, tile - 1)) {
+      if (tile == begin) {
+        await_copies<S.async_copy, 1>();
+      } else {
+        await_copies<S.async_copy, 0>();
+      }
       __syncthreads();  // K is there for all, and all are done with V
-      auto v = v_copies<S.head_dim / kK>(tile, 0);
+      if (tile < begin && !p.in_pieces) load_v(tile, 0);
+      const auto v = v_copies<kVParts>(tile, 0);
+      const bool copy_v = tile < begin && p.in_pieces;
+      find_later_steps(n, first);
       Scores s;
-      const bool seen = weigh(s, o, running, tile, 0, unit, v);
-      if (!seen) v.all();
+      const bool seen = score(s, o, running, n, tile, 0, unit, [&](int step, int j) {
+        if (copy_v) leave_spread<kVSpan, kVParts>(v, (step * kN + j) / 2);
+      });
+      if (!seen && copy_v) v.all();
       close_copies<S.async_copy>();
       await_copies<S.async_copy, 0>();
       __syncthreads();  // V is there for all, and all are done with K
-      auto k = k_copies<S.block_n / kK>(math::larger(tile - 1, first), 0);
-      if (tile == first) k.close();
+      const int next = tile_of(n + 1, tile - 1);
+      if (next >= first && !p.in_pieces) load_k(next, 0);
+      const auto k = k_copies<kKParts>(next, 0);
+      const bool copy_k = next >= first && p.in_pieces;
       if (seen) {
-        add_values(o, s, tile, 0, k);
-      } else {
+        add_values(o, s, running, tile, 0, unit, [&](int step, int c) {
+          if (copy_k) leave_spread<kKSpan, kKParts>(k, (step * kD + c) / 2);
+        });
+      } else if (copy_k) {
         k.all();
       }
       close_copies<S.async_copy>();
@@ -273,80 +453,125 @@ struct Forward {
   FOVEA_DEVICE void run() const {
     const int first = block.keys.begin / S.block_n;
     const int last = block.keys.empty() ? first - 1 : (block.keys.end - 1) / S.block_n;
+    const float unit = score_unit<S>(p);
+    if (first <= last) load_q();
     Out o;
     Running running;
+    // Twice where some sum did not stay in range, or met what is not finite; then references follow the maximum.
+#pragma unroll 1
+    for (;;) {
+      clear(o);
 #pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) running.reference[i][h] = -infinity(), running.sum[i][h] = 0.0F;
-#pragma unroll
-      for (int c = 0; c < kD; ++c) o[i][c] = {};
-    }
-    const float unit = score_unit<S>(p);
-
-    running.settled = false;
-    if (first <= last) {
-      load_q();
-      if constexpr (S.stages == 1) {
-        walk_in_turns(o, running, first, last, unit);
-      } else {
-        walk_ahead(o, running, first, last, unit);
+      for (int x = 0; x < 2 * kM; ++x) running.reference[x / 2][x % 2] = kUnseen, running.sum[x / 2][x % 2] = 0.0F;
+      running.settled = false;
+      if (first <= last) {
+        if constexpr (S.mask) find_first_steps(first, last);
+        if constexpr (S.stages == 1) {
+          walk_in_turns(o, running, first, last, unit);
+        } else {
+          walk_ahead(o, running, first, last, unit);
+        }
       }
+      await_copies<S.async_copy, 0>();
+      if (!__syncthreads_or(!block.careful && !in_range(o, running))) break;
+      block.careful = true;
+      __syncthreads();
     }
-    await_copies<S.async_copy, 0>();
-    __syncthreads();
     finish(o, running);
+  }
+
+  FOVEA_DEVICE static bool in_range(const Out& o, const Running& running) {
+    constexpr float kMost = 1e30F;
+    bool fits = true;
+#pragma unroll
+    for (int x = 0; x < 2 * kM; ++x) fits &= running.sum[x / 2][x % 2] < kMost;
+    float check[4] = {};
+    for_each_entry<kM, kD>([&](int i, int c, int e) { check[e] += o[i][c].x[e] * 0.0F; });
+    return fits && check[0] + check[1] + check[2] + check[3] == 0.0F;
   }
 
   /// Divides by the sums and writes O and lse, or this split's part of them.
   FOVEA_DEVICE void finish(Out& o, Running& running) const {
-    bool spoiled = false;
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int r = warp_row() + entry_row(i, 2 * h);
-        float check = 0.0F;
-#pragma unroll
-        for (int c = 0; kHidesValues && c < kD; ++c) check += o[i][c].x[2 * h] * 0.0F + o[i][c].x[2 * h + 1] * 0.0F;
-        const float sum = quad_sum(running.sum[i][h]), reference = running.reference[i][h];
-        float factor = 1.0F;
-        if (r < rows.left())
-          factor = S.split ? store_part(o[i], h, r, reference, sum) : normalise(o[i], h, r, reference, sum);
-        if constexpr (kHidesValues) spoiled |= keep_row_facts(r, reference, factor, quad_sum(check) == 0.0F);
-      }
+    each_row([&](int i, int h, int) { running.sum[i][h] = quad_sum(running.sum[i][h]); });
+    share_rows(running.sum, [](float a, float b) { return a + b; });
+    float factors[kM][2];
+    if constexpr (S.split) {
+      each_row([&](int i, int h, int r) {
+        if (r < rows.left()) store_part(o[i], h, r, running.reference[i][h], running.sum[i][h]);
+        factors[i][h] = 1.0F;
+      });
+    } else {
+      end_rows(running, factors);
     }
-    if constexpr (!S.split) store_out(o);
+    if (kHidesValues && block.careful)
+      each_row([&](int i, int h, int r) { keep_row_facts(o[i], h, r, running.reference[i][h], factors[i][h]); });
+    if constexpr (!S.split) {
+      each_row([&](int i, int h, int) {
+#pragma unroll
+        for (int c = 0; c < kD; ++c) {
+          o[i][c].x[2 * h] = factors[i][h] == 0.0F ? 0.0F : o[i][c].x[2 * h] * factors[i][h];
+          o[i][c].x[2 * h + 1] = factors[i][h] == 0.0F ? 0.0F : o[i][c].x[2 * h + 1] * factors[i][h];
+        }
+      });
+      store_out(o);
+    }
     __syncwarp();
-    if (kHidesValues && __any_sync(kAllLanes, spoiled)) mend_rows();
+    if (kHidesValues && block.careful) mend_rows();
+  }
+
+  /// Adds sinks and writes lse; `factors` is what rows of O are multiplied by, 0 for an empty one.  Each lane of a quad
+  /// does this for one of its rows.
+  FOVEA_DEVICE void end_rows(const Running& running, float (&factors)[kM][2]) const {
+    const int lane = lane_id();
+#pragma unroll
+    for (int first = 0; first < 2 * kM; first += 4) {
+      float reference = running.reference[first / 2][0], sum = running.sum[first / 2][0];
+#pragma unroll
+      for (int x = first + 1; x < math::smaller(first + 4, 2 * kM); ++x) {
+        reference = lane % 4 == x - first ? running.reference[x / 2][x % 2] : reference;
+        sum = lane % 4 == x - first ? running.sum[x / 2][x % 2] : sum;
+      }
+      const int x = first + lane % 4, r = warp_row() + entry_row(x / 2, x % 2 * 2);
+      float factor = 0.0F;
+      if (x < 2 * kM && r < rows.left()) {
+        const RowEnd end = end_of_row<S>(p, rows.head(r), reference, sum);
+        factor = end.empty ? 0.0F : end.factor;
+        if (p.lse.data != nullptr && first_column() == 0)
+          *sequence.statistic(p.lse, rows.query(r), rows.head(r)) = end.lse;
+      }
+#pragma unroll
+      for (int y = first; y < math::smaller(first + 4, 2 * kM); ++y)
+        factors[y / 2][y % 2] = __shfl_sync(kAllLanes, factor, lane / 4 * 4 + y - first);
+    }
   }
 
   // ---- rows that are not finite: a hidden entry has weight 0, but 0 · NaN is NaN; made once more of what they see
 
-  struct RowFacts {
-    float reference, factor;
-    u32 finite;
-  };
-  FOVEA_DEVICE u32 facts_at(int r) const { return k_tile(0).base + static_cast<u32>(r) * 16; }
+  /// {reference, factor, not finite} of a row, as a warp sees it.
+  FOVEA_DEVICE u32 facts_at(int r) const {
+    return k_tile(0).base + static_cast<u32>(r * S.across + warp_id() % S.across) * 16;
+  }
 
-  FOVEA_DEVICE bool keep_row_facts(int r, float reference, float factor, bool finite) const {
-    if (lane_id() % 4 == 0) {
-      store_shared_16(facts_at(r), {__float_as_uint(reference), __float_as_uint(factor), finite ? 1U : 0U, 0U});
-    }
-    return !finite && r < rows.left();
+  FOVEA_DEVICE void keep_row_facts(const Accumulator (&o)[kD], int h, int r, float reference, float factor) const {
+    float check = 0.0F;
+#pragma unroll
+    for (int c = 0; c < kD; ++c) check += o[c].x[2 * h] * 0.0F + o[c].x[2 * h + 1] * 0.0F;
+    const bool finite = quad_sum(check) == 0.0F;
+    if (lane_id() % 4 == 0)
+      store_shared_16(facts_at(r), {__float_as_uint(reference), __float_as_uint(factor), finite ? 0U : 1U, 0U});
   }
 
   FOVEA_DEVICE void mend_rows() const {
 #pragma unroll 1
     for (int r = warp_row(); r < math::smaller(warp_row() + 16 * kM, rows.left()); ++r) {
       const uint4 facts = load_shared_16(facts_at(r));
-      if (facts.z == 0) mend_row(r, __uint_as_float(facts.x), __uint_as_float(facts.y));
+      if (facts.z != 0) mend_row(r, __uint_as_float(facts.x), __uint_as_float(facts.y));
     }
   }
 
   FOVEA_DEVICE void mend_row(int r, float reference, float factor) const {
-    constexpr int kColumns = (S.head_dim_v + kWarp - 1) / kWarp;
-    const int head = rows.head(r), query = rows.query(r);
+    constexpr int kColumns = (8 * kD + kWarp - 1) / kWarp;  // of a lane
+    const int head = rows.head(r), query = rows.query(r), begin = first_column();
     float sum[kColumns] = {};
 #pragma unroll 1
     for (int first = block.keys.begin; first < block.keys.end; first += kWarp) {
@@ -366,61 +591,54 @@ struct Forward {
       for (int t = 0; t < kWarp; ++t) {
         const float w = __shfl_sync(kAllLanes, weight, t);
         if (!__shfl_sync(kAllLanes, visible, t)) continue;
-        const char* v = sequence.kv_row(p.v, first + t, block.kv_head) + block.v_begin * kBytes<S.type>;
+        const char* v = sequence.kv_row(p.v, first + t, block.kv_head);
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
-          const int column = n * kWarp + lane_id();
-          if (block.v_begin + column < p.head_dim_v) sum[n] += w * read<S.type>(v + column * kBytes<S.type>);
+          const int column = begin + n * kWarp + lane_id();
+          if (column < p.head_dim_v) sum[n] += w * read<S.type>(v + column * kBytes<S.type>);
         }
       }
     }
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
-      const int column = n * kWarp + lane_id();
-      if (column >= S.head_dim_v || block.v_begin + column >= p.head_dim_v) continue;
+      const int column = begin + n * kWarp + lane_id();
+      if (column >= math::smaller(begin + 8 * kD, p.head_dim_v)) continue;
       if constexpr (S.split) {
-        part_of(query, head)[block.v_begin + column] = sum[n];
+        part_of(query, head)[column] = sum[n];
       } else {
-        write<S.type>(sequence.q_row(p.out, query, head) + (block.v_begin + column) * kBytes<S.type>, sum[n] * factor);
+        write<S.type>(sequence.q_row(p.out, query, head) + column * kBytes<S.type>, sum[n] * factor);
       }
     }
   }
 
-  FOVEA_DEVICE static int entry_row(int i, int e) { return 16 * i + lane_id() / 4 + e / 2 * 8; }
-
-  /// One row: adds the sink, divides; an empty row gives 0 and −infinity.  Returns what O was multiplied by.
-  FOVEA_DEVICE float normalise(Accumulator (&o)[kD], int h, int r, float reference, float sum) const {
-    const RowEnd end = end_of_row<S>(p, rows.head(r), reference, sum);
+  FOVEA_DEVICE int first_column() const { return block.v_begin + warp_column(); }        // of v, of this warp
+  FOVEA_DEVICE bool tells() const { return first_column() == 0 && lane_id() % 4 == 0; }  // what is one a row
+  /// Calls f(i, h, r) for each of a lane's rows, r of the block.
+  template <class F>
+  FOVEA_DEVICE static void each_row(const F& f) {
 #pragma unroll
-    for (int c = 0; c < kD; ++c) {
-      o[c].x[2 * h] = end.empty ? 0.0F : o[c].x[2 * h] * end.factor;
-      o[c].x[2 * h + 1] = end.empty ? 0.0F : o[c].x[2 * h + 1] * end.factor;
-    }
-    if (p.lse.data != nullptr && block.v_begin == 0 && lane_id() % 4 == 0) {
-      *sequence.statistic(p.lse, rows.query(r), rows.head(r)) = end.lse;
-    }
-    return end.factor;
+    for (int x = 0; x < 2 * kM; ++x) f(x / 2, x % 2, warp_row() + entry_row(x / 2, x % 2 * 2));
   }
+  FOVEA_DEVICE static int entry_row(int i, int e) { return 16 * i + lane_id() / 4 + e / 2 * 8; }
 
   FOVEA_DEVICE float* part_of(int query, int head) const {
     const i64 row = (i64{sequence.batch} * p.q_heads + head) * p.seqlen_q + query;
     return p.partials + (row * p.splits + block.split) * (p.head_dim_v + 2);
   }
-  FOVEA_DEVICE float store_part(const Accumulator (&o)[kD], int h, int r, float reference, float sum) const {
+  FOVEA_DEVICE void store_part(const Accumulator (&o)[kD], int h, int r, float reference, float sum) const {
     float* part = part_of(rows.query(r), rows.head(r));
 #pragma unroll
     for (int c = 0; c < kD; ++c) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int column = block.v_begin + 8 * c + lane_id() % 4 * 2 + e;
+        const int column = first_column() + 8 * c + lane_id() % 4 * 2 + e;
         if (column < p.head_dim_v) part[column] = o[c].x[2 * h + e];
       }
     }
-    if (block.v_begin == 0 && lane_id() % 4 == 0) {
+    if (tells()) {
       part[p.head_dim_v] = reference;
       part[p.head_dim_v + 1] = sum;
     }
-    return 1.0F;
   }
 
   /// Through shared memory, so that rows leave in whole pieces of 16 bytes.
@@ -432,7 +650,7 @@ struct Forward {
       for (int c = 0; c < kD; ++c) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const u32 at = tile.at(warp_row() + entry_row(i, 2 * h), 8 * c + lane_id() % 4 * 2);
+          const u32 at = tile.at(warp_row() + entry_row(i, 2 * h), warp_column() + 8 * c + lane_id() % 4 * 2);
           const float x = o[i][c].x[2 * h], y = o[i][c].x[2 * h + 1];
           if constexpr (S.type == Type::kFloat32) {
             store_shared(at, __float_as_uint(x));
@@ -443,18 +661,18 @@ struct Forward {
         }
       }
     }
-    __syncwarp();  // a warp stores its own rows
-    constexpr int kPieces = OutTile::kPieces, kLanes = kPieces >= 8 ? 8 : 2;
-    const int bytes = math::smaller(p.head_dim_v - block.v_begin, S.head_dim_v) * kBytes<S.type>;
+    __syncwarp();  // a warp stores what it has put there
+    constexpr int kPieces = OutTile::kPieces / S.across, kLanes = kPieces >= 8 ? 8 : kPieces >= 4 ? 4 : 2;
+    const int bytes = math::smaller(p.head_dim_v - first_column(), 8 * kD) * kBytes<S.type>;
 #pragma unroll 4
     for (int row = lane_id() / kLanes; row < 16 * kM; row += kWarp / kLanes) {
       const int r = warp_row() + row;
       if (r >= rows.left()) break;
-      char* to = sequence.q_row(p.out, rows.query(r), rows.head(r)) + block.v_begin * kBytes<S.type>;
+      char* to = sequence.q_row(p.out, rows.query(r), rows.head(r)) + first_column() * kBytes<S.type>;
 #pragma unroll
       for (int at = lane_id() % kLanes * 16; at < kPieces * 16; at += kLanes * 16) {
         if (at >= bytes) break;
-        const uint4 x = load_shared_16(tile.base + r * OutTile::kPitch + at);
+        const uint4 x = load_shared_16(tile.at(r, warp_column()) + at);
         if (p.out.aligned && at + 16 <= bytes) {
           *reinterpret_cast<uint4*>(to + at) = x;
         } else {
@@ -471,9 +689,9 @@ template <ForwardSpec S>
 __device__ void forward(const ForwardParams& p) {
   using Kernel = Forward<S>;
   extern __shared__ __align__(128) char shared[];
-  __shared__ __align__(16) char block_memory[sizeof(typename Kernel::Block)];
-  typename Kernel::Block& me = *reinterpret_cast<typename Kernel::Block*>(block_memory);
-  if (lane_id() == 0) {
+  static_assert(sizeof(typename Kernel::Block) <= block_bytes(S));
+  typename Kernel::Block& me = *reinterpret_cast<typename Kernel::Block*>(shared + shared_bytes(S) - block_bytes(S));
+  if (lane_id() == 0) {  // of each warp: what has to be known, shared out
     int row_block = static_cast<int>(blockIdx.x), part = 0;
     if (row_block >= p.row_blocks) {
       part = row_block / p.row_blocks;
@@ -483,28 +701,43 @@ __device__ void forward(const ForwardParams& p) {
     const Sequence sequence = Sequence::of(p, p.first_batch + static_cast<int>(blockIdx.z));
     const typename Kernel::Rows rows{(p.row_blocks - 1 - row_block) * S.block_m, sequence.q_rows * group, head * group,
                                      group};
-    constexpr int kRows = S.block_m / S.warps;
+    constexpr int kRows = 16 * Kernel::kM;
     const int warp = warp_id();
-    me.reach[warp] = sequence.band.reach(rows.queries(warp * kRows, (warp + 1) * kRows));
+    if (warp < Kernel::kDown) me.reach[warp] = sequence.band.reach(rows.queries(warp * kRows, (warp + 1) * kRows));
     if (warp == 0) {
       me.sequence = sequence;
       me.rows = rows;
-      me.kv_head = S.pack_gqa || p.group == 1 ? head : head / p.group;
-      me.v_begin = 0, me.split = part;
-      if (p.v_chunks > 1) {
-        me.v_begin = part % p.v_chunks * S.head_dim_v;
-        me.split = part / p.v_chunks;
-      }
-      me.k = sequence.kv_row(p.k, 0, me.kv_head);
-      me.v = sequence.kv_row(p.v, 0, me.kv_head) + me.v_begin * kBytes<S.type>;
-      me.keys = sequence.band.keys_of_rows(rows.queries(0, S.block_m));
+      me.careful = false;
+      if constexpr (S.dropout)
+        me.stream = math::dropout_stream(p.seed, p.offset, static_cast<u32>(sequence.batch * p.q_heads + head));
+    }
+    int v_begin = 0, split = part;
+    if (p.v_chunks > 1) {
+      v_begin = part % p.v_chunks * S.head_dim_v;
+      split = part / p.v_chunks;
+    }
+    if (warp == S.warps - 1) {
+      const int kv_head = S.pack_gqa || p.group == 1 ? head : head / p.group;
+      me.kv_head = kv_head, me.v_begin = v_begin, me.split = split;
+      me.k = sequence.kv_row(p.k, 0, kv_head);
+      me.v = sequence.kv_row(p.v, 0, kv_head) + v_begin * kBytes<S.type>;
+    }
+    if (warp == S.warps / 2) {
+      const Interval queries = rows.queries(0, S.block_m);
+      const Band::Reach reach = sequence.band.reach(queries);
+      me.full = {(reach.all_begin + S.block_n - 1) / S.block_n, reach.all_end / S.block_n};
+      me.keys = sequence.band.keys_of_rows(queries);
       if constexpr (S.split) {
-        const int begin = me.split * p.keys_per_split;
+        const int begin = split * p.keys_per_split;
         me.keys = {math::larger(me.keys.begin, begin), math::smaller(me.keys.end, begin + p.keys_per_split)};
       }
     }
   }
   __syncthreads();
+  me.first_k[threadIdx.x] =
+      me.k + Kernel::template Copies<1, typename Kernel::KTile>::first_byte(static_cast<u32>(p.k.row));
+  me.first_v[threadIdx.x] =
+      me.v + Kernel::template Copies<1, typename Kernel::VTile>::first_byte(static_cast<u32>(p.v.row));
   if (me.rows.left() > 0) Kernel{p, me, shared_address(shared)}.run();
 }
 

@@ -40,16 +40,19 @@ struct GradientTile {
   /// must ask who is hidden, for 0 · NaN is NaN.  `statistics`: block_m of log2_lse, then of delta, in shared memory.
   template <bool kHides, class Q, class K, class Dout, class V>
   FOVEA_DEVICE bool compute(const Q& q, const K& k, const Dout& dout, const V& v, u32 statistics, const Rules& rules,
-                            int key, TileState state, const math::DropoutStream& stream) {
+                            int key, const Sight& sight, const math::DropoutStream& stream) {
     const float unit =
         kBareScores<S> ? rules.p.scale * kLog2E : 1.0F;  // of any sign: hidden entries are told apart first
     const int lane = fresh(lane_id());
     Entries<S, kM, kN> entries;
-    rules.fetch(entries, row(), key + column());
+    rules.template fetch<S.mask && kHides>(entries, row(), key + column());
     product(p, q, k, lane, [](int) { return Accumulator{}; });
     float check = kHides ? not_finite(p) : 0.0F;
     if constexpr (!kBareScores<S>) rules.score_all(p, row(), key + column(), tanhs_or_null(), entries);
-    if constexpr (kHides) rules.hide(p, row(), key + column(), state, entries);
+    if constexpr (kHides) {
+      rules.hide(p, row(), key + column(), sight, entries);
+      if (!(check == 0.0F)) rules.hide_by_bias(p, entries);
+    }
     exponentiate<kHides>(statistics, unit);
     load_statistics(statistics + 4 * S.block_m);
     product(ds, dout, v, lane, [&](int i) {
@@ -124,10 +127,9 @@ struct GradientTile {
   template <bool kHides>
   FOVEA_DEVICE void differentiate(const Rules& rules, int key, const math::DropoutStream& stream) {
     if constexpr (S.dropout) {
-      const float scale = 65536.0F / static_cast<float>(rules.p.keep_threshold);
       rules.template for_each_draw<kM, kN>(row(), key + column(), stream, [&](int i, int j, int e, bool kept) {
         float &x = p[i][j].x[e], &d = ds[i][j].x[e];
-        d = (kept ? d * scale : 0.0F) - statistic[i][e / 2];
+        d = (kept ? d : 0.0F) * rules.p.keep_scale - statistic[i][e / 2];
         pass_softmax<kHides>(x, d);
         if (!kept && !(kHides && hidden(x))) x *= 0.0F;
       });

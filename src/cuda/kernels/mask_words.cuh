@@ -3,18 +3,19 @@
 #include "cuda/kernels/device.cuh"
 
 // A boolean mask, read once: 32 keys become a bit each of a word, an eighth of the bytes for the kernels that ask for
-// them once a head.  Words of the same keys lie row by row, so that the eight rows of a warp are neighbours.
+// them once a head.  Words of the same keys lie row by row, so that the eight rows of a warp are neighbours.  Whole
+// tiles that are hidden or visible are found on the way.
 namespace fovea::cuda {
 
 /// Blocks: x: 32 words of 32 rows; y: sequences × heads that have a mask of their own, some of them at once.
 template <ForwardSpec S>
 __device__ void mask_words(const CallParams& p) {
-  static_assert(kMaskTile == kWarp);  // a lane for each word, then for each row
-  __shared__ u32 words[kWarp][kWarp + 1];
+  __shared__ u32 words[kWarp][kWarp + 1], facts[2];  // a lane for each word, then for each row
   const WordView& to = p.mask_words;
-  const int across = (to.count + kWarp - 1) / kWarp, x = static_cast<int>(blockIdx.x);
-  const int first_word = x % across * kWarp, first_row = x / across * kWarp;
+  const int span = static_cast<int>(blockIdx.x) % to.spans(), group = static_cast<int>(blockIdx.x) / to.spans();
+  const int first_word = span * kWarp, first_row = group * kWarp;
   const int lane = lane_id(), warps = static_cast<int>(blockDim.x) / kWarp;
+  if (threadIdx.x < 2) facts[threadIdx.x] = 0;
   for (int plane = static_cast<int>(blockIdx.y); plane < to.planes; plane += static_cast<int>(gridDim.y)) {
     const char* const from = p.mask.data + plane / to.heads * p.mask.batch + plane % to.heads * p.mask.head;
     for (int r = warp_id(); r < kWarp; r += warps) {
@@ -30,12 +31,21 @@ __device__ void mask_words(const CallParams& p) {
       words[lane][r] = mine;
     }
     __syncthreads();
+    u32* const out = to.data + plane * to.plane();
     for (int w = warp_id(); w < kWarp; w += warps) {
-      if (first_word + w < to.count && first_row + lane < to.rows) {
-        to.data[(i64{plane} * to.count + first_word + w) * to.rows + first_row + lane] = words[w][lane];
-      }
+      const u32 word = words[w][lane];
+      const int keys = p.seqlen_kv - (first_word + w) * 32;  // that exist; only these and rows that exist count
+      const u32 most = keys >= 32 ? ~0U : keys > 0 ? (1U << keys) - 1 : 0;
+      const bool exists = first_row + lane < to.rows;
+      if (exists && keys > 0) out[i64{first_word + w} * to.rows + first_row + lane] = word;
+      const bool any = __any_sync(kAllLanes, word != 0), all = __all_sync(kAllLanes, word == most || !exists);
+      if (lane < 2 && (lane == 0 ? any : all)) atomicOr(&facts[lane], 1U << w);
     }
     __syncthreads();
+    if (threadIdx.x < 2) {
+      out[i64{to.rows} * to.count + 2 * (i64{span} * to.groups() + group) + threadIdx.x] = facts[threadIdx.x];
+      facts[threadIdx.x] = 0;
+    }
   }
 }
 

@@ -72,13 +72,12 @@ FOVEA_DEVICE void write(char* p, float x) {
 
 // ---- products
 
-/// An fp32 number as a TF32 one and a rest that TF32 holds too: together they are within 2^-24 of it.
+/// An fp32 number as the nearest TF32 one and a rest of 12 bits, of which the unit cuts off what is beyond 11: together
+/// they are within 2^-23 of it.
 struct Tf32Halves {
   u32 high, low;
-  FOVEA_DEVICE explicit Tf32Halves(u32 bits) {
-    high = (bits + 0x1000U) & 0xffffe000U;  // to the nearest; the unit would cut off
-    low = __float_as_uint(__uint_as_float(bits) - __uint_as_float(high)) + 0x1000U;
-  }
+  FOVEA_DEVICE explicit Tf32Halves(u32 bits)
+      : high((bits + 0x1000U) & 0xffffe000U), low(__float_as_uint(__uint_as_float(bits) - __uint_as_float(high))) {}
 };
 
 FOVEA_DEVICE void multiply_add_tf32(Accumulator& c, const u32 (&a)[4], const u32 (&b)[2]) {
@@ -113,15 +112,11 @@ FOVEA_DEVICE void multiply_add_by_shuffles(Accumulator& c, const OperandA& a, co
   }
 }
 
-/// A tensor core cuts off what an addition loses, always in one direction.  fp32 cannot afford that often: the small
-/// products of all steps come first, in a pass of their own, then the large ones; and sums over all keys are made of
-/// the sums of tiles by ordinary additions.
-template <Mma kMma>
-inline constexpr int kPasses = kMma == Mma::kTf32x3 ? 2 : 1;
-
-/// C += A · B, or the part of it that belongs to a pass.
+/// C += A · B.  A tensor core cuts off what an addition loses, always in one direction.  fp32 cannot afford that often:
+/// the small products have a sum of their own, and sums over all keys are made of the sums of tiles by ordinary
+/// additions.
 template <Type kType, Mma kMma>
-FOVEA_DEVICE void multiply_add(Accumulator& c, const OperandA& a, const OperandB& b, int pass) {
+FOVEA_DEVICE void multiply_add(Accumulator& c, Accumulator& small, const OperandA& a, const OperandB& b) {
   if constexpr (kMma == Mma::kHalf16 && kType == Type::kFloat16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
         "%3};"
@@ -145,12 +140,9 @@ FOVEA_DEVICE void multiply_add(Accumulator& c, const OperandA& a, const OperandB
   if constexpr (kMma == Mma::kTf32x3) {
     const Tf32Halves a0(a.x[0]), a1(a.x[1]), a2(a.x[2]), a3(a.x[3]), b0(b.x[0]), b1(b.x[1]);
     const u32 a_high[] = {a0.high, a1.high, a2.high, a3.high}, b_high[] = {b0.high, b1.high};
-    if (pass == 0) {
-      multiply_add_tf32(c, {a0.low, a1.low, a2.low, a3.low}, b_high);
-      multiply_add_tf32(c, a_high, {b0.low, b1.low});
-    } else {
-      multiply_add_tf32(c, a_high, b_high);
-    }
+    multiply_add_tf32(c, a_high, b_high);
+    multiply_add_tf32(small, {a0.low, a1.low, a2.low, a3.low}, b_high);
+    multiply_add_tf32(small, a_high, {b0.low, b1.low});
   }
   if constexpr (kMma == Mma::kShuffles) multiply_add_by_shuffles<kType>(c, a, b);
 }

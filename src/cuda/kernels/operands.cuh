@@ -190,7 +190,8 @@ FOVEA_DEVICE float read_shared(u32 address) {
 
 /// C = A · B + `start`, which is kept.
 template <Type kType, Mma kMma>
-FOVEA_DEVICE void multiply(Accumulator& c, const OperandA& a, const OperandB& b, const Accumulator& start) {
+FOVEA_DEVICE void multiply(Accumulator& c, Accumulator& small, const OperandA& a, const OperandB& b,
+                           const Accumulator& start) {
   if constexpr (kMma == Mma::kHalf16 && kType == Type::kFloat16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, "
         "%12, %13};"
@@ -205,7 +206,7 @@ FOVEA_DEVICE void multiply(Accumulator& c, const OperandA& a, const OperandB& b,
           "f"(start.x[1]), "f"(start.x[2]), "f"(start.x[3]));
   } else {
     c = start;
-    multiply_add<kType, kMma>(c, a, b, 0);
+    multiply_add<kType, kMma>(c, small, a, b);
   }
 }
 
@@ -225,31 +226,34 @@ template <>
 inline constexpr bool kIsOnTop<OnTop> = true;
 
 struct Nothing {
-  FOVEA_DEVICE void close() const {}
-  FOVEA_DEVICE void operator()(int) const {}
+  FOVEA_DEVICE void operator()(int, int) const {}
 };
 
 /// C = A · B + `start` of its rows, or on top; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.
 /// What goes on top in fp32, and every kChain steps of TF32, is summed apart and added by ordinary additions, for what
-/// `kPasses` says.  Many steps at once would be long to compile and want more registers than there are; where A lies in
-/// registers there is no choice.  `between` is called once with each step's number.
+/// `multiply_add` says.  Many steps at once would be long to compile and want more registers than there are; where A
+/// lies in registers there is no choice.  `between(k, j)` is called once for each step and each two columns of pieces.
 template <auto S, int kSteps, bool kAtOnce = false, int kM, int kN, class A, class B, class Start,
           class Between = Nothing>
 FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start,
-                                 Between&& between = {}) {
-  constexpr bool kOnTop = kIsOnTop<Start>;
-  constexpr int kChain = S.mma == Mma::kTf32x3 ? math::smaller(kSteps, 16) : kSteps;
+                                 const Between& between = {}) {
+  constexpr bool kOnTop = kIsOnTop<Start>, kHalves = S.mma == Mma::kTf32x3;
+  constexpr int kChain = kHalves ? math::smaller(kSteps, 16) : kSteps;
   constexpr bool kApart = (kOnTop && S.type == Type::kFloat32) || kChain < kSteps;
-  constexpr int kWidth = !kOnTop || !kApart ? kN : kN % 4 == 0 ? 4 : 2;
+  constexpr bool kNarrow = kHalves ? kOnTop || kM * kN > 8 : kOnTop && kApart;  // sums beside C want registers
+  constexpr int kWidth = !kNarrow ? kN : kN % 4 == 0 ? 4 : 2;
   constexpr int kMost = kAtOnce                   ? kSteps
                         : S.mma == Mma::kShuffles ? 1
-                        : S.mma == Mma::kTf32x3   ? 2
+                        : kHalves                 ? 2
                                                   : 16,
                 kUnroll = math::smaller(kSteps, kMost);
   constexpr bool kRolled = kUnroll < kSteps;
   if constexpr (kRolled) {
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) between(k);
+    for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+      for (int j = 0; j < kN; j += 2) between(k, j);
+    }
   }
   if constexpr (kRolled && !kOnTop) {
 #pragma unroll
@@ -262,44 +266,46 @@ FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& 
   for (int first = 0; first < kN; first += kWidth) {
 #pragma unroll 1
     for (int chain = 0; chain < kSteps; chain += kChain) {
-      Accumulator apart[kApart ? kM : 1][kApart ? kWidth : 1];
-      if constexpr (kApart) clear(apart);
-#pragma unroll
-      for (int pass = 0; pass < kPasses<S.mma>; ++pass) {
+      Accumulator apart[kApart ? kM : 1][kApart ? kWidth : 1], small[kHalves ? kM : 1][kHalves ? kWidth : 1];
+      clear(apart);
+      clear(small);
 #pragma unroll kUnroll
-        for (int step = 0; step < kChain; ++step) {
-          const int k = kChain == kSteps ? step : chain + step;
-          if (kSteps % kChain != 0 && k >= kSteps) break;
-          OperandA rows[kM];
+      for (int step = 0; step < kChain; ++step) {
+        const int k = kChain == kSteps ? step : chain + step;
+        if (kSteps % kChain != 0 && k >= kSteps) break;
+        OperandA rows[kM];
 #pragma unroll
-          for (int i = 0; i < kM; ++i) rows[i] = a(i, k * kStep<S.type>);
-          if (!kRolled && first == 0 && pass == 0) between(k);
+        for (int i = 0; i < kM; ++i) rows[i] = a(i, k * kStep<S.type>);
 #pragma unroll
-          for (int j = 0; j < kWidth; j += 2) {
-            OperandB columns[2];
-            b(columns, first + j, k * kStep<S.type>);
+        for (int j = 0; j < kWidth; j += 2) {
+          if (!kRolled) between(k, first + j);
+          OperandB columns[2];
+          b(columns, first + j, k * kStep<S.type>);
 #pragma unroll
-            for (int i = 0; i < kM; ++i) {
+          for (int i = 0; i < kM; ++i) {
 #pragma unroll
-              for (int x = 0; x < 2; ++x) {
-                Accumulator& sum = kApart ? apart[kApart ? i : 0][kApart ? j + x : 0] : c[i][first + j + x];
-                if constexpr (kOnTop || kRolled) {
-                  multiply_add<S.type, S.mma>(sum, rows[i], columns[x], pass);
-                } else if (pass == 0 && k == 0) {
-                  multiply<S.type, S.mma>(sum, rows[i], columns[x], start(i));
-                } else {
-                  multiply_add<S.type, S.mma>(sum, rows[i], columns[x], pass);
-                }
+            for (int x = 0; x < 2; ++x) {
+              Accumulator& sum = kApart ? apart[kApart ? i : 0][kApart ? j + x : 0] : c[i][first + j + x];
+              Accumulator& rest = small[kHalves ? i : 0][kHalves ? j + x : 0];
+              if constexpr (kOnTop || kRolled) {
+                multiply_add<S.type, S.mma>(sum, rest, rows[i], columns[x]);
+              } else if (k == 0) {
+                multiply<S.type, S.mma>(sum, rest, rows[i], columns[x], start(i));
+              } else {
+                multiply_add<S.type, S.mma>(sum, rest, rows[i], columns[x]);
               }
             }
           }
         }
       }
-      if constexpr (kApart) {
 #pragma unroll
-        for (int i = 0; i < kM; ++i) {
+      for (int i = 0; i < kM; ++i) {
 #pragma unroll
-          for (int x = 0; x < kWidth * 4; ++x) c[i][first + x / 4].x[x % 4] += apart[i][x / 4].x[x % 4];
+        for (int x = 0; x < kWidth * 4; ++x) {
+          float& to = c[i][first + x / 4].x[x % 4];
+          if constexpr (kApart && kHalves) to += apart[i][x / 4].x[x % 4] + small[i][x / 4].x[x % 4];
+          if constexpr (kApart && !kHalves) to += apart[i][x / 4].x[x % 4];
+          if constexpr (!kApart && kHalves) to += small[i][x / 4].x[x % 4];
         }
       }
     }

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cuda/kernels/sequence.cuh"
+#include "cuda/kernels/mask_tiles.cuh"
 #include "math/philox.h"
 
 // What happens to scores between the product and the softmax, option by option, and to weights behind it: one text for
@@ -86,6 +86,11 @@ struct Entries {
   }
 };
 
+/// Of one head for all lanes.
+FOVEA_DEVICE math::DropoutStream uniform(const math::DropoutStream& stream) {
+  return {uniform(stream.key), uniform(stream.a), uniform(stream.b)};
+}
+
 /// All that scores depend on but their position.
 template <auto S, bool kPacked, class Order>
 struct ScoreRules {
@@ -142,11 +147,11 @@ struct ScoreRules {
   }
 
   /// Asks for mask and bias of a piece.  Past the last row or key the last one is read: such entries are hidden anyway.
-  template <int kM, int kN>
+  template <bool kMasked = S.mask, int kM, int kN>
   FOVEA_DEVICE void fetch(Entries<S, kM, kN>& entries, int row, int key) const {
     const int first = row + fresh(lane_id()) / 4;
     const auto row_at = [&](int x) { return math::smaller(first + 8 * x, rows.left() - 1); };
-    if constexpr (S.mask) {
+    if constexpr (kMasked) {
 #pragma unroll
       for (int x = 0; x < 2 * kM; ++x) fetch_words<kN>(entries.mask[x / 2][x % 2], row_at(x), key);
     }
@@ -213,7 +218,7 @@ struct ScoreRules {
   /// A piece of Q Kᵀ becomes what the softmax sees; hidden entries become −infinity.  Row and key 0 of the piece are
   /// row `row` of the block and key `key`.
   template <int kM, int kN>
-  FOVEA_DEVICE void finish(Accumulator (&s)[kM][kN], int row, int key, TileState state,
+  FOVEA_DEVICE void finish(Accumulator (&s)[kM][kN], int row, int key, const Sight& sight,
                            const Entries<S, kM, kN>& entries) const {
     if constexpr (kBareScores<S>) {
       if (p.scale <= 0.0F) {  // the largest product is not the largest score
@@ -222,7 +227,7 @@ struct ScoreRules {
     } else {
       score_all(s, row, key, static_cast<Accumulator(*)[kN]>(nullptr), entries);
     }
-    hide(s, row, key, state, entries);
+    hide(s, row, key, sight, entries);
   }
 
   /// `tanhs`, where the backward wants it, receives softcap's.
@@ -238,16 +243,26 @@ struct ScoreRules {
   }
 
   template <int kM, int kN>
-  FOVEA_DEVICE void hide(Accumulator (&s)[kM][kN], int row, int key, TileState state,
+  FOVEA_DEVICE void hide(Accumulator (&s)[kM][kN], int row, int key, const Sight& sight,
                          const Entries<S, kM, kN>& entries) const {
-    if constexpr (S.mask) {
+    if (S.mask && sight.mask != TileState::kFull) {
       for_each_entry<kM, kN>([&](int i, int j, int e) {
         constexpr u32 kBit = 1;
         const u32 at = Order::of_entry(j, e % 2);
         if ((entries.mask[i][e / 2][at / 32] & kBit << at % 32) == 0) s[i][j].x[e] = -infinity();
       });
     }
-    if (state == TileState::kPartial) hide_outside_band(s, row, key);
+    if (sight.band == TileState::kPartial) hide_outside_band(s, row, key);
+  }
+
+  /// A bias of −infinity hides, whatever the product was; where all are finite the sum says so by itself.
+  template <int kM, int kN>
+  FOVEA_DEVICE static void hide_by_bias(Accumulator (&s)[kM][kN], const Entries<S, kM, kN>& entries) {
+    if constexpr (S.bias) {
+      for_each_entry<kM, kN>([&](int i, int j, int e) {
+        if (entries.bias_of(i, j, e) == -infinity()) s[i][j].x[e] = -infinity();
+      });
+    }
   }
 
   template <int kM, int kN>
@@ -286,31 +301,42 @@ struct ScoreRules {
                .at(i, j) < p.keep_threshold;
   }
 
-  /// Calls f(i, j, e, kept) for all entries of a piece, which begins at multiples of 16.
-  template <int kM, int kN, class F>
-  FOVEA_DEVICE void for_each_draw(int row, int key, const math::DropoutStream& stream, const F& f) const {
+  /// Calls f(j, e, kept) for the four entries that share the draw of entry e (0 or 1) of accumulator [i][j] of a piece,
+  /// which begins at multiples of 16: two rows by two keys, 8 apart.
+  template <class F>
+  FOVEA_DEVICE void for_each_draw(int i, int j, int e, int row, int key, const math::DropoutStream& stream,
+                                  const F& f) const {
+    constexpr int kPair = Order::kGroups;  // pieces from a key to the one 8 on
     if constexpr (kPacked) {
-      for_each_entry<kM, kN>([&](int i, int j, int e) { f(i, j, e, kept(row + row_of(i, e), key + key_of(j, e))); });
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        const int piece = j + x % 2 * kPair, entry = x / 2 * 2 + e;
+        f(piece, entry, kept(row + row_of(i, entry), key + key_of(piece, entry)));
+      }
     } else {
-      constexpr int kPair = Order::kGroups;           // pieces from a key to the one 8 on
       const u32 most = (p.keep_threshold << 16) - 1;  // of a draw kept, in the upper half of a word
       const u32 first = math::patch_of(key + Order::of_lane(threadIdx.x % 4));
+      const math::Draws draws =
+          math::draws_of_patch(stream, math::patch_of(static_cast<u32>(rows.first + row + row_of(i, 0))),
+                               first + math::patch_of(Order::of_entry(j, e)));
 #pragma unroll
-      for (int i = 0; i < kM; ++i) {
+      for (int low = 0; low < 2; ++low) {
+        f(j, 2 * low + e, draws.words[low] << 16 <= most);
+        f(j + kPair, 2 * low + e, draws.words[low] <= most);
+      }
+    }
+  }
+  /// Calls f(i, j, e, kept) for all entries of a piece.
+  template <int kM, int kN, class F>
+  FOVEA_DEVICE void for_each_draw(int row, int key, const math::DropoutStream& stream, const F& f) const {
 #pragma unroll
-        for (int j = 0; j < kN; ++j) {
-          if (j / kPair % 2 != 0) continue;
+    for (int i = 0; i < kM; ++i) {
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {  // four entries from one draw: two rows by two keys, 8 apart
-            const math::Draws draws =
-                math::draws_of_patch(stream, math::patch_of(static_cast<u32>(rows.first + row + row_of(i, 0))),
-                                     first + math::patch_of(Order::of_entry(j, e)));
+      for (int j = 0; j < kN; ++j) {
+        if (j / Order::kGroups % 2 != 0) continue;
 #pragma unroll
-            for (int low = 0; low < 2; ++low) {
-              f(i, j, 2 * low + e, draws.words[low] << 16 <= most);
-              f(i, j + kPair, 2 * low + e, draws.words[low] <= most);
-            }
-          }
+        for (int e = 0; e < 2; ++e) {
+          for_each_draw(i, j, e, row, key, stream, [&](int piece, int entry, bool kept) { f(i, piece, entry, kept); });
         }
       }
     }
