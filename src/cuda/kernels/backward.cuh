@@ -37,7 +37,6 @@ struct Step {
   bool exists, full_band;  // every row sees every key, as far as the band goes
   math::DropoutStream stream;
 
-  FOVEA_DEVICE Sight sight() const { return {full_band ? TileState::kFull : TileState::kPartial, mask}; }
   template <bool kMasked>
   FOVEA_DEVICE bool full() const {
     return full_band && (!kMasked || mask == TileState::kFull);
@@ -87,8 +86,21 @@ struct Walk {
   FOVEA_DEVICE void write_next(const BackwardParams& p, int n) {
     Step next = steps[n & 3];
     next.stage = next.stage + 1 == S.stages ? 0 : next.stage + 1;
-    const bool same_head = next.tile + 1 != end;
-    write(p, n + 1, next, same_head ? next.head : next.head + 1, same_head ? next.tile + 1 : first);
+    if constexpr (S.mask) {
+      const bool same_head = next.tile + 1 != end;
+      write(p, n + 1, next, same_head ? next.head : next.head + 1, same_head ? next.tile + 1 : first);
+    } else {
+      if (++next.tile == end) {
+        next = first_of_head(p, next.head + 1, next.stage);
+      } else {
+        next.q += S.block_m * p.q.row;
+        next.dout += S.block_m * p.dout.row;
+        ++next.slot;
+      }
+      next.full_band = next.tile >= first_full && next.tile < end_full;
+      if (S.deterministic && next.exists) next.turn = turn_at(p, next.head, next.tile);
+      steps[(n + 1) & 3] = next;
+    }
   }
   /// Who keeps the walk: a thread, or the warp that looks for what a mask does not hide.
   FOVEA_DEVICE static bool keeps() { return S.mask ? warp_id() == 0 : threadIdx.x == 0; }
@@ -145,6 +157,7 @@ struct Walk {
         const TileState looked_up = mine < end ? mask_state(p, head, mine, key_block) : TileState::kHidden;
         const u32 now_some = __ballot_sync(kAllLanes, looked_up != TileState::kHidden);
         const u32 now_whole = __ballot_sync(kAllLanes, looked_up == TileState::kFull);
+        __syncwarp();  // all have looked at the last window
         if (lane_id() == 0) window_head = head, window = tile, some = now_some, whole = now_whole;
         __syncwarp();
       }
@@ -363,10 +376,9 @@ struct Backward {
     const RowMap<false> rows{at.tile * S.block_m, sequence.q_rows, at.head, 1};
     const typename GradientTile<S>::Rules rules{p, sequence, rows};
     const math::DropoutStream stream = S.dropout ? uniform(at.stream) : math::DropoutStream{};
-    constexpr Sight kKnown{kHides ? TileState::kPartial : TileState::kFull, TileState::kFull};
-    const Sight sight = S.mask || (S.bias && kHides) ? at.sight() : kKnown;
-    const bool spoiled = tile.template compute<kHides>(q_tile(stage), k_tile(), dout_tile(stage), v_tile(),
-                                                       statistics(stage), rules, key(), sight, stream);
+    const bool spoiled = tile.template compute<kHides>(
+        q_tile(stage), k_tile(), dout_tile(stage), v_tile(), statistics(stage), rules, key(),
+        Sight{at.full_band ? TileState::kFull : TileState::kPartial, S.mask ? at.mask : TileState::kFull}, stream);
     if constexpr (S.alibi) {
       tile.each([&](int i, int j, int e) {
         const int r = tile.row() + rules.row_of(i, e), c = key() + tile.column() + rules.key_of(j, e);

@@ -91,17 +91,17 @@ __device__ void backward_rows(const BackwardParams& p) {
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   float sink_part = 0.0F;
 #pragma unroll 1
-  for (int pass = 0; pass < S.block_m * kLanes / kSideThreads; ++pass) {
+  for (int pass = 0; pass * kSideThreads < S.block_m * kLanes; ++pass) {
     const int r = (pass * kSideThreads + static_cast<int>(threadIdx.x)) / kLanes;
     const int i = tile * S.block_m + r;
-    const bool real = i < sequence.band.seqlen_q;
+    const bool real = r < S.block_m && i < sequence.band.seqlen_q;
     const float lse = real ? *sequence.statistic(p.lse, i, head) : -infinity();
     float delta = 0.0F;
     if (real) {  // without waiting for lse
       delta = dot_of_rows<S, kLanes>(p, sequence.q_row(p.out, i, head), sequence.q_row(p.dout, i, head), lane);
     }
     for (int step = kLanes / 2; step > 0; step /= 2) delta += __shfl_xor_sync(kAllLanes, delta, step);
-    if (lane != 0) continue;
+    if (lane != 0 || r >= S.block_m) continue;
     if (real && p.dlse.data != nullptr) delta -= *sequence.statistic(p.dlse, i, head);
     if (lse == -infinity()) delta = 0.0F;
     p.log2_lse[slot * S.block_m + r] = lse == -infinity() ? infinity() : lse * kLog2E;
