@@ -480,11 +480,14 @@ struct Forward {
     finish(o, running);
   }
 
-  FOVEA_DEVICE static bool in_range(const Out& o, const Running& running) {
-    constexpr float kMost = 1e30F;
+  /// Whether no weight has grown so large that the distance to its reference cost digits: below 2^32 an exponent is
+  /// good to 2^-20, and P V in fp32 wants more than 16-bit results and lse.
+  FOVEA_DEVICE bool in_range(const Out& o, const Running& running) const {
+    constexpr float kMost = S.type == Type::kFloat32 ? 0x1p7F : 0x1p14F;  // of a sum, a key
+    const float most = kMost * static_cast<float>(block.keys.end - block.keys.begin + 64);
     bool fits = true;
 #pragma unroll
-    for (int x = 0; x < 2 * kM; ++x) fits &= running.sum[x / 2][x % 2] < kMost;
+    for (int x = 0; x < 2 * kM; ++x) fits &= running.sum[x / 2][x % 2] < most;
     float check[4] = {};
     for_each_entry<kM, kD>([&](int i, int c, int e) { check[e] += o[i][c].x[e] * 0.0F; });
     return fits && check[0] + check[1] + check[2] + check[3] == 0.0F;
