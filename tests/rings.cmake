@@ -17,6 +17,17 @@ foreach(list IN LISTS problem_lists)
 endforeach()
 fovea_add_ring(check_random ring fovea_command check --random ${FOVEA_RANDOM_CHECKS} --seed 1)
 
+# GPU kernels of the lists, some of every kind, compiled with no GPU: no spills, no warnings, in time.  Blackwell's, which
+# still spill here and there, are left to `./dev compile-ring`.
+if(NOT FOVEA_SANITIZER)
+  fovea_add_ring(kernels ring bash ${CMAKE_CURRENT_SOURCE_DIR}/compile_ring.sh $<TARGET_FILE:fovea_command>
+    ${CMAKE_CURRENT_BINARY_DIR}/kernels.txt sm_75,sm_80,sm_90 --most 100 --median-seconds 2 --most-seconds 4
+  )
+  set_tests_properties(kernels PROPERTIES PROCESSORS 2 RUN_SERIAL TRUE
+    ENVIRONMENT FOVEA_CACHE_DIR=${CMAKE_BINARY_DIR}/kernels
+  )
+endif()
+
 # A failed allocation anywhere: its own executable, because it replaces operator new, which TSan keeps for itself.
 if(NOT FOVEA_SANITIZER STREQUAL "thread")
   add_executable(fovea_allocation_faults faults/allocation_faults.cpp)

@@ -45,7 +45,7 @@ constexpr std::array kTiles16{
     Tile{256, 64, 64, 4, 2, 1, 2, false, 0},
     Tile{256, 128, 64, 8, 1, 1, 1, false, 0},
     // With options.
-    Tile{64, 128, 64, 4, 1, 2, 2, false, 6},
+    Tile{64, 128, 64, 4, 1, 2, 2, false, 4},
     Tile{64, 128, 32, 4, 1, 2, 2},
     Tile{128, 128, 64, 4, 1, 2, 2, false, 1},
     Tile{128, 128, 48, 4, 1, 1, 2, false, 3},

@@ -33,8 +33,8 @@ struct BandRule {
 
 /// THE RULE OF THE MASK that needs no memory: causal corners, windows, lengths.  Query i of one sequence sees the keys
 /// of one interval, and both ends of the interval never move left as i grows; everything else follows from that.  A
-/// rule of this kind is changed in `BandRule`, `of`, `keys_of_row` and `rows_of_key` and nowhere else; kernels only
-/// ask. Int is 64 bits wide on the host; a GPU counts positions, which are below 2^29 there, in 32.
+/// rule of this kind is changed in `BandRule` (`bounded` too: GPUs ask no band that has no bounds), `of`, `keys_of_row`
+/// and `rows_of_key` and nowhere else; kernels only ask. Int has 64 bits on the host, 32 on GPUs: positions below 2^29.
 template <class Int>
 struct BandOf {
   using Interval = IntervalOf<Int>;
