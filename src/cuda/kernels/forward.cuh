@@ -83,7 +83,7 @@ struct Forward {
     bool careful;                                       // references follow the maximum
     math::DropoutStream stream;
     Band::Reach reach[kDown];
-    MaskStep steps[S.mask ? 64 : 1];                         // a ring
+    MaskStep steps[S.mask ? kSteps : 1];                     // a ring
     int steps_found, next_tile;                              // what was not looked at begins there
     float exchange[S.across > 1 ? S.block_m : 1][S.across];  // between the warps that share rows
   };
@@ -365,7 +365,8 @@ struct Forward {
 
   /// Tiles of keys arrive stages − 1 ahead, last ones first.
   FOVEA_DEVICE void walk_ahead(Out& o, Running& running, int first, int last, float unit) const {
-    // K, then V, leave while half of S is made.
+    // K, then V, leave while half of S is made, if it has halves.
+    constexpr bool kSpread = S.spread_copies && S.head_dim / kK >= 2;
     constexpr int kSpan = math::larger(1, S.head_dim / kK / 4), kKParts = parts_of<KTile>(kSpan),
                   kVParts = parts_of<VTile>(kSpan);
     const auto load = [&](int tile, int stage) { load_k(tile, stage), load_v(tile, stage); };
@@ -381,14 +382,14 @@ struct Forward {
       __syncthreads();  // this tile is there for all, and all are done with the one whose place comes next
       const int ahead = tile_of(n + S.stages - 1, tile - (S.stages - 1)), free = stage == 0 ? S.stages - 1 : stage - 1;
       bool copy = ahead >= first;
-      if (copy && !(S.spread_copies && p.in_pieces)) {
+      if (copy && !(kSpread && p.in_pieces)) {
         load(ahead, free);
         copy = false;
       }
       find_later_steps(n, first);
       Scores s;
       bool seen;
-      if constexpr (S.spread_copies) {
+      if constexpr (kSpread) {
         const auto k = k_copies<kKParts>(ahead, free);
         const auto v = v_copies<kVParts>(ahead, free);
         seen = score(s, o, running, n, tile, stage, unit, [&](int step, int j) {
