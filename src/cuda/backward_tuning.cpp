@@ -117,8 +117,8 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
     for (const Tile& tile : tiles) {
       spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.stages = tile.stages;
       shape.min_blocks = tile.min_blocks;
-      const int room = tile.min_blocks > 1 ? (gpu.shared_bytes + 1024) / tile.min_blocks - 1024 : gpu.shared_bytes;
-      fits = tile.widest >= widest && weight_of(spec) <= tile.most_options && shared_bytes(spec) <= room &&
+      fits = tile.widest >= widest && weight_of(spec) <= tile.most_options &&
+             shared_bytes(spec) <= shared_room(gpu, tile.min_blocks) &&
              (tile.most_keys == 0 || problem.seqlen_kv <= tile.most_keys) && (spec.async_copy || spec.stages == 1);
       if (fits) return;
     }

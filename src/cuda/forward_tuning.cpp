@@ -79,6 +79,11 @@ GpuModel model_of(int compute_capability) {
   return {sm, multiprocessors, kib * 1024};
 }
 
+int shared_room(const GpuModel& gpu, int blocks) {
+  // Each takes 1 KiB more than it asks for, which is in what one may have at most.
+  return (gpu.shared_bytes + 1024) / blocks - 1024;
+}
+
 Type type_of(DType dtype) {
   if (dtype == DType::kFloat16) return Type::kFloat16;
   return dtype == DType::kBFloat16 ? Type::kBFloat16 : Type::kFloat32;
@@ -118,8 +123,7 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
       spec.stages = tile.stages;
       spec.spread_copies = tile.spread, shape.min_blocks = tile.min_blocks;
       if (!spec.async_copy) spec.stages = 1, spec.spread_copies = false;
-      const int room = std::min(gpu.shared_bytes, (gpu.shared_bytes + 1024) / shape.min_blocks - 1024);
-      fits = tile.widest >= widest && shared_bytes(spec) <= (shape.min_blocks > 1 ? room : gpu.shared_bytes) &&
+      fits = tile.widest >= widest && shared_bytes(spec) <= shared_room(gpu, tile.min_blocks) &&
              !(tile.block_m > kFewRows && rows <= kFewRows) && problem.seqlen_kv >= tile.least_keys &&
              weight_of(spec) <= tile.most_options &&
              (tile.band == Tile::kAnyBand || (tile.band == Tile::kBand) == spec.band);

@@ -17,6 +17,8 @@ struct GpuModel {
   int shared_bytes = 0;  ///< the most that a block may have
 };
 [[nodiscard]] GpuModel model_of(int compute_capability);
+/// Bytes of shared memory that a block may have where so many are to be on a multiprocessor at once.
+[[nodiscard]] int shared_room(const GpuModel& gpu, int blocks);
 
 /// How a forward is cut and what it is compiled for.
 struct ForwardShape {

@@ -44,7 +44,7 @@ struct Step {
 };
 
 /// Which keys a block has, and the tiles of rows that see them, head by head.  It lies in shared memory and is kept by
-/// one warp: asked a few times a tile, it is not worth the registers of all.
+/// a few (`keeps`): asked a few times a tile, it is not worth the registers of all.
 template <BackwardSpec S>
 struct Walk {
   Sequence sequence;
@@ -80,7 +80,12 @@ struct Walk {
       window_head = -1;
     }
     if constexpr (S.mask) __syncwarp();
-    write(p, 0, first_of_head(p, first_head, 0), first_head, first);
+    const Step step = first_of_head(p, first_head, 0);
+    if constexpr (S.mask) {
+      write_seen(p, 0, step, first_head, first);
+    } else {
+      write(p, 0, step);
+    }
   }
   /// Step n + 1 from step n.
   FOVEA_DEVICE void write_next(const BackwardParams& p, int n) {
@@ -88,7 +93,7 @@ struct Walk {
     next.stage = next.stage + 1 == S.stages ? 0 : next.stage + 1;
     if constexpr (S.mask) {
       const bool same_head = next.tile + 1 != end;
-      write(p, n + 1, next, same_head ? next.head : next.head + 1, same_head ? next.tile + 1 : first);
+      write_seen(p, n + 1, next, same_head ? next.head : next.head + 1, same_head ? next.tile + 1 : first);
     } else {
       if (++next.tile == end) {
         next = first_of_head(p, next.head + 1, next.stage);
@@ -97,9 +102,7 @@ struct Walk {
         next.dout += S.block_m * p.dout.row;
         ++next.slot;
       }
-      next.full_band = next.tile >= first_full && next.tile < end_full;
-      if (S.deterministic && next.exists) next.turn = turn_at(p, next.head, next.tile);
-      steps[(n + 1) & 3] = next;
+      write(p, n + 1, next);
     }
   }
   /// Who keeps the walk: a thread, or the warp that looks for what a mask does not hide.
@@ -107,24 +110,21 @@ struct Walk {
 
  private:
   /// Step n, made of another one: this tile of rows, or the next one that the mask does not hide.
-  FOVEA_DEVICE void write(const BackwardParams& p, int n, Step step, int head, int tile) {
-    if constexpr (S.mask) {
-      while (head < end_head && !find_seen(p, head, tile, step.mask)) ++head, tile = first;
-    }
-    if (head != step.head) {
-      const TileState mask = step.mask;
-      step = first_of_head(p, head, step.stage);
-      step.mask = mask;
-    }
-    if (S.mask || tile != step.tile) {  // without a mask the next
-      const int ahead = S.mask ? tile - step.tile : 1;
-      step.q += ahead * (S.block_m * p.q.row);
-      step.dout += ahead * (S.block_m * p.dout.row);
-      step.slot += ahead;
-      step.tile = tile;
-    }
-    step.full_band = tile >= first_full && tile < end_full;
-    if (S.deterministic && step.exists) step.turn = turn_at(p, head, tile);
+  FOVEA_DEVICE void write_seen(const BackwardParams& p, int n, Step step, int head, int tile) {
+    TileState mask = step.mask;
+    while (head < end_head && !find_seen(p, head, tile, mask)) ++head, tile = first;
+    if (head != step.head) step = first_of_head(p, head, step.stage);
+    const int ahead = tile - step.tile;
+    step.q += ahead * (S.block_m * p.q.row);
+    step.dout += ahead * (S.block_m * p.dout.row);
+    step.slot += ahead;
+    step.tile = tile;
+    step.mask = mask;
+    write(p, n, step);
+  }
+  FOVEA_DEVICE void write(const BackwardParams& p, int n, Step step) {
+    step.full_band = step.tile >= first_full && step.tile < end_full;
+    if (S.deterministic && step.exists) step.turn = turn_at(p, step.head, step.tile);
     if (!S.mask || lane_id() == 0) steps[n & 3] = step;
   }
   FOVEA_DEVICE Step first_of_head(const BackwardParams& p, int head, int stage) const {
