@@ -16,30 +16,36 @@ struct Tile {
   int widest;  // head dim that it serves
   int warpgroups, block_n, q_stages;
   bool hold, turns;
-  bool options = false;             // anything but a band and sinks
+  int most_options;                 // see `weight_of`
   std::int64_t most_band_keys = 0;  // above 0: only for a band over no more keys
+
+  static constexpr int kAnyOptions = 99;
 };
+
+/// What options want of registers.
+int weight_of(const ForwardSm90Spec& s) { return s.mask + s.alibi + 2 * s.dropout + 2 * s.softcap + 8 * s.bias; }
 
 // Measured on an H100 (docs/notes).  The first that fits is taken.
 constexpr std::array kTiles{
-    Tile{64, 2, 128, 2, true, false, false, 1024},
-    Tile{64, 3, 128, 2, false, true},
-    Tile{128, 2, 128, 2, true, false},
-    Tile{192, 2, 112, 1, false, false},
-    Tile{256, 2, 80, 1, false, false},
-    Tile{128, 2, 128, 2, false, false, true},
-    Tile{128, 2, 64, 2, false, false, true},
-    Tile{192, 2, 96, 1, false, false, true},
-    Tile{256, 2, 64, 1, false, false, true},
+    // As they are.
+    Tile{64, 2, 128, 2, true, false, 0, 1024},
+    Tile{64, 3, 128, 2, false, true, 0},
+    Tile{128, 2, 128, 2, true, false, 0},
+    Tile{192, 2, 112, 1, false, false, 0},
+    Tile{256, 2, 80, 1, false, false, 0},
+    // With options.
+    Tile{128, 2, 128, 2, false, false, 2},
+    Tile{128, 2, 96, 2, false, false, 9},
+    Tile{128, 2, 64, 2, false, false, Tile::kAnyOptions},
+    Tile{192, 2, 96, 1, false, false, 2},
+    Tile{192, 2, 64, 1, false, false, 6},
+    Tile{192, 2, 32, 1, false, false, Tile::kAnyOptions},
+    Tile{256, 2, 64, 1, false, false, 2},
+    Tile{256, 2, 32, 1, false, false, 10},
+    Tile{256, 2, 16, 1, false, false, Tile::kAnyOptions},
 };
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-/// Keys of a tile that an option leaves registers for.
-bool has_room(const ForwardSm90Spec& s) {
-  if (s.mask && s.block_n % 32 != 0) return false;  // whole words
-  return !s.bias || s.block_n <= 64 || s.head_dim_v > 128;
-}
 
 /// Heads whose keys and values L2 keeps while their tiles take turns; longer rows gain from more of them.
 std::int64_t heads_abreast(const Problem& problem, bool band) {
@@ -71,15 +77,14 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
   spec.alibi = problem.alibi != Alibi::kNone;
   spec.softcap = problem.softcap != 0.0F;
   spec.dropout = problem.dropout.probability > 0.0F;
-  const bool options = spec.mask || spec.bias || spec.alibi || spec.softcap || spec.dropout;
   const bool band = math::BandRule::of(problem).bounded();
 
   const auto fits = [&](const Tile& tile) {
     spec.warpgroups = tile.warpgroups, spec.block_n = tile.block_n, spec.q_stages = tile.q_stages;
     spec.hold = tile.hold, spec.turns = tile.turns;
     const bool short_enough = tile.most_band_keys == 0 || (band && problem.seqlen_kv <= tile.most_band_keys);
-    return widest <= tile.widest && (tile.options || !options) && short_enough &&
-           shared_bytes(spec) <= kMostShared && has_room(spec);
+    return widest <= tile.widest && weight_of(spec) <= tile.most_options && short_enough &&
+           shared_bytes(spec) <= kMostShared;
   };
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
   shape.row_blocks = ceil_div(problem.seqlen_q, block_m(spec));

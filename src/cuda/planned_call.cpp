@@ -94,7 +94,6 @@ PlannedLaunch::PlannedLaunch(jit::KernelRequest wanted, const Device& device) : 
   }
 }
 
-
 std::string PlannedLaunch::describe() const {
   if (!why_not_compiled.empty()) return request.name + ": not compiled, " + why_not_compiled;
   const jit::Binary& compiled = kernel != nullptr ? kernel->binary() : *binary;
@@ -119,7 +118,6 @@ MaskWords::MaskWords(const Problem& problem, std::size_t workspace_bytes, const 
   bytes_ = begin_ + static_cast<std::size_t>(view.plane() * view.planes) * sizeof(u32);
 }
 
-
 void MaskWords::make(CallParams& p, void* workspace, void* stream) const {
   if (!launch_) return;
   WordView& view = p.mask_words;  // what is expanded by a stride of 0 is read once
@@ -134,7 +132,6 @@ void MaskWords::make(CallParams& p, void* workspace, void* stream) const {
                           p, stream);
 }
 
-
 void refuse_device(const Device& device, Verdict& verdict) {
   if (device.kind != DeviceKind::kCuda) {
     verdict.reasons.emplace_back("it runs on NVIDIA GPUs only, and the tensors are on " + name(device));
@@ -145,8 +142,7 @@ void refuse_device(const Device& device, Verdict& verdict) {
 
 void limit(Verdict& verdict, const char* what, std::int64_t value, std::int64_t most) {
   if (value <= most) return;
-  verdict.reasons.emplace_back(std::string(what) + " (" + std::to_string(value) + ") is above " +
-                               std::to_string(most));
+  verdict.reasons.emplace_back(std::string(what) + " (" + std::to_string(value) + ") is above " + std::to_string(most));
 }
 
 void refuse_long(const Problem& problem, Verdict& verdict) {

@@ -9,7 +9,7 @@
 namespace fovea::cuda {
 namespace {
 
-constexpr int kFloat16 = 6, kBFloat16 = 9;                        // CUtensorMapDataType
+constexpr int kFloat16 = 6, kBFloat16 = 9;  // CUtensorMapDataType
 constexpr int kNoInterleave = 0, kSwizzle128 = 3, kPromote128 = 2, kZeroFill = 0;
 
 using U32 = std::uint32_t;
@@ -18,8 +18,8 @@ using U64 = std::uint64_t;
 /// The driver computes 128 bytes and touches no GPU.
 struct Encoder {
   Library library{"libcuda.so.1"};
-  LibraryFunction<int(void*, int, U32, void*, const U64*, const U64*, const U32*, const U32*, int, int, int, int)> encode{
-      library, "cuTensorMapEncodeTiled"};
+  LibraryFunction<int(void*, int, U32, void*, const U64*, const U64*, const U32*, const U32*, int, int, int, int)>
+      encode{library, "cuTensorMapEncodeTiled"};
 };
 
 }  // namespace

@@ -25,7 +25,7 @@ FOVEA_DEVICE RowEnd end_of_row(const CallParams& p, int head, float reference, f
 }
 
 /// O of a row made once more of the keys that it sees, by a warp: where something is not finite, a hidden entry has
-/// weight 0, but 0 · NaN is NaN, and a sum may exceed what a mean does not.  `factor`: what makes weights shares.  Calls
+/// weight 0, but 0 · NaN is NaN, and a sum may exceed what a mean does not.  `factor`: what makes weights shares. Calls
 /// store(column, x) for columns [begin, end) of v.
 template <auto S, int kWidth, class Rules, class Store>
 FOVEA_DEVICE void mend_row(const Rules& rules, Interval keys, int kv_head, int r, float reference, float factor,

@@ -13,9 +13,7 @@ struct Barrier {
   FOVEA_DEVICE void begin(u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(arrivals) : "memory");
   }
-  FOVEA_DEVICE void arrive() {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address()) : "memory");
-  }
+  FOVEA_DEVICE void arrive() { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address()) : "memory"); }
   FOVEA_DEVICE void arrive_with(u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
   }
@@ -52,9 +50,7 @@ struct Ring {
 FOVEA_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 FOVEA_DEVICE void fence_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-FOVEA_DEVICE void meet(u32 id, u32 threads) {
-  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
+FOVEA_DEVICE void meet(u32 id, u32 threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 FOVEA_DEVICE void pass(u32 id, u32 threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -84,8 +84,8 @@ struct Epilogue {
     for (int at = lane; at < 16 * kPieces; at += kWarp) {
       const int r = at / kPieces, piece = at % kPieces;
       if (row + r >= work.rows.left()) break;
-      write_piece(to + r * p.out.row + piece * 16, load_shared_16(swizzled(tile + piece / 8 * kPanel, row + r, piece % 8)),
-                  16, p.out.aligned);
+      write_piece(to + r * p.out.row + piece * 16,
+                  load_shared_16(swizzled(tile + piece / 8 * kPanel, row + r, piece % 8)), 16, p.out.aligned);
     }
   }
 

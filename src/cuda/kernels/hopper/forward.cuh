@@ -2,6 +2,7 @@
 
 #include "cuda/kernels/hopper/epilogue.cuh"
 #include "cuda/kernels/hopper/softmax.cuh"
+#include "cuda/kernels/hopper/walk.cuh"
 
 // The forward on Hopper (FlashAttention-3, 2407.08608): one warpgroup has Q, K and V copied into rings, the others make
 // S = Q Kᵀ and O += P V of 64 rows each.  While the tensor cores have the scores of a tile and the values of the one
@@ -14,6 +15,7 @@ struct State {
   Ring<S.q_stages> q;
   Ring<S.stages> k, v;
   Work<S> work[S.q_stages];
+  Step steps[S.mask ? S.stages : 1];  // of the tiles of K in the ring
 };
 
 /// Where everything lies in shared memory.
@@ -37,14 +39,14 @@ struct Producer {
   FOVEA_DEVICE static int thread() { return static_cast<int>(threadIdx.x % 128); }
   FOVEA_DEVICE static bool leads() { return thread() == 0; }
 
-  /// By one thread, or by all where they copy by hand.
+  /// By one thread; by a warp where it looks for what a mask leaves; by all where they copy by hand.
   FOVEA_DEVICE void run() {
-    if (p.by_engine && !leads()) return;
+    if (p.by_engine && thread() >= (S.mask ? kWarp : 1)) return;
     const Tickets tickets{p.ticket, static_cast<u32>(p.tiles)};
     if (leads()) tickets.begin();
     int tile = static_cast<int>(blockIdx.x);
 #pragma unroll 1
-    for (;;) {
+    for (;; ++n) {
       Work<S>& work = state.work[state.q.place(n)];
       state.q.await_empty(n);
       if (leads()) {
@@ -61,59 +63,73 @@ struct Producer {
       if (work.rows.left() <= 0) break;
       load(work);
       if (leads()) tile = tickets.next();
-      ++n;
     }
     if (leads()) state.q.full[state.q.place(n)].arrive();
   }
 
   FOVEA_DEVICE void share() const {
-    if (!p.by_engine) meet(kMeeting, 128);
+    if (!p.by_engine) {
+      meet(kMeeting, 128);
+    } else if constexpr (S.mask) {
+      __syncwarp();
+    }
   }
 
-  FOVEA_DEVICE void load(const Work<S>& work) {
+  FOVEA_DEVICE void load(Work<S>& work) {
     const Sequence& sequence = work.sequence;
     const int place = state.q.place(n);
-    const RowPlace q_place{sequence.q_begin + work.rows.first, work.rows.first_head, sequence.batch};
-    if (p.by_engine) {
-      load_panels<block_m(S), S.head_dim>(at.q(place), p.q_map, state.q.full[place], of_map(q_place), Keep::kNo);
-    } else {
-      by_hand<block_m(S), S.head_dim>(at.q(place), state.q.full[place], work.rows.left(), p.q,
+    Walk<S> walk{p, work};
+    Step step = walk.next();
+    if constexpr (S.mask) {
+      if (leads() && step.tile < 0) work.tiles.end = work.tiles.begin;  // all is hidden
+    }
+    load_tile<block_m(S), S.head_dim>(at.q(place), state.q.full[place], p.q_map,
+                                      {sequence.q_begin + work.rows.first, work.rows.first_head, sequence.batch},
+                                      Keep::kNo, work.rows.left(), p.q,
                                       sequence.q_row(p.q, work.rows.first, work.rows.first_head));
-    }
-    // K a tile ahead of V, last ones first.
+    // K a tile ahead of V.
+    int before = -1;
 #pragma unroll 1
-    for (int tile = work.tiles.end - 1; tile >= work.tiles.begin - 1; --tile) {
-      if (tile >= work.tiles.begin) load_keys<S.head_dim>(work, tile, keys, state.k, at.k(0), p.k_map, p.k);
-      if (tile < work.tiles.end - 1) load_keys<S.head_dim_v>(work, tile + 1, keys - 1, state.v, at.v(0), p.v_map, p.v);
+    while (step.tile >= 0) {
+      const Step next = walk.next();
+      state.k.await_empty(keys);
+      if constexpr (S.mask) {
+        if (leads()) state.steps[state.k.place(keys)] = {step.tile, step.seen | (next.tile < 0 ? Step::kLast : 0U)};
+      }
+      load_keys<S.head_dim>(work, step.tile, at.k(state.k.place(keys)), state.k.full[state.k.place(keys)], p.k_map,
+                            p.k);
+      if (before >= 0) load_values(work, before, keys - 1);
       ++keys;
+      before = step.tile;
+      step = next;
     }
-    if (!work.tiles.empty()) --keys;
+    if (before >= 0) load_values(work, before, keys - 1);
+  }
+
+  FOVEA_DEVICE void load_values(const Work<S>& work, int tile, u32 n) {
+    const int place = state.v.place(n);
+    state.v.await_empty(n);
+    load_keys<S.head_dim_v>(work, tile, at.v(place), state.v.full[place], p.v_map, p.v);
   }
 
   template <int kDim>
-  FOVEA_DEVICE void load_keys(const Work<S>& work, int tile, u32 n, Ring<S.stages>& ring, u32 first,
-                              const TensorMap& map, const RowView& view) const {
+  FOVEA_DEVICE void load_keys(const Work<S>& work, int tile, u32 to, Barrier& full, const TensorMap& map,
+                              const RowView& view) const {
     const Sequence& sequence = work.sequence;
-    const int place = ring.place(n), key = tile * S.block_n;
-    const u32 to = first + static_cast<u32>(place * tile_bytes(S.block_n, kDim));
-    ring.await_empty(n);
-    if (p.by_engine) {
-      load_panels<S.block_n, kDim>(to, map, ring.full[place],
-                                   of_map({sequence.kv_begin + key, work.kv_head, sequence.batch}), Keep::kYes);
-    } else {
-      by_hand<S.block_n, kDim>(to, ring.full[place], sequence.band.seqlen_kv - key, view,
-                               sequence.kv_row(view, key, work.kv_head));
-    }
+    const int key = tile * S.block_n;
+    load_tile<S.block_n, kDim>(to, full, map, {sequence.kv_begin + key, work.kv_head, sequence.batch}, Keep::kYes,
+                               sequence.band.seqlen_kv - key, view, sequence.kv_row(view, key, work.kv_head));
   }
 
-  /// Packed sequences are one to the copy engine.
-  FOVEA_DEVICE RowPlace of_map(RowPlace place) const {
-    if (p.cu_seqlens_q.data != nullptr) place.batch = 0;
-    return place;
-  }
-
+  /// `rows`, `view` and `from` are for copies by hand.
   template <int kRows, int kDim>
-  FOVEA_DEVICE void by_hand(u32 to, Barrier& full, int rows, const RowView& view, const char* from) const {
+  FOVEA_DEVICE void load_tile(u32 to, Barrier& full, const TensorMap& map, RowPlace place, Keep keep, int rows,
+                              const RowView& view, const char* from) const {
+    if (p.by_engine) {
+      if (p.cu_seqlens_q.data != nullptr) place.batch = 0;  // packed sequences are one
+      if (leads()) load_panels<kRows, kDim>(to, map, full, place, keep);
+      return;
+    }
     load_by_hand<128, S.type, kRows, kDim>(to, thread(), rows, view.aligned, from, view.row);
     fence_engine();
     share();
@@ -168,26 +184,68 @@ struct Consumer {
   FOVEA_DEVICE void attend(const Work<S>& work) {
     const Rules rules{p, work.sequence, work.rows};
     const float unit = score_unit<S>(p);
-    const Interval own = own_tiles(work);
     Soft soft;
     Out o;
-    Scores s;
-    Weights weights;
-    skip(work.tiles.end - own.end);
-    if (own.empty()) {
-#pragma unroll
-      for (int x = 0; x < 4 * Epilogue<S>::kD; ++x) o[0][x / 4].x[x % 4] = 0.0F;
+    if constexpr (S.mask) {
+      attend_steps(work, rules, soft, o, unit);
     } else {
-      int tile = own.end - 1;
-      first_tile(work, rules, soft, s, weights, unit, tile);
-      int add = 0;
-#pragma unroll 1
-      for (--tile; tile >= own.begin; --tile, add = 1) next_tile(work, rules, soft, s, weights, o, unit, tile, add);
-      last_values(weights, o, add);
-      skip(own.begin - work.tiles.begin);
+      attend_all(work, rules, soft, o, unit);
     }
     const Epilogue<S> epilogue{p, work, rules, at.q(state.q.place(n)), warp_row()};
     epilogue.finish(o, soft.reference, soft.sum);
+  }
+
+  FOVEA_DEVICE static void clear(Out& o) {
+#pragma unroll
+    for (int x = 0; x < 4 * Epilogue<S>::kD; ++x) o[0][x / 4].x[x % 4] = 0.0F;
+  }
+
+  FOVEA_DEVICE void attend_all(const Work<S>& work, const Rules& rules, Soft& soft, Out& o, float unit) {
+    const Interval own = own_tiles(work);
+    skip(work.tiles.end - own.end);
+    if (own.empty()) return clear(o);
+    Scores s;
+    Weights weights;
+    Step step{own.end - 1, 0};
+    first_tile(work, rules, soft, s, weights, o, unit, step);
+    int add = 0;
+#pragma unroll 1
+    for (--step.tile; step.tile >= own.begin; --step.tile, add = 1)
+      next_tile(work, rules, soft, s, weights, o, unit, step, add);
+    last_values(weights, o, add);
+    skip(own.begin - work.tiles.begin);
+  }
+
+  /// What the producer has found for a mask, in runs of tiles that these 64 rows see.
+  FOVEA_DEVICE void attend_steps(const Work<S>& work, const Rules& rules, Soft& soft, Out& o, float unit) {
+    clear(o);
+    bool more = !work.tiles.empty();
+#pragma unroll 1
+    while (more) {
+      Step step = await_step(more);
+      if (sight_of(work, step).hidden()) {
+        skip(1);
+        continue;
+      }
+      Scores s;
+      Weights weights;
+      first_tile(work, rules, soft, s, weights, o, unit, step);
+#pragma unroll 1
+      while (more) {
+        bool another;
+        step = await_step(another);
+        if (sight_of(work, step).hidden()) break;
+        more = another;
+        next_tile(work, rules, soft, s, weights, o, unit, step, 1);
+      }
+      last_values(weights, o, 1);
+    }
+  }
+  FOVEA_DEVICE Step await_step(bool& more) const {
+    state.k.await_full(keys);
+    const Step step = state.steps[state.k.place(keys)];
+    more = (step.seen & Step::kLast) == 0;
+    return step;
   }
 
   /// Of the block's tiles of keys, those that these 64 rows see any of.
@@ -231,34 +289,39 @@ struct Consumer {
     close_products();
   }
 
-  FOVEA_DEVICE Sight sight_of(const Work<S>& work, int tile) const {
-    const int key = tile * S.block_n;
-    return {work.reach[group].tile({key, key + S.block_n}), S.mask ? TileState::kPartial : TileState::kFull};
+  FOVEA_DEVICE static math::DropoutStream stream_of(const Work<S>& work) {
+    return S.dropout ? uniform(work.stream) : math::DropoutStream{};
   }
 
-  FOVEA_DEVICE void first_tile(const Work<S>& work, const Rules& rules, Soft& soft, Scores& s, Weights& weights,
-                               float unit, int tile) {
+  FOVEA_DEVICE Sight sight_of(const Work<S>& work, const Step& step) const {
+    const int key = step.tile * S.block_n;
+    return {work.reach[group].tile({key, key + S.block_n}), S.mask ? step.mask(group) : TileState::kFull};
+  }
+
+  /// Without values to be added meanwhile.
+  FOVEA_DEVICE void first_tile(const Work<S>& work, const Rules& rules, Soft& soft, Scores& s, Weights& weights, Out& o,
+                               float unit, const Step& step) {
+    const int row = warp_row(), key = step.tile * S.block_n;
     await_turn();
     issue_scores(s);
     pass_turn();
     Fetched entries;
-    rules.fetch(entries, warp_row(), tile * S.block_n);
+    rules.fetch(entries, row, key);
     await_products<0>();
     pin(s[0]);
     state.k.release(keys);
-    rules.finish(s, warp_row(), tile * S.block_n, sight_of(work, tile), entries);
-    rules.hide_by_bias(s, entries);
-    float total[2], rescale[2];
-    soft.raise(s, unit, rescale);
-    soft.weigh(s, weights, total, unit, rules, warp_row(), tile * S.block_n, work.stream);
+    rules.finish(s, row, key, sight_of(work, step), entries);
+    float total[2];
+    raise(rules, soft, s, o, unit, entries, S.mask);
+    soft.weigh(s, weights, total, unit, rules, row, key, stream_of(work));
     soft.add(total);
     ++keys;
   }
 
   /// S of this tile while P V of the one before is made.
   FOVEA_DEVICE void next_tile(const Work<S>& work, const Rules& rules, Soft& soft, Scores& s, Weights& weights, Out& o,
-                              float unit, int tile, int add) {
-    const int row = warp_row(), key = tile * S.block_n;
+                              float unit, const Step& step, int add) {
+    const int row = warp_row(), key = step.tile * S.block_n;
     await_turn();
     issue_scores(s);
     issue_values(o, weights, keys - 1, add);
@@ -268,34 +331,42 @@ struct Consumer {
     await_products<1>();
     pin(s[0]);
     state.k.release(keys);
-    const auto values_done = [&] {
-      await_products<0>();
-      pin(o[0]);
-      pin(weights);
-      state.v.release(keys - 1);
-    };
-    if constexpr (!S.hold) values_done();
-    rules.finish(s, row, key, sight_of(work, tile), entries);
+    if constexpr (!S.hold) values_done(o, weights);
+    rules.finish(s, row, key, sight_of(work, step), entries);
     Weights held;
     Weights& next = S.hold ? held : weights;
     float total[2];
-    soft.weigh(s, next, total, unit, rules, row, key, work.stream);
+    soft.weigh(s, next, total, unit, rules, row, key, stream_of(work));
     if (Soft::outgrown(total)) {
       if constexpr (S.hold) await_products<0>(), pin(o[0]);
-      rules.hide_by_bias(s, entries);
-      float rescale[2];
-      soft.raise(s, unit, rescale);
-      soft.sum[0] *= rescale[0], soft.sum[1] *= rescale[1];
-#pragma unroll
-      for (int x = 0; x < 4 * Epilogue<S>::kD; ++x) o[0][x / 4].x[x % 4] *= rescale[x % 4 / 2];
-      soft.weigh(s, next, total, unit, rules, row, key, work.stream);
+      raise(rules, soft, s, o, unit, entries, true);
+      soft.weigh(s, next, total, unit, rules, row, key, stream_of(work));
     }
     soft.add(total);
     if constexpr (S.hold) {
-      values_done();
+      values_done(o, weights);
       move(weights, held);
     }
     ++keys;
+  }
+
+  /// References of a tile's scores; sums and O, where there are any, move on to them.
+  FOVEA_DEVICE void raise(const Rules& rules, Soft& soft, Scores& s, Out& o, float unit, const Fetched& entries,
+                          bool begun) const {
+    rules.hide_by_bias(s, entries);
+    float rescale[2];
+    soft.raise(s, unit, rescale);
+    if (!begun) return;
+    soft.sum[0] *= rescale[0], soft.sum[1] *= rescale[1];
+#pragma unroll
+    for (int x = 0; x < 4 * Epilogue<S>::kD; ++x) o[0][x / 4].x[x % 4] *= rescale[x % 4 / 2];
+  }
+
+  FOVEA_DEVICE void values_done(Out& o, Weights& weights) {
+    await_products<0>();
+    pin(o[0]);
+    pin(weights);
+    state.v.release(keys - 1);
   }
 
   FOVEA_DEVICE void last_values(Weights& weights, Out& o, int add) {

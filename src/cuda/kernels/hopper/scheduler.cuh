@@ -7,8 +7,9 @@
 // with the tile of its number and then draws the next one, late.
 namespace fovea::cuda {
 
-/// The next tile to be had.  The word is in a workspace that may hold anything, so whoever comes first begins it; whoever
-/// is the last to find nothing left clears it, so that the next launch, or the next replay of a graph, begins it anew.
+/// The next tile to be had.  The word is in a workspace that may hold anything, so whoever comes first begins it;
+/// whoever is the last to find nothing left clears it, so that the next launch, or the next replay of a graph, begins
+/// it anew.
 struct Tickets {
   static constexpr int kBits = 24;
   static constexpr u64 kBegun = 0x9e3779b97fUL << kBits;  // above the number
@@ -33,8 +34,8 @@ struct Work {
   Sequence sequence;
   RowMap<false> rows;
   int kv_head;
-  Interval tiles;                      // of keys, that any row sees any of
-  Band::Reach reach[S.warpgroups];     // of each warpgroup's rows
+  Interval tiles;                   // of keys, that any row sees any of
+  Band::Reach reach[S.warpgroups];  // of each warpgroup's rows
   math::DropoutStream stream;
 
   /// Heads take turns in groups that L2 has room for; the rows that see the most under a causal rule come first.

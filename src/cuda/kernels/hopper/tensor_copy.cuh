@@ -1,7 +1,7 @@
 #pragma once
 
-#include "cuda/kernels/hopper/barrier.cuh"
 #include "cuda/kernels/copies.cuh"
+#include "cuda/kernels/hopper/barrier.cuh"
 #include "cuda/params_sm90.h"
 #include "cuda/spec_sm90.h"
 
