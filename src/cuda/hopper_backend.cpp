@@ -65,6 +65,7 @@ class ForwardSm90Plan final : public PlannedKernel {
 
  private:
   [[nodiscard]] bool make_maps(ForwardSm90Params& p) const {
+    const CurrentGpu current(device_.index);  // some drivers encode for nobody else
     const bool packed = p.cu_seqlens_q.data != nullptr;
     const std::int64_t batch = packed ? 1 : p.batch, rows = packed ? p.total_q : p.seqlen_q,
                        keys = packed ? p.total_kv : p.seqlen_kv;

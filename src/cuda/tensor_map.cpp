@@ -15,7 +15,7 @@ constexpr int kNoInterleave = 0, kSwizzle128 = 3, kPromote128 = 2, kZeroFill = 0
 using U32 = std::uint32_t;
 using U64 = std::uint64_t;
 
-/// The driver computes 128 bytes and touches no GPU.
+/// The driver computes 128 bytes; nothing reaches the GPU.
 struct Encoder {
   Library library{"libcuda.so.1"};
   LibraryFunction<int(void*, int, U32, void*, const U64*, const U64*, const U32*, const U32*, int, int, int, int)>

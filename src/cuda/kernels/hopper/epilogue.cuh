@@ -6,9 +6,19 @@
 // From sums to out and lse, by each warp for its 16 rows.
 namespace fovea::cuda {
 
-/// Two of what `store_matrices` stores four of.
-FOVEA_DEVICE void store_two_matrices(u32 address, u32 a, u32 b) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+/// Lane t of a quad gets word t of each of its lanes, in their order.
+FOVEA_DEVICE void transpose_quad(u32 (&w)[4]) {
+  const u32 lane = threadIdx.x;
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool high = (lane & bit) != 0;
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      u32 &low_word = w[bit == 1 ? 2 * x : x], &high_word = w[bit == 1 ? 2 * x + 1 : x + 2];
+      const u32 other = __shfl_xor_sync(kAllLanes, high ? low_word : high_word, bit);
+      (high ? low_word : high_word) = other;
+    }
+  }
 }
 
 template <ForwardSm90Spec S>
@@ -20,8 +30,7 @@ struct Epilogue {
   const ForwardSm90Params& p;
   const Work<S>& work;
   const Rules& rules;
-  u32 tile;  // of Q, in whose place O goes
-  int row;   // the warp's first, of the block
+  int row;  // the warp's first, of the block
 
   /// Divides by the sums, adds sinks, writes out and lse.
   FOVEA_DEVICE void finish(Out& o, const float (&reference)[2], float (&sum)[2]) const {
@@ -30,11 +39,7 @@ struct Epilogue {
     end_rows(reference, sum, factors);
     float check[2] = {};
 #pragma unroll
-    for (int x = 0; x < 4 * kD; ++x) {
-      float& value = o[0][x / 4].x[x % 4];
-      check[x % 4 / 2] += value * 0.0F;
-      value *= factors[x % 4 / 2];
-    }
+    for (int x = 0; x < 4 * kD; ++x) check[x % 4 / 2] += o[0][x / 4].x[x % 4] * 0.0F;
     if (__any_sync(kAllLanes, factors[0] == 0.0F || factors[1] == 0.0F)) {  // NaN may stand where nothing was seen
 #pragma unroll
       for (int x = 0; x < 4 * kD; ++x) {
@@ -42,10 +47,11 @@ struct Epilogue {
         value = factors[x % 4 / 2] == 0.0F ? 0.0F : value;
       }
     }
-    store(o);
+    store(o, factors);
     __syncwarp();
+    check[0] = quad_sum(check[0]), check[1] = quad_sum(check[1]);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) mend(h, factors[h] != 0.0F && quad_sum(check[h]) != 0.0F, reference[h], factors[h]);
+    for (int h = 0; h < 2; ++h) mend(h, factors[h] != 0.0F && check[h] != 0.0F, reference[h], factors[h]);
   }
 
   /// Of the four lanes that share two rows, two end one each; the others do the same for nothing.
@@ -62,30 +68,31 @@ struct Epilogue {
     factors[1] = __shfl_sync(kAllLanes, factor, lane & ~3 | 1);
   }
 
-  /// Through shared memory, so that rows leave in whole pieces of 16 bytes.
-  FOVEA_DEVICE void store(const Out& o) const {
-    constexpr int kPanel = block_m(S) * kPanelRowBytes, kPieces = kD;
+  /// Straight from registers: four lanes trade words for pieces of 16 bytes.
+  FOVEA_DEVICE void store(const Out& o, const float (&factors)[2]) const {
     const int lane = lane_id();
+    const auto word = [&](int c, int h) {
+      return pack<S.type>(o[0][c].x[2 * h] * factors[h], o[0][c].x[2 * h + 1] * factors[h]);
+    };
+    char* const to = work.sequence.q_row(p.out, work.rows.query(row) + lane / 4, work.rows.first_head) + lane % 4 * 16;
 #pragma unroll
-    for (int c = 0; c < kD; c += 2) {
-      const Accumulator& left = o[0][c];
-      const u32 a = pack<S.type>(left.x[0], left.x[1]), b = pack<S.type>(left.x[2], left.x[3]);
-      if (c + 1 == kD) {
-        store_two_matrices(swizzled(tile + c / 8 * kPanel, row + lane % 16, c % 8), a, b);
-      } else {
-        const Accumulator& right = o[0][c + 1];
-        store_matrices(swizzled(tile + c / 8 * kPanel, row + lane % 16, c % 8 + lane / 16), a, b,
-                       pack<S.type>(right.x[0], right.x[1]), pack<S.type>(right.x[2], right.x[3]));
+    for (int h = 0; h < 2; ++h) {
+      const bool there = row + lane / 4 + 8 * h < work.rows.left();
+      char* const mine = to + 8 * h * p.out.row;
+#pragma unroll
+      for (int c = 0; c < kD / 4 * 4; c += 4) {
+        u32 w[4];
+#pragma unroll
+        for (int x = 0; x < 4; ++x) w[x] = word(c + x, h);
+        transpose_quad(w);
+        if (there) write_piece(mine + c * 16, {w[0], w[1], w[2], w[3]}, 16, p.out.aligned);
       }
-    }
-    __syncwarp();  // a warp stores what it has put there
-    char* const to = work.sequence.q_row(p.out, work.rows.query(row), work.rows.first_head);
-#pragma unroll 4
-    for (int at = lane; at < 16 * kPieces; at += kWarp) {
-      const int r = at / kPieces, piece = at % kPieces;
-      if (row + r >= work.rows.left()) break;
-      write_piece(to + r * p.out.row + piece * 16,
-                  load_shared_16(swizzled(tile + piece / 8 * kPanel, row + r, piece % 8)), 16, p.out.aligned);
+#pragma unroll
+      for (int c = kD / 4 * 4; c < kD; ++c) {  // 4 bytes a lane
+        const u32 w = word(c, h);
+        u16* const at = reinterpret_cast<u16*>(mine + c * 16 - lane % 4 * 12);
+        if (there) at[0] = static_cast<u16>(w), at[1] = static_cast<u16>(w >> 16);
+      }
     }
   }
 

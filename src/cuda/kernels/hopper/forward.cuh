@@ -14,7 +14,8 @@ template <ForwardSm90Spec S>
 struct State {
   Ring<S.q_stages> q;
   Ring<S.stages> k, v;
-  Work<S> work[S.q_stages];
+  static constexpr int kWorks = 2 * S.q_stages;  // Q is given back before its out is written
+  Work<S> work[kWorks];
   Step steps[S.mask ? S.stages : 1];  // of the tiles of K in the ring
 };
 
@@ -42,15 +43,13 @@ struct Producer {
   /// By one thread; by a warp where it looks for what a mask leaves; by all where they copy by hand.
   FOVEA_DEVICE void run() {
     if (p.by_engine && thread() >= (S.mask ? kWarp : 1)) return;
-    const Tickets tickets{p.ticket, static_cast<u32>(p.tiles)};
-    if (leads()) tickets.begin();
     int tile = static_cast<int>(blockIdx.x);
 #pragma unroll 1
     for (;; ++n) {
-      Work<S>& work = state.work[state.q.place(n)];
+      Work<S>& work = state.work[n % State<S>::kWorks];
       state.q.await_empty(n);
       if (leads()) {
-        for (;; tile = tickets.next()) {
+        for (;; tile = Tickets::next(p, tile)) {
           if (tile >= p.tiles) {
             work.rows.rows = 0;  // nothing is left
             break;
@@ -62,7 +61,7 @@ struct Producer {
       share();
       if (work.rows.left() <= 0) break;
       load(work);
-      if (leads()) tile = tickets.next();
+      if (leads()) tile = Tickets::next(p, tile);
     }
     if (leads()) state.q.full[state.q.place(n)].arrive();
   }
@@ -160,12 +159,9 @@ struct Consumer {
 #pragma unroll 1
     for (;; ++n) {
       state.q.await_full(n);
-      const Work<S>& work = state.work[state.q.place(n)];
+      const Work<S>& work = state.work[n % State<S>::kWorks];
       if (work.rows.left() <= 0) break;
       attend(work);
-      fence_engine();  // O has been where the next Q comes
-      __syncwarp();
-      state.q.release(n);
     }
   }
 
@@ -188,10 +184,11 @@ struct Consumer {
     Out o;
     if constexpr (S.mask) {
       attend_steps(work, rules, soft, o, unit);
+      state.q.release(n);
     } else {
       attend_all(work, rules, soft, o, unit);
     }
-    const Epilogue<S> epilogue{p, work, rules, at.q(state.q.place(n)), warp_row()};
+    const Epilogue<S> epilogue{p, work, rules, warp_row()};
     epilogue.finish(o, soft.reference, soft.sum);
   }
 
@@ -203,7 +200,10 @@ struct Consumer {
   FOVEA_DEVICE void attend_all(const Work<S>& work, const Rules& rules, Soft& soft, Out& o, float unit) {
     const Interval own = own_tiles(work);
     skip(work.tiles.end - own.end);
-    if (own.empty()) return clear(o);
+    if (own.empty()) {
+      state.q.release(n);
+      return clear(o);
+    }
     Scores s;
     Weights weights;
     Step step{own.end - 1, 0};
@@ -212,6 +212,7 @@ struct Consumer {
 #pragma unroll 1
     for (--step.tile; step.tile >= own.begin; --step.tile, add = 1)
       next_tile(work, rules, soft, s, weights, o, unit, step, add);
+    state.q.release(n);
     last_values(weights, o, add);
     skip(own.begin - work.tiles.begin);
   }
@@ -305,12 +306,13 @@ struct Consumer {
     await_turn();
     issue_scores(s);
     pass_turn();
+    const Sight sight = sight_of(work, step);
     Fetched entries;
     rules.fetch(entries, row, key);
     await_products<0>();
     pin(s[0]);
     state.k.release(keys);
-    rules.finish(s, row, key, sight_of(work, step), entries);
+    rules.finish(s, row, key, sight, entries);
     float total[2];
     raise(rules, soft, s, o, unit, entries, S.mask);
     soft.weigh(s, weights, total, unit, rules, row, key, stream_of(work));
@@ -326,13 +328,14 @@ struct Consumer {
     issue_scores(s);
     issue_values(o, weights, keys - 1, add);
     pass_turn();
+    const Sight sight = sight_of(work, step);
     Fetched entries;
     rules.fetch(entries, row, key);
     await_products<1>();
     pin(s[0]);
     state.k.release(keys);
     if constexpr (!S.hold) values_done(o, weights);
-    rules.finish(s, row, key, sight_of(work, step), entries);
+    rules.finish(s, row, key, sight, entries);
     Weights held;
     Weights& next = S.hold ? held : weights;
     float total[2];

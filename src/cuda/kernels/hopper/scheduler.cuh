@@ -13,19 +13,18 @@ namespace fovea::cuda {
 struct Tickets {
   static constexpr int kBits = 24;
   static constexpr u64 kBegun = 0x9e3779b97fUL << kBits;  // above the number
-  u64* word;
-  u32 tiles;
 
-  FOVEA_DEVICE void begin() const {
-    const u64 now = *static_cast<volatile u64*>(word);
-    if (now >> kBits != kBegun >> kBits) atomicCAS(as_atomic(), now, kBegun | gridDim.x);
-  }
-  FOVEA_DEVICE int next() const {
-    const u32 drawn = static_cast<u32>(atomicAdd(as_atomic(), 1ULL)) & ((1U << kBits) - 1);
-    if (drawn == tiles + gridDim.x - 1) *static_cast<volatile u64*>(word) = 0;
+  /// After `tile`; a block's first one is that of its number.
+  FOVEA_DEVICE static int next(const ForwardSm90Params& p, int tile) {
+    auto* const word = reinterpret_cast<unsigned long long*>(p.ticket);
+    if (tile == static_cast<int>(blockIdx.x)) {
+      const u64 now = *static_cast<volatile u64*>(p.ticket);
+      if (now >> kBits != kBegun >> kBits) atomicCAS(word, now, kBegun | gridDim.x);
+    }
+    const u32 drawn = static_cast<u32>(atomicAdd(word, 1ULL)) & ((1U << kBits) - 1);
+    if (drawn == static_cast<u32>(p.tiles) + gridDim.x - 1) *static_cast<volatile u64*>(p.ticket) = 0;
     return static_cast<int>(drawn);
   }
-  FOVEA_DEVICE unsigned long long* as_atomic() const { return reinterpret_cast<unsigned long long*>(word); }
 };
 
 /// A tile of rows of one head.
