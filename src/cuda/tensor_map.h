@@ -12,8 +12,8 @@ namespace fovea::cuda {
 struct TensorExtent {
   std::int64_t columns, rows, heads, batch;
 };
-/// False where the engine cannot read the tensor: it wants base and strides in steps of 16 bytes.  The tensor's GPU is the
-/// thread's current one.
+/// False where the engine cannot read the tensor: it wants base and strides in steps of 16 bytes.  The tensor's GPU is
+/// the thread's current one.
 [[nodiscard]] bool make_tensor_map(const RowView& view, Type type, const TensorExtent& extent, int box_rows,
                                    TensorMap& map);
 

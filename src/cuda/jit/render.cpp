@@ -63,11 +63,11 @@ KernelRequest render(const Template& kernel, const std::vector<Field>& fields, c
                       (field.name == "head_dim_v" ? field.literal != dim : field.literal != usual.at(i).literal);
     if (told) request.name += "_" + field.word;
   }
-  request.unit = "#include \"" + std::string(kernel.header) + "\"\n\nnamespace fovea::cuda {\n\n" + kernel.text +
-                 "constexpr " + spec + " kSpec{\n" + values + "};\n\nextern \"C\" __global__ __launch_bounds__(" +
-                 std::to_string(kernel.threads) + ", " + std::to_string(kernel.min_blocks) + ") void " + kEntryPoint +
-                 "(const __grid_constant__ " + params + " params) {\n  " + function +
-                 "<kSpec>(params);\n}\n\n}  // namespace fovea::cuda\n";
+  request.unit = "#include \"" + std::string(kernel.header) + "\"\n\nnamespace fovea::cuda {\n\n" +
+                 std::string(kernel.text) + "constexpr " + spec + " kSpec{\n" + values +
+                 "};\n\nextern \"C\" __global__ __launch_bounds__(" + std::to_string(kernel.threads) + ", " +
+                 std::to_string(kernel.min_blocks) + ") void " + kEntryPoint + "(const __grid_constant__ " + params +
+                 " params) {\n  " + function + "<kSpec>(params);\n}\n\n}  // namespace fovea::cuda\n";
   return request;
 }
 

@@ -14,7 +14,7 @@ template <ForwardSm90Spec S>
 struct State {
   Ring<S.q_stages> q;
   Ring<S.stages> k, v;
-  static constexpr int kWorks = 2 * S.q_stages;  // Q is given back before its out is written
+  static constexpr int kWorks = 4;  // the next one is known before Q is given back, and that before out is written
   Work<S> work[kWorks];
   Step steps[S.mask ? S.stages : 1];  // of the tiles of K in the ring
 };
@@ -29,80 +29,94 @@ struct Layout {
   FOVEA_DEVICE u32 v(int place) const { return k(S.stages) + place * kV; }
 };
 
-template <ForwardSm90Spec S>
+/// kByEngine: the copy engine can read q, k and v.
+template <ForwardSm90Spec S, bool kByEngine>
 struct Producer {
   const ForwardSm90Params& p;
   State<S>& state;
   const Layout<S> at;
-  u32 n = 0, keys = 0;  // tiles of rows, and of keys, so far
+  u32 keys = 0;  // tiles of them so far
+  int tile = 0;  // of rows, the last one claimed
 
   static constexpr u32 kMeeting = 1;  // the producers' barrier
+  /// Tiles of keys, at most, that are left to load when the next tile of rows is claimed: it takes registers.
+  static constexpr int kEarly = producer_registers(S) >= 56 ? 2 : 0;
   FOVEA_DEVICE static int thread() { return static_cast<int>(threadIdx.x % 128); }
   FOVEA_DEVICE static bool leads() { return thread() == 0; }
 
   /// By one thread; by a warp where it looks for what a mask leaves; by all where they copy by hand.
   FOVEA_DEVICE void run() {
-    if (p.by_engine && thread() >= (S.mask ? kWarp : 1)) return;
-    int tile = static_cast<int>(blockIdx.x);
+    if (kByEngine && thread() >= (S.mask ? kWarp : 1)) return;
+    tile = static_cast<int>(blockIdx.x);
 #pragma unroll 1
-    for (;; ++n) {
-      Work<S>& work = state.work[n % State<S>::kWorks];
-      state.q.await_empty(n);
-      if (leads()) {
-        for (;; tile = Tickets::next(p, tile)) {
-          if (tile >= p.tiles) {
-            work.rows.rows = 0;  // nothing is left
-            break;
-          }
-          work.find(p, tile);
-          if (work.rows.left() > 0) break;
-        }
+    for (u32 n = 0; n == 0 || work_of(n - 1).rows.left() > 0; ++n) load_before(n);
+  }
+
+  FOVEA_DEVICE Work<S>& work_of(u32 n) const { return state.work[n % State<S>::kWorks]; }
+
+  /// Finds the n-th tile of rows, and has its Q copied where there are places for two.
+  FOVEA_DEVICE void prepare(u32 n) {
+    Work<S>& work = work_of(n);
+    if (leads()) {
+      if (n > 0) tile = Tickets::next(p, tile);
+      for (; tile < p.tiles; tile = Tickets::next(p, tile)) {
+        work.find(p, tile);
+        if (work.rows.left() > 0) break;
       }
-      share();
-      if (work.rows.left() <= 0) break;
-      load(work);
-      if (leads()) tile = Tickets::next(p, tile);
+      if (tile >= p.tiles) work.rows = {};  // nothing is left
     }
-    if (leads()) state.q.full[state.q.place(n)].arrive();
+    share();
+    if constexpr (S.q_stages > 1) load_q(n);
+  }
+
+  FOVEA_DEVICE void load_q(u32 n) const {
+    const Work<S>& work = work_of(n);
+    const Sequence& sequence = work.sequence;
+    const int place = state.q.place(n);
+    state.q.await_empty(n);
+    if (work.rows.left() <= 0) {
+      if (leads()) state.q.full[place].arrive();
+      return;
+    }
+    load_tile<block_m(S), S.head_dim>(at.q(place), state.q.full[place], p.q_map,
+                                      {sequence.q_begin + work.rows.first, work.rows.first_head, sequence.batch},
+                                      Keep::kNo, work.rows.left(), p.q,
+                                      [&] { return sequence.q_row(p.q, work.rows.first, work.rows.first_head); });
   }
 
   FOVEA_DEVICE void share() const {
-    if (!p.by_engine) {
+    if constexpr (!kByEngine) {
       meet(kMeeting, 128);
     } else if constexpr (S.mask) {
       __syncwarp();
     }
   }
 
-  FOVEA_DEVICE void load(Work<S>& work) {
-    const Sequence& sequence = work.sequence;
-    const int place = state.q.place(n);
-    Walk<S> walk{p, work};
-    Step step = walk.next();
-    if constexpr (S.mask) {
-      if (leads() && step.tile < 0) work.tiles.end = work.tiles.begin;  // all is hidden
-    }
-    load_tile<block_m(S), S.head_dim>(at.q(place), state.q.full[place], p.q_map,
-                                      {sequence.q_begin + work.rows.first, work.rows.first_head, sequence.batch},
-                                      Keep::kNo, work.rows.left(), p.q,
-                                      sequence.q_row(p.q, work.rows.first, work.rows.first_head));
-    // K a tile ahead of V.
-    int before = -1;
+  /// The keys and values of the tile of rows before the n-th, K a tile ahead of V, and what there is to do for that
+  /// one: late, so that all blocks end together, but not so late that anybody waits for it.
+  FOVEA_DEVICE void load_before(u32 n) {
+    const Work<S>& work = work_of(n - 1);
+    bool prepared = false;
+    Walk<S> walk(p, work);
 #pragma unroll 1
-    while (step.tile >= 0) {
-      const Step next = walk.next();
-      state.k.await_empty(keys);
-      if constexpr (S.mask) {
-        if (leads()) state.steps[state.k.place(keys)] = {step.tile, step.seen | (next.tile < 0 ? Step::kLast : 0U)};
+    for (;; walk.advance(), ++keys) {
+      const bool there = walk.there();
+      if (there) {
+        const int place = state.k.place(keys);
+        state.k.await_empty(keys);
+        if constexpr (S.mask) {
+          if (leads()) state.steps[place] = walk.now();
+        }
+        load_keys<S.head_dim>(work, walk.now().tile, at.k(place), state.k.full[place], p.k_map, p.k);
       }
-      load_keys<S.head_dim>(work, step.tile, at.k(state.k.place(keys)), state.k.full[state.k.place(keys)], p.k_map,
-                            p.k);
-      if (before >= 0) load_values(work, before, keys - 1);
-      ++keys;
-      before = step.tile;
-      step = next;
+      if (walk.any_before()) load_values(work, walk.before(), keys - 1);
+      if (!there) break;
+      if constexpr (kEarly > 0) {
+        if (!prepared && walk.now().tile < work.tiles.begin + kEarly) prepare(n), prepared = true;
+      }
     }
-    if (before >= 0) load_values(work, before, keys - 1);
+    if (!prepared) prepare(n);
+    if constexpr (S.q_stages == 1) load_q(n);
   }
 
   FOVEA_DEVICE void load_values(const Work<S>& work, int tile, u32 n) {
@@ -117,22 +131,23 @@ struct Producer {
     const Sequence& sequence = work.sequence;
     const int key = tile * S.block_n;
     load_tile<S.block_n, kDim>(to, full, map, {sequence.kv_begin + key, work.kv_head, sequence.batch}, Keep::kYes,
-                               sequence.band.seqlen_kv - key, view, sequence.kv_row(view, key, work.kv_head));
+                               sequence.band.seqlen_kv - key, view,
+                               [&] { return sequence.kv_row(view, key, work.kv_head); });
   }
 
   /// `rows`, `view` and `from` are for copies by hand.
-  template <int kRows, int kDim>
+  template <int kRows, int kDim, class From>
   FOVEA_DEVICE void load_tile(u32 to, Barrier& full, const TensorMap& map, RowPlace place, Keep keep, int rows,
-                              const RowView& view, const char* from) const {
-    if (p.by_engine) {
+                              const RowView& view, const From& from) const {
+    if constexpr (kByEngine) {
       if (p.cu_seqlens_q.data != nullptr) place.batch = 0;  // packed sequences are one
       if (leads()) load_panels<kRows, kDim>(to, map, full, place, keep);
-      return;
+    } else {
+      load_by_hand<128, S.type, kRows, kDim>(to, thread(), rows, view.aligned, from(), view.row);
+      fence_engine();
+      share();
+      if (leads()) full.arrive();
     }
-    load_by_hand<128, S.type, kRows, kDim>(to, thread(), rows, view.aligned, from, view.row);
-    fence_engine();
-    share();
-    if (leads()) full.arrive();
   }
 };
 
@@ -151,6 +166,7 @@ struct Consumer {
   const int group;  // of warps: which 64 rows
   u32 n = 0;        // tiles of rows so far
   u32 keys = 0;     // and of keys
+  Interval full{};  // tiles of keys that these 64 rows see whole
 
   FOVEA_DEVICE int warp_row() const { return group * kGroupRows + warp_id() % 4 * 16; }
 
@@ -180,6 +196,8 @@ struct Consumer {
   FOVEA_DEVICE void attend(const Work<S>& work) {
     const Rules rules{p, work.sequence, work.rows};
     const float unit = score_unit<S>(p);
+    const Band::Reach& reach = work.reach[group];
+    full = {(reach.all_begin + S.block_n - 1) / S.block_n, reach.all_end / S.block_n};
     Soft soft;
     Out o;
     if constexpr (S.mask) {
@@ -296,7 +314,8 @@ struct Consumer {
 
   FOVEA_DEVICE Sight sight_of(const Work<S>& work, const Step& step) const {
     const int key = step.tile * S.block_n;
-    return {work.reach[group].tile({key, key + S.block_n}), S.mask ? step.mask(group) : TileState::kFull};
+    return {full.contains(step.tile) ? TileState::kFull : work.reach[group].tile({key, key + S.block_n}),
+            S.mask ? step.mask(group) : TileState::kFull};
   }
 
   /// Without values to be added meanwhile.
@@ -306,13 +325,12 @@ struct Consumer {
     await_turn();
     issue_scores(s);
     pass_turn();
-    const Sight sight = sight_of(work, step);
     Fetched entries;
     rules.fetch(entries, row, key);
     await_products<0>();
     pin(s[0]);
     state.k.release(keys);
-    rules.finish(s, row, key, sight, entries);
+    rules.finish(s, row, key, sight_of(work, step), entries);
     float total[2];
     raise(rules, soft, s, o, unit, entries, S.mask);
     soft.weigh(s, weights, total, unit, rules, row, key, stream_of(work));
@@ -328,14 +346,13 @@ struct Consumer {
     issue_scores(s);
     issue_values(o, weights, keys - 1, add);
     pass_turn();
-    const Sight sight = sight_of(work, step);
     Fetched entries;
     rules.fetch(entries, row, key);
     await_products<1>();
     pin(s[0]);
     state.k.release(keys);
     if constexpr (!S.hold) values_done(o, weights);
-    rules.finish(s, row, key, sight, entries);
+    rules.finish(s, row, key, sight_of(work, step), entries);
     Weights held;
     Weights& next = S.hold ? held : weights;
     float total[2];
@@ -387,6 +404,7 @@ __device__ void forward_sm90(const ForwardSm90Params& p) {
   static_assert(sizeof(State<S>) <= kStateBytes);
   State<S>& state = *reinterpret_cast<State<S>*>(shared + shared_bytes(S) - kStateBytes);
   if (threadIdx.x == 0) {
+    state.work[State<S>::kWorks - 1].tiles = {};  // what comes before the first tile of rows
     constexpr u32 kWarps = S.warpgroups * 4;
     state.q.begin(kWarps), state.k.begin(kWarps), state.v.begin(kWarps);
     fence_barriers();
@@ -396,7 +414,11 @@ __device__ void forward_sm90(const ForwardSm90Params& p) {
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 128), 0);
   if (group == 0) {
     give_registers<producer_registers(S)>();
-    Producer<S>{p, state, {shared_address(shared)}}.run();
+    if (p.by_engine) {
+      Producer<S, true>{p, state, {shared_address(shared)}}.run();
+    } else {
+      Producer<S, false>{p, state, {shared_address(shared)}}.run();
+    }
   } else {
     take_registers<consumer_registers(S)>();
     Consumer<S>{p, state, {shared_address(shared)}, group - 1}.run();

@@ -46,6 +46,7 @@ struct Work {
     sequence = Sequence::of(p, batch);
     rows = {(p.row_blocks - 1 - turn) * block_m(S), sequence.q_rows, head, 1};
     if (rows.left() <= 0) return;
+    asm volatile("" ::: "memory");  // what is known lies in shared memory: registers are few
     kv_head = head / p.group;
     const Interval keys = sequence.band.keys_of_rows(rows.queries(0, block_m(S)));
     tiles.begin = keys.begin / S.block_n;
