@@ -16,8 +16,7 @@ struct Tile {
   int widest;  // head dim that it serves
   int warpgroups, block_n, q_stages;
   bool hold, turns;
-  int most_options;                 // see `weight_of`
-  std::int64_t most_band_keys = 0;  // above 0: only for a band over no more keys
+  int most_options;  // see `weight_of`
 
   static constexpr int kAnyOptions = 99;
 };
@@ -81,9 +80,7 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
   const auto fits = [&](const Tile& tile) {
     spec.warpgroups = tile.warpgroups, spec.block_n = tile.block_n, spec.q_stages = tile.q_stages;
     spec.hold = tile.hold, spec.turns = tile.turns;
-    const bool short_enough = tile.most_band_keys == 0 || (band && problem.seqlen_kv <= tile.most_band_keys);
-    return widest <= tile.widest && weight_of(spec) <= tile.most_options && short_enough &&
-           shared_bytes(spec) <= kMostShared;
+    return widest <= tile.widest && weight_of(spec) <= tile.most_options && shared_bytes(spec) <= kMostShared;
   };
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
   shape.row_blocks = ceil_div(problem.seqlen_q, block_m(spec));
