@@ -405,29 +405,45 @@ struct Backward {
   FOVEA_DEVICE void products(int n, Sums& sums) const {
     const int stage = step(n).stage;
     const int lane = fresh(lane_id());
+    // Additions to many columns, all at once, would stand in the way of what the products read; but who waits for his
+    // turn to add does so last.
+    constexpr bool kInHalves = S.head_dim > 128 && !S.deterministic;
+    constexpr int kHalf = kInHalves ? Dq::kN / 4 * 2 : 0;
+    if constexpr (kHalf > 0) add_dq<kCareful, 0, kHalf>(n, lane);
     add_columns<kCareful>(sums.dv, weights(n), dout_tile(stage), lane);
+    if constexpr (kInHalves) add_dq<kCareful, kHalf, Dq::kN>(n, lane);
     add_columns<kCareful>(sums.dk, ds_tile(n), q_tile(stage), lane);
+    if constexpr (!kInHalves) add_dq<kCareful, 0, Dq::kN>(n, lane);
+  }
+
+  /// What a tile adds to dq, of columns [kBegin, kEnd) of a warp's pieces.
+  template <bool kCareful, int kBegin, int kEnd>
+  FOVEA_DEVICE void add_dq(int n, int lane) const {
     if (!Dq::works()) return;
-    Dq dq;
+    Accumulator dq[Dq::kM][kEnd - kBegin];
+    const int column = Dq::column() + 8 * kBegin;
     const EntryTile ds = ds_tile(n);
     const KTile k_columns = k_tile();
     if constexpr (kCareful) {
-      clear(dq.c);
+      clear(dq);
       multiply_seen<S.block_n>(
-          dq, [&](int k, int row) { return ds.at(row, k); },
-          [&](int k, int column) { return k_columns.at(k, column); });
+          dq, Dq::row(), column, [&](int k, int row) { return ds.at(row, k); },
+          [&](int k, int at) { return k_columns.at(k, at); });
     } else {
       const auto a = corner_a<true>(ds, lane, Dq::row(), 0);
-      const auto b = corner_b_columns(k_columns, lane, 0, Dq::column());
+      const auto b = corner_b_columns(k_columns, lane, 0, column);
       multiply_steps<S, S.block_n / kStep<S.type>>(
-          dq.c, [&](int i, int k) { return load_a<true>(a, 16 * i, k); },
+          dq, [&](int i, int k) { return load_a<true>(a, 16 * i, k); },
           [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); },
           [](int) { return Accumulator{}; });
     }
     if constexpr (S.deterministic) await_turn(n);
-    float* sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
+    float* const sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
 #pragma unroll
-    for (int x = 0; x < Dq::kM * Dq::kN; ++x) reduce(sum + x * 128, dq.c[x / Dq::kN][x % Dq::kN]);
+    for (int i = 0; i < Dq::kM; ++i) {
+#pragma unroll
+      for (int j = kBegin; j < kEnd; ++j) reduce(sum + (i * Dq::kN + j) * 128, dq[i][j - kBegin]);
+    }
     if constexpr (S.deterministic) __threadfence();
   }
 
@@ -437,7 +453,7 @@ struct Backward {
     if (!C::works()) return;
     if constexpr (kCareful) {
       multiply_seen<S.block_m>(
-          sum, [&](int k, int row) { return entries.at(k, row); },
+          sum.c, C::row(), C::column(), [&](int k, int row) { return entries.at(k, row); },
           [&](int k, int column) { return rows.at(k, column); });
     } else {
       const auto a = corner_a_columns(entries, lane, 0, C::row());
@@ -450,12 +466,12 @@ struct Backward {
 
   /// The slow product, term by term, that leaves out hidden entries of A: for tiles in which something hidden may not
   /// be finite.
-  template <int kSteps, class C, class A, class B>
-  FOVEA_DEVICE static void multiply_seen(C& sum, const A& a, const B& b) {
-    const int row = fresh(C::row() + lane_id() / 4), column = fresh(C::column() + lane_id() % 4 * 2);
+  template <int kSteps, int kM, int kN, class A, class B>
+  FOVEA_DEVICE static void multiply_seen(Accumulator (&sum)[kM][kN], int first_row, int first_column, const A& a,
+                                         const B& b) {
+    const int row = fresh(first_row + lane_id() / 4), column = fresh(first_column + lane_id() % 4 * 2);
 #pragma unroll 1
     for (int k = 0; k < kSteps; ++k) {
-      constexpr int kM = C::kGrid.rows / 16, kN = C::kGrid.columns / 8;
       float factors[kM][2];
 #pragma unroll
       for (int x = 0; x < 2 * kM; ++x) factors[x / 2][x % 2] = read_shared<S.type>(a(k, row + 8 * x));
@@ -467,7 +483,7 @@ struct Backward {
 #pragma unroll
           for (int x = 0; x < 2 * kM; ++x) {
             const float factor = factors[x / 2][x % 2];
-            if (!GradientTile<S>::hidden(factor)) sum.c[x / 2][j].x[x % 2 * 2 + e] += factor * other;
+            if (!GradientTile<S>::hidden(factor)) sum[x / 2][j].x[x % 2 * 2 + e] += factor * other;
           }
         }
       }
