@@ -428,7 +428,7 @@ struct Backward {
     const KTile k_columns = k_tile();
     if constexpr (kCareful) {
       clear(dq);
-      multiply_seen<S.block_n>(
+      multiply_seen<S, S.block_n>(
           dq, Dq::row(), column, [&](int k, int row) { return ds.at(row, k); },
           [&](int k, int at) { return k_columns.at(k, at); });
     } else {
@@ -453,7 +453,7 @@ struct Backward {
   FOVEA_DEVICE static void add_columns(C& sum, const EntryTile& entries, const RowTile& rows, int lane) {
     if (!C::works()) return;
     if constexpr (kCareful) {
-      multiply_seen<S.block_m>(
+      multiply_seen<S, S.block_m>(
           sum.c, C::row(), C::column(), [&](int k, int row) { return entries.at(k, row); },
           [&](int k, int column) { return rows.at(k, column); });
     } else {
@@ -462,32 +462,6 @@ struct Backward {
       multiply_steps<S, S.block_m / kStep<S.type>>(
           sum.c, [&](int i, int k) { return load_a_columns(a, 16 * i, k); },
           [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); }, OnTop{});
-    }
-  }
-
-  /// The slow product, term by term, that leaves out hidden entries of A: for tiles in which something hidden may not
-  /// be finite.
-  template <int kSteps, int kM, int kN, class A, class B>
-  FOVEA_DEVICE static void multiply_seen(Accumulator (&sum)[kM][kN], int first_row, int first_column, const A& a,
-                                         const B& b) {
-    const int row = fresh(first_row + lane_id() / 4), column = fresh(first_column + lane_id() % 4 * 2);
-#pragma unroll 1
-    for (int k = 0; k < kSteps; ++k) {
-      float factors[kM][2];
-#pragma unroll
-      for (int x = 0; x < 2 * kM; ++x) factors[x / 2][x % 2] = read_shared<S.type>(a(k, row + 8 * x));
-#pragma unroll
-      for (int j = 0; j < kN; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float other = read_shared<S.type>(b(k, column + 8 * j + e));
-#pragma unroll
-          for (int x = 0; x < 2 * kM; ++x) {
-            const float factor = factors[x / 2][x % 2];
-            if (!GradientTile<S>::hidden(factor)) sum[x / 2][j].x[x % 2 * 2 + e] += factor * other;
-          }
-        }
-      }
     }
   }
 

@@ -51,6 +51,17 @@ FOVEA_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.c
 FOVEA_DEVICE void fence_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 FOVEA_DEVICE void meet(u32 id, u32 threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+/// The same; whether anybody says yes.
+FOVEA_DEVICE bool meet_any(u32 id, u32 threads, bool yes) {
+  u32 any;
+  asm volatile(
+      "{ .reg .pred mine, all;\nsetp.ne.u32 mine, %3, 0;\nbarrier.red.or.pred all, %1, %2, mine;\n"
+      "selp.u32 %0, 1, 0, all; }"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(static_cast<u32>(yes))
+      : "memory");
+  return any != 0;
+}
 FOVEA_DEVICE void pass(u32 id, u32 threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
