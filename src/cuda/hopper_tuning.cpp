@@ -28,7 +28,7 @@ int weight_of(const ForwardSm90Spec& s) { return s.mask + s.alibi + 2 * s.dropou
 constexpr std::array kTiles{
     // As they are.
     Tile{64, 3, 128, 2, false, true, 0},
-    Tile{128, 2, 128, 2, true, false, 0},
+    Tile{128, 2, 128, 2, true, true, 0},
     Tile{192, 2, 112, 1, false, false, 0},
     Tile{256, 2, 80, 1, false, true, 0},
     // With options.

@@ -61,12 +61,17 @@ struct Consumer {
     Out o;
     if constexpr (S.mask) {
       attend_steps(work, rules, soft, o, unit);
-      state.q.release(n);
+      release_q();
     } else {
       attend_all(work, rules, soft, o, unit);
     }
-    const Epilogue<S> epilogue{p, work, rules, warp_row()};
+    const Epilogue<S> epilogue{p, work, rules, state.q, n, at.q(state.q.place(n)), warp_row()};
     epilogue.finish(o, soft.reference, soft.sum);
+  }
+
+  /// All scores are made.
+  FOVEA_DEVICE void release_q() {
+    if constexpr (!Epilogue<S>::kThroughQ) state.q.release(n);
   }
 
   FOVEA_DEVICE static void clear(Out& o) {
@@ -78,7 +83,7 @@ struct Consumer {
     const Interval own = own_tiles(work);
     skip(work.tiles.end - own.end);
     if (own.empty()) {
-      state.q.release(n);
+      release_q();
       return clear(o);
     }
     Scores s;
@@ -89,7 +94,7 @@ struct Consumer {
 #pragma unroll 1
     for (--step.tile; step.tile >= own.begin; --step.tile, add = 1)
       next_tile(work, rules, soft, s, weights, o, unit, step, add);
-    state.q.release(n);
+    release_q();
     last_values(weights, o, add);
     skip(own.begin - work.tiles.begin);
   }

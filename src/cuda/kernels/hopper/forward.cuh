@@ -14,9 +14,9 @@ __device__ void forward_sm90(const ForwardSm90Params& p) {
   static_assert(sizeof(State<S>) <= kStateBytes);
   State<S>& state = *reinterpret_cast<State<S>*>(shared + shared_bytes(S) - kStateBytes);
   if (threadIdx.x == 0) {
-    state.work[State<S>::kWorks - 1].tiles = {};  // what comes before the first tile of rows
     constexpr u32 kWarps = S.warpgroups * 4;
     state.q.begin(kWarps), state.k.begin(kWarps), state.v.begin(kWarps);
+    state.known.begin(1), state.late.begin(1);
     fence_barriers();
     fence_engine();
   }

@@ -2,7 +2,8 @@
 
 #include "cuda/kernels/hopper/state.cuh"
 
-// The warpgroup that has Q, K and V copied: by one thread through the copy engine, or by hand.
+// The warpgroup that has Q, K and V copied.  Through the copy engine one warp sees to keys and values, and another one
+// finds the next tile of rows meanwhile; by hand all threads do one after the other.
 namespace fovea::cuda {
 
 /// kByEngine: the copy engine can read q, k and v.
@@ -12,26 +13,29 @@ struct Producer {
   State<S>& state;
   const Layout<S> at;
   u32 keys = 0;  // tiles of them so far
-  int tile = 0;  // of rows, the last one claimed
 
   static constexpr u32 kMeeting = 1;  // the producers' barrier
-  /// Tiles of keys, at most, that are left to load when the next tile of rows is claimed: it takes registers.
-  static constexpr int kEarly = producer_registers(S) >= 56 ? 2 : 0;
+  static constexpr int kEarly = 2;    // tiles of keys, at most, that are left to load when the next rows are claimed
   FOVEA_DEVICE static int thread() { return static_cast<int>(threadIdx.x % 128); }
-  FOVEA_DEVICE static bool leads() { return thread() == 0; }
+  FOVEA_DEVICE static bool leads() { return kByEngine ? lane_id() == 0 : thread() == 0; }
 
-  /// By one thread; by a warp where it looks for what a mask leaves; by all where they copy by hand.
   FOVEA_DEVICE void run() {
-    if (kByEngine && thread() >= (S.mask ? kWarp : 1)) return;
-    tile = static_cast<int>(blockIdx.x);
+    int tile = static_cast<int>(blockIdx.x);
+    if constexpr (!kByEngine) {
 #pragma unroll 1
-    for (u32 n = 0; n == 0 || work_of(n - 1).rows.left() > 0; ++n) load_before(n);
+      for (u32 n = 0; find(n, tile); ++n) load(n);
+    } else if (thread() / kWarp == 0) {
+      if (S.mask || leads()) load_all();
+    } else if (thread() / kWarp == 1 && leads()) {
+#pragma unroll 1
+      for (u32 n = 0; find(n, tile); ++n) state.late.wait(n & 1);
+    }
   }
 
   FOVEA_DEVICE Work<S>& work_of(u32 n) const { return state.work[n % State<S>::kWorks]; }
 
-  /// Finds the n-th tile of rows, and has its Q copied where there are places for two.
-  FOVEA_DEVICE void prepare(u32 n) {
+  /// Claims the n-th tile of rows and has its Q copied; false where there is none.
+  FOVEA_DEVICE bool find(u32 n, int& tile) const {
     Work<S>& work = work_of(n);
     if (leads()) {
       if (n > 0) tile = Tickets::next(p, tile);
@@ -39,40 +43,43 @@ struct Producer {
         work.find(p, tile);
         if (work.rows.left() > 0) break;
       }
-      if (tile >= p.tiles) work.rows = {};  // nothing is left
+      if (tile >= p.tiles) work.rows = {};
+      if constexpr (kByEngine) state.known.arrive();
     }
     share();
-    if constexpr (S.q_stages > 1) load_q(n);
-  }
-
-  FOVEA_DEVICE void load_q(u32 n) const {
-    const Work<S>& work = work_of(n);
     const Sequence& sequence = work.sequence;
     const int place = state.q.place(n);
     state.q.await_empty(n);
     if (work.rows.left() <= 0) {
       if (leads()) state.q.full[place].arrive();
-      return;
+      return false;
     }
     load_tile<block_m(S), S.head_dim>(at.q(place), state.q.full[place], p.q_map,
                                       {sequence.q_begin + work.rows.first, work.rows.first_head, sequence.batch},
                                       Keep::kNo, work.rows.left(), p.q,
                                       [&] { return sequence.q_row(p.q, work.rows.first, work.rows.first_head); });
+    return true;
   }
 
   FOVEA_DEVICE void share() const {
-    if constexpr (!kByEngine) {
-      meet(kMeeting, 128);
-    } else if constexpr (S.mask) {
-      __syncwarp();
+    if constexpr (!kByEngine) meet(kMeeting, 128);
+  }
+
+  /// By a thread, or a warp where that looks for what a mask leaves.
+  FOVEA_DEVICE void load_all() {
+#pragma unroll 1
+    for (u32 n = 0;; ++n) {
+      state.known.wait(n & 1);
+      if (work_of(n).rows.left() <= 0) break;
+      load(n);
     }
   }
 
-  /// The keys and values of the tile of rows before the n-th, K a tile ahead of V, and what there is to do for that
-  /// one: late, so that all blocks end together, but not so late that anybody waits for it.
-  FOVEA_DEVICE void load_before(u32 n) {
-    const Work<S>& work = work_of(n - 1);
-    bool prepared = false;
+  /// Keys and values of the n-th tile of rows, K a tile ahead of V.  The next rows are claimed late, so that all blocks
+  /// end together, but not so late that anybody waits for them.
+  FOVEA_DEVICE void load(u32 n) {
+    const Work<S>& work = work_of(n);
+    bool late = false;
     Walk<S> walk(p, work);
 #pragma unroll 1
     for (;; walk.advance(), ++keys) {
@@ -85,14 +92,15 @@ struct Producer {
         }
         load_keys<S.head_dim>(work, walk.now().tile, at.k(place), state.k.full[place], p.k_map, p.k);
       }
+      if constexpr (kByEngine) {
+        if (!late && (!there || walk.now().tile < work.tiles.begin + kEarly)) {
+          if (leads()) state.late.arrive();
+          late = true;
+        }
+      }
       if (walk.any_before()) load_values(work, walk.before(), keys - 1);
       if (!there) break;
-      if constexpr (kEarly > 0) {
-        if (!prepared && walk.now().tile < work.tiles.begin + kEarly) prepare(n), prepared = true;
-      }
     }
-    if (!prepared) prepare(n);
-    if constexpr (S.q_stages == 1) load_q(n);
   }
 
   FOVEA_DEVICE void load_values(const Work<S>& work, int tile, u32 n) {

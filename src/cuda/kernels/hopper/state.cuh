@@ -10,6 +10,7 @@ template <ForwardSm90Spec S>
 struct State {
   Ring<S.q_stages> q;
   Ring<S.stages> k, v;
+  Barrier known, late;              // the next tile of rows; when to look for the one after
   static constexpr int kWorks = 4;  // the next one is known before Q is given back, and that before out is written
   Work<S> work[kWorks];
   Step steps[S.mask ? S.stages : 1];  // of the tiles of K in the ring
