@@ -1,0 +1,160 @@
+#pragma once
+
+#include "cuda/kernels/gradient_tile.cuh"
+
+// What `gradient_tile.cuh` does with rows of S and dP, done with Sᵀ and dPᵀ, which come out as the A operands of dv and
+// dk.
+namespace fovea::cuda {
+
+/// Two words that lie side by side.
+FOVEA_DEVICE float2 load_shared_two(u32 address) {
+  float2 two;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(two.x), "=f"(two.y) : "r"(address) : "memory");
+  return two;
+}
+
+/// Pᵀ and dSᵀ of a warp's 16 keys and a tile of rows.  A lane has the keys l / 4 and 8 on, of the rows 8j + 2 (l % 4)
+/// and the next.  A hidden entry is −0 in both, a visible one never.
+template <BackwardSpec S>
+struct GradientColumns {
+  static constexpr int kN = S.block_m / 8;
+  using Entries = Accumulator[1][kN];
+  using Packed = OperandA[S.block_m / 16];
+  using Rules = ScoreRules<S, false, AsTheyAre>;
+
+  const Rules& rules;
+  int key;  // the lane's first
+  math::DropoutStream stream;
+  u32 kept[S.dropout ? kN / 8 : 1];  // bit 4j + e of them
+
+  FOVEA_DEVICE static int row_of(int j, int e) { return 8 * j + lane_id() % 4 * 2 + e % 2; }
+  FOVEA_DEVICE int key_of(int e) const { return key + e / 2 * 8; }
+
+  /// Sᵀ becomes Pᵀ.  kHides: some entry may be hidden; returns 0 where all was finite then.
+  template <bool kHides>
+  FOVEA_DEVICE float weigh(Entries& s, u32 log2_lse) {
+    const float unit = kBareScores<S> ? rules.p.scale * kLog2E : 1.0F;  // of any sign: hidden entries are told apart
+    const float check = kHides ? not_finite(s) : 0.0F;
+    if constexpr (!kBareScores<S>) {
+      each([&](int j, int e) { s[0][j].x[e] = rules.score(s[0][j].x[e], row_of(j, e), key_of(e), 0.0F, nullptr); });
+    }
+    if constexpr (kHides) hide_outside_band(s);
+    if constexpr (S.dropout) draw();
+    const u32 mine = log2_lse + lane_id() % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      const float2 lse = load_shared_two(mine + 32 * j);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float x = s[0][j].x[e], weight = exp2(x * unit - (e % 2 == 0 ? lse.x : lse.y));
+        s[0][j].x[e] = kHides && x == -infinity() ? -0.0F : weight;
+      }
+    }
+    return check;
+  }
+
+  /// dPᵀ becomes dSᵀ; of a visible entry never −0.  Returns what `weigh` does.  Weights are read from where they are
+  /// packed: there are no registers to keep more of their digits.
+  template <bool kHides>
+  FOVEA_DEVICE float differentiate(Entries& dp, const Packed& weights, u32 delta) const {
+    const float check = kHides ? not_finite(dp) : 0.0F;
+    const u32 mine = delta + lane_id() % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      const float2 two = load_shared_two(mine + 32 * j);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& d = dp[0][j].x[e];
+        const float weight = unpacked(weights, j, e);
+        if constexpr (S.dropout) d = (keeps(j, e) ? d : 0.0F) * rules.p.keep_scale;
+        d -= e % 2 == 0 ? two.x : two.y;
+        d = kHides && is_hidden(weight) ? -0.0F : weight * d + 0.0F;
+      }
+    }
+    return check;
+  }
+
+  /// What the values of these rows are weighed by.
+  FOVEA_DEVICE void pack_weights(Packed& packed, const Entries& weights) const {
+    if constexpr (S.dropout) {
+      Entries left;
+      each([&](int j, int e) {
+        const float weight = weights[0][j].x[e];
+        left[0][j].x[e] = keeps(j, e) ? weight : weight * 0.0F;  // what is hidden, or not a number, stays so
+      });
+      pack(packed, left);
+    } else {
+      pack(packed, weights);
+    }
+  }
+  FOVEA_DEVICE static void pack(Packed& packed, const Entries& entries) {
+#pragma unroll
+    for (int k = 0; k < S.block_m / 16; ++k) packed[k] = operand_a<S.type>(entries[0], k);
+  }
+  FOVEA_DEVICE static float unpacked(const Packed& packed, int j, int e) {
+    const u32 two = packed[j / 2].x[j % 2 * 2 + e / 2];
+    if constexpr (S.type == Type::kBFloat16) return __uint_as_float(e % 2 == 0 ? two << 16 : two & 0xffff0000U);
+    return widen<S.type>(e % 2 == 0 ? two & 0xffffU : two >> 16);
+  }
+
+  /// Of a lane, its part of the gradient of the head's slope.
+  FOVEA_DEVICE float slope_part(const Entries& ds) const {
+    float sum = 0.0F;
+    each([&](int j, int e) { sum -= ds[0][j].x[e] * rules.distance(row_of(j, e), key_of(e)); });
+    return sum;
+  }
+
+ private:
+  template <class F>
+  FOVEA_DEVICE static void each(const F& f) {
+    for_each_entry<1, kN>([&](int, int j, int e) { f(j, e); });
+  }
+  FOVEA_DEVICE bool keeps(int j, int e) const { return (kept[j / 8] >> (4 * j % 32 + e) & 1) != 0; }
+
+  /// 0 where all is finite, NaN otherwise.
+  FOVEA_DEVICE static float not_finite(const Entries& c) {
+    float sums[4] = {};
+    each([&](int j, int e) { sums[e] += c[0][j].x[e] * 0.0F; });
+    return sums[0] + sums[1] + sums[2] + sums[3];
+  }
+
+  FOVEA_DEVICE void hide_outside_band(Entries& s) const {
+    const int first = rules.rows.first + row_of(0, 0);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      Interval seers = rules.sequence.band.rows_of_key(key_of(2 * h));
+      seers = {seers.begin - first, seers.end - first};
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[0][j].x[2 * h + e];
+          x = seers.contains(8 * j + e) ? x : -infinity();
+        }
+      }
+    }
+  }
+
+  /// Four entries share a draw: rows 8 apart and keys 8 apart.
+  FOVEA_DEVICE void draw() {
+    const u32 most = (rules.p.keep_threshold << 16) - 1;  // of a draw kept, in the upper half of a word
+    const u32 patch = math::patch_of(static_cast<u32>(key)), first = static_cast<u32>(rules.rows.first + row_of(0, 0));
+#pragma unroll
+    for (u32& word : kept) word = 0;
+#pragma unroll
+    for (int j = 0; j < kN; j += 2) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const math::Draws draws = math::draws_of_patch(stream, math::patch_of(first) + math::patch_of(8 * j + e), patch);
+#pragma unroll
+        for (int low = 0; low < 2; ++low) {
+          const int at = 4 * (j + low) % 32 + e;
+          kept[j / 8] |= static_cast<u32>(draws.words[low] << 16 <= most) << at;
+          kept[j / 8] |= static_cast<u32>(draws.words[low] <= most) << (at + 2);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace fovea::cuda
