@@ -22,6 +22,8 @@ struct BackwardConsumer {
   using DqPieces = typename Backward<S>::Dq;
   static constexpr int kKeyPanel = S.block_n * kPanelRowBytes, kRowPanel = S.block_m * kPanelRowBytes;
   static constexpr int kDqColumns = dq_columns(S);
+  /// dPᵀ is made while S is weighed, or behind that where it takes registers of its own.
+  static constexpr bool kLateDp = S.dropout || S.alibi;
   static constexpr u32 kMeeting = 2, kThreads = kBackwardConsumers * 128;  // the consumers' barrier
 
   /// What a warpgroup gathers.
@@ -117,12 +119,15 @@ struct BackwardConsumer {
     Columns columns{rules, key() + warp_key() + lane_id() / 4,
                     S.dropout ? uniform(now.stream) : math::DropoutStream{}};
     Entries dp;
-    Packed weights, ds;
+    Packed weights, kept, ds;
+    Packed& of_values = S.dropout ? kept : weights;
     bool spoiled = false;
-    issue_dp(dp, n);
+    if constexpr (!kLateDp) issue_dp(dp, n);
     float check = columns.template weigh<kHides>(s, at.log2_lse(place));
-    columns.pack_weights(weights, s);
-    if constexpr (!kHides) issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
+    columns.pack(weights, s);
+    if constexpr (S.dropout) columns.pack_kept(kept, s);
+    if constexpr (kLateDp) issue_dp(dp, n);
+    if constexpr (!kHides) issue_sum<S.head_dim_v>(sums.dv[0], of_values, at.dout(place));
     await_products<kHides ? 0 : 1>();
     pin(dp[0]);
     check += columns.template differentiate<kHides>(dp, weights, at.delta(place));
@@ -134,9 +139,9 @@ struct BackwardConsumer {
     if constexpr (kHides) {
       spoiled = meet_any(kMeeting, kThreads, !(check == 0.0F));
       if (spoiled) {
-        add_seen(n, place, weights, sums);
+        add_seen(n, place, of_values, sums);
       } else {
-        issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
+        issue_sum<S.head_dim_v>(sums.dv[0], of_values, at.dout(place));
         issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));
         await_products<0>();
         pin(sums.dv[0]), pin(sums.dk[0]);
@@ -144,7 +149,7 @@ struct BackwardConsumer {
     } else {
       meet(kMeeting, kThreads);
       await_products<1>();
-      pin(sums.dv[0]), pin(weights);
+      pin(sums.dv[0]), pin(of_values);
     }
     state.dout.release(n);
 

@@ -74,18 +74,13 @@ struct GradientColumns {
     return check;
   }
 
-  /// What the values of these rows are weighed by.
-  FOVEA_DEVICE void pack_weights(Packed& packed, const Entries& weights) const {
-    if constexpr (S.dropout) {
-      Entries left;
-      each([&](int j, int e) {
-        const float weight = weights[0][j].x[e];
-        left[0][j].x[e] = keeps(j, e) ? weight : weight * 0.0F;  // what is hidden, or not a number, stays so
-      });
-      pack(packed, left);
-    } else {
-      pack(packed, weights);
-    }
+  /// What dropout leaves of the weights; what is hidden, or not a number, stays so.
+  FOVEA_DEVICE void pack_kept(Packed& packed, Entries& weights) const {
+    each([&](int j, int e) {
+      float& weight = weights[0][j].x[e];
+      weight = keeps(j, e) ? weight : weight * 0.0F;
+    });
+    pack(packed, weights);
   }
   FOVEA_DEVICE static void pack(Packed& packed, const Entries& entries) {
 #pragma unroll
@@ -135,22 +130,23 @@ struct GradientColumns {
     }
   }
 
-  /// Four entries share a draw: rows 8 apart and keys 8 apart.
+  /// Four entries share a draw: rows 8 apart and keys 8 apart.  Few draws at once, for registers are full.
   FOVEA_DEVICE void draw() {
     const u32 most = (rules.p.keep_threshold << 16) - 1;  // of a draw kept, in the upper half of a word
-    const u32 patch = math::patch_of(static_cast<u32>(key)), first = static_cast<u32>(rules.rows.first + row_of(0, 0));
+    const u32 patch = math::patch_of(key), first = math::patch_of(rules.rows.first + row_of(0, 0));
 #pragma unroll
-    for (u32& word : kept) word = 0;
+    for (int w = 0; w < kN / 8; ++w) {
+      kept[w] = 0;
+#pragma unroll 1
+      for (u32 at = 0; at < 32; at += 8) {  // two pieces, 16 rows, a turn
 #pragma unroll
-    for (int j = 0; j < kN; j += 2) {
+        for (u32 e = 0; e < 2; ++e) {
+          const math::Draws draws = math::draws_of_patch(stream, first + w * 32 + at + e, patch);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const math::Draws draws = math::draws_of_patch(stream, math::patch_of(first) + math::patch_of(8 * j + e), patch);
-#pragma unroll
-        for (int low = 0; low < 2; ++low) {
-          const int at = 4 * (j + low) % 32 + e;
-          kept[j / 8] |= static_cast<u32>(draws.words[low] << 16 <= most) << at;
-          kept[j / 8] |= static_cast<u32>(draws.words[low] <= most) << (at + 2);
+          for (u32 low = 0; low < 2; ++low) {
+            kept[w] |= static_cast<u32>(draws.words[low] << 16 <= most) << (at + 4 * low + e);
+            kept[w] |= static_cast<u32>(draws.words[low] <= most) << (at + 4 * low + e + 2);
+          }
         }
       }
     }
