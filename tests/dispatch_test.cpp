@@ -103,7 +103,7 @@ TEST(Dispatch, HopperHasKernelsOfItsOwnAndSaysWhatTheyDoNotRun) {
            std::pair{"fwd bf16 b1 hq1 sq512 d36 dv40", "head_dim (36) is no multiple of 8"},
            std::pair{"fwd bf16 b1 hq1 sq512 d40 dv264", "head_dim_v (264) is above 256"},
            std::pair{"fwd bf16 b1 hq8 hkv2 sq16 skv4096 d128", "seqlen_q (16) is short"},
-           std::pair{"bwd bf16 b1 hq1 sq512 d64", "no backward pass"},
+           std::pair{"bwd bf16 b1 hq1 sq512 d64 softcap=30", "backward pass takes no softcap"},
        }) {
     const Report told = report(line);
     EXPECT_EQ(told.backend, "cuda_portable") << line;

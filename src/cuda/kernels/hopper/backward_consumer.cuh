@@ -116,8 +116,7 @@ struct BackwardConsumer {
     const i64 slot = now.slot;
     const RowMap<false> rows{now.tile * S.block_m, state.walk.sequence.q_rows, now.head, 1};
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
-    Columns columns{rules, key() + warp_key() + lane_id() / 4,
-                    S.dropout ? uniform(now.stream) : math::DropoutStream{}};
+    Columns columns{rules, key() + warp_key() + lane_id() / 4, S.dropout ? uniform(now.stream) : math::DropoutStream{}};
     Entries dp;
     Packed weights, kept, ds;
     Packed& of_values = S.dropout ? kept : weights;
