@@ -83,7 +83,7 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
   BackwardShape shape;
   BackwardSpec& spec = shape.spec;
   spec = backward_spec(problem, kHopper);
-  if (spec.deterministic || spec.mask || spec.bias || spec.softcap) return std::nullopt;
+  if (spec.mask || spec.bias || spec.softcap) return std::nullopt;
   spec.block_n = kKeys, spec.warps = kWarps, spec.stages = kStages;
   const std::int64_t widest = std::max(problem.head_dim, problem.head_dim_v);
   const auto fits = [&](const Tile& tile) {
@@ -93,7 +93,7 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
   };
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
   share_out(problem, shape);
-  if (spec.band) shape.heads_abreast = kv_heads_abreast(problem, kMostAbreast);
+  if (spec.band && !spec.deterministic) shape.heads_abreast = kv_heads_abreast(problem, kMostAbreast);
   return shape;
 }
 
@@ -122,7 +122,6 @@ void refuse_backward_sm90(const Problem& problem, Verdict& verdict) {
   refuse(problem.mask.has_value(), "boolean mask");
   refuse(problem.bias.has_value(), "bias");
   refuse(problem.softcap != 0.0F, "softcap");
-  if (problem.deterministic) reasons.emplace_back("its backward pass adds dq up in no fixed order");
   if (!reasons.empty()) return;
   const auto shape = choose_backward_sm90(problem);
   if (!shape) {

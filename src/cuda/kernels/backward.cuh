@@ -184,6 +184,29 @@ struct Walk {
   }
 };
 
+/// Where bits must not change, dq is added up key block by key block.
+struct Turn {
+  const Step& step;
+
+  /// By a whole warp.
+  FOVEA_DEVICE void await(const BackwardParams& p) const {
+    if (lane_id() == 0) {
+      const int mine = step.turn;
+      const int* ticket = p.tickets + step.slot;
+      int now;
+      do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(ticket) : "memory");
+      } while (now != mine);
+    }
+    __syncwarp();
+  }
+  /// By one thread, behind a barrier that all additions came before.
+  FOVEA_DEVICE void pass(const BackwardParams& p) const {
+    __threadfence();
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + step.slot), "r"(step.turn + 1) : "memory");
+  }
+};
+
 template <BackwardSpec S>
 struct Backward {
   static constexpr int kThreads = S.warps * kWarp;
@@ -439,7 +462,7 @@ struct Backward {
           [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); },
           [](int) { return Accumulator{}; });
     }
-    if constexpr (S.deterministic && kBegin == 0) await_turn(n);
+    if constexpr (S.deterministic && kBegin == 0) Turn{step(n)}.await(p);
     float* const sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
 #pragma unroll
     for (int i = 0; i < Dq::kM; ++i) {
@@ -465,25 +488,9 @@ struct Backward {
     }
   }
 
-  // ---- turns: where bits must not change, dq is added up key block by key block
-
-  FOVEA_DEVICE void await_turn(int n) const {
-    if (lane_id() == 0) {
-      const int mine = step(n).turn;
-      const int* ticket = p.tickets + step(n).slot;
-      int now;
-      do {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(ticket) : "memory");
-      } while (now != mine);
-    }
-    __syncwarp();
-  }
   /// Called behind a barrier that all additions of step n, if there is one, came before.
   FOVEA_DEVICE void pass_turn(int n) const {
-    if (n < 0 || threadIdx.x != 0) return;
-    __threadfence();
-    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + step(n).slot), "r"(step(n).turn + 1)
-                 : "memory");
+    if (n >= 0 && threadIdx.x == 0) Turn{step(n)}.pass(p);
   }
 
   FOVEA_DEVICE float* slope_part(int head) const {
@@ -527,17 +534,20 @@ struct Backward {
   }
 };
 
-/// Blocks are numbered as `Walk` says; where one waits for others, as they begin, so that those have begun.
+/// The number of this block; where one waits for others, as they begin, so that those have begun.
+template <BackwardSpec S>
+FOVEA_DEVICE int number_of_block(const BackwardParams& p) {
+  const bool turns = S.deterministic && p.row_blocks > 0;  // without rows nobody has cleared the tickets
+  return turns ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x);
+}
+
+/// Blocks are numbered as `Walk` says.
 template <BackwardSpec S>
 __device__ void backward(const BackwardParams& p) {
   static_assert(sizeof(Walk<S>) <= kWalkBytes);
   extern __shared__ __align__(128) char shared[];
   Walk<S>& walk = *reinterpret_cast<Walk<S>*>(shared + BackwardShared::of(S).walk);
-  if (threadIdx.x == 0) {
-    const bool turns = S.deterministic && p.row_blocks > 0;  // without rows nobody has cleared the tickets
-    const int block = turns ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x);
-    walk = Walk<S>(p, block);
-  }
+  if (threadIdx.x == 0) walk = Walk<S>(p, number_of_block<S>(p));
   __syncthreads();
   if (walk.key_block * S.block_n >= walk.sequence.kv_rows) return;
   Backward<S>{p, walk, walk.sequence, shared_address(shared)}.run();

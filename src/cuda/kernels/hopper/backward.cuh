@@ -15,7 +15,7 @@ __device__ void backward_sm90(const BackwardSm90Params& p) {
   static_assert(sizeof(BackwardState<S>) <= BackwardSm90Shared::kStateBytes);
   BackwardState<S>& state = *reinterpret_cast<BackwardState<S>*>(shared + kShared.state);
   if (threadIdx.x == 0) {
-    state.walk = Walk<S>(p, static_cast<int>(blockIdx.x));
+    state.walk = Walk<S>(p, number_of_block<S>(p));
     state.k.begin(1), state.v.begin(1);
     state.q.begin(S.warps), state.dout.begin(S.warps);
     fence_barriers();

@@ -45,8 +45,9 @@ struct BackwardConsumer {
   FOVEA_DEVICE int warp_row() const { return (shares_rows(S) ? group * kGroupRows : 0) + warp_id() % 4 * 16; }
   FOVEA_DEVICE int first_column() const { return shares_rows(S) ? 0 : group * kDqColumns; }
 
-  FOVEA_DEVICE void run() {
+  FOVEA_DEVICE void run() const {
     Sums sums;
+    u32 n = 0;
     clear(sums.dk), clear(sums.dv);
     pin(sums.dk[0]), pin(sums.dv[0]);
     if constexpr (S.alibi) clear_slope_parts();
@@ -57,13 +58,15 @@ struct BackwardConsumer {
     await_products<0>();
     pin(s[0]);
 #pragma unroll 1
-    for (u32 n = 0; step(n).exists; ++n) {
+    for (; step(n).exists; ++n) {
       if (step(n).template full<S.mask>()) {
         tile<false>(n, s, sums);
       } else {
         tile<true>(n, s, sums);
       }
     }
+    meet(kMeeting, kThreads);
+    if constexpr (S.deterministic) pass_turn(n);
     store(sums);
   }
 
@@ -150,6 +153,7 @@ struct BackwardConsumer {
       await_products<1>();
       pin(sums.dv[0]), pin(of_values);
     }
+    if constexpr (S.deterministic) pass_turn(n);
     state.dout.release(n);
 
     Accumulator dq[1][kDqColumns / 8];
@@ -163,7 +167,9 @@ struct BackwardConsumer {
     await_products<1>();
     pin(dq[0]);
     if (kHides && spoiled) make_seen_dq(dq, n);
+    if constexpr (S.deterministic) Turn{step(n)}.await(p);
     add_dq(dq[0], slot);
+    if constexpr (S.deterministic) __threadfence();
     await_products<0>();
     pin(s[0]);
   }
@@ -184,6 +190,11 @@ struct BackwardConsumer {
       const int piece = shares_rows(S) || group == 0 ? DqPieces::piece(0, j) : DqPieces::piece(0, kFirst + j);
       if (first_column() + 8 * j < S.head_dim) reduce(sum + piece * 128, dq[j]);
     }
+  }
+
+  /// Of the step before the n-th, behind a barrier.
+  FOVEA_DEVICE void pass_turn(u32 n) const {
+    if (n > 0 && threadIdx.x == 128) Turn{step(n - 1)}.pass(p);
   }
 
   // ---- where something hidden is not finite
@@ -241,11 +252,10 @@ struct BackwardConsumer {
 
   // ---- the end
 
-  /// Through shared memory, in the place of k and v, by each warp for its keys.
+  /// Through shared memory, in the place of k and v, which nobody still reads, by each warp for its keys.
   FOVEA_DEVICE void store(const Sums& sums) const {
     const Walk<S>& walk = state.walk;
     const Sequence& sequence = walk.sequence;
-    meet(kMeeting, kThreads);  // nobody still reads them
     place(at.k(), sums.dk[0], p.scale);
     place(at.v(), sums.dv[0], S.dropout ? p.keep_scale : 1.0F);
     __syncwarp();
