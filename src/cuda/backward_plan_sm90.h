@@ -10,7 +10,12 @@ namespace fovea::cuda {
 
 inline constexpr int kBackwardConsumers = 2;  // warpgroups
 inline constexpr int kBackwardThreads = (kBackwardConsumers + 1) * 128;
-inline constexpr int kBackwardProducerRegisters = 40, kBackwardConsumerRegisters = 232;
+
+/// Of a thread; together what the launch gave, three times 168.
+FOVEA_FN constexpr int producer_registers(const BackwardSpec& s) {
+  return !s.mask ? 40 : s.deterministic ? 72 : 56;
+}
+FOVEA_FN constexpr int consumer_registers(const BackwardSpec& s) { return (3 * 168 - producer_registers(s)) / 2; }
 
 /// Where rows of a tile are enough for both warpgroups, each makes dq of 64 rows; else of half of the columns.
 FOVEA_FN constexpr bool shares_rows(const BackwardSpec& s) { return s.block_m == kBackwardConsumers * kGroupRows; }

@@ -39,11 +39,12 @@ class BackwardSm90Plan final : public PlannedKernel {
   [[nodiscard]] std::size_t workspace_bytes() const override { return call_.workspace_bytes(); }
 
   [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override {
+    const BackwardSpec& spec = call_.shape().spec;
     std::vector<std::pair<std::string, std::string>> list{
         {"kernel", main_.describe()},
-        {"tile", describe_tile(call_.shape().spec) + ", " + std::to_string(kBackwardConsumers) + " warpgroups of " +
-                     std::to_string(kBackwardConsumerRegisters) + " registers and one of " +
-                     std::to_string(kBackwardProducerRegisters)}};
+        {"tile", describe_tile(spec) + ", " + std::to_string(kBackwardConsumers) + " warpgroups of " +
+                     std::to_string(consumer_registers(spec)) + " registers and one of " +
+                     std::to_string(producer_registers(spec))}};
     std::ranges::copy(call_.details(), std::back_inserter(list));
     return list;
   }

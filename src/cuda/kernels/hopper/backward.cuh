@@ -26,14 +26,14 @@ __device__ void backward_sm90(const BackwardSm90Params& p) {
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 128), 0);
   const BackwardLayout<S> at{shared_address(shared)};
   if (group == 0) {
-    give_registers<kBackwardProducerRegisters>();
+    give_registers<producer_registers(S)>();
     if (p.by_engine) {
       BackwardProducer<S, true>{p, state, at}.run();
     } else {
       BackwardProducer<S, false>{p, state, at}.run();
     }
   } else {
-    take_registers<kBackwardConsumerRegisters>();
+    take_registers<consumer_registers(S)>();
     BackwardConsumer<S>{p, state, at, group - 1}.run();
   }
 }

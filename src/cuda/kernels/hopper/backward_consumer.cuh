@@ -23,7 +23,7 @@ struct BackwardConsumer {
   static constexpr int kKeyPanel = S.block_n * kPanelRowBytes, kRowPanel = S.block_m * kPanelRowBytes;
   static constexpr int kDqColumns = dq_columns(S);
   /// dPᵀ is made while S is weighed, or behind that where it takes registers of its own.
-  static constexpr bool kLateDp = S.dropout || S.alibi;
+  static constexpr bool kLateDp = S.dropout || S.alibi || S.softcap;
   static constexpr u32 kMeeting = 2, kThreads = kBackwardConsumers * 128;  // the consumers' barrier
 
   /// What a warpgroup gathers.
@@ -47,6 +47,7 @@ struct BackwardConsumer {
 
   FOVEA_DEVICE void run() const {
     Sums sums;
+    typename Columns::Bits seen;
     u32 n = 0;
     clear(sums.dk), clear(sums.dv);
     pin(sums.dk[0]), pin(sums.dv[0]);
@@ -55,14 +56,15 @@ struct BackwardConsumer {
     state.v.wait(0);
     Entries s;
     issue_scores(s, 0);
+    if constexpr (S.mask) look_up(seen, 0);
     await_products<0>();
     pin(s[0]);
 #pragma unroll 1
     for (; step(n).exists; ++n) {
       if (step(n).template full<S.mask>()) {
-        tile<false>(n, s, sums);
+        tile<false>(n, s, seen, sums);
       } else {
-        tile<true>(n, s, sums);
+        tile<true>(n, s, seen, sums);
       }
     }
     meet(kMeeting, kThreads);
@@ -113,13 +115,13 @@ struct BackwardConsumer {
 
   /// kHides: some entry may be hidden.  Where what is hidden is not finite, sums are made term by term of what is seen.
   template <bool kHides>
-  FOVEA_DEVICE void tile(u32 n, Entries& s, Sums& sums) const {
+  FOVEA_DEVICE void tile(u32 n, Entries& s, typename Columns::Bits& seen, Sums& sums) const {
     const Step& now = step(n);
     const int place = state.q.place(n);
     const i64 slot = now.slot;
-    const RowMap<false> rows{now.tile * S.block_m, state.walk.sequence.q_rows, now.head, 1};
+    const RowMap<false> rows = rows_of(now);
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
-    Columns columns{rules, key() + warp_key() + lane_id() / 4, S.dropout ? uniform(now.stream) : math::DropoutStream{}};
+Columns columns{rules, lane_key(), S.dropout ? uniform(now.stream) : math::DropoutStream{}, seen, {}, {}};
     Entries dp;
     Packed weights, kept, ds;
     Packed& of_values = S.dropout ? kept : weights;
@@ -134,6 +136,7 @@ struct BackwardConsumer {
     pin(dp[0]);
     check += columns.template differentiate<kHides>(dp, weights, at.delta(place));
     if constexpr (S.alibi) add_slope(n, columns.slope_part(dp), sums.slope);
+    if constexpr (S.softcap) columns.pass_softcap(dp);
     columns.pack(ds, dp);
     if constexpr (!kHides) issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));  // hides what a shared dS costs
     put(ds, n);
@@ -164,6 +167,7 @@ struct BackwardConsumer {
     }
     state.q.release(n);
     issue_scores(s, n + 1);
+    if constexpr (S.mask) look_up(seen, n + 1);
     await_products<1>();
     pin(dq[0]);
     if (kHides && spoiled) make_seen_dq(dq, n);
@@ -172,6 +176,23 @@ struct BackwardConsumer {
     if constexpr (S.deterministic) __threadfence();
     await_products<0>();
     pin(s[0]);
+  }
+
+  FOVEA_DEVICE RowMap<false> rows_of(const Step& at) const {
+    return {at.tile * S.block_m, state.walk.sequence.q_rows, at.head, 1};
+  }
+  FOVEA_DEVICE int lane_key() const { return key() + warp_key() + lane_id() / 4; }
+
+  /// A tile ahead, while products are made.
+  FOVEA_DEVICE void look_up(typename Columns::Bits& seen, u32 n) const {
+    const Step& next = step(n);
+    if (next.exists && next.mask == TileState::kPartial) {
+      const RowMap<false> rows = rows_of(next);
+      Columns::look_up(seen, {p, state.walk.sequence, rows}, lane_key());
+    } else {
+#pragma unroll
+      for (u32& word : seen) word = ~0U;
+    }
   }
 
   /// dS, [row][key], to where both warpgroups find it.

@@ -21,14 +21,38 @@ struct GradientColumns {
   using Entries = Accumulator[1][kN];
   using Packed = OperandA[S.block_m / 16];
   using Rules = ScoreRules<S, false, AsTheyAre>;
+  using Bits = u32[S.mask || S.dropout ? kN / 8 : 1];  // one an entry: 4j + e
 
   const Rules& rules;
   int key;  // the lane's first
   math::DropoutStream stream;
-  u32 kept[S.dropout ? kN / 8 : 1];  // bit 4j + e of them
+  const Bits& seen;  // what a mask leaves
+  Bits kept;         // what dropout keeps
+  u32 slopes[S.softcap ? kN : 1][2];  // 1 − tanh² of entries e and e + 1, as fp16
 
   FOVEA_DEVICE static int row_of(int j, int e) { return 8 * j + lane_id() % 4 * 2 + e % 2; }
   FOVEA_DEVICE int key_of(int e) const { return key + e / 2 * 8; }
+
+  /// What a mask leaves of a tile of rows to the keys of a lane.
+  FOVEA_DEVICE static void look_up(Bits& seen, const Rules& rules, int key) {
+    const WordView& view = rules.p.mask_words;
+    const u32* const from = view.data + rules.sequence.batch * view.batch + rules.rows.first_head * view.head +
+                            i64{math::smaller(key / 32, view.count - 1)} * view.rows;
+    const int last = rules.rows.rows - 1;
+#pragma unroll
+    for (int w = 0; w < kN / 8; ++w) {
+      seen[w] = 0;
+#pragma unroll 4
+      for (int j = 0; j < 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int row = math::smaller(rules.rows.first + row_of(8 * w + j, e), last);
+          const u32 both = from[row * view.row] >> key % 32;
+          seen[w] |= ((both & 1) | (both >> 8 & 1) << 2) << (4 * j + e);
+        }
+      }
+    }
+  }
 
   /// Sᵀ becomes Pᵀ.  kHides: some entry may be hidden; returns 0 where all was finite then.
   template <bool kHides>
@@ -36,9 +60,19 @@ struct GradientColumns {
     const float unit = kBareScores<S> ? rules.p.scale * kLog2E : 1.0F;  // of any sign: hidden entries are told apart
     const float check = kHides ? not_finite(s) : 0.0F;
     if constexpr (!kBareScores<S>) {
-      each([&](int j, int e) { s[0][j].x[e] = rules.score(s[0][j].x[e], row_of(j, e), key_of(e), 0.0F, nullptr); });
+      for_each_two([&](int j, int e) {
+        float t[2];
+#pragma unroll
+        for (int x = 0; x < 2; ++x)
+          s[0][j].x[e + x] = rules.score(s[0][j].x[e + x], row_of(j, e + x), key_of(e), 0.0F, &t[x]);
+        if constexpr (S.softcap)
+          slopes[j][e / 2] = cuda::pack<Type::kFloat16>(1.0F - t[0] * t[0], 1.0F - t[1] * t[1]);
+      });
     }
     if constexpr (kHides) hide_outside_band(s);
+    if constexpr (kHides && S.mask) {
+      each([&](int j, int e) { s[0][j].x[e] = holds(seen, j, e) ? s[0][j].x[e] : -infinity(); });
+    }
     if constexpr (S.dropout) draw();
     const u32 mine = log2_lse + lane_id() % 4 * 8;
 #pragma unroll
@@ -66,7 +100,7 @@ struct GradientColumns {
       for (int e = 0; e < 4; ++e) {
         float& d = dp[0][j].x[e];
         const float weight = unpacked(weights, j, e);
-        if constexpr (S.dropout) d = (keeps(j, e) ? d : 0.0F) * rules.p.keep_scale;
+        if constexpr (S.dropout) d = (holds(kept, j, e) ? d : 0.0F) * rules.p.keep_scale;
         d -= e % 2 == 0 ? two.x : two.y;
         d = kHides && is_hidden(weight) ? -0.0F : weight * d + 0.0F;
       }
@@ -78,7 +112,7 @@ struct GradientColumns {
   FOVEA_DEVICE void pack_kept(Packed& packed, Entries& weights) const {
     each([&](int j, int e) {
       float& weight = weights[0][j].x[e];
-      weight = keeps(j, e) ? weight : weight * 0.0F;
+      weight = holds(kept, j, e) ? weight : weight * 0.0F;
     });
     pack(packed, weights);
   }
@@ -90,6 +124,15 @@ struct GradientColumns {
     const u32 two = packed[j / 2].x[j % 2 * 2 + e / 2];
     if constexpr (S.type == Type::kBFloat16) return __uint_as_float(e % 2 == 0 ? two << 16 : two & 0xffff0000U);
     return widen<S.type>(e % 2 == 0 ? two & 0xffffU : two >> 16);
+  }
+
+  /// dS becomes the gradient of the scores before the softcap.
+  FOVEA_DEVICE void pass_softcap(Entries& ds) const {
+    each([&](int j, int e) {
+      float& d = ds[0][j].x[e];
+      const float slope = widen<Type::kFloat16>(e % 2 == 0 ? slopes[j][e / 2] & 0xffffU : slopes[j][e / 2] >> 16);
+      if (!is_hidden(d)) d = d * slope + 0.0F;
+    });
   }
 
   /// Of a lane, its part of the gradient of the head's slope.
@@ -104,7 +147,12 @@ struct GradientColumns {
   FOVEA_DEVICE static void each(const F& f) {
     for_each_entry<1, kN>([&](int, int j, int e) { f(j, e); });
   }
-  FOVEA_DEVICE bool keeps(int j, int e) const { return (kept[j / 8] >> (4 * j % 32 + e) & 1) != 0; }
+  template <class F>
+  FOVEA_DEVICE static void for_each_two(const F& f) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) f(j, 0), f(j, 2);
+  }
+  FOVEA_DEVICE static bool holds(const Bits& bits, int j, int e) { return (bits[j / 8] >> (4 * j % 32 + e) & 1) != 0; }
 
   /// 0 where all is finite, NaN otherwise.
   FOVEA_DEVICE static float not_finite(const Entries& c) {
