@@ -23,7 +23,7 @@ struct BackwardConsumer {
   static constexpr int kKeyPanel = S.block_n * kPanelRowBytes, kRowPanel = S.block_m * kPanelRowBytes;
   static constexpr int kDqColumns = dq_columns(S);
   /// dPᵀ is made while S is weighed, or behind that where it takes registers of its own.
-  static constexpr bool kLateDp = S.dropout || S.alibi || S.softcap;
+  static constexpr bool kLateDp = S.dropout || !kBareScores<S>;
   static constexpr u32 kMeeting = 2, kThreads = kBackwardConsumers * 128;  // the consumers' barrier
 
   /// What a warpgroup gathers.
@@ -61,7 +61,7 @@ struct BackwardConsumer {
     pin(s[0]);
 #pragma unroll 1
     for (; step(n).exists; ++n) {
-      if (step(n).template full<S.mask>()) {
+      if (!S.bias && step(n).template full<S.mask>()) {  // a bias may hide what it likes
         tile<false>(n, s, seen, sums);
       } else {
         tile<true>(n, s, seen, sums);
@@ -121,7 +121,7 @@ struct BackwardConsumer {
     const i64 slot = now.slot;
     const RowMap<false> rows = rows_of(now);
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
-Columns columns{rules, lane_key(), S.dropout ? uniform(now.stream) : math::DropoutStream{}, seen, {}, {}};
+    Columns columns{rules, lane_key(), S.dropout ? uniform(now.stream) : math::DropoutStream{}, seen, {}, {}};
     Entries dp;
     Packed weights, kept, ds;
     Packed& of_values = S.dropout ? kept : weights;

@@ -26,8 +26,8 @@ struct GradientColumns {
   const Rules& rules;
   int key;  // the lane's first
   math::DropoutStream stream;
-  const Bits& seen;  // what a mask leaves
-  Bits kept;         // what dropout keeps
+  const Bits& seen;                   // what a mask leaves
+  Bits kept;                          // what dropout keeps
   u32 slopes[S.softcap ? kN : 1][2];  // 1 − tanh² of entries e and e + 1, as fp16
 
   FOVEA_DEVICE static int row_of(int j, int e) { return 8 * j + lane_id() % 4 * 2 + e % 2; }
@@ -63,10 +63,13 @@ struct GradientColumns {
       for_each_two([&](int j, int e) {
         float t[2];
 #pragma unroll
-        for (int x = 0; x < 2; ++x)
-          s[0][j].x[e + x] = rules.score(s[0][j].x[e + x], row_of(j, e + x), key_of(e), 0.0F, &t[x]);
-        if constexpr (S.softcap)
-          slopes[j][e / 2] = cuda::pack<Type::kFloat16>(1.0F - t[0] * t[0], 1.0F - t[1] * t[1]);
+        for (int x = 0; x < 2; ++x) {
+          const float bias = rules.bias_at(row_of(j, e + x), key_of(e));
+          float& score = s[0][j].x[e + x];
+          score = rules.score(score, row_of(j, e + x), key_of(e), bias, &t[x]);
+          if (S.bias && bias == -infinity()) score = bias;  // hides, whatever the product was
+        }
+        if constexpr (S.softcap) slopes[j][e / 2] = cuda::pack<Type::kFloat16>(1.0F - t[0] * t[0], 1.0F - t[1] * t[1]);
       });
     }
     if constexpr (kHides) hide_outside_band(s);
