@@ -1,0 +1,186 @@
+"""fovea.attention for PyTorch's tensors: eagerly on the shortest way, through operators where somebody traces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fovea import _core
+from fovea._arguments import extras, rules
+from fovea.torch import _nested, _ops, _seeds
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+
+
+class _Attention(torch.autograd.Function):
+    """Eager autograd; differentiable: q, k, v, bias, alibi_slopes and sink."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        alibi_slopes: Tensor | None,
+        sink: Tensor | None,
+        others: tuple[Any, ...] | None,
+        call_rules: _core.Rules,
+        seed: int | None,
+        offset: int,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _core.forward(q, k, v, others, call_rules, seed, offset, True, None)
+        ctx.set_materialize_grads(False)
+        ctx.call = (call_rules, seed, offset)
+        if others is None:
+            ctx.save_for_backward(q, k, v, out, lse)
+        else:
+            *arrays, ctx.max_seqlen_q, ctx.max_seqlen_kv = others
+            ctx.save_for_backward(q, k, v, out, lse, *arrays)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None and dlse is None:
+            return (None,) * 10
+        q, k, v, out, lse, *arrays = ctx.saved_tensors
+        others = (*arrays, ctx.max_seqlen_q, ctx.max_seqlen_kv) if arrays else None
+        dout = torch.zeros_like(out) if dout is None else _ops.in_rows(dout)
+        needed = ctx.needs_input_grad
+        wanted = needed[3] + 2 * needed[4] + 4 * needed[5]
+        gradients = _core.backward(dout, _ops.in_rows(dlse), q, k, v, out, lse, others, *ctx.call, wanted)
+        return (*gradients, None, None, None, None)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    causal: str | None,
+    window_left: int | None,
+    window_right: int | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    softcap: float,
+    dropout_p: float,
+    seed: int | None,
+    offset: int,
+    q_lengths: Tensor | None,
+    kv_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_kv: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_kv: int | None,
+    deterministic: bool,
+    layout: str,
+    return_lse: bool,
+    out: Tensor | None,
+    backend: str | None,
+    strict: bool,
+) -> Any:
+    """fovea.attention, whose defaults have been filled in."""
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v, bias = _autocast(q, k, v, bias)
+    packed_again = None
+    if q.is_nested:
+        if cu_seqlens_q is not None or cu_seqlens_kv is not None or out is not None:
+            raise ValueError("nested tensors bring their own cu_seqlens and make their own out; leave both out")
+        q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, packed_again = _nested.unpack(q, k, v, layout)
+        layout = "bshd"
+    if torch.compiler.is_compiling() or not _plainly_eager(q, k, v):
+        if dropout_p:
+            seed_tensor = _ops.draw_seed(q) if seed is None else _seeds.to_tensor(seed, offset)
+        else:
+            seed_tensor = None
+        result, lse = _ops.attention(
+            q,
+            k,
+            v,
+            mask,
+            bias,
+            alibi_slopes,
+            sink,
+            q_lengths,
+            kv_lengths,
+            cu_seqlens_q,
+            cu_seqlens_kv,
+            max_seqlen_q,
+            max_seqlen_kv,
+            seed_tensor,
+            softmax_scale,
+            causal,
+            window_left,
+            window_right,
+            softcap,
+            dropout_p,
+            deterministic,
+            layout,
+            backend,
+            strict,
+        )
+        if out is not None:
+            result = out.copy_(result)
+        elif packed_again is not None:
+            result = packed_again(result)
+        return (result, lse) if return_lse else result
+
+    call_rules = rules(
+        softmax_scale, causal, window_left, window_right, softcap, dropout_p, deterministic, layout, backend, strict
+    )
+    others = extras(
+        mask,
+        bias,
+        alibi_slopes,
+        sink,
+        q_lengths,
+        kv_lengths,
+        cu_seqlens_q,
+        cu_seqlens_kv,
+        max_seqlen_q,
+        max_seqlen_kv,
+    )
+    if dropout_p and seed is None:
+        seed, offset = _seeds.draw(q.device)
+    if torch.is_grad_enabled() and _needs_grad(q, k, v, bias, alibi_slopes, sink):
+        if out is not None:
+            raise ValueError("out cannot be given where gradients are wanted; call under torch.no_grad() or leave it out")
+        result, lse = _Attention.apply(q, k, v, bias, alibi_slopes, sink, others, call_rules, seed, offset)
+        if packed_again is not None:
+            result = packed_again(result)
+        return (result, lse) if return_lse else result
+    result = _core.forward(q, k, v, others, call_rules, seed, offset, return_lse, out)
+    if packed_again is None:
+        return result
+    return (packed_again(result[0]), result[1]) if return_lse else packed_again(result)
+
+
+def _plainly_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether nobody watches: no subclass with a dispatch of its own, no tracing mode, no transform of functorch."""
+    return (
+        type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not _modes() and _transforms() is None
+    )
+
+
+def _needs_grad(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
+    return (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or any(tensor is not None and tensor.requires_grad for tensor in others)
+    )
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Any, Any, Any, Any]:
+    """Autocast's dtype for q, k and v; a bias stays in fp32, which costs nothing, or follows q."""
+    dtype = torch.get_autocast_dtype(q.device.type)
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.to(dtype)
+    return q.to(dtype), k.to(dtype), v.to(dtype), bias

@@ -1,0 +1,20 @@
+#pragma once
+
+#include <fovea/fovea.h>
+
+namespace fovea::python {
+
+/// Everything one pass reads but its rules and results.
+struct Call {
+  Direction direction = Direction::kForward;
+  Inputs in{};
+  std::int64_t max_seqlen_q = 0;
+  std::int64_t max_seqlen_kv = 0;
+
+  [[nodiscard]] bool packed() const { return in.cu_seqlens_q.defined(); }
+};
+
+/// The problem that a call poses.  Lengths stay open, so that batches of one shape share a plan.
+[[nodiscard]] Problem problem_of(const Call& call, const Rules& rules);
+
+}  // namespace fovea::python
