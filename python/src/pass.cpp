@@ -5,6 +5,7 @@
 #include "pass.h"
 #include "plans.h"
 
+#include <algorithm>
 #include <array>
 #include <vector>
 
@@ -46,6 +47,16 @@ class Pass {
     Borrowed borrowed = Framework::of(array).borrow(array, name, written);
     if (borrowed.capsule.is_valid()) capsules_.push_back(std::move(borrowed.capsule));
     return borrowed.view;
+  }
+
+  /// Whether q, k and v agree without broadcasting and can be read as they are.
+  [[nodiscard]] bool regular() const {
+    const auto rows = [](const Tensor& t) {
+      return t.rank == 4 && t.strides[3] == 1 && std::find(t.shape.begin(), t.shape.end(), 0) == t.shape.end();
+    };
+    const auto alike = [](const Tensor& a, const Tensor& b) { return a.shape[0] == b.shape[0] && a.shape[2] == b.shape[2]; };
+    const Inputs& in = call_.in;
+    return rows(in.q) && rows(in.k) && rows(in.v) && alike(in.q, in.k) && alike(in.k, in.v);
   }
 
   /// A new array with q's rows and heads, v's dim.
@@ -158,6 +169,18 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, Extras extras, cons
     pass.run(problem);
     if (!want_lse) return std::move(made.object);
     return nb::make_tuple(std::move(made.object), std::move(lse.object));
+  });
+}
+
+nb::object forward_regular(nb::handle q, nb::handle k, nb::handle v, const CallRules& rules) {
+  return translated([&]() -> nb::object {
+    Pass pass(Direction::kForward, q, k, v, nb::none(), rules);
+    if (!pass.regular()) return nb::none();
+    const Problem problem = pass.problem();
+    Made made = pass.make_out();
+    pass.out.out = made.view;
+    pass.run(problem);
+    return std::move(made.object);
   });
 }
 

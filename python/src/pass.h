@@ -18,6 +18,9 @@ enum Wanted : int { kBias = 1, kSlopes = 2, kSink = 4 };
 [[nodiscard]] nb::object forward(nb::handle q, nb::handle k, nb::handle v, Extras extras, const CallRules& rules,
                                  nb::handle seed, nb::handle offset, bool want_lse, nb::handle out);
 
+/// out for 4-d q, k and v of equal batch and heads, no extent 0, last dimensions contiguous; None for all others.
+[[nodiscard]] nb::object forward_regular(nb::handle q, nb::handle k, nb::handle v, const CallRules& rules);
+
 /// (dq, dk, dv, dbias, dalibi_slopes, dsink), the last three None where they are not wanted.
 [[nodiscard]] nb::tuple backward(nb::handle dout, nb::handle dlse, nb::handle q, nb::handle k, nb::handle v,
                                  nb::handle out, nb::handle lse, Extras extras, const CallRules& rules, nb::handle seed,

@@ -12,6 +12,7 @@ from fovea._arguments import extras, rules
 from fovea.torch import _nested, _ops, _seeds
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_any_autocast = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 
@@ -87,19 +88,22 @@ def attention(
     strict: bool,
 ) -> Any:
     """fovea.attention, whose defaults have been filled in."""
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v, bias = _autocast(q, k, v, bias)
     packed_again = None
-    if q.is_nested:
-        if cu_seqlens_q is not None or cu_seqlens_kv is not None or out is not None:
-            raise ValueError("nested tensors bring their own cu_seqlens and make their own out; leave both out")
-        q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, packed_again = _nested.unpack(q, k, v, layout)
-        layout = "bshd"
-    if torch.compiler.is_compiling() or not _plainly_eager(q, k, v):
-        if dropout_p:
-            seed_tensor = _ops.draw_seed(q) if seed is None else _seeds.to_tensor(seed, offset)
-        else:
+    if not plainly_eager(q, k, v):
+        if torch.is_autocast_enabled(q.device.type):
+            q, k, v, bias = _autocast(q, k, v, bias)
+        if q.is_nested:
+            if cu_seqlens_q is not None or cu_seqlens_kv is not None or out is not None:
+                raise ValueError("nested tensors bring their own cu_seqlens and make their own out; leave both out")
+            q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, packed_again = _nested.unpack(
+                q, k, v, layout
+            )
+            layout = "bshd"
+    if torch.compiler.is_compiling() or _watched(q, k, v):
+        if not dropout_p:
             seed_tensor = None
+        else:
+            seed_tensor = _ops.draw_seed(q) if seed is None else _seeds.to_tensor(seed, offset)
         result, lse = _ops.attention(
             q,
             k,
@@ -149,7 +153,7 @@ def attention(
     )
     if dropout_p and seed is None:
         seed, offset = _seeds.draw(q.device)
-    if torch.is_grad_enabled() and _needs_grad(q, k, v, bias, alibi_slopes, sink):
+    if needs_grad(q, k, v) or (others is not None and _any_needs_grad(bias, alibi_slopes, sink)):
         if out is not None:
             raise ValueError("out cannot be given where gradients are wanted; call under torch.no_grad() or leave it out")
         result, lse = _Attention.apply(q, k, v, bias, alibi_slopes, sink, others, call_rules, seed, offset)
@@ -162,20 +166,30 @@ def attention(
     return (packed_again(result[0]), result[1]) if return_lse else packed_again(result)
 
 
-def _plainly_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether nobody watches: no subclass with a dispatch of its own, no tracing mode, no transform of functorch."""
-    return (
-        type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not _modes() and _transforms() is None
+def plainly_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a call needs nothing but its result: no tracing, no autocast, no tensors of a special kind."""
+    return not (
+        torch.compiler.is_compiling() or _any_autocast() or q.is_nested or _watched(q, k, v)
     )
 
 
-def _needs_grad(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
+def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a subclass with a dispatch of its own, a tracing mode or a transform of functorch wants to see operators."""
     return (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or any(tensor is not None and tensor.requires_grad for tensor in others)
+        type(q) not in _PLAIN
+        or type(k) not in _PLAIN
+        or type(v) not in _PLAIN
+        or _modes() != 0
+        or _transforms() is not None
     )
+
+
+def needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+
+
+def _any_needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Any, Any, Any, Any]:

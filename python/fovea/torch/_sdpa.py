@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from fovea import _core
+from fovea._arguments import rules
 from fovea.torch import _door
 from fovea.torch._ops import in_rows
 
@@ -44,6 +46,10 @@ def scaled_dot_product_attention(
         RuntimeError: an attn_mask together with is_causal, as in PyTorch.
     """
     corner = "top_left" if is_causal else None
+    if attn_mask is None and not dropout_p and _door.plainly_eager(query, key, value) and not _door.needs_grad(query, key, value):
+        out = _core.forward_regular(query, key, value, rules(scale, corner, None, None, 0.0, 0.0, False, "bhsd", None, False))
+        if out is not None:
+            return out
     if attn_mask is not None:
         if is_causal:
             raise RuntimeError("Explicit attn_mask should not be set when is_causal=True; give one of the two")
