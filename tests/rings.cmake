@@ -86,3 +86,9 @@ elseif(FOVEA_SANITIZER STREQUAL "thread")
   )
   target_sources(fovea_objects PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/tsan_threads.cpp)
 endif()
+
+# The Python package: what its tests judge results by.  `./dev test` builds the package itself and runs pytest.
+if(NOT FOVEA_SANITIZER)
+  add_library(fovea_judge SHARED python/judge.cpp)
+  target_link_libraries(fovea_judge PRIVATE fovea_tools fovea_internal fovea_warnings)
+endif()
