@@ -44,7 +44,4 @@ class Framework {
   [[nodiscard]] static const Framework& of(nb::handle array);
 };
 
-/// A mask or bias with fewer than four dimensions gets leading ones, as everywhere in Python.
-[[nodiscard]] Tensor padded(const Tensor& view);
-
 }  // namespace fovea::python

@@ -1,5 +1,7 @@
 #include "call.h"
 
+#include <algorithm>
+
 namespace fovea::python {
 
 Problem problem_of(const Call& call, const Rules& rules) {
@@ -20,6 +22,18 @@ Problem problem_of(const Call& call, const Rules& rules) {
     lengths->values.clear();
   }
   return problem;
+}
+
+Tensor padded(const Tensor& view) {
+  Tensor t = view;
+  while (t.rank < Tensor::kMaxRank) {
+    std::copy_backward(t.shape.begin(), t.shape.begin() + t.rank, t.shape.begin() + t.rank + 1);
+    std::copy_backward(t.strides.begin(), t.strides.begin() + t.rank, t.strides.begin() + t.rank + 1);
+    t.shape[0] = 1;
+    t.strides[0] = t.rank == 0 ? 1 : t.shape[1] * t.strides[1];
+    ++t.rank;
+  }
+  return t;
 }
 
 }  // namespace fovea::python

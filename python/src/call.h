@@ -17,4 +17,7 @@ struct Call {
 /// The problem that a call poses.  Lengths stay open, so that batches of one shape share a plan.
 [[nodiscard]] Problem problem_of(const Call& call, const Rules& rules);
 
+/// A mask or bias with fewer than four dimensions gets leading ones, as everywhere in Python.
+[[nodiscard]] Tensor padded(const Tensor& view);
+
 }  // namespace fovea::python

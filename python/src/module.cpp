@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "pass.h"
+#include "xla.h"
 
 // fovea._core: the C++ side of the Python door.  What users call stands in python/fovea and has the documentation.
 namespace fovea::python {
@@ -52,6 +53,11 @@ NB_MODULE(_core, module) {
   module.def("forward_regular", &forward_regular, any("q"), any("k"), any("v"), nb::arg("rules"));
   module.def("backward", &backward, any("dout"), any("dlse"), any("q"), any("k"), any("v"), any("out"), any("lse"),
              any("extras"), nb::arg("rules"), any("seed"), any("offset"), nb::arg("wanted"));
+  // Named as JAX wants the capsules of functions that XLA calls.
+  module.def("xla_handlers", [] {
+    constexpr const char* kName = "xla._CUSTOM_CALL_TARGET";
+    return nb::make_tuple(nb::capsule(xla_handler_cpu(), kName), nb::capsule(xla_handler_cuda(), kName));
+  });
   module.def("explain", &fovea::python::explain, nb::arg("backward"), any("q"), any("k"), any("v"), any("extras"),
              nb::arg("rules"));
 }
