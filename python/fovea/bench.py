@@ -12,16 +12,28 @@ import gc
 import json
 import platform
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fovea
 
-_SDPA = "aten::_scaled_dot_product_"
+
+class _Operators(TorchDispatchMode):
+    """The names of the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -175,15 +187,14 @@ class Bench:
         return measured
 
     def _torch_kernel(self, attend: Callable[..., Any], leaves: list[Any]) -> str:
-        """Which of PyTorch's paths took the call, read off its profiler."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        """Which of PyTorch's paths took the call: a fused operator by its name, else the formula's own operators."""
+        with _Operators() as seen:
             try:
                 attend(*leaves)
             except (RuntimeError, NotImplementedError):
                 return "none"
-        names = [event.key for event in profile.key_averages()]
-        taken = [name.removeprefix(_SDPA) for name in names if name.startswith(_SDPA)]
-        return ", ".join(taken) or ("flash (varlen)" if "aten::_flash_attention_forward" in names else "composite")
+        fused = [name for name in seen.names if name.startswith("_") and "attention" in name]
+        return ", ".join(dict.fromkeys(name.removeprefix("_scaled_dot_product_") for name in fused)) or "N×N formula"
 
     def _fovea_kernel(self, leaves: list[Any], options: dict[str, Any], ragged: bool) -> str:
         q, k, v = leaves
@@ -313,9 +324,11 @@ def main() -> None:
     rows = []
     cases = bench.cases()
     for number, case in enumerate(cases, 1):
-        print(f"[{number}/{len(cases)}] {case.name}", end="\r", flush=True)
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K[{number}/{len(cases)}] {case.name}", end="", file=sys.stderr, flush=True)
         rows.append(bench.run(case))
-    print(" " * 60, end="\r")
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     print(_table(rows))
     for row in rows:
         for side, measured in (("torch", row.torch), ("fovea", row.fovea)):
