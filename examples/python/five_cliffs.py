@@ -9,7 +9,8 @@ Read it from top to bottom: every step prints what it found, and checks it.  Run
 from __future__ import annotations
 
 import warnings
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F

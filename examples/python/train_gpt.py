@@ -84,7 +84,7 @@ def plot(curves: dict[str, list[float]], path: str) -> None:
         return f"{x:.1f},{height - margin - (height - 2 * margin) * (loss - bottom) / (top - bottom):.1f}"
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<path d="M{place(0, top)} L{place(0, bottom)} L{place(steps, bottom)}" fill="none" stroke="#888"/>',
         f'<text x="{width / 2}" y="{height - 15}" text-anchor="middle">step (0 to {steps})</text>',
@@ -119,7 +119,9 @@ def main() -> None:
     letters = sorted(set(text))
     number = {letter: i for i, letter in enumerate(letters)}
     encoded = torch.tensor([number[letter] for letter in text], device=options.device)
-    print(f"{len(text)} characters of {len(letters)} kinds; {options.steps} steps of {options.batch} × {options.seqlen}")
+    print(
+        f"{len(text)} characters of {len(letters)} kinds; {options.steps} steps of {options.batch} × {options.seqlen}"
+    )
 
     replacement = replace_sdpa()
     ways = {

@@ -12,11 +12,13 @@ Submodules, imported when they are first used: ``fovea.torch`` (PyTorch's scaled
 from __future__ import annotations
 
 import importlib
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from fovea import _core
+from fovea._arguments import extras as _extras
+from fovea._arguments import rules as _rules
 from fovea._core import Report, __version__
-from fovea._arguments import extras as _extras, rules as _rules
 
 __all__ = ["Report", "__version__", "attention", "explain", "flash_attn", "jax", "torch"]
 
@@ -162,8 +164,13 @@ def explain(
 ) -> Report:
     """Who would run this call of :func:`attention`, how, and for each backend that would not, why; nothing is computed.
 
-    Args are those of :func:`attention`; `backward` asks for the gradients' pass. print() the result, or read its
-    `backend`, `reasons`, `details`, `workspace_bytes` and `problem`, the line that the fovea command takes.
+    Args:
+        q: [batch, seqlen_q, num_q_heads, head_dim], and all others, as attention takes them.
+        backward: ask for the pass of the gradients.
+
+    Returns:
+        A report to print(), or to read: `backend`, `reasons`, `details`, `workspace_bytes`, and `problem`, the line
+        that the fovea command takes.
 
     Raises:
         ValueError: as attention does.

@@ -5,7 +5,8 @@ Called from the compiled half for types that it cannot serve alone.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Sequence
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 
 class Adapter(Protocol):
@@ -15,7 +16,7 @@ class Adapter(Protocol):
         """A DLPack capsule of the array, ordered after the work of the current stream."""
 
     def make(self, dims: Sequence[int], axes: Sequence[int], dtype: str, device: str) -> Any:
-        """A new array on "cpu" or "cuda:0", laid out densely as `dims` and then seen with its axes permuted to `axes`."""
+        """A new array on "cpu" or "cuda:0", dense as `dims`, then with its axes permuted to `axes`."""
 
     def stream(self, device: str) -> int:
         """The current CUDA stream there, as a number."""

@@ -14,8 +14,9 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -178,10 +179,7 @@ class Bench:
             measured.backward_ms = self._median_ms(
                 lambda: torch.autograd.grad(out, wanted, gradient, retain_graph=True)
             )
-            del out
-            measured.training_mib = self._peak_mib(
-                lambda: torch.autograd.grad(attend(*leaves), wanted, gradient)
-            )
+            measured.training_mib = self._peak_mib(lambda: torch.autograd.grad(attend(*leaves), wanted, gradient))
         except (RuntimeError, NotImplementedError, ValueError, torch.OutOfMemoryError) as error:
             measured.refused = (str(error).splitlines() or [type(error).__name__])[0]
         return measured

@@ -7,7 +7,8 @@ from PyTorch's default generator.
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -138,7 +139,9 @@ def flash_attn_varlen_func(
         NotImplementedError: a block_table.
     """
     if block_table is not None:
-        raise NotImplementedError("block_table asks for paged keys and values, which Fovea does not have yet; gather them")
+        raise NotImplementedError(
+            "block_table asks for paged keys and values, which Fovea does not have yet; gather them"
+        )
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     return _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options)
 
@@ -188,7 +191,9 @@ def _parts(name: str, packed: Tensor, rank: int, count: int) -> tuple[Tensor, ..
     """q, k and v out of one tensor, as views."""
     if packed.dim() != rank or packed.shape[-3] != count:
         shape = "batch, seqlen" if rank == 5 else "total"
-        raise ValueError(f"{name} has the shape {list(packed.shape)} but must be [{shape}, {count}, num_heads, head_dim]")
+        raise ValueError(
+            f"{name} has the shape {list(packed.shape)} but must be [{shape}, {count}, num_heads, head_dim]"
+        )
     return packed.unbind(-3)
 
 

@@ -34,11 +34,16 @@ DType to_dtype(const dlpack::DataType& type, const char* name) {
 
 dlpack::DataType from_dtype(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return {dlpack::kFloat, 32, 1};
-    case DType::kFloat16: return {dlpack::kFloat, 16, 1};
-    case DType::kBFloat16: return {dlpack::kBfloat, 16, 1};
-    case DType::kBool: return {dlpack::kBool, 8, 1};
-    case DType::kInt32: return {dlpack::kInt, 32, 1};
+    case DType::kFloat32:
+      return {dlpack::kFloat, 32, 1};
+    case DType::kFloat16:
+      return {dlpack::kFloat, 16, 1};
+    case DType::kBFloat16:
+      return {dlpack::kBfloat, 16, 1};
+    case DType::kBool:
+      return {dlpack::kBool, 8, 1};
+    case DType::kInt32:
+      return {dlpack::kInt, 32, 1};
   }
   return {};
 }
@@ -164,7 +169,10 @@ class PythonFramework final : public Framework {
 
   [[nodiscard]] void* stream(const Device& device) const override {
     if (device.kind == DeviceKind::kCpu) return nullptr;
-    return reinterpret_cast<void*>(nb::cast<std::uintptr_t>(adapter_.attr("stream")(name(device))));
+    const nb::object number = adapter_.attr("stream")(name(device));
+    void* stream = PyLong_AsVoidPtr(number.ptr());
+    if (stream == nullptr && PyErr_Occurred() != nullptr) nb::raise_python_error();
+    return stream;
   }
 
  private:

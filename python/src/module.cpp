@@ -13,10 +13,14 @@ namespace {
 
 void bind_report(nb::module_& module) {
   nb::class_<Report>(module, "Report", "Who runs a call, how, and why the others do not; str() prints it.")
-      .def_prop_ro("problem", [](const Report& r) { return to_string(r.problem); }, "The problem as one line of text.")
-      .def_prop_ro("device", [](const Report& r) { return name(r.device); }, "'cpu', 'cuda:0'.")
-      .def_prop_ro("backend", [](const Report& r) { return r.backend; }, "Who runs it; '' where nobody does.")
-      .def_prop_ro("details", [](const Report& r) { return r.details; }, "Pairs: instruction set, tiles, threads, ...")
+      .def_prop_ro(
+          "problem", [](const Report& r) { return to_string(r.problem); }, "The problem as one line of text.")
+      .def_prop_ro(
+          "device", [](const Report& r) { return name(r.device); }, "'cpu', 'cuda:0'.")
+      .def_prop_ro(
+          "backend", [](const Report& r) { return r.backend; }, "Who runs it; '' where nobody does.")
+      .def_prop_ro(
+          "details", [](const Report& r) { return r.details; }, "Pairs: instruction set, tiles, threads, ...")
       .def_prop_ro("workspace_bytes", [](const Report& r) { return r.workspace_bytes; })
       .def_prop_ro(
           "reasons",

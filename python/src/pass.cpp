@@ -18,7 +18,7 @@ constexpr std::array<int, 4> kHeadsFirst{0, 2, 1, 3};  // [batch, heads, seqlen,
 class Pass {
  public:
   Pass(Direction direction, nb::handle q, nb::handle k, nb::handle v, Extras extras, const CallRules& call_rules)
-      : framework_(Framework::of(q)), call_rules_(call_rules), rules_(call_rules) {
+      : framework_(Framework::of(q)), call_rules_(call_rules), rules_(static_cast<const Rules&>(call_rules)) {
     call_.direction = direction;
     if (!extras.is_none()) take_extras(nb::cast<nb::tuple>(extras));
     call_.in.q = take_tokens(q, "q");
@@ -54,7 +54,9 @@ class Pass {
     const auto rows = [](const Tensor& t) {
       return t.rank == 4 && t.strides[3] == 1 && std::find(t.shape.begin(), t.shape.end(), 0) == t.shape.end();
     };
-    const auto alike = [](const Tensor& a, const Tensor& b) { return a.shape[0] == b.shape[0] && a.shape[2] == b.shape[2]; };
+    const auto alike = [](const Tensor& a, const Tensor& b) {
+      return a.shape[0] == b.shape[0] && a.shape[2] == b.shape[2];
+    };
     const Inputs& in = call_.in;
     return rows(in.q) && rows(in.k) && rows(in.v) && alike(in.q, in.k) && alike(in.k, in.v);
   }
@@ -67,13 +69,15 @@ class Pass {
   }
   Made make_tokens(const Tensor& like) {
     Tensor shape = seen(like);  // back to the caller's layout
-    Made made = framework_.make({shape.shape.data(), static_cast<std::size_t>(shape.rank)},
-                                std::span(heads_first() ? kHeadsFirst : kInOrder).first(shape.rank), like.dtype,
-                                device());
+    Made made =
+        framework_.make({shape.shape.data(), static_cast<std::size_t>(shape.rank)},
+                        std::span(heads_first() ? kHeadsFirst : kInOrder).first(shape.rank), like.dtype, device());
     made.view = seen(made.view);
     return made;
   }
-  Made make_like(const Tensor& like) { return make({like.shape.data(), static_cast<std::size_t>(like.rank)}, like.dtype); }
+  Made make_like(const Tensor& like) {
+    return make({like.shape.data(), static_cast<std::size_t>(like.rank)}, like.dtype);
+  }
   Made make_lse() {
     const Tensor& q = call_.in.q;
     if (q.rank == 3) return make(std::array{q.shape[1], q.shape[0]}, DType::kFloat32);
@@ -122,9 +126,7 @@ class Pass {
   }
 
   [[nodiscard]] bool heads_first() const { return call_rules_.heads_first; }
-  [[nodiscard]] Tensor seen(const Tensor& t) const {
-    return heads_first() && t.rank == 4 ? t.transposed(1, 2) : t;
-  }
+  [[nodiscard]] Tensor seen(const Tensor& t) const { return heads_first() && t.rank == 4 ? t.transposed(1, 2) : t; }
   Made make(std::span<const std::int64_t> shape, DType dtype) {
     return framework_.make(shape, std::span(kInOrder).first(shape.size()), dtype, device());
   }

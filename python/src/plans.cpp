@@ -80,9 +80,9 @@ std::shared_ptr<const Plan> plan_of(const Problem& problem, const Device& device
   if (kept) {
     if (auto plan = cache.find(key)) return plan;
   }
-  auto plan = std::make_shared<const Plan>(problem.direction == Direction::kBackward
-                                               ? plan_backward(problem, device, options)
-                                               : plan_forward(problem, device, options));
+  auto plan =
+      std::make_shared<const Plan>(problem.direction == Direction::kBackward ? plan_backward(problem, device, options)
+                                                                             : plan_forward(problem, device, options));
   if (kept) cache.keep(key, plan);
   return plan;
 }

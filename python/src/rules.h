@@ -10,9 +10,9 @@ namespace nb = nanobind;
 /// Every option of a call that is not a tensor and seldom changes: checked once, then shared by all calls that have it.
 struct CallRules : Rules, PlanOptions {
   /// Throws ValueError where a value has the wrong type; the library judges the values themselves.
-  CallRules(nb::handle softmax_scale, nb::handle causal, nb::handle window_left, nb::handle window_right,
-            nb::handle softcap, nb::handle dropout_p, nb::handle deterministic, nb::handle layout, nb::handle backend,
-            nb::handle strict);
+  CallRules(nb::handle scale, nb::handle corner, nb::handle left, nb::handle right, nb::handle cap,
+            nb::handle dropout_p, nb::handle same_bits, nb::handle layout, nb::handle backend_name,
+            nb::handle strictly);
 
   bool heads_first = false;  ///< layout "bhsd": tensors are [batch, heads, seqlen, dim]
 };

@@ -35,15 +35,22 @@ std::int64_t number(const xla::Attributes& attributes, std::string_view name) {
 
 DType to_dtype(xla::DataType type, std::string_view name) {
   switch (type) {
-    case xla::kF32: return DType::kFloat32;
-    case xla::kF16: return DType::kFloat16;
-    case xla::kBf16: return DType::kBFloat16;
-    case xla::kPred: return DType::kBool;
-    case xla::kS32: return DType::kInt32;
-    default: break;
+    case xla::kF32:
+      return DType::kFloat32;
+    case xla::kF16:
+      return DType::kFloat16;
+    case xla::kBf16:
+      return DType::kBFloat16;
+    case xla::kPred:
+      return DType::kBool;
+    case xla::kS32:
+      return DType::kInt32;
+    default:
+      break;
   }
-  refuse(std::string(name) + " has a dtype that Fovea does not read; it takes float32, float16 and bfloat16, bool for"
-                             " masks and int32 for lengths");
+  refuse(std::string(name) +
+         " has a dtype that Fovea does not read; it takes float32, float16 and bfloat16, bool for"
+         " masks and int32 for lengths");
 }
 
 /// XLA's buffers are dense, last dimension fastest.
@@ -106,7 +113,7 @@ class XlaCall {
       : frame_(frame), device_(device), heads_first_(attribute(frame.attributes, "layout") == "bhsd") {
     Problem options;
     parse_options(attribute(frame.attributes, "options"), options);
-    rules_ = options;
+    rules_ = static_cast<const Rules&>(options);
     call_.direction = attribute(frame.attributes, "pass") == "bwd" ? Direction::kBackward : Direction::kForward;
     call_.max_seqlen_q = number(frame.attributes, "max_seqlen_q");
     call_.max_seqlen_kv = number(frame.attributes, "max_seqlen_kv");
@@ -178,10 +185,14 @@ class XlaCall {
 
 xla::ErrorKind kind_of(ErrorCode code) {
   switch (code) {
-    case ErrorCode::kInvalidArgument: return xla::kInvalidArgument;
-    case ErrorCode::kUnsupported: return xla::kUnimplemented;
-    case ErrorCode::kOutOfMemory: return xla::kResourceExhausted;
-    default: return xla::kInternal;
+    case ErrorCode::kInvalidArgument:
+      return xla::kInvalidArgument;
+    case ErrorCode::kUnsupported:
+      return xla::kUnimplemented;
+    case ErrorCode::kOutOfMemory:
+      return xla::kResourceExhausted;
+    default:
+      return xla::kInternal;
   }
 }
 

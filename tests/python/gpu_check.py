@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,11 @@ def formula(q: Any, k: Any, v: Any, causal: Any = None, window_left: Any = None,
     """[batch, seqlen, heads, dim] in the tensors' own dtype, with whole matrices."""
     dtype = q.dtype
     group = q.shape[2] // k.shape[2]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2).repeat_interleave(group, 1), v.transpose(1, 2).repeat_interleave(group, 1)
+    q, k, v = (
+        q.transpose(1, 2),
+        k.transpose(1, 2).repeat_interleave(group, 1),
+        v.transpose(1, 2).repeat_interleave(group, 1),
+    )
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -115,7 +120,9 @@ def random_options(seed: int, heads: int, rows: int, keys: int, dtype: torch.dty
     return options
 
 
-def gradients_of(call: Callable[..., Any], given: tuple[Any, ...], options: dict[str, Any], dout: Any) -> list[torch.Tensor]:
+def gradients_of(
+    call: Callable[..., Any], given: tuple[Any, ...], options: dict[str, Any], dout: Any
+) -> list[torch.Tensor]:
     out = call(*given, **options)
     leaves = [*given, *(x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad)]
     return [out, *torch.autograd.grad(out, leaves, dout.to(out.device))]
@@ -145,7 +152,9 @@ def random_composed_problems_are_as_right_as_the_formula() -> str:
             peer = torch.nan_to_num(y - z, nan=0.0).abs().max().item()
             ratio = (x - z).abs().max().item() / max(peer, FLOOR[dtype] * z.abs().max().item(), 1e-30)
             worst = max(worst, ratio)
-            assert ratio <= 2, f"seed {seed} {dtype} {sorted(options)}: {name} has {ratio:.2f} times the formula's error"
+            assert ratio <= 2, (
+                f"seed {seed} {dtype} {sorted(options)}: {name} has {ratio:.2f} times the formula's error"
+            )
     return f"60 problems, at most {worst:.2f} times the formula's error"
 
 
@@ -339,7 +348,10 @@ def nested_tensors_forward_and_backward() -> None:
 @check
 def replace_sdpa_and_autocast_under_a_module() -> str:
     layer = torch.nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True, device=GPU)
-    x, padding = torch.randn(3, 50, 64, device=GPU), torch.arange(50, device=GPU) >= torch.tensor([[50], [31], [9]], device=GPU)
+    x, padding = (
+        torch.randn(3, 50, 64, device=GPU),
+        torch.arange(50, device=GPU) >= torch.tensor([[50], [31], [9]], device=GPU),
+    )
     with torch.autocast("cuda", dtype=torch.bfloat16):
         expected = layer(x, src_key_padding_mask=padding)
         with fovea.torch.replace_sdpa() as report:

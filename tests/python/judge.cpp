@@ -11,8 +11,8 @@
 #include "random_problem.h"
 #include "workload.h"
 
-// What `fovea check` holds backends against, for results that come from elsewhere: the hostile tensors of a problem, and
-// the error rule.  A C interface, for tests that speak through ctypes (tests/python/judge.py).
+// What `fovea check` holds backends against, for results that come from elsewhere: the hostile tensors of a problem,
+// and the error rule.  A C interface, for tests that speak through ctypes (tests/python/judge.py).
 
 using namespace fovea;
 using namespace fovea::tools;
@@ -63,7 +63,11 @@ FOVEA_API bool judge_tensor(const void* handle, const char* name, fovea_tensor* 
   const Tensor* t = find(kInputNames, work.inputs(), name);
   if (t == nullptr) t = find(kOutputNames, work.outputs(), name);
   if (t == nullptr || !t->defined()) return false;
-  *view = {.data = t->data, .dtype = static_cast<std::int32_t>(t->dtype), .rank = t->rank, .device = {}, .shape = {},
+  *view = {.data = t->data,
+           .dtype = static_cast<std::int32_t>(t->dtype),
+           .rank = t->rank,
+           .device = {},
+           .shape = {},
            .strides = {}};
   std::copy_n(t->shape.begin(), t->rank, view->shape);
   std::copy_n(t->strides.begin(), t->rank, view->strides);

@@ -1,6 +1,6 @@
 """The error rule of docs/contract.md for results that come through the Python door.
 
-`Judged` gives a problem's hostile tensors, as PyTorch tensors over the memory of tests/python/judge.cpp, and its verdict.
+`Judged` gives a problem's hostile tensors, as PyTorch tensors over the memory of judge.cpp, and its verdict.
 """
 
 from __future__ import annotations

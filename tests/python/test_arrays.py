@@ -117,7 +117,11 @@ def test_a_refusal_is_one_sentence_with_the_value(sentence):
     "sentence, bad",
     {
         "q is fp64, which Fovea does not read": (q.astype(np.float64), k, v),
-        "num_q_heads (4) must be a multiple of num_kv_heads (3)": (q, k.repeat(3, 2)[:, :, :3], v.repeat(3, 2)[:, :, :3]),
+        "num_q_heads (4) must be a multiple of num_kv_heads (3)": (
+            q,
+            k.repeat(3, 2)[:, :, :3],
+            v.repeat(3, 2)[:, :, :3],
+        ),
         "batch differs: 2 in q and 1 in k": (q, k[:1], v[:1]),
         "list is no array: give one that speaks DLPack": (q.tolist(), k, v),
         "NoneType is no array": (None, k, v),

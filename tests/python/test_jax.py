@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from judge import GRADIENTS, Judged
 
 import fovea
+from judge import GRADIENTS, Judged
 
 TENSOR_OPTIONS = (
     "mask", "bias", "alibi_slopes", "sink", "q_lengths", "kv_lengths", "cu_seqlens_q", "cu_seqlens_kv",

@@ -3,13 +3,14 @@ Python door: eager, and compiled with torch.compile(fullgraph=True)."""
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from judge import GRADIENTS, Judged
 
 import fovea
+from judge import GRADIENTS, Judged
 
 COUNT = 300
 TENSOR_OPTIONS = (

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-import fovea.torch
 from fovea.torch import replace_sdpa, scaled_dot_product_attention
 
 
@@ -51,7 +50,9 @@ def test_causal_starts_at_the_top_left_where_lengths_differ():
     agree((1, 2, 5, 16), (1, 2, 9, 16), (1, 2, 9, 16), is_causal=True)
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (1, 7), (5, 1), (3, 5, 7), (2, 1, 5, 7), (2, 3, 1, 7), (1, 1, 1, 7), (2, 3, 5, 7)])
+@pytest.mark.parametrize(
+    "shape", [(5, 7), (1, 7), (5, 1), (3, 5, 7), (2, 1, 5, 7), (2, 3, 1, 7), (1, 1, 1, 7), (2, 3, 5, 7)]
+)
 def test_masks_of_every_broadcast(shape):
     keep = torch.rand(shape) > 0.3
     keep[..., 0] = True
@@ -124,7 +125,11 @@ def test_no_head_dim_and_no_keys():
     v = torch.randn(2, 3, 7, 8)
     out = scaled_dot_product_attention(torch.randn(2, 3, 5, 0), torch.randn(2, 3, 7, 0), v)
     torch.testing.assert_close(out, v.mean(2, keepdim=True).expand(2, 3, 5, 8))
-    assert scaled_dot_product_attention(torch.randn(2, 3, 5, 4), torch.randn(2, 3, 0, 4), torch.randn(2, 3, 0, 8)).eq(0).all()
+    assert (
+        scaled_dot_product_attention(torch.randn(2, 3, 5, 4), torch.randn(2, 3, 0, 4), torch.randn(2, 3, 0, 8))
+        .eq(0)
+        .all()
+    )
 
 
 def test_odd_strides_are_read_as_they_are():

@@ -1,4 +1,4 @@
-"""fovea.attention as a citizen of PyTorch: autograd, compile, export, autocast, vmap, checkpoints, seeds, nested tensors."""
+"""fovea.attention as a citizen of PyTorch: autograd, compile, export, autocast, vmap, checkpoints, seeds, nesting."""
 
 from __future__ import annotations
 
@@ -84,7 +84,10 @@ def test_sizes_may_be_dynamic():
         q, k, v = tensors(seqlen_q=seqlen, seqlen_kv=seqlen + 2)
         out = compiled(q, k, v, causal="bottom_right", layout="bshd")
         assert torch.equal(out, fovea.attention(q, k, v, causal="bottom_right"))
-        assert same(torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(compiled(q, k, v, causal="bottom_right").sum(), (q, k, v)))
+        assert same(
+            torch.autograd.grad(out.sum(), (q, k, v)),
+            torch.autograd.grad(compiled(q, k, v, causal="bottom_right").sum(), (q, k, v)),
+        )
 
 
 def test_export_keeps_one_operator_and_its_meaning():

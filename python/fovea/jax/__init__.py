@@ -1,4 +1,4 @@
-"""Fovea for JAX: attention through XLA's foreign function interface, with gradients, under jit, on CPUs and CUDA GPUs."""
+"""Fovea for JAX: attention through XLA's foreign function interface, with gradients, on CPUs and GPUs."""
 
 from fovea.jax._attention import attention
 

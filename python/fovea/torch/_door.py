@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fovea import _core
 from fovea._arguments import extras, rules
 from fovea.torch import _nested, _ops, _seeds
 
+#: Tensors without a dispatch of their own.
 _PLAIN = (Tensor, torch.nn.Parameter)
 _any_autocast = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack
@@ -139,23 +141,27 @@ def attention(
     call_rules = rules(
         softmax_scale, causal, window_left, window_right, softcap, dropout_p, deterministic, layout, backend, strict
     )
-    others = extras(
-        mask,
-        bias,
-        alibi_slopes,
-        sink,
-        q_lengths,
-        kv_lengths,
-        cu_seqlens_q,
-        cu_seqlens_kv,
-        max_seqlen_q,
-        max_seqlen_kv,
-    )
+    others = None
+    if not (mask is bias is alibi_slopes is sink is q_lengths is kv_lengths is cu_seqlens_q is cu_seqlens_kv is None):
+        others = extras(
+            mask,
+            bias,
+            alibi_slopes,
+            sink,
+            q_lengths,
+            kv_lengths,
+            cu_seqlens_q,
+            cu_seqlens_kv,
+            max_seqlen_q,
+            max_seqlen_kv,
+        )
     if dropout_p and seed is None:
         seed, offset = _seeds.draw(q.device)
     if needs_grad(q, k, v) or (others is not None and _any_needs_grad(bias, alibi_slopes, sink)):
         if out is not None:
-            raise ValueError("out cannot be given where gradients are wanted; call under torch.no_grad() or leave it out")
+            raise ValueError(
+                "out cannot be given where gradients are wanted; call under torch.no_grad() or leave it out"
+            )
         result, lse = _Attention.apply(q, k, v, bias, alibi_slopes, sink, others, call_rules, seed, offset)
         if packed_again is not None:
             result = packed_again(result)
@@ -168,13 +174,11 @@ def attention(
 
 def plainly_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a call needs nothing but its result: no tracing, no autocast, no tensors of a special kind."""
-    return not (
-        torch.compiler.is_compiling() or _any_autocast() or q.is_nested or _watched(q, k, v)
-    )
+    return not (is_dynamo_compiling() or _any_autocast() or q.is_nested or _watched(q, k, v))
 
 
 def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a subclass with a dispatch of its own, a tracing mode or a transform of functorch wants to see operators."""
+    """Whether a subclass with its own dispatch, a tracing mode or a transform of functorch wants to see operators."""
     return (
         type(q) not in _PLAIN
         or type(k) not in _PLAIN

@@ -1,11 +1,12 @@
-"""The operators `fovea::attention`, its backward pass and its seed: what torch.compile, torch.export and subclasses see.
+"""The operators `fovea::attention`, its backward pass and its seed: what torch.compile and torch.export see.
 
-Each has a fake implementation, which knows shapes and strides alone, so that graphs are traced without running anything.
+Each has a fake implementation that knows shapes and strides alone, so that graphs are traced without running.
 """
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor

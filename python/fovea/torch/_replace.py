@@ -6,7 +6,8 @@ import functools
 import sys
 import threading
 from collections import Counter
-from typing import Any, Callable, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -54,9 +55,13 @@ class Replacement:
 
     def report(self) -> str:
         """Several lines: what ran on Fovea, what stayed with PyTorch, and why."""
-        lines = [f"Fovea ran {self.replaced.total()} calls of scaled_dot_product_attention, PyTorch {self.left.total()}."]
+        lines = [
+            f"Fovea ran {self.replaced.total()} calls of scaled_dot_product_attention, PyTorch {self.left.total()}."
+        ]
         lines += [f"  {count:6d} ×  {call}" for call, count in self.replaced.most_common()]
-        lines += [f"  {count:6d} ×  left to PyTorch: {call}: {reason}" for (call, reason), count in self.left.most_common()]
+        lines += [
+            f"  {count:6d} ×  left to PyTorch: {call}: {reason}" for (call, reason), count in self.left.most_common()
+        ]
         return "\n".join(lines)
 
     __str__ = report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ def scaled_dot_product_attention(
     """What torch.nn.functional.scaled_dot_product_attention computes, without the L×S matrix whatever the options.
 
     Args:
-        query: [..., num_q_heads, L, E], fp32, fp16 or bf16, any number of leading dimensions, or a jagged nested tensor.
+        query: [..., num_q_heads, L, E], fp32, fp16 or bf16, any leading dimensions; or a jagged nested tensor.
         key: [..., num_kv_heads, S, E]; dimensions of size 1 are broadcast.
         value: [..., num_kv_heads, S, Ev].
         attn_mask: broadcasts to [..., num_q_heads, L, S]: bool, True takes part; or floating, added to the scores, with
@@ -46,8 +45,15 @@ def scaled_dot_product_attention(
         RuntimeError: an attn_mask together with is_causal, as in PyTorch.
     """
     corner = "top_left" if is_causal else None
-    if attn_mask is None and not dropout_p and _door.plainly_eager(query, key, value) and not _door.needs_grad(query, key, value):
-        out = _core.forward_regular(query, key, value, rules(scale, corner, None, None, 0.0, 0.0, False, "bhsd", None, False))
+    if (
+        attn_mask is None
+        and not dropout_p
+        and _door.plainly_eager(query, key, value)
+        and not _door.needs_grad(query, key, value)
+    ):
+        out = _core.forward_regular(
+            query, key, value, rules(scale, corner, None, None, 0.0, 0.0, False, "bhsd", None, False)
+        )
         if out is not None:
             return out
     if attn_mask is not None:
