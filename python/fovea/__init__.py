@@ -12,6 +12,7 @@ Submodules, imported when they are first used: ``fovea.torch`` (PyTorch's scaled
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +25,10 @@ __all__ = ["Report", "__version__", "attention", "explain", "flash_attn", "jax",
 
 _SUBMODULES = ("flash_attn", "jax", "torch")
 
-#: Who serves arrays of a type; filled as types are met.
+#: Who serves arrays of a type that is not PyTorch's; filled as types are met.
 _doors: dict[type, Callable[..., Any]] = {}
+#: Who serves PyTorch's.
+_torch_door: Callable[..., Any] | None = None
 
 
 def attention(
@@ -101,9 +104,10 @@ def attention(
         ValueError: an argument breaks the contract; one sentence with the offending value.
         RuntimeError: no allowed backend runs the call (with every reason), or the device failed.
     """
-    door = _doors.get(type(q))
-    if door is None:
-        door = _find_door(type(q))
+    if hasattr(q, "__torch_function__"):
+        door = _torch_door or _load_torch()
+    else:
+        door = _doors.get(type(q)) or _find_door(type(q))
     return door(
         q,
         k,
@@ -193,12 +197,20 @@ def explain(
     return _core.explain(bool(backward), q, k, v, others, call_rules)
 
 
+def _load_torch() -> Callable[..., Any]:
+    """Who serves PyTorch's tensors.  Where torch.compile traces this, nothing may change that it has read before."""
+    from fovea.torch._door import attention, is_dynamo_compiling
+
+    if not is_dynamo_compiling():
+        global _torch_door
+        _torch_door = attention
+    return attention
+
+
 def _find_door(array_type: type) -> Callable[..., Any]:
     """Who serves arrays of a type that has not been met yet."""
     roots = {base.__module__.partition(".")[0] for base in array_type.__mro__}
-    if "torch" in roots:
-        from fovea.torch._door import attention as door
-    elif roots & {"jax", "jaxlib"}:
+    if roots & {"jax", "jaxlib"}:
         from fovea.jax._door import attention as door
     else:
         from fovea._arrays import attention as door
@@ -210,3 +222,7 @@ def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f"fovea.{name}")
     raise AttributeError(f"module 'fovea' has no attribute {name!r}")
+
+
+if "torch" in sys.modules:
+    _load_torch()

@@ -201,11 +201,11 @@ xla::Error* fail(const xla::CallFrame& frame, xla::ErrorKind kind, const char* s
   return frame.api->error_create(&create);
 }
 
-/// Kernels may be captured; what they are launched with depends on shapes and attributes alone.
-void describe(const xla::Api& api, xla::Metadata& metadata, bool on_gpu) {
+/// No trait, that of command buffers least: a capture would keep the address of a workspace that has been given back.
+void describe(const xla::Api& api, xla::Metadata& metadata) {
   metadata.version.major = api.version.major;
   metadata.version.minor = api.version.minor;
-  metadata.traits = on_gpu ? xla::kMayBeCaptured : 0;
+  metadata.traits = 0;
 }
 
 Device device_of(const xla::CallFrame& frame, DeviceKind kind) {
@@ -221,7 +221,7 @@ template <DeviceKind Kind>
 xla::Error* handle(xla::CallFrame* frame) {
   if (frame->extensions != nullptr && frame->extensions->type == xla::kMetadata) {
     auto* extension = reinterpret_cast<xla::MetadataExtension*>(frame->extensions);
-    describe(*frame->api, *extension->metadata, Kind == DeviceKind::kCuda);
+    describe(*frame->api, *extension->metadata);
     return nullptr;
   }
   if (frame->stage != xla::kExecute) return nullptr;

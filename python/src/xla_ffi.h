@@ -27,7 +27,6 @@ struct Metadata {
   Version version;
   std::uint32_t traits;
 };
-constexpr std::uint32_t kMayBeCaptured = 1;  // into a CUDA graph
 struct MetadataExtension {
   Extension base;
   Metadata* metadata;

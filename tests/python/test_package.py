@@ -54,6 +54,18 @@ def test_the_benchmark_prints_a_row_for_every_case_and_writes_json(tmp_path):
     assert by_case["plain"] == "flash_attention_for_cpu" and by_case["dropout"] == "N×N formula"
 
 
+@pytest.mark.parametrize("first, second", [("fovea", "torch"), ("torch", "fovea")])
+def test_the_first_call_may_be_compiled_whatever_was_imported_first(first, second):
+    program = f"""
+import {first}
+import {second}
+q = torch.nn.Parameter(torch.randn(1, 5, 2, 8))
+call = torch.compile(lambda q: fovea.attention(q, q, q), fullgraph=True, backend="aot_eager")
+assert torch.equal(call(q), fovea.attention(q, q, q)) and torch.equal(call(q), fovea.attention(q, q, q))
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
 def test_types_and_documentation_come_along():
     files = importlib.resources.files("fovea")
     assert files.joinpath("py.typed").is_file() and files.joinpath("_core.pyi").is_file()

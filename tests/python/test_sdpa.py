@@ -180,6 +180,9 @@ def test_replaced_modules_run_on_fovea_and_the_report_says_so():
         double = F.scaled_dot_product_attention(*(torch.randn(1, 1, 4, 8, dtype=torch.float64) for _ in range(3)))
     assert F.scaled_dot_product_attention is original and double.dtype == torch.float64
     torch.testing.assert_close(out, expected)
+    with replace_sdpa() as evaluation, torch.no_grad():
+        layer.eval()(x)
+    assert evaluation.replaced.total() == 1 and torch.backends.mha.get_fastpath_enabled()
     assert report.replaced.total() == 1 and report.left.total() == 1
     assert "Fovea ran 1 calls" in str(report) and "float32 mask" in str(report)
     assert "left to PyTorch: float64 on cpu" in str(report) and "takes float32, float16 and bfloat16" in str(report)

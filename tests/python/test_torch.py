@@ -125,8 +125,23 @@ def test_autocast_casts_as_it_does_for_sdpa():
 
 def test_vmap_is_refused_in_a_sentence():
     q, k, v = tensors(grad=False)
-    with pytest.raises(RuntimeError, match="does not run under vmap; give q, k and v the batch dimension"):
+    with pytest.raises(RuntimeError, match="does not run under vmap.*give q, k and v the batch dimension"):
         torch.vmap(lambda q: fovea.attention(q, k, v))(q[None])
+
+
+def test_tensors_negated_by_a_bit_are_read_with_their_sign():
+    q, k, v = tensors(grad=False)
+    bias = torch.randn(1, 4, 9, 11)
+    negated = [torch._neg_view(x) for x in (q, k, v, bias)]
+    out = fovea.attention(*negated[:3], bias=negated[3])
+    assert torch.equal(out, fovea.attention(-q, -k, -v, bias=-bias))
+    assert torch.equal(
+        fovea.torch.scaled_dot_product_attention(q, q, torch._neg_view(q)), -fovea.attention(q, q, q, layout="bhsd")
+    )
+    q.requires_grad_()
+    weight = torch.randn(2, 9, 4, 16)
+    gradients = [torch.autograd.grad(fovea.attention(q, k, v), q, w)[0] for w in (torch._neg_view(weight), -weight)]
+    assert same(gradients[:1], gradients[1:])
 
 
 def test_a_subclass_and_a_dispatch_mode_see_the_operator():

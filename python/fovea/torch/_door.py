@@ -92,6 +92,8 @@ def attention(
     """fovea.attention."""
     packed_again = None
     if not plainly_eager(q, k, v):
+        if not is_dynamo_compiling():
+            q, k, v = _ordinary(q, k, v)
         if torch.is_autocast_enabled(q.device.type):
             q, k, v, bias = _autocast(q, k, v, bias)
         if q.is_nested:
@@ -145,7 +147,7 @@ def attention(
     if not (mask is bias is alibi_slopes is sink is q_lengths is kv_lengths is cu_seqlens_q is cu_seqlens_kv is None):
         others = extras(
             mask,
-            bias,
+            bias if bias is None else bias.resolve_neg(),
             alibi_slopes,
             sink,
             q_lengths,
@@ -174,11 +176,29 @@ def attention(
 
 def plainly_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a call needs nothing but its result: no tracing, no autocast, no tensors of a special kind."""
-    return not (is_dynamo_compiling() or _any_autocast() or q.is_nested or _watched(q, k, v))
+    return not (
+        is_dynamo_compiling()
+        or _any_autocast()
+        or q.is_nested
+        or _watched(q, k, v)
+        or q.is_neg()  # negated by a bit, which DLPack does not tell
+        or k.is_neg()
+        or v.is_neg()
+    )
+
+
+def _ordinary(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Signs that are only a bit written out; transforms of functorch refused."""
+    if _transforms() is not None:
+        raise RuntimeError(
+            "fovea.attention does not run under vmap, grad and the other transforms of torch.func; give q, k and v the"
+            " batch dimension in place of vmap, and use torch.autograd in place of grad"
+        )
+    return q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
 
 
 def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a subclass with its own dispatch, a tracing mode or a transform of functorch wants to see operators."""
+    """Whether a subclass with its own dispatch, a tracing mode or a transform wants to see operators."""
     return (
         type(q) not in _PLAIN
         or type(k) not in _PLAIN

@@ -47,10 +47,11 @@ class Options:
 
 
 def in_rows(tensor: Tensor | None) -> Tensor | None:
-    """The tensor with its last dimension contiguous; gradients come in all kinds of strides."""
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
-        return tensor
-    return tensor.contiguous()
+    """The tensor with its last dimension contiguous; gradients come in all kinds of strides, and negated by a bit."""
+    if tensor is None:
+        return None
+    tensor = tensor.resolve_neg()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from fovea.torch._sdpa import scaled_dot_product_attention
 _original = torch.nn.functional.scaled_dot_product_attention
 _lock = threading.RLock()
 _active: list[Replacement] = []
+_fast_path = True
 _patched: list[tuple[Any, str]] = []
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -79,7 +80,10 @@ def replace_sdpa() -> Replacement:
 
 
 def _patch() -> None:
-    """Wherever a loaded module has the original under any name."""
+    """Wherever a loaded module has the original under any name; and torch.nn's layers ask for it in evaluation too."""
+    global _fast_path
+    _fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     for module in list(sys.modules.values()):
         if module is None or (getattr(module, "__name__", "") or "").startswith(("fovea", "torch._C")):
             continue
@@ -90,6 +94,7 @@ def _patch() -> None:
 
 
 def _restore() -> None:
+    torch.backends.mha.set_fastpath_enabled(_fast_path)
     for module, name in _patched:
         setattr(module, name, _original)
     _patched.clear()
