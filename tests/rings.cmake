@@ -95,7 +95,7 @@ if(NOT FOVEA_SANITIZER)
   function(fovea_add_python name)
     fovea_add_ring(python_${name} tree bash ${CMAKE_CURRENT_SOURCE_DIR}/python/run.sh ${PROJECT_SOURCE_DIR}/build/venv ${ARGN})
     set_tests_properties(python_${name} PROPERTIES WORKING_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}
-      ENVIRONMENT FOVEA_JUDGE=$<TARGET_FILE:fovea_judge>
+      ENVIRONMENT "FOVEA_JUDGE=$<TARGET_FILE:fovea_judge>;OMP_NUM_THREADS=1;TORCHINDUCTOR_COMPILE_THREADS=1"
     )
   endfunction()
   foreach(part arrays torch sdpa flash_attn jax random_problems package)
