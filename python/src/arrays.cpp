@@ -90,7 +90,11 @@ class ExchangeFramework final : public Framework {
 
   [[nodiscard]] Borrowed borrow(nb::handle array, const char* name, bool /*written*/) const override {
     dlpack::Tensor tensor{};
-    if (api_.borrow(array.ptr(), &tensor) != 0) nb::raise_python_error();
+    if (api_.borrow(array.ptr(), &tensor) != 0) {
+      const nb::python_error error;
+      const std::string why = nb::str(error.value()).c_str();
+      refuse(std::string(name) + " cannot be read by DLPack: " + why.substr(0, why.find('\n')));
+    }
     return {to_view(tensor, name), {}};
   }
 

@@ -1,13 +1,15 @@
 #include "rules.h"
 
-#include <cmath>
+#include <algorithm>
 #include <string>
 
 namespace fovea::python {
 namespace {
 
 [[noreturn]] void refuse(const char* name, nb::handle value, const char* rule) {
-  const std::string sentence = std::string(name) + " (" + nb::repr(value).c_str() + ") must be " + rule;
+  std::string text = nb::repr(value).c_str();
+  std::replace(text.begin(), text.end(), '\n', ' ');
+  const std::string sentence = std::string(name) + " (" + text + ") must be " + rule;
   throw nb::value_error(sentence.c_str());
 }
 

@@ -246,6 +246,23 @@ def test_half_precision_keeps_its_dtype_and_bits():
     assert (out.float() - exact.float()).abs().max() < 2e-2
 
 
+@pytest.mark.parametrize(
+    "sentence, make",
+    {
+        "q cannot be read by DLPack: Cannot pack tensors on meta": lambda q: (q.to("meta"), q, q),
+        "q cannot be read by DLPack": lambda q: (q.to_sparse(), q, q),
+        "k is a ndarray, but q a PyTorch tensor": lambda q: (q, q.numpy(), q),
+        "q is complex64, which Fovea does not read": lambda q: (q.to(torch.complex64), q, q),
+        "q is missing": lambda q: (torch.tensor(1.0), q, q),
+        "batch (0) must be at least 1": lambda q: (q[:0], q[:0], q[:0]),
+    }.items(),
+)
+def test_tensors_of_other_kinds_are_refused_in_one_line(sentence, make):
+    with pytest.raises(ValueError) as refusal:
+        fovea.attention(*make(torch.randn(1, 5, 2, 8)))
+    assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
+
+
 def test_many_threads_get_the_same_bits():
     from concurrent.futures import ThreadPoolExecutor
 

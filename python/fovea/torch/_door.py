@@ -188,7 +188,10 @@ def plainly_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _ordinary(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Signs that are only a bit written out; transforms of functorch refused."""
+    """Signs that are only a bit written out; transforms of functorch and what is no tensor refused."""
+    for name, tensor in (("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}, but q a PyTorch tensor; give PyTorch tensors")
     if _transforms() is not None:
         raise RuntimeError(
             "fovea.attention does not run under vmap, grad and the other transforms of torch.func; give q, k and v the"
