@@ -54,6 +54,7 @@ NB_MODULE(_core, module) {
   bind_report(module);
   module.def("forward", &forward, any("q"), any("k"), any("v"), any("extras"), nb::arg("rules"), any("seed"),
              any("offset"), nb::arg("want_lse"), any("out"));
+  module.def("regular", &regular, any("q"), any("k"), any("v"));
   module.def("forward_regular", &forward_regular, any("q"), any("k"), any("v"), nb::arg("rules"));
   module.def("backward", &backward, any("dout"), any("dlse"), any("q"), any("k"), any("v"), any("out"), any("lse"),
              any("extras"), nb::arg("rules"), any("seed"), any("offset"), nb::arg("wanted"));

@@ -49,18 +49,6 @@ class Pass {
     return borrowed.view;
   }
 
-  /// Whether q, k and v agree without broadcasting and can be read as they are.
-  [[nodiscard]] bool regular() const {
-    const auto rows = [](const Tensor& t) {
-      return t.rank == 4 && t.strides[3] == 1 && std::find(t.shape.begin(), t.shape.end(), 0) == t.shape.end();
-    };
-    const auto alike = [](const Tensor& a, const Tensor& b) {
-      return a.shape[0] == b.shape[0] && a.shape[2] == b.shape[2];
-    };
-    const Inputs& in = call_.in;
-    return rows(in.q) && rows(in.k) && rows(in.v) && alike(in.q, in.k) && alike(in.k, in.v);
-  }
-
   /// A new array with q's rows and heads, v's dim.
   Made make_out() {
     Tensor like = call_.in.q;
@@ -138,6 +126,17 @@ class Pass {
   std::vector<nb::object> capsules_;
 };
 
+/// `heads`: which dimension they are.
+bool are_regular(const Tensor& q, const Tensor& k, const Tensor& v, int heads) {
+  const auto rows = [](const Tensor& t) {
+    return t.rank == 4 && t.strides[3] == 1 && std::find(t.shape.begin(), t.shape.end(), 0) == t.shape.end();
+  };
+  const auto alike = [&](const Tensor& a, const Tensor& b) {
+    return a.shape[0] == b.shape[0] && a.shape[heads] == b.shape[heads];
+  };
+  return rows(q) && rows(k) && rows(v) && alike(q, k) && alike(k, v);
+}
+
 /// The library's refusals are Python's ValueError; its other failures are RuntimeError by themselves.
 template <typename Work>
 auto translated(const Work& work) {
@@ -174,15 +173,30 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, Extras extras, cons
   });
 }
 
+bool regular(nb::handle q, nb::handle k, nb::handle v) {
+  const auto shape_of = [](nb::handle array) -> Tensor {
+    try {
+      return Framework::of(array).borrow(array, "an array", false).view;
+    } catch (const nb::builtin_exception&) {
+      return {};  // whoever looks closer will say why
+    }
+  };
+  return are_regular(shape_of(q), shape_of(k), shape_of(v), 1);
+}
+
 nb::object forward_regular(nb::handle q, nb::handle k, nb::handle v, const CallRules& rules) {
   return translated([&]() -> nb::object {
-    Pass pass(Direction::kForward, q, k, v, nb::none(), rules);
-    if (!pass.regular()) return nb::none();
-    const Problem problem = pass.problem();
-    Made made = pass.make_out();
-    pass.out.out = made.view;
-    pass.run(problem);
-    return std::move(made.object);
+    try {
+      Pass pass(Direction::kForward, q, k, v, nb::none(), rules);
+      if (!are_regular(pass.in().q, pass.in().k, pass.in().v, 2)) return nb::none();
+      const Problem problem = pass.problem();
+      Made made = pass.make_out();
+      pass.out.out = made.view;
+      pass.run(problem);
+      return std::move(made.object);
+    } catch (const nb::builtin_exception&) {
+      return nb::none();
+    }
   });
 }
 

@@ -18,7 +18,11 @@ enum Wanted : int { kBias = 1, kSlopes = 2, kSink = 4 };
 [[nodiscard]] nb::object forward(nb::handle q, nb::handle k, nb::handle v, Extras extras, const CallRules& rules,
                                  nb::handle seed, nb::handle offset, bool want_lse, nb::handle out);
 
-/// out for 4-d q, k and v of equal batch and heads, no extent 0, last dimensions contiguous; None for all others.
+/// Whether these are 4-d, of equal batch and heads in layout "bhsd", without an extent 0 and with contiguous last
+/// dimensions: what scaled_dot_product_attention passes on as it is.
+[[nodiscard]] bool regular(nb::handle q, nb::handle k, nb::handle v);
+
+/// out of such tensors by rules without dropout, in one step; None for all others.
 [[nodiscard]] nb::object forward_regular(nb::handle q, nb::handle k, nb::handle v, const CallRules& rules);
 
 /// (dq, dk, dv, dbias, dalibi_slopes, dsink), the last three None where they are not wanted.

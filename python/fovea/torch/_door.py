@@ -20,7 +20,7 @@ _transforms = torch._C._functorch.peek_interpreter_stack
 
 
 class _Attention(torch.autograd.Function):
-    """Eager autograd; differentiable: q, k, v, bias, alibi_slopes and sink."""
+    """Eager autograd; `extra` are bias, alibi_slopes and sink where there are any arrays besides q, k and v."""
 
     @staticmethod
     def forward(
@@ -28,36 +28,37 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        bias: Tensor | None,
-        alibi_slopes: Tensor | None,
-        sink: Tensor | None,
         others: tuple[Any, ...] | None,
         call_rules: _core.Rules,
         seed: int | None,
         offset: int,
-    ) -> tuple[Tensor, Tensor]:
+        return_lse: bool,
+        *extra: Tensor | None,
+    ) -> Any:
         out, lse = _core.forward(q, k, v, others, call_rules, seed, offset, True, None)
-        ctx.set_materialize_grads(False)
         ctx.call = (call_rules, seed, offset)
         if others is None:
             ctx.save_for_backward(q, k, v, out, lse)
         else:
             *arrays, ctx.max_seqlen_q, ctx.max_seqlen_kv = others
             ctx.save_for_backward(q, k, v, out, lse, *arrays)
+        if not return_lse:
+            return out
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
         if dout is None and dlse is None:
-            return (None,) * 10
+            return (None,) * len(needed)
         q, k, v, out, lse, *arrays = ctx.saved_tensors
         others = (*arrays, ctx.max_seqlen_q, ctx.max_seqlen_kv) if arrays else None
         dout = torch.zeros_like(out) if dout is None else _ops.in_rows(dout)
-        needed = ctx.needs_input_grad
-        wanted = needed[3] + 2 * needed[4] + 4 * needed[5]
+        wanted = needed[8] + 2 * needed[9] + 4 * needed[10] if arrays else 0
         gradients = _core.backward(dout, _ops.in_rows(dlse), q, k, v, out, lse, others, *ctx.call, wanted)
-        return (*gradients, None, None, None, None)
+        return (*gradients[:3], None, None, None, None, None, *(gradients[3:] if arrays else ()))
 
 
 def attention(
@@ -157,21 +158,35 @@ def attention(
             max_seqlen_q,
             max_seqlen_kv,
         )
-    if dropout_p and seed is None:
-        seed, offset = _seeds.draw(q.device)
-    if needs_grad(q, k, v) or (others is not None and _any_needs_grad(bias, alibi_slopes, sink)):
-        if out is not None:
-            raise ValueError(
-                "out cannot be given where gradients are wanted; call under torch.no_grad() or leave it out"
-            )
-        result, lse = _Attention.apply(q, k, v, bias, alibi_slopes, sink, others, call_rules, seed, offset)
-        if packed_again is not None:
-            result = packed_again(result)
-        return (result, lse) if return_lse else result
-    result = _core.forward(q, k, v, others, call_rules, seed, offset, return_lse, out)
+    result = run(q, k, v, others, call_rules, dropout_p, seed, offset, return_lse, out)
     if packed_again is None:
         return result
     return (packed_again(result[0]), result[1]) if return_lse else packed_again(result)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    others: tuple[Any, ...] | None,
+    call_rules: _core.Rules,
+    dropout_p: float,
+    seed: int | None = None,
+    offset: int = 0,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Any:
+    """An eager call, with autograd where somebody wants gradients."""
+    if dropout_p and seed is None:
+        seed, offset = _seeds.draw(q.device)
+    extra = () if others is None else others[1:4]  # bias, alibi_slopes, sink
+    if not torch.is_grad_enabled() or not (
+        q.requires_grad or k.requires_grad or v.requires_grad or (extra and _any_needs_grad(extra))
+    ):
+        return _core.forward(q, k, v, others, call_rules, seed, offset, return_lse, out)
+    if out is not None:
+        raise ValueError("out cannot be given where gradients are wanted; call under torch.no_grad() or leave it out")
+    return _Attention.apply(q, k, v, others, call_rules, seed, offset, return_lse, *extra)
 
 
 def plainly_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -179,7 +194,6 @@ def plainly_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return not (
         is_dynamo_compiling()
         or _any_autocast()
-        or q.is_nested
         or _watched(q, k, v)
         or q.is_neg()  # negated by a bit, which DLPack does not tell
         or k.is_neg()
@@ -211,12 +225,8 @@ def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
-
-
-def _any_needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def _any_needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Any, Any, Any, Any]:

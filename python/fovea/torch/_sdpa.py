@@ -45,16 +45,12 @@ def scaled_dot_product_attention(
         RuntimeError: an attn_mask together with is_causal, as in PyTorch.
     """
     corner = "top_left" if is_causal else None
-    if (
-        attn_mask is None
-        and not dropout_p
-        and _door.plainly_eager(query, key, value)
-        and not _door.needs_grad(query, key, value)
-    ):
-        out = _core.forward_regular(
-            query, key, value, rules(scale, corner, None, None, 0.0, 0.0, False, "bhsd", None, False)
-        )
-        if out is not None:
+    if attn_mask is None and _door.plainly_eager(query, key, value):
+        call_rules = rules(scale, corner, None, None, 0.0, dropout_p, False, "bhsd", None, False)
+        if dropout_p or query.requires_grad or key.requires_grad or value.requires_grad:
+            if _core.regular(query, key, value):
+                return _door.run(query, key, value, None, call_rules, dropout_p)
+        elif (out := _core.forward_regular(query, key, value, call_rules)) is not None:
             return out
     if attn_mask is not None:
         if is_causal:
