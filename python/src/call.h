@@ -12,6 +12,13 @@ struct Call {
   std::int64_t max_seqlen_kv = 0;
 
   [[nodiscard]] bool packed() const { return in.cu_seqlens_q.defined(); }
+
+  /// No array besides q, k and v, and results, which a problem does not depend on.
+  [[nodiscard]] bool bare() const {
+    return !(in.mask.defined() || in.bias.defined() || in.alibi_slopes.defined() || in.sink.defined() ||
+             in.q_lengths.defined() || in.kv_lengths.defined() || in.cu_seqlens_q.defined() ||
+             in.cu_seqlens_kv.defined());
+  }
 };
 
 /// The problem that a call poses.  Lengths stay open, so that batches of one shape share a plan.

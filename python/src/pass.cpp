@@ -75,25 +75,27 @@ class Pass {
   [[nodiscard]] Problem problem() const { return problem_of(call_, rules_); }
   [[nodiscard]] const Device& device() const { return call_.in.q.device; }
 
-  /// What the results' shapes rely on has been checked by `problem`.
-  void run(const Problem& problem) {
-    std::shared_ptr<const Plan> plan;
-    {
+  /// Checks the call as well: results may be made after this, not before.
+  [[nodiscard]] std::shared_ptr<const Plan> plan() const {
+    if (auto known = last_plan(call_, rules_, call_rules_)) return known;
+    const nb::gil_scoped_release others_may_run;
+    return plan_of(call_, rules_, call_rules_);
+  }
+
+  void run(const Plan& plan) {
+    if (device().kind == DeviceKind::kCpu) {
       const nb::gil_scoped_release others_may_run;
-      plan = plan_of(problem, device(), call_rules_);
-      if (device().kind == DeviceKind::kCpu) {
-        plan->execute(call_.in, out, CpuWorkspace(plan->workspace_bytes()).data());
-        return;
-      }
+      plan.execute(call_.in, out, CpuWorkspace(plan.workspace_bytes()).data());
+      return;
     }
     // The framework's allocator orders the workspace's reuse after this stream's work, and serves a capture as well.
     Made workspace;
-    if (plan->workspace_bytes() > 0) {
-      workspace = make(std::array{static_cast<std::int64_t>((plan->workspace_bytes() + 3) / 4)}, DType::kInt32);
+    if (plan.workspace_bytes() > 0) {
+      workspace = make(std::array{static_cast<std::int64_t>((plan.workspace_bytes() + 3) / 4)}, DType::kInt32);
     }
     void* stream = framework_.stream(device());
     const nb::gil_scoped_release others_may_run;
-    plan->execute(call_.in, out, workspace.view.data, stream);
+    plan.execute(call_.in, out, workspace.view.data, stream);
   }
 
  private:
@@ -155,7 +157,7 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, Extras extras, cons
   return translated([&]() -> nb::object {
     Pass pass(Direction::kForward, q, k, v, extras, rules);
     pass.seed(seed, offset);
-    const Problem problem = pass.problem();
+    const auto plan = pass.plan();
     Made made, lse;
     if (out.is_none()) {
       made = pass.make_out();
@@ -167,7 +169,7 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, Extras extras, cons
       lse = pass.make_lse();
       pass.out.lse = lse.view;
     }
-    pass.run(problem);
+    pass.run(*plan);
     if (!want_lse) return std::move(made.object);
     return nb::make_tuple(std::move(made.object), std::move(lse.object));
   });
@@ -189,10 +191,10 @@ nb::object forward_regular(nb::handle q, nb::handle k, nb::handle v, const CallR
     try {
       Pass pass(Direction::kForward, q, k, v, nb::none(), rules);
       if (!are_regular(pass.in().q, pass.in().k, pass.in().v, 2)) return nb::none();
-      const Problem problem = pass.problem();
+      const auto plan = pass.plan();
       Made made = pass.make_out();
       pass.out.out = made.view;
-      pass.run(problem);
+      pass.run(*plan);
       return std::move(made.object);
     } catch (const nb::builtin_exception&) {
       return nb::none();
@@ -206,7 +208,7 @@ nb::tuple backward(nb::handle dout, nb::handle dlse, nb::handle q, nb::handle k,
   return translated([&] {
     Pass pass(Direction::kBackward, q, k, v, extras, rules);
     pass.seed(seed, offset);
-    const Problem problem = pass.problem();
+    const auto plan = pass.plan();
     Inputs& in = pass.in();
     in.out = pass.take_tokens(out, "out");
     in.dout = pass.take_tokens(dout, "dout");
@@ -226,7 +228,7 @@ nb::tuple backward(nb::handle dout, nb::handle dlse, nb::handle q, nb::handle k,
     const nb::object dbias = optional(kBias, in.bias, 1, pass.out.dbias);
     const nb::object dslopes = optional(kSlopes, in.alibi_slopes, 2, pass.out.dalibi_slopes);
     const nb::object dsink = optional(kSink, in.sink, 3, pass.out.dsink);
-    pass.run(problem);
+    pass.run(*plan);
     return nb::make_tuple(dq.object, dk.object, dv.object, dbias, dslopes, dsink);
   });
 }

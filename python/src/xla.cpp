@@ -124,7 +124,7 @@ class XlaCall {
   void run() const {
     PlanOptions options;
     options.backend = attribute(frame_.attributes, "backend");
-    const std::shared_ptr<const Plan> plan = plan_of(problem_of(call_, rules_), device_, options);
+    const std::shared_ptr<const Plan> plan = plan_of(call_, rules_, options);
     if (device_.kind == DeviceKind::kCpu) {
       plan->execute(call_.in, out_, CpuWorkspace(plan->workspace_bytes()).data());
       return;
