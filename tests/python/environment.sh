@@ -15,7 +15,7 @@ works() { "$venv/bin/python" -c 'import torch, sentence_transformers' 2>"$venv/i
 
 install -r "$here/requirements.txt"
 install --no-deps -r "$here/requirements-torch.txt"
-if ldconfig -p | grep -q 'libcublas\.so\.13'; then
+if [[ $(PATH=$PATH:/sbin ldconfig -p) == *libcublas.so.13* ]]; then
   install --no-deps nvidia-cudnn-cu13 nvidia-cufile nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13
 fi
 works || install -r "$here/requirements-torch.txt"
