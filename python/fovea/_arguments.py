@@ -7,6 +7,34 @@ from typing import Any
 
 from fovea import _core
 
+#: What fovea.attention takes after q, k and v, in the order in which its doors get it.
+KEYWORDS = (
+    "softmax_scale",
+    "causal",
+    "window_left",
+    "window_right",
+    "mask",
+    "bias",
+    "alibi_slopes",
+    "sink",
+    "softcap",
+    "dropout_p",
+    "seed",
+    "offset",
+    "q_lengths",
+    "kv_lengths",
+    "cu_seqlens_q",
+    "cu_seqlens_kv",
+    "max_seqlen_q",
+    "max_seqlen_kv",
+    "deterministic",
+    "layout",
+    "return_lse",
+    "out",
+    "backend",
+    "strict",
+)
+
 #: The compiled half's checked options that are no tensors; equal ones share one object.
 rules = lru_cache(maxsize=1024)(_core.Rules)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import inspect
 import json
 import shutil
 import subprocess
@@ -64,6 +65,14 @@ call = torch.compile(lambda q: fovea.attention(q, q, q), fullgraph=True, backend
 assert torch.equal(call(q), fovea.attention(q, q, q)) and torch.equal(call(q), fovea.attention(q, q, q))
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+def test_every_door_takes_the_arguments_in_one_order():
+    from fovea import _arguments, _arrays
+    from fovea.torch import _door
+
+    for function in (fovea.attention, _arrays.attention, _door.attention):
+        assert tuple(inspect.signature(function).parameters) == ("q", "k", "v", *_arguments.KEYWORDS)
 
 
 def test_types_and_documentation_come_along():
