@@ -41,7 +41,6 @@ constexpr std::array kTiles{
     Tile{192, 2, 32, 1, false, false, Tile::kAnyOptions},
     Tile{256, 2, 64, 1, false, false, 2, false},
     Tile{256, 2, 32, 1, false, false, 8},
-    Tile{256, 2, 16, 1, false, false, Tile::kAnyOptions},
 };
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
