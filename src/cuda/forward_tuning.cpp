@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 
+#include "cuda/params.h"
 #include "math/band.h"
 
 namespace fovea::cuda {
@@ -21,6 +22,7 @@ struct Tile {
   int most_options = kAnyOptions;  // see `weight_of`
   int least_keys = 0;              // fewer are not worth its start
   enum { kAnyBand, kNoBand, kBand } band = kAnyBand;
+  bool halved_q = false;
 
   static constexpr int kAnyOptions = 99;
 };
@@ -60,8 +62,14 @@ constexpr std::array kTiles16{
     Tile{512, 16, 16, 1, 1, 1, 1},
 };
 constexpr std::array kTiles32{
-    Tile{64, 128, 32, 4, 1, 2, 2, false, 0}, Tile{128, 64, 32, 4, 1, 2, 1}, Tile{256, 64, 32, 4, 1, 1, 1, false, 0},
-    Tile{512, 64, 16, 4, 1, 1, 1},           Tile{512, 32, 16, 2, 1, 1, 1}, Tile{512, 16, 16, 1, 1, 1, 1},
+    Tile{64, 128, 32, 4, 1, 2, 2, false, 6, 0, Tile::kAnyBand, true},
+    Tile{64, 128, 32, 4, 1, 2, 2, false, 6},
+    Tile{128, 128, 16, 4, 1, 2, 2, false, 0},
+    Tile{128, 64, 32, 4, 1, 2, 1},
+    Tile{256, 64, 32, 4, 1, 1, 1, false, 0},
+    Tile{512, 64, 16, 4, 1, 1, 1},
+    Tile{512, 32, 16, 2, 1, 1, 1},
+    Tile{512, 16, 16, 1, 1, 1, 1},
 };
 
 // Without a unit for products, short code matters more than reuse.
@@ -121,7 +129,7 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
     for (const Tile& tile : tiles) {
       spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.across = tile.across,
       spec.stages = tile.stages;
-      spec.spread_copies = tile.spread, shape.min_blocks = tile.min_blocks;
+      spec.spread_copies = tile.spread, spec.halved_q = tile.halved_q, shape.min_blocks = tile.min_blocks;
       if (!spec.async_copy) spec.stages = 1, spec.spread_copies = false;
       fits = tile.widest >= widest && shared_bytes(spec) <= shared_room(gpu, tile.min_blocks) &&
              !(tile.block_m > kFewRows && rows <= kFewRows) && problem.seqlen_kv >= tile.least_keys &&
@@ -186,7 +194,7 @@ jit::KernelRequest mask_words_request(int arch) {
                       .header = "cuda/kernels/mask_words.cuh",
                       .spec = "ForwardSpec",
                       .params = "CallParams",
-                      .threads = 256},
+                      .threads = kMaskThreads},
                      ForwardSpec{}, arch);
 }
 

@@ -19,6 +19,8 @@ struct WordView {
   FOVEA_FN constexpr i64 plane() const { return i64{rows} * count + i64{2} * groups() * spans(); }
 };
 
+inline constexpr int kMaskThreads = 256;  // of a block that makes them
+
 /// int32 values on the device; data null: none.
 struct IndexView {
   const int* data;

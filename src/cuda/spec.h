@@ -35,6 +35,7 @@ struct ForwardSpec {
   int across = 1;              // warps that share rows, each with its part of a tile's keys and of v's columns
   int stages = 2;              // tiles of keys in flight
   bool spread_copies = false;  // they leave between the steps of a product
+  bool halved_q = false;       // Q lies as the halves of TF32, and need not be halved for each tile of keys
   bool pack_gqa = false;       // a row is a query and a head of the group, not a query of one head
   bool split = false;          // keys are shared out to several blocks, whose parts are combined
   bool band = false;           // causal or a window
@@ -50,7 +51,7 @@ struct ForwardSpec {
 
 /// Shared memory of a block: Q, in whose place O leaves; then `stages` times K and V; then P, where warps share rows.
 FOVEA_FN constexpr int q_bytes(const ForwardSpec& s) {
-  return s.block_m * math::larger(pitch_of(s.type, s.head_dim), pitch_of(s.type, s.head_dim_v));
+  return s.block_m * math::larger(pitch_of(s.type, s.head_dim) * (s.halved_q ? 2 : 1), pitch_of(s.type, s.head_dim_v));
 }
 FOVEA_FN constexpr int stage_bytes(const ForwardSpec& s) {
   return s.block_n * (pitch_of(s.type, s.head_dim) + pitch_of(s.type, s.head_dim_v));
@@ -91,7 +92,7 @@ FOVEA_FN constexpr void each_field(const ForwardSpec& s, F&& f) {
   f("type", s.type), f("mma", s.mma), f("async_copy", s.async_copy);
   f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
   f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("across", s.across), f("stages", s.stages);
-  f("spread_copies", s.spread_copies), f("pack_gqa", s.pack_gqa), f("split", s.split);
+  f("spread_copies", s.spread_copies), f("halved_q", s.halved_q), f("pack_gqa", s.pack_gqa), f("split", s.split);
   f("band", s.band), f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
   f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);
 }

@@ -266,7 +266,7 @@ struct Backward {
   }
   /// Starts the copies of a tile of rows, if there is one, and sees to the step after it.
   FOVEA_DEVICE void load(int n) const {
-    const Step& at = step(n);
+    const Step& at = step(fresh(n));
     if (at.exists) {
       const int stage = at.stage, rows = sequence.band.seqlen_q - at.tile * S.block_m;
       load_rows<S.async_copy, kThreads>(q_tile(stage), rows, p.head_dim * kBytes<S.type>, p.q.aligned, at.q, p.q.row);
@@ -301,8 +301,8 @@ struct Backward {
     store(sums.dk, sums.dv);
   }
 
-  /// All warps make the scores of a tile, then all its products; the next tile's rows arrive meanwhile, or in the end
-  /// where there is room for one tile only.
+  /// All warps make the scores of a tile, then all its products; the next tile's rows arrive meanwhile, or while dq
+  /// is made where there is room for one tile only.
   FOVEA_DEVICE void alternate(Sums& sums) const {
     int n = 0;
 #pragma unroll 1
@@ -313,10 +313,6 @@ struct Backward {
       if constexpr (S.stages == 2) load(n + 1);
       const bool spoiled = meet(!full(n), scores(n, sums));
       products(n, sums, spoiled);
-      if constexpr (S.stages == 1) {
-        __syncthreads();
-        load(n + 1);
-      }
     }
     if constexpr (S.deterministic) {
       __syncthreads();
@@ -371,7 +367,7 @@ struct Backward {
   FOVEA_DEVICE bool scores(int n, Sums& sums) const {
     GradientTile<S> tile;
     if (!tile.works()) return false;
-    const Step& at = step(n);
+    const Step& at = step(fresh(n));
     const int stage = at.stage;
     const RowMap<false> rows{at.tile * S.block_m, sequence.q_rows, at.head, 1};
     const typename GradientTile<S>::Rules rules{p, sequence, rows};
@@ -405,30 +401,51 @@ struct Backward {
   FOVEA_DEVICE void products(int n, Sums& sums) const {
     const int stage = step(n).stage;
     const int lane = fresh(lane_id());
+    // Additions to many columns, all at once, would stand in the way of what the products read; but who waits for his
+    // turn adds last, and where the next rows come into these rows' place, they do so while dq is made.
+    constexpr bool kInHalves = S.head_dim > 128, kLast = S.deterministic || S.stages == 1;
+    constexpr int kHalf = kInHalves ? Dq::kN / 4 * 2 : 0;
+    if constexpr (kHalf > 0 && !kLast) add_dq<kCareful, 0, kHalf>(n, lane);
     add_columns<kCareful>(sums.dv, weights(n), dout_tile(stage), lane);
+    if constexpr (kInHalves && !kLast) add_dq<kCareful, kHalf, Dq::kN>(n, lane);
     add_columns<kCareful>(sums.dk, ds_tile(n), q_tile(stage), lane);
+    if constexpr (S.stages == 1) {
+      __syncthreads();
+      load(n + 1);
+    }
+    if constexpr (kHalf > 0 && kLast) add_dq<kCareful, 0, kHalf>(n, lane);
+    if constexpr (!kInHalves || kLast) add_dq<kCareful, kHalf, Dq::kN>(n, lane);
+    if constexpr (S.deterministic) __threadfence();
+  }
+
+  /// What a tile adds to dq, of columns [kBegin, kEnd) of a warp's pieces.
+  template <bool kCareful, int kBegin, int kEnd>
+  FOVEA_DEVICE void add_dq(int n, int lane) const {
     if (!Dq::works()) return;
-    Dq dq;
+    Accumulator dq[Dq::kM][kEnd - kBegin];
+    const int column = Dq::column() + 8 * kBegin;
     const EntryTile ds = ds_tile(n);
     const KTile k_columns = k_tile();
     if constexpr (kCareful) {
-      clear(dq.c);
+      clear(dq);
       multiply_seen<S.block_n>(
-          dq, [&](int k, int row) { return ds.at(row, k); },
-          [&](int k, int column) { return k_columns.at(k, column); });
+          dq, Dq::row(), column, [&](int k, int row) { return ds.at(row, k); },
+          [&](int k, int at) { return k_columns.at(k, at); });
     } else {
       const auto a = corner_a<true>(ds, lane, Dq::row(), 0);
-      const auto b = corner_b_columns(k_columns, lane, 0, Dq::column());
+      const auto b = corner_b_columns(k_columns, lane, 0, column);
       multiply_steps<S, S.block_n / kStep<S.type>>(
-          dq.c, [&](int i, int k) { return load_a<true>(a, 16 * i, k); },
+          dq, [&](int i, int k) { return load_a<true>(a, 16 * i, k); },
           [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); },
           [](int) { return Accumulator{}; });
     }
-    if constexpr (S.deterministic) await_turn(n);
-    float* sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
+    if constexpr (S.deterministic && kBegin == 0) await_turn(n);
+    float* const sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
 #pragma unroll
-    for (int x = 0; x < Dq::kM * Dq::kN; ++x) reduce(sum + x * 128, dq.c[x / Dq::kN][x % Dq::kN]);
-    if constexpr (S.deterministic) __threadfence();
+    for (int i = 0; i < Dq::kM; ++i) {
+#pragma unroll
+      for (int j = kBegin; j < kEnd; ++j) reduce(sum + (i * Dq::kN + j) * 128, dq[i][j - kBegin]);
+    }
   }
 
   /// C += (entries)ᵀ · rows: dv from P and dout, dk from dS and q.
@@ -437,7 +454,7 @@ struct Backward {
     if (!C::works()) return;
     if constexpr (kCareful) {
       multiply_seen<S.block_m>(
-          sum, [&](int k, int row) { return entries.at(k, row); },
+          sum.c, C::row(), C::column(), [&](int k, int row) { return entries.at(k, row); },
           [&](int k, int column) { return rows.at(k, column); });
     } else {
       const auto a = corner_a_columns(entries, lane, 0, C::row());
@@ -450,12 +467,12 @@ struct Backward {
 
   /// The slow product, term by term, that leaves out hidden entries of A: for tiles in which something hidden may not
   /// be finite.
-  template <int kSteps, class C, class A, class B>
-  FOVEA_DEVICE static void multiply_seen(C& sum, const A& a, const B& b) {
-    const int row = fresh(C::row() + lane_id() / 4), column = fresh(C::column() + lane_id() % 4 * 2);
+  template <int kSteps, int kM, int kN, class A, class B>
+  FOVEA_DEVICE static void multiply_seen(Accumulator (&sum)[kM][kN], int first_row, int first_column, const A& a,
+                                         const B& b) {
+    const int row = fresh(first_row + lane_id() / 4), column = fresh(first_column + lane_id() % 4 * 2);
 #pragma unroll 1
     for (int k = 0; k < kSteps; ++k) {
-      constexpr int kM = C::kGrid.rows / 16, kN = C::kGrid.columns / 8;
       float factors[kM][2];
 #pragma unroll
       for (int x = 0; x < 2 * kM; ++x) factors[x / 2][x % 2] = read_shared<S.type>(a(k, row + 8 * x));
@@ -467,7 +484,7 @@ struct Backward {
 #pragma unroll
           for (int x = 0; x < 2 * kM; ++x) {
             const float factor = factors[x / 2][x % 2];
-            if (!GradientTile<S>::hidden(factor)) sum.c[x / 2][j].x[x % 2 * 2 + e] += factor * other;
+            if (!GradientTile<S>::hidden(factor)) sum[x / 2][j].x[x % 2 * 2 + e] += factor * other;
           }
         }
       }

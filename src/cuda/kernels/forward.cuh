@@ -21,6 +21,7 @@ struct Forward {
   static constexpr int kN = S.block_n / S.across / 8;     // pieces of 8 keys of its scores
   static constexpr int kD = S.head_dim_v / S.across / 8;  // pieces of 8 columns of its out
   static constexpr int kK = kStep<S.type>;
+  static_assert(kN % 2 == 0 && kD % 2 == 0);  // operands come two pieces at a time
 
   using QTile = SharedTile<S.type, S.block_m, S.head_dim>;
   using KTile = SharedTile<S.type, S.block_n, S.head_dim>;
@@ -77,6 +78,7 @@ struct Forward {
   const Rules rules{p, block.sequence, block.rows};
 
   FOVEA_DEVICE QTile q_tile() const { return {shared}; }
+  FOVEA_DEVICE QTile q_rests() const { return {shared + QTile::kSize}; }  // where Q is halved
   FOVEA_DEVICE OutTile out_tile() const { return {shared}; }
   FOVEA_DEVICE KTile k_tile(int stage) const { return {shared + q_bytes(S) + stage * stage_bytes(S)}; }
   FOVEA_DEVICE VTile v_tile(int stage) const { return {k_tile(stage).base + KTile::kSize}; }
@@ -94,6 +96,19 @@ struct Forward {
     } else {
       load_rows<S.async_copy, kThreads>(q_tile(), rows.left(), bytes, p.q.aligned,
                                         sequence.q_row(p.q, rows.first, rows.first_head), p.q.row);
+    }
+  }
+  /// Waits for Q; behind a barrier its halves are there for others.
+  FOVEA_DEVICE void halve_q() const {
+    close_copies<S.async_copy>();
+    await_copies<S.async_copy, 0>();
+    __syncthreads();
+#pragma unroll 1
+    for (int at = static_cast<int>(threadIdx.x) * 16; at < QTile::kSize; at += kThreads * 16) {
+      const uint4 x = load_shared_16(q_tile().base + at);
+      const HalvedA both = halved(OperandA{x.x, x.y, x.z, x.w});
+      store_shared_16(q_tile().base + at, {both.high.x[0], both.high.x[1], both.high.x[2], both.high.x[3]});
+      store_shared_16(q_rests().base + at, {both.low.x[0], both.low.x[1], both.low.x[2], both.low.x[3]});
     }
   }
   template <int kParts, class Tile>
@@ -144,11 +159,18 @@ struct Forward {
   FOVEA_DEVICE void multiply_qk(Scores& s, const KTile& tile, const Between& between) const {
     const int lane = fresh(lane_id());
     const Corner<QTile> q = corner_a(q_tile(), lane, warp_row(), 0);
+    const Corner<QTile> rests = corner_a(q_rests(), lane, warp_row(), 0);
     const Corner<KTile> k = corner_b_rows(tile, lane, warp_key(), 0);
+    const auto load_q = [&](int i, int c) {
+      if constexpr (S.halved_q) {
+        return HalvedA{load_a(q, 16 * i, c), load_a(rests, 16 * i, c)};
+      } else {
+        return load_a(q, 16 * i, c);
+      }
+    };
     multiply_steps<S, S.head_dim / kK>(
-        s, [&](int i, int c) { return load_a(q, 16 * i, c); },
-        [&](OperandB(&two)[2], int j, int c) { load_b_rows(two, k, 8 * j, c); }, [](int) { return Accumulator{}; },
-        between);
+        s, load_q, [&](OperandB(&two)[2], int j, int c) { load_b_rows(two, k, 8 * j, c); },
+        [](int) { return Accumulator{}; }, between);
   }
 
   /// Raises each row's reference to the largest score seen; sum and O move on to it.
@@ -437,6 +459,7 @@ struct Forward {
     const int last = block.keys.empty() ? first - 1 : (block.keys.end - 1) / S.block_n;
     const float unit = score_unit<S>(p);
     if (first <= last) load_q();
+    if constexpr (S.halved_q) halve_q();
     Out o;
     Running running;
     // Twice where some sum did not stay in range, or met what is not finite; then references follow the maximum.

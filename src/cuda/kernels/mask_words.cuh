@@ -7,32 +7,50 @@
 // tiles that are hidden or visible are found on the way.
 namespace fovea::cuda {
 
+/// Which of four bytes are not 0, in the low four bits.
+FOVEA_DEVICE u32 bits_of_bytes(u32 x) {
+  const u32 tops = (((x & 0x7f7f7f7fU) + 0x7f7f7f7fU) | x) & 0x80808080U;
+  return (tops >> 7) * 0x01020408U >> 24;  // a byte's bit moves to 24 and on; what else comes about falls below or out
+}
+
+/// Which of 16 keys are seen; past the last one none.
+FOVEA_DEVICE u32 seen_keys(const char* row, i64 stride, int key, int keys) {
+  const char* const from = row + key * stride;
+  if (stride == 1 && key + 16 <= keys && reinterpret_cast<u64>(from) % 16 == 0) {
+    const uint4 x = *reinterpret_cast<const uint4*>(from);
+    return bits_of_bytes(x.x) | bits_of_bytes(x.y) << 4 | bits_of_bytes(x.z) << 8 | bits_of_bytes(x.w) << 12;
+  }
+  u32 seen = 0;
+  for (int x = 0; x < math::smaller(16, keys - key); ++x) seen |= (from[x * stride] != 0 ? 1U : 0U) << x;
+  return seen;
+}
+
 /// Blocks: x: 32 words of 32 rows; y: sequences × heads that have a mask of their own, some of them at once.
 template <ForwardSpec S>
 __device__ void mask_words(const CallParams& p) {
-  __shared__ u32 words[kWarp][kWarp + 1], facts[2];  // a lane for each word, then for each row
+  __shared__ u32 words[kWarp][kWarp + 1], facts[2];  // a lane for half a word, then for each row
   const WordView& to = p.mask_words;
   const int span = static_cast<int>(blockIdx.x) % to.spans(), group = static_cast<int>(blockIdx.x) / to.spans();
   const int first_word = span * kWarp, first_row = group * kWarp;
-  const int lane = lane_id(), warps = static_cast<int>(blockDim.x) / kWarp;
+  constexpr int kWarps = kMaskThreads / kWarp, kTurns = kWarp / kWarps;
+  const int lane = lane_id();
   if (threadIdx.x < 2) facts[threadIdx.x] = 0;
   for (int plane = static_cast<int>(blockIdx.y); plane < to.planes; plane += static_cast<int>(gridDim.y)) {
     const char* const from = p.mask.data + plane / to.heads * p.mask.batch + plane % to.heads * p.mask.head;
-    for (int r = warp_id(); r < kWarp; r += warps) {
-      const char* const row = from + (first_row + r) * p.mask.query;
-      u32 mine = 0;
-#pragma unroll 8
-      for (int w = 0; w < kWarp; ++w) {
-        const int key = (first_word + w) * 32 + lane;
-        const bool seen = first_row + r < to.rows && key < p.seqlen_kv && row[key * p.mask.key] != 0;
-        const u32 word = __ballot_sync(kAllLanes, seen);
-        mine = w == lane ? word : mine;
-      }
-      words[lane][r] = mine;
+    u32 seen[2 * kTurns];  // asked for all at once
+#pragma unroll
+    for (int x = 0; x < 2 * kTurns; ++x) {
+      const int row = first_row + warp_id() + x / 2 * kWarps, key = first_word * 32 + (x % 2 * kWarp + lane) * 16;
+      seen[x] = row < to.rows ? seen_keys(from + row * p.mask.query, p.mask.key, key, p.seqlen_kv) : 0;
+    }
+#pragma unroll
+    for (int x = 0; x < 2 * kTurns; ++x) {
+      const u32 word = seen[x] | __shfl_down_sync(kAllLanes, seen[x], 1) << 16;
+      if (lane % 2 == 0) words[x % 2 * kWarp / 2 + lane / 2][warp_id() + x / 2 * kWarps] = word;
     }
     __syncthreads();
     u32* const out = to.data + plane * to.plane();
-    for (int w = warp_id(); w < kWarp; w += warps) {
+    for (int w = warp_id(); w < kWarp; w += kWarps) {
       const u32 word = words[w][lane];
       const int keys = p.seqlen_kv - (first_word + w) * 32;  // that exist; only these and rows that exist count
       const u32 most = keys >= 32 ? ~0U : keys > 0 ? (1U << keys) - 1 : 0;

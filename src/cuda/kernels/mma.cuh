@@ -20,6 +20,10 @@ struct OperandA {
 struct OperandB {
   u32 x[2];
 };
+/// A as what TF32 keeps of it and the rest.
+struct HalvedA {
+  OperandA high, low;
+};
 
 template <Type kType>
 inline constexpr int kBytes = bytes_of(kType);
@@ -80,6 +84,12 @@ struct Tf32Halves {
       : high((bits + 0x1000U) & 0xffffe000U), low(__float_as_uint(__uint_as_float(bits) - __uint_as_float(high))) {}
 };
 
+FOVEA_DEVICE HalvedA halved(const OperandA& a) {
+  const Tf32Halves x0(a.x[0]), x1(a.x[1]), x2(a.x[2]), x3(a.x[3]);
+  return {{{x0.high, x1.high, x2.high, x3.high}}, {{x0.low, x1.low, x2.low, x3.low}}};
+}
+FOVEA_DEVICE const HalvedA& halved(const HalvedA& a) { return a; }
+
 FOVEA_DEVICE void multiply_add_tf32(Accumulator& c, const u32 (&a)[4], const u32 (&b)[2]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
       "%3};"
@@ -115,8 +125,8 @@ FOVEA_DEVICE void multiply_add_by_shuffles(Accumulator& c, const OperandA& a, co
 /// C += A · B.  A tensor core cuts off what an addition loses, always in one direction.  fp32 cannot afford that often:
 /// the small products have a sum of their own, and sums over all keys are made of the sums of tiles by ordinary
 /// additions.
-template <Type kType, Mma kMma>
-FOVEA_DEVICE void multiply_add(Accumulator& c, Accumulator& small, const OperandA& a, const OperandB& b) {
+template <Type kType, Mma kMma, class A>
+FOVEA_DEVICE void multiply_add(Accumulator& c, Accumulator& small, const A& a, const OperandB& b) {
   if constexpr (kMma == Mma::kHalf16 && kType == Type::kFloat16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
         "%3};"
@@ -138,11 +148,12 @@ FOVEA_DEVICE void multiply_add(Accumulator& c, Accumulator& small, const Operand
     }
   }
   if constexpr (kMma == Mma::kTf32x3) {
-    const Tf32Halves a0(a.x[0]), a1(a.x[1]), a2(a.x[2]), a3(a.x[3]), b0(b.x[0]), b1(b.x[1]);
-    const u32 a_high[] = {a0.high, a1.high, a2.high, a3.high}, b_high[] = {b0.high, b1.high};
-    multiply_add_tf32(c, a_high, b_high);
-    multiply_add_tf32(small, {a0.low, a1.low, a2.low, a3.low}, b_high);
-    multiply_add_tf32(small, a_high, {b0.low, b1.low});
+    const HalvedA both = halved(a);
+    const Tf32Halves b0(b.x[0]), b1(b.x[1]);
+    const u32 b_high[] = {b0.high, b1.high};
+    multiply_add_tf32(small, both.low.x, b_high);
+    multiply_add_tf32(small, both.high.x, {b0.low, b1.low});
+    multiply_add_tf32(c, both.high.x, b_high);
   }
   if constexpr (kMma == Mma::kShuffles) multiply_add_by_shuffles<kType>(c, a, b);
 }

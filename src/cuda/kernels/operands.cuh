@@ -189,8 +189,8 @@ FOVEA_DEVICE float read_shared(u32 address) {
 }
 
 /// C = A · B + `start`, which is kept.
-template <Type kType, Mma kMma>
-FOVEA_DEVICE void multiply(Accumulator& c, Accumulator& small, const OperandA& a, const OperandB& b,
+template <Type kType, Mma kMma, class A>
+FOVEA_DEVICE void multiply(Accumulator& c, Accumulator& small, const A& a, const OperandB& b,
                            const Accumulator& start) {
   if constexpr (kMma == Mma::kHalf16 && kType == Type::kFloat16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, "
@@ -231,8 +231,9 @@ struct Nothing {
 
 /// C = A · B + `start` of its rows, or on top; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.
 /// What goes on top in fp32, and every kChain steps of TF32, is summed apart and added by ordinary additions, for what
-/// `multiply_add` says.  Many steps at once would be long to compile and want more registers than there are; where A
-/// lies in registers there is no choice.  `between(k, j)` is called once for each step and each two columns of pieces.
+/// `multiply_add` says; so few steps that a chain of all their products is no longer need one sum only.  Many steps at
+/// once would be long to compile and want more registers than there are; where A lies in registers there is no choice.
+/// `between(k, j)` is called once for each step and each two columns of pieces.
 template <auto S, int kSteps, bool kAtOnce = false, int kM, int kN, class A, class B, class Start,
           class Between = Nothing>
 FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start,
@@ -240,11 +241,13 @@ FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& 
   constexpr bool kOnTop = kIsOnTop<Start>, kHalves = S.mma == Mma::kTf32x3;
   constexpr int kChain = kHalves ? math::smaller(kSteps, 16) : kSteps;
   constexpr bool kApart = (kOnTop && S.type == Type::kFloat32) || kChain < kSteps;
-  constexpr bool kNarrow = kHalves ? kOnTop || kM * kN > 8 : kOnTop && kApart;  // sums beside C want registers
+  constexpr bool kTwoSums = kHalves && !(kOnTop && 3 * kSteps <= 16);
+  constexpr bool kNarrow =  // sums beside C want registers
+      kHalves ? kTwoSums && (kOnTop || kM * kN > 8) : kOnTop && kApart;
   constexpr int kWidth = !kNarrow ? kN : kN % 4 == 0 ? 4 : 2;
   constexpr int kMost = kAtOnce                   ? kSteps
                         : S.mma == Mma::kShuffles ? 1
-                        : kHalves                 ? 2
+                        : kHalves                 ? 4
                                                   : 16,
                 kUnroll = math::smaller(kSteps, kMost);
   constexpr bool kRolled = kUnroll < kSteps;
@@ -266,14 +269,14 @@ FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& 
   for (int first = 0; first < kN; first += kWidth) {
 #pragma unroll 1
     for (int chain = 0; chain < kSteps; chain += kChain) {
-      Accumulator apart[kApart ? kM : 1][kApart ? kWidth : 1], small[kHalves ? kM : 1][kHalves ? kWidth : 1];
+      Accumulator apart[kApart ? kM : 1][kApart ? kWidth : 1], small[kTwoSums ? kM : 1][kTwoSums ? kWidth : 1];
       clear(apart);
       clear(small);
 #pragma unroll kUnroll
       for (int step = 0; step < kChain; ++step) {
         const int k = kChain == kSteps ? step : chain + step;
         if (kSteps % kChain != 0 && k >= kSteps) break;
-        OperandA rows[kM];
+        decltype(a(0, 0)) rows[kM];
 #pragma unroll
         for (int i = 0; i < kM; ++i) rows[i] = a(i, k * kStep<S.type>);
 #pragma unroll
@@ -286,7 +289,7 @@ FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& 
 #pragma unroll
             for (int x = 0; x < 2; ++x) {
               Accumulator& sum = kApart ? apart[kApart ? i : 0][kApart ? j + x : 0] : c[i][first + j + x];
-              Accumulator& rest = small[kHalves ? i : 0][kHalves ? j + x : 0];
+              Accumulator& rest = kTwoSums ? small[kTwoSums ? i : 0][kTwoSums ? j + x : 0] : sum;
               if constexpr (kOnTop || kRolled) {
                 multiply_add<S.type, S.mma>(sum, rest, rows[i], columns[x]);
               } else if (k == 0) {
@@ -303,9 +306,9 @@ FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& 
 #pragma unroll
         for (int x = 0; x < kWidth * 4; ++x) {
           float& to = c[i][first + x / 4].x[x % 4];
-          if constexpr (kApart && kHalves) to += apart[i][x / 4].x[x % 4] + small[i][x / 4].x[x % 4];
-          if constexpr (kApart && !kHalves) to += apart[i][x / 4].x[x % 4];
-          if constexpr (!kApart && kHalves) to += small[i][x / 4].x[x % 4];
+          if constexpr (kApart && kTwoSums) to += apart[i][x / 4].x[x % 4] + small[i][x / 4].x[x % 4];
+          if constexpr (kApart && !kTwoSums) to += apart[i][x / 4].x[x % 4];
+          if constexpr (!kApart && kTwoSums) to += small[i][x / 4].x[x % 4];
         }
       }
     }
