@@ -27,6 +27,23 @@ HERE = Path(__file__).resolve().parent
 PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FLUSH_BYTES = 256 << 20  # more than any L2
+# Of the papers' grid, 512 to 16384: the best of FlashAttention-3, FlashAttention-4 and cuDNN as a multiple of cuDNN, each
+# measured beside cuDNN on an H100.
+TO_BEAT = {
+    ("forward", 64, False): (1.00, 1.00, 1.05, 1.10, 1.23, 1.20),
+    ("forward", 64, True): (1.00, 1.00, 1.02, 1.04, 1.19, 1.17),
+    ("forward", 128, False): (1.00, 1.05, 1.04, 1.09, 1.09, 1.13),
+    ("forward", 128, True): (1.00, 1.03, 1.11, 1.15, 1.15, 1.19),
+    ("forward", 256, False): (1.00, 1.06, 1.07, 1.11, 1.13, 1.07),
+    ("forward", 256, True): (1.00, 1.03, 1.08, 1.14, 1.17, 1.18),
+    ("backward", 64, False): (1.23, 1.17, 1.14, 1.16, 1.24, 1.18),
+    ("backward", 64, True): (1.22, 1.27, 1.23, 1.20, 1.22, 1.25),
+    ("backward", 128, False): (1.05, 1.11, 1.13, 1.13, 1.15, 1.13),
+    ("backward", 128, True): (1.09, 1.11, 1.12, 1.12, 1.17, 1.18),
+    ("backward", 256, False): (1.21, 1.22, 1.19, 1.23, 1.28, 1.30),
+    ("backward", 256, True): (1.04, 1.12, 1.17, 1.21, 1.20, 1.24),
+}
+GRID_TOKENS, GRID_WIDTH = 16384, 2048
 HEAD_START_CYCLES = 500_000  # the GPU waits so long that Python has queued what is timed
 
 
@@ -150,6 +167,14 @@ class Problem:
     def flops(self, direction):
         pairs = sum(n * n for n in self.documents) or self.batch * self.sq * self.skv
         return 2 * (self.d + self.dv) * self.hq * pairs * (0.5 if self.causal else 1) * (2.5 if direction == "backward" else 1)
+
+    def to_beat(self, direction):
+        """How many times as fast as cuDNN the best of its kind is, for a cell of the papers' grid, else None."""
+        row = TO_BEAT.get((direction, self.d, self.causal))
+        cell = self.batch * self.sq == GRID_TOKENS and self.hq * self.d == GRID_WIDTH and self.hq == self.hkv
+        plain = self.dv == self.d and self.skv == self.sq and self.dtype == torch.bfloat16 and not set(self.options) - {"causal"}
+        at = self.sq.bit_length() - 10
+        return row[at] if row and cell and plain and 0 <= at < len(row) and self.sq == 512 << at else None
 
     def bytes_forward(self):
         rows = self.batch * (self.hq * self.sq * (self.d + self.dv) + self.hkv * self.skv * (self.d + self.dv))
@@ -328,6 +353,7 @@ def measure(library, clock, p, direction):
         row["report"] = ready["fovea"].report
         ours = row["milliseconds"]["fovea"]
         row["speedup"] = {name: ms / ours for name, ms in row["milliseconds"].items() if name != "fovea"}
+        row["to_beat_over_cudnn"] = p.to_beat(direction)
         peer = next((name for name in ("cudnn", "flash", "efficient") if name in ready), None)
         if peer and "dropout" not in p.options:
             ready["fovea"]()
@@ -370,6 +396,8 @@ def tell(row, plain):
     ratios = [f"{row['speedup'][name]:6.2f}" if name in row.get("speedup", {}) else "     -" for name in PEERS]
     label = row["name"] or row["line"].split(" ", 2)[2].replace("=bottom_right", "")
     text = f"{label:32.32} {row['pass']:8} {row['milliseconds'].get('fovea', math.nan):8.3f} {' '.join(words)}  {' '.join(ratios)}"
+    if row.get("to_beat_over_cudnn"):
+        text += f"  {row['to_beat_over_cudnn']:5.2f} to beat"
     if plain and "fovea" in row["milliseconds"]:
         row["over_plain"] = row["milliseconds"]["fovea"] / plain
         text += f"  {row['over_plain']:5.2f}"

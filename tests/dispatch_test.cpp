@@ -86,27 +86,30 @@ TEST(Dispatch, AGpuProblemIsNeverSentToTheCpu) {
 }
 
 TEST(Dispatch, HopperHasKernelsOfItsOwnAndSaysWhatTheyDoNotRun) {
-  const auto report = [](const std::string& line, int capability = 90) {
-    return explain(parse_problem(line), {.kind = DeviceKind::kCuda, .index = 0, .compute_capability = capability});
+  const auto report = [](const std::string& line, int capability = 90, const std::string& backend = "cuda_hopper") {
+    return explain(parse_problem(line), {.kind = DeviceKind::kCuda, .index = 0, .compute_capability = capability},
+                   {.backend = backend});
   };
   for (const char* line : {
            "fwd bf16 b2 hq4 sq512 d128 causal=bottom_right",
-           "fwd fp16 b1 hq4 hkv2 sq100 skv300 d40 dv256 window=16,8 mask=b1qk bias=1hqk dropout=0.1",
+           "fwd fp16 b1 hq4 hkv2 sq100 skv300 d40 dv128 window=16,8 mask=b1qk bias=1hqk dropout=0.1",
            "fwd bf16 hq2 d256 packed=100+200 alibi softcap=30 sink",
        }) {
     EXPECT_EQ(report(line).backend, "cuda_hopper") << line;
-    EXPECT_EQ(report(line, 80).backend, "cuda_portable") << line;
-    EXPECT_EQ(report(line, 100).backend, "cuda_portable") << line;
+    EXPECT_EQ(report(line, 80).backend, "") << line;
+    EXPECT_EQ(report(line, 100).backend, "") << line;
+    EXPECT_EQ(report(line, 90, "").backend, "cuda_portable") << line;
   }
   for (const auto& [line, why] : {
            std::pair{"fwd fp32 b1 hq1 sq512 d64", "not fp32"},
            std::pair{"fwd bf16 b1 hq1 sq512 d36 dv40", "head_dim (36) is no multiple of 8"},
            std::pair{"fwd bf16 b1 hq1 sq512 d40 dv264", "head_dim_v (264) is above 256"},
            std::pair{"fwd bf16 b1 hq8 hkv2 sq16 skv4096 d128", "seqlen_q (16) is short"},
-           std::pair{"bwd bf16 b1 hq1 sq512 d64 softcap=30", "backward pass takes no softcap"},
+           std::pair{"fwd bf16 b1 hq1 sq512 d256 mask=b1qk bias=1hqk", "no tile of head_dim 256"},
+           std::pair{"bwd bf16 b1 hq1 sq512 d136 dv64", "head_dim of a backward pass (136) is above 128"},
        }) {
     const Report told = report(line);
-    EXPECT_EQ(told.backend, "cuda_portable") << line;
+    EXPECT_EQ(told.backend, "") << line;
     EXPECT_NE(to_string(told).find(why), std::string::npos) << to_string(told);
   }
 }

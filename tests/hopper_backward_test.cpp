@@ -31,6 +31,9 @@ TEST(HopperBackward, SaysWhatItDoesNotRun) {
            "bwd fp16 b1 hq4 sq100 skv300 d40 dv128 window=16,8 sink",
            "bwd bf16 b2 hq2 sq64 d64 alibi dropout=0.1 kvlen=1,60",
            "bwd bf16 hq2 d96 packed=100+200 dropout=0.1",
+           "bwd fp16 b1 hq2 sq300 d48 mask=b1qk bias=1hqk softcap=20 alibi dropout=0.1 deterministic",
+           "bwd bf16 b1 hq2 sq300 d128 mask=b1qk",
+           "bwd bf16 b1 hq2 sq300 d128 bias=1hqk sink",
            "bwd bf16 b1 hq8 hkv2 sq16 skv4096 d128 deterministic",
        }) {
     EXPECT_EQ(reasons(line), "") << line;
@@ -38,9 +41,7 @@ TEST(HopperBackward, SaysWhatItDoesNotRun) {
   for (const auto& [line, why] : {
            std::pair{"bwd fp32 b1 hq1 sq512 d64", "not fp32"},
            std::pair{"bwd bf16 b1 hq1 sq512 d136 dv64", "head_dim of a backward pass (136) is above 128"},
-           std::pair{"bwd bf16 b1 hq1 sq512 d64 mask=11qk", "takes no boolean mask"},
-           std::pair{"bwd bf16 b1 hq1 sq512 d64 bias=11qk", "takes no bias"},
-           std::pair{"bwd bf16 b1 hq1 sq512 d64 softcap=30", "takes no softcap"},
+           std::pair{"bwd bf16 b1 hq1 sq512 d64 dv192", "head_dim_v of a backward pass (192) is above 128"},
            std::pair{"bwd bf16 b1 hq1 sq512 d128 alibi dropout=0.1", "no tile of head_dim 128"},
        }) {
     EXPECT_TRUE(contains(reasons(line), why)) << line << ": " << reasons(line);

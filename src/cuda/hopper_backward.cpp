@@ -23,13 +23,17 @@ struct Tile {
   std::int64_t widest;  // head dim that it serves
   int block_m;
   int most_options;  // see `weight_of`
+
+  static constexpr int kAnyOptions = 99;
 };
 
 /// What options want of registers.
-int weight_of(const BackwardSpec& s) { return s.alibi + 2 * s.dropout; }
+int weight_of(const BackwardSpec& s) {
+  return s.alibi + 2 * (s.mask + s.bias + s.softcap + s.dropout) + (s.mask && s.deterministic);
+}
 
 // Counted, not yet measured (docs/notes).  The first that fits is taken.
-constexpr std::array kTiles{Tile{64, 128, 1}, Tile{64, 64, 3}, Tile{128, 64, 2}};
+constexpr std::array kTiles{Tile{64, 128, 1}, Tile{64, 64, Tile::kAnyOptions}, Tile{128, 64, 2}};
 
 class BackwardSm90Plan final : public PlannedKernel {
  public:
@@ -84,7 +88,6 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
   BackwardShape shape;
   BackwardSpec& spec = shape.spec;
   spec = backward_spec(problem, kHopper);
-  if (spec.mask || spec.bias || spec.softcap) return std::nullopt;
   spec.block_n = kKeys, spec.warps = kWarps, spec.stages = kStages;
   const std::int64_t widest = std::max(problem.head_dim, problem.head_dim_v);
   const auto fits = [&](const Tile& tile) {
@@ -117,12 +120,6 @@ void refuse_backward_sm90(const Problem& problem, Verdict& verdict) {
   auto& reasons = verdict.reasons;
   limit(verdict, "head_dim of a backward pass", problem.head_dim, kWidest);
   limit(verdict, "head_dim_v of a backward pass", problem.head_dim_v, kWidest);
-  const auto refuse = [&](bool asked, const char* what) {
-    if (asked) reasons.emplace_back(std::string("its backward pass takes no ") + what);
-  };
-  refuse(problem.mask.has_value(), "boolean mask");
-  refuse(problem.bias.has_value(), "bias");
-  refuse(problem.softcap != 0.0F, "softcap");
   if (!reasons.empty()) return;
   const auto shape = choose_backward_sm90(problem);
   if (!shape) {

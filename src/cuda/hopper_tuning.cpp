@@ -16,7 +16,8 @@ struct Tile {
   int widest;  // head dim that it serves
   int warpgroups, block_n, q_stages;
   bool hold, turns;
-  int most_options;  // see `weight_of`
+  int most_options;   // see `weight_of`
+  bool masks = true;  // looking for what they leave takes registers, too
 
   static constexpr int kAnyOptions = 99;
 };
@@ -33,14 +34,13 @@ constexpr std::array kTiles{
     Tile{256, 2, 80, 1, false, true, 0},
     // With options.
     Tile{128, 2, 128, 2, false, false, 2},
-    Tile{128, 2, 96, 2, false, false, 9},
+    Tile{128, 2, 96, 2, false, false, 8},
     Tile{128, 2, 64, 2, false, false, Tile::kAnyOptions},
-    Tile{192, 2, 96, 1, false, false, 2},
+    Tile{192, 2, 96, 1, false, false, 2, false},
     Tile{192, 2, 64, 1, false, false, 6},
     Tile{192, 2, 32, 1, false, false, Tile::kAnyOptions},
-    Tile{256, 2, 64, 1, false, false, 2},
-    Tile{256, 2, 32, 1, false, false, 10},
-    Tile{256, 2, 16, 1, false, false, Tile::kAnyOptions},
+    Tile{256, 2, 64, 1, false, false, 2, false},
+    Tile{256, 2, 32, 1, false, false, 8},
 };
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -80,7 +80,8 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
   const auto fits = [&](const Tile& tile) {
     spec.warpgroups = tile.warpgroups, spec.block_n = tile.block_n, spec.q_stages = tile.q_stages;
     spec.hold = tile.hold, spec.turns = tile.turns;
-    return widest <= tile.widest && weight_of(spec) <= tile.most_options && shared_bytes(spec) <= kMostShared;
+    return widest <= tile.widest && weight_of(spec) <= tile.most_options && (tile.masks || !spec.mask) &&
+           shared_bytes(spec) <= kMostShared;
   };
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
   shape.row_blocks = ceil_div(problem.seqlen_q, block_m(spec));

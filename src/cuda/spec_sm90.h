@@ -56,9 +56,7 @@ FOVEA_FN constexpr int shared_bytes(const ForwardSm90Spec& s) {
 }
 
 /// Registers of a thread that loads and of one that computes: together what the launch gave, in eights.
-FOVEA_FN constexpr int producer_registers(const ForwardSm90Spec& s) {
-  return s.warpgroups > 2 ? 32 : s.mask ? 56 : 40;
-}
+FOVEA_FN constexpr int producer_registers(const ForwardSm90Spec& s) { return s.warpgroups > 2 ? 32 : s.mask ? 56 : 40; }
 FOVEA_FN constexpr int consumer_registers(const ForwardSm90Spec& s) {
   return (65536 / threads_of(s) / 8 * 8 * (s.warpgroups + 1) - producer_registers(s)) / s.warpgroups / 8 * 8;
 }

@@ -21,6 +21,7 @@ struct Forward {
   static constexpr int kN = S.block_n / S.across / 8;     // pieces of 8 keys of its scores
   static constexpr int kD = S.head_dim_v / S.across / 8;  // pieces of 8 columns of its out
   static constexpr int kK = kStep<S.type>;
+  static_assert(kN % 2 == 0 && kD % 2 == 0);  // operands come two pieces at a time
 
   using QTile = SharedTile<S.type, S.block_m, S.head_dim>;
   using KTile = SharedTile<S.type, S.block_n, S.head_dim>;

@@ -15,7 +15,7 @@ struct Producer {
   u32 keys = 0;  // tiles of them so far
 
   static constexpr u32 kMeeting = 1;  // the producers' barrier
-  static constexpr int kEarly = 2;    // tiles of keys, at most, that are left to load when the next rows are claimed
+  static constexpr int kEarly = 1;    // tiles of keys, at most, that are left to load when the next rows are claimed
   FOVEA_DEVICE static int thread() { return static_cast<int>(threadIdx.x % 128); }
   FOVEA_DEVICE static bool leads() { return kByEngine ? lane_id() == 0 : thread() == 0; }
 
