@@ -127,7 +127,7 @@ struct BackwardConsumer {
     Packed& of_values = S.dropout ? kept : weights;
     bool spoiled = false;
     if constexpr (!kLateDp) issue_dp(dp, n);
-    float check = columns.template weigh<kHides>(s, at.log2_lse(place));
+    float check = columns.template weigh<kHides>(s, at.log2_lse(place), now.full_band);
     columns.pack(weights, s);
     if constexpr (S.dropout) columns.pack_kept(kept, s);
     if constexpr (kLateDp) issue_dp(dp, n);

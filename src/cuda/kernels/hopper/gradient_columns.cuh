@@ -54,9 +54,10 @@ struct GradientColumns {
     }
   }
 
-  /// Sᵀ becomes Pᵀ.  kHides: some entry may be hidden; returns 0 where all was finite then.
+  /// Sᵀ becomes Pᵀ.  kHides: some entry may be hidden; returns 0 where all was finite then.  full_band: not by the
+  /// band.
   template <bool kHides>
-  FOVEA_DEVICE float weigh(Entries& s, u32 log2_lse) {
+  FOVEA_DEVICE float weigh(Entries& s, u32 log2_lse, bool full_band) {
     const float unit = kBareScores<S> ? rules.p.scale * kLog2E : 1.0F;  // of any sign: hidden entries are told apart
     const float check = kHides ? not_finite(s) : 0.0F;
     if constexpr (!kBareScores<S>) {
@@ -72,7 +73,7 @@ struct GradientColumns {
         if constexpr (S.softcap) slopes[j][e / 2] = cuda::pack<Type::kFloat16>(1.0F - t[0] * t[0], 1.0F - t[1] * t[1]);
       });
     }
-    if constexpr (kHides) hide_outside_band(s);
+    if (kHides && !full_band) hide_outside_band(s);
     if constexpr (kHides && S.mask) {
       each([&](int j, int e) { s[0][j].x[e] = holds(seen, j, e) ? s[0][j].x[e] : -infinity(); });
     }
