@@ -33,7 +33,7 @@ TEST(HopperBackward, SaysWhatItDoesNotRun) {
            "bwd bf16 hq2 d96 packed=100+200 dropout=0.1",
            "bwd fp16 b1 hq2 sq300 d48 mask=b1qk bias=1hqk softcap=20 alibi dropout=0.1 deterministic",
            "bwd bf16 b1 hq2 sq300 d128 mask=b1qk",
-           "bwd bf16 b1 hq2 sq300 d128 bias=1hqk sink",
+           "bwd bf16 b1 hq2 sq300 d64 bias=1hqk sink",
            "bwd bf16 b1 hq8 hkv2 sq16 skv4096 d128 deterministic",
        }) {
     EXPECT_EQ(reasons(line), "") << line;
@@ -43,6 +43,7 @@ TEST(HopperBackward, SaysWhatItDoesNotRun) {
            std::pair{"bwd bf16 b1 hq1 sq512 d136 dv64", "head_dim of a backward pass (136) is above 128"},
            std::pair{"bwd bf16 b1 hq1 sq512 d64 dv192", "head_dim_v of a backward pass (192) is above 128"},
            std::pair{"bwd bf16 b1 hq1 sq512 d128 alibi dropout=0.1", "no tile of head_dim 128"},
+           std::pair{"bwd bf16 b1 hq1 sq512 d128 bias=11qk", "no tile of head_dim 128"},
        }) {
     EXPECT_TRUE(contains(reasons(line), why)) << line << ": " << reasons(line);
   }

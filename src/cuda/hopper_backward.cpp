@@ -29,8 +29,7 @@ struct Tile {
 
 /// What options want of registers.
 int weight_of(const BackwardSpec& s) {
-  const bool halves = s.type == Type::kFloat16;  // which take an instruction and a register each to unpack
-  return s.alibi + 2 * (s.mask + s.bias + s.softcap + s.dropout) + (s.mask && s.deterministic) + (s.bias && halves);
+  return s.alibi + 2 * (s.mask + s.softcap + s.dropout) + 3 * s.bias + (s.mask && s.deterministic);
 }
 
 // Counted, not yet measured (docs/notes).  The first that fits is taken.
