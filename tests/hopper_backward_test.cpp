@@ -33,7 +33,7 @@ TEST(HopperBackward, SaysWhatItDoesNotRun) {
            "bwd bf16 hq2 d96 packed=100+200 dropout=0.1",
            "bwd fp16 b1 hq2 sq300 d48 mask=b1qk bias=1hqk softcap=20 alibi dropout=0.1 deterministic",
            "bwd bf16 b1 hq2 sq300 d128 mask=b1qk",
-           "bwd bf16 b1 hq2 sq300 d64 bias=1hqk sink",
+           "bwd bf16 b1 hq2 sq300 d96 bias=1hqk dropout=0.1 sink",
            "bwd bf16 b1 hq8 hkv2 sq16 skv4096 d128 deterministic",
        }) {
     EXPECT_EQ(reasons(line), "") << line;

@@ -23,17 +23,23 @@ struct Tile {
   std::int64_t widest;  // head dim that it serves
   int block_m;
   int most_options;  // see `weight_of`
+  bool bias;         // has registers for its loads, too
 
   static constexpr int kAnyOptions = 99;
 };
 
 /// What options want of registers.
 int weight_of(const BackwardSpec& s) {
-  return s.alibi + 2 * (s.mask + s.softcap + s.dropout) + 3 * s.bias + (s.mask && s.deterministic);
+  return s.alibi + 2 * (s.mask + s.bias + s.softcap + s.dropout) + (s.mask && s.deterministic);
 }
 
 // Counted, not yet measured (docs/notes).  The first that fits is taken.
-constexpr std::array kTiles{Tile{64, 128, 0}, Tile{64, 64, Tile::kAnyOptions}, Tile{128, 64, 2}};
+constexpr std::array kTiles{
+    Tile{64, 128, 0, false},
+    Tile{64, 64, Tile::kAnyOptions, true},
+    Tile{96, 64, 4, true},
+    Tile{128, 64, 2, false},
+};
 
 class BackwardSm90Plan final : public PlannedKernel {
  public:
@@ -92,7 +98,7 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
   const std::int64_t widest = std::max(problem.head_dim, problem.head_dim_v);
   const auto fits = [&](const Tile& tile) {
     spec.block_m = tile.block_m;
-    return widest <= tile.widest && weight_of(spec) <= tile.most_options &&
+    return widest <= tile.widest && weight_of(spec) <= tile.most_options && (tile.bias || !spec.bias) &&
            BackwardSm90Shared::of(spec).total <= kMostShared;
   };
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
