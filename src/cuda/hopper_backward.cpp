@@ -30,7 +30,7 @@ struct Tile {
 
 /// What options want of registers.
 int weight_of(const BackwardSpec& s) {
-  return s.alibi + 2 * (s.mask + s.bias + s.softcap + s.dropout) + (s.mask && s.deterministic);
+  return s.alibi + 2 * (s.mask + s.bias + s.softcap + s.dropout + (s.mask && s.deterministic));
 }
 
 // Counted, not yet measured (docs/notes).  The first that fits is taken.
