@@ -68,7 +68,7 @@ fovea_add_ring(install tree bash ${CMAKE_CURRENT_SOURCE_DIR}/install_test.sh ${P
 # No object compiled for one instruction set may lend code to the others; without optimisation nothing is inlined, so
 # only an optimised build can tell.
 if(CMAKE_BUILD_TYPE STREQUAL "Release")
-  foreach(isa IN ITEMS portable avx2 avx512)
+  foreach(isa IN ITEMS portable avx2 avx512 avx512_bf16 amx)
     if(TARGET fovea_flash_${isa})
       fovea_add_ring(isa_objects_${isa} tree
         bash ${CMAKE_CURRENT_SOURCE_DIR}/isa_objects_test.sh ${isa} $<TARGET_OBJECTS:fovea_flash_${isa}>
