@@ -12,9 +12,7 @@ inline constexpr int kBackwardConsumers = 2;  // warpgroups
 inline constexpr int kBackwardThreads = (kBackwardConsumers + 1) * 128;
 
 /// Of a thread; together what the launch gave, three times 168.
-FOVEA_FN constexpr int producer_registers(const BackwardSpec& s) {
-  return !s.mask ? 40 : s.deterministic ? 72 : 56;
-}
+FOVEA_FN constexpr int producer_registers(const BackwardSpec& s) { return !s.mask ? 40 : s.deterministic ? 72 : 56; }
 FOVEA_FN constexpr int consumer_registers(const BackwardSpec& s) { return (3 * 168 - producer_registers(s)) / 2; }
 
 /// Where rows of a tile are enough for both warpgroups, each makes dq of 64 rows; else of half of the columns.
