@@ -98,7 +98,7 @@ TEST(Dispatch, HopperHasKernelsOfItsOwnAndSaysWhatTheyDoNotRun) {
     EXPECT_EQ(report(line).backend, "cuda_hopper") << line;
     EXPECT_EQ(report(line, 80).backend, "") << line;
     EXPECT_EQ(report(line, 100).backend, "") << line;
-    EXPECT_EQ(report(line, 90, "").backend, "cuda_portable") << line;
+    EXPECT_EQ(report(line, 90, "").backend, "cuda_hopper") << line;
   }
   for (const auto& [line, why] : {
            std::pair{"fwd fp32 b1 hq1 sq512 d64", "not fp32"},

@@ -63,7 +63,6 @@ constexpr std::array kTiles32{
 // Without a unit for products, short code matters more than reuse.
 constexpr std::array kTilesByShuffles{Tile{512, 32, 32, 4, 1}, Tile{512, 16, 32, 8, 1}, Tile{512, 16, 16, 8, 1}};
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
 
 /// Whole products, and above 128 columns pairs of them, which more ways of sharing out divide.
@@ -106,12 +105,7 @@ BackwardSpec backward_spec(const Problem& problem, int sm) {
   spec.head_dim_v = whole_products(problem.head_dim_v);
   spec.deterministic = problem.deterministic;
   spec.band = math::BandRule::of(problem).bounded();
-  spec.mask = problem.mask.has_value();
-  spec.bias = problem.bias.has_value();
-  if (spec.bias) spec.bias_type = type_of(problem.bias_dtype);
-  spec.alibi = problem.alibi != Alibi::kNone;
-  spec.softcap = problem.softcap != 0.0F;
-  spec.dropout = problem.dropout.probability > 0.0F;
+  take_options(problem, spec);
   return spec;
 }
 

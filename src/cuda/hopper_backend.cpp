@@ -87,7 +87,6 @@ class ForwardSm90Plan final : public PlannedKernel {
 class HopperBackend final : public Backend {
  public:
   [[nodiscard]] std::string name() const override { return "cuda_hopper"; }
-  [[nodiscard]] bool only_by_name() const override { return true; }  // until the GPU ring has gone over all of it
 
   [[nodiscard]] Verdict judge(const Problem& problem, const Device& device) const override {
     Verdict verdict{.backend = name()};
