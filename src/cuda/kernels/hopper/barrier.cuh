@@ -42,6 +42,7 @@ struct Ring {
   FOVEA_DEVICE void await_empty(u32 n) const { empty[place(n)].wait(n / kPlaces & 1 ^ 1); }
   /// Once a warp, when all of it has read.
   FOVEA_DEVICE void release(u32 n) {
+    __syncwarp();
     if (lane_id() == 0) empty[place(n)].arrive();
   }
 };
