@@ -53,7 +53,8 @@ class BackwardSm90Plan final : public PlannedKernel {
     std::vector<std::pair<std::string, std::string>> list{
         {"kernel", main_.describe()},
         {"tile", describe_tile(spec) + ", " + std::to_string(kBackwardConsumers) + " warpgroups of " +
-                     std::to_string(consumer_registers(spec)) + " registers and one of " +
+                     std::to_string(consumer_registers(spec)) + " registers, one of " +
+                     std::to_string(dq_registers(spec)) + " for dq and one of " +
                      std::to_string(producer_registers(spec))}};
     std::ranges::copy(call_.details(), std::back_inserter(list));
     return list;

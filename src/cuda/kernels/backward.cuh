@@ -7,8 +7,8 @@
 // registers; dq leaves as additions to dq_sum, which `backward_queries` turns into dq.
 namespace fovea::cuda {
 
-// dq_sum holds, tile by tile of rows, the pieces of 16 × 8 of the warps' shares, each as its accumulators: lane by lane
-// where four floats are added at once, else entry by entry, so that a warp's additions always meet 128 bytes in a row.
+// dq_sum holds, tile by tile of rows, pieces of 16 × 8, row by row, each as its accumulators: lane by lane where four
+// floats are added at once, else entry by entry, so that a warp's additions always meet 128 bytes in a row.
 #if __CUDA_ARCH__ >= 900
 inline constexpr bool kVectorReduction = true;
 #else
@@ -190,15 +190,12 @@ struct Turn {
 
   /// By a whole warp.
   FOVEA_DEVICE void await(const BackwardParams& p) const {
-    if (lane_id() == 0) {
-      const int mine = step.turn;
-      const int* ticket = p.tickets + step.slot;
-      int now;
-      do {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(ticket) : "memory");
-      } while (now != mine);
-    }
-    __syncwarp();
+    const int mine = step.turn;
+    const int* ticket = p.tickets + step.slot;
+    int now;
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(ticket) : "memory");
+    } while (uniform(now != mine));
   }
   /// By one thread, behind a barrier that all additions came before.
   FOVEA_DEVICE void pass(const BackwardParams& p) const {
@@ -238,11 +235,8 @@ struct Backward {
   struct Dq : Share<S.block_m, S.head_dim> {
     static constexpr int kM = Share<S.block_m, S.head_dim>::kGrid.rows / 16,
                          kN = Share<S.block_m, S.head_dim>::kGrid.columns / 8;
-    static constexpr int kFloats = kM * kN * 128;  // of a warp
-    /// The place in dq_sum of a tile's piece in row `i` and column `j` of pieces.
-    FOVEA_DEVICE static int piece(int i, int j) {
-      return ((i / kM * Dq::kGrid.across + j / kN) * kM + i % kM) * kN + j % kN;
-    }
+    /// The place in dq_sum, in floats, of a tile's piece in row `i` and column `j` of pieces.
+    FOVEA_DEVICE static int piece(int i, int j) { return (i * (S.head_dim / 8) + j) * 128; }
   };
 
   /// What a block gathers.
@@ -463,11 +457,12 @@ struct Backward {
           [](int) { return Accumulator{}; });
     }
     if constexpr (S.deterministic && kBegin == 0) Turn{step(n)}.await(p);
-    float* const sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
+    float* const sum =
+        p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + Dq::piece(Dq::row() / 16, Dq::column() / 8);
 #pragma unroll
     for (int i = 0; i < Dq::kM; ++i) {
 #pragma unroll
-      for (int j = kBegin; j < kEnd; ++j) reduce(sum + (i * Dq::kN + j) * 128, dq[i][j - kBegin]);
+      for (int j = kBegin; j < kEnd; ++j) reduce(sum + Dq::piece(i, j), dq[i][j - kBegin]);
     }
   }
 

@@ -1,10 +1,12 @@
 #pragma once
 
 #include "cuda/kernels/hopper/backward_consumer.cuh"
+#include "cuda/kernels/hopper/backward_dq.cuh"
 #include "cuda/kernels/hopper/backward_producer.cuh"
 
 // The backward on Hopper (FlashAttention-3, 2407.08608, section 3 and appendix B): a block owns 128 keys of a kv head;
-// one warpgroup has the rows of all heads that read them copied, the others compute.
+// one warpgroup has the rows of all heads that read them copied, two make the scores of 64 keys each, dk and dv, and one
+// makes dq.
 namespace fovea::cuda {
 
 /// Blocks are numbered as `Walk` says.
@@ -18,6 +20,8 @@ __device__ void backward_sm90(const BackwardSm90Params& p) {
     state.walk = Walk<S>(p, number_of_block<S>(p));
     state.k.begin(1), state.v.begin(1);
     state.q.begin(S.warps), state.dout.begin(S.warps);
+    state.ds.begin(4, S.warps);
+    state.spoiled[0] = state.spoiled[1] = false;
     fence_barriers();
     fence_engine();
   }
@@ -32,9 +36,12 @@ __device__ void backward_sm90(const BackwardSm90Params& p) {
     } else {
       BackwardProducer<S, false>{p, state, at}.run();
     }
+  } else if (group == 1) {
+    give_registers<dq_registers(S)>();
+    BackwardDq<S>{p, state, at}.run();
   } else {
     take_registers<consumer_registers(S)>();
-    BackwardConsumer<S>{p, state, at, group - 1}.run();
+    BackwardConsumer<S>{p, state, at, group - 2}.run();
   }
 }
 

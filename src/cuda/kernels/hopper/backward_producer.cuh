@@ -30,7 +30,7 @@ struct BackwardProducer {
       const int place = state.q.place(n);
       Barrier &q = state.q.full[place], &dout = state.dout.full[place];
       state.q.await_empty(n);
-      if (!step.exists) {
+      if (!(kByEngine && !S.mask ? step.exists : uniform(step.exists))) {
         if (leads()) q.arrive();
         return;
       }
@@ -38,7 +38,10 @@ struct BackwardProducer {
       state.dout.await_empty(n);
       load_rows_of<S.head_dim_v>(step, at.dout(place), at.delta(place), dout, p.dout_map, p.dout, p.delta, step.dout,
                                  p.head_dim_v);
-      if (walk.keeps()) walk.write_next(p, static_cast<int>(n));
+      if (walk.keeps()) {
+        if (n > 0) state.ds.await_empty(n - 1);  // nobody still asks for the step whose place the next one takes
+        walk.write_next(p, static_cast<int>(n));
+      }
       share();
     }
   }

@@ -11,6 +11,8 @@ template <BackwardSpec S>
 struct BackwardState {
   Barrier k, v;
   Ring<S.stages> q, dout;  // log2_lse comes with q, delta with dout
+  Ring<2> ds;              // of both warpgroups that have keys
+  bool spoiled[2];         // of each: where something hidden was not finite
   Walk<S> walk;            // a step is written before its q is announced
 };
 
@@ -24,6 +26,9 @@ struct BackwardLayout {
   FOVEA_DEVICE u32 q(int place) const { return base + kShared.q + place * kShared.q_stage; }
   FOVEA_DEVICE u32 dout(int place) const { return base + kShared.dout + place * kShared.dout_stage; }
   FOVEA_DEVICE u32 ds(u32 n) const { return base + kShared.ds + (n & 1) * kShared.ds_stage; }
+  FOVEA_DEVICE u32 dq(int warp, u32 n) const {
+    return base + kShared.dq + (warp * kDqStages + n % kDqStages) * dq_piece_bytes(S);
+  }
   FOVEA_DEVICE u32 log2_lse(int place) const {
     return base + kShared.statistics + 2 * place * kShared.statistics_of_tile;
   }

@@ -28,18 +28,23 @@ struct Barrier {
   }
 };
 
-/// A ring of places that a producer fills and consumers empty: use n of it is in place n % kPlaces.
+/// A ring of places that producers fill and consumers empty: use n of it is in place n % kPlaces.
 template <int kPlaces>
 struct Ring {
   Barrier full[kPlaces], empty[kPlaces];
 
-  FOVEA_DEVICE void begin(u32 consumers) {
+  FOVEA_DEVICE void begin(u32 consumers, u32 producers = 1) {
 #pragma unroll
-    for (int i = 0; i < kPlaces; ++i) full[i].begin(1), empty[i].begin(consumers);
+    for (int i = 0; i < kPlaces; ++i) full[i].begin(producers), empty[i].begin(consumers);
   }
   FOVEA_DEVICE static int place(u32 n) { return static_cast<int>(n % kPlaces); }
   FOVEA_DEVICE void await_full(u32 n) const { full[place(n)].wait(n / kPlaces & 1); }
   FOVEA_DEVICE void await_empty(u32 n) const { empty[place(n)].wait(n / kPlaces & 1 ^ 1); }
+  /// Once a warp, when all of it has written.
+  FOVEA_DEVICE void announce(u32 n) {
+    __syncwarp();
+    if (lane_id() == 0) full[place(n)].arrive();
+  }
   /// Once a warp, when all of it has read.
   FOVEA_DEVICE void release(u32 n) {
     __syncwarp();

@@ -13,6 +13,16 @@ FOVEA_DEVICE float2 load_shared_two(u32 address) {
   return two;
 }
 
+/// Of two 16-bit numbers those whose bit is set, the others times 0: NaN stays NaN, and −0 stays −0.
+template <Type kType>
+FOVEA_DEVICE u32 keep_of_two(u32 two, u32 bits) {
+  constexpr u32 kOne = kType == Type::kBFloat16 ? 0x3f80 : 0x3c00;
+  const u32 factors = (bits & 1) * kOne | (bits >> 1 & 1) * (kOne << 16);
+  if constexpr (kType == Type::kBFloat16) asm("mul.bf16x2 %0, %0, %1;" : "+r"(two) : "r"(factors));
+  if constexpr (kType == Type::kFloat16) asm("mul.f16x2 %0, %0, %1;" : "+r"(two) : "r"(factors));
+  return two;
+}
+
 /// Pᵀ and dSᵀ of a warp's 16 keys and a tile of rows.  A lane has the keys l / 4 and 8 on, of the rows 8j + 2 (l % 4)
 /// and the next.  A hidden entry is −0 in both, a visible one never.
 template <BackwardSpec S>
@@ -21,6 +31,7 @@ struct GradientColumns {
   using Entries = Accumulator[1][kN];
   using Packed = OperandA[S.block_m / 16];
   using Rules = ScoreRules<S, false, AsTheyAre>;
+  static constexpr bool kDeltaFirst = !S.dropout && S.block_m > 64;  // dP comes with delta taken off
   using Bits = u32[S.mask || S.dropout ? kN / 8 : 1];  // one an entry: 4j + e
 
   const Rules& rules;
@@ -91,6 +102,16 @@ struct GradientColumns {
     return check;
   }
 
+  /// −delta, for dPᵀ to be added to.
+  FOVEA_DEVICE static void begin_with_delta(Entries& dp, u32 delta) {
+    const u32 mine = delta + lane_id() % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      const float2 two = load_shared_two(mine + 32 * j);
+      dp[0][j] = {{-two.x, -two.y, -two.x, -two.y}};
+    }
+  }
+
   /// dPᵀ becomes dSᵀ; of a visible entry never −0.  Returns what `weigh` does.  Weights are read from where they are
   /// packed: there are no registers to keep more of their digits.
   template <bool kHides>
@@ -99,13 +120,13 @@ struct GradientColumns {
     const u32 mine = delta + lane_id() % 4 * 8;
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      const float2 two = load_shared_two(mine + 32 * j);
+      const float2 two = kDeltaFirst ? float2{} : load_shared_two(mine + 32 * j);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& d = dp[0][j].x[e];
         const float weight = unpacked(weights, j, e);
         if constexpr (S.dropout) d = (holds(kept, j, e) ? d : 0.0F) * rules.p.keep_scale;
-        d -= e % 2 == 0 ? two.x : two.y;
+        if constexpr (!kDeltaFirst) d -= e % 2 == 0 ? two.x : two.y;
         d = kHides && is_hidden(weight) ? -0.0F : weight * d + 0.0F;
       }
     }
@@ -113,12 +134,15 @@ struct GradientColumns {
   }
 
   /// What dropout leaves of the weights; what is hidden, or not a number, stays so.
-  FOVEA_DEVICE void pack_kept(Packed& packed, Entries& weights) const {
-    each([&](int j, int e) {
-      float& weight = weights[0][j].x[e];
-      weight = holds(kept, j, e) ? weight : weight * 0.0F;
-    });
-    pack(packed, weights);
+  FOVEA_DEVICE void drop(Packed& weights) const {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; e += 2) {
+        u32& two = weights[j / 2].x[j % 2 * 2 + e / 2];
+        two = keep_of_two<S.type>(two, kept[j / 8] >> (4 * j % 32 + e));
+      }
+    }
   }
   FOVEA_DEVICE static void pack(Packed& packed, const Entries& entries) {
 #pragma unroll

@@ -53,13 +53,14 @@ FOVEA_DEVICE void move(OperandA (&to)[kN], const OperandA (&from)[kN]) {
   }
 }
 
-/// S = Q Kᵀ: issued, not awaited.  q: a warpgroup's first row; panels of Q are kQRows long, those of K kKeys.
+/// S = Q Kᵀ, or S += Q Kᵀ where `add` is 1: issued, not awaited.  q: a warpgroup's first row; panels of Q are kQRows
+/// long, those of K kKeys.
 template <Type kType, int kDim, int kQRows, int kKeys>
-FOVEA_DEVICE void multiply_by_rows(Accumulator (&s)[kKeys / 8], u64 q, u64 k) {
+FOVEA_DEVICE void multiply_by_rows(Accumulator (&s)[kKeys / 8], u64 q, u64 k, int add = 0) {
 #pragma unroll
   for (int c = 0; c < (kDim + 15) / 16; ++c) {
     constexpr int kQPanel = kQRows * kPanelRowBytes / 16, kKPanel = kKeys * kPanelRowBytes / 16;
-    Wgmma<kType, kKeys>::by_rows(s, q + c / 4 * kQPanel + c % 4 * 2, k + c / 4 * kKPanel + c % 4 * 2, c == 0 ? 0 : 1);
+    Wgmma<kType, kKeys>::by_rows(s, q + c / 4 * kQPanel + c % 4 * 2, k + c / 4 * kKPanel + c % 4 * 2, c == 0 ? add : 1);
   }
 }
 
