@@ -3,9 +3,9 @@
 #include "cuda/backward_plan.h"
 #include "cuda/spec_sm90.h"
 
-// How the Hopper family's backward cuts up a block: 128 keys, 64 to each of two warpgroups; a third one makes dq of what
-// they leave in shared memory, and a fourth one has rows copied.  It is specialised by the portable kernels' spec, of
-// which `warps` are those of the first two.  Host and device compile this text.
+// How the Hopper family's backward cuts up a block: 128 keys, 64 to each of two warpgroups; a third one makes dq of
+// what they leave in shared memory, and a fourth one has rows copied.  It is specialised by the portable kernels' spec,
+// of which `warps` are those of the first two.  Host and device compile this text.
 namespace fovea::cuda {
 
 inline constexpr int kBackwardConsumers = 2;  // warpgroups that have keys

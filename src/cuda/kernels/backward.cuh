@@ -7,8 +7,8 @@
 // registers; dq leaves as additions to dq_sum, which `backward_queries` turns into dq.
 namespace fovea::cuda {
 
-// dq_sum holds, tile by tile of rows, pieces of 16 × 8, row by row, each as its accumulators: lane by lane where four
-// floats are added at once, else entry by entry, so that a warp's additions always meet 128 bytes in a row.
+// dq_sum holds, tile by tile of rows, the pieces of 16 × 8 of the warps' shares, each as its accumulators: lane by lane
+// where four floats are added at once, else entry by entry, so that a warp's additions always meet 128 bytes in a row.
 #if __CUDA_ARCH__ >= 900
 inline constexpr bool kVectorReduction = true;
 #else
@@ -44,15 +44,16 @@ struct Step {
 };
 
 /// Which keys a block has, and the tiles of rows that see them, head by head.  It lies in shared memory and is kept by
-/// a few (`keeps`): asked a few times a tile, it is not worth the registers of all.
-template <BackwardSpec S>
+/// a few (`keeps`): asked a few times a tile, it is not worth the registers of all.  kSteps: it writes so many before
+/// it takes the first one's place again.
+template <BackwardSpec S, int kSteps = 4>
 struct Walk {
   Sequence sequence;
   int key_block, kv_head;
   int first_head, end_head;  // that read the keys; none where no row sees them
   int first, end;            // tiles
   int first_full, end_full;
-  Step steps[4];
+  Step steps[kSteps];
   int window_head, window;  // tiles that were looked up in the mask: 32 of a head
   u32 some, whole;          // those of which something is seen, and everything
 
@@ -89,7 +90,7 @@ struct Walk {
   }
   /// Step n + 1 from step n.
   FOVEA_DEVICE void write_next(const BackwardParams& p, int n) {
-    Step next = steps[n & 3];
+    Step next = steps[n % kSteps];
     next.stage = next.stage + 1 == S.stages ? 0 : next.stage + 1;
     if constexpr (S.mask) {
       const bool same_head = next.tile + 1 != end;
@@ -125,7 +126,7 @@ struct Walk {
   FOVEA_DEVICE void write(const BackwardParams& p, int n, Step step) {
     step.full_band = step.tile >= first_full && step.tile < end_full;
     if (S.deterministic && step.exists) step.turn = turn_at(p, step.head, step.tile);
-    if (!S.mask || lane_id() == 0) steps[n & 3] = step;
+    if (!S.mask || lane_id() == 0) steps[n % kSteps] = step;
   }
   FOVEA_DEVICE Step first_of_head(const BackwardParams& p, int head, int stage) const {
     Step step{sequence.q_row(p.q, first * S.block_m, head),
@@ -235,8 +236,11 @@ struct Backward {
   struct Dq : Share<S.block_m, S.head_dim> {
     static constexpr int kM = Share<S.block_m, S.head_dim>::kGrid.rows / 16,
                          kN = Share<S.block_m, S.head_dim>::kGrid.columns / 8;
+    static constexpr int kFloats = kM * kN * 128;  // of a warp
     /// The place in dq_sum, in floats, of a tile's piece in row `i` and column `j` of pieces.
-    FOVEA_DEVICE static int piece(int i, int j) { return (i * (S.head_dim / 8) + j) * 128; }
+    FOVEA_DEVICE static int piece(int i, int j) {
+      return (((i / kM * Dq::kGrid.across + j / kN) * kM + i % kM) * kN + j % kN) * 128;
+    }
   };
 
   /// What a block gathers.
@@ -457,12 +461,11 @@ struct Backward {
           [](int) { return Accumulator{}; });
     }
     if constexpr (S.deterministic && kBegin == 0) Turn{step(n)}.await(p);
-    float* const sum =
-        p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + Dq::piece(Dq::row() / 16, Dq::column() / 8);
+    float* const sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
 #pragma unroll
     for (int i = 0; i < Dq::kM; ++i) {
 #pragma unroll
-      for (int j = kBegin; j < kEnd; ++j) reduce(sum + Dq::piece(i, j), dq[i][j - kBegin]);
+      for (int j = kBegin; j < kEnd; ++j) reduce(sum + (i * Dq::kN + j) * 128, dq[i][j - kBegin]);
     }
   }
 

@@ -5,8 +5,8 @@
 #include "cuda/kernels/hopper/backward_producer.cuh"
 
 // The backward on Hopper (FlashAttention-3, 2407.08608, section 3 and appendix B): a block owns 128 keys of a kv head;
-// one warpgroup has the rows of all heads that read them copied, two make the scores of 64 keys each, dk and dv, and one
-// makes dq.
+// one warpgroup has the rows of all heads that read them copied, two make the scores of 64 keys each, dk and dv, and
+// one makes dq.
 namespace fovea::cuda {
 
 /// Blocks are numbered as `Walk` says.
@@ -17,7 +17,7 @@ __device__ void backward_sm90(const BackwardSm90Params& p) {
   static_assert(sizeof(BackwardState<S>) <= BackwardSm90Shared::kStateBytes);
   BackwardState<S>& state = *reinterpret_cast<BackwardState<S>*>(shared + kShared.state);
   if (threadIdx.x == 0) {
-    state.walk = Walk<S>(p, number_of_block<S>(p));
+    state.walk = HopperWalk<S>(p, number_of_block<S>(p));
     state.k.begin(1), state.v.begin(1);
     state.q.begin(S.warps), state.dout.begin(S.warps);
     state.ds.begin(4, S.warps);

@@ -34,7 +34,7 @@ struct BackwardConsumer {
   const BackwardLayout<S> at;
   const int group;
 
-  FOVEA_DEVICE const Step& step(u32 n) const { return state.walk.steps[n & 3]; }
+  FOVEA_DEVICE const Step& step(u32 n) const { return state.step(n); }
   FOVEA_DEVICE int key() const { return state.walk.key_block * S.block_n; }
   FOVEA_DEVICE int warp_key() const { return group * kGroupRows + warp_id() % 4 * 16; }
   FOVEA_DEVICE void meet_group() const { meet(kMeetings + group, 128); }
@@ -57,6 +57,7 @@ struct BackwardConsumer {
         tile<true>(n, sums);
       }
     }
+    state.ds.await_empty(n);
     state.ds.announce(n);         // that there is none
     state.ds.await_empty(n + 1);  // nobody still reads K
     meet_group();
@@ -79,9 +80,8 @@ struct BackwardConsumer {
     if constexpr (Columns::kDeltaFirst) Columns::begin_with_delta(dp, at.delta(state.dout.place(n)));
     pin(dp[0]);
     fence_products();
-    multiply_by_rows<S.type, S.head_dim_v, S.block_n, S.block_m>(dp[0], keys_at(at.v()),
-                                                                 matrix_at(at.dout(state.dout.place(n)), 16),
-                                                                 Columns::kDeltaFirst ? 1 : 0);
+    multiply_by_rows<S.type, S.head_dim_v, S.block_n, S.block_m>(
+        dp[0], keys_at(at.v()), matrix_at(at.dout(state.dout.place(n)), 16), Columns::kDeltaFirst ? 1 : 0);
     close_products();
   }
   /// dv from Pᵀ and dout, dk from dSᵀ and q.
@@ -200,7 +200,7 @@ struct BackwardConsumer {
   // ---- slopes
 
   FOVEA_DEVICE float* slope_part(int head) const {
-    const Walk<S>& walk = state.walk;
+    const HopperWalk<S>& walk = state.walk;
     return p.slope_parts + ((i64{walk.sequence.batch} * p.q_heads + head) * p.key_blocks + walk.key_block) * S.warps +
            warp_id() - 8;
   }
@@ -223,7 +223,7 @@ struct BackwardConsumer {
 
   /// Through shared memory, in the place of k and v, which nobody still reads, by each warp for its keys.
   FOVEA_DEVICE void store(const Sums& sums) const {
-    const Walk<S>& walk = state.walk;
+    const HopperWalk<S>& walk = state.walk;
     const Sequence& sequence = walk.sequence;
     place(at.k(), sums.dk[0], p.scale);
     place(at.v(), sums.dv[0], S.dropout ? p.keep_scale : 1.0F);

@@ -3,14 +3,16 @@
 #include "cuda/kernels/hopper/backward_state.cuh"
 #include "cuda/kernels/hopper/wgmma.cuh"
 
-// The warpgroup of the backward that makes dq = dS K of what the others leave of dS: a panel of columns at a time for 64
-// rows, which each warp adds to dq_sum.
+// The warpgroup of the backward that makes dq = dS K of what the others leave of dS: a panel of columns at a time for
+// 64 rows, which each warp adds to dq_sum.
 namespace fovea::cuda {
 
 template <BackwardSpec S>
 struct BackwardDq {
   using Pieces = typename Backward<S>::Dq;
   static constexpr int kColumns = dq_columns(S), kKeyPanel = S.block_n * kPanelRowBytes;
+  static constexpr int kRun = Pieces::kM == 1 ? kColumns / 8 : Pieces::kN;  // pieces of 16 rows that lie in a row
+  static_assert(kColumns / 8 % kRun == 0);
   static constexpr u32 kMeeting = 4;  // this warpgroup's barrier
 
   const BackwardSm90Params& p;
@@ -18,7 +20,7 @@ struct BackwardDq {
   const BackwardLayout<S> at;
 
   FOVEA_DEVICE static int warp() { return warp_id() % 4; }
-  FOVEA_DEVICE const Step& step(u32 n) const { return state.walk.steps[n & 3]; }
+  FOVEA_DEVICE const Step& step(u32 n) const { return state.step(n); }
 
   FOVEA_DEVICE void run() const {
     u32 sent = 0;
@@ -54,8 +56,8 @@ struct BackwardDq {
     Accumulator dq[1][kColumns / 8];
     pin(dq[0]);
     fence_products();
-    multiply_tiles_by_columns<S.type, S.block_n, S.block_m, kColumns>(
-        dq[0], matrix_at(ds + row * kPanelRowBytes, 16), matrix_at(keys, kKeyPanel));
+    multiply_tiles_by_columns<S.type, S.block_n, S.block_m, kColumns>(dq[0], matrix_at(ds + row * kPanelRowBytes, 16),
+                                                                      matrix_at(keys, kKeyPanel));
     close_products();
     await_products<0>();
     pin(dq[0]);
@@ -78,8 +80,7 @@ struct BackwardDq {
 
   /// Through shared memory by the copy engine.
   FOVEA_DEVICE void add(const Accumulator (&dq)[kColumns / 8], i64 slot, int row, int panel, u32 sent) const {
-    float* const sum =
-        p.dq_sum + slot * (S.block_m * S.head_dim) + Pieces::piece(row / 16, panel * (kPanelColumns / 8));
+    float* const sum = p.dq_sum + slot * (S.block_m * S.head_dim);
     const int pieces = math::smaller(kColumns, S.head_dim - panel * kPanelColumns) / 8;
     const u32 from = at.dq(warp(), sent);
     if (lane_id() == 0) await_additions_read<kDqStages - 1>();
@@ -88,7 +89,14 @@ struct BackwardDq {
     for (int j = 0; j < kColumns / 8; ++j) store_shared_four(from + j * 512 + lane_id() * 16, dq[j]);
     fence_engine();
     __syncwarp();
-    if (lane_id() == 0) add_floats(sum, from, pieces * 512);
+    if (lane_id() != 0) return;
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; j += kRun) {
+      if (j < pieces)
+        add_floats(sum + Pieces::piece(row / 16, panel * (kPanelColumns / 8) + j), from + j * 512,
+                   math::smaller(kRun, pieces - j) * 512);
+    }
+    close_additions();
   }
 
   FOVEA_DEVICE static void store_shared_four(u32 address, const Accumulator& c) {

@@ -19,14 +19,14 @@ struct BackwardProducer {
   /// By one thread; by a warp where it looks for what a mask leaves; by all where they copy by hand.
   FOVEA_DEVICE void run() {
     if (kByEngine && threadIdx.x >= (S.mask ? kWarp : 1)) return;
-    Walk<S>& walk = state.walk;
+    HopperWalk<S>& walk = state.walk;
     if (walk.keeps()) walk.begin(p);
     share();
     load_keys<S.head_dim>(at.k(), state.k, p.k_map, p.k, p.head_dim);
     load_keys<S.head_dim_v>(at.v(), state.v, p.v_map, p.v, p.head_dim_v);
 #pragma unroll 1
     for (u32 n = 0;; ++n) {
-      const Step& step = walk.steps[n & 3];
+      const Step& step = state.step(n);
       const int place = state.q.place(n);
       Barrier &q = state.q.full[place], &dout = state.dout.full[place];
       state.q.await_empty(n);
@@ -38,10 +38,7 @@ struct BackwardProducer {
       state.dout.await_empty(n);
       load_rows_of<S.head_dim_v>(step, at.dout(place), at.delta(place), dout, p.dout_map, p.dout, p.delta, step.dout,
                                  p.head_dim_v);
-      if (walk.keeps()) {
-        if (n > 0) state.ds.await_empty(n - 1);  // nobody still asks for the step whose place the next one takes
-        walk.write_next(p, static_cast<int>(n));
-      }
+      if (walk.keeps()) walk.write_next(p, static_cast<int>(n));
       share();
     }
   }
@@ -59,7 +56,7 @@ struct BackwardProducer {
 
   template <int kDim>
   FOVEA_DEVICE void load_keys(u32 to, Barrier& full, const TensorMap& map, const RowView& view, int dim) const {
-    const Walk<S>& walk = state.walk;
+    const HopperWalk<S>& walk = state.walk;
     const Sequence& sequence = walk.sequence;
     const int key = walk.key_block * S.block_n;
     if constexpr (kByEngine) {

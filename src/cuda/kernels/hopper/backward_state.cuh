@@ -7,13 +7,19 @@
 // What the backward's producer and consumers share.
 namespace fovea::cuda {
 
+/// Who makes dq may be at work on a step when the one four on is written.
+template <BackwardSpec S>
+using HopperWalk = Walk<S, 8>;
+
 template <BackwardSpec S>
 struct BackwardState {
   Barrier k, v;
   Ring<S.stages> q, dout;  // log2_lse comes with q, delta with dout
   Ring<2> ds;              // of both warpgroups that have keys
   bool spoiled[2];         // of each: where something hidden was not finite
-  Walk<S> walk;            // a step is written before its q is announced
+  HopperWalk<S> walk;      // a step is written before its q is announced
+
+  FOVEA_DEVICE const Step& step(u32 n) const { return walk.steps[n % 8]; }
 };
 
 /// Where everything lies in shared memory.

@@ -32,7 +32,7 @@ struct GradientColumns {
   using Packed = OperandA[S.block_m / 16];
   using Rules = ScoreRules<S, false, AsTheyAre>;
   static constexpr bool kDeltaFirst = !S.dropout && S.block_m > 64;  // dP comes with delta taken off
-  using Bits = u32[S.mask || S.dropout ? kN / 8 : 1];  // one an entry: 4j + e
+  using Bits = u32[S.mask || S.dropout ? kN / 8 : 1];                // one an entry: 4j + e
 
   const Rules& rules;
   int key;  // the lane's first

@@ -43,13 +43,13 @@ FOVEA_DEVICE void load_bytes(u32 to, const void* from, u32 bytes, const Barrier&
                : "memory");
 }
 
-/// Has some bytes, in steps of 16, added to floats in global memory; one of the thread's group of such additions.
+/// Has some bytes, in steps of 16, added to floats in global memory; one of the thread's open group of such additions.
 FOVEA_DEVICE void add_floats(float* to, u32 from, u32 bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
                "r"(bytes)
                : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
+FOVEA_DEVICE void close_additions() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 /// Until at most kOpen of the thread's groups have still to be read from shared memory.
 template <int kOpen>
 FOVEA_DEVICE void await_additions_read() {
