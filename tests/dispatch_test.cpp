@@ -98,7 +98,7 @@ TEST(Dispatch, HopperHasKernelsOfItsOwnAndSaysWhatTheyDoNotRun) {
     EXPECT_EQ(report(line).backend, "cuda_hopper") << line;
     EXPECT_EQ(report(line, 80).backend, "") << line;
     EXPECT_EQ(report(line, 100).backend, "") << line;
-    EXPECT_EQ(report(line, 90, "").backend, "cuda_portable") << line;
+    EXPECT_EQ(report(line, 90, "").backend, "cuda_hopper") << line;
   }
   for (const auto& [line, why] : {
            std::pair{"fwd fp32 b1 hq1 sq512 d64", "not fp32"},
@@ -106,7 +106,7 @@ TEST(Dispatch, HopperHasKernelsOfItsOwnAndSaysWhatTheyDoNotRun) {
            std::pair{"fwd bf16 b1 hq1 sq512 d40 dv264", "head_dim_v (264) is above 256"},
            std::pair{"fwd bf16 b1 hq8 hkv2 sq16 skv4096 d128", "seqlen_q (16) is short"},
            std::pair{"fwd bf16 b1 hq1 sq512 d256 mask=b1qk bias=1hqk", "no tile of head_dim 256"},
-           std::pair{"bwd bf16 b1 hq1 sq512 d64", "no backward pass"},
+           std::pair{"bwd bf16 b1 hq1 sq512 d136 dv64", "head_dim of a backward pass (136) is above 128"},
        }) {
     const Report told = report(line);
     EXPECT_EQ(told.backend, "") << line;

@@ -169,7 +169,7 @@ TEST(Render, NamesEveryRegisterOfAProductOnce) {
     EXPECT_TRUE(contains(text, "m64n" + std::to_string(columns) + "k16.f32.f16.f16"));
     for (int i = 0; i < columns / 2; ++i) {
       const std::string result = "\"+f\"(c[" + std::to_string(i / 4) + "].x[" + std::to_string(i % 4) + "])";
-      EXPECT_EQ(count(text, result), 2) << "one in each of the two products: " << result;
+      EXPECT_EQ(count(text, result), 3) << "one in each of the three products: " << result;
     }
     EXPECT_FALSE(contains(text, "c[" + std::to_string(columns / 8) + "]"));
     // Behind the results: A in one or four operands, B, and whether something is added to.
@@ -177,6 +177,10 @@ TEST(Render, NamesEveryRegisterOfAProductOnce) {
     EXPECT_TRUE(contains(text, "}, \"\n        \"" + first + ", %" + std::to_string(columns / 2 + 1) + ", more"));
     EXPECT_TRUE(contains(text, "{" + first + ", "));
     EXPECT_TRUE(contains(text, ", %" + std::to_string(columns / 2 + 5) + ", 0;"));
+    // Which of A and B in shared memory lie by columns: neither, or B.
+    EXPECT_EQ(count(text, "more, 1, 1, 0, 0; }"), 1);
+    EXPECT_EQ(count(text, "more, 1, 1, 0, 1; }"), 1);
+    EXPECT_EQ(count(text, "more, 1, 1, 1; }"), 1);
   }
   EXPECT_EQ(wgmma_text(Type::kBFloat16, {64, 64}), wgmma_text(Type::kBFloat16, {64})) << "defined once";
 }

@@ -62,6 +62,9 @@ endforeach()
 # The documents point at things that exist.
 fovea_add_ring(docs tree Python3::Interpreter ${CMAKE_CURRENT_SOURCE_DIR}/docs_test.py)
 
+# The barriers of Hopper's backward, in every order.
+fovea_add_ring(backward_barriers tree Python3::Interpreter ${CMAKE_CURRENT_SOURCE_DIR}/backward_barriers_test.py)
+
 # The installed tree serves find_package and pkg-config, static and shared.
 fovea_add_ring(install tree bash ${CMAKE_CURRENT_SOURCE_DIR}/install_test.sh ${PROJECT_SOURCE_DIR} ${PROJECT_BINARY_DIR})
 

@@ -96,18 +96,23 @@ BackwardSpec plain(const BackwardSpec& from) {
 
 }  // namespace
 
-std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuModel& gpu) {
-  BackwardShape shape;
-  BackwardSpec& spec = shape.spec;
+BackwardSpec backward_spec(const Problem& problem, int sm) {
+  BackwardSpec spec;
   spec.type = type_of(problem.dtype);
-  spec.mma = mma_of(spec.type, gpu.sm);
-  spec.async_copy = gpu.sm >= 80;
+  spec.mma = mma_of(spec.type, sm);
+  spec.async_copy = sm >= 80;
   spec.head_dim = whole_products(problem.head_dim);
   spec.head_dim_v = whole_products(problem.head_dim_v);
   spec.deterministic = problem.deterministic;
   spec.band = math::BandRule::of(problem).bounded();
   take_options(problem, spec);
+  return spec;
+}
 
+std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuModel& gpu) {
+  BackwardShape shape;
+  BackwardSpec& spec = shape.spec;
+  spec = backward_spec(problem, gpu.sm);
   const int widest = std::max(spec.head_dim, spec.head_dim_v);
   bool fits = false;
   const auto try_tiles = [&](const auto& tiles) {
@@ -129,6 +134,18 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
   }
   if (!fits) return std::nullopt;
 
+  share_out(problem, shape);
+  if (spec.band && !spec.deterministic && shape.key_blocks > 0)
+    shape.heads_abreast = kv_heads_abreast(problem, std::int64_t{2} * gpu.multiprocessors / shape.key_blocks);
+  return shape;
+}
+
+int kv_heads_abreast(const Problem& problem, std::int64_t most) {
+  return largest_divisor(problem.batch * problem.num_kv_heads, most);
+}
+
+void share_out(const Problem& problem, BackwardShape& shape) {
+  const BackwardSpec& spec = shape.spec;
   const std::int64_t batch = problem.batch, heads = problem.num_q_heads;
   shape.row_blocks = static_cast<int>(ceil_div(problem.seqlen_q, spec.block_m));
   shape.key_blocks = static_cast<int>(ceil_div(problem.seqlen_kv, spec.block_n));
@@ -136,10 +153,6 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
   shape.most_blocks = std::max({slots * heads, std::int64_t{shape.row_blocks} * heads * batch,
                                 std::int64_t{shape.key_blocks} * problem.num_kv_heads * batch});
   shape.row_slots = static_cast<int>(slots);
-  if (spec.band && !spec.deterministic && shape.key_blocks > 0) {
-    const auto wave = static_cast<std::int64_t>(2) * gpu.multiprocessors / shape.key_blocks;
-    shape.heads_abreast = largest_divisor(batch * problem.num_kv_heads, wave);
-  }
   const auto take = [&shape](std::int64_t words) {
     const std::size_t at = shape.workspace_bytes;
     shape.workspace_bytes += static_cast<std::size_t>(ceil_div(words * 4, 128) * 128);
@@ -151,7 +164,6 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
   shape.tickets = take(spec.deterministic ? heads * slots + 1 : 0);
   shape.sink_parts = take(problem.sink ? heads * slots : 0);
   shape.slope_parts = take(spec.alibi ? batch * heads * shape.key_blocks * spec.warps : 0);
-  return shape;
 }
 
 jit::KernelRequest backward_rows_request(const BackwardShape& shape, int arch) {

@@ -23,6 +23,13 @@ struct BackwardShape {
   std::size_t workspace_bytes = 0;
 };
 
+/// All of a spec but the tile.
+[[nodiscard]] BackwardSpec backward_spec(const Problem& problem, int sm);
+/// Blocks and workspace, where the tile is known.
+void share_out(const Problem& problem, BackwardShape& shape);
+/// At most `most`, of which there is a whole number.
+[[nodiscard]] int kv_heads_abreast(const Problem& problem, std::int64_t most);
+
 /// Nothing where no tile of it fits this GPU's shared memory.
 [[nodiscard]] std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuModel& gpu);
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/driver.h"
+#include "cuda/hopper_backward.h"
 #include "cuda/hopper_tuning.h"
 #include "cuda/params_sm90.h"
 #include "cuda/planned_call.h"
@@ -86,7 +87,6 @@ class ForwardSm90Plan final : public PlannedKernel {
 class HopperBackend final : public Backend {
  public:
   [[nodiscard]] std::string name() const override { return "cuda_hopper"; }
-  [[nodiscard]] bool only_by_name() const override { return true; }  // until the GPU ring has gone over all of it
 
   [[nodiscard]] Verdict judge(const Problem& problem, const Device& device) const override {
     Verdict verdict{.backend = name()};
@@ -96,8 +96,6 @@ class HopperBackend final : public Backend {
       reasons.emplace_back("it is made for compute capability 9.0 (Hopper), and " + fovea::name(device) + " has " +
                            std::to_string(capability_of(device) / 10) + "." +
                            std::to_string(capability_of(device) % 10));
-    } else if (reasons.empty() && problem.direction == Direction::kBackward) {
-      reasons.emplace_back("it has no backward pass");
     }
     verdict.available = reasons.empty();
     if (!verdict.available) return verdict;
@@ -111,6 +109,10 @@ class HopperBackend final : public Backend {
     };
     refuse_dim("head_dim", problem.head_dim);
     refuse_dim("head_dim_v", problem.head_dim_v);
+    if (problem.direction == Direction::kBackward) {
+      if (reasons.empty()) refuse_backward_sm90(problem, verdict);
+      return verdict;
+    }
     if (has_few_rows(problem)) {
       reasons.emplace_back("seqlen_q (" + std::to_string(problem.seqlen_q) +
                            ") is short, and it does not share out keys");
@@ -128,6 +130,7 @@ class HopperBackend final : public Backend {
 
   [[nodiscard]] std::shared_ptr<const PlannedKernel> plan(const Problem& problem, const Device& device,
                                                           const PlanOptions& /*options*/) const override {
+    if (problem.direction == Direction::kBackward) return plan_backward_sm90(problem, device);
     return std::make_shared<ForwardSm90Plan>(problem, *choose_forward_sm90(problem), device);
   }
 };

@@ -6,7 +6,7 @@
 
 namespace fovea::cuda {
 
-/// "cuda_hopper": forward passes in fp16 and bf16 on GPUs of compute capability 9.0.
+/// "cuda_hopper": fp16 and bf16 on GPUs of compute capability 9.0.
 [[nodiscard]] std::unique_ptr<Backend> make_hopper_backend();
 
 }  // namespace fovea::cuda

@@ -21,4 +21,9 @@ struct ForwardSm90Params : CallParams {
   u64* ticket;        // `Tickets`
 };
 
+struct BackwardSm90Params : BackwardParams {
+  TensorMap q_map, k_map, v_map, dout_map;  // [batch][head][row][column]
+  bool by_engine;                           // the copy engine can read all four
+};
+
 }  // namespace fovea::cuda

@@ -5,18 +5,18 @@
 #include <algorithm>
 #include <limits>
 
-#include "cuda/backward_plan.h"
 #include "cuda/backward_tuning.h"
 #include "cuda/forward_tuning.h"
+#include "cuda/hopper_backward.h"
 #include "cuda/hopper_tuning.h"
-#include "cuda/planned_call.h"
+#include "cuda/planned_backward.h"
 #include "cuda/requests.h"
 #include "dispatch/views.h"
 
 namespace fovea::cuda {
 namespace {
 
-using dispatch::entry_view, dispatch::row_view, dispatch::head_view, dispatch::stat_view;
+using dispatch::row_view, dispatch::stat_view;
 
 class ForwardPlan final : public PlannedKernel {
  public:
@@ -85,90 +85,29 @@ class ForwardPlan final : public PlannedKernel {
 class BackwardPlan final : public PlannedKernel {
  public:
   BackwardPlan(const Problem& problem, const BackwardShape& shape, const Device& device, int arch)
-      : shape_(shape),
-        device_(device),
-        mask_words_(problem, shape.workspace_bytes, device, arch),
-        rows_(backward_rows_request(shape, arch), device),
-        main_(backward_request(shape, arch), device),
-        queries_(backward_queries_request(shape, arch), device) {
-    if (shape.spec.alibi || problem.sink) sums_.emplace(backward_sums_request(shape, arch), device);
-    if (shape.spec.bias) bias_.emplace(bias_gradient_request(shape, arch), device);
-    describe_call(problem, params_);
-    params_.row_blocks = shape.row_blocks;
-    params_.key_blocks = shape.key_blocks;
-    params_.row_slots = shape.row_slots;
-    params_.heads_abreast = shape.heads_abreast;
-  }
+      : device_(device), call_(problem, shape, device, arch), main_(backward_request(shape, arch), device) {}
 
-  [[nodiscard]] std::size_t workspace_bytes() const override { return mask_words_.workspace_bytes(); }
+  [[nodiscard]] std::size_t workspace_bytes() const override { return call_.workspace_bytes(); }
 
   [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override {
-    const BackwardSpec& s = shape_.spec;
-    return {{"kernel", main_.describe()},
-            {"tile", std::to_string(s.block_m) + " rows × " + std::to_string(s.block_n) + " keys, " +
-                         std::to_string(s.stages) + (s.stages == 1 ? " stage" : " stages")},
-            {"rows", rows_.describe()},
-            {"queries", queries_.describe()}};
+    std::vector<std::pair<std::string, std::string>> list{{"kernel", main_.describe()},
+                                                          {"tile", describe_tile(call_.shape().spec)}};
+    std::ranges::copy(call_.details(), std::back_inserter(list));
+    return list;
   }
 
   void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const override {
     require_gpu(main_, device_);
-    BackwardParams p = params_;
-    attach_inputs(p, inputs);
-    p.out = row_view(inputs.out);
-    p.dout = row_view(inputs.dout);
-    p.lse = stat_view(inputs.lse);
-    p.dlse = stat_view(inputs.dlse);
-    p.dq = row_view(outputs.dq);
-    p.dk = row_view(outputs.dk);
-    p.dv = row_view(outputs.dv);
-    p.dbias = entry_view(outputs.dbias);
-    p.dslopes = head_view(outputs.dalibi_slopes);
-    p.dsink = head_view(outputs.dsink).data;
-    auto* memory = static_cast<std::byte*>(workspace);
-    p.log2_lse = reinterpret_cast<float*>(memory + shape_.log2_lse);
-    p.delta = reinterpret_cast<float*>(memory + shape_.delta);
-    p.dq_sum = reinterpret_cast<float*>(memory + shape_.dq_sum);
-    p.tickets = reinterpret_cast<int*>(memory + shape_.tickets);
-    p.sink_parts = reinterpret_cast<float*>(memory + shape_.sink_parts);
-    p.slope_parts = reinterpret_cast<float*>(memory + shape_.slope_parts);
-
-    mask_words_.make(p, workspace, stream);
-    const int row_tiles = p.row_blocks * p.q_heads * p.batch;
-    launch(rows_, row_tiles, p, stream);
-    launch(main_, p.key_blocks * p.kv_heads * p.batch, p, stream);
-    launch(queries_, row_tiles, p, stream);
-    if (p.dslopes.data != nullptr || p.dsink != nullptr) {
-      launch(*sums_, p.q_heads * (p.slopes.per_batch ? p.batch : 1), p, stream);
-    }
-    if (p.dbias.data != nullptr) {
-      const Tensor& t = outputs.dbias;
-      p.key_blocks = (p.seqlen_kv + bias_gradient_keys(shape_.spec) - 1) / bias_gradient_keys(shape_.spec);
-      const auto count = [](std::int64_t size, int many) { return size == 1 ? 1 : many; };
-      launch(*bias_,
-             count(t.shape[0], p.batch) * count(t.shape[1], p.q_heads) * count(t.shape[2], p.row_blocks) *
-                 count(t.shape[3], p.key_blocks),
-             p, stream);
-    }
+    BackwardParams p = call_.params(inputs, outputs, workspace);
+    call_.before(p, workspace, stream);
+    launch(main_, BackwardCall::main_blocks(p), p, stream);
+    call_.after(p, outputs, stream);
   }
 
  private:
-  static void launch(const PlannedLaunch& what, int blocks, const BackwardParams& params, void* stream) {
-    if (blocks == 0) return;
-    what.kernel->launch({.x = static_cast<unsigned>(blocks),
-                         .y = 1,
-                         .z = 1,
-                         .threads = static_cast<unsigned>(what.request.threads),
-                         .shared_bytes = static_cast<unsigned>(what.request.shared_bytes)},
-                        params, stream);
-  }
-
-  BackwardShape shape_;
   Device device_;
-  MaskWords mask_words_;
-  PlannedLaunch rows_, main_, queries_;
-  std::optional<PlannedLaunch> sums_, bias_;
-  BackwardParams params_{};
+  BackwardCall call_;
+  PlannedLaunch main_;
 };
 
 class PortableBackend final : public Backend {
@@ -222,8 +161,8 @@ class PortableBackend final : public Backend {
 std::vector<jit::KernelRequest> requests(const Problem& problem, Direction direction, int arch) {
   std::vector<jit::KernelRequest> all;
   if (problem.mask) all.push_back(mask_words_request(arch));
+  constexpr int kHopper = 90;
   if (direction == Direction::kForward) {
-    constexpr int kHopper = 90;
     const auto hopper = arch == kHopper && !has_few_rows(problem) ? choose_forward_sm90(problem) : std::nullopt;
     if (hopper) all.push_back(forward_sm90_request(*hopper));
     if (const auto shape = choose_forward(problem, model_of(arch))) {
@@ -232,13 +171,16 @@ std::vector<jit::KernelRequest> requests(const Problem& problem, Direction direc
     }
   }
   if (direction == Direction::kBackward) {
-    if (const auto shape = choose_backward(problem, model_of(arch))) {
-      all.push_back(backward_rows_request(*shape, arch));
-      all.push_back(backward_request(*shape, arch));
-      all.push_back(backward_queries_request(*shape, arch));
-      if (shape->spec.alibi || problem.sink) all.push_back(backward_sums_request(*shape, arch));
-      if (shape->spec.bias) all.push_back(bias_gradient_request(*shape, arch));
-    }
+    const auto add = [&](const BackwardShape& shape, jit::KernelRequest main) {
+      all.push_back(backward_rows_request(shape, arch));
+      all.push_back(std::move(main));
+      all.push_back(backward_queries_request(shape, arch));
+      if (shape.spec.alibi || problem.sink) all.push_back(backward_sums_request(shape, arch));
+      if (shape.spec.bias) all.push_back(bias_gradient_request(shape, arch));
+    };
+    const auto hopper = arch == kHopper ? choose_backward_sm90(problem) : std::nullopt;
+    if (hopper) add(*hopper, backward_sm90_request(*hopper));
+    if (const auto shape = choose_backward(problem, model_of(arch))) add(*shape, backward_request(*shape, arch));
   }
   return all;
 }

@@ -15,7 +15,7 @@ std::string list(int first, int count, const Item& item) {
 std::string operand(int i) { return "%" + std::to_string(i); }
 
 /// One product.  Operands of the instruction: the result, A, B's place, and whether something is there to add to.
-std::string product(const char* name, const char* type, int columns, bool a_in_registers) {
+std::string product(const char* name, const char* type, int columns, bool a_in_registers, bool b_by_columns) {
   const int registers = columns / 2, a = registers, b = a + (a_in_registers ? 4 : 1), add = b + 1;
   const std::string results = list(
       0, registers, [](int i) { return "\"+f\"(c[" + std::to_string(i / 4) + "].x[" + std::to_string(i % 4) + "])"; });
@@ -27,8 +27,8 @@ std::string product(const char* name, const char* type, int columns, bool a_in_r
          "        \"wgmma.mma_async.sync.aligned.m64n" + std::to_string(columns) + "k16.f32." + type + "." + type +
          " \"\n" + "        \"{" + list(0, registers, operand) + "}, \"\n" + "        \"" +
          (a_in_registers ? "{" + list(a, 4, operand) + "}" : operand(a)) + ", " + operand(b) + ", more, 1, 1, " +
-         (a_in_registers ? "1" : "0, 0") + "; }\"\n" + "        : " + results + "\n        : " + values +
-         ", \"l\"(b), \"r\"(add)\n        : \"memory\");\n  }\n";
+         (a_in_registers ? "" : "0, ") + (b_by_columns ? "1" : "0") + "; }\"\n" + "        : " + results +
+         "\n        : " + values + ", \"l\"(b), \"r\"(add)\n        : \"memory\");\n  }\n";
 }
 
 }  // namespace
@@ -38,8 +38,9 @@ std::string wgmma_text(Type type, std::initializer_list<int> columns) {
   std::string text;
   for (const int width : std::set<int>(columns)) {
     text += "template <>\nstruct Wgmma<Type::" + std::string(half ? "kFloat16" : "kBFloat16") + ", " +
-            std::to_string(width) + "> {\n" + product("by_rows", half ? "f16" : "bf16", width, false) +
-            product("by_columns", half ? "f16" : "bf16", width, true) + "};\n\n";
+            std::to_string(width) + "> {\n" + product("by_rows", half ? "f16" : "bf16", width, false, false) +
+            product("by_columns", half ? "f16" : "bf16", width, true, true) +
+            product("tiles_by_columns", half ? "f16" : "bf16", width, false, true) + "};\n\n";
   }
   return text;
 }

@@ -44,15 +44,16 @@ struct Step {
 };
 
 /// Which keys a block has, and the tiles of rows that see them, head by head.  It lies in shared memory and is kept by
-/// a few (`keeps`): asked a few times a tile, it is not worth the registers of all.
-template <BackwardSpec S>
+/// a few (`keeps`): asked a few times a tile, it is not worth the registers of all.  kSteps: it writes so many before
+/// it takes the first one's place again.
+template <BackwardSpec S, int kSteps = 4>
 struct Walk {
   Sequence sequence;
   int key_block, kv_head;
   int first_head, end_head;  // that read the keys; none where no row sees them
   int first, end;            // tiles
   int first_full, end_full;
-  Step steps[4];
+  Step steps[kSteps];
   int window_head, window;  // tiles that were looked up in the mask: 32 of a head
   u32 some, whole;          // those of which something is seen, and everything
 
@@ -89,7 +90,7 @@ struct Walk {
   }
   /// Step n + 1 from step n.
   FOVEA_DEVICE void write_next(const BackwardParams& p, int n) {
-    Step next = steps[n & 3];
+    Step next = steps[n % kSteps];
     next.stage = next.stage + 1 == S.stages ? 0 : next.stage + 1;
     if constexpr (S.mask) {
       const bool same_head = next.tile + 1 != end;
@@ -125,7 +126,7 @@ struct Walk {
   FOVEA_DEVICE void write(const BackwardParams& p, int n, Step step) {
     step.full_band = step.tile >= first_full && step.tile < end_full;
     if (S.deterministic && step.exists) step.turn = turn_at(p, step.head, step.tile);
-    if (!S.mask || lane_id() == 0) steps[n & 3] = step;
+    if (!S.mask || lane_id() == 0) steps[n % kSteps] = step;
   }
   FOVEA_DEVICE Step first_of_head(const BackwardParams& p, int head, int stage) const {
     Step step{sequence.q_row(p.q, first * S.block_m, head),
@@ -184,6 +185,26 @@ struct Walk {
   }
 };
 
+/// Where bits must not change, dq is added up key block by key block.
+struct Turn {
+  const Step& step;
+
+  /// By a whole warp.
+  FOVEA_DEVICE void await(const BackwardParams& p) const {
+    const int mine = step.turn;
+    const int* ticket = p.tickets + step.slot;
+    int now;
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(ticket) : "memory");
+    } while (uniform(now != mine));
+  }
+  /// By one thread, behind a barrier that all additions came before.
+  FOVEA_DEVICE void pass(const BackwardParams& p) const {
+    __threadfence();
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + step.slot), "r"(step.turn + 1) : "memory");
+  }
+};
+
 template <BackwardSpec S>
 struct Backward {
   static constexpr int kThreads = S.warps * kWarp;
@@ -216,9 +237,9 @@ struct Backward {
     static constexpr int kM = Share<S.block_m, S.head_dim>::kGrid.rows / 16,
                          kN = Share<S.block_m, S.head_dim>::kGrid.columns / 8;
     static constexpr int kFloats = kM * kN * 128;  // of a warp
-    /// The place in dq_sum of a tile's piece in row `i` and column `j` of pieces.
+    /// The place in dq_sum, in floats, of a tile's piece in row `i` and column `j` of pieces.
     FOVEA_DEVICE static int piece(int i, int j) {
-      return ((i / kM * Dq::kGrid.across + j / kN) * kM + i % kM) * kN + j % kN;
+      return (((i / kM * Dq::kGrid.across + j / kN) * kM + i % kM) * kN + j % kN) * 128;
     }
   };
 
@@ -428,7 +449,7 @@ struct Backward {
     const KTile k_columns = k_tile();
     if constexpr (kCareful) {
       clear(dq);
-      multiply_seen<S.block_n>(
+      multiply_seen<S, S.block_n>(
           dq, Dq::row(), column, [&](int k, int row) { return ds.at(row, k); },
           [&](int k, int at) { return k_columns.at(k, at); });
     } else {
@@ -439,7 +460,7 @@ struct Backward {
           [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); },
           [](int) { return Accumulator{}; });
     }
-    if constexpr (S.deterministic && kBegin == 0) await_turn(n);
+    if constexpr (S.deterministic && kBegin == 0) Turn{step(n)}.await(p);
     float* const sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
 #pragma unroll
     for (int i = 0; i < Dq::kM; ++i) {
@@ -453,7 +474,7 @@ struct Backward {
   FOVEA_DEVICE static void add_columns(C& sum, const EntryTile& entries, const RowTile& rows, int lane) {
     if (!C::works()) return;
     if constexpr (kCareful) {
-      multiply_seen<S.block_m>(
+      multiply_seen<S, S.block_m>(
           sum.c, C::row(), C::column(), [&](int k, int row) { return entries.at(k, row); },
           [&](int k, int column) { return rows.at(k, column); });
     } else {
@@ -465,51 +486,9 @@ struct Backward {
     }
   }
 
-  /// The slow product, term by term, that leaves out hidden entries of A: for tiles in which something hidden may not
-  /// be finite.
-  template <int kSteps, int kM, int kN, class A, class B>
-  FOVEA_DEVICE static void multiply_seen(Accumulator (&sum)[kM][kN], int first_row, int first_column, const A& a,
-                                         const B& b) {
-    const int row = fresh(first_row + lane_id() / 4), column = fresh(first_column + lane_id() % 4 * 2);
-#pragma unroll 1
-    for (int k = 0; k < kSteps; ++k) {
-      float factors[kM][2];
-#pragma unroll
-      for (int x = 0; x < 2 * kM; ++x) factors[x / 2][x % 2] = read_shared<S.type>(a(k, row + 8 * x));
-#pragma unroll
-      for (int j = 0; j < kN; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float other = read_shared<S.type>(b(k, column + 8 * j + e));
-#pragma unroll
-          for (int x = 0; x < 2 * kM; ++x) {
-            const float factor = factors[x / 2][x % 2];
-            if (!GradientTile<S>::hidden(factor)) sum[x / 2][j].x[x % 2 * 2 + e] += factor * other;
-          }
-        }
-      }
-    }
-  }
-
-  // ---- turns: where bits must not change, dq is added up key block by key block
-
-  FOVEA_DEVICE void await_turn(int n) const {
-    if (lane_id() == 0) {
-      const int mine = step(n).turn;
-      const int* ticket = p.tickets + step(n).slot;
-      int now;
-      do {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(ticket) : "memory");
-      } while (now != mine);
-    }
-    __syncwarp();
-  }
   /// Called behind a barrier that all additions of step n, if there is one, came before.
   FOVEA_DEVICE void pass_turn(int n) const {
-    if (n < 0 || threadIdx.x != 0) return;
-    __threadfence();
-    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + step(n).slot), "r"(step(n).turn + 1)
-                 : "memory");
+    if (n >= 0 && threadIdx.x == 0) Turn{step(n)}.pass(p);
   }
 
   FOVEA_DEVICE float* slope_part(int head) const {
@@ -553,17 +532,20 @@ struct Backward {
   }
 };
 
-/// Blocks are numbered as `Walk` says; where one waits for others, as they begin, so that those have begun.
+/// The number of this block; where one waits for others, as they begin, so that those have begun.
+template <BackwardSpec S>
+FOVEA_DEVICE int number_of_block(const BackwardParams& p) {
+  const bool turns = S.deterministic && p.row_blocks > 0;  // without rows nobody has cleared the tickets
+  return turns ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x);
+}
+
+/// Blocks are numbered as `Walk` says.
 template <BackwardSpec S>
 __device__ void backward(const BackwardParams& p) {
   static_assert(sizeof(Walk<S>) <= kWalkBytes);
   extern __shared__ __align__(128) char shared[];
   Walk<S>& walk = *reinterpret_cast<Walk<S>*>(shared + BackwardShared::of(S).walk);
-  if (threadIdx.x == 0) {
-    const bool turns = S.deterministic && p.row_blocks > 0;  // without rows nobody has cleared the tickets
-    const int block = turns ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x);
-    walk = Walk<S>(p, block);
-  }
+  if (threadIdx.x == 0) walk = Walk<S>(p, number_of_block<S>(p));
   __syncthreads();
   if (walk.key_block * S.block_n >= walk.sequence.kv_rows) return;
   Backward<S>{p, walk, walk.sequence, shared_address(shared)}.run();

@@ -17,7 +17,7 @@ __device__ void backward_queries(const BackwardParams& p) {
     const int r = at % 8, piece = at / 8, column = piece % kAcross * 8;
     const int row = tile * S.block_m + piece / kAcross * 16 + r;
     if (row >= sequence.q_rows || column >= p.head_dim) continue;
-    const float* from = sum + Backward<S>::Dq::piece(piece / kAcross, piece % kAcross) * 128;
+    const float* from = sum + Backward<S>::Dq::piece(piece / kAcross, piece % kAcross);
     float x[4][4];  // [lane of the quad][entry], or [entry][lane]
 #pragma unroll
     for (int a = 0; a < 4; ++a) {

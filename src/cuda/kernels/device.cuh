@@ -76,6 +76,9 @@ FOVEA_DEVICE u32 uniform(u32 x) {
   return x;
 }
 
+/// The same of a condition: branches on it leave a warp whole, and within them addresses stay out of the lanes.
+FOVEA_DEVICE bool uniform(bool x) { return __any_sync(kAllLanes, x); }
+
 FOVEA_DEVICE u32 load_shared(u32 address) {
   u32 x;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");

@@ -17,7 +17,10 @@ struct RowSlots {
   FOVEA_DEVICE i64 at(int head, int tile) const { return i64{head} * count + first + tile; }
 };
 
-/// A warp's piece of P and dS.  A hidden entry is −0 in both, a visible one never.
+/// A hidden entry is −0 in P and in dS, a visible one never.
+FOVEA_DEVICE bool is_hidden(float x) { return __float_as_uint(x) == 0x80000000U; }
+
+/// A warp's piece of P and dS.
 template <BackwardSpec S>
 struct GradientTile {
   static constexpr WarpGrid kGrid = WarpGrid::of(S.block_m, S.block_n, S.warps);
@@ -69,12 +72,10 @@ struct GradientTile {
     if constexpr (S.softcap) {
       each([&](int i, int j, int e) {
         const float t = tanhs[i][j].x[e];
-        if (!hidden(ds[i][j].x[e])) ds[i][j].x[e] = ds[i][j].x[e] * (1.0F - t * t) + 0.0F;
+        if (!is_hidden(ds[i][j].x[e])) ds[i][j].x[e] = ds[i][j].x[e] * (1.0F - t * t) + 0.0F;
       });
     }
   }
-
-  FOVEA_DEVICE static bool hidden(float x) { return __float_as_uint(x) == 0x80000000U; }
 
   template <class F>
   FOVEA_DEVICE static void each(const F& f) {
@@ -131,7 +132,7 @@ struct GradientTile {
         float &x = p[i][j].x[e], &d = ds[i][j].x[e];
         d = (kept ? d : 0.0F) * rules.p.keep_scale - statistic[i][e / 2];
         pass_softmax<kHides>(x, d);
-        if (!kept && !(kHides && hidden(x))) x *= 0.0F;
+        if (!kept && !(kHides && is_hidden(x))) x *= 0.0F;
       });
     } else {
       each([&](int i, int j, int e) {
@@ -143,8 +144,33 @@ struct GradientTile {
   /// dP − delta becomes dS; of a visible entry never −0.
   template <bool kHides>
   FOVEA_DEVICE static void pass_softmax(float weight, float& d) {
-    d = kHides && hidden(weight) ? -0.0F : weight * d + 0.0F;
+    d = kHides && is_hidden(weight) ? -0.0F : weight * d + 0.0F;
   }
 };
+
+/// The slow product, term by term, that leaves out hidden entries of A: for tiles in which something hidden may not
+/// be finite.
+template <BackwardSpec S, int kSteps, int kM, int kN, class A, class B>
+FOVEA_DEVICE void multiply_seen(Accumulator (&sum)[kM][kN], int first_row, int first_column, const A& a, const B& b) {
+  const int row = fresh(first_row + lane_id() / 4), column = fresh(first_column + lane_id() % 4 * 2);
+#pragma unroll 1
+  for (int k = 0; k < kSteps; ++k) {
+    float factors[kM][2];
+#pragma unroll
+    for (int x = 0; x < 2 * kM; ++x) factors[x / 2][x % 2] = read_shared<S.type>(a(k, row + 8 * x));
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float other = read_shared<S.type>(b(k, column + 8 * j + e));
+#pragma unroll
+        for (int x = 0; x < 2 * kM; ++x) {
+          const float factor = factors[x / 2][x % 2];
+          if (!is_hidden(factor)) sum[x / 2][j].x[x % 2 * 2 + e] += factor * other;
+        }
+      }
+    }
+  }
+}
 
 }  // namespace fovea::cuda

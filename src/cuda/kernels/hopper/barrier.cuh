@@ -28,20 +28,26 @@ struct Barrier {
   }
 };
 
-/// A ring of places that a producer fills and consumers empty: use n of it is in place n % kPlaces.
+/// A ring of places that producers fill and consumers empty: use n of it is in place n % kPlaces.
 template <int kPlaces>
 struct Ring {
   Barrier full[kPlaces], empty[kPlaces];
 
-  FOVEA_DEVICE void begin(u32 consumers) {
+  FOVEA_DEVICE void begin(u32 consumers, u32 producers = 1) {
 #pragma unroll
-    for (int i = 0; i < kPlaces; ++i) full[i].begin(1), empty[i].begin(consumers);
+    for (int i = 0; i < kPlaces; ++i) full[i].begin(producers), empty[i].begin(consumers);
   }
   FOVEA_DEVICE static int place(u32 n) { return static_cast<int>(n % kPlaces); }
   FOVEA_DEVICE void await_full(u32 n) const { full[place(n)].wait(n / kPlaces & 1); }
   FOVEA_DEVICE void await_empty(u32 n) const { empty[place(n)].wait(n / kPlaces & 1 ^ 1); }
+  /// Once a warp, when all of it has written.
+  FOVEA_DEVICE void announce(u32 n) {
+    __syncwarp();
+    if (lane_id() == 0) full[place(n)].arrive();
+  }
   /// Once a warp, when all of it has read.
   FOVEA_DEVICE void release(u32 n) {
+    __syncwarp();
     if (lane_id() == 0) empty[place(n)].arrive();
   }
 };
@@ -51,6 +57,17 @@ FOVEA_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.c
 FOVEA_DEVICE void fence_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 FOVEA_DEVICE void meet(u32 id, u32 threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+/// The same; whether anybody says yes.
+FOVEA_DEVICE bool meet_any(u32 id, u32 threads, bool yes) {
+  u32 any;
+  asm volatile(
+      "{ .reg .pred mine, all;\nsetp.ne.u32 mine, %3, 0;\nbarrier.red.or.pred all, %1, %2, mine;\n"
+      "selp.u32 %0, 1, 0, all; }"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(static_cast<u32>(yes))
+      : "memory");
+  return any != 0;
+}
 FOVEA_DEVICE void pass(u32 id, u32 threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

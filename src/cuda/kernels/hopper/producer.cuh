@@ -127,7 +127,7 @@ struct Producer {
       if (p.cu_seqlens_q.data != nullptr) place.batch = 0;  // packed sequences are one
       if (leads()) load_panels<kRows, kDim>(to, map, full, place, keep);
     } else {
-      load_by_hand<128, S.type, kRows, kDim>(to, thread(), rows, view.aligned, from(), view.row);
+      load_by_hand<128, kRows, kDim>(to, thread(), rows, kDim * bytes_of(S.type), view.aligned, from(), view.row);
       fence_engine();
       share();
       if (leads()) full.arrive();

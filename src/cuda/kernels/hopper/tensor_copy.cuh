@@ -26,28 +26,52 @@ FOVEA_DEVICE void load_panel(u32 to, const TensorMap& map, const Barrier& barrie
       : "memory");
 }
 
-/// A tile of kRows rows, by one thread.
+/// A tile of kRows rows, by one thread; `more`: bytes that come to the same barrier.
 template <int kRows, int kDim>
-FOVEA_DEVICE void load_panels(u32 to, const TensorMap& map, Barrier& full, const RowPlace& at, Keep keep) {
-  full.arrive_with(tile_bytes(kRows, kDim));
+FOVEA_DEVICE void load_panels(u32 to, const TensorMap& map, Barrier& full, const RowPlace& at, Keep keep,
+                              u32 more = 0) {
+  full.arrive_with(tile_bytes(kRows, kDim) + more);
 #pragma unroll
   for (int panel = 0; panel < panels_of(kDim); ++panel)
     load_panel(to + panel * kRows * kPanelRowBytes, map, full, panel * kPanelColumns, at, keep);
 }
+
+/// Some bytes, in steps of 16, as they are.
+FOVEA_DEVICE void load_bytes(u32 to, const void* from, u32 bytes, const Barrier& barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier.address())
+               : "memory");
+}
+
+/// Has some bytes, in steps of 16, added to floats in global memory; one of the thread's open group of such additions.
+FOVEA_DEVICE void add_floats(float* to, u32 from, u32 bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+}
+FOVEA_DEVICE void close_additions() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+/// Until at most kOpen of the thread's groups have still to be read from shared memory.
+template <int kOpen>
+FOVEA_DEVICE void await_additions_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kOpen) : "memory");
+}
+/// Until all of the thread's are done.
+FOVEA_DEVICE void await_additions() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 /// Where the copy engine puts 16 bytes of a row of a panel.
 FOVEA_DEVICE u32 swizzled(u32 panel, int row, int piece) {
   return panel + static_cast<u32>(row * kPanelRowBytes + ((piece ^ row & 7) << 4));
 }
 
-/// The same by kThreads threads; rows from `rows` on become 0.
-template <int kThreads, Type kType, int kRows, int kDim>
-FOVEA_DEVICE void load_by_hand(u32 to, int thread, int rows, bool aligned, const char* from, i64 stride) {
-  constexpr int kPieces = panels_of(kDim) * 8, kBytesOfRow = kDim * bytes_of(kType);
+/// The same by kThreads threads, of rows of `row_bytes`; rows from `rows` on become 0.
+template <int kThreads, int kRows, int kDim>
+FOVEA_DEVICE void load_by_hand(u32 to, int thread, int rows, int row_bytes, bool aligned, const char* from,
+                               i64 stride) {
+  constexpr int kPieces = panels_of(kDim) * 8;
 #pragma unroll 1
   for (int at = thread; at < kRows * kPieces; at += kThreads) {
     const int row = at / kPieces, piece = at % kPieces;
-    const bool there = row < rows && piece * 16 < kBytesOfRow;
+    const bool there = row < rows && piece * 16 < row_bytes;
     store_shared_16(swizzled(to + piece / 8 * kRows * kPanelRowBytes, row, piece % 8),
                     there ? read_piece(from + row * stride + piece * 16, 16, aligned) : uint4{0, 0, 0, 0});
   }

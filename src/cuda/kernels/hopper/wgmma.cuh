@@ -10,6 +10,7 @@ namespace fovea::cuda {
 /// C += A B, 16 of k at a time.  The renderer defines it for the widths that a spec has (jit/wgmma_text.h):
 ///   by_rows(c, a, b, add)   A in shared memory, B as rows of 16 (K); add = 0: C = A B
 ///   by_columns(c, a, b, add) A in registers, B as 16 rows of columns (V)
+///   tiles_by_columns(c, a, b, add) A in shared memory, B as 16 rows of columns
 template <Type kType, int kColumns>
 struct Wgmma;
 
@@ -52,13 +53,14 @@ FOVEA_DEVICE void move(OperandA (&to)[kN], const OperandA (&from)[kN]) {
   }
 }
 
-/// S = Q Kᵀ: issued, not awaited.  q: a warpgroup's first row; panels of Q are kQRows long, those of K kKeys.
+/// S = Q Kᵀ, or S += Q Kᵀ where `add` is 1: issued, not awaited.  q: a warpgroup's first row; panels of Q are kQRows
+/// long, those of K kKeys.
 template <Type kType, int kDim, int kQRows, int kKeys>
-FOVEA_DEVICE void multiply_by_rows(Accumulator (&s)[kKeys / 8], u64 q, u64 k) {
+FOVEA_DEVICE void multiply_by_rows(Accumulator (&s)[kKeys / 8], u64 q, u64 k, int add = 0) {
 #pragma unroll
   for (int c = 0; c < (kDim + 15) / 16; ++c) {
     constexpr int kQPanel = kQRows * kPanelRowBytes / 16, kKPanel = kKeys * kPanelRowBytes / 16;
-    Wgmma<kType, kKeys>::by_rows(s, q + c / 4 * kQPanel + c % 4 * 2, k + c / 4 * kKPanel + c % 4 * 2, c == 0 ? 0 : 1);
+    Wgmma<kType, kKeys>::by_rows(s, q + c / 4 * kQPanel + c % 4 * 2, k + c / 4 * kKPanel + c % 4 * 2, c == 0 ? add : 1);
   }
 }
 
@@ -69,6 +71,16 @@ FOVEA_DEVICE void multiply_by_columns(Accumulator (&o)[kDim / 8], const OperandA
   for (int k = 0; k < kKeys / 16; ++k) {
     constexpr int kSixteenRows = 16 * kPanelRowBytes / 16;
     Wgmma<kType, kDim>::by_columns(o, p[k], v + k * kSixteenRows, k == 0 ? add : 1);
+  }
+}
+
+/// dQ = dS K: likewise.  Panels of dS are kRows long; kColumns of K.
+template <Type kType, int kKeys, int kRows, int kColumns>
+FOVEA_DEVICE void multiply_tiles_by_columns(Accumulator (&dq)[kColumns / 8], u64 ds, u64 k) {
+#pragma unroll
+  for (int c = 0; c < kKeys / 16; ++c) {
+    constexpr int kPanel = kRows * kPanelRowBytes / 16, kSixteenRows = 16 * kPanelRowBytes / 16;
+    Wgmma<kType, kColumns>::tiles_by_columns(dq, ds + c / 4 * kPanel + c % 4 * 2, k + c * kSixteenRows, c == 0 ? 0 : 1);
   }
 }
 

@@ -1,0 +1,64 @@
+#pragma once
+
+#include "cuda/backward_plan.h"
+#include "cuda/spec_sm90.h"
+
+// How the Hopper family's backward cuts up a block: 128 keys, 64 to each of two warpgroups; a third one makes dq of
+// what they leave in shared memory, and a fourth one has rows copied.  It is specialised by the portable kernels' spec,
+// of which `warps` are those of the first two.  Host and device compile this text.
+namespace fovea::cuda {
+
+inline constexpr int kBackwardConsumers = 2;  // warpgroups that have keys
+inline constexpr int kBackwardThreads = (kBackwardConsumers + 2) * 128;
+
+/// Of a thread; together what the launch gave, four times 128.  Where sums are wide, those who gather them take most.
+FOVEA_FN constexpr bool is_wide(const BackwardSpec& s) {
+  return s.block_m > kGroupRows || math::larger(s.head_dim, s.head_dim_v) > 96;
+}
+FOVEA_FN constexpr int producer_registers(const BackwardSpec& s) {
+  return is_wide(s) && !s.mask ? 32 : !s.mask ? 40 : s.deterministic ? 72 : 56;
+}
+FOVEA_FN constexpr int dq_registers(const BackwardSpec& s) { return is_wide(s) ? 64 : 72; }
+FOVEA_FN constexpr int consumer_registers(const BackwardSpec& s) {
+  return (4 * 128 - producer_registers(s) - dq_registers(s)) / 16 * 8;
+}
+
+/// Columns of dq that are made at once: a panel, so that no product begins within one.
+FOVEA_FN constexpr int dq_columns(const BackwardSpec& s) { return math::smaller(s.head_dim, kPanelColumns); }
+inline constexpr int kDqStages = 2;  // pieces of a warp that wait to be added
+/// Bytes of 16 rows of those columns.
+FOVEA_FN constexpr int dq_piece_bytes(const BackwardSpec& s) { return 16 * dq_columns(s) * 4; }
+
+/// Where things lie in its shared memory, in bytes.
+struct BackwardSm90Shared {
+  int k, v;                // the block's keys
+  int q, q_stage;          // rings of rows
+  int dout, dout_stage;    // likewise
+  int ds, ds_stage;        // two tiles, [row][key]: one is written while the other is read
+  int dq;                  // what waits to be added, warp by warp
+  int statistics;          // log2_lse and delta of each stage
+  int statistics_of_tile;  // bytes of one of them
+  int state;               // cuda::BackwardState
+  int total;
+
+  static constexpr int kStateBytes = 1024;
+
+  FOVEA_FN static constexpr BackwardSm90Shared of(const BackwardSpec& s) {
+    BackwardSm90Shared at{};
+    at.v = at.k + tile_bytes(s.block_n, s.head_dim);
+    at.q = at.v + tile_bytes(s.block_n, s.head_dim_v);
+    at.q_stage = tile_bytes(s.block_m, s.head_dim);
+    at.dout = at.q + s.stages * at.q_stage;
+    at.dout_stage = tile_bytes(s.block_m, s.head_dim_v);
+    at.ds = at.dout + s.stages * at.dout_stage;
+    at.ds_stage = tile_bytes(s.block_m, s.block_n);
+    at.dq = at.ds + 2 * at.ds_stage;
+    at.statistics = at.dq + 4 * kDqStages * dq_piece_bytes(s);
+    at.statistics_of_tile = 4 * s.block_m;
+    at.state = at.statistics + 2 * s.stages * at.statistics_of_tile;
+    at.total = at.state + kStateBytes;
+    return at;
+  }
+};
+
+}  // namespace fovea::cuda

@@ -1,0 +1,144 @@
+#include "cuda/hopper_backward.h"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+
+#include "cuda/backward_plan_sm90.h"
+#include "cuda/driver.h"
+#include "cuda/jit/wgmma_text.h"
+#include "cuda/planned_backward.h"
+#include "cuda/tensor_map.h"
+
+namespace fovea::cuda {
+namespace {
+
+constexpr int kHopper = 90;
+constexpr int kMostShared = 227 * 1024;
+constexpr int kKeys = 128, kWarps = 8, kStages = 2;
+constexpr std::int64_t kWidest = 128;
+constexpr std::int64_t kMostAbreast = 16;
+
+struct Tile {
+  std::int64_t widest;  // head dim that it serves
+  int block_m;
+  int most_options;  // see `weight_of`
+  bool bias;         // has registers for its loads, too
+
+  static constexpr int kAnyOptions = 99;
+};
+
+/// What options want of registers.
+int weight_of(const BackwardSpec& s) {
+  return s.alibi + 2 * (s.mask + s.bias + s.softcap + s.dropout + (s.mask && s.deterministic));
+}
+
+// Counted, not yet measured (docs/notes).  The first that fits is taken.
+constexpr std::array kTiles{
+    Tile{64, 128, 0, false},
+    Tile{64, 64, Tile::kAnyOptions, true},
+    Tile{96, 64, 4, true},
+    Tile{128, 64, 2, false},
+};
+
+class BackwardSm90Plan final : public PlannedKernel {
+ public:
+  BackwardSm90Plan(const Problem& problem, const BackwardShape& shape, const Device& device)
+      : device_(device), call_(problem, shape, device, kHopper), main_(backward_sm90_request(shape), device) {}
+
+  [[nodiscard]] std::size_t workspace_bytes() const override { return call_.workspace_bytes(); }
+
+  [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override {
+    const BackwardSpec& spec = call_.shape().spec;
+    std::vector<std::pair<std::string, std::string>> list{
+        {"kernel", main_.describe()},
+        {"tile", describe_tile(spec) + ", " + std::to_string(kBackwardConsumers) + " warpgroups of " +
+                     std::to_string(consumer_registers(spec)) + " registers, one of " +
+                     std::to_string(dq_registers(spec)) + " for dq and one of " +
+                     std::to_string(producer_registers(spec))}};
+    std::ranges::copy(call_.details(), std::back_inserter(list));
+    return list;
+  }
+
+  void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const override {
+    require_gpu(main_, device_);
+    BackwardSm90Params p{call_.params(inputs, outputs, workspace), {}, {}, {}, {}, false};
+    p.by_engine = make_maps(p);
+    call_.before(p, workspace, stream);
+    launch(main_, BackwardCall::main_blocks(p), p, stream);
+    call_.after(p, outputs, stream);
+  }
+
+ private:
+  [[nodiscard]] bool make_maps(BackwardSm90Params& p) const {
+    const CurrentGpu current(device_.index);  // some drivers encode for nobody else
+    const bool packed = p.cu_seqlens_q.data != nullptr;
+    const std::int64_t batch = packed ? 1 : p.batch, rows = packed ? p.total_q : p.seqlen_q,
+                       keys = packed ? p.total_kv : p.seqlen_kv;
+    const BackwardSpec& s = call_.shape().spec;
+    return make_tensor_map(p.q, s.type, {p.head_dim, rows, p.q_heads, batch}, s.block_m, p.q_map) &&
+           make_tensor_map(p.dout, s.type, {p.head_dim_v, rows, p.q_heads, batch}, s.block_m, p.dout_map) &&
+           make_tensor_map(p.k, s.type, {p.head_dim, keys, p.kv_heads, batch}, s.block_n, p.k_map) &&
+           make_tensor_map(p.v, s.type, {p.head_dim_v, keys, p.kv_heads, batch}, s.block_n, p.v_map);
+  }
+
+  Device device_;
+  BackwardCall call_;
+  PlannedLaunch main_;
+};
+
+}  // namespace
+
+std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
+  if (problem.dtype != DType::kFloat16 && problem.dtype != DType::kBFloat16) return std::nullopt;
+  if (problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0) return std::nullopt;
+  BackwardShape shape;
+  BackwardSpec& spec = shape.spec;
+  spec = backward_spec(problem, kHopper);
+  spec.block_n = kKeys, spec.warps = kWarps, spec.stages = kStages;
+  const std::int64_t widest = std::max(problem.head_dim, problem.head_dim_v);
+  const auto fits = [&](const Tile& tile) {
+    spec.block_m = tile.block_m;
+    return widest <= tile.widest && weight_of(spec) <= tile.most_options && (tile.bias || !spec.bias) &&
+           BackwardSm90Shared::of(spec).total <= kMostShared;
+  };
+  if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
+  share_out(problem, shape);
+  if (spec.band && !spec.deterministic) shape.heads_abreast = kv_heads_abreast(problem, kMostAbreast);
+  return shape;
+}
+
+jit::KernelRequest backward_sm90_request(const BackwardShape& shape) {
+  const BackwardSpec& spec = shape.spec;
+  const std::string products =
+      jit::wgmma_text(spec.type, {spec.block_m, spec.head_dim, spec.head_dim_v, dq_columns(spec)});
+  return jit::render({.function = "backward_sm90",
+                      .header = "cuda/kernels/hopper/backward.cuh",
+                      .spec = "BackwardSpec",
+                      .params = "BackwardSm90Params",
+                      .threads = kBackwardThreads,
+                      .shared_bytes = BackwardSm90Shared::of(spec).total,
+                      .text = products,
+                      .own = true},
+                     spec, kHopper);
+}
+
+void refuse_backward_sm90(const Problem& problem, Verdict& verdict) {
+  auto& reasons = verdict.reasons;
+  limit(verdict, "head_dim of a backward pass", problem.head_dim, kWidest);
+  limit(verdict, "head_dim_v of a backward pass", problem.head_dim_v, kWidest);
+  if (!reasons.empty()) return;
+  const auto shape = choose_backward_sm90(problem);
+  if (!shape) {
+    reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " and head_dim_v " +
+                         std::to_string(problem.head_dim_v) + " fits with these options");
+  } else {
+    limit(verdict, "the number of blocks", shape->most_blocks, std::numeric_limits<int>::max());
+  }
+}
+
+std::shared_ptr<const PlannedKernel> plan_backward_sm90(const Problem& problem, const Device& device) {
+  return std::make_shared<BackwardSm90Plan>(problem, *choose_backward_sm90(problem), device);
+}
+
+}  // namespace fovea::cuda

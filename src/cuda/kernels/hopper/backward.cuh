@@ -1,0 +1,48 @@
+#pragma once
+
+#include "cuda/kernels/hopper/backward_consumer.cuh"
+#include "cuda/kernels/hopper/backward_dq.cuh"
+#include "cuda/kernels/hopper/backward_producer.cuh"
+
+// The backward on Hopper (FlashAttention-3, 2407.08608, section 3 and appendix B): a block owns 128 keys of a kv head;
+// one warpgroup has the rows of all heads that read them copied, two make the scores of 64 keys each, dk and dv, and
+// one makes dq.
+namespace fovea::cuda {
+
+/// Blocks are numbered as `Walk` says.
+template <BackwardSpec S>
+__device__ void backward_sm90(const BackwardSm90Params& p) {
+  extern __shared__ __align__(1024) char shared[];
+  constexpr BackwardSm90Shared kShared = BackwardSm90Shared::of(S);
+  static_assert(sizeof(BackwardState<S>) <= BackwardSm90Shared::kStateBytes);
+  BackwardState<S>& state = *reinterpret_cast<BackwardState<S>*>(shared + kShared.state);
+  if (threadIdx.x == 0) {
+    state.walk = HopperWalk<S>(p, number_of_block<S>(p));
+    state.k.begin(1), state.v.begin(1);
+    state.q.begin(S.warps), state.dout.begin(S.warps);
+    state.ds.begin(4, S.warps);
+    state.spoiled[0] = state.spoiled[1] = false;
+    fence_barriers();
+    fence_engine();
+  }
+  __syncthreads();
+  if (state.walk.key_block * S.block_n >= state.walk.sequence.kv_rows) return;
+  const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 128), 0);
+  const BackwardLayout<S> at{shared_address(shared)};
+  if (group == 0) {
+    give_registers<producer_registers(S)>();
+    if (p.by_engine) {
+      BackwardProducer<S, true>{p, state, at}.run();
+    } else {
+      BackwardProducer<S, false>{p, state, at}.run();
+    }
+  } else if (group == 1) {
+    give_registers<dq_registers(S)>();
+    BackwardDq<S>{p, state, at}.run();
+  } else {
+    take_registers<consumer_registers(S)>();
+    BackwardConsumer<S>{p, state, at, group - 2}.run();
+  }
+}
+
+}  // namespace fovea::cuda

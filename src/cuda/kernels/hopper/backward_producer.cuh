@@ -1,0 +1,102 @@
+#pragma once
+
+#include "cuda/kernels/hopper/backward_state.cuh"
+
+// The warpgroup that has a block's keys copied once and then the rows on its walk, with their statistics: by one thread
+// through the copy engine, or by hand.
+namespace fovea::cuda {
+
+/// kByEngine: the copy engine can read q, k, v and dout.
+template <BackwardSpec S, bool kByEngine>
+struct BackwardProducer {
+  const BackwardSm90Params& p;
+  BackwardState<S>& state;
+  const BackwardLayout<S> at;
+
+  static constexpr u32 kMeeting = 1;  // the producers' barrier
+  FOVEA_DEVICE static bool leads() { return threadIdx.x == 0; }
+
+  /// By one thread; by a warp where it looks for what a mask leaves; by all where they copy by hand.
+  FOVEA_DEVICE void run() {
+    if (kByEngine && threadIdx.x >= (S.mask ? kWarp : 1)) return;
+    HopperWalk<S>& walk = state.walk;
+    if (walk.keeps()) walk.begin(p);
+    share();
+    load_keys<S.head_dim>(at.k(), state.k, p.k_map, p.k, p.head_dim);
+    load_keys<S.head_dim_v>(at.v(), state.v, p.v_map, p.v, p.head_dim_v);
+#pragma unroll 1
+    for (u32 n = 0;; ++n) {
+      const Step& step = state.step(n);
+      const int place = state.q.place(n);
+      Barrier &q = state.q.full[place], &dout = state.dout.full[place];
+      state.q.await_empty(n);
+      if (!(kByEngine && !S.mask ? step.exists : uniform(step.exists))) {
+        if (leads()) q.arrive();
+        return;
+      }
+      load_rows_of<S.head_dim>(step, at.q(place), at.log2_lse(place), q, p.q_map, p.q, p.log2_lse, step.q, p.head_dim);
+      state.dout.await_empty(n);
+      load_rows_of<S.head_dim_v>(step, at.dout(place), at.delta(place), dout, p.dout_map, p.dout, p.delta, step.dout,
+                                 p.head_dim_v);
+      if (walk.keeps()) walk.write_next(p, static_cast<int>(n));
+      share();
+    }
+  }
+
+  FOVEA_DEVICE void share() const {
+    if constexpr (!kByEngine) {
+      meet(kMeeting, 128);
+    } else if constexpr (S.mask) {
+      __syncwarp();
+    }
+  }
+
+  /// Packed sequences are one to the copy engine.
+  FOVEA_DEVICE int batch() const { return p.cu_seqlens_q.data != nullptr ? 0 : state.walk.sequence.batch; }
+
+  template <int kDim>
+  FOVEA_DEVICE void load_keys(u32 to, Barrier& full, const TensorMap& map, const RowView& view, int dim) const {
+    const HopperWalk<S>& walk = state.walk;
+    const Sequence& sequence = walk.sequence;
+    const int key = walk.key_block * S.block_n;
+    if constexpr (kByEngine) {
+      if (leads())
+        load_panels<S.block_n, kDim>(to, map, full, {sequence.kv_begin + key, walk.kv_head, batch()}, Keep::kNo);
+    } else {
+      copy<S.block_n, kDim>(to, sequence.band.seqlen_kv - key, dim, view, sequence.kv_row(view, key, walk.kv_head));
+      announce(full);
+    }
+  }
+
+  template <int kDim>
+  FOVEA_DEVICE void load_rows_of(const Step& step, u32 to, u32 statistics_to, Barrier& full, const TensorMap& map,
+                                 const RowView& view, const float* statistics, const char* from, int dim) const {
+    constexpr int kBytesOfStatistics = BackwardLayout<S>::kShared.statistics_of_tile;
+    const int row = step.tile * S.block_m;
+    const float* const mine = statistics + step.slot * S.block_m;
+    const Sequence& sequence = state.walk.sequence;
+    if constexpr (kByEngine) {
+      if (!leads()) return;
+      load_panels<S.block_m, kDim>(to, map, full, {sequence.q_begin + row, step.head, batch()}, Keep::kYes,
+                                   kBytesOfStatistics);
+      load_bytes(statistics_to, mine, kBytesOfStatistics, full);
+    } else {
+      copy<S.block_m, kDim>(to, sequence.band.seqlen_q - row, dim, view, from);
+      if (threadIdx.x < S.block_m) store_shared(statistics_to + 4 * threadIdx.x, __float_as_uint(mine[threadIdx.x]));
+      announce(full);
+    }
+  }
+
+  template <int kRows, int kDim>
+  FOVEA_DEVICE void copy(u32 to, int rows, int dim, const RowView& view, const char* from) const {
+    load_by_hand<128, kRows, kDim>(to, static_cast<int>(threadIdx.x), rows, dim * kBytes<S.type>, view.aligned, from,
+                                   view.row);
+  }
+  FOVEA_DEVICE void announce(Barrier& full) const {
+    fence_engine();
+    share();
+    if (leads()) full.arrive();
+  }
+};
+
+}  // namespace fovea::cuda

@@ -1,0 +1,51 @@
+#pragma once
+
+#include "cuda/backward_plan_sm90.h"
+#include "cuda/kernels/backward.cuh"
+#include "cuda/kernels/hopper/tensor_copy.cuh"
+
+// What the backward's producer and consumers share.
+namespace fovea::cuda {
+
+/// Who makes dq may be at work on a step when the one four on is written.
+template <BackwardSpec S>
+using HopperWalk = Walk<S, 8>;
+
+template <BackwardSpec S>
+struct BackwardState {
+  Barrier k, v;
+  Ring<S.stages> q, dout;  // log2_lse comes with q, delta with dout
+  Ring<2> ds;              // of both warpgroups that have keys
+  bool spoiled[2];         // of each: where something hidden was not finite
+  HopperWalk<S> walk;      // a step is written before its q is announced
+
+  FOVEA_DEVICE const Step& step(u32 n) const { return walk.steps[n % 8]; }
+};
+
+/// Where everything lies in shared memory.
+template <BackwardSpec S>
+struct BackwardLayout {
+  static constexpr BackwardSm90Shared kShared = BackwardSm90Shared::of(S);
+  u32 base;
+  FOVEA_DEVICE u32 k() const { return base + kShared.k; }
+  FOVEA_DEVICE u32 v() const { return base + kShared.v; }
+  FOVEA_DEVICE u32 q(int place) const { return base + kShared.q + place * kShared.q_stage; }
+  FOVEA_DEVICE u32 dout(int place) const { return base + kShared.dout + place * kShared.dout_stage; }
+  FOVEA_DEVICE u32 ds(u32 n) const { return base + kShared.ds + (n & 1) * kShared.ds_stage; }
+  FOVEA_DEVICE u32 dq(int warp, u32 n) const {
+    return base + kShared.dq + (warp * kDqStages + n % kDqStages) * dq_piece_bytes(S);
+  }
+  FOVEA_DEVICE u32 log2_lse(int place) const {
+    return base + kShared.statistics + 2 * place * kShared.statistics_of_tile;
+  }
+  FOVEA_DEVICE u32 delta(int place) const { return log2_lse(place) + kShared.statistics_of_tile; }
+};
+
+/// An element of a tile of kRows rows in panels.
+template <int kRows>
+FOVEA_DEVICE u32 element(u32 tile, u32 row, u32 column) {
+  return tile + column / kPanelColumns * (kRows * kPanelRowBytes) + row * kPanelRowBytes +
+         ((column % kPanelColumns / 8 ^ row & 7) << 4) + column % 8 * 2;
+}
+
+}  // namespace fovea::cuda

@@ -1,0 +1,75 @@
+#include "cuda/planned_backward.h"
+
+#include "cuda/backward_plan.h"
+#include "dispatch/views.h"
+
+namespace fovea::cuda {
+
+using dispatch::entry_view, dispatch::row_view, dispatch::head_view, dispatch::stat_view;
+
+BackwardCall::BackwardCall(const Problem& problem, const BackwardShape& shape, const Device& device, int arch)
+    : shape_(shape),
+      mask_words_(problem, shape.workspace_bytes, device, arch),
+      rows_(backward_rows_request(shape, arch), device),
+      queries_(backward_queries_request(shape, arch), device) {
+  if (shape.spec.alibi || problem.sink) sums_.emplace(backward_sums_request(shape, arch), device);
+  if (shape.spec.bias) bias_.emplace(bias_gradient_request(shape, arch), device);
+  describe_call(problem, params_);
+  params_.row_blocks = shape.row_blocks;
+  params_.key_blocks = shape.key_blocks;
+  params_.row_slots = shape.row_slots;
+  params_.heads_abreast = shape.heads_abreast;
+}
+
+std::vector<std::pair<std::string, std::string>> BackwardCall::details() const {
+  return {{"rows", rows_.describe()}, {"queries", queries_.describe()}};
+}
+
+BackwardParams BackwardCall::params(const Inputs& inputs, const Outputs& outputs, void* workspace) const {
+  BackwardParams p = params_;
+  attach_inputs(p, inputs);
+  p.out = row_view(inputs.out);
+  p.dout = row_view(inputs.dout);
+  p.lse = stat_view(inputs.lse);
+  p.dlse = stat_view(inputs.dlse);
+  p.dq = row_view(outputs.dq);
+  p.dk = row_view(outputs.dk);
+  p.dv = row_view(outputs.dv);
+  p.dbias = entry_view(outputs.dbias);
+  p.dslopes = head_view(outputs.dalibi_slopes);
+  p.dsink = head_view(outputs.dsink).data;
+  auto* memory = static_cast<std::byte*>(workspace);
+  p.log2_lse = reinterpret_cast<float*>(memory + shape_.log2_lse);
+  p.delta = reinterpret_cast<float*>(memory + shape_.delta);
+  p.dq_sum = reinterpret_cast<float*>(memory + shape_.dq_sum);
+  p.tickets = reinterpret_cast<int*>(memory + shape_.tickets);
+  p.sink_parts = reinterpret_cast<float*>(memory + shape_.sink_parts);
+  p.slope_parts = reinterpret_cast<float*>(memory + shape_.slope_parts);
+  return p;
+}
+
+void BackwardCall::before(BackwardParams& p, void* workspace, void* stream) const {
+  mask_words_.make(p, workspace, stream);
+  launch(rows_, p.row_blocks * p.q_heads * p.batch, p, stream);
+}
+
+void BackwardCall::after(BackwardParams p, const Outputs& outputs, void* stream) const {
+  launch(queries_, p.row_blocks * p.q_heads * p.batch, p, stream);
+  if (p.dslopes.data != nullptr || p.dsink != nullptr)
+    launch(*sums_, p.q_heads * (p.slopes.per_batch ? p.batch : 1), p, stream);
+  if (p.dbias.data == nullptr) return;
+  const Tensor& t = outputs.dbias;
+  p.key_blocks = (p.seqlen_kv + bias_gradient_keys(shape_.spec) - 1) / bias_gradient_keys(shape_.spec);
+  const auto count = [](std::int64_t size, int many) { return size == 1 ? 1 : many; };
+  launch(*bias_,
+         count(t.shape[0], p.batch) * count(t.shape[1], p.q_heads) * count(t.shape[2], p.row_blocks) *
+             count(t.shape[3], p.key_blocks),
+         p, stream);
+}
+
+std::string describe_tile(const BackwardSpec& spec) {
+  return std::to_string(spec.block_m) + " rows × " + std::to_string(spec.block_n) + " keys, " +
+         std::to_string(spec.stages) + (spec.stages == 1 ? " stage" : " stages");
+}
+
+}  // namespace fovea::cuda

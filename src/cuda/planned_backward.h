@@ -1,0 +1,52 @@
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda/backward_tuning.h"
+#include "cuda/planned_call.h"
+
+namespace fovea::cuda {
+
+/// What the backward plans of all GPU backends do around their main kernel: rows before it; dq, sums and the bias
+/// gradient after it.
+class BackwardCall {
+ public:
+  BackwardCall(const Problem& problem, const BackwardShape& shape, const Device& device, int arch);
+
+  [[nodiscard]] std::size_t workspace_bytes() const { return mask_words_.workspace_bytes(); }
+  [[nodiscard]] const BackwardShape& shape() const { return shape_; }
+  /// The kernels around the main one.
+  [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const;
+
+  [[nodiscard]] BackwardParams params(const Inputs& inputs, const Outputs& outputs, void* workspace) const;
+  void before(BackwardParams& p, void* workspace, void* stream) const;
+  void after(BackwardParams p, const Outputs& outputs, void* stream) const;
+  /// Blocks of the main kernel, which may be none.
+  [[nodiscard]] static int main_blocks(const BackwardParams& p) { return p.key_blocks * p.kv_heads * p.batch; }
+
+ private:
+  BackwardShape shape_;
+  MaskWords mask_words_;
+  PlannedLaunch rows_, queries_;
+  std::optional<PlannedLaunch> sums_, bias_;
+  BackwardParams params_{};
+};
+
+/// Nothing where there are no blocks.
+template <class Params>
+void launch(const PlannedLaunch& what, int blocks, const Params& params, void* stream) {
+  if (blocks == 0) return;
+  what.kernel->launch({.x = static_cast<unsigned>(blocks),
+                       .y = 1,
+                       .z = 1,
+                       .threads = static_cast<unsigned>(what.request.threads),
+                       .shared_bytes = static_cast<unsigned>(what.request.shared_bytes)},
+                      params, stream);
+}
+
+/// "64 rows × 128 keys, 2 stages".
+[[nodiscard]] std::string describe_tile(const BackwardSpec& spec);
+
+}  // namespace fovea::cuda

@@ -1,0 +1,118 @@
+// How the Hopper family cuts up a backward pass: what its kernel takes for granted.
+#include <gtest/gtest.h>
+
+#include "cuda/backward_plan_sm90.h"
+#include "cuda/hopper_backend.h"
+#include "cuda/hopper_backward.h"
+#include "cuda/requests.h"
+#include "tests/support.h"
+
+namespace fovea::cuda {
+namespace {
+
+using test::contains;
+
+BackwardShape shape_of(const std::string& line) {
+  const auto shape = choose_backward_sm90(parse_problem(line));
+  EXPECT_TRUE(shape.has_value()) << line;
+  return shape.value_or(BackwardShape{});
+}
+
+TEST(HopperBackward, SaysWhatItDoesNotRun) {
+  const auto reasons = [](const std::string& line) {
+    const Verdict verdict = make_hopper_backend()->judge(
+        parse_problem(line), {.kind = DeviceKind::kCuda, .index = 0, .compute_capability = 90});
+    std::string all;
+    for (const std::string& reason : verdict.reasons) all += reason + "; ";
+    return all;
+  };
+  for (const char* line : {
+           "bwd bf16 b2 hq8 hkv2 sq512 d128 causal=bottom_right",
+           "bwd fp16 b1 hq4 sq100 skv300 d40 dv128 window=16,8 sink",
+           "bwd bf16 b2 hq2 sq64 d64 alibi dropout=0.1 kvlen=1,60",
+           "bwd bf16 hq2 d96 packed=100+200 dropout=0.1",
+           "bwd fp16 b1 hq2 sq300 d48 mask=b1qk bias=1hqk softcap=20 alibi dropout=0.1 deterministic",
+           "bwd bf16 b1 hq2 sq300 d128 mask=b1qk",
+           "bwd bf16 b1 hq2 sq300 d96 bias=1hqk dropout=0.1 sink",
+           "bwd bf16 b1 hq8 hkv2 sq16 skv4096 d128 deterministic",
+       }) {
+    EXPECT_EQ(reasons(line), "") << line;
+  }
+  for (const auto& [line, why] : {
+           std::pair{"bwd fp32 b1 hq1 sq512 d64", "not fp32"},
+           std::pair{"bwd bf16 b1 hq1 sq512 d136 dv64", "head_dim of a backward pass (136) is above 128"},
+           std::pair{"bwd bf16 b1 hq1 sq512 d64 dv192", "head_dim_v of a backward pass (192) is above 128"},
+           std::pair{"bwd bf16 b1 hq1 sq512 d128 alibi dropout=0.1", "no tile of head_dim 128"},
+           std::pair{"bwd bf16 b1 hq1 sq512 d128 bias=11qk", "no tile of head_dim 128"},
+       }) {
+    EXPECT_TRUE(contains(reasons(line), why)) << line << ": " << reasons(line);
+  }
+}
+
+TEST(HopperBackward, EveryTileOfSharedMemoryBeginsWhereASwizzleDoes) {
+  constexpr int kSwizzle = 1024, kMost = 227 * 1024;
+  for (const int d : {8, 40, 64, 72, 96, 128}) {
+    for (const int dv : {16, 64, 80, 128}) {
+      const std::string line = "bwd bf16 b1 hq2 sq300 d" + std::to_string(d) + " dv" + std::to_string(dv);
+      const BackwardSpec spec = shape_of(line).spec;
+      const BackwardSm90Shared at = BackwardSm90Shared::of(spec);
+      for (const int place : {at.k, at.v, at.q, at.q_stage, at.dout, at.dout_stage, at.ds, at.ds_stage})
+        EXPECT_EQ(place % kSwizzle, 0) << line;
+      EXPECT_EQ(at.statistics % 16, 0) << line;
+      EXPECT_EQ(at.statistics_of_tile % 16, 0) << line;
+      EXPECT_LE(at.total, kMost) << line;
+    }
+  }
+}
+
+TEST(HopperBackward, WarpgroupsShareTheRegistersOfAMultiprocessor) {
+  constexpr int kAll = 65536 / 128;
+  for (const char* line :
+       {"bwd bf16 b1 hq2 sq300 d64", "bwd bf16 b1 hq2 sq300 d64 dropout=0.1", "bwd bf16 b1 hq2 sq300 d128",
+        "bwd bf16 b1 hq2 sq300 d128 mask=b1qk", "bwd bf16 b1 hq2 sq300 d48 mask=b1qk deterministic"}) {
+    const BackwardSpec spec = shape_of(line).spec;
+    const int consumers = consumer_registers(spec), producer = producer_registers(spec), dq = dq_registers(spec);
+    EXPECT_LE(kBackwardConsumers * consumers + producer + dq, kAll) << line;
+    for (const int registers : {consumers, producer, dq}) EXPECT_EQ(registers % 8, 0) << line;
+    EXPECT_GE(dq, 64) << line << ": ptxas wants as many for 32 accumulators";
+  }
+}
+
+TEST(HopperBackward, SixteenRowsOfDqLieInRunsOfPieces) {
+  // What a warp adds at once begins where the kernel says and is as long as it says.
+  for (const int d : {16, 48, 64, 80, 96, 112, 128}) {
+    const BackwardSpec spec = shape_of("bwd bf16 b1 hq2 sq300 d" + std::to_string(d)).spec;
+    const WarpGrid grid = WarpGrid::of(spec.block_m, spec.head_dim, spec.warps);
+    const int m = grid.rows / 16, n = grid.columns / 8;
+    const int together = dq_columns(spec) / 8, run = m == 1 ? together : n;
+    EXPECT_EQ(together % run, 0) << d;
+    const auto piece = [&](int i, int j) { return ((i / m * grid.across + j / n) * m + i % m) * n + j % n; };
+    for (int i = 0; i < spec.block_m / 16; ++i) {
+      for (int j = 0; j < spec.head_dim / 8; ++j) {
+        const int first = j / together * together + j % together / run * run;
+        EXPECT_EQ(piece(i, j), piece(i, first) + j - first) << d;
+      }
+    }
+  }
+}
+
+TEST(HopperBackward, HeadsTakeTurnsOnlyUnderABandAndInWholeGroups) {
+  EXPECT_EQ(shape_of("bwd bf16 b3 hq8 hkv8 sq4096 d128").heads_abreast, 1);
+  EXPECT_EQ(shape_of("bwd bf16 b3 hq8 hkv8 sq4096 d128 causal=top_left").heads_abreast, 12);
+  EXPECT_EQ(shape_of("bwd bf16 b1 hq17 sq4096 d128 causal=top_left").heads_abreast, 1);
+}
+
+TEST(HopperBackward, PrecompilesItsOwnMainKernelAndThePortableOnesAroundIt) {
+  const Problem problem = parse_problem("bwd bf16 b1 hq2 sq300 d128 causal=top_left sink");
+  const auto all = requests(problem, Direction::kBackward, 90);
+  ASSERT_EQ(all.size(), 8U) << "rows, main, queries and sums, for both families";
+  EXPECT_EQ(all[1].name, "backward_sm90_bf16_d128_band");
+  EXPECT_EQ(jit::target_of(all[1]), "sm_90a");
+  EXPECT_EQ(all[1].threads, 512);
+  EXPECT_TRUE(contains(all[1].unit, "m64n128k16")) << "dv and dk";
+  EXPECT_TRUE(contains(all[1].unit, "m64n64k16")) << "S, dP and dq";
+  EXPECT_EQ(requests(problem, Direction::kBackward, 80).size(), 4U);
+}
+
+}  // namespace
+}  // namespace fovea::cuda
