@@ -114,5 +114,13 @@ TEST(HopperBackward, PrecompilesItsOwnMainKernelAndThePortableOnesAroundIt) {
   EXPECT_EQ(requests(problem, Direction::kBackward, 80).size(), 4U);
 }
 
+TEST(HopperBackward, CompilesForRacecheckWhereItIsAskedTo) {
+  const auto unit = [] { return backward_sm90_request(shape_of("bwd bf16 b1 hq2 sq300 d128")).unit; };
+  EXPECT_FALSE(contains(unit(), "FOVEA_RACECHECK"));
+  ASSERT_EQ(setenv("FOVEA_RACECHECK", "1", 1), 0);
+  EXPECT_TRUE(contains(unit(), "#define FOVEA_RACECHECK"));
+  unsetenv("FOVEA_RACECHECK");
+}
+
 }  // namespace
 }  // namespace fovea::cuda

@@ -27,6 +27,7 @@ Environment:
   FOVEA_CACHE_DIR  where compiled kernels are kept, instead of ~/.cache/fovea
   FOVEA_PACK       the pack of kernels to use, instead of fovea.pack beside the program
   FOVEA_NVRTC      the libnvrtc.so to compile with
+  FOVEA_RACECHECK  set: GPU kernels that compute-sanitizer's racecheck can follow, somewhat slower
   NO_COLOR         set and not empty: no colours
 
 Exit codes: 0 done, 1 a check failed, 2 the input was refused, 3 the device or the system failed.)";

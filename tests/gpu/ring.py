@@ -65,8 +65,9 @@ class Ring:
     def __init__(self, said, work):
         self.said, self.work, self.env, self.steps = said, work, environment(work), []
 
-    def step(self, name, command, because="", summary=r".*"):
-        """Runs a command and keeps the last line that matches `summary`.  No command: skipped, `because`."""
+    def step(self, name, command, because="", summary=r".*", variables=None):
+        """Runs a command, with some environment, and keeps the last line that matches `summary`.  No command: skipped,
+        `because`."""
         if self.said.only and name.split(" ")[0] not in self.said.only:
             return
         if command is None:
@@ -75,8 +76,8 @@ class Ring:
         print(f"==> {name}", flush=True)
         start = time.monotonic()
         lines = []
-        with subprocess.Popen([str(word) for word in command], env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True) as process:
+        with subprocess.Popen([str(word) for word in command], env={**self.env, **(variables or {})},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             for line in process.stdout:
                 lines.append(line)
                 if self.said.verbose or re.match(r"FAIL|     |fovea:|=+ (?!COMPUTE)|\[  FAILED", line):
@@ -101,7 +102,7 @@ class Ring:
         for tool in ("memcheck", "racecheck"):
             command = [sanitizer(), "--tool", tool, "--error-exitcode", SANITIZER_FAULT, FOVEA, "check", f"@{short}", *DEVICE]
             self.step(f"sanitizer {tool}", command if sanitizer() else None, "there is no compute-sanitizer",
-                      summary="SUMMARY")
+                      summary="SUMMARY", variables={"FOVEA_RACECHECK": "1"} if tool == "racecheck" else {})
         return self.times()
 
     def times(self):

@@ -1,6 +1,7 @@
 #include "cuda/jit/render.h"
 
 #include <array>
+#include <cstdlib>
 #include <utility>
 
 namespace fovea::cuda::jit {
@@ -63,11 +64,12 @@ KernelRequest render(const Template& kernel, const std::vector<Field>& fields, c
                       (field.name == "head_dim_v" ? field.literal != dim : field.literal != usual.at(i).literal);
     if (told) request.name += "_" + field.word;
   }
-  request.unit = "#include \"" + std::string(kernel.header) + "\"\n\nnamespace fovea::cuda {\n\n" +
-                 std::string(kernel.text) + "constexpr " + spec + " kSpec{\n" + values +
-                 "};\n\nextern \"C\" __global__ __launch_bounds__(" + std::to_string(kernel.threads) + ", " +
-                 std::to_string(kernel.min_blocks) + ") void " + kEntryPoint + "(const __grid_constant__ " + params +
-                 " params) {\n  " + function + "<kSpec>(params);\n}\n\n}  // namespace fovea::cuda\n";
+  if (kernel.own && std::getenv("FOVEA_RACECHECK") != nullptr) request.unit = "#define FOVEA_RACECHECK\n";
+  request.unit += "#include \"" + std::string(kernel.header) + "\"\n\nnamespace fovea::cuda {\n\n" +
+                  std::string(kernel.text) + "constexpr " + spec + " kSpec{\n" + values +
+                  "};\n\nextern \"C\" __global__ __launch_bounds__(" + std::to_string(kernel.threads) + ", " +
+                  std::to_string(kernel.min_blocks) + ") void " + kEntryPoint + "(const __grid_constant__ " + params +
+                  " params) {\n  " + function + "<kSpec>(params);\n}\n\n}  // namespace fovea::cuda\n";
   return request;
 }
 

@@ -28,6 +28,14 @@ struct Barrier {
   }
 };
 
+/// What a warp's release counts for.  One lane arrives for a warp that has come together, which is enough by the PTX
+/// memory model; compute-sanitizer's racecheck sees a lane's reads ordered by its own arrivals only (docs/contract.md).
+#ifdef FOVEA_RACECHECK
+inline constexpr u32 kArrivals = kWarp;
+#else
+inline constexpr u32 kArrivals = 1;
+#endif
+
 /// A ring of places that producers fill and consumers empty: use n of it is in place n % kPlaces.
 template <int kPlaces>
 struct Ring {
@@ -35,7 +43,7 @@ struct Ring {
 
   FOVEA_DEVICE void begin(u32 consumers, u32 producers = 1) {
 #pragma unroll
-    for (int i = 0; i < kPlaces; ++i) full[i].begin(producers), empty[i].begin(consumers);
+    for (int i = 0; i < kPlaces; ++i) full[i].begin(producers), empty[i].begin(consumers * kArrivals);
   }
   FOVEA_DEVICE static int place(u32 n) { return static_cast<int>(n % kPlaces); }
   FOVEA_DEVICE void await_full(u32 n) const { full[place(n)].wait(n / kPlaces & 1); }
@@ -48,7 +56,7 @@ struct Ring {
   /// Once a warp, when all of it has read.
   FOVEA_DEVICE void release(u32 n) {
     __syncwarp();
-    if (lane_id() == 0) empty[place(n)].arrive();
+    if (static_cast<u32>(lane_id()) < kArrivals) empty[place(n)].arrive();
   }
 };
 
