@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "cpu/elements.h"
 #include "nn/attention_state.h"
@@ -217,11 +218,16 @@ Array weights_of(const MultiheadAttention::State& s, const MultiheadAttention::O
   const std::int64_t batch = s.of_q.batch, rows = s.of_q.seqlen, keys = s.k.shape[1], heads = o.num_heads;
   const std::int64_t all = keys + (o.add_zero_attn ? 1 : 0), tile = std::clamp<std::int64_t>(keys, 1, kMost);
   const Ops& ops = ops_of(o.device);
-  Array result = average ? Array(o.dtype, {batch, rows, all}, o.device)
-                         : Array(o.dtype, {batch, heads, rows, all}, o.device);
+  // Without the batch dimension where query has none, as torch's.
+  std::vector<std::int64_t> shape{batch, heads, rows, all};
+  if (average) shape.erase(shape.begin() + 1);
+  if (s.query.rank == 2) shape.erase(shape.begin());
+  Array result(o.dtype, shape, o.device);
   // Adds columns [first, first + count) of x [batch, rows, heads, count].
   const auto put = [&](const Tensor& x, std::int64_t first, std::int64_t count) {
-    Tensor to = result.view(), from = x;
+    Tensor to = average ? Tensor::contiguous(result.view().data, o.dtype, {batch, rows, all}, o.device)
+                        : Tensor::contiguous(result.view().data, o.dtype, {batch, heads, rows, all}, o.device);
+    Tensor from = x;
     to.data = static_cast<std::byte*>(to.data) + first * size_bytes(to.dtype);
     to.shape[to.rank - 1] = count;
     from.shape[3] = count;

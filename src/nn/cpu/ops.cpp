@@ -24,6 +24,7 @@ namespace {
 constexpr i64 kTileRows = 192, kTileColumns = 512;  // of a product: 384 KiB of fp32, within a core's L2
 constexpr i64 kWeightRows = 64;                     // of a weight's gradient: enough tiles to share out
 constexpr i64 kRowsAtOnce = 64;                     // of everything else
+constexpr i64 kRowsOfASum = 16;                     // of a norm's gradient, added up in fp32
 constexpr i64 kSlack = 32;                          // floats behind a row of scratch
 
 /// Of the instruction set that attention has chosen, FOVEA_CPU_ISA and all.
@@ -171,14 +172,14 @@ class CpuOps final : public Ops {
                                  .accumulate = true},
                                 tile, std::min(kTileColumns, columns));
     const int workers = cpu::worker_count(0);
-    const Scratch scratch(workers, std::max(products.scratch_bytes(), floats(kWeightRows + kSlack)));
+    const Scratch scratch(workers, std::max(products.scratch_bytes(), sizeof(double) * kWeightRows));
     in_tiles(rows, columns, tile, std::min(kTileColumns, columns), workers,
              [&](i64 row, i64 m, i64 column, i64 n, int worker) {
                products.of(m, n).run(at(a.view, 0, row), at(b.view, 0, column),
                                      reinterpret_cast<float*>(at(dw, row, column)), scratch.of(worker));
                if (column != 0 || !dbias.defined()) return;
                kernels_.add_rows(rows_at(dy, 0, row), dy.shape[0], m, static_cast<float*>(dbias.data) + row,
-                                 scratch.floats_of(worker));
+                                 reinterpret_cast<double*>(scratch.of(worker)));
              });
   }
 
@@ -213,10 +214,11 @@ class CpuOps final : public Ops {
 
   void norm_gradient(const Tensor& x, const Tensor& weight, const Tensor& statistics, const Tensor& dy,
                      const Tensor& plus, const Tensor& dx, const Tensor& dweight, const Tensor& dbias) const override {
-    // Each tile of rows sums by itself; the tiles are added in order, whoever computed them.
-    const i64 columns = x.shape[1], tiles = ceil_div(x.shape[0], kRowsAtOnce), room = columns + kSlack;
+    // Each tile of rows sums by itself in fp32; the tiles are added in double and in order, whoever computed them.
+    const i64 columns = x.shape[1], tiles = ceil_div(x.shape[0], kRowsOfASum), room = columns + kSlack;
     std::vector<float> sums(static_cast<std::size_t>(2 * tiles * room));
-    in_steps(x.shape[0], kRowsAtOnce, cpu::worker_count(0), [&](i64 row, i64 rows, int) {
+    const int workers = cpu::worker_count(0);
+    in_steps(x.shape[0], kRowsOfASum, workers, [&](i64 row, i64 rows, int) {
       NormTile t{.rows = rows, .columns = columns};
       t.x = rows_at(x, row, 0);
       t.y = rows_at(dy, row, 0);
@@ -224,15 +226,21 @@ class CpuOps final : public Ops {
       t.plus = rows_at(plus, row, 0);
       t.weight = static_cast<const char*>(weight.data);
       t.statistics = reinterpret_cast<float*>(at(statistics, row, 0));
-      t.dweight = sums.data() + row / kRowsAtOnce * 2 * room;
+      t.dweight = sums.data() + row / kRowsOfASum * 2 * room;
       t.dbias = t.dweight + room;
       kernels_.norm_gradient(t);
     });
-    for (i64 tile = 0; tile < tiles; ++tile) {
-      const float* part = sums.data() + tile * 2 * room;
-      for (i64 c = 0; c < columns; ++c) static_cast<float*>(dweight.data)[c] += part[c];
-      for (i64 c = 0; dbias.defined() && c < columns; ++c) static_cast<float*>(dbias.data)[c] += part[room + c];
-    }
+    const auto add_up = [&](const Tensor& to, i64 c, i64 offset) {
+      auto total = static_cast<double>(static_cast<float*>(to.data)[c]);
+      for (i64 tile = 0; tile < tiles; ++tile) total += static_cast<double>(sums[2 * tile * room + offset + c]);
+      static_cast<float*>(to.data)[c] = static_cast<float>(total);
+    };
+    in_steps(columns, kRowsAtOnce, workers, [&](i64 first, i64 count, int) {
+      for (i64 c = first; c < first + count; ++c) {
+        add_up(dweight, c, 0);
+        if (dbias.defined()) add_up(dbias, c, room);
+      }
+    });
   }
 
   void rotate(const Tensor& x, const Rotary& rotary, const Tensor& places, bool back) const override {
@@ -344,7 +352,7 @@ class CpuOps final : public Ops {
   }
 
   void add_rows(const Tensor& x, const Tensor& sum) const override {
-    std::vector<float> scratch(static_cast<std::size_t>(x.shape[1] + kSlack));
+    std::vector<double> scratch(static_cast<std::size_t>(x.shape[1]));
     kernels_.add_rows(rows_at(x, 0, 0), x.shape[0], x.shape[1], static_cast<float*>(sum.data), scratch.data());
   }
 

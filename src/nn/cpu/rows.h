@@ -63,7 +63,7 @@ struct RowKernels {
   void (*norm)(const NormTile&);
   void (*norm_gradient)(const NormTile&);
   void (*rotate)(const RotateTile&);
-  void (*add_rows)(const Rows& x, i64 rows, i64 columns, float* sum, float* scratch);  // scratch: columns + 32
+  void (*add_rows)(const Rows& x, i64 rows, i64 columns, float* sum, double* scratch);  // scratch: columns
   void (*convert)(const Rows& from, const Rows& to, i64 rows, i64 columns);
 };
 
