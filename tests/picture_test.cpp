@@ -9,8 +9,8 @@
 
 #include "cpu/elements.h"
 #include "cpu/reference.h"
-#include "support.h"
 #include "files/tensor_data.h"
+#include "support.h"
 #include "tools/workload.h"
 
 namespace fovea::tools {

@@ -141,7 +141,7 @@ TEST(Safetensors, BytesBecomeTruthAndLongLengthsBecomeInt32) {
   EXPECT_EQ(static_cast<const std::int32_t*>(n.view().data)[1], -2);
 
   const files::SafetensorsFile large = parse(safetensors(R"({"n":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}})",
-                                                  little_endian(std::uint64_t{1} << 31, 8)));
+                                                         little_endian(std::uint64_t{1} << 31, 8)));
   EXPECT_TRUE(contains(refusal([&] { (void)large.load("n"); }), "2147483648"));
 }
 
@@ -204,11 +204,12 @@ TEST(Safetensors, HostileFilesAreRefusedWithTheirNameAndFault) {
 }
 
 TEST(Safetensors, TensorsThatCantBeUsedAreRefusedWhenLoaded) {
-  const files::SafetensorsFile file = parse(safetensors(R"({"double":{"dtype":"F64","shape":[1],"data_offsets":[0,8]},)"
-                                                 R"("odd":{"dtype":"F8_E9M9","shape":[3],"data_offsets":[8,9]},)"
-                                                 R"("five":{"dtype":"F32","shape":[1,1,1,1,1],"data_offsets":[9,13]},)"
-                                                 R"("scalar":{"dtype":"F32","shape":[],"data_offsets":[13,17]}})",
-                                                 std::string(17, '\0')));
+  const files::SafetensorsFile file =
+      parse(safetensors(R"({"double":{"dtype":"F64","shape":[1],"data_offsets":[0,8]},)"
+                        R"("odd":{"dtype":"F8_E9M9","shape":[3],"data_offsets":[8,9]},)"
+                        R"("five":{"dtype":"F32","shape":[1,1,1,1,1],"data_offsets":[9,13]},)"
+                        R"("scalar":{"dtype":"F32","shape":[],"data_offsets":[13,17]}})",
+                        std::string(17, '\0')));
   EXPECT_TRUE(contains(refusal([&] { (void)file.load("double"); }), "tensor 'double': its dtype 'F64' is not read"));
   EXPECT_TRUE(contains(refusal([&] { (void)file.load("odd"); }), "'F8_E9M9'"));
   EXPECT_TRUE(contains(refusal([&] { (void)file.load("five"); }), "5 dimensions"));
@@ -257,10 +258,10 @@ TEST(AtomicWriting, LeavesTheOldFileWhereWritingFails) {
   const std::string path = folder.file("a");
   files::write_atomically(path, [](std::ostream& stream) { stream << "old"; });
   EXPECT_THROW(files::write_atomically(path,
-                                [](std::ostream& stream) {
-                                  stream << "new";
-                                  throw std::runtime_error("midway");
-                                }),
+                                       [](std::ostream& stream) {
+                                         stream << "new";
+                                         throw std::runtime_error("midway");
+                                       }),
                std::runtime_error);
   EXPECT_THROW(files::write_atomically(path, [](std::ostream& stream) { stream.setstate(std::ios::badbit); }), Error);
   std::ifstream stream(path);

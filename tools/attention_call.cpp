@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "files/safetensors.h"
 #include "npy.h"
 #include "problem/validate.h"
-#include "files/safetensors.h"
 
 namespace fovea::tools {
 namespace {

@@ -10,9 +10,9 @@
 #include "command.h"
 #include "device_call.h"
 #include "error_rule.h"
+#include "files/safetensors.h"
 #include "picture.h"
 #include "report.h"
-#include "files/safetensors.h"
 #include "timing.h"
 
 namespace fovea::tools {

@@ -36,8 +36,9 @@ Device Runner::parsed_device(bool architectures) const {
         ErrorCode::kInvalidArgument,
         fmt::format("--device {} names an architecture, which only `fovea explain` takes; use cpu or cuda:N", device));
   }
-  throw Error(ErrorCode::kInvalidArgument, fmt::format("--device {} is unknown; use cpu or cuda:N{}", files::in_quotes(device),
-                                                       architectures ? ", or an architecture such as sm_90" : ""));
+  throw Error(ErrorCode::kInvalidArgument,
+              fmt::format("--device {} is unknown; use cpu or cuda:N{}", files::in_quotes(device),
+                          architectures ? ", or an architecture such as sm_90" : ""));
 }
 
 std::vector<std::string> problem_lines(const std::vector<std::string>& arguments) {

@@ -155,7 +155,8 @@ files::OwnedTensor read_array(std::istream& stream, std::uint64_t size) {
   if (header.fortran_order) refuse("is in Fortran order; save numpy.ascontiguousarray(array)");
   const auto type = std::ranges::find_if(kTypes, [&](const ArrayType& t) { return header.descr == t.descr; });
   if (type == kTypes.end()) {
-    refuse(fmt::format("has dtype {}; use <f4, <f2, <V2 (bfloat16), |b1, |u1, <i4 or <i8", files::in_quotes(header.descr)));
+    refuse(fmt::format("has dtype {}; use <f4, <f2, <V2 (bfloat16), |b1, |u1, <i4 or <i8",
+                       files::in_quotes(header.descr)));
   }
   const std::int64_t expected = files::packed_bytes(header.shape, type->bytes);
   const std::uint64_t there = size - header_start - length;

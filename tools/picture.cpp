@@ -102,7 +102,8 @@ void append_weights(const SingleHead& head, const AttentionPicture& picture, std
   Problem problem = head.problem;
   problem.head_dim_v = columns;
   const files::OwnedTensor v(DType::kFloat32, std::array{std::int64_t{1}, picture.seqlen_kv, std::int64_t{1}, columns});
-  const files::OwnedTensor out(DType::kFloat32, std::array{std::int64_t{1}, picture.seqlen_q, std::int64_t{1}, columns});
+  const files::OwnedTensor out(DType::kFloat32,
+                               std::array{std::int64_t{1}, picture.seqlen_q, std::int64_t{1}, columns});
   for (std::int64_t j = 0; j < picture.seqlen_kv; ++j) {
     static_cast<float*>(v.view().data)[j * columns + j / picture.block_kv] = 1.0F;
   }

@@ -17,9 +17,8 @@ double uniform(std::uint64_t seed, std::int64_t i) {
 template <class Value>
 void fill_by(const Tensor& x, const Value& value) {
   const Array host(DType::kFloat32, std::span(x.shape).first(static_cast<std::size_t>(x.rank)));
-  cpu::for_each_element(host.view(), [&](std::int64_t index, std::int64_t offset) {
-    cpu::store(host.view(), offset, value(index));
-  });
+  cpu::for_each_element(
+      host.view(), [&](std::int64_t index, std::int64_t offset) { cpu::store(host.view(), offset, value(index)); });
   ops_of(x.device).copy(host.view(), x);
 }
 

@@ -25,8 +25,7 @@ Array Linear::forward(const Tensor& x) const {
   return or_out_of_memory([&] {
     check_features("x", x, options_.in_features, options_.dtype, options_.device);
     Array dense, y = like(x, options_.out_features);
-    ops_of(x.device).linear(as_rows(x, dense), weight.value.view(), {.bias = bias.value.view()}, {},
-                            rows_of(y), {});
+    ops_of(x.device).linear(as_rows(x, dense), weight.value.view(), {.bias = bias.value.view()}, {}, rows_of(y), {});
     return y;
   });
 }

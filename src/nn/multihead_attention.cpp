@@ -134,12 +134,15 @@ MultiheadAttention::MultiheadAttention(const Options& options) : options_(comple
 }
 
 void MultiheadAttention::visit(const std::string& prefix, const Visit& visit) {
-  const std::pair<const char*, Parameter*> all[] = {
-      {"in_proj_weight", &in_proj_weight}, {"q_proj_weight", &q_proj_weight},
-      {"k_proj_weight", &k_proj_weight},   {"v_proj_weight", &v_proj_weight},
-      {"in_proj_bias", &in_proj_bias},     {"bias_k", &bias_k},
-      {"bias_v", &bias_v},                 {"out_proj.weight", &out_proj_weight},
-      {"out_proj.bias", &out_proj_bias}};
+  const std::pair<const char*, Parameter*> all[] = {{"in_proj_weight", &in_proj_weight},
+                                                    {"q_proj_weight", &q_proj_weight},
+                                                    {"k_proj_weight", &k_proj_weight},
+                                                    {"v_proj_weight", &v_proj_weight},
+                                                    {"in_proj_bias", &in_proj_bias},
+                                                    {"bias_k", &bias_k},
+                                                    {"bias_v", &bias_v},
+                                                    {"out_proj.weight", &out_proj_weight},
+                                                    {"out_proj.bias", &out_proj_bias}};
   for (const auto& [name, parameter] : all) {
     if (parameter->value.defined()) visit(prefix + name, *parameter);
   }
@@ -151,9 +154,9 @@ namespace {
 
 /// One product with a part of the input weights: which rows of the input become which columns of q, k and v.
 struct Projection {
-  Tensor input{};                        // [rows, features]
-  Tensor weight{}, bias{};               // [columns, features], [columns]
-  Tensor output{};                       // [rows, columns]
+  Tensor input{};           // [rows, features]
+  Tensor weight{}, bias{};  // [columns, features], [columns]
+  Tensor output{};          // [rows, columns]
 };
 
 /// The weights of q, k and v, and where in the bias theirs begins.
@@ -187,16 +190,15 @@ std::vector<Projection> projections(const MultiheadAttention::State& s, const In
     all.push_back({s.key_rows, w.kv, w.bias_part(w.q_size, 2 * w.kv_size), kv});
   } else {
     all.push_back({s.key_rows, w.k, w.bias_part(w.q_size, w.kv_size), columns(kv, 0, w.kv_size)});
-    all.push_back({s.value_rows, w.v, w.bias_part(w.q_size + w.kv_size, w.kv_size),
-                   columns(kv, w.kv_size, w.kv_size)});
+    all.push_back({s.value_rows, w.v, w.bias_part(w.q_size + w.kv_size, w.kv_size), columns(kv, w.kv_size, w.kv_size)});
   }
   return all;
 }
 
 /// What stands where in the projections' results.
 struct Placed {
-  Tensor q{}, k{}, v{};                    // as attention takes them
-  Tensor q_rows{}, k_rows{};               // [rows, heads, head_dim], for the rotary embedding
+  Tensor q{}, k{}, v{};       // as attention takes them
+  Tensor q_rows{}, k_rows{};  // [rows, heads, head_dim], for the rotary embedding
 };
 
 Placed place(const MultiheadAttention::State& s, const MultiheadAttention::Options& o, const Tensor& q,
@@ -364,66 +366,63 @@ MultiheadAttention::InputGradients MultiheadAttention::backward(const State& sta
 
 MultiheadAttention::InputGradients MultiheadAttention::gradients(const State& s, const Tensor& dout,
                                                                  const Tensor& plus) {
-    const Options& o = options_;
-    check_features("dout", dout, o.embed_dim, o.dtype, o.device, 2);
-    check_same_rows("dout", dout, "query", s.query);
-    const Ops& ops = ops_of(o.device);
-    const auto sum = [](Parameter& p) { return p.value.defined() ? p.gradient_sum() : Tensor{}; };
+  const Options& o = options_;
+  check_features("dout", dout, o.embed_dim, o.dtype, o.device, 2);
+  check_same_rows("dout", dout, "query", s.query);
+  const Ops& ops = ops_of(o.device);
+  const auto sum = [](Parameter& p) { return p.value.defined() ? p.gradient_sum() : Tensor{}; };
 
-    // Out projection.
-    Array dout_memory;
-    const Tensor dout_rows = as_rows(dout, dout_memory);
-    ops.linear_weight_gradient(dout_rows, s.out.view(), sum(out_proj_weight), sum(out_proj_bias));
-    const Array dattention(o.dtype, {s.out.view().shape[0], s.out.view().shape[1]}, o.device);
-    ops.linear_input_gradient(dout_rows, out_proj_weight.value.view(), {}, dattention.view());
+  // Out projection.
+  Array dout_memory;
+  const Tensor dout_rows = as_rows(dout, dout_memory);
+  ops.linear_weight_gradient(dout_rows, s.out.view(), sum(out_proj_weight), sum(out_proj_bias));
+  const Array dattention(o.dtype, {s.out.view().shape[0], s.out.view().shape[1]}, o.device);
+  ops.linear_input_gradient(dout_rows, out_proj_weight.value.view(), {}, dattention.view());
 
-    // Attention.
-    Array dprojected(o.dtype, {s.projected.view().shape[0], s.projected.view().shape[1]}, o.device), dprojected_kv;
-    if (!s.one_input) {
-      dprojected_kv = Array(o.dtype, {s.projected_kv.view().shape[0], s.projected_kv.view().shape[1]}, o.device);
-    }
-    const Placed d = place(s, o, dprojected.view(), dprojected_kv.view());
-    Array dk_longer, dv_longer;
-    if (o.add_bias_kv) {
-      dk_longer = like(s.k, s.k.shape[3]);
-      dv_longer = like(s.v, s.v.shape[3]);
-    }
-    attention_backward(s.q, s.k, s.v, s.of_q.heads(s.out.view(), o.num_heads, *o.head_dim), s.lse.view(),
-                       s.of_q.heads(dattention.view(), o.num_heads, *o.head_dim), s.attention,
-                       {.dq = d.q,
-                        .dk = o.add_bias_kv ? dk_longer.view() : d.k,
-                        .dv = o.add_bias_kv ? dv_longer.view() : d.v});
-    if (o.add_bias_kv) {
-      split_gradient(dk_longer.view(), d.k, sum(bias_k));
-      split_gradient(dv_longer.view(), d.v, sum(bias_v));
-    }
-    if (o.rotary) {
-      ops.rotate(d.q_rows, *o.rotary, s.q_places.view(), true);
-      ops.rotate(d.k_rows, *o.rotary, s.kv_places.view(), true);
-    }
+  // Attention.
+  Array dprojected(o.dtype, {s.projected.view().shape[0], s.projected.view().shape[1]}, o.device), dprojected_kv;
+  if (!s.one_input) {
+    dprojected_kv = Array(o.dtype, {s.projected_kv.view().shape[0], s.projected_kv.view().shape[1]}, o.device);
+  }
+  const Placed d = place(s, o, dprojected.view(), dprojected_kv.view());
+  Array dk_longer, dv_longer;
+  if (o.add_bias_kv) {
+    dk_longer = like(s.k, s.k.shape[3]);
+    dv_longer = like(s.v, s.v.shape[3]);
+  }
+  attention_backward(
+      s.q, s.k, s.v, s.of_q.heads(s.out.view(), o.num_heads, *o.head_dim), s.lse.view(),
+      s.of_q.heads(dattention.view(), o.num_heads, *o.head_dim), s.attention,
+      {.dq = d.q, .dk = o.add_bias_kv ? dk_longer.view() : d.k, .dv = o.add_bias_kv ? dv_longer.view() : d.v});
+  if (o.add_bias_kv) {
+    split_gradient(dk_longer.view(), d.k, sum(bias_k));
+    split_gradient(dv_longer.view(), d.v, sum(bias_v));
+  }
+  if (o.rotary) {
+    ops.rotate(d.q_rows, *o.rotary, s.q_places.view(), true);
+    ops.rotate(d.k_rows, *o.rotary, s.kv_places.view(), true);
+  }
 
-    // In projections: the same products for gradients of weights and of inputs.
-    const InputWeights w = input_weights(o, in_proj_weight.value.view(), q_proj_weight.value.view(),
-                                         k_proj_weight.value.view(), v_proj_weight.value.view(), {});
-    const InputWeights dw = input_weights(o, sum(in_proj_weight), sum(q_proj_weight), sum(k_proj_weight),
-                                          sum(v_proj_weight), sum(in_proj_bias));
-    const auto products = projections(s, w, dprojected.view(), dprojected_kv.view());
-    const auto sums = projections(s, dw, dprojected.view(), dprojected_kv.view());
-    InputGradients result;
-    for (std::size_t i = 0; i < products.size(); ++i) {
-      const Projection& p = products[i];
-      ops.linear_weight_gradient(p.output, p.input, sums[i].weight, sums[i].bias);
-      // Into the first of the arguments that are this input; what is there already is added.
-      const Tensor& input = i == 0 ? s.query : i == 1 ? s.key : s.value;
-      Array& into = i == 0 || same(input, s.query) ? result.query
-                    : i == 1 || s.key_is_value     ? result.key
-                                                   : result.value;
-      const Tensor before = into.defined() ? rows_of(into) : i == 0 ? plus : Tensor{};
-      Array sum_of_inputs = like(input, input.shape[input.rank - 1]);
-      ops.linear_input_gradient(p.output, p.weight, before, rows_of(sum_of_inputs));
-      into = sum_of_inputs;
-    }
-    return result;
+  // In projections: the same products for gradients of weights and of inputs.
+  const InputWeights w = input_weights(o, in_proj_weight.value.view(), q_proj_weight.value.view(),
+                                       k_proj_weight.value.view(), v_proj_weight.value.view(), {});
+  const InputWeights dw = input_weights(o, sum(in_proj_weight), sum(q_proj_weight), sum(k_proj_weight),
+                                        sum(v_proj_weight), sum(in_proj_bias));
+  const auto products = projections(s, w, dprojected.view(), dprojected_kv.view());
+  const auto sums = projections(s, dw, dprojected.view(), dprojected_kv.view());
+  InputGradients result;
+  for (std::size_t i = 0; i < products.size(); ++i) {
+    const Projection& p = products[i];
+    ops.linear_weight_gradient(p.output, p.input, sums[i].weight, sums[i].bias);
+    // Into the first of the arguments that are this input; what is there already is added.
+    const Tensor& input = i == 0 ? s.query : i == 1 ? s.key : s.value;
+    Array& into = i == 0 || same(input, s.query) ? result.query : i == 1 || s.key_is_value ? result.key : result.value;
+    const Tensor before = into.defined() ? rows_of(into) : i == 0 ? plus : Tensor{};
+    Array sum_of_inputs = like(input, input.shape[input.rank - 1]);
+    ops.linear_input_gradient(p.output, p.weight, before, rows_of(sum_of_inputs));
+    into = sum_of_inputs;
+  }
+  return result;
 }
 
 }  // namespace fovea::nn

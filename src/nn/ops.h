@@ -14,14 +14,12 @@ namespace fovea::nn {
 
 /// What a product's rows go through before they are stored, in this order; what is undefined or zero is left out.
 struct Finish {
-  Tensor bias{};                              ///< [columns]
+  Tensor bias{};  ///< [columns]
   Activation activation = Activation::kNone;
-  Dropout dropout{};                          ///< draws by sequence, position and column
-  Tensor residual{};                          ///< like y; added last
+  Dropout dropout{};  ///< draws by sequence, position and column
+  Tensor residual{};  ///< like y; added last
 
-  [[nodiscard]] bool changes_gradient() const {
-    return activation != Activation::kNone || dropout.probability > 0.0F;
-  }
+  [[nodiscard]] bool changes_gradient() const { return activation != Activation::kNone || dropout.probability > 0.0F; }
 };
 
 /// Tensors that AdamW changes, all fp32 and dense but `value`.
@@ -50,7 +48,8 @@ class Ops {
   virtual void linear_input_gradient(const Tensor& dy, const Tensor& w, const Tensor& plus, const Tensor& dx) const = 0;
 
   /// dw[out, in] += dy[rows, out]ᵀ · x[rows, in], and dbias[out] += the sum of dy's rows where defined; both fp32.
-  virtual void linear_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& dw, const Tensor& dbias) const = 0;
+  virtual void linear_weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& dw,
+                                      const Tensor& dbias) const = 0;
 
   /// dz = dy through the finish's dropout and activation; `before` as linear wrote it.
   virtual void finish_gradient(const Tensor& dy, const Finish& finish, const Tensor& places, const Tensor& before,

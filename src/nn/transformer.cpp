@@ -52,11 +52,11 @@ struct TransformerEncoderLayer::State {
   bool to_be_computed_again = false;  // nothing below is there then
   Array src_memory, places;
   std::shared_ptr<const MultiheadAttention::State> attention;
-  Array attended;                       // src + dropout(attention)
+  Array attended;  // src + dropout(attention)
   Array statistics1, statistics2;
-  Array normed1, normed2;               // norm_first: what attention and the network read; else norm1's result alone
-  Array before, hidden;                 // within the network: what the activation saw, what linear2 reads
-  Array summed;                         // not norm_first: what norm2 reads
+  Array normed1, normed2;  // norm_first: what attention and the network read; else norm1's result alone
+  Array before, hidden;    // within the network: what the activation saw, what linear2 reads
+  Array summed;            // not norm_first: what norm2 reads
 };
 
 TransformerEncoderLayer::TransformerEncoderLayer(const Options& options)
@@ -90,35 +90,35 @@ TransformerEncoderLayer::Result TransformerEncoderLayer::forward(const Tensor& s
 }
 
 TransformerEncoderLayer::Result TransformerEncoderLayer::compute(const Tensor& src, const AttentionCall& call) const {
-    const Options& o = options_;
-    check_features("src", src, o.d_model, o.dtype, o.device, 2);
-    auto state = std::make_shared<State>();
-    State& s = *state;
-    s.src = src;
-    s.call = call;
-    const Tensor src_rows = as_rows(src, s.src_memory);
-    if (call.training && o.dropout > 0.0F) {
-      s.places = Sequences::of("src", src, call.cu_seqlens_q, o.batch_first).places(o.device);
-    }
+  const Options& o = options_;
+  check_features("src", src, o.d_model, o.dtype, o.device, 2);
+  auto state = std::make_shared<State>();
+  State& s = *state;
+  s.src = src;
+  s.call = call;
+  const Tensor src_rows = as_rows(src, s.src_memory);
+  if (call.training && o.dropout > 0.0F) {
+    s.places = Sequences::of("src", src, call.cu_seqlens_q, o.batch_first).places(o.device);
+  }
 
-    if (o.norm_first) s.normed1 = norm1.forward(src, &s.statistics1);
-    const Tensor& seen = o.norm_first ? s.normed1.view() : src;
-    auto attention = self_attn.run(seen, seen, seen, call,
-                                   {.dropout = dropout_of(o, call, kAfterAttention), .residual = src_rows});
-    s.attention = std::move(attention.state);
-    s.attended = attention.out;
+  if (o.norm_first) s.normed1 = norm1.forward(src, &s.statistics1);
+  const Tensor& seen = o.norm_first ? s.normed1.view() : src;
+  auto attention =
+      self_attn.run(seen, seen, seen, call, {.dropout = dropout_of(o, call, kAfterAttention), .residual = src_rows});
+  s.attention = std::move(attention.state);
+  s.attended = attention.out;
 
-    Result result;
-    if (o.norm_first) {
-      s.normed2 = norm2.forward(s.attended.view(), &s.statistics2);
-      result.out = feed_forward(s.normed2.view(), s.attended.view(), s);
-    } else {
-      s.normed1 = norm1.forward(s.attended.view(), &s.statistics1);
-      s.summed = feed_forward(s.normed1.view(), s.normed1.view(), s);
-      result.out = norm2.forward(s.summed.view(), &s.statistics2);
-    }
-    result.state = std::move(state);
-    return result;
+  Result result;
+  if (o.norm_first) {
+    s.normed2 = norm2.forward(s.attended.view(), &s.statistics2);
+    result.out = feed_forward(s.normed2.view(), s.attended.view(), s);
+  } else {
+    s.normed1 = norm1.forward(s.attended.view(), &s.statistics1);
+    s.summed = feed_forward(s.normed1.view(), s.normed1.view(), s);
+    result.out = norm2.forward(s.summed.view(), &s.statistics2);
+  }
+  result.state = std::move(state);
+  return result;
 }
 
 /// residual + dropout(linear2(dropout(activation(linear1(x))))).
@@ -128,11 +128,10 @@ Array TransformerEncoderLayer::feed_forward(const Tensor& x, const Tensor& resid
   s.before = like(x, o.dim_feedforward);
   s.hidden = like(x, o.dim_feedforward);
   Array memory, residual_memory, out = like(x, o.d_model);
-  ops.linear(as_rows(x, memory), linear1.weight.value.view(),
-             {.bias = linear1.bias.value.view(),
-              .activation = o.activation,
-              .dropout = dropout_of(o, s.call, kWithinNetwork)},
-             s.places.view(), rows_of(s.hidden), rows_of(s.before));
+  ops.linear(
+      as_rows(x, memory), linear1.weight.value.view(),
+      {.bias = linear1.bias.value.view(), .activation = o.activation, .dropout = dropout_of(o, s.call, kWithinNetwork)},
+      s.places.view(), rows_of(s.hidden), rows_of(s.before));
   ops.linear(rows_of(s.hidden), linear2.weight.value.view(),
              {.bias = linear2.bias.value.view(),
               .dropout = dropout_of(o, s.call, kAfterNetwork),

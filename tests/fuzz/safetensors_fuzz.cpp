@@ -5,8 +5,8 @@
 #include <sstream>
 #include <string>
 
-#include "tools/npy.h"
 #include "files/safetensors.h"
+#include "tools/npy.h"
 
 /// Whatever the bytes, the readers of tensor files return or throw Error, and what they return can be read to its end.
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {

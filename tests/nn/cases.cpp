@@ -117,8 +117,7 @@ class Case {
   Tensor in_dtype(const std::string& what) {
     const Tensor t = given(what);
     if (!t.defined() || dtype_ == DType::kFloat32 || t.dtype == DType::kBool) return t;
-    const nn::Array& cast =
-        arrays_.emplace_back(dtype_, std::span(t.shape).first(static_cast<std::size_t>(t.rank)));
+    const nn::Array& cast = arrays_.emplace_back(dtype_, std::span(t.shape).first(static_cast<std::size_t>(t.rank)));
     nn::ops_of({}).copy(t, cast.view());
     return cast.view();
   }

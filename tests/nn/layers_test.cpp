@@ -1,5 +1,5 @@
-// The layers' promises: what PyTorch gives (recorded), gradients by finite differences where dropout draws, the same bits
-// padded and packed, parameters through files, errors.
+// The layers' promises: what PyTorch gives (recorded), gradients by finite differences where dropout draws, the same
+// bits padded and packed, parameters through files, errors.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -122,7 +122,8 @@ void expect_gradients(const EncoderCase& c) {
   };
   check("src", x.view(), dx, 3);
   std::uint64_t stream = 4;
-  for (const auto& [name, parameter] : parameters(layer)) check(name, parameter->value.view(), parameter->gradient, stream++);
+  for (const auto& [name, parameter] : parameters(layer))
+    check(name, parameter->value.view(), parameter->gradient, stream++);
 }
 
 TransformerEncoderLayer::Options dropping() {
@@ -316,8 +317,10 @@ TEST(Parameters, GoThroughSafetensorsUnderTorchsNames) {
   EXPECT_EQ(values(made.forward(x.view()).out), values(other.forward(x.view()).out));
   options.layer.dim_feedforward = 41;
   TransformerEncoder wider(options);
-  EXPECT_TRUE(contains(refusal([&] { load(wider, path); }), "'layers.0.linear1.weight' is [40, 24] but the module's is [41, 24]"));
-  EXPECT_TRUE(contains(refusal([&] { load(made, path, "model."); }), "tensor 'model.layers.0.self_attn.in_proj_weight'"));
+  EXPECT_TRUE(contains(refusal([&] { load(wider, path); }),
+                       "'layers.0.linear1.weight' is [40, 24] but the module's is [41, 24]"));
+  EXPECT_TRUE(
+      contains(refusal([&] { load(made, path, "model."); }), "tensor 'model.layers.0.self_attn.in_proj_weight'"));
   std::filesystem::remove(path);
 }
 
@@ -418,9 +421,10 @@ TEST(Layers, RefuseWhatCannotBeInOneSentence) {
   EXPECT_TRUE(contains(call(x, x, {.cu_seqlens_q = numbers.view()}), "packed sequences are [total, features]"));
   const Array rows = random_array({3, 8}, 1);
   EXPECT_TRUE(contains(call(rows, rows, {.cu_seqlens_q = numbers.view()}), "decreases at sequence 1"));
-  EXPECT_TRUE(contains(words(ErrorCode::kUnsupported,
-                             [] { const Linear l({.in_features = 1, .out_features = 1, .device = {DeviceKind::kCuda}}); }),
-                       "layers run on the CPU alone so far"));
+  EXPECT_TRUE(
+      contains(words(ErrorCode::kUnsupported,
+                     [] { const Linear l({.in_features = 1, .out_features = 1, .device = {DeviceKind::kCuda}}); }),
+               "layers run on the CPU alone so far"));
 }
 
 }  // namespace

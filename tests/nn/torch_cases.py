@@ -6,8 +6,9 @@
 
 Needs torch and numpy.  A result's error is its largest distance from PyTorch's in double precision; it may be at most
 twice the plain layer's, which is PyTorch's own in the layer's dtype.  One evaluation of that is one sample of chance, and
-with few elements a lucky one: so the plain error is the largest of thirteen: the layer as it is, and with every
-input and weight moved by up to one unit roundoff; and no less than half a unit in the last place of the largest element.
+with few elements a lucky one: so the plain error is the largest of fourteen, of both of PyTorch's ways (the matrix of
+weights, and its scaled_dot_product_attention), as it is and with every input and weight moved by up to one unit roundoff;
+and no less than half a unit in the last place of the largest element.
 What torch's layers do not have (grouped heads, windows, rotary embedding, packed
 sequences, ...) is compared with the formula, written down here with torch's operations.
 """
@@ -171,7 +172,7 @@ def rounded(array, dtype):
 
 def is_beyond(o):
     keys = ("num_kv_heads", "head_dim", "window_left", "window_right", "alibi", "rotary", "packed")
-    return any(o.get(k) not in (None, False) for k in keys) or o.get("causal") == "bottom_right"
+    return any(o.get(k) is not None and o.get(k) is not False for k in keys) or o.get("causal") == "bottom_right"
 
 
 # ---- PyTorch's own layers
@@ -203,7 +204,7 @@ def triangle(o, sq, skv):
     return hidden, (i + offset - j).abs()
 
 
-def call_torch(o, module, x, masks, dtype):
+def call_torch(o, module, x, masks, dtype, fused):
     attn, padding = masks
     if o.get("causal"):
         # torch wants the triangle itself; a mask besides has to be joined with it.
@@ -218,7 +219,7 @@ def call_torch(o, module, x, masks, dtype):
     if o["kind"] == "mha":
         key = x.get("key", x["query"])
         return module(x["query"], key, x.get("value", key), key_padding_mask=padding, attn_mask=attn,
-                      need_weights=True, average_attn_weights=o["average_attn_weights"])
+                      need_weights=not fused, average_attn_weights=o["average_attn_weights"])
     names = ("src_mask", "src_key_padding_mask") if o["kind"] == "layer" else ("mask", "src_key_padding_mask")
     return module(x["query"], **dict(zip(names, (attn, padding)))), None
 
@@ -228,8 +229,8 @@ def call_torch(o, module, x, masks, dtype):
 class Formula:
     """The same layers, with what torch's do not have, out of plain operations; parameters by torch's names."""
 
-    def __init__(self, o, w, masks, ends):
-        self.o, self.w, self.masks, self.ends = o, w, masks, ends
+    def __init__(self, o, w, masks, ends, fused):
+        self.o, self.w, self.masks, self.ends, self.fused = o, w, masks, ends, fused
 
     def linear(self, x, name, rows=None):
         weight = self.w[name + "weight"]
@@ -283,8 +284,20 @@ class Formula:
             s = torch.cat([s, torch.zeros_like(s[..., :1])], -1)
             v = torch.cat([v, torch.zeros_like(v[:1])])
         empty = (s == -torch.inf).all(-1, keepdim=True)
+        if self.fused:  # the scores' additions as a bias
+            if s.numel() == 0 or empty.any():
+                self.fused = False
+            else:
+                return self.by_sdpa(q, k, v, o, s), None
         p = torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
         return torch.einsum("hqk,khd->qhd", p, v), p
+
+    def by_sdpa(self, q, k, v, o, s):
+        if o.get("add_zero_attn"):
+            k = torch.cat([k, torch.zeros_like(k[:1])])
+        bias = (s - torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[2])).detach()
+        out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=bias[None])
+        return out[0].transpose(0, 1)
 
     def attention(self, query, key, value, prefix):
         o = self.o
@@ -310,8 +323,8 @@ class Formula:
             for n in range(q.shape[axis]):
                 y, p = self.one(*(x.select(axis, n) for x in (q, k, v)), n)
                 outs.append(y.flatten(1))
-                weights.append(p.mean(0) if o.get("average_attn_weights", True) else p)
-            out, weights = torch.stack(outs, axis), torch.stack(weights)
+                weights.append(None if p is None else p.mean(0) if o.get("average_attn_weights", True) else p)
+            out, weights = torch.stack(outs, axis), None if weights[0] is None else torch.stack(weights)
         return self.linear(out, prefix + "out_proj."), weights
 
     def layer(self, x, prefix):
@@ -361,23 +374,23 @@ def parameters(o, draw):
     return made
 
 
-def compute(o, weights, tensors, dtype):
-    """{result: tensor} of PyTorch in a dtype."""
+def compute(o, weights, tensors, dtype, fused=False):
+    """{result: array} of PyTorch in a dtype; `fused`: through its scaled_dot_product_attention, without weights."""
     as_given = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(dtype) if a.dtype == np.float32 else torch.from_numpy(np.ascontiguousarray(a))
     x = {n: as_given(tensors[n]).requires_grad_() for n in ("query", "key", "value") if n in tensors}
     masks = tuple(as_given(tensors[n]) if n in tensors else None for n in ("attn_mask", "key_padding_mask"))
     if is_beyond(o):
         w = {n: as_given(a).requires_grad_() for n, a in weights.items()}
         ends = (tensors["cu_seqlens_q"], tensors["cu_seqlens_kv"]) if o.get("packed") else None
-        out, attention = Formula(o, w, masks, ends)(x)
+        out, attention = Formula(o, w, masks, ends, fused)(x)
     else:
         module = torch_module(o).to(dtype)
         module.load_state_dict({n: as_given(a) for n, a in weights.items()})
         w = dict(module.named_parameters())
-        out, attention = call_torch(o, module, x, masks, dtype)
+        out, attention = call_torch(o, module, x, masks, dtype, fused)
     out.backward(as_given(tensors["dout"]))
     results = {"out": out.detach()}
-    if o.get("need_weights"):
+    if o.get("need_weights") and attention is not None:
         results["weights"] = attention.detach()
     results |= {"d" + n: t.grad for n, t in x.items()}
     results |= {"grad/" + n: p.grad for n, p in w.items() if p.grad is not None}
@@ -392,21 +405,22 @@ def make_case(seed, dtypes=("fp32",)):
     return o, parameters(o, draw), tensors
 
 
-SAMPLES = 12  # of moved inputs, besides those given
+SAMPLES = 6  # of moved inputs, besides those given, each both ways
 
 
 def plain_errors(o, weights, tensors, exact):
     """{result: the plain layer's error}."""
     rng = np.random.default_rng(0)
     errors = {n: UNIT[o["dtype"]] * np.abs(a).max() if a.size else 0.0 for n, a in exact.items()}
-    for sample in range(SAMPLES + 1):
+    for sample in range(2 * (SAMPLES + 1)):
         def moved(a):
-            if a.dtype != np.float32 or sample == 0:
+            if a.dtype != np.float32 or sample < 2:
                 return a
             return (a * (1 + UNIT[o["dtype"]] * rng.uniform(-1, 1, a.shape))).astype(np.float32)
-        plain = compute(o, {n: moved(a) for n, a in weights.items()}, {n: moved(a) for n, a in tensors.items()}, TYPES[o["dtype"]])
+        plain = compute(o, {n: moved(a) for n, a in weights.items()}, {n: moved(a) for n, a in tensors.items()}, TYPES[o["dtype"]],
+                        fused=sample % 2 == 1)
         for n, a in exact.items():
-            if a.size:
+            if a.size and n in plain:
                 errors[n] = max(errors[n], float(np.abs(plain[n] - a).max()))
     return errors
 

@@ -10,24 +10,24 @@ namespace fovea::nn {
 
 /// Rotary position embedding (2104.09864): pair c of a head's first `dim` elements turns by position · base^(−2c/dim).
 struct Rotary {
-  float base = 10000.0F;    ///< above 0
-  std::int64_t dim = 0;     ///< even, at most head_dim; 0: head_dim
-  bool interleaved = false; ///< pairs are (2c, 2c + 1); else (c, c + dim/2)
+  float base = 10000.0F;     ///< above 0
+  std::int64_t dim = 0;      ///< even, at most head_dim; 0: head_dim
+  bool interleaved = false;  ///< pairs are (2c, 2c + 1); else (c, c + dim/2)
 };
 
 /// What a forward of an attention layer is told besides its inputs.  Names and polarity are torch's: True = ignore.
 /// B = batch, H = num_heads, Sq and Skv the lengths of query and key.
 struct AttentionCall {
   Tensor key_padding_mask{};  ///< bool [B, Skv], true = ignore this key; or fp32 or the layer's dtype, added to scores
-  Tensor attn_mask{};         ///< bool, true = ignore, or fp32 or the layer's dtype, added: [Sq, Skv] or [B·H, Sq, Skv]
-  Causal causal = Causal::kNone;    ///< torch's is_causal is kTopLeft; no mask is needed with it
-  Tensor cu_seqlens_q{};            ///< int32 [B + 1]: sequences packed without padding, query is [total_q, embed_dim]
-  Tensor cu_seqlens_kv{};           ///< the same for key and value; for self-attention the same tensor
-  bool training = false;            ///< dropout happens only in training
-  std::uint64_t seed = 0;           ///< with `offset` names all dropout of this forward; the same two replay it
-  std::uint64_t offset = 0;         ///< attention draws at `offset`, an encoder layer at offset … offset + 3
-  bool need_weights = false;        ///< the attention weights as well, computed by tiles, in O(B·H·Sq·Skv) memory
-  bool average_attn_weights = true; ///< over heads
+  Tensor attn_mask{};  ///< bool, true = ignore, or fp32 or the layer's dtype, added: [Sq, Skv] or [B·H, Sq, Skv]
+  Causal causal = Causal::kNone;     ///< torch's is_causal is kTopLeft; no mask is needed with it
+  Tensor cu_seqlens_q{};             ///< int32 [B + 1]: sequences packed without padding, query is [total_q, embed_dim]
+  Tensor cu_seqlens_kv{};            ///< the same for key and value; for self-attention the same tensor
+  bool training = false;             ///< dropout happens only in training
+  std::uint64_t seed = 0;            ///< with `offset` names all dropout of this forward; the same two replay it
+  std::uint64_t offset = 0;          ///< attention draws at `offset`, an encoder layer at offset … offset + 3
+  bool need_weights = false;         ///< the attention weights as well, computed by tiles, in O(B·H·Sq·Skv) memory
+  bool average_attn_weights = true;  ///< over heads
 };
 
 /// Multi-head attention (1706.03762), as torch.nn.MultiheadAttention, never leaving the fused path: whatever the

@@ -88,7 +88,7 @@ class Scratch {
  public:
   Scratch(int workers, std::size_t bytes) : bytes_((bytes + 63) / 64 * 64) {
     if (bytes_ == 0) return;
-    memory_.reset(static_cast<std::byte*>(::operator new(bytes_ * static_cast<std::size_t>(workers), kAlignment)));
+    memory_.reset(static_cast<std::byte*>(::operator new(bytes_* static_cast<std::size_t>(workers), kAlignment)));
   }
   [[nodiscard]] std::byte* of(int worker) const { return memory_.get() + bytes_ * static_cast<std::size_t>(worker); }
   [[nodiscard]] float* floats_of(int worker) const { return reinterpret_cast<float*>(of(worker)); }
@@ -253,8 +253,9 @@ class CpuOps final : public Ops {
     in_steps(positions, kRowsAtOnce, workers, [&](i64 first, i64 count, int) {
       for (i64 p = first; p < first + count; ++p) {
         for (i64 c = 0; c < dim / 2; ++c) {
-          const double angle = static_cast<double>(p) * std::pow(static_cast<double>(rotary.base),
-                                                                 -2.0 * static_cast<double>(c) / static_cast<double>(dim));
+          const double angle =
+              static_cast<double>(p) *
+              std::pow(static_cast<double>(rotary.base), -2.0 * static_cast<double>(c) / static_cast<double>(dim));
           table[p * dim + 2 * c] = static_cast<float>(std::cos(angle));
           table[p * dim + 2 * c + 1] = static_cast<float>(std::sin(angle));
         }
@@ -301,14 +302,18 @@ class CpuOps final : public Ops {
     }
   }
 
-  void keep_of(const Tensor& ignore, const Tensor& keep) const override { pointwise(ignore, keep, [](double x) { return x == 0.0 ? 1.0 : 0.0; }); }
+  void keep_of(const Tensor& ignore, const Tensor& keep) const override {
+    pointwise(ignore, keep, [](double x) { return x == 0.0 ? 1.0 : 0.0; });
+  }
   void bias_of(const Tensor& ignore, const Tensor& bias) const override {
     pointwise(ignore, bias, [](double x) { return x == 0.0 ? 0.0 : -std::numeric_limits<double>::infinity(); });
   }
 
   [[nodiscard]] bool lengths_of(const Tensor& ignore, const Tensor& lengths) const override {
     for (i64 b = 0; b < ignore.shape[0]; ++b) {
-      const auto ignored = [&](i64 j) { return cpu::load(ignore, b * ignore.strides[0] + j * ignore.strides[1]) != 0.0; };
+      const auto ignored = [&](i64 j) {
+        return cpu::load(ignore, b * ignore.strides[0] + j * ignore.strides[1]) != 0.0;
+      };
       i64 length = 0;
       while (length < ignore.shape[1] && !ignored(length)) ++length;
       for (i64 j = length; j < ignore.shape[1]; ++j) {
@@ -347,8 +352,10 @@ class CpuOps final : public Ops {
   }
 
   void diagonal(const Tensor& x, i64 first) const override {
-    for (i64 r = 0; r < x.shape[0]; ++r) std::memset(at(x, r, 0), 0, static_cast<std::size_t>(x.shape[1] * size_bytes(x.dtype)));
-    for (i64 c = 0; c < std::min(x.shape[1], x.shape[0] - first); ++c) cpu::store(x, (first + c) * x.strides[0] + c, 1.0);
+    for (i64 r = 0; r < x.shape[0]; ++r)
+      std::memset(at(x, r, 0), 0, static_cast<std::size_t>(x.shape[1] * size_bytes(x.dtype)));
+    for (i64 c = 0; c < std::min(x.shape[1], x.shape[0] - first); ++c)
+      cpu::store(x, (first + c) * x.strides[0] + c, 1.0);
   }
 
   void add_rows(const Tensor& x, const Tensor& sum) const override {
@@ -434,7 +441,8 @@ class CpuOps final : public Ops {
                t.out = rows_at(y, r, c);
                t.before = rows_at(before, r, c);
                t.residual = rows_at(finish.residual, r, c);
-               if (finish.bias.defined()) t.bias = static_cast<const char*>(finish.bias.data) + c * size_bytes(finish.bias.dtype);
+               if (finish.bias.defined())
+                 t.bias = static_cast<const char*>(finish.bias.data) + c * size_bytes(finish.bias.dtype);
                describe(t, finish, places, r, row.floats_of(worker));
                kernels_.finish(t);
              });

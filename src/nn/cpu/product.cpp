@@ -6,8 +6,8 @@
 #include <string>
 #include <utility>
 
-// Of the OpenMP that oneDNN may have been built with; null where it was not.  fovea shares work out by itself, so inside
-// its tasks a product takes one thread: no second pool beside oneTBB's, and none to wait for after fork.
+// Of the OpenMP that oneDNN may have been built with; null where it was not.  fovea shares work out by itself, so
+// inside its tasks a product takes one thread: no second pool beside oneTBB's, and none to wait for after fork.
 extern "C" {
 [[gnu::weak]] int omp_get_max_threads();
 [[gnu::weak]] void omp_set_num_threads(int threads);
@@ -77,8 +77,15 @@ bool multiplies_bf16() {
   static const bool answer = [] {
     try {
       for (const bool transpose : {false, true}) {
-        const auto product = describe({.transpose_a = transpose, .transpose_b = !transpose, .m = 64, .n = 64, .k = 64,
-                                       .lda = 64, .ldb = 64, .ldc = 64, .accumulate = transpose});
+        const auto product = describe({.transpose_a = transpose,
+                                       .transpose_b = !transpose,
+                                       .m = 64,
+                                       .n = 64,
+                                       .k = 64,
+                                       .lda = 64,
+                                       .ldb = 64,
+                                       .ldc = 64,
+                                       .accumulate = transpose});
         if (std::string(product.impl_info_str()).find("ref") != std::string::npos) return false;
       }
       return true;
@@ -117,9 +124,9 @@ void Product::run(const void* a, const void* b, float* c, void* scratch) const {
   const OneThread one;
   const ProductShape& s = shape_;
   if (primitive_ == nullptr) {
-    const auto status =
-        dnnl_sgemm(s.transpose_a ? 'T' : 'N', s.transpose_b ? 'T' : 'N', s.m, s.n, s.k, 1.0F, static_cast<const float*>(a),
-                   s.lda, static_cast<const float*>(b), s.ldb, s.accumulate ? 1.0F : 0.0F, c, s.ldc);
+    const auto status = dnnl_sgemm(s.transpose_a ? 'T' : 'N', s.transpose_b ? 'T' : 'N', s.m, s.n, s.k, 1.0F,
+                                   static_cast<const float*>(a), s.lda, static_cast<const float*>(b), s.ldb,
+                                   s.accumulate ? 1.0F : 0.0F, c, s.ldc);
     if (status != dnnl_success) fail("dnnl_sgemm says " + std::to_string(status));
     return;
   }

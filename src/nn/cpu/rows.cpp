@@ -118,8 +118,7 @@ FOVEA_INLINE V activation_slope(int activation, V x) {
 /// What each of the columns of one row is multiplied by, 0 or the inverse of the kept share: docs/contract.md, "Dropout
 /// bits", with the row's position as i, the column as j, and the sequence in place of batch · num_q_heads + head.
 void draw_row(const DropoutDraws& dropout, const std::int32_t* place, i64 first_column, i64 columns, float* factors) {
-  const math::DropoutStream stream =
-      math::dropout_stream(dropout.seed, dropout.offset, static_cast<u32>(place[0]));
+  const math::DropoutStream stream = math::dropout_stream(dropout.seed, dropout.offset, static_cast<u32>(place[0]));
   const i64 i = place[1];
   const u32 m = math::patch_of(i);
   const int word = i / 8 % 2 == 0 ? 0 : 1;

@@ -23,8 +23,8 @@ struct DropoutDraws {
   u64 seed = 0, offset = 0;
 };
 
-/// One tile of a product on its way out, or of its gradient on the way back (in is dy): [rows, columns] that begin at column `first_column`, a multiple of 16.  All
-/// pointers are to the tile's first element; places to its first row's.
+/// One tile of a product on its way out, or of its gradient on the way back (in is dy): [rows, columns] that begin at
+/// column `first_column`, a multiple of 16.  All pointers are to the tile's first element; places to its first row's.
 struct FinishTile {
   i64 rows = 0, columns = 0, first_column = 0;
   Rows in{}, out{}, before{}, residual{};
