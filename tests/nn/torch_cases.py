@@ -6,14 +6,18 @@
 
 Needs torch and numpy.  A result's error is its largest distance from PyTorch's in double precision; it may be at most
 twice the plain layer's, which is PyTorch's own in the layer's dtype.  One evaluation of that is one sample of chance, and
-with few elements a lucky one: so the plain error is the largest of fourteen, of both of PyTorch's ways (the matrix of
-weights, and its scaled_dot_product_attention), as it is and with every input and weight moved by up to one unit roundoff;
-and no less than half a unit in the last place of the largest element.
+with few elements a lucky one: so the plain error is the largest of twelve: of three plain ways (PyTorch's layer with the matrix of weights, with its
+scaled_dot_product_attention, and the contract's formula with
+its softmax in steps, p = exp(s − lse)), as they are and three times with what no one can
+know moved by up to one unit roundoff: inputs and weights, and of the steps the result of every operation, forward and
+backward (Monte Carlo arithmetic: D. S. Parker, 1997); and no less than half a unit in the last place of the largest element.
 What torch's layers do not have (grouped heads, windows, rotary embedding, packed
 sequences, ...) is compared with the formula, written down here with torch's operations.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
 import pathlib
@@ -25,6 +29,7 @@ import tempfile
 
 import numpy as np
 import torch
+import torch.utils._python_dispatch
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 UNIT = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -204,7 +209,7 @@ def triangle(o, sq, skv):
     return hidden, (i + offset - j).abs()
 
 
-def call_torch(o, module, x, masks, dtype, fused):
+def call_torch(o, module, x, masks, dtype, way):
     attn, padding = masks
     if o.get("causal"):
         # torch wants the triangle itself; a mask besides has to be joined with it.
@@ -219,7 +224,7 @@ def call_torch(o, module, x, masks, dtype, fused):
     if o["kind"] == "mha":
         key = x.get("key", x["query"])
         return module(x["query"], key, x.get("value", key), key_padding_mask=padding, attn_mask=attn,
-                      need_weights=not fused, average_attn_weights=o["average_attn_weights"])
+                      need_weights=way != "sdpa", average_attn_weights=o["average_attn_weights"])
     names = ("src_mask", "src_key_padding_mask") if o["kind"] == "layer" else ("mask", "src_key_padding_mask")
     return module(x["query"], **dict(zip(names, (attn, padding)))), None
 
@@ -229,8 +234,8 @@ def call_torch(o, module, x, masks, dtype, fused):
 class Formula:
     """The same layers, with what torch's do not have, out of plain operations; parameters by torch's names."""
 
-    def __init__(self, o, w, masks, ends, fused):
-        self.o, self.w, self.masks, self.ends, self.fused = o, w, masks, ends, fused
+    def __init__(self, o, w, masks, ends, way):
+        self.o, self.w, self.masks, self.ends, self.way = o, w, masks, ends, way
 
     def linear(self, x, name, rows=None):
         weight = self.w[name + "weight"]
@@ -262,8 +267,13 @@ class Formula:
             q, k = self.rotate(q), self.rotate(k)
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        keys = k.shape[0]
+        if o.get("add_bias_kv"):
+            k = torch.cat([k, self.w["bias_k"].view(1, *k.shape[1:])])
+            v = torch.cat([v, self.w["bias_v"].view(1, *v.shape[1:])])
         s = torch.einsum("qhd,khd->hqk", q, k) * (1 / math.sqrt(q.shape[2]))
-        hidden, distance = triangle(o, q.shape[0], k.shape[0])
+        s, more = s[..., :keys], s[..., keys:]
+        hidden, distance = triangle(o, q.shape[0], keys)
         if o.get("alibi"):
             slopes = torch.exp2(-8 * torch.arange(1, o["num_heads"] + 1, dtype=torch.float64) / o["num_heads"]).to(s.dtype)
             s = s - slopes[:, None, None] * distance
@@ -272,23 +282,26 @@ class Formula:
             if mask is None:
                 continue
             if part is not None:
-                mask = mask[part][None, None]
+                mask = mask.view(-1, keys)[part][None, None]
             elif mask.dim() == 3:
                 mask = mask[batch * o["num_heads"] : (batch + 1) * o["num_heads"]]
             if mask.dtype == torch.bool:
                 hidden |= mask
             else:
                 s = s + mask
-        s = s.masked_fill(hidden, -torch.inf)
+        s = torch.cat([s.masked_fill(hidden, -torch.inf), more], -1)
         if o.get("add_zero_attn"):
             s = torch.cat([s, torch.zeros_like(s[..., :1])], -1)
             v = torch.cat([v, torch.zeros_like(v[:1])])
         empty = (s == -torch.inf).all(-1, keepdim=True)
-        if self.fused:  # the scores' additions as a bias
-            if s.numel() == 0 or empty.any():
-                self.fused = False
-            else:
-                return self.by_sdpa(q, k, v, o, s), None
+        if self.way == "sdpa" and s.numel() > 0 and not empty.any():
+            return self.by_sdpa(q, k, v, o, s), None
+        if self.way == "steps" and s.numel() > 0:
+            s = s.masked_fill(empty, 0.0)
+            largest = s.amax(-1, keepdim=True).detach()
+            lse = torch.log(torch.exp(s - largest).sum(-1, keepdim=True)) + largest
+            p = torch.exp(s - lse).masked_fill(empty, 0.0)
+            return torch.einsum("hqk,khd->qhd", p, v), p
         p = torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
         return torch.einsum("hqk,khd->qhd", p, v), p
 
@@ -338,6 +351,12 @@ class Formula:
         return self.norm(x + network(x), prefix + "norm2.")
 
     def __call__(self, x):
+        if self.o["unbatched"]:
+            out, weights = self.batched({n: t.unsqueeze(0 if self.o["batch_first"] else 1) for n, t in x.items()})
+            return out.flatten(0, 1), None if weights is None else weights[0]
+        return self.batched(x)
+
+    def batched(self, x):
         query = x["query"]
         key = x.get("key", query)
         if self.o["kind"] == "mha":
@@ -374,20 +393,20 @@ def parameters(o, draw):
     return made
 
 
-def compute(o, weights, tensors, dtype, fused=False):
-    """{result: array} of PyTorch in a dtype; `fused`: through its scaled_dot_product_attention, without weights."""
+def compute(o, weights, tensors, dtype, way="own"):
+    """{result: array} of PyTorch in a dtype: its own layer, the same through its "sdpa", or the formula in "steps"."""
     as_given = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(dtype) if a.dtype == np.float32 else torch.from_numpy(np.ascontiguousarray(a))
     x = {n: as_given(tensors[n]).requires_grad_() for n in ("query", "key", "value") if n in tensors}
     masks = tuple(as_given(tensors[n]) if n in tensors else None for n in ("attn_mask", "key_padding_mask"))
-    if is_beyond(o):
+    if is_beyond(o) or way == "steps":
         w = {n: as_given(a).requires_grad_() for n, a in weights.items()}
         ends = (tensors["cu_seqlens_q"], tensors["cu_seqlens_kv"]) if o.get("packed") else None
-        out, attention = Formula(o, w, masks, ends, fused)(x)
+        out, attention = Formula(o, w, masks, ends, way)(x)
     else:
         module = torch_module(o).to(dtype)
         module.load_state_dict({n: as_given(a) for n, a in weights.items()})
         w = dict(module.named_parameters())
-        out, attention = call_torch(o, module, x, masks, dtype, fused)
+        out, attention = call_torch(o, module, x, masks, dtype, way)
     out.backward(as_given(tensors["dout"]))
     results = {"out": out.detach()}
     if o.get("need_weights") and attention is not None:
@@ -405,20 +424,38 @@ def make_case(seed, dtypes=("fp32",)):
     return o, parameters(o, draw), tensors
 
 
-SAMPLES = 6  # of moved inputs, besides those given, each both ways
+WAYS = ("own", "sdpa", "steps")
+SAMPLES = 3  # of moved inputs, besides those given, each in all ways
+
+
+class Roundings(torch.utils._python_dispatch.TorchDispatchMode):
+    """Moves what every operation gives by up to one unit roundoff."""
+
+    def __init__(self, unit, seed):
+        super().__init__()
+        self.unit, self.random = unit, torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        if any(r.alias_info for r in function._schema.returns) or not isinstance(result, torch.Tensor) or not result.is_floating_point():
+            return result
+        moves = torch.rand(result.shape, generator=self.random, dtype=torch.float32) * 2 - 1
+        return (result * (1 + self.unit * moves.to(torch.float64))).to(result.dtype)
 
 
 def plain_errors(o, weights, tensors, exact):
     """{result: the plain layer's error}."""
     rng = np.random.default_rng(0)
     errors = {n: UNIT[o["dtype"]] * np.abs(a).max() if a.size else 0.0 for n, a in exact.items()}
-    for sample in range(2 * (SAMPLES + 1)):
+    for sample, way in itertools.product(range(SAMPLES + 1), WAYS):
         def moved(a):
-            if a.dtype != np.float32 or sample < 2:
+            if a.dtype != np.float32 or sample == 0:
                 return a
             return (a * (1 + UNIT[o["dtype"]] * rng.uniform(-1, 1, a.shape))).astype(np.float32)
-        plain = compute(o, {n: moved(a) for n, a in weights.items()}, {n: moved(a) for n, a in tensors.items()}, TYPES[o["dtype"]],
-                        fused=sample % 2 == 1)
+        every_operation = way == "steps" and sample > 0
+        with Roundings(UNIT[o["dtype"]], sample) if every_operation else contextlib.nullcontext():
+            plain = compute(o, {n: moved(a) for n, a in weights.items()}, {n: moved(a) for n, a in tensors.items()},
+                            TYPES[o["dtype"]], way)
         for n, a in exact.items():
             if a.size and n in plain:
                 errors[n] = max(errors[n], float(np.abs(plain[n] - a).max()))
