@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "cpu/elements.h"
+#include "math/philox.h"
 #include "tests/nn/cases.h"
 #include "tests/support.h"
 #include "tools/random.h"
@@ -187,29 +188,97 @@ TEST(LayerDropout, IsReplayedByItsSeedAndChangesWithIt) {
   EXPECT_EQ(evaluated, values(layer.forward(x.view(), call).out));
 }
 
-/// The bits of the contract, one element at a time.
-TEST(LayerDropout, KeepsTheShareThatItSaysAndScalesByIt) {
-  // A linear layer of zeros with bias 1 and no attention to speak of: what is left of ones is the dropout itself.
+/// A layer of zeros whose last bias is 1: what leaves it is the last dropout itself.
+TEST(LayerDropout, DrawsTheBitsThatTheContractSays) {
+  constexpr std::int64_t kBatch = 4, kLength = 130, kModel = 24;
+  constexpr std::uint64_t kSeed = 0x123456789abcdefU, kOffset = 40;
   auto options = dropping();
-  options.activation = Activation::kRelu;
   options.norm_first = true;
   options.dropout = 0.25F;
-  options.dim_feedforward = 24;
   TransformerEncoderLayer layer(options);
   layer.visit("", [](const std::string&, Parameter& p) {
     cpu::store_all(p.value.view(), std::vector<double>(static_cast<std::size_t>(cpu::element_count(p.value.view()))));
   });
-  cpu::store_all(layer.linear2.bias.value.view(), std::vector<double>(24, 1.0));
-  const Array x({DType::kFloat32, {4, 500, 24}});
+  cpu::store_all(layer.linear2.bias.value.view(), std::vector<double>(kModel, 1.0));
+  const Array x({DType::kFloat32, {kBatch, kLength, kModel}});
   AttentionCall call;
   call.training = true;
+  call.seed = kSeed;
+  call.offset = kOffset;
   const auto out = values(layer.forward(x.view(), call).out);
-  std::size_t kept = 0;
-  for (const double y : out) {
-    EXPECT_TRUE(y == 0.0 || std::abs(y - 4.0 / 3.0) < 1e-6) << y;
-    kept += y != 0.0 ? 1 : 0;
+  for (std::int64_t at = 0; at < std::ssize(out); ++at) {
+    const std::int64_t b = at / kModel / kLength, i = at / kModel % kLength, c = at % kModel;
+    const auto stream = math::dropout_stream(kSeed, kOffset + 3, static_cast<math::u32>(b));
+    const auto draw = math::draws_of_patch(stream, math::patch_of(i), math::patch_of(c)).at(i, c);
+    ASSERT_NEAR(out[at], draw < 49152 ? 4.0 / 3.0 : 0.0, 1e-6) << b << ' ' << i << ' ' << c;
   }
-  EXPECT_NEAR(static_cast<double>(kept) / static_cast<double>(out.size()), 0.75, 0.01);
+}
+
+TEST(LayerDropout, OfAStackBeginsFourFurtherForEachLayer) {
+  const TransformerEncoder encoder({.layer = dropping(), .num_layers = 3});
+  const Array x = random_array({2, 9, 24}, 1);
+  AttentionCall call;
+  call.training = true;
+  call.offset = 2;
+  const auto at_once = values(encoder.forward(x.view(), call).out);
+  Array state = x;
+  for (const TransformerEncoderLayer& layer : encoder.layers) {
+    state = layer.forward(state.view(), call).out;
+    call.offset += 4;
+  }
+  EXPECT_EQ(at_once, values(state));
+}
+
+// ---- masks, and products of more than one tile
+
+TEST(BooleanMasks, OfBothKindsHideWhatEitherHides) {
+  constexpr std::int64_t kBatch = 2, kHeads = 2, kLength = 9;
+  const MultiheadAttention layer({.embed_dim = 8, .num_heads = kHeads, .batch_first = true});
+  const Array x = random_array({kBatch, kLength, 8}, 1);
+  const Array attn({DType::kBool, {kLength, kLength}}), padding({DType::kBool, {kBatch, kLength}});
+  const Array both({DType::kBool, {kBatch * kHeads, kLength, kLength}});
+  const auto bits = [](const Array& a) { return static_cast<bool*>(a.view().data); };
+  const Random random(3);
+  std::uint64_t draw = 0;
+  for (std::int64_t i = 0; i < kLength * kLength; ++i) bits(attn)[i] = i % kLength != 0 && random.uniform(draw++) < 0.4;
+  for (std::int64_t i = 0; i < kBatch * kLength; ++i) bits(padding)[i] = i % kLength % 4 == 2;
+  for (std::int64_t i = 0; i < kBatch * kHeads * kLength * kLength; ++i) {
+    const std::int64_t b = i / (kHeads * kLength * kLength), key = i % kLength;
+    bits(both)[i] = bits(attn)[i % (kLength * kLength)] || bits(padding)[b * kLength + key];
+  }
+  const auto out = [&](const AttentionCall& call) { return layer.forward(x.view(), x.view(), x.view(), call).out; };
+  const Array apart = out({.key_padding_mask = padding.view(), .attn_mask = attn.view()});
+  EXPECT_LT(largest_difference(apart, out({.attn_mask = both.view()})), 1e-6);
+  EXPECT_GT(largest_difference(apart, out({.attn_mask = attn.view()})), 1e-3);
+}
+
+TEST(LinearLayer, OfManyTilesIsTheFormula) {
+  constexpr std::int64_t kRows = 401, kIn = 530, kOut = 600;
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    Linear layer({.in_features = kIn, .out_features = kOut, .dtype = dtype, .seed = 3});
+    const Array x = random_array({kRows, kIn}, 1, dtype), dy = random_array({kRows, kOut}, 2, dtype);
+    const auto y = values(layer.forward(x.view())), dx = values(layer.backward(x.view(), dy.view()));
+    const auto w = values(layer.weight.value), bias = values(layer.bias.value), vx = values(x), vdy = values(dy);
+    const auto dw = values(layer.weight.gradient), dbias = values(layer.bias.gradient);
+    const double step = cpu::format_of(dtype).unit_roundoff();
+    const Random random(9);
+    for (std::uint64_t n = 0; n < 300; ++n) {  // entries at random
+      const auto r = static_cast<std::int64_t>(random.bits(3 * n) % kRows);
+      const auto i = static_cast<std::int64_t>(random.bits(3 * n + 1) % kIn);
+      const auto o = static_cast<std::int64_t>(random.bits(3 * n + 2) % kOut);
+      double exact_y = bias[o], exact_dx = 0.0, exact_dw = 0.0, exact_dbias = 0.0;
+      for (std::int64_t k = 0; k < kIn; ++k) exact_y += vx[r * kIn + k] * w[o * kIn + k];
+      for (std::int64_t k = 0; k < kOut; ++k) exact_dx += vdy[r * kOut + k] * w[k * kIn + i];
+      for (std::int64_t k = 0; k < kRows; ++k) {
+        exact_dw += vdy[k * kOut + o] * vx[k * kIn + i];
+        exact_dbias += vdy[k * kOut + o];
+      }
+      EXPECT_NEAR(y[r * kOut + o], exact_y, 2 * step + 1e-5);
+      EXPECT_NEAR(dx[r * kIn + i], exact_dx, 3 * step + 1e-5);
+      EXPECT_NEAR(dw[o * kIn + i], exact_dw, 2e-4);
+      EXPECT_NEAR(dbias[o], exact_dbias, 1e-4);
+    }
+  }
 }
 
 TEST(PackedLayer, GivesWhatThePaddedBatchGivesDropoutAndAll) {

@@ -337,7 +337,7 @@ class Formula:
                 y, p = self.one(*(x.select(axis, n) for x in (q, k, v)), n)
                 outs.append(y.flatten(1))
                 weights.append(None if p is None else p.mean(0) if o.get("average_attn_weights", True) else p)
-            out, weights = torch.stack(outs, axis), None if weights[0] is None else torch.stack(weights)
+            out, weights = torch.stack(outs, axis), None if any(p is None for p in weights) else torch.stack(weights)
         return self.linear(out, prefix + "out_proj."), weights
 
     def layer(self, x, prefix):
