@@ -15,6 +15,6 @@ namespace fovea::cpu {
 /// `workers` threads; `worker` in [0, workers) is the claimer's own.  The caller takes part, so it works without any
 /// other thread (in a forked child, say).  A plain function pointer, so that per-ISA code pulls in no templates of TBB.
 FOVEA_API void run_tasks(std::int64_t tasks, int workers, void (*task)(void* context, std::int64_t index, int worker),
-               void* context);
+                         void* context);
 
 }  // namespace fovea::cpu

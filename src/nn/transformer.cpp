@@ -140,12 +140,12 @@ Array TransformerEncoderLayer::feed_forward(const Tensor& x, const Tensor& resid
   return out;
 }
 
-Array TransformerEncoderLayer::backward(const State& given, const Tensor& dout) {
+Array TransformerEncoderLayer::backward(const State& state, const Tensor& dout) {
   return or_out_of_memory([&] {
     check_features("dout", dout, options_.d_model, options_.dtype, options_.device, 2);
-    check_same_rows("dout", dout, "src", given.src);
-    const auto again = given.to_be_computed_again ? compute(given.src, given.call).state : nullptr;
-    const State& s = again == nullptr ? given : *again;
+    check_same_rows("dout", dout, "src", state.src);
+    const auto again = state.to_be_computed_again ? compute(state.src, state.call).state : nullptr;
+    const State& s = again == nullptr ? state : *again;
     const Ops& ops = ops_of(options_.device);
 
     // The gradient of src + dropout(attention), then of the attention itself.
@@ -243,8 +243,9 @@ TransformerEncoder::Result TransformerEncoder::forward(const Tensor& src, const 
   });
 }
 
-Array TransformerEncoder::backward(const State& s, const Tensor& dout) {
+Array TransformerEncoder::backward(const State& state, const Tensor& dout) {
   return or_out_of_memory([&] {
+    const State& s = state;
     Array gradient;
     Tensor d = dout;
     if (norm) {

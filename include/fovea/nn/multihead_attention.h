@@ -98,7 +98,7 @@ class FOVEA_API MultiheadAttention : public Module {
   [[nodiscard]] Result run(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionCall& call,
                            const Tail& tail) const;
   /// `plus`, where defined, is added to the gradient of query.
-  [[nodiscard]] InputGradients gradients(const State& state, const Tensor& dout, const Tensor& plus);
+  [[nodiscard]] InputGradients gradients(const State& s, const Tensor& dout, const Tensor& plus);
 
   Options options_;
 };
