@@ -11,14 +11,6 @@ using namespace cpu::FOVEA_ISA;
 
 // ---- elements
 
-/// Row r of a tile as floats: in place where it is fp32, else widened into `scratch`, which has room for a vector more.
-FOVEA_INLINE const float* as_floats(const Rows& rows, i64 r, i64 columns, float* scratch) {
-  const char* row = rows.data + r * rows.stride;
-  if (rows.type == Element::kFloat32) return reinterpret_cast<const float*>(row);
-  widen_row(scratch, row, rows.type, columns, columns);
-  return scratch;
-}
-
 /// Up to a vector of elements, the missing ones 0.
 FOVEA_INLINE V read(const char* row, Element type, i64 at, i64 columns) {
   if (at + kWidth <= columns) return widen_vector(row + at * bytes(type), type);
