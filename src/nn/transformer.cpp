@@ -144,6 +144,10 @@ Array TransformerEncoderLayer::backward(const State& state, const Tensor& dout) 
   return or_out_of_memory([&] {
     check_features("dout", dout, options_.d_model, options_.dtype, options_.device, 2);
     check_same_rows("dout", dout, "src", state.src);
+    const Tensor& hidden = state.hidden.view();
+    if (!state.to_be_computed_again && hidden.shape[hidden.rank - 1] != options_.dim_feedforward) {
+      refuse("the state given to backward is of another layer's forward; give the one that this layer returned");
+    }
     const auto again = state.to_be_computed_again ? compute(state.src, state.call).state : nullptr;
     const State& s = again == nullptr ? state : *again;
     const Ops& ops = ops_of(options_.device);
@@ -246,6 +250,10 @@ TransformerEncoder::Result TransformerEncoder::forward(const Tensor& src, const 
 Array TransformerEncoder::backward(const State& state, const Tensor& dout) {
   return or_out_of_memory([&] {
     const State& s = state;
+    if (s.layers.size() != layers.size()) {
+      refuse("the state given to backward has ", s.layers.size(), " layers but this stack ", layers.size(),
+             "; give the one that this stack's forward returned");
+    }
     Array gradient;
     Tensor d = dout;
     if (norm) {

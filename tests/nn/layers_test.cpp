@@ -496,5 +496,25 @@ TEST(Layers, RefuseWhatCannotBeInOneSentence) {
                "layers run on the CPU alone so far"));
 }
 
+TEST(Layers, RefuseTheStateOfAnother) {
+  auto options = dropping();
+  const Array x = random_array({1, 5, 24}, 1);
+  AttentionCall call;
+  call.training = true;
+  TransformerEncoderLayer layer(options);
+  options.dim_feedforward = 41;
+  TransformerEncoderLayer wider(options);
+  TransformerEncoder stack({.layer = dropping(), .num_layers = 2}), longer({.layer = dropping(), .num_layers = 3});
+  const auto of_layer = layer.forward(x.view(), call);
+  EXPECT_TRUE(
+      contains(refusal([&] { (void)wider.backward(*of_layer.state, x.view()); }), "of another layer's forward"));
+  const auto of_stack = stack.forward(x.view(), call);
+  EXPECT_TRUE(contains(refusal([&] { (void)longer.backward(*of_stack.state, x.view()); }), "has 2 layers"));
+  MultiheadAttention narrow({.embed_dim = 24, .num_heads = 4, .batch_first = true});
+  MultiheadAttention wide({.embed_dim = 24, .num_heads = 4, .batch_first = true, .head_dim = 7});
+  const auto of_attention = narrow.forward(x.view(), x.view(), x.view(), call);
+  EXPECT_TRUE(contains(refusal([&] { (void)wide.backward(*of_attention.state, x.view()); }), "of another layer's"));
+}
+
 }  // namespace
 }  // namespace fovea::test
