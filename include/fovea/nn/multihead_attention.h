@@ -66,8 +66,11 @@ class FOVEA_API MultiheadAttention : public Module {
   /// What backward needs of a forward: copies of nothing, views of its inputs, which must live as long.
   struct State;
   struct Result {
-    Array out;      ///< shape of query with embed_dim features
-    Array weights;  ///< where call.need_weights: [B, Sq, Skv], or [B, H, Sq, Skv] where not averaged; after dropout
+    Array out;  ///< shape of query with embed_dim features
+    /// Where call.need_weights: [B, Sq, Skv], or [B, H, Sq, Skv] where not averaged, without B where query has none;
+    /// after dropout, with a column more for add_bias_kv, and for add_zero_attn (shown before dropout: it has no
+    /// value).
+    Array weights;
     std::shared_ptr<const State> state;
   };
 
