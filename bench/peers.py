@@ -25,15 +25,33 @@ from torch.nn.functional import scaled_dot_product_attention
 
 HERE = Path(__file__).resolve().parent
 PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+DEVICE = "cuda"  # bench/peers_cpu.py says "cpu"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FLUSH_BYTES = 256 << 20  # more than any L2
+# Of the papers' grid, 512 to 16384: the best of FlashAttention-3, FlashAttention-4 and cuDNN as a multiple of cuDNN, each
+# measured beside cuDNN on an H100.
+TO_BEAT = {
+    ("forward", 64, False): (1.00, 1.00, 1.05, 1.10, 1.23, 1.20),
+    ("forward", 64, True): (1.00, 1.00, 1.02, 1.04, 1.19, 1.17),
+    ("forward", 128, False): (1.00, 1.05, 1.04, 1.09, 1.09, 1.13),
+    ("forward", 128, True): (1.00, 1.03, 1.11, 1.15, 1.15, 1.19),
+    ("forward", 256, False): (1.00, 1.06, 1.07, 1.11, 1.13, 1.07),
+    ("forward", 256, True): (1.00, 1.03, 1.08, 1.14, 1.17, 1.18),
+    ("backward", 64, False): (1.23, 1.17, 1.14, 1.16, 1.24, 1.18),
+    ("backward", 64, True): (1.22, 1.27, 1.23, 1.20, 1.22, 1.25),
+    ("backward", 128, False): (1.05, 1.11, 1.13, 1.13, 1.15, 1.13),
+    ("backward", 128, True): (1.09, 1.11, 1.12, 1.12, 1.17, 1.18),
+    ("backward", 256, False): (1.21, 1.22, 1.19, 1.23, 1.28, 1.30),
+    ("backward", 256, True): (1.04, 1.12, 1.17, 1.21, 1.20, 1.24),
+}
+GRID_TOKENS, GRID_WIDTH = 16384, 2048
 HEAD_START_CYCLES = 500_000  # the GPU waits so long that Python has queued what is timed
 
 
 # ---- the C door --------------------------------------------------------------------------------------------------------
 
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3, torch.int32: 4}
-CUDA = 1
+CPU, CUDA = 0, 1
 
 
 class CDevice(ctypes.Structure):
@@ -43,6 +61,15 @@ class CDevice(ctypes.Structure):
 class CTensor(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32), ("rank", ctypes.c_int32), ("device", CDevice),
                 ("shape", ctypes.c_int64 * 4), ("strides", ctypes.c_int64 * 4)]
+
+
+def c_device():
+    return CDevice(CUDA, torch.cuda.current_device(), 0) if DEVICE == "cuda" else CDevice(CPU, 0, 0)
+
+
+def synchronize():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def sized_struct(name, tensors):
@@ -59,7 +86,7 @@ def filled(struct, tensors):
     """A sized struct that points at these tensors' memory."""
     made = struct(size=ctypes.sizeof(struct))
     for name, t in tensors.items():
-        view = CTensor(data=t.data_ptr(), dtype=CODES[t.dtype], rank=t.dim(), device=CDevice(CUDA, t.device.index or 0, 0))
+        view = CTensor(data=t.data_ptr(), dtype=CODES[t.dtype], rank=t.dim(), device=c_device())
         view.shape[: t.dim()] = t.shape
         view.strides[: t.dim()] = t.stride()
         setattr(made, name, ctypes.pointer(view))
@@ -91,18 +118,18 @@ class FoveaPlan:
 
     def __init__(self, library, line, inputs, outputs):
         self.library, self.handle = library, ctypes.c_void_p()
-        device = CDevice(CUDA, torch.cuda.current_device(), 0)
+        device = c_device()
         library.check(library.c.fovea_plan_from_line(line.encode(), ctypes.byref(device), None, ctypes.byref(self.handle)))
         size = ctypes.c_size_t()
         library.check(library.c.fovea_plan_workspace_bytes(self.handle, ctypes.byref(size)))
         self.workspace_bytes = size.value
-        self.workspace = torch.empty(max(size.value, 64), dtype=torch.uint8, device="cuda")
+        self.workspace = torch.empty(max(size.value, 64), dtype=torch.uint8, device=DEVICE)
         self.tensors = (inputs, outputs)  # alive as long as the plan
         self.inputs, self.outputs = filled(CInputs, inputs), filled(COutputs, outputs)
         self.report = library.c.fovea_plan_report(self.handle).decode()
 
     def __call__(self):
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else None
         self.library.check(self.library.c.fovea_plan_execute(self.handle, ctypes.byref(self.inputs), ctypes.byref(self.outputs),
                                                              self.workspace.data_ptr(), stream))
 
@@ -151,6 +178,14 @@ class Problem:
         pairs = sum(n * n for n in self.documents) or self.batch * self.sq * self.skv
         return 2 * (self.d + self.dv) * self.hq * pairs * (0.5 if self.causal else 1) * (2.5 if direction == "backward" else 1)
 
+    def to_beat(self, direction):
+        """How many times as fast as cuDNN the best of its kind is, for a cell of the papers' grid, else None."""
+        row = TO_BEAT.get((direction, self.d, self.causal))
+        cell = self.batch * self.sq == GRID_TOKENS and self.hq * self.d == GRID_WIDTH and self.hq == self.hkv
+        plain = self.dv == self.d and self.skv == self.sq and self.dtype == torch.bfloat16 and not set(self.options) - {"causal"}
+        at = self.sq.bit_length() - 10
+        return row[at] if row and cell and plain and 0 <= at < len(row) and self.sq == 512 << at else None
+
     def bytes_forward(self):
         rows = self.batch * (self.hq * self.sq * (self.d + self.dv) + self.hkv * self.skv * (self.d + self.dv))
         return rows * self.dtype.itemsize
@@ -160,10 +195,10 @@ class Tensors:
     """Random tensors of a problem as [batch, seqlen, heads, dim], or packed, and what else it names."""
 
     def __init__(self, p):
-        generator = torch.Generator("cuda").manual_seed(1)
+        generator = torch.Generator(DEVICE).manual_seed(1)
 
         def normal(*shape, dtype=p.dtype):
-            return torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
+            return torch.randn(shape, generator=generator, device=DEVICE, dtype=dtype)
 
         def rows(seqlen, heads, dim):
             return normal(sum(p.documents), heads, dim) if p.documents else normal(p.batch, seqlen, heads, dim)
@@ -181,21 +216,21 @@ class Tensors:
         if "mask" in p.options:
             shape = extent(p.options["mask"])
             block = 128 if "blocks of 128" in p.name else 1
-            seen = torch.rand([*shape[:2], *(-(-n // block) for n in shape[2:])], generator=generator, device="cuda")
+            seen = torch.rand([*shape[:2], *(-(-n // block) for n in shape[2:])], generator=generator, device=DEVICE)
             seen = seen < (0.5 if block > 1 else 0.9)
             seen = seen.repeat_interleave(block, 2).repeat_interleave(block, 3) if block > 1 else seen
             self.named["mask"] = seen[:, :, : shape[2], : shape[3]].contiguous()
         if "bias" in p.options:
             self.named["bias"] = normal(*extent(p.options["bias"]))
         if "alibi" in p.options:
-            self.named["alibi_slopes"] = torch.tensor([2.0 ** (-8 * (h + 1) / p.hq) for h in range(p.hq)], device="cuda")
+            self.named["alibi_slopes"] = torch.tensor([2.0 ** (-8 * (h + 1) / p.hq) for h in range(p.hq)], device=DEVICE)
         if "sink" in p.options:
             self.named["sink"] = normal(p.hq, dtype=torch.float32)
         if "kvlen" in p.options:
             lengths = [int(x) for x in p.options["kvlen"].split(",")]
-            self.named["kv_lengths"] = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+            self.named["kv_lengths"] = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
         if p.documents:
-            ends = torch.tensor([0] + p.documents).cumsum(0).to(torch.int32).cuda()
+            ends = torch.tensor([0] + p.documents).cumsum(0).to(torch.int32).to(DEVICE)
             self.named["cu_seqlens_q"] = self.named["cu_seqlens_kv"] = ends
 
     def fovea(self, library, p, direction):
@@ -213,11 +248,11 @@ class Tensors:
             return None
         mask = self.named.get("mask")
         if "kv_lengths" in self.named:
-            keys = torch.arange(p.skv, device="cuda")
+            keys = torch.arange(p.skv, device=DEVICE)
             mask = (keys < self.named["kv_lengths"][:, None])[:, None, None, :]
         if "bias" in self.named:
             bias = self.named["bias"]
-            mask = bias if mask is None else torch.where(mask, bias, torch.tensor(-math.inf, dtype=p.dtype, device="cuda"))
+            mask = bias if mask is None else torch.where(mask, bias, torch.tensor(-math.inf, dtype=p.dtype, device=DEVICE))
         if mask is not None:
             mask = mask.expand(p.batch, p.hq, p.sq, p.skv)
         q, k, v = (t.transpose(1, 2).detach() for t in (self.q, self.k, self.v))
@@ -307,7 +342,7 @@ def contenders_of(library, p, direction, tensors):
                     refusals[name] = "has no such option"
                     continue
                 work()
-                torch.cuda.synchronize()
+                synchronize()
                 ready[name] = work
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 refusals[name] = why_not(error, warned)
@@ -328,7 +363,8 @@ def measure(library, clock, p, direction):
         row["report"] = ready["fovea"].report
         ours = row["milliseconds"]["fovea"]
         row["speedup"] = {name: ms / ours for name, ms in row["milliseconds"].items() if name != "fovea"}
-        peer = next((name for name in ("cudnn", "flash", "efficient") if name in ready), None)
+        row["to_beat_over_cudnn"] = p.to_beat(direction)
+        peer = next((name for name in ("cudnn", "flash", "efficient", "math") if name in ready), None)
         if peer and "dropout" not in p.options:
             ready["fovea"]()
             row["difference"] = difference(results_of(tensors, direction, None), results_of(tensors, direction, ready[peer]()))
@@ -370,6 +406,8 @@ def tell(row, plain):
     ratios = [f"{row['speedup'][name]:6.2f}" if name in row.get("speedup", {}) else "     -" for name in PEERS]
     label = row["name"] or row["line"].split(" ", 2)[2].replace("=bottom_right", "")
     text = f"{label:32.32} {row['pass']:8} {row['milliseconds'].get('fovea', math.nan):8.3f} {' '.join(words)}  {' '.join(ratios)}"
+    if row.get("to_beat_over_cudnn"):
+        text += f"  {row['to_beat_over_cudnn']:5.2f} to beat"
     if plain and "fovea" in row["milliseconds"]:
         row["over_plain"] = row["milliseconds"]["fovea"] / plain
         text += f"  {row['over_plain']:5.2f}"

@@ -85,6 +85,35 @@ TEST(Dispatch, AGpuProblemIsNeverSentToTheCpu) {
   EXPECT_NE(sentence.find("sm_60"), std::string::npos) << sentence;
 }
 
+TEST(Dispatch, HopperHasKernelsOfItsOwnAndSaysWhatTheyDoNotRun) {
+  const auto report = [](const std::string& line, int capability = 90, const std::string& backend = "cuda_hopper") {
+    return explain(parse_problem(line), {.kind = DeviceKind::kCuda, .index = 0, .compute_capability = capability},
+                   {.backend = backend});
+  };
+  for (const char* line : {
+           "fwd bf16 b2 hq4 sq512 d128 causal=bottom_right",
+           "fwd fp16 b1 hq4 hkv2 sq100 skv300 d40 dv128 window=16,8 mask=b1qk bias=1hqk dropout=0.1",
+           "fwd bf16 hq2 d256 packed=100+200 alibi softcap=30 sink",
+       }) {
+    EXPECT_EQ(report(line).backend, "cuda_hopper") << line;
+    EXPECT_EQ(report(line, 80).backend, "") << line;
+    EXPECT_EQ(report(line, 100).backend, "") << line;
+    EXPECT_EQ(report(line, 90, "").backend, "cuda_portable") << line;
+  }
+  for (const auto& [line, why] : {
+           std::pair{"fwd fp32 b1 hq1 sq512 d64", "not fp32"},
+           std::pair{"fwd bf16 b1 hq1 sq512 d36 dv40", "head_dim (36) is no multiple of 8"},
+           std::pair{"fwd bf16 b1 hq1 sq512 d40 dv264", "head_dim_v (264) is above 256"},
+           std::pair{"fwd bf16 b1 hq8 hkv2 sq16 skv4096 d128", "seqlen_q (16) is short"},
+           std::pair{"fwd bf16 b1 hq1 sq512 d256 mask=b1qk bias=1hqk", "no tile of head_dim 256"},
+           std::pair{"bwd bf16 b1 hq1 sq512 d64", "no backward pass"},
+       }) {
+    const Report told = report(line);
+    EXPECT_EQ(told.backend, "") << line;
+    EXPECT_NE(to_string(told).find(why), std::string::npos) << to_string(told);
+  }
+}
+
 TEST(Dispatch, StrictModeAcceptsTheFirstChoice) {
   EXPECT_EQ(plan_forward(kProblem, {}, {.strict = true}).report().backend, "cpu_" + cpu::available_isas().front());
 }

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("include", "src", "tools", "tests", "bench", "docs", "examples", "cmake", ".ci")
+FOLDERS = ("include", "src", "tools", "tests", "bench", "docs", "examples", "cmake", "python", ".ci")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`((?:%s)/[^`\s]*)`" % "|".join(re.escape(folder) for folder in FOLDERS))
 

@@ -22,6 +22,7 @@
 #include "cuda/jit/record.h"
 #include "cuda/jit/render.h"
 #include "cuda/jit/sha256.h"
+#include "cuda/jit/wgmma_text.h"
 #include "tests/support.h"
 
 namespace fovea::cuda::jit {
@@ -144,6 +145,42 @@ TEST(Render, IsStable) {
             "forward_bf16_d64_dv32_deterministic");
 }
 
+TEST(Render, TakesTextThatATemplateNeedsAndWhatItIsMadeFor) {
+  Template kernel = kForward;
+  kernel.text = "struct Toy {};\n\n";
+  kernel.own = true;
+  const KernelRequest request = render(kernel, ForwardSpec{}, 90);
+  EXPECT_TRUE(contains(request.unit, "namespace fovea::cuda {\n\nstruct Toy {};\n\nconstexpr ForwardSpec kSpec{"));
+  EXPECT_EQ(target_of(request), "sm_90a");
+  EXPECT_EQ(target_of(render(kForward, ForwardSpec{}, 90)), "sm_90");
+  EXPECT_NE(content_key(request), content_key(render(kForward, ForwardSpec{}, 90)));
+}
+
+/// How often `part` stands in `text`.
+int count(const std::string& text, const std::string& part) {
+  int times = 0;
+  for (std::size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) ++times;
+  return times;
+}
+
+TEST(Render, NamesEveryRegisterOfAProductOnce) {
+  for (const int columns : {8, 80, 128, 256}) {
+    const std::string text = wgmma_text(Type::kFloat16, {columns});
+    EXPECT_TRUE(contains(text, "m64n" + std::to_string(columns) + "k16.f32.f16.f16"));
+    for (int i = 0; i < columns / 2; ++i) {
+      const std::string result = "\"+f\"(c[" + std::to_string(i / 4) + "].x[" + std::to_string(i % 4) + "])";
+      EXPECT_EQ(count(text, result), 2) << "one in each of the two products: " << result;
+    }
+    EXPECT_FALSE(contains(text, "c[" + std::to_string(columns / 8) + "]"));
+    // Behind the results: A in one or four operands, B, and whether something is added to.
+    const std::string first = "%" + std::to_string(columns / 2);
+    EXPECT_TRUE(contains(text, "}, \"\n        \"" + first + ", %" + std::to_string(columns / 2 + 1) + ", more"));
+    EXPECT_TRUE(contains(text, "{" + first + ", "));
+    EXPECT_TRUE(contains(text, ", %" + std::to_string(columns / 2 + 5) + ", 0;"));
+  }
+  EXPECT_EQ(wgmma_text(Type::kBFloat16, {64, 64}), wgmma_text(Type::kBFloat16, {64})) << "defined once";
+}
+
 TEST(Key, IsTheContentsAndNothingElse) {
   std::set<std::string> keys{content_key(kToy)};
   KernelRequest other = kToy;
@@ -185,6 +222,12 @@ TEST(Arch, OfAGpuIsTheNewestOfItsGeneration) {
   EXPECT_EQ(arch_of(121), 120);
   EXPECT_EQ(arch_of(70), 0);
   EXPECT_EQ(arch_of(200), 0);
+}
+
+TEST(Log, ALossThatTheAssemblerCallsInformationIsAWarning) {
+  Binary binary;
+  read_log("ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized\n", binary);
+  EXPECT_TRUE(contains(binary.warnings, "C7510")) << binary.warnings;
 }
 
 TEST(Log, IsReadForWhatMattersAndForWarnings) {

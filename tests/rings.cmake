@@ -68,7 +68,7 @@ fovea_add_ring(install tree bash ${CMAKE_CURRENT_SOURCE_DIR}/install_test.sh ${P
 # No object compiled for one instruction set may lend code to the others; without optimisation nothing is inlined, so
 # only an optimised build can tell.
 if(CMAKE_BUILD_TYPE STREQUAL "Release")
-  foreach(isa IN ITEMS portable avx2 avx512)
+  foreach(isa IN ITEMS portable avx2 avx512 avx512_bf16 amx)
     if(TARGET fovea_flash_${isa})
       fovea_add_ring(isa_objects_${isa} tree
         bash ${CMAKE_CURRENT_SOURCE_DIR}/isa_objects_test.sh ${isa} $<TARGET_OBJECTS:fovea_flash_${isa}>
@@ -85,4 +85,25 @@ elseif(FOVEA_SANITIZER STREQUAL "thread")
     COMPILE_OPTIONS -fno-sanitize=thread COMPILE_DEFINITIONS run_tasks=run_tasks_unseen
   )
   target_sources(fovea_objects PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/tsan_threads.cpp)
+endif()
+
+# The Python package, which `./dev test` builds and installs into an environment of its own beforehand: its tests, the
+# tutorial, a real model and a small one in training.
+if(NOT FOVEA_SANITIZER)
+  add_library(fovea_judge SHARED python/judge.cpp)
+  target_link_libraries(fovea_judge PRIVATE fovea_tools fovea_internal fovea_warnings)
+  function(fovea_add_python name)
+    fovea_add_ring(python_${name} tree bash ${CMAKE_CURRENT_SOURCE_DIR}/python/run.sh ${PROJECT_SOURCE_DIR}/build/venv ${ARGN})
+    set_tests_properties(python_${name} PROPERTIES WORKING_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}
+      ENVIRONMENT "FOVEA_JUDGE=$<TARGET_FILE:fovea_judge>;OMP_NUM_THREADS=1;TORCHINDUCTOR_COMPILE_THREADS=1"
+    )
+  endfunction()
+  foreach(part arrays torch sdpa flash_attn jax random_problems package)
+    fovea_add_python(${part} -m pytest -q -c ${PROJECT_SOURCE_DIR}/pyproject.toml ${CMAKE_CURRENT_SOURCE_DIR}/python/test_${part}.py)
+  endforeach()
+  # What measures time wants the machine for itself.
+  set_tests_properties(python_package PROPERTIES RUN_SERIAL TRUE)
+  fovea_add_python(tutorial ${PROJECT_SOURCE_DIR}/examples/python/five_cliffs.py)
+  fovea_add_python(minilm ${PROJECT_SOURCE_DIR}/examples/python/minilm.py)
+  fovea_add_python(gpt ${PROJECT_SOURCE_DIR}/examples/python/train_gpt.py --steps 40 --seqlen 96 --dim 64)
 endif()

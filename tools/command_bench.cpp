@@ -68,19 +68,25 @@ class Ceilings {
   void measure(const std::string& isa) {
     constexpr double kSeconds = 0.15;
     double& rate = rates_[isa];
-    rate = std::max(rate, isa.empty() ? place_.copy_rate() : fma_rate(isa, threads_, kSeconds));
+    rate = std::max(rate,
+                    isa.empty() ? place_.copy_rate() : fma_rate(name_of(isa), isa != name_of(isa), threads_, kSeconds));
   }
   [[nodiscard]] double rate(const std::string& isa) const { return rates_.at(isa); }
 
-  /// The instruction set that a backend's name ends in, else the best there is; none on a GPU.
-  [[nodiscard]] std::string isa_of(const std::string& backend) const {
+  /// The instruction set that a backend's name ends in, else the best there is, and " bf16" if it multiplies pairs of
+  /// that; none on a GPU.
+  [[nodiscard]] std::string isa_of(const std::string& backend, DType dtype) const {
     if (place_.on_gpu()) return {};
     const std::vector<std::string> isas = cpu::available_isas();
     const auto named = std::ranges::find_if(isas, [&](const std::string& isa) { return backend.ends_with("_" + isa); });
-    return named == isas.end() ? isas.front() : *named;
+    const std::string isa = named == isas.end() ? isas.front() : *named;
+    return isa + (dtype == DType::kBFloat16 && multiplies_pairs(isa) ? kPairs : "");
   }
 
  private:
+  static constexpr const char* kPairs = " bf16";
+  static std::string name_of(const std::string& isa) { return isa.substr(0, isa.find(kPairs)); }
+
   Place& place_;
   int threads_;
   std::map<std::string, double> rates_;
@@ -134,7 +140,7 @@ std::vector<Result> Bench::run_pass(Direction pass, const Workload& work, const 
     executions.emplace_back([this, &call, &contender] {
       return place_.seconds_of([&] { call.execute(contender.plan, contender.workspace); });
     });
-    ceilings_.measure(ceilings_.isa_of(contender.plan.report().backend));
+    ceilings_.measure(ceilings_.isa_of(contender.plan.report().backend, work.problem().dtype));
   }
   const std::vector<Timing> timings = measure(executions, asked_.effort, progress);
   std::vector<Result> results;
@@ -149,7 +155,7 @@ std::vector<Result> Bench::run_pass(Direction pass, const Workload& work, const 
     result.plan_seconds = contenders[i].plan_seconds;
     result.workspace_bytes = report.workspace_bytes;
     result.details = report.details;
-    result.isa = ceilings_.isa_of(report.backend);
+    result.isa = ceilings_.isa_of(report.backend, work.problem().dtype);
     ceilings_.measure(result.isa);
     if (i > 0) {
       result.against = results.front().backend;
@@ -221,7 +227,7 @@ void Bench::print_problem(const Terminal& terminal, const std::vector<Result>& r
   }
   for (const auto& [isa, rate] : ceilings) {
     note(isa.empty() ? fmt::format("copies measured in this run: {} GB/s read and written", number_text(rate / 1e9))
-                     : fmt::format("FMA rate measured in this run: {} GFLOP/s fp32, {}, {} thread{}",
+                     : fmt::format("FMA rate measured in this run: {} GFLOP/s, {}, {} thread{}",
                                    number_text(rate / 1e9), isa, threads_, threads_ == 1 ? "" : "s"));
   }
 }

@@ -34,10 +34,13 @@ std::vector<FmaRate> fma_rates(int threads) {
   std::vector<FmaRate> rates;
   const std::vector<std::string> isas = cpu::available_isas();
   for (const std::string& isa : isas) {
-    bar.show(static_cast<double>(rates.size()) / static_cast<double>(isas.size()), "multiply-add rate of " + isa);
-    FmaRate rate{isa, fma_rate(isa, 1, kRateSeconds)};
-    rate.all = threads > 1 ? fma_rate(isa, threads, kRateSeconds) : rate.one;
-    rates.push_back(std::move(rate));
+    for (const bool pairs : {false, true}) {
+      if (pairs && !multiplies_pairs(isa)) continue;
+      bar.show(static_cast<double>(rates.size()) / static_cast<double>(2 * isas.size()), "multiply-add rate of " + isa);
+      FmaRate rate{isa + (pairs ? " bf16" : ""), fma_rate(isa, pairs, 1, kRateSeconds)};
+      rate.all = threads > 1 ? fma_rate(isa, pairs, threads, kRateSeconds) : rate.one;
+      rates.push_back(std::move(rate));
+    }
   }
   return rates;
 }
@@ -157,7 +160,7 @@ void print_cpu(const Terminal& terminal, const Diagnosis& found) {
   if (found.pinned != nullptr)
     terminal.write(labelled(terminal, "pinned to", fmt::format("{} (FOVEA_CPU_ISA)", found.pinned)));
 
-  Table rates({{"fp32 multiply-add, GFLOP/s"}, {"1 thread", true}, {fmt::format("{} threads", found.threads), true}});
+  Table rates({{"multiply-add, GFLOP/s"}, {"1 thread", true}, {fmt::format("{} threads", found.threads), true}});
   for (const FmaRate& rate : found.rates) {
     rates.add({{rate.isa, Ink::kAccent}, {number_text(rate.one / 1e9)}, {number_text(rate.all / 1e9)}});
   }

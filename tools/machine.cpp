@@ -56,12 +56,16 @@ Processor processor() {
   return found;
 }
 
-double fma_rate(const std::string& isa, int threads, double seconds) {
+bool multiplies_pairs(const std::string& isa) { return cpu::flash_kernels(isa).pairs; }
+
+double fma_rate(const std::string& isa, bool pairs, int threads, double seconds) {
+  const cpu::FlashKernels& kernels = cpu::flash_kernels(isa);
   struct Run {
-    const cpu::FlashKernels& kernels;
+    double (*multiply_add)(std::int64_t rounds);
     std::vector<double> flops;
     std::int64_t rounds;
-  } run{cpu::flash_kernels(isa), std::vector<double>(static_cast<std::size_t>(threads)), 20000};
+  } run{pairs ? kernels.multiply_add_pairs : kernels.multiply_add,
+        std::vector<double>(static_cast<std::size_t>(threads)), 20000};
   double best = 0.0, spent = 0.0;
   while (spent < seconds) {
     const auto start = std::chrono::steady_clock::now();
@@ -69,7 +73,7 @@ double fma_rate(const std::string& isa, int threads, double seconds) {
         threads, threads,
         [](void* context, std::int64_t index, int /*worker*/) {
           auto& my = *static_cast<Run*>(context);
-          my.flops[static_cast<std::size_t>(index)] = my.kernels.multiply_add(my.rounds);
+          my.flops[static_cast<std::size_t>(index)] = my.multiply_add(my.rounds);
         },
         &run);
     const double took = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -19,8 +19,11 @@ struct Processor {
 };
 [[nodiscard]] Processor processor();
 
-/// Peak fp32 rate in FLOP/s (a multiply-add is two) that `threads` threads reach with independent FMAs of one
-/// instruction set, measured for about `seconds`: the ceiling that kernels are held against.
-[[nodiscard]] double fma_rate(const std::string& isa, int threads, double seconds);
+/// Whether an instruction set multiplies pairs of bf16, at a rate of their own.
+[[nodiscard]] bool multiplies_pairs(const std::string& isa);
+
+/// Peak rate in FLOP/s (a multiply-add is two) that `threads` threads reach with independent FMAs of one instruction
+/// set, or with products of bf16 pairs, measured for about `seconds`: the ceiling that kernels are held against.
+[[nodiscard]] double fma_rate(const std::string& isa, bool pairs, int threads, double seconds);
 
 }  // namespace fovea::tools

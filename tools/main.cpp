@@ -22,7 +22,7 @@ A problem is one line of text, as in
   fovea explain "fwd+bwd bf16 b2 hq16 hkv4 sq4096 d128 causal=bottom_right"
 
 Environment:
-  FOVEA_CPU_ISA    avx512, avx2 or portable: the only CPU instruction set to use
+  FOVEA_CPU_ISA    amx, avx512, avx512_bf16, avx2 or portable: the only CPU instruction set to use
   FOVEA_JIT        on, cache or off: compile GPU kernels; take what is cached; take what is in a pack
   FOVEA_CACHE_DIR  where compiled kernels are kept, instead of ~/.cache/fovea
   FOVEA_PACK       the pack of kernels to use, instead of fovea.pack beside the program

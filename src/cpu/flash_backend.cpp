@@ -2,6 +2,14 @@
 
 #include <fovea/error.h>
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 
@@ -20,6 +28,28 @@ struct Isa {
   FlashKernels kernels;
 };
 
+#ifdef __x86_64__
+/// Leaf 7 of cpuid, of whose bits not every compiler's __builtin_cpu_supports knows.
+struct Leaf7 {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  explicit Leaf7(unsigned subleaf) { __get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx); }
+};
+
+bool has_avx512_bf16() { return (Leaf7(1).eax >> 5 & 1U) != 0; }
+
+/// Linux gives a process the state of AMX when it asks for it.
+bool may_use_amx() {
+  const unsigned features = Leaf7(0).edx;
+  if ((features >> 22 & 1U) == 0 || (features >> 24 & 1U) == 0) return false;
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return ::syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 /// Every instruction set compiled in, best first.
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> list = [] {
@@ -30,7 +60,13 @@ const std::vector<Isa>& isas() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool bf16 = avx512 && has_avx512_bf16();
+    all.push_back(
+        {"amx", "AVX-512 BF16 and AMX BF16, or the system's leave to use them", bf16 && may_use_amx(), amx::kernels()});
+    all.push_back({"avx512_bf16", "AVX-512 F, BW, DQ, VL and BF16", bf16, avx512_bf16::kernels()});
     all.push_back({"avx512", "AVX-512 F, BW, DQ and VL", avx512, avx512::kernels()});
+    // On Intel's processors a dot product of pairs takes as long as four FMAs: floats are twice as fast.
+    if (__builtin_cpu_is("intel")) std::swap(all[1], all[2]);
     all.push_back({"avx2", "AVX2, FMA and F16C", avx2, avx2::kernels()});
 #endif
     all.push_back({"portable", "nothing", true, portable::kernels()});
@@ -123,16 +159,27 @@ void describe_sequences(const Problem& problem, const Inputs& in, Sequence* sequ
 // How work is cut.  What changes the order of additions (key splits, key blocks) depends on the problem alone, never on
 // the number of threads: the same bits on any number of them.
 constexpr i64 kEnoughTasks = 64;
-constexpr i64 kCachedFloats = 1 << 16;  // of a block, so that it stays in a 512 KiB L2 with what it meets
+constexpr i64 kCachedFloats = 1 << 17;  // of a block, so that it stays near in L2 with what it meets
 
-ForwardShape shape_forward(const Problem& problem, int workers, i64 panel_rows) {
+bool pairs(const Problem& problem, const FlashKernels& kernels) {
+  return kernels.pairs && problem.dtype == DType::kBFloat16;
+}
+
+/// Products of pairs are so fast that fetching rows again and again costs more than a block that outgrows the cache.
+i64 cached_floats(const Problem& problem, const FlashKernels& kernels) {
+  return pairs(problem, kernels) ? 2 * kCachedFloats : kCachedFloats;
+}
+
+ForwardShape shape_forward(const Problem& problem, int workers, const FlashKernels& kernels) {
   ForwardShape shape;
   shape.workers = workers;
   shape.max_rows = problem.seqlen_q * (problem.num_q_heads / problem.num_kv_heads);
   const i64 heads = problem.batch * problem.num_kv_heads;
-  const i64 cached = kCachedFloats / (problem.head_dim + problem.head_dim_v);
-  const i64 shared = ceil_div(heads * shape.max_rows, i64{4} * workers);  // four tasks a worker even out their ends
-  shape.block_rows = round_up(std::max<i64>(1, std::min({cached, shared, shape.max_rows})), panel_rows);
+  const i64 cached = cached_floats(problem, kernels) / (problem.head_dim + problem.head_dim_v);
+  const bool even = !math::BandRule::of(problem).bounded();
+  const i64 tasks_a_worker = pairs(problem, kernels) && even ? 2 : 4;  // even out their ends
+  const i64 shared = ceil_div(heads * shape.max_rows, tasks_a_worker * workers);
+  shape.block_rows = round_up(std::max<i64>(1, std::min({cached, shared, shape.max_rows})), kernels.panel_rows);
   shape.blocks = ceil_div(shape.max_rows, shape.block_rows);
   const i64 tasks = std::max<i64>(1, heads * ceil_div(shape.max_rows, kGroupRows));
   const i64 key_tiles = ceil_div(problem.seqlen_kv, kForwardKeys);
@@ -142,15 +189,17 @@ ForwardShape shape_forward(const Problem& problem, int workers, i64 panel_rows) 
   return shape;
 }
 
-BackwardShape shape_backward(const Problem& problem, int workers) {
+BackwardShape shape_backward(const Problem& problem, int workers, const FlashKernels& kernels) {
   BackwardShape shape;
   shape.workers = workers;
   shape.max_queries = problem.seqlen_q;
   shape.max_keys = problem.seqlen_kv;
   const i64 heads = problem.batch * problem.num_kv_heads, group = problem.num_q_heads / problem.num_kv_heads;
-  const i64 cached = kCachedFloats / 2 / (problem.head_dim + problem.head_dim_v);
+  const i64 cached = cached_floats(problem, kernels) / 2 / (problem.head_dim + problem.head_dim_v);
   const i64 shared = ceil_div(heads * shape.max_keys, kEnoughTasks);
-  shape.block_keys = std::max<i64>(kKeyTile, std::min(cached, std::max(shared, 2 * kKeyTile)) / kKeyTile * kKeyTile);
+  const auto whole_tiles = [](i64 keys) { return std::max(kKeyTile, round_up(keys, kKeyTile)); };
+  shape.blocks = ceil_div(shape.max_keys, whole_tiles(std::min(cached, shared)));
+  shape.block_keys = whole_tiles(ceil_div(shape.max_keys, std::max<i64>(1, shape.blocks)));  // as even as can be
   shape.blocks = ceil_div(shape.max_keys, shape.block_keys);
   shape.max_groups = ceil_div(problem.seqlen_q * group, kGroupRows);
   shape.total_groups =
@@ -167,11 +216,11 @@ class FlashPlan final : public PlannedKernel {
         sequences_bytes_(static_cast<std::size_t>(round_up(problem.batch * i64{sizeof(Sequence)}, 64))) {
     const auto count = static_cast<std::size_t>(workers);
     if (problem.direction == Direction::kBackward) {
-      backward_ = shape_backward(problem, workers);
+      backward_ = shape_backward(problem, workers, isa.kernels);
       const BackwardWorkspace w = isa.kernels.backward_workspace(call_, backward_);
       workspace_bytes_ = sequences_bytes_ + w.scratch * count + w.dq + w.stats + w.tickets + w.slopes;
     } else {
-      forward_ = shape_forward(problem, workers, isa.kernels.panel_rows);
+      forward_ = shape_forward(problem, workers, isa.kernels);
       const ForwardWorkspace w = isa.kernels.forward_workspace(call_, forward_);
       workspace_bytes_ = sequences_bytes_ + w.scratch * count + w.partials;
     }

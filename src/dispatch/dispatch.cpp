@@ -1,5 +1,6 @@
 #include "cpu/flash_backend.h"
 #include "cpu/reference_backend.h"
+#include "cuda/hopper_backend.h"
 #include "cuda/portable_backend.h"
 #include "dispatch/backend.h"
 
@@ -11,6 +12,7 @@ std::span<const std::unique_ptr<const Backend>> backends() {
   // The one list of who may run a problem, best first.  A new backend is one line here.
   static const std::vector<std::unique_ptr<const Backend>> list = [] {
     std::vector<std::unique_ptr<const Backend>> all;
+    all.push_back(cuda::make_hopper_backend());
     all.push_back(cuda::make_portable_backend());
     for (auto& flash : cpu::make_flash_backends()) all.push_back(std::move(flash));
     all.push_back(cpu::make_reference_backend());

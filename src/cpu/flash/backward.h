@@ -10,24 +10,36 @@
 // blocks: each row group has a ticket that says how many blocks have added, so the bits never depend on threads.
 namespace fovea::cpu::FOVEA_ISA {
 
+/// Of one row group.
+template <Word kWord>
+inline i64 dq_floats(const FlashCall& call) {
+  return kGroupRows * whole(call.head_dim, kRowStep<kWord>);
+}
+
+template <Word kWord>
 struct BackwardScratch {
-  RowGroup rows;
-  PackedRows k, v;     // of block_keys keys
-  PackedRows clean_k;  // k with rows that are not finite as 0
-  float *dk, *dv;      // [key][padded dim]
-  float* dq;           // [panel][dim][lane]
-  float* tile_sum;     // [kKeyTile][kGroupRows]: of dbias
-  double* dslopes;     // [head of the group]
+  RowGroup<kWord> rows;
+  PackedRows<kWord> k, v;     // of block_keys keys
+  PackedRows<kWord> clean_k;  // k with rows that are not finite as 0
+  PackedColumns<kWord> k_columns;
+  float *dk, *dv;   // [key][padded dim]
+  float* dq;        // [panel][dim][lane]
+  float* pairs;     // P, then dS, as pairs of lanes
+  float* tile_sum;  // [kKeyTile][kGroupRows]: of dbias
+  double* dslopes;  // [head of the group]
 
   BackwardScratch(Arena& arena, const FlashCall& call, const BackwardShape& shape)
       : rows(arena, call),
         k(arena, shape.block_keys, call.head_dim),
         v(arena, shape.block_keys, call.head_dim_v),
-        clean_k(arena, shape.block_keys, call.head_dim) {
-    dk = arena.take<float>(shape.block_keys * rows.padded);
-    dv = arena.take<float>(shape.block_keys * rows.padded_v);
-    dq = arena.take<float>(kGroupRows * call.head_dim);
-    tile_sum = arena.take<float>(kKeyTile * kGroupRows);
+        clean_k(arena, shape.block_keys, call.head_dim),
+        k_columns(arena, shape.block_keys, call.head_dim) {
+    constexpr i64 kTile = kKeyTile * kGroupRows, kPairs = kWord == Word::kPair ? kTile / 2 : 0;
+    dk = arena.take<float>(shape.block_keys * rows.q.padded);
+    dv = arena.take<float>(shape.block_keys * rows.dout.padded);
+    dq = arena.take<float>(dq_floats<kWord>(call));
+    pairs = arena.take<float>(kPairs);
+    tile_sum = arena.take<float>(kTile);
     dslopes = arena.take<double>(call.q_heads / call.kv_heads);
   }
 };
@@ -37,6 +49,7 @@ inline void await_turn(const std::int32_t* ticket, std::int32_t turn) {
   while (__atomic_load_n(ticket, __ATOMIC_ACQUIRE) != turn) sched_yield();
 }
 
+template <Word kWord>
 class Backward {
  public:
   Backward(const FlashCall& call, const BackwardShape& shape, std::byte* workspace) : call_(call), shape_(shape) {
@@ -57,9 +70,9 @@ class Backward {
 
   static BackwardWorkspace sizes(const FlashCall& call, const BackwardShape& shape) {
     Arena scratch(nullptr), dq(nullptr), stats(nullptr), tickets(nullptr), slopes(nullptr);
-    BackwardScratch(scratch, call, shape);
+    BackwardScratch<kWord>(scratch, call, shape);
     const i64 groups = call.kv_heads * shape.total_groups;
-    dq.take<float>(groups * kGroupRows * call.head_dim);
+    dq.take<float>(groups * dq_floats<kWord>(call));
     stats.take<float>(3 * groups * kGroupRows);
     tickets.take<std::int32_t>(groups);
     slopes.take<double>(!call.alibi ? 0 : call.batch * call.q_heads * shape.blocks);
@@ -112,9 +125,9 @@ class Backward {
     return {stats_.log2_lse + at, stats_.delta + at, stats_.sink + at};
   }
   [[nodiscard]] float* dq_sum(const Group& group) const {
-    return dq_ + slot(group.batch, group.kv_head, group.index) * kGroupRows * call_.head_dim;
+    return dq_ + slot(group.batch, group.kv_head, group.index) * dq_floats<kWord>(call_);
   }
-  [[nodiscard]] BackwardScratch scratch(int worker) const {
+  [[nodiscard]] BackwardScratch<kWord> scratch(int worker) const {
     Arena arena(scratch_ + scratch_bytes_ * static_cast<std::size_t>(worker));
     return {arena, call_, shape_};
   }
@@ -123,19 +136,20 @@ class Backward {
   void row_statistics(i64 task, int worker) {
     const Group group = group_of_task(task);
     const Context context{call_, call_.sequences[group.batch], group.batch};
-    const BackwardScratch my = scratch(worker);
+    const BackwardScratch<kWord> my = scratch(worker);
     const RowStats stats = this->stats(group.batch, group.kv_head);
-    float *out = my.rows.dout_rows, *dout = my.rows.dout_rows + my.rows.padded_v;
+    const i64 padded = my.rows.dout.padded;
+    float *out = my.rows.s, *dout = my.rows.s + padded;
     for (i64 r = group.first_row; r < group.first_row + group.rows; ++r) {
       const i64 i = r / group_size(), head = group.kv_head * group_size() + r % group_size();
       const float lse = i < context.sequence.band.seqlen_q ? *context.statistic(call_.lse, i, head) : -kInfinity;
       stats.log2_lse[r] = lse == -kInfinity ? kInfinity : lse * kLog2E;
       stats.delta[r] = stats.sink[r] = 0.0F;
       if (lse == -kInfinity) continue;
-      widen_row(out, context.q_row(call_.out, i, head), call_.type, call_.head_dim_v, my.rows.padded_v);
-      widen_row(dout, context.q_row(call_.dout, i, head), call_.type, call_.head_dim_v, my.rows.padded_v);
+      widen_row(out, context.q_row(call_.out, i, head), call_.type, call_.head_dim_v, padded);
+      widen_row(dout, context.q_row(call_.dout, i, head), call_.type, call_.head_dim_v, padded);
       V total{};
-      for (i64 c = 0; c < my.rows.padded_v; c += kWidth) total += load(out + c) * load(dout + c);
+      for (i64 c = 0; c < padded; c += kWidth) total += load(out + c) * load(dout + c);
       stats.delta[r] = sum(total) - (call_.dlse.data == nullptr ? 0.0F : *context.statistic(call_.dlse, i, head));
       if (call_.sink != nullptr)
         stats.sink[r] = -stats.delta[r] * __builtin_exp2f(call_.sink[head] * kLog2E - stats.log2_lse[r]);
@@ -151,7 +165,9 @@ class Backward {
     const Interval all{block * shape_.block_keys, math::smaller((block + 1) * shape_.block_keys, sequence.kv_rows)};
     if (all.empty()) return;
     const Interval keys{all.begin, math::smaller(all.end, sequence.band.seqlen_kv)};
-    BackwardScratch my = scratch(worker);
+    BackwardScratch<kWord> my = scratch(worker);
+    [[maybe_unused]] const Tiles tiles;
+    const i64 padded = my.rows.q.padded, padded_v = my.rows.dout.padded;
     my.k.pack(context, call_.k, keys, kv_head);
     my.v.pack(context, call_.v, keys, kv_head);
     if (my.k.any_bad) {
@@ -160,8 +176,9 @@ class Backward {
     } else {
       my.clean_k = my.k;
     }
-    for (i64 x = 0; x < (all.end - all.begin) * my.rows.padded; ++x) my.dk[x] = 0.0F;
-    for (i64 x = 0; x < (all.end - all.begin) * my.rows.padded_v; ++x) my.dv[x] = 0.0F;
+    my.k_columns.take(my.clean_k, keys.end - keys.begin);
+    for (i64 x = 0; x < whole(all.end - all.begin, kRowStep<kWord>) * padded; ++x) my.dk[x] = 0.0F;
+    for (i64 x = 0; x < whole(all.end - all.begin, kRowStep<kWord>) * padded_v; ++x) my.dv[x] = 0.0F;
     for (i64 g = 0; g < group_size(); ++g) my.dslopes[g] = 0.0;
 
     const Interval rows = sequence.band.rows_of_keys(keys);
@@ -173,7 +190,7 @@ class Backward {
     }
 
     for (i64 j = all.begin; j < all.end; ++j) {
-      float *dk = my.dk + (j - all.begin) * my.rows.padded, *dv = my.dv + (j - all.begin) * my.rows.padded_v;
+      float *dk = my.dk + (j - all.begin) * padded, *dv = my.dv + (j - all.begin) * padded_v;
       for (i64 c = 0; c < call_.head_dim; ++c) dk[c] *= call_.scale;
       narrow_row(const_cast<char*>(context.kv_row(call_.dk, j, kv_head)), dk, call_.type, call_.head_dim);
       narrow_row(const_cast<char*>(context.kv_row(call_.dv, j, kv_head)), dv, call_.type, call_.head_dim_v);
@@ -183,12 +200,16 @@ class Backward {
     }
   }
 
+  [[nodiscard]] float* dq_of(const BackwardScratch<kWord>& my, i64 panel) const {
+    return my.dq + panel * (dq_floats<kWord>(call_) / my.rows.kPanels);
+  }
+
   /// A block of keys against one row group: dv += Pᵀ dout, dk += dSᵀ q, and dq's part dS k, which waits for its turn.
-  void add_group(BackwardScratch& my, const Context& context, const Group& group, Interval keys, i64 block) {
+  void add_group(BackwardScratch<kWord>& my, const Context& context, const Group& group, Interval keys, i64 block) {
     my.rows.load_rows(context, {group_size(), group.kv_head * group_size(), group.first_row + group.rows},
                       group.first_row, stats(group.batch, group.kv_head));
-    const i64 dq_floats = kGroupRows * call_.head_dim;
-    for (i64 x = 0; x < dq_floats; ++x) my.dq[x] = 0.0F;
+    const i64 floats = dq_floats<kWord>(call_);
+    for (i64 x = 0; x < floats; ++x) my.dq[x] = 0.0F;
     for (i64 j = keys.begin; j < keys.end; j += kKeyTile) {
       add_tile(my, context, {j, math::smaller(j + kKeyTile, keys.end)}, j - keys.begin);
     }
@@ -197,22 +218,18 @@ class Backward {
     const auto turn = static_cast<std::int32_t>(block - first_block);
     float* sum = dq_sum(group);
     await_turn(ticket, turn);
-    for (i64 x = 0; x < dq_floats; x += kWidth)
+    for (i64 x = 0; x < floats; x += kWidth)
       store(sum + x, turn == 0 ? load(my.dq + x) : load(sum + x) + load(my.dq + x));
     __atomic_store_n(ticket, turn + 1, __ATOMIC_RELEASE);
   }
 
-  void add_tile(BackwardScratch& my, const Context& context, Interval keys, i64 at) {
-    RowGroup& rows = my.rows;
-    const i64 d = call_.head_dim, count = keys.end - keys.begin;
-    i64 first = RowGroup::kPanels, last = -1;  // panels that see something
-    for (i64 p = 0; p < RowGroup::kPanels; ++p) {
+  void add_tile(BackwardScratch<kWord>& my, const Context& context, Interval keys, i64 at) {
+    RowGroup<kWord>& rows = my.rows;
+    const i64 count = keys.end - keys.begin;
+    i64 first = rows.kPanels, last = -1;  // panels that see something
+    for (i64 p = 0; p < rows.kPanels; ++p) {
       const Tile ds = rows.tile_of(rows.ds, p, keys);
-      if (!rows.recompute(p, context, keys, my.k, my.v, at)) {
-        const Tile weights = rows.tile_of(rows.s, p, keys);
-        for_each_vector(ds, [&](i64 r, int lane, float* x) { store(x, V{}), store(weights.row(r) + lane, V{}); });
-        continue;
-      }
+      if (!rows.recompute(p, context, keys, my.k, my.v, at)) continue;
       first = math::smaller(first, p);
       last = p;
       if (call_.alibi) add_slope_gradient(my, context, ds, rows.panels[p]);
@@ -223,52 +240,58 @@ class Backward {
           store(x, load(x) == V{} ? V{} : load(x) * (splat(1.0F) - t * t));  // of a hidden entry t may be NaN
         });
       }
-      product<ALayout::kColumnMajor, Init::kAdd, kPanelVectors>(  // dqᵀ += Kᵀ dSᵀ
-          {my.clean_k.row(at), my.clean_k.stride, ds.data, kGroupRows, my.dq + p * kPanelRows * d, kPanelRows, count,
-           nullptr},
-          d);
+      const WordsOverKeys<kWord> ds_words(rows.extra, ds);
+      product<kWord, PackedColumns<kWord>::kLayout, Init::kAdd, kPanelVectors>(  // dqᵀ += Kᵀ dSᵀ
+          {my.k_columns.at(at), my.k_columns.stride, ds_words.data, ds_words.stride, dq_of(my, p), kPanelRows,
+           words_of<kWord>(count)},
+          call_.head_dim);
     }
     if (last < 0) return;
-    const i64 lane = first * kPanelRows, depth = (last + 1) * kPanelRows - lane;
-    product_wide<ALayout::kRowMajor, Init::kAdd>(  // dv += Pᵀ dout
-        {rows.s + lane, kGroupRows, rows.dout_rows + lane * rows.padded_v, rows.padded_v, my.dv + at * rows.padded_v,
-         rows.padded_v, depth, nullptr},
-        count, rows.padded_v / kWidth);
-    product_wide<ALayout::kRowMajor, Init::kAdd>(  // dk += dSᵀ q
-        {rows.ds + lane, kGroupRows, rows.q_rows + lane * rows.padded, rows.padded, my.dk + at * rows.padded,
-         rows.padded, depth, nullptr},
-        count, rows.padded / kWidth);
+    // The lanes of the panels from first to last, as whole words' depth.
+    constexpr i64 kStep = kDepthStep<kWord> * kPerWord<kWord>;
+    const i64 lane = first * kPanelRows / kStep * kStep, depth = words_of<kWord>((last + 1) * kPanelRows - lane);
+    const WordsOverRows<kWord> p_words(my.pairs, rows.s, count);
+    product_wide<kWord, ALayout::kRowMajor, Init::kAdd>(  // dv += Pᵀ dout
+        {p_words.from_row(lane), p_words.kStride, rows.dout.from_row(lane), rows.dout.padded,
+         my.dv + at * rows.dout.padded, rows.dout.padded, depth},
+        count, rows.dout.padded / kWidth);
+    const WordsOverRows<kWord> ds_words(my.pairs, rows.ds, count);
+    product_wide<kWord, ALayout::kRowMajor, Init::kAdd>(  // dk += dSᵀ q
+        {ds_words.from_row(lane), ds_words.kStride, rows.q.from_row(lane), rows.q.padded, my.dk + at * rows.q.padded,
+         rows.q.padded, depth},
+        count, rows.q.padded / kWidth);
     add_bad_rows(my, context, keys, at);
   }
 
   /// The entries whose row of q, k or dout is not finite, which the products saw as 0: only visible ones count.
-  void add_bad_rows(BackwardScratch& my, const Context& context, Interval keys, i64 at) {
-    RowGroup& rows = my.rows;
+  void add_bad_rows(BackwardScratch<kWord>& my, const Context& context, Interval keys, i64 at) {
+    const RowGroup<kWord>& rows = my.rows;
     const i64 size = bytes(call_.type);
     for (i64 x = 0; x < kGroupRows; ++x) {
       const Panel& panel = rows.panels[x / kPanelRows];
       const i64 lane = x % kPanelRows;
-      if (lane >= panel.rows || !(rows.bad_q[x] || rows.bad_dout[x] || my.k.any_bad)) continue;
+      if (lane >= panel.rows || !(rows.q.bad[x] || rows.dout.bad[x] || my.k.any_bad)) continue;
       const i64 i = panel.query[lane], head = panel.head[lane];
       for (i64 j = keys.begin; j < keys.end; ++j) {
         const i64 r = j - keys.begin;
-        if (!(rows.bad_q[x] || rows.bad_dout[x] || my.k.bad[at + r]) || !context.visible(i, j, head)) continue;
+        if (!(rows.q.bad[x] || rows.dout.bad[x] || my.k.bad[at + r]) || !context.visible(i, j, head)) continue;
         const float weight = rows.s[r * kGroupRows + x], ds = rows.ds[r * kGroupRows + x];
         const char *q = context.q_row(call_.q, i, head), *dout = context.q_row(call_.dout, i, head);
-        for (i64 c = 0; rows.bad_dout[x] && c < call_.head_dim_v; ++c) {
-          my.dv[(at + r) * rows.padded_v + c] += weight * widen(dout + c * size, call_.type);
+        const char* k = context.kv_row(call_.k, j, head / group_size());
+        for (i64 c = 0; rows.dout.bad[x] && c < call_.head_dim_v; ++c) {
+          my.dv[(at + r) * rows.dout.padded + c] += weight * widen(dout + c * size, call_.type);
         }
         for (i64 c = 0; c < call_.head_dim; ++c) {
-          if (rows.bad_q[x]) my.dk[(at + r) * rows.padded + c] += ds * widen(q + c * size, call_.type);
+          if (rows.q.bad[x]) my.dk[(at + r) * rows.q.padded + c] += ds * widen(q + c * size, call_.type);
           if (my.k.bad[at + r]) {
-            my.dq[(x / kPanelRows * call_.head_dim + c) * kPanelRows + lane] += ds * my.k.row(at + r)[c];
+            dq_of(my, x / kPanelRows)[c * kPanelRows + lane] += ds * widen(k + c * size, call_.type);
           }
         }
       }
     }
   }
 
-  void add_slope_gradient(BackwardScratch& my, const Context& context, const Tile& ds, const Panel& panel) {
+  void add_slope_gradient(BackwardScratch<kWord>& my, const Context& context, const Tile& ds, const Panel& panel) {
     const Distance distance(panel, context, ds.keys);
     alignas(64) float total[kPanelRows] = {};
     for_each_vector(ds, [&](i64 r, int lane, const float* x) {
@@ -281,15 +304,15 @@ class Backward {
   void store_dq(i64 task, int worker) {
     const Group group = group_of_task(task);
     const Context context{call_, call_.sequences[group.batch], group.batch};
-    const BackwardScratch my = scratch(worker);
+    const BackwardScratch<kWord> my = scratch(worker);
     const bool seen = !context.sequence.band.keys_of_rows(group.queries).empty();
     const float* sum = dq_sum(group);
     for (i64 x = 0; x < group.rows; ++x) {
       const i64 r = group.first_row + x;
-      const float* from = sum + x / kPanelRows * kPanelRows * call_.head_dim + x % kPanelRows;
-      for (i64 c = 0; c < call_.head_dim; ++c) my.rows.q_rows[c] = seen ? from[c * kPanelRows] * call_.scale : 0.0F;
+      const float* from = sum + x / kPanelRows * (dq_floats<kWord>(call_) / my.rows.kPanels) + x % kPanelRows;
+      for (i64 c = 0; c < call_.head_dim; ++c) my.rows.s[c] = seen ? from[c * kPanelRows] * call_.scale : 0.0F;
       const char* to = context.q_row(call_.dq, r / group_size(), group.kv_head * group_size() + r % group_size());
-      narrow_row(const_cast<char*>(to), my.rows.q_rows, call_.type, call_.head_dim);
+      narrow_row(const_cast<char*>(to), my.rows.s, call_.type, call_.head_dim);
     }
   }
 
@@ -342,7 +365,7 @@ class Backward {
     const i64 key_block = task % shape.key_blocks, row_block = task / shape.key_blocks % shape.row_blocks;
     const i64 head = task / shape.key_blocks / shape.row_blocks % shape.heads;
     const i64 batch = task / shape.key_blocks / shape.row_blocks / shape.heads;
-    BackwardScratch my = scratch(worker);
+    BackwardScratch<kWord> my = scratch(worker);
     const bool own_row = call_.dbias.query != 0, own_key = call_.dbias.key != 0;
     const Interval rows =
         own_row ? Interval{row_block * kGroupRows, math::smaller((row_block + 1) * kGroupRows, shape.rows)}
@@ -350,6 +373,7 @@ class Backward {
     const Interval keys = own_key
                               ? Interval{key_block * kKeyTile, math::smaller((key_block + 1) * kKeyTile, shape.keys)}
                               : Interval{0, shape.keys};
+    [[maybe_unused]] const Tiles tiles;
     for (i64 x = 0; x < kKeyTile * kGroupRows; ++x) my.tile_sum[x] = 0.0F;
     for (i64 b = call_.dbias.batch == 0 ? 0 : batch; b < (call_.dbias.batch == 0 ? call_.batch : batch + 1); ++b) {
       for (i64 h = call_.dbias.head == 0 ? 0 : head; h < (call_.dbias.head == 0 ? call_.q_heads : head + 1); ++h) {
@@ -371,8 +395,9 @@ class Backward {
     }
   }
 
-  /// Adds dS of some rows of one head against keys to the tile sum: entry (i, j) at (j mod kKeyTile, i mod kGroupRows).
-  void add_bias_gradient(BackwardScratch& my, i64 batch, i64 head, Interval queries, Interval keys) {
+  /// Adds dS of some rows of one head against keys to the tile sum: entry (i, j) at (j mod kKeyTile, i mod
+  /// kGroupRows).
+  void add_bias_gradient(BackwardScratch<kWord>& my, i64 batch, i64 head, Interval queries, Interval keys) {
     const Context context{call_, call_.sequences[batch], batch};
     const Sequence& sequence = context.sequence;
     const i64 kv_head = head / group_size();
@@ -385,7 +410,7 @@ class Backward {
       const Interval tile{j, math::smaller(j + kKeyTile, keys.end)};
       my.k.pack(context, call_.k, tile, kv_head);
       my.v.pack(context, call_.v, tile, kv_head);
-      for (i64 p = 0; p < RowGroup::kPanels; ++p) {
+      for (i64 p = 0; p < my.rows.kPanels; ++p) {
         if (!my.rows.recompute(p, context, tile, my.k, my.v, 0)) continue;
         const Tile sum = my.rows.tile_of(my.tile_sum, p, tile);
         for_each_vector(my.rows.tile_of(my.rows.ds, p, tile), [&](i64 r, int lane, const float* x) {

@@ -65,11 +65,14 @@ struct BackwardWorkspace {
 /// The door to the code of one instruction set.
 struct FlashKernels {
   int panel_rows;  // rows that one panel of vectors holds
+  bool pairs;      // whether bf16 is multiplied as it is, in pairs; all else is multiplied as floats
   ForwardWorkspace (*forward_workspace)(const FlashCall&, const ForwardShape&);
   void (*forward)(const FlashCall&, const ForwardShape&, std::byte* workspace);
   BackwardWorkspace (*backward_workspace)(const FlashCall&, const BackwardShape&);
   void (*backward)(const FlashCall&, const BackwardShape&, std::byte* workspace);
-  double (*multiply_add)(i64 rounds);  // runs independent FMAs, returns how many FLOPs that was
+  double (*multiply_add)(i64 rounds);        // runs independent FMAs, returns how many FLOPs that was
+  double (*multiply_add_pairs)(i64 rounds);  // the same with pairs of bf16; as floats where there are none
+  void (*exp2)(float* x, i64 count);         // in place, for tests; a whole number of vectors of any ISA: 16
 };
 
 namespace portable {
@@ -81,9 +84,15 @@ FlashKernels kernels();
 namespace avx512 {
 FlashKernels kernels();
 }
+namespace avx512_bf16 {
+FlashKernels kernels();
+}
+namespace amx {
+FlashKernels kernels();
+}
 
 // Multiples of 16, the keys that one draw of dropout bits spans, and of the rows that a product holds in registers.
-inline constexpr i64 kKeyTile = 48;      // keys of one tile in the backward
+inline constexpr i64 kKeyTile = 96;      // keys of one tile in the backward
 inline constexpr i64 kForwardKeys = 96;  // keys of one tile in the forward
 inline constexpr i64 kGroupRows = 96;    // rows of one tile in the backward; a multiple of every panel's rows
 

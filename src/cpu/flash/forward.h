@@ -7,29 +7,45 @@
 // the keys. S, P and the running statistics of one panel stay in L1; nothing of size seqlen_q × seqlen_kv exists.
 namespace fovea::cpu::FOVEA_ISA {
 
-/// What one worker needs, whatever the task.
-struct ForwardScratch {
-  Panel* panels;
-  float *q, *o;               // [panel][dim][lane]
-  float *maximum, *sum_of_p;  // [panel][lane], maximum in units of log2
-  PackedRows k, v;            // of kForwardKeys keys
-  float *s, *extra;           // [key][lane]: scores; bias or dropout
-  std::int32_t* mask;         // [key][lane]
-  float* row;                 // one row of q or out
+/// Keys that are packed together, and the strips in which a panel goes through them.  As pairs, P of all strips stays
+/// in L1, and O is loaded and stored once for them all.
+template <Word kWord>
+inline constexpr i64 kPackedKeys = kWord == Word::kPair ? 2 * kForwardKeys : kForwardKeys;
+template <Word kWord>
+inline constexpr i64 kStripKeys = kWord == Word::kPair ? kTileStrip : kForwardKeys;
 
-  ForwardScratch(Arena& arena, const FlashCall& call, const ForwardShape& shape) {
-    const i64 count = shape.block_rows / kPanelRows, tile = kForwardKeys * kPanelRows;
+/// What one worker needs, whatever the task.
+template <Word kWord>
+struct ForwardScratch {
+  i64 q_floats, o_floats;  // of a panel
+  Panel* panels;
+  float *q, *o;                 // [panel][word or dim][lane]
+  float *reference, *sum_of_p;  // [panel][lane], reference in units of log2
+  PackedRows<kWord> k, v;       // of kPackedKeys keys
+  PackedColumns<kWord> v_columns;
+  float *s, *extra;  // [key][lane]: scores; bias or dropout
+  float* pairs;      // [key / 2][lane] of kPackedKeys keys: P
+  float* mask;       // [key][lane]: −1 keeps
+  float* rows;       // of q or out, as they lie
+  bool* bad;         // [lane]
+
+  ForwardScratch(Arena& arena, const FlashCall& call, const ForwardShape& shape)
+      : q_floats(words_of<kWord>(call.head_dim) * kPanelRows), o_floats(whole(call.head_dim_v, kWidth) * kPanelRows) {
+    const i64 count = shape.block_rows / kPanelRows, tile = kStripKeys<kWord> * kPanelRows;
     panels = arena.take<Panel>(count);
-    q = arena.take<float>(count * call.head_dim * kPanelRows);
-    o = arena.take<float>(count * call.head_dim_v * kPanelRows);
-    maximum = arena.take<float>(count * kPanelRows);
+    q = arena.take<float>(count * q_floats);
+    o = arena.take<float>(count * o_floats);
+    reference = arena.take<float>(count * kPanelRows);
     sum_of_p = arena.take<float>(count * kPanelRows);
-    k = PackedRows(arena, kForwardKeys, call.head_dim);
-    v = PackedRows(arena, kForwardKeys, call.head_dim_v);
+    k = {arena, kPackedKeys<kWord>, call.head_dim};
+    v = {arena, kPackedKeys<kWord>, call.head_dim_v};
+    v_columns = {arena, kPackedKeys<kWord>, call.head_dim_v};
     s = arena.take<float>(tile);
     extra = arena.take<float>(tile);
-    mask = arena.take<std::int32_t>(tile);
-    row = arena.take<float>(math::larger(call.head_dim, call.head_dim_v));
+    pairs = arena.take<float>(kWord == Word::kPair ? kPackedKeys<kWord> / 2 * kPanelRows : 0);
+    mask = arena.take<float>(tile);
+    rows = arena.take<float>(kPanelRows * whole(math::larger(call.head_dim, call.head_dim_v), kWidth));
+    bad = arena.take<bool>(kPanelRows);
   }
 };
 
@@ -49,50 +65,84 @@ inline void add_bad_values(float* o, const Tile& p, const bool* bad, const Panel
   }
 }
 
-/// S becomes P = 2^(S − running maximum); the running maximum and sum move on.  `rescale` is what O has to be
-/// multiplied by.
-inline void online_softmax(const Tile& s, float* maximum, float* sum_of_p, float* rescale) {
+/// The reference of a row moves only when a score exceeds it by this much, in units of log2: P stays below 2^8, and O
+/// is hardly ever rescaled.
+inline constexpr float kSlack = 8.0F;
+
+/// What the softmax of a strip of scores goes by, and what it leaves.
+struct SoftmaxOf {
+  float scale;                            // of S
+  float *reference, *sum_of_p, *rescale;  // [lane]
+  const float* kept;                      // dropout factors, where there is dropout
+  float* pairs;                           // P as pairs of keys, where it is wanted so
+};
+
+/// S becomes P = 2^(S · scale − reference), with dropout; reference and sum move on.  True where O has to be multiplied
+/// by `rescale`.
+template <Word kWord>
+inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats) {
+  V top[kPanelVectors], base[kPanelVectors], total[kPanelVectors];
+  FOVEA_UNROLL for (V& x : top) x = splat(-kInfinity);
+  for_each_vector(s, [&](i64 /*r*/, int lane, const float* at) {
+    V& x = top[lane / kWidth];
+    x = larger(load(at), x);
+  });
+  bool moved = false;
   FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) {
-    const int lane = n * kWidth;
-    V top = load(maximum + lane);
-    for (i64 r = 0; r < s.rows(); ++r) top = larger(load(s.row(r) + lane), top);
-    const V reference = top == splat(-kInfinity) ? V{} : top;  // nothing visible yet: keep −inf − −inf away
-    const V factor = exp2(load(maximum + lane) - reference);
-    V total = load(sum_of_p + lane) * factor;
-    for (i64 r = 0; r < s.rows(); ++r) {
-      const V p = exp2(load(s.row(r) + lane) - reference);
-      store(s.row(r) + lane, p);
-      total += p;
-    }
-    store(maximum + lane, top);
-    store(sum_of_p + lane, total);
-    store(rescale + lane, factor);
+    const V highest = top[n] * of.scale, before = load(of.reference + n * kWidth);
+    const V after = highest > before + kSlack ? highest : before;
+    base[n] = after == splat(-kInfinity) ? V{} : after;  // nothing visible yet: keep −inf − −inf away
+    const V factor = after == before ? splat(1.0F) : exp2(before - base[n]);
+    total[n] = load(of.sum_of_p + n * kWidth) * factor;
+    moved = moved || any((after != before) & (before != splat(-kInfinity)));
+    store(of.reference + n * kWidth, after);
+    store(of.rescale + n * kWidth, factor);
   }
+  constexpr int kRows = kPerWord<kWord>;  // at a time
+  for (i64 r = 0; r < s.rows(); r += kRows) {
+    V p[kRows * kPanelVectors];
+    const auto each = [&](auto&& f) {
+      FOVEA_UNROLL for (int x = 0; x < kRows * kPanelVectors; ++x) f(p[x], r + x / kPanelVectors, x % kPanelVectors);
+    };
+    each([&](V& x, i64 row, int n) { x = load(s.row(row) + n * kWidth) * of.scale - base[n]; });
+    exp2(p);
+    each([&](V& x, i64 /*row*/, int n) { total[n] += x; });
+    if (of.kept != nullptr) each([&](V& x, i64 row, int n) { x *= load(of.kept + row * kPanelRows + n * kWidth); });
+    if (keep_floats) each([&](V& x, i64 row, int n) { store(s.row(row) + n * kWidth, x); });
+    if constexpr (kWord == Word::kPair) {
+      FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) {
+        store(of.pairs + r / 2 * kPanelRows + n * kWidth, round_to_pairs_by_lane(p[n], p[n + kPanelVectors]));
+      }
+    }
+  }
+  FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) store(of.sum_of_p + n * kWidth, total[n]);
+  return moved;
 }
 
 /// Softmax of one finished row: adds the sink, normalises, writes out and lse.  An empty row gives 0 and −inf.
-inline void write_row(const Context& context, i64 i, i64 head, float maximum, float sum_of_p, float* o) {
+inline void write_row(const Context& context, i64 i, i64 head, float reference, float sum_of_p, float* o) {
   const FlashCall& call = context.call;
   const bool empty = sum_of_p == 0.0F;  // a visible key leaves at least 1, or a NaN
   float factor = 1.0F;
   if (call.sink != nullptr && !empty) {
     const float sink = call.sink[head] * kLog2E;
-    const float top = sink > maximum ? sink : maximum;
-    factor = __builtin_exp2f(maximum - top);
+    const float top = sink > reference ? sink : reference;
+    factor = __builtin_exp2f(reference - top);
     sum_of_p = sum_of_p * factor + __builtin_exp2f(sink - top);
-    maximum = top;
+    reference = top;
   }
   const float normalise = empty ? 0.0F : factor / sum_of_p;
   for (i64 c = 0; c < call.head_dim_v; ++c) o[c] = empty ? 0.0F : o[c] * normalise;
   narrow_row(const_cast<char*>(context.q_row(call.out, i, head)), o, call.type, call.head_dim_v);
   if (call.lse.data != nullptr) {
-    *context.statistic(call.lse, i, head) = empty ? -kInfinity : kLn2 * (maximum + __builtin_log2f(sum_of_p));
+    *context.statistic(call.lse, i, head) = empty ? -kInfinity : kLn2 * (reference + __builtin_log2f(sum_of_p));
   }
 }
 
-/// What a split over the keys leaves of a row: O, maximum, sum.
+/// What a split over the keys leaves of a row: O, reference, sum.
 inline i64 partial_floats(const FlashCall& call) { return call.head_dim_v + 2; }
 
+template <Word kWord>
 class Forward {
  public:
   Forward(const FlashCall& call, const ForwardShape& shape, std::byte* workspace)
@@ -104,7 +154,7 @@ class Forward {
 
   static ForwardWorkspace sizes(const FlashCall& call, const ForwardShape& shape) {
     Arena counted(nullptr);
-    ForwardScratch(counted, call, shape);
+    ForwardScratch<kWord>(counted, call, shape);
     const i64 rows = shape.key_splits > 1 ? call.batch * call.kv_heads * shape.max_rows * shape.key_splits : 0;
     return {counted.used(), static_cast<std::size_t>(rows * partial_floats(call)) * sizeof(float)};
   }
@@ -134,7 +184,7 @@ class Forward {
     return {batch, index % call_.kv_heads, first_row, math::smaller(rows, shape_.block_rows)};
   }
   [[nodiscard]] i64 group() const { return call_.q_heads / call_.kv_heads; }
-  [[nodiscard]] ForwardScratch scratch(int worker) const {
+  [[nodiscard]] ForwardScratch<kWord> scratch(int worker) const {
     Arena arena(workspace_ + scratch_bytes_ * static_cast<std::size_t>(worker));
     return {arena, call_, shape_};
   }
@@ -149,77 +199,102 @@ class Forward {
     const Block block = this->block(index / shape_.key_splits);
     if (block.rows <= 0) return;
     const Context context{call_, call_.sequences[block.batch], block.batch};
-    ForwardScratch my = scratch(worker);
+    ForwardScratch<kWord> my = scratch(worker);
+    [[maybe_unused]] const Tiles tiles;
     const i64 panels = (block.rows + kPanelRows - 1) / kPanelRows;
     const RowMap map{group(), block.kv_head * group(), block.first_row + block.rows};
     for (i64 p = 0; p < panels; ++p) {
       set_rows(my.panels[p], context, map, block.first_row + p * kPanelRows);
-      pack_panel(my.q + p * call_.head_dim * kPanelRows, my.panels[p], context, call_.q, call_.head_dim, context.fold(),
-                 my.row, nullptr, call_.head_dim, nullptr);
+      pack_panel<kWord>(my.q + p * my.q_floats, my.rows, my.bad, my.panels[p], context, call_.q, call_.head_dim,
+                        context.fold());
     }
     for (i64 x = 0; x < panels * kPanelRows; ++x) {
-      my.maximum[x] = -kInfinity;
+      my.reference[x] = -kInfinity;
       my.sum_of_p[x] = 0.0F;
     }
-    for (i64 x = 0; x < panels * kPanelRows * call_.head_dim_v; ++x) my.o[x] = 0.0F;
+    for (i64 x = 0; x < panels * my.o_floats; ++x) my.o[x] = 0.0F;
+    for (i64 x = 0; x < kStripKeys<kWord> * kPanelRows; ++x) my.s[x] = 0.0F;  // lanes that no product reaches
 
     Interval keys = context.sequence.band.keys_of_rows({my.panels[0].queries.begin, my.panels[panels - 1].queries.end});
     keys.begin = math::larger(keys.begin, split * shape_.keys_per_split);
     keys.end = math::smaller(keys.end, (split + 1) * shape_.keys_per_split);
-    for (i64 j = keys.begin / kForwardKeys * kForwardKeys; j < keys.end; j += kForwardKeys) {
-      const Interval tile{j, math::smaller(j + kForwardKeys, keys.end)};
+    for (i64 j = keys.begin / kForwardKeys * kForwardKeys; j < keys.end; j += kPackedKeys<kWord>) {
+      const Interval tile{j, math::smaller(j + kPackedKeys<kWord>, keys.end)};
       my.k.pack(context, call_.k, tile, block.kv_head);
       my.v.pack(context, call_.v, tile, block.kv_head);
       my.v.clear_bad(tile.end - tile.begin);
+      my.v_columns.take(my.v, tile.end - tile.begin);
       for (i64 p = 0; p < panels; ++p) attend(my, p, context, tile, block.kv_head);
     }
     for (i64 p = 0; p < panels; ++p) store_panel(my, p, context, block, split);
   }
 
-  /// One panel of queries against one tile of keys.
-  void attend(ForwardScratch& my, i64 p, const Context& context, Interval tile, i64 kv_head) {
+  /// One panel of queries against the keys that are packed.
+  void attend(ForwardScratch<kWord>& my, i64 p, const Context& context, Interval packed, i64 kv_head) {
     const Panel& panel = my.panels[p];
-    const math::Band& band = context.sequence.band;
-    const Interval seen = band.keys_of_rows(panel.queries);
-    const Interval keys{math::larger(tile.begin, seen.begin / 16 * 16), math::smaller(tile.end, seen.end)};
-    const math::TileState state = keys.empty() ? math::TileState::kHidden : band.tile(panel.queries, keys);
-    if (state == math::TileState::kHidden) return;
-    if (call_.mask.data != nullptr && !gather_mask(my.mask, panel, context, keys)) return;
+    const Interval seen = context.sequence.band.keys_of_rows(panel.queries);
+    const Interval keys{math::larger(packed.begin, seen.begin / kKeyStep<kWord> * kKeyStep<kWord>),
+                        math::smaller(packed.end, seen.end)};
+    float* o = my.o + p * my.o_floats;
+    i64 first = keys.begin;  // of the keys whose P waits to be multiplied
+    const auto add_values = [&](i64 end) {
+      const float* weights = kWord == Word::kPair ? my.pairs + (first - keys.begin) / 2 * kPanelRows : my.s;
+      if (first < end)
+        product_of_panel<kWord, PackedColumns<kWord>::kLayout, Init::kAdd>(  // O += Vᵀ P
+            panel,
+            {my.v_columns.at(first - packed.begin), my.v_columns.stride, weights, kPanelRows, o, kPanelRows,
+             words_of<kWord>(end - first)},
+            call_.head_dim_v);
+      first = end;
+    };
+    for (i64 j = keys.begin; j < keys.end; j += kStripKeys<kWord>) {
+      const Interval strip{j, math::smaller(j + kStripKeys<kWord>, keys.end)};
+      const math::TileState state = context.sequence.band.tile(panel.queries, strip);
+      if (state == math::TileState::kHidden ||
+          (call_.mask.data != nullptr && !gather_mask(my.mask, panel, context, strip))) {
+        add_values(j);
+        first = strip.end;
+        continue;
+      }
+      const Tile s{my.s, kPanelRows, strip};
+      product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(  // S = K Qᵀ
+          panel,
+          {my.k.row(j - packed.begin), my.k.stride, my.q + p * my.q_floats, kPanelRows, my.s, kPanelRows, my.k.words},
+          s.rows());
+      const float scale = finish_scores<kWord>(s, panel, context, state, my.mask, my.extra, nullptr);
+      const Tile whole = hide_past_end<kWord>(s);
+      const bool dropout = call_.keep_threshold < 65536;
+      if (dropout) dropout_factors(my.extra, panel, context, whole.keys);
 
-    const Tile s{my.s, kPanelRows, keys};
-    const i64 skipped = keys.begin - tile.begin;
-    product<ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // S = K Qᵀ
-        {my.k.row(skipped), my.k.stride, my.q + p * call_.head_dim * kPanelRows, kPanelRows, my.s, kPanelRows,
-         call_.head_dim, nullptr},
-        s.rows());
-    finish_scores(s, panel, context, state, my.mask, my.extra, nullptr);
-
-    alignas(64) float rescale[kPanelRows];
-    online_softmax(s, my.maximum + p * kPanelRows, my.sum_of_p + p * kPanelRows, rescale);
-    if (call_.keep_threshold < 65536) {
-      dropout_factors(my.extra, panel, context, keys);
-      for_each_vector(
-          s, [&](i64 r, int lane, float* at) { store(at, load(at) * load(my.extra + r * kPanelRows + lane)); });
+      alignas(64) float rescale[kPanelRows];
+      const SoftmaxOf of{scale,   my.reference + p * kPanelRows, my.sum_of_p + p * kPanelRows,
+                         rescale, dropout ? my.extra : nullptr,  my.pairs + (j - keys.begin) / 2 * kPanelRows};
+      if (online_softmax<kWord>(whole, of, kWord == Word::kFloat || my.v.any_bad)) {
+        add_values(j);
+        for_each_vector({o, kPanelRows, {0, call_.head_dim_v}},
+                        [&](i64 /*r*/, int lane, float* at) { store(at, load(at) * load(rescale + lane)); });
+      }
+      if (my.v.any_bad) add_bad_values(o, s, my.v.bad + (j - packed.begin), panel, context, kv_head);
+      if (kWord == Word::kFloat) add_values(strip.end);
     }
-
-    float* o = my.o + p * call_.head_dim_v * kPanelRows;
-    product<ALayout::kColumnMajor, Init::kScaleAdd, kPanelVectors>(  // O = O · rescale + Vᵀ P
-        {my.v.row(skipped), my.v.stride, my.s, kPanelRows, o, kPanelRows, s.rows(), rescale}, call_.head_dim_v);
-    if (my.v.any_bad) add_bad_values(o, s, my.v.bad + skipped, panel, context, kv_head);
+    add_values(keys.end);
   }
 
-  void store_panel(ForwardScratch& my, i64 p, const Context& context, const Block& block, i64 split) {
+  void store_panel(ForwardScratch<kWord>& my, i64 p, const Context& context, const Block& block, i64 split) {
     const Panel& panel = my.panels[p];
-    const float* o = my.o + p * call_.head_dim_v * kPanelRows;
+    const float* o = my.o + p * my.o_floats;
+    const i64 stride = whole(call_.head_dim_v, kWidth);
+    transpose_words<Word::kFloat>(my.rows, stride, o, kPanelRows, stride, kPanelRows, 1.0F);
     for (i64 lane = 0; lane < panel.rows; ++lane) {
-      float* row = shape_.key_splits == 1 ? my.row : partial(block, block.first_row + p * kPanelRows + lane, split);
-      for (i64 c = 0; c < call_.head_dim_v; ++c) row[c] = o[c * kPanelRows + lane];
-      const float maximum = my.maximum[p * kPanelRows + lane], sum_of_p = my.sum_of_p[p * kPanelRows + lane];
+      float* row = my.rows + lane * stride;
+      const float reference = my.reference[p * kPanelRows + lane], sum_of_p = my.sum_of_p[p * kPanelRows + lane];
       if (shape_.key_splits == 1) {
-        write_row(context, panel.query[lane], panel.head[lane], maximum, sum_of_p, row);
+        write_row(context, panel.query[lane], panel.head[lane], reference, sum_of_p, row);
       } else {
-        row[call_.head_dim_v] = maximum;
-        row[call_.head_dim_v + 1] = sum_of_p;
+        float* part = partial(block, block.first_row + p * kPanelRows + lane, split);
+        for (i64 c = 0; c < call_.head_dim_v; ++c) part[c] = row[c];
+        part[call_.head_dim_v] = reference;
+        part[call_.head_dim_v + 1] = sum_of_p;
       }
     }
   }
@@ -228,23 +303,23 @@ class Forward {
   void combine_block(i64 index, int worker) {
     const Block block = this->block(index);
     const Context context{call_, call_.sequences[block.batch], block.batch};
-    const ForwardScratch my = scratch(worker);
+    const ForwardScratch<kWord> my = scratch(worker);
     const i64 dim = call_.head_dim_v;
     for (i64 r = block.first_row; r < block.first_row + block.rows; ++r) {
-      float maximum = -kInfinity, sum_of_p = 0.0F;
+      float reference = -kInfinity, sum_of_p = 0.0F;
       for (i64 split = 0; split < shape_.key_splits; ++split) {
         const float top = partial(block, r, split)[dim];
-        maximum = top > maximum ? top : maximum;
+        reference = top > reference ? top : reference;
       }
-      for (i64 c = 0; c < dim; ++c) my.row[c] = 0.0F;
+      for (i64 c = 0; c < dim; ++c) my.rows[c] = 0.0F;
       for (i64 split = 0; split < shape_.key_splits; ++split) {
         const float* part = partial(block, r, split);
         if (part[dim + 1] == 0.0F) continue;
-        const float factor = __builtin_exp2f(part[dim] - maximum);
+        const float factor = __builtin_exp2f(part[dim] - reference);
         sum_of_p += part[dim + 1] * factor;
-        for (i64 c = 0; c < dim; ++c) my.row[c] += part[c] * factor;
+        for (i64 c = 0; c < dim; ++c) my.rows[c] += part[c] * factor;
       }
-      write_row(context, r / group(), block.kv_head * group() + r % group(), maximum, sum_of_p, my.row);
+      write_row(context, r / group(), block.kv_head * group() + r % group(), reference, sum_of_p, my.rows);
     }
   }
 

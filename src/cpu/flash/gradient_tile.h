@@ -13,37 +13,58 @@ struct RowStats {
   float* sink;      // the row's part of dsink
 };
 
-/// A group of kGroupRows rows, packed for the products.
+/// Rows of q or dout of a group, packed for every product they are in.
+template <Word kWord>
+struct PackedGroup {
+  i64 dim, words, padded;  // padded: the dim as whole vectors
+  float* columns;          // [panel][word][lane]: B of products over the dims
+  float* rows;             // [lane][row_words], those that are not finite as 0
+  float* over_rows;        // B of products over the rows: `rows`, or its pairs [lane / 2][padded]
+  bool* bad;               // [lane]: not finite
+
+  PackedGroup(Arena& arena, i64 dim) : dim(dim), words(words_of<kWord>(dim)), padded(whole(dim, kWidth)) {
+    columns = arena.take<float>(kGroupRows * words);
+    over_rows = rows = arena.take<float>(kGroupRows * row_words<kWord>(dim));
+    if constexpr (kWord == Word::kPair) over_rows = arena.take<float>(kGroupRows / 2 * padded);
+    bad = arena.take<bool>(kGroupRows);
+  }
+
+  void load_panel(i64 p, const Panel& panel, const Context& context, const RowView& view, float factor) {
+    const i64 first = p * kPanelRows, stride = row_words<kWord>(dim);
+    pack_panel<kWord>(column(p), rows + first * stride, bad + first, panel, context, view, dim, factor);
+    for (i64 lane = first; lane < first + kPanelRows; ++lane) {
+      for (i64 w = 0; bad[lane] && w < stride; ++w) rows[lane * stride + w] = 0.0F;
+    }
+    for (i64 lane = first; kWord == Word::kPair && lane < first + kPanelRows; lane += 2) {
+      const float *even = rows + lane * stride, *odd = even + stride;
+      for (i64 c = 0; c < dim; c += kWidth) store(over_rows + lane / 2 * padded + c, pair_of_rows(even, odd, c));
+    }
+  }
+
+  [[nodiscard]] float* column(i64 panel) const { return columns + panel * kPanelRows * words; }
+  [[nodiscard]] float* from_row(i64 lane) const { return over_rows + lane / kPerWord<kWord> * padded; }
+};
+
+/// A group of kGroupRows rows and what a tile of keys makes of them.
+template <Word kWord>
 struct RowGroup {
   static constexpr i64 kPanels = kGroupRows / kPanelRows;
-  Panel* panels;              // kPanels
-  float *q, *dout;            // [panel][dim][lane]
-  float *q_rows, *dout_rows;  // [lane][padded dim], rows that are not finite as 0
-  bool *bad_q, *bad_dout;     // [lane]
-  float *log2_lse, *delta;    // [lane]
-  float *s, *ds, *tanhs;      // [kKeyTile][kGroupRows]: scores, then P; dP, then dS; of softcap
-  float* extra;               // [kKeyTile][kPanelRows]: bias or dropout
-  std::int32_t* mask;         // [kKeyTile][kPanelRows]
-  i64 padded, padded_v;       // head dims as whole vectors
-
-  static i64 whole_vectors(i64 dim) { return (dim + kWidth - 1) / kWidth * kWidth; }
+  Panel* panels;  // kPanels
+  PackedGroup<kWord> q, dout;
+  float *log2_lse, *delta;  // [lane]
+  float *s, *ds, *tanhs;    // [kKeyTile][kGroupRows]: scores, then P; dP, then dS; of softcap
+  float* extra;             // [kKeyTile][kPanelRows]: bias, dropout or pairs
+  float* mask;              // [kKeyTile][kPanelRows]: −1 keeps
 
   RowGroup(Arena& arena, const FlashCall& call)
-      : padded(whole_vectors(call.head_dim)), padded_v(whole_vectors(call.head_dim_v)) {
-    panels = arena.take<Panel>(kPanels);
-    q = arena.take<float>(kGroupRows * call.head_dim);
-    dout = arena.take<float>(kGroupRows * call.head_dim_v);
-    q_rows = arena.take<float>(kGroupRows * padded);
-    dout_rows = arena.take<float>(kGroupRows * padded_v);
-    bad_q = arena.take<bool>(kGroupRows);
-    bad_dout = arena.take<bool>(kGroupRows);
+      : panels(arena.take<Panel>(kPanels)), q(arena, call.head_dim), dout(arena, call.head_dim_v) {
     log2_lse = arena.take<float>(kGroupRows);
     delta = arena.take<float>(kGroupRows);
     s = arena.take<float>(kKeyTile * kGroupRows);
     ds = arena.take<float>(kKeyTile * kGroupRows);
     tanhs = arena.take<float>(kKeyTile * kGroupRows);
     extra = arena.take<float>(kKeyTile * kPanelRows);
-    mask = arena.take<std::int32_t>(kKeyTile * kPanelRows);
+    mask = arena.take<float>(kKeyTile * kPanelRows);
   }
 
   /// Packs rows [first_row, first_row + kGroupRows) of the map.
@@ -53,10 +74,8 @@ struct RowGroup {
     for (i64 p = 0; p < kPanels; ++p) {
       const i64 at = p * kPanelRows;
       set_rows(panels[p], context, map, first_row + at);
-      pack_panel(q + at * call.head_dim, panels[p], context, call.q, call.head_dim, context.fold(), nullptr,
-                 q_rows + at * padded, padded, bad_q + at);
-      pack_panel(dout + at * call.head_dim_v, panels[p], context, call.dout, call.head_dim_v, 1.0F, nullptr,
-                 dout_rows + at * padded_v, padded_v, bad_dout + at);
+      q.load_panel(p, panels[p], context, call.q, context.fold());
+      dout.load_panel(p, panels[p], context, call.dout, 1.0F);
       for (i64 lane = 0; lane < kPanelRows; ++lane) {
         log2_lse[at + lane] = kInfinity;
         delta[at + lane] = 0.0F;
@@ -80,38 +99,64 @@ struct RowGroup {
   }
 
   /// One panel against keys [keys): `s` receives P with dropout, `ds` the gradient of the scores after softcap.  Those
-  /// keys are the rows of k and v from `at`.  False, and nothing computed, where the panel sees none of them.
-  bool recompute(i64 p, const Context& context, Interval keys, const PackedRows& k, const PackedRows& v, i64 at) {
+  /// keys are the rows of k and v from `at`.  False where the panel sees none of them, and both are 0.
+  bool recompute(i64 p, const Context& context, Interval keys, const PackedRows<kWord>& k, const PackedRows<kWord>& v,
+                 i64 at) {
+    constexpr i64 kStrip = kWord == Word::kPair ? kTileStrip : kKeyTile;
+    bool seen = false;
+    for (i64 j = keys.begin; j < keys.end; j += kStrip) {
+      const Interval strip{j, math::smaller(j + kStrip, keys.end)};
+      const i64 first = (j - keys.begin) * kGroupRows;
+      const Tile scores = tile_of(s + first, p, strip), gradient = tile_of(ds + first, p, strip);
+      if (recompute_strip(p, context, scores, gradient, tile_of(tanhs + first, p, strip), k, v, at + j - keys.begin)) {
+        seen = true;
+      } else {
+        for_each_vector(gradient, [&](i64 r, int lane, float* x) { store(x, V{}), store(scores.row(r) + lane, V{}); });
+      }
+    }
+    return seen;
+  }
+
+ private:
+  bool recompute_strip(i64 p, const Context& context, const Tile& scores, const Tile& gradient, const Tile& tanh_tile,
+                       const PackedRows<kWord>& k, const PackedRows<kWord>& v, i64 at) {
     const FlashCall& call = context.call;
     const Panel& panel = panels[p];
     math::TileState state =
-        panel.rows == 0 ? math::TileState::kHidden : context.sequence.band.tile(panel.queries, keys);
+        panel.rows == 0 ? math::TileState::kHidden : context.sequence.band.tile(panel.queries, scores.keys);
     if (state == math::TileState::kHidden) return false;
     if (panel.rows < kPanelRows) state = math::TileState::kPartial;  // hides the lanes without a row from NaN keys
-    if (call.mask.data != nullptr && !gather_mask(mask, panel, context, keys)) return false;
-    const Tile scores = tile_of(s, p, keys), gradient = tile_of(ds, p, keys), tanh_tile = tile_of(tanhs, p, keys);
-    const i64 rows = p * kPanelRows;
+    if (call.mask.data != nullptr && !gather_mask(mask, panel, context, scores.keys)) return false;
 
-    product<ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // S = K Qᵀ
-        {k.row(at), k.stride, q + rows * call.head_dim, kPanelRows, scores.data, kGroupRows, call.head_dim, nullptr},
-        scores.rows());
-    finish_scores(scores, panel, context, state, mask, extra, &tanh_tile);
-    product<ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // dP = V doutᵀ
-        {v.row(at), v.stride, dout + rows * call.head_dim_v, kPanelRows, gradient.data, kGroupRows, call.head_dim_v,
-         nullptr},
-        scores.rows());
+    product<kWord, ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // S = K Qᵀ
+        {k.row(at), k.stride, q.column(p), kPanelRows, scores.data, kGroupRows, q.words}, scores.rows());
+    product<kWord, ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // dP = V doutᵀ
+        {v.row(at), v.stride, dout.column(p), kPanelRows, gradient.data, kGroupRows, dout.words}, scores.rows());
+    const float scale = finish_scores<kWord>(scores, panel, context, state, mask, extra, &tanh_tile);
 
     const bool dropout = call.keep_threshold < 65536;
-    if (dropout) dropout_factors(extra, panel, context, keys);
-    for_each_vector(scores, [&](i64 r, int lane, float* weight_at) {
-      const V score = load(weight_at);
-      const VI hidden = score == splat(-kInfinity);
-      const V weight = exp2(score - load(log2_lse + rows + lane));
-      const V factor = dropout ? load(extra + r * kPanelRows + lane) : splat(1.0F);
-      float* d = gradient.row(r) + lane;
-      store(d, hidden ? V{} : weight * (load(d) * factor - load(delta + rows + lane)));
-      store(weight_at, hidden ? V{} : weight * factor);
-    });
+    const bool hides = state == math::TileState::kPartial || call.mask.data != nullptr || call.bias.data != nullptr;
+    if (dropout) dropout_factors(extra, panel, context, scores.keys);
+    const float *lse = log2_lse + p * kPanelRows, *shift = delta + p * kPanelRows;
+    for (i64 r = 0; r < scores.rows(); ++r) {
+      V score[kPanelVectors], weight[kPanelVectors], slope[kPanelVectors];
+      const auto each = [](auto&& f) { FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) f(n, n * kWidth); };
+      each([&](int n, int lane) { score[n] = load(scores.row(r) + lane); });
+      each([&](int n, int lane) { weight[n] = score[n] * scale - load(lse + lane); });
+      exp2(weight);
+      each([&](int n, int lane) { slope[n] = load(gradient.row(r) + lane); });
+      if (dropout) each([&](int n, int lane) { slope[n] *= load(extra + r * kPanelRows + lane); });
+      each([&](int n, int lane) { slope[n] = weight[n] * (slope[n] - load(shift + lane)); });
+      if (dropout) each([&](int n, int lane) { weight[n] *= load(extra + r * kPanelRows + lane); });
+      if (hides) {
+        each([&](int n, int /*lane*/) {
+          const VI hidden = score[n] == splat(-kInfinity);
+          slope[n] = hidden ? V{} : slope[n];
+          weight[n] = hidden ? V{} : weight[n];
+        });
+      }
+      each([&](int n, int lane) { store(gradient.row(r) + lane, slope[n]), store(scores.row(r) + lane, weight[n]); });
+    }
     return true;
   }
 };

@@ -8,6 +8,11 @@ namespace fovea::cpu::FOVEA_ISA {
 
 inline constexpr int kPanelVectors = 3;
 inline constexpr i64 kPanelRows = kPanelVectors * kWidth;
+/// Keys of a tile are counted in these steps: the depth of a product over keys, and the keys that a draw spans.
+template <Word kWord>
+inline constexpr i64 kKeyStep = kWord == Word::kPair ? 32 : 16;
+/// Keys between two products of pairs: AMX falls asleep after some 1500 cycles without work, and takes 1000 to wake up.
+inline constexpr i64 kTileStrip = 32;
 inline constexpr i64 kNoQuery = math::Band::kUnbounded;  // query of a lane that holds no row
 
 /// Takes the parts of a piece of memory one after another; with a null base it only counts.
@@ -63,8 +68,8 @@ struct Context {
     return view.data + batch * view.batch + head * view.head + i * view.query + j * view.key;
   }
 
-  /// Q is multiplied by this as it is packed, so that S = K Qᵀ needs no more scaling: scores in units of log2, or the
-  /// argument of softcap's tanh.
+  /// What makes S = K Qᵀ scores in units of log2, or the argument of softcap's tanh.  Floats of Q are multiplied by it
+  /// as they are packed; pairs must stay what they are, so there S is.
   [[nodiscard]] float fold() const { return call.softcap > 0 ? call.scale / call.softcap : call.scale * kLog2E; }
 
   /// The rule for one entry; for the rare places where a tile's bulk answer does not do.
@@ -102,30 +107,42 @@ inline void set_rows(Panel& panel, const Context& context, const RowMap& map, i6
   panel.queries = panel.rows == 0 ? Interval{0, 0} : Interval{panel.query[0], panel.query[panel.rows - 1] + 1};
 }
 
-/// Packs rows of q or dout as columns, [dim][lane], times `factor`; rows that are not real or past their length are 0.
-/// With `straight` it also leaves them as rows, [lane][padded dim], unscaled, rows that are not finite as 0, and flags
-/// those.
-inline void pack_panel(float* columns, const Panel& panel, const Context& context, const RowView& view, i64 dim,
-                       float factor, float* row_buffer, float* straight, i64 padded, bool* bad) {
-  for (i64 lane = 0; lane < kPanelRows; ++lane) {
-    float* row = straight == nullptr ? row_buffer : straight + lane * padded;
-    bool finite = true;
-    if (panel.query[lane] < context.sequence.band.seqlen_q) {
-      finite = widen_row(row, context.q_row(view, panel.query[lane], panel.head[lane]), context.call.type, dim, padded);
-    } else {
-      for (i64 c = 0; c < padded; ++c) row[c] = 0.0F;
-    }
-    for (i64 c = 0; c < dim; ++c) columns[c * kPanelRows + lane] = row[c] * factor;
-    if (bad != nullptr) bad[lane] = !finite;
-    if (straight != nullptr && !finite) {
-      for (i64 c = 0; c < padded; ++c) row[c] = 0.0F;
-    }
-  }
+/// C is as wide as a panel; only its first vector is made where no more rows are real, as when one query is asked.
+template <Word kWord, ALayout kLayout, Init kInit>
+inline void product_of_panel(const Panel& panel, const ProductArgs& args, i64 rows) {
+  if (panel.rows <= kWidth) return product<kWord, kLayout, kInit, 1>(args, rows);
+  product<kWord, kLayout, kInit, kPanelVectors>(args, rows);
 }
 
-/// A block of keys or values as floats, [key][stride].
+/// Words of a row in memory: whole vectors, so that rows can be transposed.
+template <Word kWord>
+FOVEA_INLINE i64 row_words(i64 dim) {
+  return whole(words_of<kWord>(dim), kWidth);
+}
+
+/// Packs a panel's rows of q or dout twice: as they lie, [lane][row_words], and as columns, [word][lane], times
+/// `factor` if they are floats.  Rows that are not real or past their length are 0.
+template <Word kWord>
+inline void pack_panel(float* columns, float* rows, bool* bad, const Panel& panel, const Context& context,
+                       const RowView& view, i64 dim, float factor) {
+  const i64 words = row_words<kWord>(dim);
+  for (i64 lane = 0; lane < kPanelRows; ++lane) {
+    float* row = rows + lane * words;
+    bad[lane] = false;
+    if (panel.query[lane] < context.sequence.band.seqlen_q) {
+      const char* from = context.q_row(view, panel.query[lane], panel.head[lane]);
+      bad[lane] = !pack_row<kWord>(row, from, context.call.type, dim, words);
+    } else {
+      for (i64 w = 0; w < words; ++w) row[w] = 0.0F;
+    }
+  }
+  transpose_words<kWord>(columns, kPanelRows, rows, words, kPanelRows, words_of<kWord>(dim), factor);
+}
+
+/// A block of keys or values as words, [key][stride], up to a whole number of words' depth.
+template <Word kWord>
 struct PackedRows {
-  i64 dim = 0, stride = 0;
+  i64 dim = 0, words = 0, stride = 0;
   float* data = nullptr;
   bool* bad = nullptr;  // rows that are not finite
   bool any_bad = false;
@@ -134,7 +151,8 @@ struct PackedRows {
   /// An odd number of cache lines a row: a column read down the rows meets every set of the cache.
   PackedRows(Arena& arena, i64 rows, i64 dim)
       : dim(dim),
-        stride((((dim + 15) / 16) | 1) * 16),
+        words(words_of<kWord>(dim)),
+        stride((((words + 15) / 16) | 1) * 16),
         data(arena.take<float>(rows * stride)),
         bad(arena.take<bool>(rows)) {}
 
@@ -144,18 +162,62 @@ struct PackedRows {
     any_bad = false;
     for (i64 j = keys.begin; j < keys.end; ++j) {
       const i64 at = j - keys.begin;
-      bad[at] = !widen_row(row(at), context.kv_row(view, j, head), context.call.type, dim, dim);
+      bad[at] = !pack_row<kWord>(row(at), context.kv_row(view, j, head), context.call.type, dim, words);
       any_bad = any_bad || bad[at];
     }
+    const i64 count = keys.end - keys.begin;
+    for (i64 r = count; kWord == Word::kPair && r < whole(count, kKeyStep<kWord>); ++r) clear(r);
   }
 
   /// Zeros in the place of rows that are not finite, so that a hidden entry's 0 annihilates them; visible ones are
   /// added afterwards, one by one.
   void clear_bad(i64 rows) const {
     for (i64 r = 0; any_bad && r < rows; ++r) {
-      for (i64 c = 0; bad[r] && c < dim; ++c) row(r)[c] = 0.0F;
+      if (bad[r]) clear(r);
     }
   }
+
+ private:
+  void clear(i64 r) const {
+    for (i64 w = 0; w < words; ++w) row(r)[w] = 0.0F;
+  }
+};
+
+/// Packed rows as the A of a product that sums over them: C[dim] += Σ A(dim, row) B[row].  Floats are read down the
+/// rows where they lie; pairs of rows have to be put side by side.
+template <Word kWord>
+struct PackedColumns {
+  static constexpr ALayout kLayout = kWord == Word::kPair ? ALayout::kRowMajor : ALayout::kColumnMajor;
+  i64 stride = 0;
+  float* data = nullptr;
+
+  PackedColumns() = default;
+  PackedColumns(Arena& arena, i64 rows, i64 dim) {
+    if constexpr (kWord == Word::kFloat) return;
+    stride = ((whole(rows, kKeyStep<kWord>) / 32) | 1) * 16;
+    data = arena.take<float>(whole(dim, 16) * stride);
+  }
+
+  /// What follows sees the first `count` of these rows.
+  void take(const PackedRows<kWord>& rows, i64 count) {
+    if constexpr (kWord == Word::kFloat) {
+      data = rows.data;
+      stride = rows.stride;
+    } else {
+      for (i64 r = 0; r < count; r += 2 * kWidth) {
+        for (i64 c = 0; c < rows.dim; c += kWidth) {
+          V x[kWidth];
+          FOVEA_UNROLL for (int i = 0; i < kWidth; ++i) x[i] =
+              pair_of_rows(rows.row(r + 2 * i), rows.row(r + 2 * i + 1), c);
+          transpose(x);
+          FOVEA_UNROLL for (int i = 0; i < kWidth; ++i) store(data + (c + i) * stride + r / 2, x[i]);
+        }
+      }
+    }
+  }
+
+  /// A from row r on.
+  [[nodiscard]] const float* at(i64 r) const { return data + (kWord == Word::kPair ? r / 2 : r * stride); }
 };
 
 }  // namespace fovea::cpu::FOVEA_ISA

@@ -78,7 +78,7 @@ Binary compile(const KernelRequest& request) {
   const Nvrtc* nvrtc = Nvrtc::find();
   if (nvrtc == nullptr)
     throw Error(ErrorCode::kDevice, "kernel " + request.name + " cannot be compiled: " + Nvrtc::why_none());
-  const std::string sm = "sm_" + std::to_string(request.arch), compiler = name_of(*nvrtc);
+  const std::string sm = target_of(request), compiler = name_of(*nvrtc);
   if (!nvrtc->knows(request.arch)) {
     throw Error(ErrorCode::kUnsupported,
                 compiler + " (" + nvrtc->path() + ") does not compile for " + sm + "; name another one in FOVEA_NVRTC");
@@ -118,10 +118,14 @@ const char* name(Source source) {
   }
 }
 
+std::string target_of(const KernelRequest& request) {
+  return "sm_" + std::to_string(request.arch) + (request.own ? "a" : "");
+}
+
 std::string content_key(const KernelRequest& request) {
   std::string text(build_id);
   for (const char* option : kOptions) text.append(" ").append(option);
-  text += " sm_" + std::to_string(request.arch) + "\n" + request.unit;
+  text += " " + target_of(request) + "\n" + request.unit;
   return sha256(text).substr(0, 32);
 }
 
@@ -145,7 +149,8 @@ void read_log(const std::string& log, Binary& binary) {
     }
     std::ranges::replace(line, '"', '\'');  // a record keeps them as JSON
     const bool told = line.starts_with("ptxas info") || line.starts_with("ptxas         .");
-    if (!told && line.find_first_not_of(" \t\r") != std::string::npos)
+    const bool lost = line.find("Potential Performance Loss") != std::string::npos;  // called "info", too
+    if ((!told || lost) && line.find_first_not_of(" \t\r") != std::string::npos)
       binary.warnings += (binary.warnings.empty() ? "" : " | ") + line;
   }
 }

@@ -10,13 +10,15 @@ constexpr std::array<std::pair<const char*, const char*>, 3> kTypes{
     {{"kFloat32", "fp32"}, {"kFloat16", "fp16"}, {"kBFloat16", "bf16"}}};
 constexpr std::array<std::pair<const char*, const char*>, 4> kMmas{
     {{"kHalf16", "half16"}, {"kHalf8", "half8"}, {"kTf32x3", "tf32x3"}, {"kShuffles", "shuffles"}}};
-constexpr std::array<std::pair<std::string_view, std::string_view>, 7> kShort{{{"head_dim", "d"},
+constexpr std::array<std::pair<std::string_view, std::string_view>, 9> kShort{{{"head_dim", "d"},
                                                                                {"head_dim_v", "dv"},
                                                                                {"block_m", "m"},
                                                                                {"block_n", "n"},
                                                                                {"warps", "w"},
                                                                                {"across", "x"},
-                                                                               {"stages", "s"}}};
+                                                                               {"stages", "s"},
+                                                                               {"q_stages", "q"},
+                                                                               {"warpgroups", "g"}}};
 
 }  // namespace
 
@@ -46,8 +48,12 @@ Field field_of(std::string_view name, Mma value) {
 KernelRequest render(const Template& kernel, const std::vector<Field>& fields, const std::vector<Field>& usual,
                      int arch) {
   const std::string function(kernel.function), spec(kernel.spec), params(kernel.params);
-  KernelRequest request{
-      .name = function, .unit = {}, .arch = arch, .threads = kernel.threads, .shared_bytes = kernel.shared_bytes};
+  KernelRequest request{.name = function,
+                        .unit = {},
+                        .arch = arch,
+                        .own = kernel.own,
+                        .threads = kernel.threads,
+                        .shared_bytes = kernel.shared_bytes};
   std::string values, dim;
   for (std::size_t i = 0; i < fields.size(); ++i) {
     const Field& field = fields[i];
@@ -57,11 +63,11 @@ KernelRequest render(const Template& kernel, const std::vector<Field>& fields, c
                       (field.name == "head_dim_v" ? field.literal != dim : field.literal != usual.at(i).literal);
     if (told) request.name += "_" + field.word;
   }
-  request.unit = "#include \"" + std::string(kernel.header) + "\"\n\nnamespace fovea::cuda {\n\nconstexpr " + spec +
-                 " kSpec{\n" + values + "};\n\nextern \"C\" __global__ __launch_bounds__(" +
-                 std::to_string(kernel.threads) + ", " + std::to_string(kernel.min_blocks) + ") void " + kEntryPoint +
-                 "(const __grid_constant__ " + params + " params) {\n  " + function +
-                 "<kSpec>(params);\n}\n\n}  // namespace fovea::cuda\n";
+  request.unit = "#include \"" + std::string(kernel.header) + "\"\n\nnamespace fovea::cuda {\n\n" +
+                 std::string(kernel.text) + "constexpr " + spec + " kSpec{\n" + values +
+                 "};\n\nextern \"C\" __global__ __launch_bounds__(" + std::to_string(kernel.threads) + ", " +
+                 std::to_string(kernel.min_blocks) + ") void " + kEntryPoint + "(const __grid_constant__ " + params +
+                 " params) {\n  " + function + "<kSpec>(params);\n}\n\n}  // namespace fovea::cuda\n";
   return request;
 }
 

@@ -19,6 +19,8 @@ struct Template {
   int threads = 128;          ///< of a block
   int min_blocks = 1;         ///< on a multiprocessor at once
   int shared_bytes = 0;       ///< dynamic
+  std::string_view text{};    ///< that the template needs beside its header
+  bool own = false;           ///< `KernelRequest::own`
 };
 
 struct Field {

@@ -12,6 +12,7 @@ struct KernelRequest {
   std::string name;      ///< for people: forward_bf16_d128_band
   std::string unit;      ///< the source to compile, whole but for the embedded headers it includes
   int arch = 0;          ///< 90 for sm_90
+  bool own = false;      ///< made of what no later architecture has: for sm_90a
   int threads = 0;       ///< of a block, and
   int shared_bytes = 0;  ///< what it is launched with, for reports: the key does not know them
 };
@@ -43,6 +44,9 @@ struct Binary {
 /// What makes a compiled kernel the right one, whoever compiled it: all device text, the unit, the architecture and
 /// the options.  32 hexadecimal digits; no paths and no machine are in it.
 [[nodiscard]] std::string content_key(const KernelRequest& request);
+
+/// "sm_90", "sm_90a".
+[[nodiscard]] std::string target_of(const KernelRequest& request);
 
 /// What kernels are compiled for, where NVRTC knows it.
 inline constexpr std::array kArchs{75, 80, 86, 87, 89, 90, 100, 110, 120};

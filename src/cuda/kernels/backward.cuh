@@ -266,7 +266,7 @@ struct Backward {
   }
   /// Starts the copies of a tile of rows, if there is one, and sees to the step after it.
   FOVEA_DEVICE void load(int n) const {
-    const Step& at = step(n);
+    const Step& at = step(fresh(n));
     if (at.exists) {
       const int stage = at.stage, rows = sequence.band.seqlen_q - at.tile * S.block_m;
       load_rows<S.async_copy, kThreads>(q_tile(stage), rows, p.head_dim * kBytes<S.type>, p.q.aligned, at.q, p.q.row);
@@ -301,8 +301,8 @@ struct Backward {
     store(sums.dk, sums.dv);
   }
 
-  /// All warps make the scores of a tile, then all its products; the next tile's rows arrive meanwhile, or in the end
-  /// where there is room for one tile only.
+  /// All warps make the scores of a tile, then all its products; the next tile's rows arrive meanwhile, or while dq
+  /// is made where there is room for one tile only.
   FOVEA_DEVICE void alternate(Sums& sums) const {
     int n = 0;
 #pragma unroll 1
@@ -313,10 +313,6 @@ struct Backward {
       if constexpr (S.stages == 2) load(n + 1);
       const bool spoiled = meet(!full(n), scores(n, sums));
       products(n, sums, spoiled);
-      if constexpr (S.stages == 1) {
-        __syncthreads();
-        load(n + 1);
-      }
     }
     if constexpr (S.deterministic) {
       __syncthreads();
@@ -371,7 +367,7 @@ struct Backward {
   FOVEA_DEVICE bool scores(int n, Sums& sums) const {
     GradientTile<S> tile;
     if (!tile.works()) return false;
-    const Step& at = step(n);
+    const Step& at = step(fresh(n));
     const int stage = at.stage;
     const RowMap<false> rows{at.tile * S.block_m, sequence.q_rows, at.head, 1};
     const typename GradientTile<S>::Rules rules{p, sequence, rows};
@@ -406,14 +402,20 @@ struct Backward {
     const int stage = step(n).stage;
     const int lane = fresh(lane_id());
     // Additions to many columns, all at once, would stand in the way of what the products read; but who waits for his
-    // turn to add does so last.
-    constexpr bool kInHalves = S.head_dim > 128 && !S.deterministic;
+    // turn adds last, and where the next rows come into these rows' place, they do so while dq is made.
+    constexpr bool kInHalves = S.head_dim > 128, kLast = S.deterministic || S.stages == 1;
     constexpr int kHalf = kInHalves ? Dq::kN / 4 * 2 : 0;
-    if constexpr (kHalf > 0) add_dq<kCareful, 0, kHalf>(n, lane);
+    if constexpr (kHalf > 0 && !kLast) add_dq<kCareful, 0, kHalf>(n, lane);
     add_columns<kCareful>(sums.dv, weights(n), dout_tile(stage), lane);
-    if constexpr (kInHalves) add_dq<kCareful, kHalf, Dq::kN>(n, lane);
+    if constexpr (kInHalves && !kLast) add_dq<kCareful, kHalf, Dq::kN>(n, lane);
     add_columns<kCareful>(sums.dk, ds_tile(n), q_tile(stage), lane);
-    if constexpr (!kInHalves) add_dq<kCareful, 0, Dq::kN>(n, lane);
+    if constexpr (S.stages == 1) {
+      __syncthreads();
+      load(n + 1);
+    }
+    if constexpr (kHalf > 0 && kLast) add_dq<kCareful, 0, kHalf>(n, lane);
+    if constexpr (!kInHalves || kLast) add_dq<kCareful, kHalf, Dq::kN>(n, lane);
+    if constexpr (S.deterministic) __threadfence();
   }
 
   /// What a tile adds to dq, of columns [kBegin, kEnd) of a warp's pieces.
@@ -437,14 +439,13 @@ struct Backward {
           [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); },
           [](int) { return Accumulator{}; });
     }
-    if constexpr (S.deterministic) await_turn(n);
+    if constexpr (S.deterministic && kBegin == 0) await_turn(n);
     float* const sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
 #pragma unroll
     for (int i = 0; i < Dq::kM; ++i) {
 #pragma unroll
       for (int j = kBegin; j < kEnd; ++j) reduce(sum + (i * Dq::kN + j) * 128, dq[i][j - kBegin]);
     }
-    if constexpr (S.deterministic) __threadfence();
   }
 
   /// C += (entries)ᵀ · rows: dv from P and dout, dk from dS and q.

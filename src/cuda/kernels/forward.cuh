@@ -1,29 +1,10 @@
 #pragma once
 
-#include "cuda/kernels/scores.cuh"
+#include "cuda/kernels/row_end.cuh"
 
 // FlashAttention's forward (2205.14135, algorithm 1; rows split among warps as in 2307.08691): a block owns block_m
 // rows and walks the keys, last ones first; K and V arrive in shared memory a tile ahead; S, P and O stay in registers.
 namespace fovea::cuda {
-
-/// What makes a row's out and lse of its sums.
-struct RowEnd {
-  float factor, lse;
-  bool empty;
-};
-template <ForwardSpec S>
-FOVEA_DEVICE RowEnd end_of_row(const ForwardParams& p, int head, float reference, float sum) {
-  if (sum == 0.0F) return {0.0F, -infinity(), true};  // a visible key leaves more, or a NaN
-  float factor = 1.0F;
-  if (p.sink != nullptr) {
-    const float sink = p.sink[head] * kLog2E, top = fmaxf(sink, reference);
-    factor = exp2(reference - top);
-    sum = sum * factor + exp2(sink - top);
-    reference = top;
-  }
-  const float kept = S.dropout ? p.keep_scale : 1.0F;
-  return {factor * kept / sum, kLn2 * (reference + log2(sum)), false};
-}
 
 /// A tile of keys that a mask does not hide.  Of each group of rows that a warp has: bit g, whether some of its rows
 /// see some of the keys; bit 16 + g, whether all see all.
@@ -40,6 +21,7 @@ struct Forward {
   static constexpr int kN = S.block_n / S.across / 8;     // pieces of 8 keys of its scores
   static constexpr int kD = S.head_dim_v / S.across / 8;  // pieces of 8 columns of its out
   static constexpr int kK = kStep<S.type>;
+  static_assert(kN % 2 == 0 && kD % 2 == 0);  // operands come two pieces at a time
 
   using QTile = SharedTile<S.type, S.block_m, S.head_dim>;
   using KTile = SharedTile<S.type, S.block_n, S.head_dim>;
@@ -596,45 +578,15 @@ struct Forward {
   }
 
   FOVEA_DEVICE void mend_row(int r, float reference, float factor) const {
-    constexpr int kColumns = (8 * kD + kWarp - 1) / kWarp;  // of a lane
     const int head = rows.head(r), query = rows.query(r), begin = first_column();
-    float sum[kColumns] = {};
-#pragma unroll 1
-    for (int first = block.keys.begin; first < block.keys.end; first += kWarp) {
-      const int j = first + lane_id();
-      const bool visible = j < block.keys.end && rules.visible(r, j);
-      float weight = 0.0F;
-      if (visible) {
-        const char *q = sequence.q_row(p.q, query, head), *k = sequence.kv_row(p.k, j, block.kv_head);
-        float qk = 0.0F;
-#pragma unroll 1
-        for (int c = 0; c < p.head_dim; ++c)
-          qk += read<S.type>(q + c * kBytes<S.type>) * read<S.type>(k + c * kBytes<S.type>);
-        weight = exp2(rules.finished(qk, r, j, nullptr) * score_unit<S>(p) - reference);
-        if constexpr (S.dropout) weight = rules.kept(r, j) ? weight : 0.0F;
-      }
-#pragma unroll 1
-      for (int t = 0; t < kWarp; ++t) {
-        const float w = __shfl_sync(kAllLanes, weight, t);
-        if (!__shfl_sync(kAllLanes, visible, t)) continue;
-        const char* v = sequence.kv_row(p.v, first + t, block.kv_head);
-#pragma unroll
-        for (int n = 0; n < kColumns; ++n) {
-          const int column = begin + n * kWarp + lane_id();
-          if (column < p.head_dim_v) sum[n] += w * read<S.type>(v + column * kBytes<S.type>);
-        }
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-      const int column = begin + n * kWarp + lane_id();
-      if (column >= math::smaller(begin + 8 * kD, p.head_dim_v)) continue;
-      if constexpr (S.split) {
-        part_of(query, head)[column] = sum[n];
-      } else {
-        write<S.type>(sequence.q_row(p.out, query, head) + column * kBytes<S.type>, sum[n] * factor);
-      }
-    }
+    cuda::mend_row<S, 8 * kD>(rules, block.keys, block.kv_head, r, reference, factor, begin,
+                              math::smaller(begin + 8 * kD, p.head_dim_v), [&](int column, float x) {
+                                if constexpr (S.split) {
+                                  part_of(query, head)[column] = x;
+                                } else {
+                                  write<S.type>(sequence.q_row(p.out, query, head) + column * kBytes<S.type>, x);
+                                }
+                              });
   }
 
   FOVEA_DEVICE int first_column() const { return block.v_begin + warp_column(); }        // of v, of this warp

@@ -31,7 +31,7 @@ constexpr i64 kSlack = 32;                          // floats behind a row of sc
 RowKernels chosen_kernels() {
   const std::string backend = explain(parse_problem("fwd fp32 b1 hq1 sq1 d1")).backend;
 #ifdef __x86_64__
-  if (backend == "cpu_avx512") return avx512::row_kernels();
+  if (backend.starts_with("cpu_avx512") || backend == "cpu_amx") return avx512::row_kernels();
   if (backend == "cpu_avx2") return avx2::row_kernels();
 #endif
   return portable::row_kernels();

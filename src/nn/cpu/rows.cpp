@@ -2,7 +2,7 @@
 // namespace.
 #include "nn/cpu/rows.h"
 
-#include "cpu/flash/simd.h"
+#include "cpu/flash/storage.h"
 
 namespace fovea::nn::FOVEA_ISA {
 namespace {
@@ -20,34 +20,8 @@ FOVEA_INLINE V read(const char* row, Element type, i64 at, i64 columns) {
 }
 
 FOVEA_INLINE void write(char* row, Element type, i64 at, i64 columns, V x) {
-  if (type == Element::kFloat32 && at + kWidth <= columns) {
-    store(reinterpret_cast<float*>(row) + at, x);
-    return;
-  }
-  if (type == Element::kBFloat16 && at + kWidth <= columns) {
-    using Short = std::uint16_t __attribute__((vector_size(kWidth * 2)));
-    using LooseShort __attribute__((aligned(2), may_alias)) = Short;
-    const VU bits = as_unsigned(x);
-    const VU rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
-    const VU quiet = (bits >> 16) | 0x40U;
-    const VU result = (bits & 0x7fffffffU) > 0x7f800000U ? quiet : rounded;
-    *reinterpret_cast<LooseShort*>(row + at * 2) = __builtin_convertvector(result, Short);
-    return;
-  }
-#ifdef __AVX512F__
-  if (type == Element::kFloat16 && at + kWidth <= columns) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + at * 2),
-                        _mm512_cvtps_ph(__m512(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    return;
-  }
-#elif defined(__F16C__)
-  if (type == Element::kFloat16 && at + kWidth <= columns) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(row + at * 2),
-                     _mm256_cvtps_ph(__m256(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    return;
-  }
-#endif
-  for (i64 i = 0; i < kWidth && at + i < columns; ++i) narrow(row + (at + i) * bytes(type), type, x[i]);
+  if (at + kWidth <= columns) return narrow_vector(row + at * bytes(type), type, x);
+  for (i64 i = 0; i < columns - at; ++i) narrow(row + (at + i) * bytes(type), type, x[i]);
 }
 
 // ---- gelu

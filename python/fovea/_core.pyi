@@ -1,0 +1,79 @@
+"""The compiled half; what users call stands in fovea and its submodules."""
+
+from typing import Any
+
+__version__: str
+
+class Rules:
+    """The options of a call that are not tensors, checked once."""
+
+    def __init__(
+        self,
+        softmax_scale: float | None,
+        causal: str | None,
+        window_left: int | None,
+        window_right: int | None,
+        softcap: float,
+        dropout_p: float,
+        deterministic: bool,
+        layout: str,
+        backend: str | None,
+        strict: bool,
+    ) -> None: ...
+
+class Report:
+    """Who runs a call, how, and why the others do not; str() prints it."""
+
+    @property
+    def problem(self) -> str:
+        """The problem as one line of text, which the fovea command takes."""
+
+    @property
+    def device(self) -> str:
+        """'cpu', 'cuda:0'."""
+
+    @property
+    def backend(self) -> str:
+        """Who runs it; '' where nobody does."""
+
+    @property
+    def details(self) -> list[tuple[str, str]]:
+        """Pairs: instruction set, tiles, threads, ..."""
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory besides inputs and outputs."""
+
+    @property
+    def reasons(self) -> dict[str, list[str]]:
+        """For every backend asked, in order of preference, why it would not run the call; [] if it would."""
+
+def forward(
+    q: Any,
+    k: Any,
+    v: Any,
+    extras: tuple[Any, ...] | None,
+    rules: Rules,
+    seed: int | None,
+    offset: int,
+    want_lse: bool,
+    out: Any,
+) -> Any: ...
+def regular(q: Any, k: Any, v: Any) -> bool: ...
+def forward_regular(q: Any, k: Any, v: Any, rules: Rules) -> Any: ...
+def backward(
+    dout: Any,
+    dlse: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    extras: tuple[Any, ...] | None,
+    rules: Rules,
+    seed: int | None,
+    offset: int,
+    wanted: int,
+) -> tuple[Any, ...]: ...
+def xla_handlers() -> tuple[Any, Any]: ...
+def explain(backward: bool, q: Any, k: Any, v: Any, extras: tuple[Any, ...] | None, rules: Rules) -> Report: ...

@@ -1,0 +1,43 @@
+"""Jagged nested tensors as packed sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def unpack(
+    q: Tensor, k: Tensor, v: Tensor, layout: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, Callable[[Tensor], Tensor]]:
+    """q, k, v as [total, heads, dim], their cu_seqlens and longest lengths, and what makes an out nested again.
+
+    q, k and v are jagged: [batch, seqlen*, heads, dim], or [batch, heads, seqlen*, dim] in layout "bhsd".
+    """
+    q, k, v = (_tokens_first(name, tensor, layout) for name, tensor in (("q", q), ("k", k), ("v", v)))
+    offsets = q.offsets()
+    shortest, longest = q._get_min_seqlen(), q._get_max_seqlen()
+    longest_kv = longest if k.offsets() is offsets else k._get_max_seqlen()
+
+    def nested(out: Tensor) -> Tensor:
+        jagged = torch.nested.nested_tensor_from_jagged(out, offsets, min_seqlen=shortest, max_seqlen=longest)
+        return jagged if layout == "bshd" else jagged.transpose(1, 2)
+
+    cu_seqlens_q = offsets.to(torch.int32)
+    cu_seqlens_kv = cu_seqlens_q if k.offsets() is offsets else k.offsets().to(torch.int32)
+    return q.values(), k.values(), v.values(), cu_seqlens_q, cu_seqlens_kv, longest, longest_kv, nested
+
+
+def _tokens_first(name: str, tensor: Any, layout: str) -> Tensor:
+    if not tensor.is_nested or tensor.layout != torch.jagged:
+        raise ValueError(
+            f"{name} must be a nested tensor of layout torch.jagged like the others;"
+            " make it so by torch.nested.nested_tensor(..., layout=torch.jagged)"
+        )
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} has {tensor.dim()} dimensions but must be [batch, seqlen*, heads, dim]")
+    if tensor.lengths() is not None:
+        raise ValueError(f"{name} is a jagged tensor with holes; make it contiguous first")
+    return tensor if layout == "bshd" else tensor.transpose(1, 2)

@@ -1,0 +1,167 @@
+"""The operators `fovea::attention`, its backward pass and its seed: what torch.compile and torch.export see.
+
+Each has a fake implementation that knows shapes and strides alone, so that graphs are traced without running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fovea import _core
+from fovea._arguments import extras, rules
+from fovea.torch import _seeds
+
+_SHARED = (
+    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, Tensor? q_lengths, Tensor? kv_lengths,"
+    " Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv, SymInt? max_seqlen_q, SymInt? max_seqlen_kv, Tensor? seed,"
+    " float? softmax_scale, str? causal, SymInt? window_left, SymInt? window_right, float softcap, float dropout_p,"
+    " bool deterministic, str layout, str? backend, bool strict"
+)
+_NUM_TENSORS, _NUM_EXTRAS = 3, 10  # q, k, v come first, then what belongs to `extras`
+
+_library = torch.library.Library("fovea", "DEF")
+_library.define(f"attention(Tensor q, Tensor k, Tensor v, {_SHARED}) -> (Tensor, Tensor)")
+_library.define(
+    "attention_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    f" {_SHARED}, bool dbias, bool dalibi_slopes, bool dsink) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define("draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+
+attention = torch.ops.fovea.attention.default
+attention_backward = torch.ops.fovea.attention_backward.default
+draw_seed = torch.ops.fovea.draw_seed.default
+
+
+class Options:
+    """The arguments after q, k and v as the compiled half takes them."""
+
+    def __init__(self, shared: Sequence[Any]) -> None:
+        self.extras = extras(*shared[:_NUM_EXTRAS])
+        seed, *scalars = shared[_NUM_EXTRAS:]
+        self.rules = rules(*scalars)
+        self.seed, self.offset = (None, 0) if seed is None else _seeds.from_tensor(seed)
+
+
+def in_rows(tensor: Tensor | None) -> Tensor | None:
+    """The tensor with its last dimension contiguous; gradients come in all kinds of strides, and negated by a bit."""
+    if tensor is None:
+        return None
+    tensor = tensor.resolve_neg()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, Tensor]:
+    options = Options(shared)
+    return _core.forward(q, k, v, options.extras, options.rules, options.seed, options.offset, True, None)
+
+
+def _attention_backward(
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *shared, dbias, dalibi_slopes, dsink = rest
+    options = Options(shared)
+    dout = torch.zeros_like(out) if dout is None else in_rows(dout)
+    wanted = dbias + 2 * dalibi_slopes + 4 * dsink
+    gradients = _core.backward(
+        dout,
+        in_rows(dlse),
+        q,
+        k,
+        v,
+        out,
+        lse,
+        options.extras,
+        options.rules,
+        options.seed,
+        options.offset,
+        wanted,
+    )
+    return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _draw_seed(like: Tensor) -> Tensor:
+    return _seeds.to_tensor(*_seeds.draw(like.device))
+
+
+for _name, _run in (("attention", _attention), ("attention_backward", _attention_backward), ("draw_seed", _draw_seed)):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+
+
+def _empty_tokens(like: Tensor, shape: Sequence[Any], layout: str) -> Tensor:
+    """A token's heads lie side by side in either layout."""
+    if layout == "bshd":
+        return like.new_empty(shape)
+    batch, heads, seqlen, dim = shape
+    return like.new_empty((batch, seqlen, heads, dim)).transpose(1, 2)
+
+
+@torch.library.register_fake("fovea::attention", lib=_library)
+def _(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, Tensor]:
+    layout = shared[-3]
+    out = _empty_tokens(q, (*q.shape[:-1], v.shape[-1]), layout)
+    if q.dim() == 3:
+        rows = (q.shape[1], q.shape[0])
+    else:
+        batch, *inner = q.shape[:-1]
+        rows = (batch, *(inner if layout == "bhsd" else reversed(inner)))
+    return out, q.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.register_fake("fovea::attention_backward", lib=_library)
+def _(
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *shared, dbias, dalibi_slopes, dsink = rest
+    layout = shared[-3]
+    gradients = [_empty_tokens(tensor, tensor.shape, layout) for tensor in (q, k, v)]
+    for tensor, wanted in ((shared[1], dbias), (shared[2], dalibi_slopes), (shared[3], dsink)):
+        gradients.append(tensor.new_empty(tensor.shape) if wanted else q.new_empty(0))
+    return tuple(gradients)
+
+
+@torch.library.register_fake("fovea::draw_seed", lib=_library)
+def _(like: Tensor) -> Tensor:
+    return torch.empty(2, dtype=torch.int64, device="cpu")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+    ctx.others = [None if is_tensor else value for value, is_tensor in zip(inputs, ctx.is_tensor)]
+    ctx.save_for_backward(*output, *(value for value in inputs if isinstance(value, Tensor)))
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs = list(ctx.others)
+    if dout is None and dlse is None:
+        return (None,) * len(inputs)
+    out, lse, *tensors = ctx.saved_tensors
+    saved = iter(tensors)
+    inputs = [next(saved) if is_tensor else value for value, is_tensor in zip(inputs, ctx.is_tensor)]
+    needed = ctx.needs_input_grad
+    # mask, bias, alibi_slopes and sink follow q, k and v.
+    wanted = [bool(inputs[place] is not None and needed[place]) for place in (4, 5, 6)]
+    q, k, v, *shared = inputs
+    dq, dk, dv, dbias, dalibi_slopes, dsink = attention_backward(dout, dlse, q, k, v, out, lse, *shared, *wanted)
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    gradients[:3] = dq, dk, dv
+    for place, gradient, want in zip((4, 5, 6), (dbias, dalibi_slopes, dsink), wanted):
+        gradients[place] = gradient if want else None
+    return tuple(gradients)
+
+
+torch.library.register_autograd("fovea::attention", _backward, setup_context=_setup_context, lib=_library)
+
+
+def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    raise RuntimeError(
+        "fovea.attention does not run under vmap; give q, k and v the batch dimension instead, which it takes as it is"
+    )
+
+
+for _name in ("attention", "attention_backward"):
+    torch.library.register_vmap(f"fovea::{_name}", _refuse_vmap, lib=_library)

@@ -1,0 +1,158 @@
+"""replace_sdpa: unmodified models on Fovea, with a report of what was replaced and what was left."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from fovea.torch._sdpa import scaled_dot_product_attention
+
+_original = torch.nn.functional.scaled_dot_product_attention
+_lock = threading.RLock()
+_active: list[Replacement] = []
+_fast_path = True
+_patched: list[tuple[Any, str]] = []
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Replacement:
+    """What replace_sdpa() gives: a context manager, a decorator, and its report.
+
+    Attributes:
+        replaced: how often Fovea ran, by the call's description.
+        left: how often PyTorch ran, by (description, reason).
+    """
+
+    def __init__(self) -> None:
+        self.replaced: Counter[str] = Counter()
+        self.left: Counter[tuple[str, str]] = Counter()
+
+    def __enter__(self) -> Replacement:
+        with _lock:
+            if not _active:
+                _patch()
+            _active.append(self)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        with _lock:
+            _active.remove(self)
+            if not _active:
+                _restore()
+
+    def __call__(self, function: _Function) -> _Function:
+        @functools.wraps(function)
+        def on_fovea(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return on_fovea  # type: ignore[return-value]
+
+    def report(self) -> str:
+        """Several lines: what ran on Fovea, what stayed with PyTorch, and why."""
+        lines = [
+            f"Fovea ran {self.replaced.total()} calls of scaled_dot_product_attention, PyTorch {self.left.total()}."
+        ]
+        lines += [f"  {count:6d} ×  {call}" for call, count in self.replaced.most_common()]
+        lines += [
+            f"  {count:6d} ×  left to PyTorch: {call}: {reason}" for (call, reason), count in self.left.most_common()
+        ]
+        return "\n".join(lines)
+
+    __str__ = report
+
+
+def replace_sdpa() -> Replacement:
+    """Runs unmodified models on Fovea: `with replace_sdpa() as report: model(x)`, or as a decorator of a function.
+
+    While it is active, torch.nn.functional.scaled_dot_product_attention is Fovea's, also where modules have imported it
+    by name. Calls that Fovea refuses (fp64, a device that is neither CPU nor CUDA, ...) go to PyTorch; nothing else
+    does. print() it afterwards: what was replaced, what was left, with reasons. Models that torch.compile has compiled
+    before keep what they were compiled with.
+    """
+    return Replacement()
+
+
+def _patch() -> None:
+    """Wherever a loaded module has the original under any name; and torch.nn's layers ask for it in evaluation too."""
+    global _fast_path
+    _fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    for module in list(sys.modules.values()):
+        if module is None or (getattr(module, "__name__", "") or "").startswith(("fovea", "torch._C")):
+            continue
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if value is _original:
+                setattr(module, name, _dispatch)
+                _patched.append((module, name))
+
+
+def _restore() -> None:
+    torch.backends.mha.set_fastpath_enabled(_fast_path)
+    for module, name in _patched:
+        setattr(module, name, _original)
+    _patched.clear()
+
+
+def _dispatch(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Fovea's where it takes the call, else PyTorch's."""
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+    reason = _why_not(query)
+    if reason is None:
+        try:
+            out = scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa)
+        except ValueError as error:
+            reason = str(error)
+        else:
+            _count(arguments, None)
+            return out
+    _count(arguments, reason)
+    return _original(*arguments, scale=scale, enable_gqa=enable_gqa)
+
+
+def _why_not(query: Any) -> str | None:
+    """What makes a call PyTorch's before Fovea is asked; a graph that is traced cannot ask."""
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(
+        query.device.type
+    ):
+        return f"query is {query.dtype}, and Fovea takes float32, float16 and bfloat16"
+    if query.device.type not in ("cpu", "cuda"):
+        return f"query is on {query.device}, and Fovea runs on CPUs and NVIDIA GPUs"
+    if query.is_nested and query.layout != torch.jagged:
+        return "query is a nested tensor of strided layout, and Fovea takes jagged ones"
+    return None
+
+
+def _count(arguments: tuple[Any, ...], reason: str | None) -> None:
+    if torch.compiler.is_compiling():
+        return
+    query, key, _, attn_mask, dropout_p, is_causal = arguments
+    call = f"{str(query.dtype).removeprefix('torch.')} on {query.device}, query {_shape(query)}, key {_shape(key)}"
+    if attn_mask is not None:
+        call += f", {str(attn_mask.dtype).removeprefix('torch.')} mask {_shape(attn_mask)}"
+    call += (", causal" if is_causal else "") + (f", dropout {dropout_p:g}" if dropout_p else "")
+    with _lock:
+        for replacement in _active:
+            if reason is None:
+                replacement.replaced[call] += 1
+            else:
+                replacement.left[call, reason] += 1
+
+
+def _shape(tensor: Any) -> str:
+    return "×".join(str(extent) for extent in tensor.shape)

@@ -1,0 +1,156 @@
+"""torch.nn.functional.scaled_dot_product_attention, with its signature and meaning, on Fovea."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from fovea import _core
+from fovea._arguments import rules
+from fovea.torch import _door
+from fovea.torch._ops import in_rows
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What torch.nn.functional.scaled_dot_product_attention computes, without the L×S matrix whatever the options.
+
+    Args:
+        query: [..., num_q_heads, L, E], fp32, fp16 or bf16, any leading dimensions; or a jagged nested tensor.
+        key: [..., num_kv_heads, S, E]; dimensions of size 1 are broadcast.
+        value: [..., num_kv_heads, S, Ev].
+        attn_mask: broadcasts to [..., num_q_heads, L, S]: bool, True takes part; or floating, added to the scores, with
+            its gradient; or one of torch.nn.attention.bias.
+        dropout_p: always applied, as in PyTorch; drawn from the default generator of the query's device.
+        is_causal: lower triangle from the top left corner.
+        scale: default 1 / sqrt(E).
+        enable_gqa: num_q_heads may be a multiple of num_kv_heads.
+
+    Returns:
+        [..., num_q_heads, L, Ev] in the query's dtype. A row that sees no key gives 0.
+
+    Raises:
+        ValueError: shapes or dtypes that Fovea does not take, in one sentence; fp64 among them.
+        RuntimeError: an attn_mask together with is_causal, as in PyTorch.
+    """
+    corner = "top_left" if is_causal else None
+    if attn_mask is None and _door.plainly_eager(query, key, value):
+        call_rules = rules(scale, corner, None, None, 0.0, dropout_p, False, "bhsd", None, False)
+        if dropout_p or query.requires_grad or key.requires_grad or value.requires_grad:
+            if _core.regular(query, key, value):
+                return _door.run(query, key, value, None, call_rules, dropout_p)
+        elif (out := _core.forward_regular(query, key, value, call_rules)) is not None:
+            return out
+    if attn_mask is not None:
+        if is_causal:
+            raise RuntimeError("Explicit attn_mask should not be set when is_causal=True; give one of the two")
+        if type(attn_mask) is CausalBias:
+            corner = "top_left" if attn_mask.variant == CausalVariant.UPPER_LEFT else "bottom_right"
+            attn_mask = None
+    if query.is_nested or (query.dim() == 4 and _regular(query, key, value, enable_gqa)):
+        return _attend(query, key, value, attn_mask, dropout_p, corner, scale)
+    return _irregular(query, key, value, attn_mask, dropout_p, corner, scale, enable_gqa)
+
+
+def _regular(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether 4-d tensors can be taken as they are."""
+    batch, heads, _, dim = query.shape
+    kv_heads = key.shape[1]
+    return (
+        batch == key.shape[0] == value.shape[0]
+        and kv_heads == value.shape[1]
+        and (heads == kv_heads or kv_heads == 1 or enable_gqa)
+        and batch * heads * dim * value.shape[3] > 0
+    )
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    corner: str | None,
+    scale: float | None,
+) -> Tensor:
+    if not query.is_nested:
+        query, key, value = in_rows(query), in_rows(key), in_rows(value)
+    mask = bias = None
+    if attn_mask is not None:
+        if attn_mask.stride(-1) != 0:
+            attn_mask = in_rows(attn_mask)
+        if attn_mask.dtype == torch.bool:
+            mask = attn_mask
+        else:
+            bias = attn_mask
+    return _door.attention(
+        query,
+        key,
+        value,
+        softmax_scale=scale,
+        causal=corner,
+        mask=mask,
+        bias=bias,
+        dropout_p=dropout_p,
+        layout="bhsd",
+    )
+
+
+def _irregular(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    corner: str | None,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """Other ranks, broadcasting and empty dimensions, brought to [batch, heads, seqlen, dim]."""
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        ranks = f"{query.dim()}, {key.dim()} and {value.dim()}"
+        raise ValueError(f"query, key and value need two dimensions or more, but have {ranks}")
+    rank = max(query.dim(), key.dim(), value.dim())
+    query, key, value = (_with_rank(tensor, max(rank, 4)) for tensor in (query, key, value))
+    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    heads, kv_heads = query.shape[-3], max(key.shape[-3], value.shape[-3])
+    if heads == 1 and kv_heads > 1 and not enable_gqa:
+        heads = kv_heads
+    if not enable_gqa and kv_heads not in (1, heads):
+        raise ValueError(
+            f"the query has {heads} heads and key and value {kv_heads}; give enable_gqa=True if groups of query heads"
+            " share theirs"
+        )
+    length, kv_length, dim, dim_v = query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1]
+    if math.prod(lead) * heads * kv_heads * dim_v == 0:  # nothing to compute, but a place in the graph
+        out = query.new_zeros((*lead, heads, length, dim_v)) + 0 * (query.sum() + key.sum() + value.sum())
+        return out.reshape(out.shape[out.dim() - rank :])
+    if dim == 0:  # every score is 0
+        query, key, scale = torch.nn.functional.pad(query, (0, 1)), torch.nn.functional.pad(key, (0, 1)), 1.0
+    query = query.expand(*lead, heads, length, -1).reshape(-1, heads, length, query.shape[-1])
+    key = key.expand(*lead, kv_heads, kv_length, -1).reshape(-1, kv_heads, kv_length, key.shape[-1])
+    value = value.expand(*lead, kv_heads, kv_length, -1).reshape(-1, kv_heads, kv_length, dim_v)
+    if attn_mask is not None:
+        attn_mask = _with_rank(attn_mask, max(rank, 4))
+        if len(lead) > 1 and math.prod(attn_mask.shape[:-3]) > 1:
+            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).reshape(-1, *attn_mask.shape[-3:])
+        elif len(lead) > 1:
+            attn_mask = attn_mask.reshape(1, *attn_mask.shape[-3:])
+    out = _attend(query, key, value, attn_mask, dropout_p, corner, scale)
+    return out.reshape((*lead, heads, length, dim_v)[max(rank, 4) - rank :])
+
+
+def _with_rank(tensor: Tensor, rank: int) -> Tensor:
+    """With leading ones."""
+    return tensor[(None,) * (rank - tensor.dim())]

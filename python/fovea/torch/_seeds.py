@@ -1,0 +1,42 @@
+"""Dropout seeds out of PyTorch's default generators, so that manual_seed, get_rng_state and checkpointing rule them."""
+
+from __future__ import annotations
+
+import torch
+
+_OFFSET_STEP = 4  # a CUDA generator counts its offset in groups of four draws
+
+
+def draw(device: torch.device) -> tuple[int, int]:
+    """(seed, offset) for one call, from the default generator of that device; the generator moves on.
+
+    On a GPU the generator's state is two numbers on the host: nothing waits for the GPU.
+    """
+    if device.type != "cuda":
+        return int(torch.empty((), dtype=torch.int64).random_().item()), 0
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "dropout inside a CUDA graph would drop the same entries in every replay; give seed= to say that this is"
+            " wanted, or leave dropout out of the graph"
+        )
+    torch.cuda.init()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    offset = generator.get_offset()
+    generator.set_offset(offset + _OFFSET_STEP)
+    return generator.initial_seed() % 2**64, offset
+
+
+def to_tensor(seed: int, offset: int) -> torch.Tensor:
+    """Both numbers as one int64 tensor on the CPU, their bits kept: how seeds travel through graphs."""
+    return torch.tensor([_signed(seed), _signed(offset)], dtype=torch.int64)
+
+
+def from_tensor(seed: torch.Tensor) -> tuple[int, int]:
+    """What `to_tensor` was given."""
+    first, second = seed.tolist()
+    return first % 2**64, second % 2**64
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number

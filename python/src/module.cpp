@@ -1,0 +1,68 @@
+#include <fovea/fovea.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "pass.h"
+#include "xla.h"
+
+// fovea._core: the C++ side of the Python door.  What users call stands in python/fovea and has the documentation.
+namespace fovea::python {
+namespace {
+
+void bind_report(nb::module_& module) {
+  nb::class_<Report>(module, "Report", "Who runs a call, how, and why the others do not; str() prints it.")
+      .def_prop_ro(
+          "problem", [](const Report& r) { return to_string(r.problem); }, "The problem as one line of text.")
+      .def_prop_ro(
+          "device", [](const Report& r) { return name(r.device); }, "'cpu', 'cuda:0'.")
+      .def_prop_ro(
+          "backend", [](const Report& r) { return r.backend; }, "Who runs it; '' where nobody does.")
+      .def_prop_ro(
+          "details", [](const Report& r) { return r.details; }, "Pairs: instruction set, tiles, threads, ...")
+      .def_prop_ro("workspace_bytes", [](const Report& r) { return r.workspace_bytes; })
+      .def_prop_ro(
+          "reasons",
+          [](const Report& r) {
+            nb::dict reasons;
+            for (const Verdict& verdict : r.verdicts) reasons[nb::str(verdict.backend.c_str())] = verdict.reasons;
+            return reasons;
+          },
+          "For every backend asked, in order of preference, why it would not run the call; [] if it would.")
+      .def("__str__", [](const Report& r) { return to_string(r); })
+      .def("__repr__", [](const Report& r) {
+        return "<fovea.Report: " + to_string(r.problem) + " on " + name(r.device) + ": " +
+               (r.backend.empty() ? "nobody" : r.backend) + ">";
+      });
+}
+
+}  // namespace
+}  // namespace fovea::python
+
+NB_MODULE(_core, module) {
+  using namespace fovea::python;
+  namespace nb = nanobind;
+  nb::set_leak_warnings(false);  // caches hold rules until the process ends
+  const auto any = [](const char* name) { return nb::arg(name).none(); };
+  module.attr("__version__") = FOVEA_VERSION;
+  nb::class_<CallRules>(module, "Rules", "The options of a call that are not tensors, checked once.")
+      .def(nb::init<nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle, nb::handle,
+                    nb::handle, nb::handle>(),
+           any("softmax_scale"), any("causal"), any("window_left"), any("window_right"), any("softcap"),
+           any("dropout_p"), any("deterministic"), any("layout"), any("backend"), any("strict"));
+  bind_report(module);
+  module.def("forward", &forward, any("q"), any("k"), any("v"), any("extras"), nb::arg("rules"), any("seed"),
+             any("offset"), nb::arg("want_lse"), any("out"));
+  module.def("regular", &regular, any("q"), any("k"), any("v"));
+  module.def("forward_regular", &forward_regular, any("q"), any("k"), any("v"), nb::arg("rules"));
+  module.def("backward", &backward, any("dout"), any("dlse"), any("q"), any("k"), any("v"), any("out"), any("lse"),
+             any("extras"), nb::arg("rules"), any("seed"), any("offset"), nb::arg("wanted"));
+  // Named as JAX wants the capsules of functions that XLA calls.
+  module.def("xla_handlers", [] {
+    constexpr const char* kName = "xla._CUSTOM_CALL_TARGET";
+    return nb::make_tuple(nb::capsule(xla_handler_cpu(), kName), nb::capsule(xla_handler_cuda(), kName));
+  });
+  module.def("explain", &fovea::python::explain, nb::arg("backward"), any("q"), any("k"), any("v"), any("extras"),
+             nb::arg("rules"));
+}

@@ -1,0 +1,243 @@
+#include <fovea/error.h>
+
+#include "arrays.h"
+#include "call.h"
+#include "pass.h"
+#include "plans.h"
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+namespace fovea::python {
+namespace {
+
+constexpr std::array<int, 4> kInOrder{0, 1, 2, 3};
+constexpr std::array<int, 4> kHeadsFirst{0, 2, 1, 3};  // [batch, heads, seqlen, dim], a token's heads side by side
+
+class Pass {
+ public:
+  Pass(Direction direction, nb::handle q, nb::handle k, nb::handle v, Extras extras, const CallRules& call_rules)
+      : framework_(Framework::of(q)), call_rules_(call_rules), rules_(static_cast<const Rules&>(call_rules)) {
+    call_.direction = direction;
+    if (!extras.is_none()) take_extras(nb::cast<nb::tuple>(extras));
+    call_.in.q = take_tokens(q, "q");
+    call_.in.k = take_tokens(k, "k");
+    call_.in.v = take_tokens(v, "v");
+    if (heads_first() && call_.packed()) {
+      throw nb::value_error("layout 'bhsd' belongs to padded tensors; packed ones are [total, heads, dim]");
+    }
+  }
+
+  void seed(nb::handle seed, nb::handle offset) {
+    if (rules_.dropout.probability == 0.0F) return;
+    rules_.dropout.seed = to_uint64(seed, "seed");
+    rules_.dropout.offset = to_uint64(offset, "offset");
+  }
+
+  Inputs& in() { return call_.in; }
+  Outputs out{};
+
+  /// [batch, seqlen, heads, dim] as the library wants it, in either layout.
+  Tensor take_tokens(nb::handle array, const char* name, bool written = false) {
+    return seen(take(array, name, written));
+  }
+  Tensor take(nb::handle array, const char* name, bool written = false) {
+    if (array.is_none()) return {};
+    Borrowed borrowed = Framework::of(array).borrow(array, name, written);
+    if (borrowed.capsule.is_valid()) capsules_.push_back(std::move(borrowed.capsule));
+    return borrowed.view;
+  }
+
+  /// A new array with q's rows and heads, v's dim.
+  Made make_out() {
+    Tensor like = call_.in.q;
+    like.shape[like.rank - 1] = call_.in.v.shape[std::max(0, call_.in.v.rank - 1)];
+    return make_tokens(like);
+  }
+  Made make_tokens(const Tensor& like) {
+    Tensor shape = seen(like);  // back to the caller's layout
+    Made made =
+        framework_.make({shape.shape.data(), static_cast<std::size_t>(shape.rank)},
+                        std::span(heads_first() ? kHeadsFirst : kInOrder).first(shape.rank), like.dtype, device());
+    made.view = seen(made.view);
+    return made;
+  }
+  Made make_like(const Tensor& like) {
+    return make({like.shape.data(), static_cast<std::size_t>(like.rank)}, like.dtype);
+  }
+  Made make_lse() {
+    const Tensor& q = call_.in.q;
+    if (q.rank == 3) return make(std::array{q.shape[1], q.shape[0]}, DType::kFloat32);
+    return make(std::array{q.shape[0], q.shape[2], q.shape[1]}, DType::kFloat32);
+  }
+
+  [[nodiscard]] Problem problem() const { return problem_of(call_, rules_); }
+  [[nodiscard]] const Device& device() const { return call_.in.q.device; }
+
+  /// Checks the call as well: results may be made after this, not before.
+  [[nodiscard]] std::shared_ptr<const Plan> plan() const {
+    if (auto known = last_plan(call_, rules_, call_rules_)) return known;
+    const nb::gil_scoped_release others_may_run;
+    return plan_of(call_, rules_, call_rules_);
+  }
+
+  void run(const Plan& plan) {
+    if (device().kind == DeviceKind::kCpu) {
+      const nb::gil_scoped_release others_may_run;
+      plan.execute(call_.in, out, CpuWorkspace(plan.workspace_bytes()).data());
+      return;
+    }
+    // The framework's allocator orders the workspace's reuse after this stream's work, and serves a capture as well.
+    Made workspace;
+    if (plan.workspace_bytes() > 0) {
+      workspace = make(std::array{static_cast<std::int64_t>((plan.workspace_bytes() + 3) / 4)}, DType::kInt32);
+    }
+    void* stream = framework_.stream(device());
+    const nb::gil_scoped_release others_may_run;
+    plan.execute(call_.in, out, workspace.view.data, stream);
+  }
+
+ private:
+  void take_extras(const nb::tuple& extras) {
+    call_.in.mask = take_entries(extras[0], "mask");
+    call_.in.bias = take_entries(extras[1], "bias");
+    call_.in.alibi_slopes = take(extras[2], "alibi_slopes");
+    call_.in.sink = take(extras[3], "sink");
+    call_.in.q_lengths = take(extras[4], "q_lengths");
+    call_.in.kv_lengths = take(extras[5], "kv_lengths");
+    call_.in.cu_seqlens_q = take(extras[6], "cu_seqlens_q");
+    call_.in.cu_seqlens_kv = take(extras[7], "cu_seqlens_kv");
+    if (!nb::handle(extras[8]).is_none()) call_.max_seqlen_q = to_int64(extras[8], "max_seqlen_q");
+    if (!nb::handle(extras[9]).is_none()) call_.max_seqlen_kv = to_int64(extras[9], "max_seqlen_kv");
+  }
+  Tensor take_entries(nb::handle array, const char* name) {
+    return array.is_none() ? Tensor{} : padded(take(array, name));
+  }
+
+  [[nodiscard]] bool heads_first() const { return call_rules_.heads_first; }
+  [[nodiscard]] Tensor seen(const Tensor& t) const { return heads_first() && t.rank == 4 ? t.transposed(1, 2) : t; }
+  Made make(std::span<const std::int64_t> shape, DType dtype) {
+    return framework_.make(shape, std::span(kInOrder).first(shape.size()), dtype, device());
+  }
+
+  const Framework& framework_;
+  const CallRules& call_rules_;
+  Rules rules_;
+  Call call_;
+  std::vector<nb::object> capsules_;
+};
+
+/// `heads`: which dimension they are.
+bool are_regular(const Tensor& q, const Tensor& k, const Tensor& v, int heads) {
+  const auto rows = [](const Tensor& t) {
+    return t.rank == 4 && t.strides[3] == 1 && std::find(t.shape.begin(), t.shape.end(), 0) == t.shape.end();
+  };
+  const auto alike = [&](const Tensor& a, const Tensor& b) {
+    return a.shape[0] == b.shape[0] && a.shape[heads] == b.shape[heads];
+  };
+  return rows(q) && rows(k) && rows(v) && alike(q, k) && alike(k, v);
+}
+
+/// The library's refusals are Python's ValueError; its other failures are RuntimeError by themselves.
+template <typename Work>
+auto translated(const Work& work) {
+  try {
+    return work();
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kInvalidArgument) throw nb::value_error(error.what());
+    throw;
+  }
+}
+
+}  // namespace
+
+nb::object forward(nb::handle q, nb::handle k, nb::handle v, Extras extras, const CallRules& rules, nb::handle seed,
+                   nb::handle offset, bool want_lse, nb::handle out) {
+  return translated([&]() -> nb::object {
+    Pass pass(Direction::kForward, q, k, v, extras, rules);
+    pass.seed(seed, offset);
+    const auto plan = pass.plan();
+    Made made, lse;
+    if (out.is_none()) {
+      made = pass.make_out();
+    } else {
+      made = {nb::borrow(out), pass.take_tokens(out, "out", true)};
+    }
+    pass.out.out = made.view;
+    if (want_lse) {
+      lse = pass.make_lse();
+      pass.out.lse = lse.view;
+    }
+    pass.run(*plan);
+    if (!want_lse) return std::move(made.object);
+    return nb::make_tuple(std::move(made.object), std::move(lse.object));
+  });
+}
+
+bool regular(nb::handle q, nb::handle k, nb::handle v) {
+  const auto shape_of = [](nb::handle array) -> Tensor {
+    try {
+      return Framework::of(array).borrow(array, "an array", false).view;
+    } catch (const nb::builtin_exception&) {
+      return {};  // whoever looks closer will say why
+    }
+  };
+  return are_regular(shape_of(q), shape_of(k), shape_of(v), 1);
+}
+
+nb::object forward_regular(nb::handle q, nb::handle k, nb::handle v, const CallRules& rules) {
+  return translated([&]() -> nb::object {
+    try {
+      Pass pass(Direction::kForward, q, k, v, nb::none(), rules);
+      if (!are_regular(pass.in().q, pass.in().k, pass.in().v, 2)) return nb::none();
+      const auto plan = pass.plan();
+      Made made = pass.make_out();
+      pass.out.out = made.view;
+      pass.run(*plan);
+      return std::move(made.object);
+    } catch (const nb::builtin_exception&) {
+      return nb::none();
+    }
+  });
+}
+
+nb::tuple backward(nb::handle dout, nb::handle dlse, nb::handle q, nb::handle k, nb::handle v, nb::handle out,
+                   nb::handle lse, Extras extras, const CallRules& rules, nb::handle seed, nb::handle offset,
+                   int wanted) {
+  return translated([&] {
+    Pass pass(Direction::kBackward, q, k, v, extras, rules);
+    pass.seed(seed, offset);
+    const auto plan = pass.plan();
+    Inputs& in = pass.in();
+    in.out = pass.take_tokens(out, "out");
+    in.dout = pass.take_tokens(dout, "dout");
+    in.lse = pass.take(lse, "lse");
+    in.dlse = pass.take(dlse, "dlse");
+    const Made dq = pass.make_tokens(in.q), dk = pass.make_tokens(in.k), dv = pass.make_tokens(in.v);
+    pass.out.dq = dq.view;
+    pass.out.dk = dk.view;
+    pass.out.dv = dv.view;
+    const auto optional = [&](Wanted bit, const Tensor& given, int extra, Tensor& written) -> nb::object {
+      if ((wanted & bit) == 0 || !given.defined()) return nb::none();
+      // In the shape that the caller gave, which may have fewer dimensions than the library sees.
+      Made made = pass.make_like(pass.take(nb::cast<nb::tuple>(extras)[extra], "an input with a gradient"));
+      written = bit == kBias ? padded(made.view) : made.view;
+      return std::move(made.object);
+    };
+    const nb::object dbias = optional(kBias, in.bias, 1, pass.out.dbias);
+    const nb::object dslopes = optional(kSlopes, in.alibi_slopes, 2, pass.out.dalibi_slopes);
+    const nb::object dsink = optional(kSink, in.sink, 3, pass.out.dsink);
+    pass.run(*plan);
+    return nb::make_tuple(dq.object, dk.object, dv.object, dbias, dslopes, dsink);
+  });
+}
+
+Report explain(bool backward, nb::handle q, nb::handle k, nb::handle v, Extras extras, const CallRules& rules) {
+  return translated([&] {
+    const Pass pass(backward ? Direction::kBackward : Direction::kForward, q, k, v, extras, rules);
+    return fovea::explain(pass.problem(), pass.device(), rules);
+  });
+}
+
+}  // namespace fovea::python

@@ -1,0 +1,76 @@
+#include "rules.h"
+
+#include <algorithm>
+#include <string>
+
+namespace fovea::python {
+namespace {
+
+[[noreturn]] void refuse(const char* name, nb::handle value, const char* rule) {
+  std::string text = nb::repr(value).c_str();
+  std::replace(text.begin(), text.end(), '\n', ' ');
+  const std::string sentence = std::string(name) + " (" + text + ") must be " + rule;
+  throw nb::value_error(sentence.c_str());
+}
+
+float to_float(nb::handle value, const char* name) {
+  double number = 0.0;
+  if (PyBool_Check(value.ptr()) != 0 || !nb::try_cast(value, number)) refuse(name, value, "a number");
+  return static_cast<float>(number);
+}
+
+bool to_bool(nb::handle value, const char* name) {
+  bool truth = false;
+  if (!nb::try_cast(value, truth)) refuse(name, value, "True or False");
+  return truth;
+}
+
+std::string to_word(nb::handle value, const char* name) {
+  const char* word = nullptr;
+  if (!nb::try_cast(value, word)) refuse(name, value, "a word or None");
+  return word;
+}
+
+/// An exact integer: a whole float is none, and neither is a bool.
+template <typename T>
+T to_integer(nb::handle value, const char* name, const char* rule) {
+  T number = 0;
+  if (PyBool_Check(value.ptr()) != 0 || PyIndex_Check(value.ptr()) == 0) refuse(name, value, rule);
+  const nb::object index = nb::steal(PyNumber_Index(value.ptr()));
+  if (!index.is_valid()) nb::raise_python_error();
+  if (!nb::try_cast(index, number)) refuse(name, value, rule);
+  return number;
+}
+
+}  // namespace
+
+std::int64_t to_int64(nb::handle value, const char* name) {
+  return to_integer<std::int64_t>(value, name, "a whole number of 64 bits");
+}
+
+std::uint64_t to_uint64(nb::handle value, const char* name) {
+  return to_integer<std::uint64_t>(value, name, "a whole number from 0 to 2^64 - 1");
+}
+
+CallRules::CallRules(nb::handle scale, nb::handle corner, nb::handle left, nb::handle right, nb::handle cap,
+                     nb::handle dropout_p, nb::handle same_bits, nb::handle layout, nb::handle backend_name,
+                     nb::handle strictly) {
+  if (!scale.is_none()) softmax_scale = to_float(scale, "softmax_scale");
+  if (!corner.is_none()) {
+    const std::string word = to_word(corner, "causal");
+    if (word != "top_left" && word != "bottom_right") refuse("causal", corner, "'top_left', 'bottom_right' or None");
+    causal = word == "top_left" ? Causal::kTopLeft : Causal::kBottomRight;
+  }
+  if (!left.is_none()) window_left = to_int64(left, "window_left");
+  if (!right.is_none()) window_right = to_int64(right, "window_right");
+  softcap = to_float(cap, "softcap");
+  dropout.probability = to_float(dropout_p, "dropout_p");
+  deterministic = to_bool(same_bits, "deterministic");
+  const std::string order = to_word(layout, "layout");
+  if (order != "bshd" && order != "bhsd") refuse("layout", layout, "'bshd' or 'bhsd'");
+  heads_first = order == "bhsd";
+  if (!backend_name.is_none()) backend = to_word(backend_name, "backend");
+  strict = to_bool(strictly, "strict");
+}
+
+}  // namespace fovea::python

@@ -1,0 +1,139 @@
+#include "cuda/hopper_backend.h"
+
+#include <fovea/error.h>
+
+#include <algorithm>
+
+#include "cuda/driver.h"
+#include "cuda/hopper_tuning.h"
+#include "cuda/params_sm90.h"
+#include "cuda/planned_call.h"
+#include "cuda/tensor_map.h"
+#include "dispatch/views.h"
+
+namespace fovea::cuda {
+namespace {
+
+constexpr int kHopper = 90;
+constexpr std::int64_t kMostTiles = std::int64_t{1} << 23;  // the kernel counts them in 24 bits
+constexpr std::size_t kTicketBytes = 64;
+
+class ForwardSm90Plan final : public PlannedKernel {
+ public:
+  ForwardSm90Plan(const Problem& problem, const ForwardSm90Shape& shape, const Device& device)
+      : shape_(shape),
+        device_(device),
+        multiprocessors_(model_of_device(device).multiprocessors),
+        mask_words_(problem, kTicketBytes, device, kHopper),
+        forward_(forward_sm90_request(shape), device) {
+    describe_call(problem, params_);
+    params_.row_blocks = static_cast<int>(shape.row_blocks);
+    params_.tiles = static_cast<int>(shape.tiles);
+    params_.heads_abreast = static_cast<int>(shape.heads_abreast);
+  }
+
+  [[nodiscard]] std::size_t workspace_bytes() const override { return mask_words_.workspace_bytes(); }
+
+  [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override {
+    const ForwardSm90Spec& s = shape_.spec;
+    return {{"kernel", forward_.describe()},
+            {"tile", std::to_string(block_m(s)) + " rows × " + std::to_string(s.block_n) + " keys, " +
+                         std::to_string(s.stages) + " stages, " + std::to_string(s.warpgroups) + " warpgroups of " +
+                         std::to_string(consumer_registers(s)) + " registers and one of " +
+                         std::to_string(producer_registers(s))},
+            {"order", std::to_string(shape_.tiles) + " tiles, " + std::to_string(shape_.heads_abreast) +
+                          (shape_.heads_abreast == 1 ? " head" : " heads") + " in turns"}};
+  }
+
+  void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const override {
+    require_gpu(forward_, device_);
+    if (shape_.tiles == 0) return;
+    ForwardSm90Params params = params_;
+    attach_inputs(params, inputs);
+    params.out = dispatch::row_view(outputs.out);
+    params.lse = dispatch::stat_view(outputs.lse);
+    params.by_engine = make_maps(params);
+    params.ticket = static_cast<u64*>(workspace);
+    mask_words_.make(params, workspace, stream);
+    forward_.kernel->launch({.x = static_cast<unsigned>(std::min<std::int64_t>(shape_.tiles, multiprocessors_)),
+                             .y = 1,
+                             .z = 1,
+                             .threads = static_cast<unsigned>(forward_.request.threads),
+                             .shared_bytes = static_cast<unsigned>(forward_.request.shared_bytes)},
+                            params, stream);
+  }
+
+ private:
+  [[nodiscard]] bool make_maps(ForwardSm90Params& p) const {
+    const CurrentGpu current(device_.index);  // some drivers encode for nobody else
+    const bool packed = p.cu_seqlens_q.data != nullptr;
+    const std::int64_t batch = packed ? 1 : p.batch, rows = packed ? p.total_q : p.seqlen_q,
+                       keys = packed ? p.total_kv : p.seqlen_kv;
+    const ForwardSm90Spec& s = shape_.spec;
+    return make_tensor_map(p.q, s.type, {p.head_dim, rows, p.q_heads, batch}, block_m(s), p.q_map) &&
+           make_tensor_map(p.k, s.type, {p.head_dim, keys, p.kv_heads, batch}, s.block_n, p.k_map) &&
+           make_tensor_map(p.v, s.type, {p.head_dim_v, keys, p.kv_heads, batch}, s.block_n, p.v_map);
+  }
+
+  ForwardSm90Shape shape_;
+  Device device_;
+  int multiprocessors_;
+  MaskWords mask_words_;
+  PlannedLaunch forward_;
+  ForwardSm90Params params_{};
+};
+
+class HopperBackend final : public Backend {
+ public:
+  [[nodiscard]] std::string name() const override { return "cuda_hopper"; }
+  [[nodiscard]] bool only_by_name() const override { return true; }  // until the GPU ring has gone over all of it
+
+  [[nodiscard]] Verdict judge(const Problem& problem, const Device& device) const override {
+    Verdict verdict{.backend = name()};
+    auto& reasons = verdict.reasons;
+    refuse_device(device, verdict);
+    if (reasons.empty() && capability_of(device) != kHopper) {
+      reasons.emplace_back("it is made for compute capability 9.0 (Hopper), and " + fovea::name(device) + " has " +
+                           std::to_string(capability_of(device) / 10) + "." +
+                           std::to_string(capability_of(device) % 10));
+    } else if (reasons.empty() && problem.direction == Direction::kBackward) {
+      reasons.emplace_back("it has no backward pass");
+    }
+    verdict.available = reasons.empty();
+    if (!verdict.available) return verdict;
+
+    refuse_long(problem, verdict);
+    if (problem.dtype == DType::kFloat32) reasons.emplace_back("it multiplies fp16 and bf16, not fp32");
+    const auto refuse_dim = [&](const char* what, std::int64_t dim) {
+      limit(verdict, what, dim, 256);
+      if (dim % 8 == 0) return;
+      reasons.emplace_back(std::string(what) + " (" + std::to_string(dim) + ") is no multiple of 8");
+    };
+    refuse_dim("head_dim", problem.head_dim);
+    refuse_dim("head_dim_v", problem.head_dim_v);
+    if (has_few_rows(problem)) {
+      reasons.emplace_back("seqlen_q (" + std::to_string(problem.seqlen_q) +
+                           ") is short, and it does not share out keys");
+    }
+    if (!reasons.empty()) return verdict;
+    const auto shape = choose_forward_sm90(problem);
+    if (!shape) {
+      reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " and head_dim_v " +
+                           std::to_string(problem.head_dim_v) + " fits with these options");
+    } else {
+      limit(verdict, "the number of tiles", shape->tiles, kMostTiles);
+    }
+    return verdict;
+  }
+
+  [[nodiscard]] std::shared_ptr<const PlannedKernel> plan(const Problem& problem, const Device& device,
+                                                          const PlanOptions& /*options*/) const override {
+    return std::make_shared<ForwardSm90Plan>(problem, *choose_forward_sm90(problem), device);
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_hopper_backend() { return std::make_unique<HopperBackend>(); }
+
+}  // namespace fovea::cuda

@@ -1,0 +1,109 @@
+#include "cuda/hopper_tuning.h"
+
+#include <algorithm>
+#include <array>
+
+#include "cuda/jit/wgmma_text.h"
+#include "math/band.h"
+
+namespace fovea::cuda {
+namespace {
+
+constexpr int kMostShared = 227 * 1024;
+constexpr std::int64_t kFewRows = 64;
+
+struct Tile {
+  int widest;  // head dim that it serves
+  int warpgroups, block_n, q_stages;
+  bool hold, turns;
+  int most_options;   // see `weight_of`
+  bool masks = true;  // looking for what they leave takes registers, too
+
+  static constexpr int kAnyOptions = 99;
+};
+
+/// What options want of registers.
+int weight_of(const ForwardSm90Spec& s) { return s.mask + s.alibi + 2 * s.dropout + 2 * s.softcap + 8 * s.bias; }
+
+// Measured on an H100 (docs/notes).  The first that fits is taken.
+constexpr std::array kTiles{
+    // As they are.
+    Tile{64, 3, 128, 2, false, true, 0},
+    Tile{128, 2, 128, 2, true, true, 0},
+    Tile{192, 2, 112, 1, false, false, 0},
+    Tile{256, 2, 80, 1, false, true, 0},
+    // With options.
+    Tile{128, 2, 128, 2, false, false, 2},
+    Tile{128, 2, 96, 2, false, false, 8},
+    Tile{128, 2, 64, 2, false, false, Tile::kAnyOptions},
+    Tile{192, 2, 96, 1, false, false, 2, false},
+    Tile{192, 2, 64, 1, false, false, 6},
+    Tile{192, 2, 32, 1, false, false, Tile::kAnyOptions},
+    Tile{256, 2, 64, 1, false, false, 2, false},
+    Tile{256, 2, 32, 1, false, false, 8},
+};
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+/// Heads whose keys and values L2 keeps while their tiles take turns; longer rows gain from more of them.
+std::int64_t heads_abreast(const Problem& problem, bool band) {
+  if (!band && !problem.q_lengths.present && !problem.kv_lengths.present && !problem.packed()) return 1;
+  const std::int64_t keys = problem.seqlen_kv, group = problem.num_q_heads / problem.num_kv_heads;
+  const std::int64_t room = std::int64_t{keys <= 512 ? 8 : keys < 16384 ? 16 : 64} << 20;
+  const std::int64_t head_bytes = std::max<std::int64_t>(1, keys * (problem.head_dim + problem.head_dim_v) * 2);
+  return std::max<std::int64_t>(1, room / head_bytes) * group;
+}
+
+}  // namespace
+
+bool has_few_rows(const Problem& problem) {
+  return problem.seqlen_q * (problem.num_q_heads / problem.num_kv_heads) <= kFewRows;
+}
+
+std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
+  if (problem.dtype != DType::kFloat16 && problem.dtype != DType::kBFloat16) return std::nullopt;
+  if (problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0) return std::nullopt;
+  ForwardSm90Shape shape;
+  ForwardSm90Spec& spec = shape.spec;
+  spec.type = type_of(problem.dtype);
+  const std::int64_t widest = std::max(problem.head_dim, problem.head_dim_v);
+  spec.head_dim = static_cast<int>(problem.head_dim);
+  spec.head_dim_v = static_cast<int>(problem.head_dim_v);
+  spec.mask = problem.mask.has_value();
+  spec.bias = problem.bias.has_value();
+  if (spec.bias) spec.bias_type = type_of(problem.bias_dtype);
+  spec.alibi = problem.alibi != Alibi::kNone;
+  spec.softcap = problem.softcap != 0.0F;
+  spec.dropout = problem.dropout.probability > 0.0F;
+  const bool band = math::BandRule::of(problem).bounded();
+
+  const auto fits = [&](const Tile& tile) {
+    spec.warpgroups = tile.warpgroups, spec.block_n = tile.block_n, spec.q_stages = tile.q_stages;
+    spec.hold = tile.hold, spec.turns = tile.turns;
+    return widest <= tile.widest && weight_of(spec) <= tile.most_options && (tile.masks || !spec.mask) &&
+           shared_bytes(spec) <= kMostShared;
+  };
+  if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
+  shape.row_blocks = ceil_div(problem.seqlen_q, block_m(spec));
+  shape.tiles = shape.row_blocks * problem.num_q_heads * problem.batch;
+  shape.heads_abreast =
+      std::min(heads_abreast(problem, band), std::max<std::int64_t>(1, problem.num_q_heads * problem.batch));
+  return shape;
+}
+
+jit::KernelRequest forward_sm90_request(const ForwardSm90Shape& shape) {
+  constexpr int kSm90 = 90;
+  const ForwardSm90Spec& spec = shape.spec;
+  const std::string products = jit::wgmma_text(spec.type, {spec.block_n, spec.head_dim_v});
+  return jit::render({.function = "forward_sm90",
+                      .header = "cuda/kernels/hopper/forward.cuh",
+                      .spec = "ForwardSm90Spec",
+                      .params = "ForwardSm90Params",
+                      .threads = threads_of(spec),
+                      .shared_bytes = shared_bytes(spec),
+                      .text = products,
+                      .own = true},
+                     spec, kSm90);
+}
+
+}  // namespace fovea::cuda

@@ -1,0 +1,67 @@
+#pragma once
+
+#include "cuda/kernels/device.cuh"
+
+// Barriers in shared memory (mbarrier) that count arrivals and bytes, and those of a block's hardware.
+namespace fovea::cuda {
+
+/// A phase is over when all have arrived and all bytes that were announced are there.
+struct Barrier {
+  u64 word;
+
+  FOVEA_DEVICE u32 address() const { return shared_address(&word); }
+  FOVEA_DEVICE void begin(u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(arrivals) : "memory");
+  }
+  FOVEA_DEVICE void arrive() { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address()) : "memory"); }
+  FOVEA_DEVICE void arrive_with(u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
+  }
+  /// Until the phase of this parity is over.
+  FOVEA_DEVICE void wait(u32 parity) const {
+    asm volatile(
+        "{ .reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again; }" ::"r"(address()),
+        "r"(parity)
+        : "memory");
+  }
+};
+
+/// A ring of places that a producer fills and consumers empty: use n of it is in place n % kPlaces.
+template <int kPlaces>
+struct Ring {
+  Barrier full[kPlaces], empty[kPlaces];
+
+  FOVEA_DEVICE void begin(u32 consumers) {
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) full[i].begin(1), empty[i].begin(consumers);
+  }
+  FOVEA_DEVICE static int place(u32 n) { return static_cast<int>(n % kPlaces); }
+  FOVEA_DEVICE void await_full(u32 n) const { full[place(n)].wait(n / kPlaces & 1); }
+  FOVEA_DEVICE void await_empty(u32 n) const { empty[place(n)].wait(n / kPlaces & 1 ^ 1); }
+  /// Once a warp, when all of it has read.
+  FOVEA_DEVICE void release(u32 n) {
+    if (lane_id() == 0) empty[place(n)].arrive();
+  }
+};
+
+/// Makes barriers just begun, and what threads have written, known to the copy engine.
+FOVEA_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+FOVEA_DEVICE void fence_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+FOVEA_DEVICE void meet(u32 id, u32 threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+FOVEA_DEVICE void pass(u32 id, u32 threads) {
+  asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+template <int kRegisters>
+FOVEA_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+FOVEA_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+}  // namespace fovea::cuda

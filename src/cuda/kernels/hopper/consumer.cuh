@@ -1,0 +1,264 @@
+#pragma once
+
+#include "cuda/kernels/hopper/epilogue.cuh"
+#include "cuda/kernels/hopper/softmax.cuh"
+#include "cuda/kernels/hopper/state.cuh"
+
+// A warpgroup that computes 64 rows: S = Q Kᵀ and O += P V, of which the tensor cores have one tile's scores and the
+// values of the one before at a time; while they make the rest, scores are weighed.
+namespace fovea::cuda {
+
+template <ForwardSm90Spec S>
+struct Consumer {
+  using Soft = Softmax<S>;
+  using Scores = typename Soft::Scores;
+  using Weights = typename Soft::Weights;
+  using Rules = typename Soft::Rules;
+  using Out = typename Epilogue<S>::Out;
+  using Fetched = Entries<S, 1, Soft::kN>;
+
+  const ForwardSm90Params& p;
+  State<S>& state;
+  const Layout<S> at;
+  const int group;  // of warps: which 64 rows
+  u32 n = 0;        // tiles of rows so far
+  u32 keys = 0;     // and of keys
+  Interval full{};  // tiles of keys that these 64 rows see whole, where O leaves registers for it
+
+  static constexpr bool kKnowsFull = S.head_dim_v <= 192;
+
+  FOVEA_DEVICE int warp_row() const { return group * kGroupRows + warp_id() % 4 * 16; }
+
+  FOVEA_DEVICE void run() {
+    if (S.turns && group == S.warpgroups - 1) pass_turn();
+#pragma unroll 1
+    for (;; ++n) {
+      state.q.await_full(n);
+      const Work<S>& work = state.work[n % State<S>::kWorks];
+      if (work.rows.left() <= 0) break;
+      attend(work);
+    }
+  }
+
+  // ---- turns: a warpgroup has its products issued before the next one issues its own
+
+  static constexpr u32 kTurns = 2;  // the first one's barrier
+  FOVEA_DEVICE void await_turn() const {
+    if constexpr (S.turns) meet(kTurns + group, 256);
+  }
+  FOVEA_DEVICE void pass_turn() const {
+    if constexpr (S.turns) pass(kTurns + (group + 1 == S.warpgroups ? 0 : group + 1), 256);
+  }
+
+  // ---- a tile of rows
+
+  FOVEA_DEVICE void attend(const Work<S>& work) {
+    const Rules rules{p, work.sequence, work.rows};
+    const float unit = score_unit<S>(p);
+    const Band::Reach& reach = work.reach[group];
+    full = {(reach.all_begin + S.block_n - 1) / S.block_n, reach.all_end / S.block_n};
+    Soft soft;
+    Out o;
+    if constexpr (S.mask) {
+      attend_steps(work, rules, soft, o, unit);
+      release_q();
+    } else {
+      attend_all(work, rules, soft, o, unit);
+    }
+    const Epilogue<S> epilogue{p, work, rules, state.q, n, at.q(state.q.place(n)), warp_row()};
+    epilogue.finish(o, soft.reference, soft.sum);
+  }
+
+  /// All scores are made.
+  FOVEA_DEVICE void release_q() {
+    if constexpr (!Epilogue<S>::kThroughQ) state.q.release(n);
+  }
+
+  FOVEA_DEVICE static void clear(Out& o) {
+#pragma unroll
+    for (int x = 0; x < 4 * Epilogue<S>::kD; ++x) o[0][x / 4].x[x % 4] = 0.0F;
+  }
+
+  FOVEA_DEVICE void attend_all(const Work<S>& work, const Rules& rules, Soft& soft, Out& o, float unit) {
+    const Interval own = own_tiles(work);
+    skip(work.tiles.end - own.end);
+    if (own.empty()) {
+      release_q();
+      return clear(o);
+    }
+    Scores s;
+    Weights weights;
+    Step step{own.end - 1, 0};
+    first_tile(work, rules, soft, s, weights, o, unit, step);
+    int add = 0;
+#pragma unroll 1
+    for (--step.tile; step.tile >= own.begin; --step.tile, add = 1)
+      next_tile(work, rules, soft, s, weights, o, unit, step, add);
+    release_q();
+    last_values(weights, o, add);
+    skip(own.begin - work.tiles.begin);
+  }
+
+  /// What the producer has found for a mask, in runs of tiles that these 64 rows see.
+  FOVEA_DEVICE void attend_steps(const Work<S>& work, const Rules& rules, Soft& soft, Out& o, float unit) {
+    clear(o);
+    bool more = !work.tiles.empty();
+#pragma unroll 1
+    while (more) {
+      Step step = await_step(more);
+      if (sight_of(work, step).hidden()) {
+        skip(1);
+        continue;
+      }
+      Scores s;
+      Weights weights;
+      first_tile(work, rules, soft, s, weights, o, unit, step);
+#pragma unroll 1
+      while (more) {
+        bool another;
+        step = await_step(another);
+        if (sight_of(work, step).hidden()) break;
+        more = another;
+        next_tile(work, rules, soft, s, weights, o, unit, step, 1);
+      }
+      last_values(weights, o, 1);
+    }
+  }
+  FOVEA_DEVICE Step await_step(bool& more) const {
+    state.k.await_full(keys);
+    const Step step = state.steps[state.k.place(keys)];
+    more = (step.seen & Step::kLast) == 0;
+    return step;
+  }
+
+  /// Of the block's tiles of keys, those that these 64 rows see any of.
+  FOVEA_DEVICE Interval own_tiles(const Work<S>& work) const {
+    const Band::Reach& reach = work.reach[group];
+    if (reach.any_end <= reach.any_begin) return {work.tiles.begin, work.tiles.begin};
+    return {reach.any_begin / S.block_n, (reach.any_end - 1) / S.block_n + 1};
+  }
+
+  /// Tiles that only others see.
+  FOVEA_DEVICE void skip(int tiles) {
+#pragma unroll 1
+    for (; tiles > 0; --tiles, ++keys) {
+      await_turn();
+      pass_turn();
+      state.k.await_full(keys);
+      state.k.release(keys);
+      state.v.await_full(keys);
+      state.v.release(keys);
+    }
+  }
+
+  FOVEA_DEVICE u64 q_matrix() const {
+    return matrix_at(at.q(state.q.place(n)) + group * kGroupRows * kPanelRowBytes, 16);
+  }
+  FOVEA_DEVICE void issue_scores(Scores& s) const {
+    state.k.await_full(keys);
+    pin(s[0]);
+    fence_products();
+    multiply_by_rows<S.type, S.head_dim, block_m(S), S.block_n>(s[0], q_matrix(),
+                                                                matrix_at(at.k(state.k.place(keys)), 16));
+    close_products();
+  }
+  FOVEA_DEVICE void issue_values(Out& o, Weights& weights, u32 of, int add) const {
+    state.v.await_full(of);
+    pin(o[0]);
+    pin(weights);
+    fence_products();
+    multiply_by_columns<S.type, S.block_n, S.head_dim_v>(
+        o[0], weights, matrix_at(at.v(state.v.place(of)), S.block_n * kPanelRowBytes), add);
+    close_products();
+  }
+
+  FOVEA_DEVICE static math::DropoutStream stream_of(const Work<S>& work) {
+    return S.dropout ? uniform(work.stream) : math::DropoutStream{};
+  }
+
+  FOVEA_DEVICE Sight sight_of(const Work<S>& work, const Step& step) const {
+    const int key = step.tile * S.block_n;
+    return {kKnowsFull && full.contains(step.tile) ? TileState::kFull : work.reach[group].tile({key, key + S.block_n}),
+            S.mask ? step.mask(group) : TileState::kFull};
+  }
+
+  /// Without values to be added meanwhile.
+  FOVEA_DEVICE void first_tile(const Work<S>& work, const Rules& rules, Soft& soft, Scores& s, Weights& weights, Out& o,
+                               float unit, const Step& step) {
+    const int row = warp_row(), key = step.tile * S.block_n;
+    await_turn();
+    issue_scores(s);
+    pass_turn();
+    Fetched entries;
+    rules.fetch(entries, row, key);
+    await_products<0>();
+    pin(s[0]);
+    state.k.release(keys);
+    rules.finish(s, row, key, sight_of(work, step), entries);
+    float total[2];
+    raise(rules, soft, s, o, unit, entries, S.mask);
+    soft.weigh(s, weights, total, unit, rules, row, key, stream_of(work));
+    soft.add(total);
+    ++keys;
+  }
+
+  /// S of this tile while P V of the one before is made.
+  FOVEA_DEVICE void next_tile(const Work<S>& work, const Rules& rules, Soft& soft, Scores& s, Weights& weights, Out& o,
+                              float unit, const Step& step, int add) {
+    const int row = warp_row(), key = step.tile * S.block_n;
+    await_turn();
+    issue_scores(s);
+    issue_values(o, weights, keys - 1, add);
+    pass_turn();
+    Fetched entries;
+    rules.fetch(entries, row, key);
+    await_products<1>();
+    pin(s[0]);
+    state.k.release(keys);
+    if constexpr (!S.hold) values_done(o, weights);
+    rules.finish(s, row, key, sight_of(work, step), entries);
+    Weights held;
+    Weights& next = S.hold ? held : weights;
+    float total[2];
+    soft.weigh(s, next, total, unit, rules, row, key, stream_of(work));
+    if (Soft::outgrown(total)) {
+      if constexpr (S.hold) await_products<0>(), pin(o[0]);
+      raise(rules, soft, s, o, unit, entries, true);
+      soft.weigh(s, next, total, unit, rules, row, key, stream_of(work));
+    }
+    soft.add(total);
+    if constexpr (S.hold) {
+      values_done(o, weights);
+      move(weights, held);
+    }
+    ++keys;
+  }
+
+  /// References of a tile's scores; sums and O, where there are any, move on to them.
+  FOVEA_DEVICE void raise(const Rules& rules, Soft& soft, Scores& s, Out& o, float unit, const Fetched& entries,
+                          bool begun) const {
+    rules.hide_by_bias(s, entries);
+    float rescale[2];
+    soft.raise(s, unit, rescale);
+    if (!begun) return;
+    soft.sum[0] *= rescale[0], soft.sum[1] *= rescale[1];
+#pragma unroll
+    for (int x = 0; x < 4 * Epilogue<S>::kD; ++x) o[0][x / 4].x[x % 4] *= rescale[x % 4 / 2];
+  }
+
+  FOVEA_DEVICE void values_done(Out& o, Weights& weights) {
+    await_products<0>();
+    pin(o[0]);
+    pin(weights);
+    state.v.release(keys - 1);
+  }
+
+  FOVEA_DEVICE void last_values(Weights& weights, Out& o, int add) {
+    issue_values(o, weights, keys - 1, add);
+    await_products<0>();
+    pin(o[0]);
+    state.v.release(keys - 1);
+  }
+};
+
+}  // namespace fovea::cuda

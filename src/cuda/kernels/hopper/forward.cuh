@@ -1,0 +1,38 @@
+#pragma once
+
+#include "cuda/kernels/hopper/consumer.cuh"
+#include "cuda/kernels/hopper/producer.cuh"
+
+// The forward on Hopper (FlashAttention-3, 2407.08608): one warpgroup has Q, K and V copied into rings, the others
+// compute.
+namespace fovea::cuda {
+
+/// Blocks: one a multiprocessor.
+template <ForwardSm90Spec S>
+__device__ void forward_sm90(const ForwardSm90Params& p) {
+  extern __shared__ __align__(1024) char shared[];
+  static_assert(sizeof(State<S>) <= kStateBytes);
+  State<S>& state = *reinterpret_cast<State<S>*>(shared + shared_bytes(S) - kStateBytes);
+  if (threadIdx.x == 0) {
+    constexpr u32 kWarps = S.warpgroups * 4;
+    state.q.begin(kWarps), state.k.begin(kWarps), state.v.begin(kWarps);
+    state.known.begin(1), state.late.begin(1);
+    fence_barriers();
+    fence_engine();
+  }
+  __syncthreads();
+  const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 128), 0);
+  if (group == 0) {
+    give_registers<producer_registers(S)>();
+    if (p.by_engine) {
+      Producer<S, true>{p, state, {shared_address(shared)}}.run();
+    } else {
+      Producer<S, false>{p, state, {shared_address(shared)}}.run();
+    }
+  } else {
+    take_registers<consumer_registers(S)>();
+    Consumer<S>{p, state, {shared_address(shared)}, group - 1}.run();
+  }
+}
+
+}  // namespace fovea::cuda

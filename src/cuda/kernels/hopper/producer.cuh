@@ -1,0 +1,138 @@
+#pragma once
+
+#include "cuda/kernels/hopper/state.cuh"
+
+// The warpgroup that has Q, K and V copied.  Through the copy engine one warp sees to keys and values, and another one
+// finds the next tile of rows meanwhile; by hand all threads do one after the other.
+namespace fovea::cuda {
+
+/// kByEngine: the copy engine can read q, k and v.
+template <ForwardSm90Spec S, bool kByEngine>
+struct Producer {
+  const ForwardSm90Params& p;
+  State<S>& state;
+  const Layout<S> at;
+  u32 keys = 0;  // tiles of them so far
+
+  static constexpr u32 kMeeting = 1;  // the producers' barrier
+  static constexpr int kEarly = 1;    // tiles of keys, at most, that are left to load when the next rows are claimed
+  FOVEA_DEVICE static int thread() { return static_cast<int>(threadIdx.x % 128); }
+  FOVEA_DEVICE static bool leads() { return kByEngine ? lane_id() == 0 : thread() == 0; }
+
+  FOVEA_DEVICE void run() {
+    int tile = static_cast<int>(blockIdx.x);
+    if constexpr (!kByEngine) {
+#pragma unroll 1
+      for (u32 n = 0; find(n, tile); ++n) load(n);
+    } else if (thread() / kWarp == 0) {
+      if (S.mask || leads()) load_all();
+    } else if (thread() / kWarp == 1 && leads()) {
+#pragma unroll 1
+      for (u32 n = 0; find(n, tile); ++n) state.late.wait(n & 1);
+    }
+  }
+
+  FOVEA_DEVICE Work<S>& work_of(u32 n) const { return state.work[n % State<S>::kWorks]; }
+
+  /// Claims the n-th tile of rows and has its Q copied; false where there is none.
+  FOVEA_DEVICE bool find(u32 n, int& tile) const {
+    Work<S>& work = work_of(n);
+    if (leads()) {
+      if (n > 0) tile = Tickets::next(p, tile);
+      for (; tile < p.tiles; tile = Tickets::next(p, tile)) {
+        work.find(p, tile);
+        if (work.rows.left() > 0) break;
+      }
+      if (tile >= p.tiles) work.rows = {};
+      if constexpr (kByEngine) state.known.arrive();
+    }
+    share();
+    const Sequence& sequence = work.sequence;
+    const int place = state.q.place(n);
+    state.q.await_empty(n);
+    if (work.rows.left() <= 0) {
+      if (leads()) state.q.full[place].arrive();
+      return false;
+    }
+    load_tile<block_m(S), S.head_dim>(at.q(place), state.q.full[place], p.q_map,
+                                      {sequence.q_begin + work.rows.first, work.rows.first_head, sequence.batch},
+                                      Keep::kNo, work.rows.left(), p.q,
+                                      [&] { return sequence.q_row(p.q, work.rows.first, work.rows.first_head); });
+    return true;
+  }
+
+  FOVEA_DEVICE void share() const {
+    if constexpr (!kByEngine) meet(kMeeting, 128);
+  }
+
+  /// By a thread, or a warp where that looks for what a mask leaves.
+  FOVEA_DEVICE void load_all() {
+#pragma unroll 1
+    for (u32 n = 0;; ++n) {
+      state.known.wait(n & 1);
+      if (work_of(n).rows.left() <= 0) break;
+      load(n);
+    }
+  }
+
+  /// Keys and values of the n-th tile of rows, K a tile ahead of V.  The next rows are claimed late, so that all blocks
+  /// end together, but not so late that anybody waits for them.
+  FOVEA_DEVICE void load(u32 n) {
+    const Work<S>& work = work_of(n);
+    bool late = false;
+    Walk<S> walk(p, work);
+#pragma unroll 1
+    for (;; walk.advance(), ++keys) {
+      const bool there = walk.there();
+      if (there) {
+        const int place = state.k.place(keys);
+        state.k.await_empty(keys);
+        if constexpr (S.mask) {
+          if (leads()) state.steps[place] = walk.now();
+        }
+        load_keys<S.head_dim>(work, walk.now().tile, at.k(place), state.k.full[place], p.k_map, p.k);
+      }
+      if constexpr (kByEngine) {
+        if (!late && (!there || walk.now().tile < work.tiles.begin + kEarly)) {
+          if (leads()) state.late.arrive();
+          late = true;
+        }
+      }
+      if (walk.any_before()) load_values(work, walk.before(), keys - 1);
+      if (!there) break;
+    }
+  }
+
+  FOVEA_DEVICE void load_values(const Work<S>& work, int tile, u32 n) {
+    const int place = state.v.place(n);
+    state.v.await_empty(n);
+    load_keys<S.head_dim_v>(work, tile, at.v(place), state.v.full[place], p.v_map, p.v);
+  }
+
+  template <int kDim>
+  FOVEA_DEVICE void load_keys(const Work<S>& work, int tile, u32 to, Barrier& full, const TensorMap& map,
+                              const RowView& view) const {
+    const Sequence& sequence = work.sequence;
+    const int key = tile * S.block_n;
+    load_tile<S.block_n, kDim>(to, full, map, {sequence.kv_begin + key, work.kv_head, sequence.batch}, Keep::kYes,
+                               sequence.band.seqlen_kv - key, view,
+                               [&] { return sequence.kv_row(view, key, work.kv_head); });
+  }
+
+  /// `rows`, `view` and `from` are for copies by hand.
+  template <int kRows, int kDim, class From>
+  FOVEA_DEVICE void load_tile(u32 to, Barrier& full, const TensorMap& map, RowPlace place, Keep keep, int rows,
+                              const RowView& view, const From& from) const {
+    if constexpr (kByEngine) {
+      if (p.cu_seqlens_q.data != nullptr) place.batch = 0;  // packed sequences are one
+      if (leads()) load_panels<kRows, kDim>(to, map, full, place, keep);
+    } else {
+      load_by_hand<128, S.type, kRows, kDim>(to, thread(), rows, view.aligned, from(), view.row);
+      fence_engine();
+      share();
+      if (leads()) full.arrive();
+    }
+  }
+};
+
+}  // namespace fovea::cuda

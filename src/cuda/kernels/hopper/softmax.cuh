@@ -1,0 +1,71 @@
+#pragma once
+
+#include "cuda/kernels/hopper/wgmma.cuh"
+#include "cuda/kernels/scores.cuh"
+
+// The softmax of 64 rows by a reference instead of a running maximum: any reference gives the same result, as long as
+// weights stay in range.  The first tile's maximum is taken; later tiles are weighed at once, and only where a sum
+// shows that scores have outgrown their reference is the maximum of that tile looked for.
+namespace fovea::cuda {
+
+template <ForwardSm90Spec S>
+struct Softmax {
+  static constexpr int kN = S.block_n / 8, kSteps = S.block_n / 16;
+  using Scores = Accumulator[1][kN];
+  using Weights = OperandA[kSteps];
+  using Rules = ScoreRules<S, false, AsTheyAre>;
+
+  /// Below every score but −infinity, whose distance from it still is −infinity.
+  static constexpr float kUnseen = -3.40282347e38F;
+  /// Of a lane's part of a row of a tile: weights stay within fp16's range, and sums keep their digits.
+  static constexpr float kMost = 8192.0F;
+
+  float reference[2] = {kUnseen, kUnseen};  // of a lane's two rows, in units of log2
+  float sum[2] = {};                        // this lane's part
+
+  /// P = 2^(unit·S − reference), its sums, and dropout's share.
+  FOVEA_DEVICE void weigh(const Scores& s, Weights& weights, float (&total)[2], float unit, const Rules& rules, int row,
+                          int key, const math::DropoutStream& stream) const {
+    total[0] = total[1] = 0.0F;
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      Accumulator two[2];
+#pragma unroll
+      for (int x = 0; x < 8; ++x) {
+        const float w = exp2(__fmaf_rn(s[0][2 * k + x / 4].x[x % 4], unit, -reference[x % 4 / 2]));
+        two[x / 4].x[x % 4] = w;
+        total[x % 4 / 2] += w;
+      }
+      if constexpr (S.dropout) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          rules.for_each_draw(0, 2 * k, e, row, key, stream, [&](int piece, int entry, bool kept) {
+            if (!kept) two[piece - 2 * k].x[entry] = 0.0F;
+          });
+        }
+      }
+      weights[k] = operand_a<S.type>(two, 0);
+    }
+  }
+
+  /// Whether a tile's weights may stand; not where something is not a number.  Of the whole warp.
+  FOVEA_DEVICE static bool outgrown(const float (&total)[2]) {
+    return __any_sync(kAllLanes, !(total[0] < kMost && total[1] < kMost));
+  }
+
+  /// Raises each row's reference to the largest score of the tile; what sums and O have to be multiplied by.
+  FOVEA_DEVICE void raise(const Scores& s, float unit, float (&rescale)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = -infinity();
+#pragma unroll
+      for (int j = 0; j < kN; ++j) top = fmaxf(top, fmaxf(s[0][j].x[2 * h], s[0][j].x[2 * h + 1]));
+      top = fmaxf(reference[h], quad_max(top) * unit);
+      rescale[h] = exp2(reference[h] - top);
+      reference[h] = top;
+    }
+  }
+  FOVEA_DEVICE void add(const float (&total)[2]) { sum[0] += total[0], sum[1] += total[1]; }
+};
+
+}  // namespace fovea::cuda

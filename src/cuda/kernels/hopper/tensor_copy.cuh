@@ -1,0 +1,56 @@
+#pragma once
+
+#include "cuda/kernels/copies.cuh"
+#include "cuda/kernels/hopper/barrier.cuh"
+#include "cuda/params_sm90.h"
+#include "cuda/spec_sm90.h"
+
+// Rows of q, k and v become panels in shared memory: by the copy engine, or by hand where it cannot read a tensor.
+namespace fovea::cuda {
+
+/// What L2 keeps: rows of q are read once, keys and values again and again.
+enum class Keep : u64 { kNo = 0x12f0000000000000UL, kYes = 0x14f0000000000000UL };
+
+struct RowPlace {
+  int row, head, batch;
+};
+
+/// One panel; what lies outside the tensor becomes 0.
+FOVEA_DEVICE void load_panel(u32 to, const TensorMap& map, const Barrier& barrier, int column, const RowPlace& at,
+                             Keep keep) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+      "l"(&map), "r"(barrier.address()), "r"(column), "r"(at.row), "r"(at.head), "r"(at.batch),
+      "l"(static_cast<u64>(keep))
+      : "memory");
+}
+
+/// A tile of kRows rows, by one thread.
+template <int kRows, int kDim>
+FOVEA_DEVICE void load_panels(u32 to, const TensorMap& map, Barrier& full, const RowPlace& at, Keep keep) {
+  full.arrive_with(tile_bytes(kRows, kDim));
+#pragma unroll
+  for (int panel = 0; panel < panels_of(kDim); ++panel)
+    load_panel(to + panel * kRows * kPanelRowBytes, map, full, panel * kPanelColumns, at, keep);
+}
+
+/// Where the copy engine puts 16 bytes of a row of a panel.
+FOVEA_DEVICE u32 swizzled(u32 panel, int row, int piece) {
+  return panel + static_cast<u32>(row * kPanelRowBytes + ((piece ^ row & 7) << 4));
+}
+
+/// The same by kThreads threads; rows from `rows` on become 0.
+template <int kThreads, Type kType, int kRows, int kDim>
+FOVEA_DEVICE void load_by_hand(u32 to, int thread, int rows, bool aligned, const char* from, i64 stride) {
+  constexpr int kPieces = panels_of(kDim) * 8, kBytesOfRow = kDim * bytes_of(kType);
+#pragma unroll 1
+  for (int at = thread; at < kRows * kPieces; at += kThreads) {
+    const int row = at / kPieces, piece = at % kPieces;
+    const bool there = row < rows && piece * 16 < kBytesOfRow;
+    store_shared_16(swizzled(to + piece / 8 * kRows * kPanelRowBytes, row, piece % 8),
+                    there ? read_piece(from + row * stride + piece * 16, 16, aligned) : uint4{0, 0, 0, 0});
+  }
+}
+
+}  // namespace fovea::cuda

@@ -1,0 +1,24 @@
+#pragma once
+
+#include "cuda/params.h"
+
+// What a kernel of the Hopper family is called with.  Host and device compile this text.
+namespace fovea::cuda {
+
+/// CUtensorMap: where the copy engine finds a tensor and how it cuts it into boxes.
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
+struct ForwardSm90Params : CallParams {
+  TensorMap q_map, k_map, v_map;  // [batch][head][row][column]
+  RowView out;
+  StatView lse;
+  bool by_engine;     // the copy engine can read q, k and v
+  int row_blocks;     // of the longest sequence
+  int tiles;          // of rows: row_blocks × q_heads × batch
+  int heads_abreast;  // heads, of any sequences, whose tiles take turns
+  u64* ticket;        // `Tickets`
+};
+
+}  // namespace fovea::cuda

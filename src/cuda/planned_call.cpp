@@ -1,0 +1,169 @@
+#include "cuda/planned_call.h"
+
+#include <fovea/error.h>
+
+#include <algorithm>
+
+#include "cuda/driver.h"
+#include "dispatch/views.h"
+
+namespace fovea::cuda {
+namespace {
+
+using dispatch::entry_view, dispatch::row_view, dispatch::head_view;
+
+/// Whether a bias's entries 8n to 8n + 7 along the keys are neighbours that one load can take, or one of 16 bytes some
+/// of them.
+bool in_runs(const Tensor& t) {
+  if (!t.defined()) return true;
+  const std::int64_t size = size_bytes(t.dtype), run = std::min<std::int64_t>(8 * size, 16);
+  bool runs = t.shape[3] > 1 && t.strides[3] == 1 && reinterpret_cast<std::uintptr_t>(t.data) % run == 0;
+  for (int axis = 0; axis < 3; ++axis) runs = runs && (t.shape[axis] == 1 || t.strides[axis] * size % run == 0);
+  return runs;
+}
+
+IndexView index_view(const Tensor& t) {
+  if (!t.defined()) return {};
+  return {static_cast<const int*>(t.data), t.strides[0]};
+}
+
+/// Of a mask of these own dimensions.
+WordView word_view(const CallParams& p, bool batch, bool heads, bool queries) {
+  WordView view{};
+  view.rows = queries ? p.seqlen_q : 1;
+  view.count = (p.seqlen_kv + 31) / 32;
+  view.heads = heads ? p.q_heads : 1;
+  view.planes = batch ? view.heads * p.batch : view.heads;
+  view.row = queries ? 1 : 0;
+  view.head = heads ? view.plane() : 0;
+  view.batch = batch ? view.plane() * view.heads : 0;
+  return view;
+}
+
+}  // namespace
+
+/// What does not depend on tensors.
+void describe_call(const Problem& problem, CallParams& p) {
+  p.batch = static_cast<int>(problem.batch);
+  p.q_heads = static_cast<int>(problem.num_q_heads);
+  p.kv_heads = static_cast<int>(problem.num_kv_heads);
+  p.group = p.q_heads / p.kv_heads;
+  p.head_dim = static_cast<int>(problem.head_dim);
+  p.head_dim_v = static_cast<int>(problem.head_dim_v);
+  p.seqlen_q = static_cast<int>(problem.seqlen_q);
+  p.seqlen_kv = static_cast<int>(problem.seqlen_kv);
+  p.total_q = static_cast<int>(problem.total_q);
+  p.total_kv = static_cast<int>(problem.total_kv);
+  p.band = math::BandRule::of(problem);
+  p.scale = problem.scale();
+  p.softcap = problem.softcap;
+  p.keep_threshold = dispatch::keep_threshold(problem.dropout.probability);
+  p.keep_scale = 65536.0F / static_cast<float>(p.keep_threshold);
+  p.seed = problem.dropout.seed;
+  p.offset = problem.dropout.offset;
+}
+
+void attach_inputs(CallParams& p, const Inputs& in) {
+  p.q_lengths = index_view(in.q_lengths);
+  p.kv_lengths = index_view(in.kv_lengths);
+  p.cu_seqlens_q = index_view(in.cu_seqlens_q);
+  p.cu_seqlens_kv = index_view(in.cu_seqlens_kv);
+  p.q = row_view(in.q);
+  p.k = row_view(in.k);
+  p.v = row_view(in.v);
+  const auto in_pieces = [](const RowView& view, int dim, const Tensor& t) {
+    return view.aligned && dim * size_bytes(t.dtype) % 16 == 0 && view.row >= 0 && view.row < (std::int64_t{1} << 32);
+  };
+  p.in_pieces = in_pieces(p.k, p.head_dim, in.k) && in_pieces(p.v, p.head_dim_v, in.v);
+  p.mask = entry_view(in.mask);
+  p.bias = entry_view(in.bias);
+  p.bias_in_runs = in_runs(in.bias);
+  p.slopes = head_view(in.alibi_slopes);
+  p.sink = head_view(in.sink).data;
+}
+
+PlannedLaunch::PlannedLaunch(jit::KernelRequest wanted, const Device& device) : request(std::move(wanted)) {
+  if (device.compute_capability != 0) {  // a description: what cannot be compiled here is told, too
+    try {
+      binary = jit::Cache::shared().binary(request);
+    } catch (const Error& error) {
+      why_not_compiled = error.what();
+    }
+  } else {
+    kernel = &jit::Cache::shared().load(request, device.index);
+  }
+}
+
+std::string PlannedLaunch::describe() const {
+  if (!why_not_compiled.empty()) return request.name + ": not compiled, " + why_not_compiled;
+  const jit::Binary& compiled = kernel != nullptr ? kernel->binary() : *binary;
+  return request.name + ": " + std::to_string(compiled.registers) + " registers, " +
+         std::to_string(request.shared_bytes + compiled.shared_bytes) + " bytes of shared memory, " +
+         std::to_string(request.threads) + " threads, from " + jit::name(compiled.source);
+}
+
+void require_gpu(const PlannedLaunch& launch, const Device& device) {
+  if (launch.kernel != nullptr) return;
+  throw Error(ErrorCode::kInvalidArgument,
+              "this plan is for " + name(device) + ", a description; plan for cuda:0 to execute");
+}
+
+MaskWords::MaskWords(const Problem& problem, std::size_t workspace_bytes, const Device& device, int arch)
+    : begin_((workspace_bytes + 127) / 128 * 128), bytes_(workspace_bytes) {
+  if (!problem.mask) return;
+  launch_.emplace(mask_words_request(arch), device);
+  CallParams p{};
+  describe_call(problem, p);
+  const WordView view = word_view(p, problem.mask->batch, problem.mask->heads, problem.mask->queries);
+  bytes_ = begin_ + static_cast<std::size_t>(view.plane() * view.planes) * sizeof(u32);
+}
+
+void MaskWords::make(CallParams& p, void* workspace, void* stream) const {
+  if (!launch_) return;
+  WordView& view = p.mask_words;  // what is expanded by a stride of 0 is read once
+  view = word_view(p, p.mask.batch != 0, p.mask.head != 0, p.mask.query != 0);
+  view.data = reinterpret_cast<u32*>(static_cast<std::byte*>(workspace) + begin_);
+  if (view.plane() == 0) return;
+  launch_->kernel->launch({.x = static_cast<unsigned>(view.spans() * view.groups()),
+                           .y = static_cast<unsigned>(std::min<std::int64_t>(view.planes, kMostInGrid)),
+                           .z = 1,
+                           .threads = static_cast<unsigned>(launch_->request.threads),
+                           .shared_bytes = 0},
+                          p, stream);
+}
+
+void refuse_device(const Device& device, Verdict& verdict) {
+  if (device.kind != DeviceKind::kCuda) {
+    verdict.reasons.emplace_back("it runs on NVIDIA GPUs only, and the tensors are on " + name(device));
+  } else if (device.compute_capability == 0 && !why_no_driver().empty()) {
+    verdict.reasons.push_back(why_no_driver());
+  }
+}
+
+void limit(Verdict& verdict, const char* what, std::int64_t value, std::int64_t most) {
+  if (value <= most) return;
+  verdict.reasons.emplace_back(std::string(what) + " (" + std::to_string(value) + ") is above " + std::to_string(most));
+}
+
+void refuse_long(const Problem& problem, Verdict& verdict) {
+  limit(verdict, "seqlen_q", problem.seqlen_q, kLongest);
+  limit(verdict, "seqlen_kv", problem.seqlen_kv, kLongest);
+  limit(verdict, "total_q", problem.total_q, kLongest);
+  limit(verdict, "total_kv", problem.total_kv, kLongest);
+  limit(verdict, "batch", problem.batch, kLongest);
+}
+
+int capability_of(const Device& device) {
+  return device.compute_capability != 0 ? device.compute_capability : gpu(device.index).compute_capability;
+}
+
+GpuModel model_of_device(const Device& device) {
+  GpuModel model = model_of(capability_of(device));
+  if (device.compute_capability == 0) {
+    model.multiprocessors = gpu(device.index).sm_count;
+    model.shared_bytes = gpu(device.index).shared_bytes_per_block;
+  }
+  return model;
+}
+
+}  // namespace fovea::cuda

@@ -1,0 +1,64 @@
+#pragma once
+
+#include "cuda/spec.h"
+
+// What a kernel of the Hopper family is specialised for, and how a block's shared memory is laid out.  Host and device
+// compile this text.
+namespace fovea::cuda {
+
+struct ForwardSm90Spec {
+  Type type = Type::kBFloat16;
+  int head_dim = 128;    // of q and k, a multiple of 8
+  int head_dim_v = 128;  // likewise
+  int warpgroups = 2;    // that compute, each with 64 rows
+  int block_n = 128;     // keys
+  int stages = 2;        // tiles of K, and of V, in flight
+  int q_stages = 2;      // tiles of rows in flight
+  bool hold = true;      // weights wait in registers of their own until P V of the tile before is done
+  bool turns = false;    // warpgroups take turns at the softmax
+  bool mask = false;
+  bool bias = false;
+  Type bias_type = Type::kFloat32;
+  bool alibi = false;
+  bool softcap = false;
+  bool dropout = false;
+
+  FOVEA_FN friend constexpr bool operator==(const ForwardSm90Spec&, const ForwardSm90Spec&) = default;
+};
+
+/// Calls f(name, value) for every field.
+template <class F>
+FOVEA_FN constexpr void each_field(const ForwardSm90Spec& s, F&& f) {
+  f("type", s.type), f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
+  f("warpgroups", s.warpgroups), f("block_n", s.block_n), f("stages", s.stages), f("q_stages", s.q_stages);
+  f("hold", s.hold), f("turns", s.turns);
+  f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
+  f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);
+}
+
+// A tile lies in panels of 64 columns: rows of 128 bytes, swizzled, a panel after the other.
+inline constexpr int kPanelColumns = 64, kPanelRowBytes = 128, kGroupRows = 64;  // kGroupRows: of a warpgroup
+FOVEA_FN constexpr int panels_of(int dim) { return (dim + kPanelColumns - 1) / kPanelColumns; }
+FOVEA_FN constexpr int tile_bytes(int rows, int dim) { return panels_of(dim) * rows * kPanelRowBytes; }
+
+FOVEA_FN constexpr int block_m(const ForwardSm90Spec& s) { return s.warpgroups * kGroupRows; }
+FOVEA_FN constexpr int threads_of(const ForwardSm90Spec& s) { return (s.warpgroups + 1) * 128; }
+
+/// Shared memory of a block: `q_stages` times Q, in whose place O leaves; then `stages` times K, then V; then barriers
+/// and what is known of the tiles of rows in flight.
+FOVEA_FN constexpr int q_tile_bytes(const ForwardSm90Spec& s) {
+  return tile_bytes(block_m(s), math::larger(s.head_dim, s.head_dim_v));
+}
+inline constexpr int kStateBytes = 1024;
+FOVEA_FN constexpr int shared_bytes(const ForwardSm90Spec& s) {
+  return s.q_stages * q_tile_bytes(s) +
+         s.stages * (tile_bytes(s.block_n, s.head_dim) + tile_bytes(s.block_n, s.head_dim_v)) + kStateBytes;
+}
+
+/// Registers of a thread that loads and of one that computes: together what the launch gave, in eights.
+FOVEA_FN constexpr int producer_registers(const ForwardSm90Spec& s) { return s.warpgroups > 2 ? 32 : s.mask ? 56 : 40; }
+FOVEA_FN constexpr int consumer_registers(const ForwardSm90Spec& s) {
+  return (65536 / threads_of(s) / 8 * 8 * (s.warpgroups + 1) - producer_registers(s)) / s.warpgroups / 8 * 8;
+}
+
+}  // namespace fovea::cuda

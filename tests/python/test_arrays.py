@@ -1,0 +1,149 @@
+"""fovea.attention and fovea.explain for NumPy, and what both refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fovea
+
+
+def arrays(batch=2, seqlen_q=5, seqlen_kv=7, heads=4, kv_heads=2, dim=8, dim_v=6, dtype=np.float32):
+    random = np.random.default_rng(3)
+    shapes = ((batch, seqlen_q, heads, dim), (batch, seqlen_kv, kv_heads, dim), (batch, seqlen_kv, kv_heads, dim_v))
+    return tuple(random.standard_normal(shape).astype(dtype) for shape in shapes)
+
+
+def plain(q, k, v, visible=None):
+    """The formula in double precision."""
+    q, k, v = (x.astype(np.float64).transpose(0, 2, 1, 3) for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat(group, 1), v.repeat(group, 1)
+    scores = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1])
+    if visible is not None:
+        scores = np.where(visible, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
+
+
+def test_numpy_arrays_agree_with_the_formula():
+    q, k, v = arrays()
+    np.testing.assert_allclose(fovea.attention(q, k, v), plain(q, k, v), atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (4, 5, 7), (1, 1, 5, 7), (2, 1, 1, 7)])
+def test_masks_broadcast_from_the_right(shape):
+    q, k, v = arrays()
+    mask = np.random.default_rng(5).random(shape) > 0.3
+    mask[..., 0] = True
+    np.testing.assert_allclose(fovea.attention(q, k, v, mask=mask), plain(q, k, v, mask), atol=2e-6)
+
+
+def test_nothing_is_copied_on_the_way_in_or_out():
+    q, k, v = arrays()
+    wide = np.zeros((2, 5, 4, 12), np.float32)
+    wide[..., :8] = q
+    out = np.full((2, 5, 4, 9), np.nan, np.float32)
+    returned = fovea.attention(wide[..., :8], k, v, out=out[..., :6])
+    assert np.shares_memory(returned, out)
+    np.testing.assert_array_equal(out[..., :6], fovea.attention(q, k, v))
+    assert np.isnan(out[..., 6:]).all()
+
+
+def test_layouts_mean_the_same():
+    q, k, v = arrays()
+    out, lse = fovea.attention(q, k, v, return_lse=True, causal="top_left")
+    heads_first = [x.transpose(0, 2, 1, 3) for x in (q, k, v)]
+    out2, lse2 = fovea.attention(*heads_first, return_lse=True, causal="top_left", layout="bhsd")
+    assert out2.shape == (2, 4, 5, 6)
+    np.testing.assert_array_equal(out2.transpose(0, 2, 1, 3), out)
+    np.testing.assert_array_equal(lse2, lse)
+
+
+def test_frameworks_may_meet_in_one_call_and_agree_bit_by_bit():
+    q, k, v = arrays()
+    ours = fovea.attention(q, k, v, mask=torch.ones(5, 7, dtype=torch.bool))
+    theirs = fovea.attention(*(torch.from_numpy(x) for x in (q, k, v)))
+    assert isinstance(theirs, torch.Tensor)
+    np.testing.assert_array_equal(ours, theirs.numpy())
+
+
+def test_the_report_names_the_backend_that_runs_and_says_why_others_do_not():
+    q, k, v = arrays()
+    report = fovea.explain(q, k, v, causal="bottom_right", window_left=2)
+    assert report.problem == "fwd fp32 b2 hq4 hkv2 sq5 skv7 d8 dv6 causal=bottom_right window=2,-"
+    assert report.backend.startswith("cpu_") and report.device == "cpu"
+    assert report.workspace_bytes > 0 and dict(report.details)["instruction set"] in report.backend
+    assert report.reasons[report.backend] == [] and "GPU" in report.reasons["cuda_portable"][0]
+    assert str(report).startswith(report.problem + "\non cpu: " + report.backend)
+    assert fovea.explain(q, k, v, backward=True).problem.startswith("bwd ")
+    assert fovea.explain(q, k, v, backend="reference").backend == "reference"
+
+
+q, k, v = arrays()
+REFUSED = {
+    "causal ('lower') must be 'top_left', 'bottom_right' or None": dict(causal="lower"),
+    "causal (True) must be a word or None": dict(causal=True),
+    "window_left (1.5) must be a whole number of 64 bits": dict(window_left=1.5),
+    "window_right (-3) must be at least 0": dict(window_right=-3),
+    "softmax_scale ('big') must be a number": dict(softmax_scale="big"),
+    "softmax_scale (nan) must be finite": dict(softmax_scale=float("nan")),
+    "softcap (-1) must be finite and at least 0": dict(softcap=-1.0),
+    "dropout (1.5) must be at least 0 and less than 1": dict(dropout_p=1.5, seed=0),
+    "dropout_p (0.1) needs a seed with ndarray arrays": dict(dropout_p=0.1),
+    "seed (-1) must be a whole number from 0 to 2^64 - 1": dict(dropout_p=0.1, seed=-1),
+    "layout ('hsbd') must be 'bshd' or 'bhsd'": dict(layout="hsbd"),
+    "backend 'warp' is unknown; name one of": dict(backend="warp"),
+    "deterministic ('no') must be True or False": dict(deterministic="no"),
+    "mask is fp32": dict(mask=np.ones((5, 7), np.float32)),
+    "mask has the shape [1, 1, 3, 7] but must have [1, 1, 5, 7]": dict(mask=np.ones((3, 7), bool)),
+    "kv_lengths is int64, which Fovea does not read": dict(kv_lengths=np.array([1, 2])),
+    "kv_lengths[1] (9) must be at most seqlen_kv (7)": dict(kv_lengths=np.array([1, 9], np.int32)),
+    "mask has 5 dimensions; Fovea takes at most 4": dict(mask=np.ones((1, 1, 1, 5, 7), bool)),
+    "cu_seqlens_q and cu_seqlens_kv must be given together": dict(cu_seqlens_q=np.array([0, 5], np.int32)),
+    "out has the shape [2, 5, 4, 8] but must have [2, 5, 4, 6]": dict(out=np.empty((2, 5, 4, 8), np.float32)),
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_a_refusal_is_one_sentence_with_the_value(sentence):
+    with pytest.raises(ValueError) as refusal:
+        fovea.attention(q, k, v, **REFUSED[sentence])
+    assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "sentence, bad",
+    {
+        "q is fp64, which Fovea does not read": (q.astype(np.float64), k, v),
+        "num_q_heads (4) must be a multiple of num_kv_heads (3)": (
+            q,
+            k.repeat(3, 2)[:, :, :3],
+            v.repeat(3, 2)[:, :, :3],
+        ),
+        "batch differs: 2 in q and 1 in k": (q, k[:1], v[:1]),
+        "list is no array: give one that speaks DLPack": (q.tolist(), k, v),
+        "NoneType is no array": (None, k, v),
+        "k is missing": (q, None, v),
+        "q has 3 dimensions but must be [batch, seqlen_q, num_q_heads, head_dim]": (q[0], k, v),
+        "q, k and v must share one dtype, but are fp32, fp16 and fp32": (q, k.astype(np.float16), v),
+        "q's last dimension": (np.ascontiguousarray(q.swapaxes(2, 3)).swapaxes(2, 3), k, v),
+    }.items(),
+)
+def test_bad_tensors_are_refused(sentence, bad):
+    with pytest.raises(ValueError) as refusal:
+        fovea.attention(*bad)
+    assert sentence in str(refusal.value)
+
+
+def test_a_read_only_out_is_refused():
+    out = np.empty((2, 5, 4, 6), np.float32)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out is read-only"):
+        fovea.attention(q, k, v, out=out)
+
+
+def test_what_no_backend_runs_is_a_runtime_error_with_reasons():
+    with pytest.raises(RuntimeError, match="no backend runs .* on cpu: .*NVIDIA GPUs only"):
+        fovea.attention(q, k, v, backend="cuda_portable")

@@ -1,0 +1,110 @@
+"""fovea.jax.attention: judged by the error rule, under jit and grad, and what it refuses."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+import fovea
+from judge import GRADIENTS, Judged
+
+TENSOR_OPTIONS = (
+    "mask", "bias", "alibi_slopes", "sink", "q_lengths", "kv_lengths", "cu_seqlens_q", "cu_seqlens_kv",
+)  # fmt: skip
+
+
+def to_jax(tensor: torch.Tensor) -> jax.Array:
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return jnp.asarray(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
+    return jnp.asarray(tensor.numpy())
+
+
+def to_torch(array: jax.Array) -> torch.Tensor:
+    values = np.array(array)
+    if values.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
+
+
+def solve(judged: Judged) -> dict[str, torch.Tensor]:
+    tensors = {name: to_jax(tensor) for name, tensor in judged.inputs.items()}
+    differentiable = {name: tensors[name] for name in GRADIENTS.values() if name in tensors}
+    rest = {name: tensors[name] for name in TENSOR_OPTIONS if name in tensors and name not in differentiable}
+    options = judged.options()
+
+    def call(differentiable):
+        return fovea.attention(**differentiable, **rest, **options, return_lse=True)
+
+    (out, lse), pull = jax.vjp(jax.jit(call), differentiable)
+    results = {"out": out, "lse": lse}
+    if judged.backward:
+        dlse = tensors["dlse"] if "dlse" in tensors else jnp.zeros_like(lse)
+        (gradients,) = pull((tensors["dout"], dlse))
+        results |= {name: gradients[source] for name, source in GRADIENTS.items() if source in gradients}
+    return {name: to_torch(result) for name, result in results.items() if name in judged.wanted}
+
+
+def test_random_problems_keep_the_error_rule():
+    failures = []
+    for seed in range(1000, 1040):
+        judged = Judged(seed)
+        failures += judged.failures(solve(judged))
+    assert not failures, "\n".join(failures)
+
+
+def arrays(layout="bshd"):
+    random = np.random.default_rng(3)
+    q, k, v = (jnp.asarray(random.standard_normal((2, 9, 4, 16)), jnp.float32) for _ in range(3))
+    return (x.swapaxes(1, 2) for x in (q, k, v)) if layout == "bhsd" else (q, k, v)
+
+
+def test_layouts_mean_the_same():
+    out, lse = fovea.attention(*arrays(), causal="top_left", return_lse=True)
+    out2, lse2 = fovea.attention(*arrays("bhsd"), causal="top_left", layout="bhsd", return_lse=True)
+    np.testing.assert_array_equal(out, out2.swapaxes(1, 2))
+    np.testing.assert_array_equal(lse, lse2)
+
+
+def test_jax_numpy_and_torch_give_the_same_bits():
+    q, k, v = arrays()
+    out = fovea.attention(q, k, v, causal="bottom_right", softmax_scale=0.3, dropout_p=0.2, seed=5, offset=9)
+    theirs = (torch.tensor(np.asarray(x)) for x in (q, k, v))
+    expected = fovea.attention(*theirs, causal="bottom_right", softmax_scale=0.3, dropout_p=0.2, seed=5, offset=9)
+    np.testing.assert_array_equal(out, expected.numpy())
+
+
+def test_a_seed_array_changes_from_call_to_call_without_compiling_again():
+    q, k, v = arrays()
+    compiled = jax.jit(lambda seed: fovea.attention(q, k, v, dropout_p=0.5, seed=seed))
+    first, second = compiled(jax.random.key_data(jax.random.key(1))), compiled(jnp.array([7, 0], jnp.uint32))
+    assert jnp.abs(first - second).max() > 0.1 and compiled._cache_size() == 1
+    np.testing.assert_array_equal(second, fovea.attention(q, k, v, dropout_p=0.5, seed=7))
+
+
+def test_vmap_runs_each_element():
+    q, k, v = arrays()
+    out = jax.vmap(lambda q, k, v: fovea.attention(q[None], k[None], v[None])[0])(q, k, v)
+    np.testing.assert_allclose(out, fovea.attention(q, k, v), rtol=1e-6)
+
+
+def test_refusals_carry_the_library_s_sentence():
+    q, k, v = arrays()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"num_q_heads \(4\) must be a multiple of num_kv_heads \(3\)"):
+        jax.block_until_ready(fovea.attention(q, k[:, :, :3], v[:, :, :3]))
+    with pytest.raises(ValueError, match="causal .* must be 'top_left'"):
+        fovea.attention(q, k, v, causal="lower")
+    with pytest.raises(ValueError, match="needs a seed"):
+        fovea.attention(q, k, v, dropout_p=0.1)
+    with pytest.raises(ValueError, match="arrays are not written"):
+        fovea.attention(q, k, v, out=q)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="backend 'warp' is unknown"):
+        jax.block_until_ready(fovea.attention(q, k, v, backend="warp"))
+
+
+def test_the_report_reads_jax_arrays():
+    assert fovea.explain(*arrays()).problem == "fwd fp32 b2 hq4 hkv4 sq9 skv9 d16"

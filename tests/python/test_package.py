@@ -1,0 +1,145 @@
+"""The package from outside: what a call costs, what the benchmark prints, what is typed, and XLA's layouts."""
+
+from __future__ import annotations
+
+import importlib.resources
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import torch
+
+import fovea
+from fovea.bench import Bench
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_small_call_costs_at_most_half_as_much_again_as_pytorch_s():
+    bench = Bench(torch.device("cpu"), 1, 1, 16, 64, 1)
+    for _ in range(4):  # a busy machine may disturb one measurement, not four
+        least = bench.overhead(rounds=15, calls=400)
+        theirs = least.pop("torch scaled_dot_product_attention")
+        ratios = {name: us / theirs for name, us in least.items()}
+        if all(ratio <= 1.5 for ratio in ratios.values()):
+            break
+    print(f"PyTorch {theirs:.1f} µs; {ratios}")
+    assert all(ratio <= 1.5 for ratio in ratios.values()), (theirs, ratios)
+
+
+def test_the_benchmark_prints_a_row_for_every_case_and_writes_json(tmp_path):
+    file = tmp_path / "bench.json"
+    arguments = ["--batch", "2", "--heads", "2", "--seqlen", "64", "--dim", "16", "--repeats", "1", "--json", str(file)]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "fovea.bench", "--device", "cpu", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    results = json.loads(file.read_text())
+    cases = [row["case"] for row in results["rows"]]
+    assert {"plain", "causal", "boolean mask", "padding", "bias with gradient", "dropout", "dropout + mask"} < set(
+        cases
+    )
+    assert {"bf16", "head dim 96", "head dim 256", "ragged batch"} < set(cases)
+    for row in results["rows"]:
+        assert row["case"] in run.stdout and row["fovea"]["refused"] is None and row["fovea"]["backward_ms"] > 0
+        assert row["fovea"]["kernel"].startswith("cpu_")
+        assert row["difference"] is None or row["difference"] < (0.05 if row["dtype"] == "bfloat16" else 1e-4)
+    by_case = {row["case"]: row["torch"]["kernel"] for row in results["rows"]}
+    assert by_case["plain"] == "flash_attention_for_cpu" and by_case["dropout"] == "N×N formula"
+
+
+@pytest.mark.parametrize("first, second", [("fovea", "torch"), ("torch", "fovea")])
+def test_the_first_call_may_be_compiled_whatever_was_imported_first(first, second):
+    program = f"""
+import {first}
+import {second}
+q = torch.nn.Parameter(torch.randn(1, 5, 2, 8))
+call = torch.compile(lambda q: fovea.attention(q, q, q), fullgraph=True, backend="aot_eager")
+assert torch.equal(call(q), fovea.attention(q, q, q)) and torch.equal(call(q), fovea.attention(q, q, q))
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+def test_every_door_takes_the_arguments_in_one_order():
+    from fovea import _arguments, _arrays
+    from fovea.torch import _door
+
+    for function in (fovea.attention, _arrays.attention, _door.attention):
+        assert tuple(inspect.signature(function).parameters) == ("q", "k", "v", *_arguments.KEYWORDS)
+
+
+def test_types_and_documentation_come_along():
+    files = importlib.resources.files("fovea")
+    assert files.joinpath("py.typed").is_file() and files.joinpath("_core.pyi").is_file()
+    for function in (fovea.attention, fovea.explain, fovea.torch.scaled_dot_product_attention, fovea.jax.attention):
+        for word in (
+            "Args:",
+            "Raises:",
+            "batch" if function is not fovea.torch.scaled_dot_product_attention else "num_q_heads",
+        ):
+            assert word in function.__doc__
+    assert fovea.__version__ in (ROOT / "include/fovea/version.h").read_text()
+    assert f'version = "{fovea.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_what_is_declared_of_xla_is_laid_out_as_xla_lays_it_out(tmp_path):
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    pairs = {
+        "CallFrame": (
+            "XLA_FFI_CallFrame",
+            {"api": "api", "context": "ctx", "arguments": "args", "attributes": "attrs"},
+        ),
+        "Buffers": ("XLA_FFI_Args", {"count": "size", "buffers": "args"}),
+        "Attributes": ("XLA_FFI_Attrs", {"names": "names", "values": "attrs"}),
+        "Buffer": ("XLA_FFI_Buffer", {"dtype": "dtype", "data": "data", "rank": "rank", "dims": "dims"}),
+        "Span": ("XLA_FFI_ByteSpan", {"data": "ptr", "length": "len"}),
+        "Api": (
+            "XLA_FFI_Api",
+            {
+                "version": "api_version",
+                "error_create": "XLA_FFI_Error_Create",
+                "stream_get": "XLA_FFI_Stream_Get",
+                "memory_allocate": "XLA_FFI_DeviceMemory_Allocate",
+                "memory_free": "XLA_FFI_DeviceMemory_Free",
+                "ordinal_get": "XLA_FFI_DeviceOrdinal_Get",
+            },
+        ),
+        "ErrorCreate": ("XLA_FFI_Error_Create_Args", {"message": "message", "kind": "errc"}),
+        "StreamGet": ("XLA_FFI_Stream_Get_Args", {"context": "ctx", "stream": "stream"}),
+        "MemoryAllocate": (
+            "XLA_FFI_DeviceMemory_Allocate_Args",
+            {"bytes": "size", "alignment": "alignment", "data": "data"},
+        ),
+        "MemoryFree": ("XLA_FFI_DeviceMemory_Free_Args", {"bytes": "size", "data": "data"}),
+        "OrdinalGet": ("XLA_FFI_DeviceOrdinal_Get_Args", {"context": "ctx", "ordinal": "device_ordinal"}),
+        "Metadata": ("XLA_FFI_Metadata", {"version": "api_version", "traits": "traits"}),
+        "MetadataExtension": ("XLA_FFI_Metadata_Extension", {"metadata": "metadata"}),
+    }
+    lines = ['#include "xla_ffi.h"', '#include "xla/ffi/api/c_api.h"', "using namespace fovea::python;"]
+    for ours, (theirs, members) in pairs.items():
+        for member, name in members.items():
+            lines.append(
+                f'static_assert(offsetof(xla::{ours}, {member}) == offsetof({theirs}, {name}), "{ours}::{member}");'
+            )
+    for value, name in (
+        ("kExecute", "ExecutionStage_EXECUTE"),
+        ("kBf16", "DataType_BF16"),
+        ("kStringAttribute", "AttrType_STRING"),
+    ):
+        lines.append(f"static_assert(int(xla::{value}) == int(XLA_FFI_{name}));")
+    source = tmp_path / "layout.cpp"
+    source.write_text("\n".join(lines) + "\n")
+    include = [f"-I{ROOT / 'python/src'}", f"-I{jax.ffi.include_dir()}"]
+    run = subprocess.run(
+        [compiler, "-std=c++20", "-fsyntax-only", *include, str(source)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,214 @@
+"""fovea.torch.scaled_dot_product_attention against PyTorch's own, and replace_sdpa on modules as they are."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+from fovea.torch import replace_sdpa, scaled_dot_product_attention
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(5)
+
+
+def agree(q_shape, k_shape, v_shape, mask=None, dtype=torch.float32, **options):
+    """Forward and every gradient of both, on the same tensors."""
+    results = []
+    q, k, v = (torch.randn(shape, dtype=dtype) for shape in (q_shape, k_shape, v_shape))
+    weight = None
+    for attend in (scaled_dot_product_attention, F.scaled_dot_product_attention):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        if isinstance(mask, torch.Tensor) and type(mask) is torch.Tensor and mask.is_floating_point():
+            leaves.append(mask.clone().requires_grad_())
+            options["attn_mask"] = leaves[-1]
+        elif mask is not None:
+            options["attn_mask"] = mask
+        with sdpa_kernel(SDPBackend.MATH):
+            out = attend(*leaves[:3], **options)
+        weight = torch.randn(out.shape, dtype=dtype) if weight is None else weight
+        results.append((out, *torch.autograd.grad((out * weight).sum(), leaves)))
+    close = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=5e-2, atol=5e-2)
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, **close)
+
+
+def test_plain_causal_and_scale():
+    for causal, scale in itertools.product((False, True), (None, 0.3, -0.2)):
+        agree((2, 3, 9, 16), (2, 3, 9, 16), (2, 3, 9, 8), is_causal=causal, scale=scale)
+
+
+def test_causal_starts_at_the_top_left_where_lengths_differ():
+    agree((1, 2, 9, 16), (1, 2, 5, 16), (1, 2, 5, 16), is_causal=True)
+    agree((1, 2, 5, 16), (1, 2, 9, 16), (1, 2, 9, 16), is_causal=True)
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 7), (1, 7), (5, 1), (3, 5, 7), (2, 1, 5, 7), (2, 3, 1, 7), (1, 1, 1, 7), (2, 3, 5, 7)]
+)
+def test_masks_of_every_broadcast(shape):
+    keep = torch.rand(shape) > 0.3
+    keep[..., 0] = True
+    agree((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16), mask=keep)
+    agree((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16), mask=torch.randn(shape))
+
+
+def test_masks_of_odd_strides():
+    agree((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16), mask=torch.randn(7, 5).t())
+    agree((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16), mask=(torch.rand(2, 1, 1, 7) > 0.2).expand(2, 3, 5, 7))
+    agree((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16), mask=torch.randn(5, 1).expand(5, 7))
+
+
+def test_a_row_that_sees_no_key_gives_zero():
+    keep = torch.ones(5, 7, dtype=torch.bool)
+    keep[2] = False
+    q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for n in (5, 7, 7))
+    out = scaled_dot_product_attention(q, k, v, attn_mask=keep)
+    assert out[0, 0, 2].eq(0).all() and out.isfinite().all()
+    assert torch.autograd.grad(out.sum(), q)[0][0, 0, 2].eq(0).all()
+
+
+@pytest.mark.parametrize("make", [causal_upper_left, causal_lower_right])
+def test_the_causal_masks_of_torch(make):
+    agree((1, 2, 5, 16), (1, 2, 8, 16), (1, 2, 8, 16), mask=make(5, 8))
+
+
+def test_grouped_heads():
+    agree((2, 6, 5, 16), (2, 2, 7, 16), (2, 2, 7, 16), enable_gqa=True)
+    with pytest.raises(ValueError, match="the query has 6 heads and key and value 2; give enable_gqa=True"):
+        scaled_dot_product_attention(torch.randn(2, 6, 5, 16), torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16))
+
+
+@pytest.mark.parametrize(
+    "q, k, v",
+    [
+        ((5, 16), (7, 16), (7, 8)),
+        ((3, 5, 16), (3, 7, 16), (3, 7, 8)),
+        ((2, 4, 3, 5, 16), (2, 4, 3, 7, 16), (2, 4, 3, 7, 8)),
+        ((1, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 8)),
+        ((2, 3, 5, 16), (1, 3, 7, 16), (2, 3, 7, 8)),
+        ((2, 3, 5, 16), (2, 1, 7, 16), (2, 1, 7, 8)),
+        ((2, 3, 5, 16), (2, 1, 7, 16), (2, 3, 7, 8)),
+        ((2, 1, 5, 16), (2, 3, 7, 16), (2, 3, 7, 8)),
+        ((2, 1, 3, 5, 16), (1, 4, 3, 7, 16), (2, 4, 3, 7, 8)),
+        ((3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 8)),
+    ],
+)
+def test_other_ranks_and_broadcasting(q, k, v):
+    agree(q, k, v)
+    if len(q) == 5:
+        agree(q, k, v, mask=torch.randn(5, 7))
+        agree(q, k, v, mask=torch.randn(2, 1, 1, 5, 7))
+
+
+@pytest.mark.parametrize(
+    "q, k, v",
+    [
+        ((2, 3, 0, 16), (2, 3, 7, 16), (2, 3, 7, 8)),
+        ((0, 3, 5, 16), (0, 3, 7, 16), (0, 3, 7, 8)),
+        ((2, 0, 5, 16), (2, 0, 7, 16), (2, 0, 7, 8)),
+        ((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 0)),
+    ],
+)
+def test_empty_dimensions(q, k, v):
+    agree(q, k, v)
+
+
+def test_no_head_dim_and_no_keys():
+    v = torch.randn(2, 3, 7, 8)
+    out = scaled_dot_product_attention(torch.randn(2, 3, 5, 0), torch.randn(2, 3, 7, 0), v)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand(2, 3, 5, 8))
+    assert (
+        scaled_dot_product_attention(torch.randn(2, 3, 5, 4), torch.randn(2, 3, 0, 4), torch.randn(2, 3, 0, 8))
+        .eq(0)
+        .all()
+    )
+
+
+def test_odd_strides_are_read_as_they_are():
+    q, k, v = (torch.randn(2, 3, 16, 9).transpose(2, 3) for _ in range(3))
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_autocast_and_half():
+    agree((2, 3, 9, 16), (2, 3, 9, 16), (2, 3, 9, 16), dtype=torch.bfloat16, is_causal=True)
+    q, k, v = (torch.randn(2, 3, 9, 16) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert scaled_dot_product_attention(q, k, v).dtype == F.scaled_dot_product_attention(q, k, v).dtype
+
+
+def test_what_torch_refuses_is_refused():
+    q = torch.randn(1, 1, 4, 8)
+    with pytest.raises(RuntimeError, match="attn_mask should not be set when is_causal=True"):
+        scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(4, 4, dtype=torch.bool), is_causal=True)
+    with pytest.raises(ValueError, match="fp64"):
+        scaled_dot_product_attention(q.double(), q.double(), q.double())
+
+
+def test_dropout_keeps_its_share_and_its_scale():
+    q = torch.randn(4, 2, 64, 8)
+    weights = scaled_dot_product_attention(q * 0, q * 0, torch.eye(64).expand(4, 2, 64, 64), dropout_p=0.25)
+    kept = weights != 0
+    assert abs(kept.float().mean() - 0.75) < 0.02
+    torch.testing.assert_close(weights[kept], torch.full_like(weights[kept], 1 / (64 * 0.75)))
+
+
+def test_compiled_without_graph_breaks():
+    q, k, v = (torch.randn(2, 3, 9, 16) for _ in range(3))
+    compiled = torch.compile(scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
+    mask = torch.randn(9, 9)
+    assert torch.equal(compiled(q, k, v, attn_mask=mask), scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    assert torch.equal(compiled(q, k, v, is_causal=True), scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+def test_replaced_modules_run_on_fovea_and_the_report_says_so():
+    original = F.scaled_dot_product_attention
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    x, padding = torch.randn(3, 10, 32), torch.zeros(3, 10, dtype=torch.bool)
+    padding[1, 6:] = True
+    expected = layer(x, src_key_padding_mask=padding)
+    with replace_sdpa() as report:
+        assert F.scaled_dot_product_attention is not original
+        out = layer(x, src_key_padding_mask=padding)
+        double = F.scaled_dot_product_attention(*(torch.randn(1, 1, 4, 8, dtype=torch.float64) for _ in range(3)))
+    assert F.scaled_dot_product_attention is original and double.dtype == torch.float64
+    torch.testing.assert_close(out, expected)
+    with replace_sdpa() as evaluation, torch.no_grad():
+        layer.eval()(x)
+    assert evaluation.replaced.total() == 1 and torch.backends.mha.get_fastpath_enabled()
+    assert report.replaced.total() == 1 and report.left.total() == 1
+    assert "Fovea ran 1 calls" in str(report) and "float32 mask" in str(report)
+    assert "left to PyTorch: float64 on cpu" in str(report) and "takes float32, float16 and bfloat16" in str(report)
+
+
+def test_replacement_decorates_nests_and_reaches_names_imported_before():
+    import judge as module
+
+    module.imported_before = F.scaled_dot_product_attention
+    q = torch.randn(1, 1, 4, 8)
+    outer = replace_sdpa()
+
+    @replace_sdpa()
+    def inside():
+        return module.imported_before(q, q, q)
+
+    with outer:
+        inside()
+        inside()
+    F.scaled_dot_product_attention(q, q, q)
+    assert outer.replaced.total() == 2 and module.imported_before is F.scaled_dot_product_attention
+    del module.imported_before
+
+
+def test_errors_of_the_caller_stay_those_of_torch_under_replacement():
+    q = torch.randn(1, 2, 4, 8)
+    with replace_sdpa() as report, pytest.raises(RuntimeError):
+        F.scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(3, 3, dtype=torch.bool))
+    assert report.left.total() == 1

@@ -1,0 +1,300 @@
+"""fovea.attention as a citizen of PyTorch: autograd, compile, export, autocast, vmap, checkpoints, seeds, nesting."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import fovea
+
+
+def tensors(batch=2, seqlen_q=9, seqlen_kv=11, heads=4, kv_heads=2, dim=16, dim_v=16, dtype=torch.float32, grad=True):
+    shapes = ((batch, seqlen_q, heads, dim), (batch, seqlen_kv, kv_heads, dim), (batch, seqlen_kv, kv_heads, dim_v))
+    return tuple(torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in shapes)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(11)
+    torch._dynamo.reset()
+
+
+def test_gradients_through_lse_alone_and_through_out_alone():
+    q, k, v = tensors()
+    out, lse = fovea.attention(q, k, v, return_lse=True)
+    dq_lse, dv_lse = torch.autograd.grad(lse.sum(), (q, v), retain_graph=True)
+    assert dq_lse.abs().max() > 0 and dv_lse.abs().max() == 0
+    both = torch.autograd.grad(out.sum() + lse.sum(), q, retain_graph=True)[0]
+    torch.testing.assert_close(both, dq_lse + torch.autograd.grad(out.sum(), q)[0])
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    q, k, v = tensors()
+    (dq,) = torch.autograd.grad(fovea.attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+def test_out_is_written_without_gradients_and_refused_with_them():
+    q, k, v = tensors()
+    out = torch.empty(2, 9, 4, 16)
+    with torch.no_grad():
+        assert fovea.attention(q, k, v, out=out) is out
+        assert torch.equal(out, fovea.attention(q, k, v))
+    with pytest.raises(ValueError, match="out cannot be given where gradients are wanted"):
+        fovea.attention(q, k, v, out=out)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(32, 96)
+        self.bias = torch.nn.Parameter(torch.randn(1, 4, 12, 12))
+
+    def forward(self, x, lengths):
+        q, k, v = self.project(x).view(*x.shape[:2], 3, 4, 8).unbind(2)
+        out, lse = fovea.attention(
+            q, k, v, bias=self.bias, kv_lengths=lengths, causal="bottom_right", window_left=5, return_lse=True
+        )
+        return out.flatten(2), lse
+
+
+def test_inductor_runs_forward_and_backward_without_graph_breaks():
+    layer, x, lengths = Layer(), torch.randn(2, 12, 32), torch.tensor([12, 7], dtype=torch.int32)
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True)
+    for module in (layer, compiled):
+        out, lse = module(x, lengths)
+        (out.sum() + lse.square().sum()).backward()
+    torch.testing.assert_close(compiled(x, lengths), layer(x, lengths))
+    for ours, theirs in zip(layer.parameters(), compiled.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_may_be_dynamic():
+    compiled = torch.compile(fovea.attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seqlen in (9, 17, 33):
+        q, k, v = tensors(seqlen_q=seqlen, seqlen_kv=seqlen + 2)
+        out = compiled(q, k, v, causal="bottom_right", layout="bshd")
+        assert torch.equal(out, fovea.attention(q, k, v, causal="bottom_right"))
+        assert same(
+            torch.autograd.grad(out.sum(), (q, k, v)),
+            torch.autograd.grad(compiled(q, k, v, causal="bottom_right").sum(), (q, k, v)),
+        )
+
+
+def test_export_keeps_one_operator_and_its_meaning():
+    layer, example = Layer(), (torch.randn(2, 12, 32), torch.tensor([12, 7], dtype=torch.int32))
+    program = torch.export.export(layer, example)
+    assert sum(node.target is torch.ops.fovea.attention.default for node in program.graph.nodes) == 1
+    torch.testing.assert_close(program.module()(*example), layer(*example))
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_the_operators_keep_what_their_fakes_promise(layout):
+    q, k, v = tensors(kv_heads=4, seqlen_q=11, dim_v=8)
+    if layout == "bhsd":
+        q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v))
+    bias = torch.randn(1, 4, 11, 11, requires_grad=True)
+    seed = torch.tensor([3, 5])
+    rest = (None, bias, None, None, None, None, None, None, None, None, seed, None, "top_left", 4, None, 2.0, 0.1)
+    torch.library.opcheck(
+        torch.ops.fovea.attention.default, (q, k, v, *rest, False, layout, None, False), raise_exception=True
+    )
+
+
+def test_autocast_casts_as_it_does_for_sdpa():
+    q, k, v = tensors()
+    bias = torch.randn(1, 4, 9, 11)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = fovea.attention(q, k, v, bias=bias)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, fovea.attention(*(x.bfloat16() for x in (q, k, v)), bias=bias))
+    assert torch.autograd.grad(out.float().sum(), q)[0].dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled = torch.compile(fovea.attention, fullgraph=True, backend="aot_eager")(q, k, v, bias=bias)
+    assert torch.equal(out, compiled)
+
+
+def test_vmap_is_refused_in_a_sentence():
+    q, k, v = tensors(grad=False)
+    with pytest.raises(RuntimeError, match="does not run under vmap.*give q, k and v the batch dimension"):
+        torch.vmap(lambda q: fovea.attention(q, k, v))(q[None])
+
+
+def test_tensors_negated_by_a_bit_are_read_with_their_sign():
+    q, k, v = tensors(grad=False)
+    bias = torch.randn(1, 4, 9, 11)
+    negated = [torch._neg_view(x) for x in (q, k, v, bias)]
+    out = fovea.attention(*negated[:3], bias=negated[3])
+    assert torch.equal(out, fovea.attention(-q, -k, -v, bias=-bias))
+    assert torch.equal(
+        fovea.torch.scaled_dot_product_attention(q, q, torch._neg_view(q)), -fovea.attention(q, q, q, layout="bhsd")
+    )
+    q.requires_grad_()
+    weight = torch.randn(2, 9, 4, 16)
+    gradients = [torch.autograd.grad(fovea.attention(q, k, v), q, w)[0] for w in (torch._neg_view(weight), -weight)]
+    assert same(gradients[:1], gradients[1:])
+
+
+def test_a_subclass_and_a_dispatch_mode_see_the_operator():
+    seen = []
+
+    class Listen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    q, k, v = tensors(grad=False)
+    with Listen():
+        out = fovea.attention(q, k, v)
+    assert torch.ops.fovea.attention.default in seen
+    assert torch.equal(out, fovea.attention(q, k, v))
+
+
+def dropped(q, k, v, **options):
+    """Which entries dropout keeps: with v the identity, out is the matrix of weights."""
+    return fovea.attention(q, k, v, dropout_p=0.4, **options) != 0
+
+
+def identity(length=12):
+    q, k = (torch.randn(1, length, 1, 8) for _ in range(2))
+    return q, k, torch.eye(length)[None, :, None]
+
+
+def test_seeds_follow_the_default_generator():
+    q, k, v = identity()
+    state = torch.get_rng_state()
+    first, second = dropped(q, k, v), dropped(q, k, v)
+    assert not torch.equal(first, second)
+    torch.set_rng_state(state)
+    assert torch.equal(dropped(q, k, v), first) and torch.equal(dropped(q, k, v), second)
+    assert torch.equal(dropped(q, k, v, seed=2**64 - 1), dropped(q, k, v, seed=2**64 - 1))
+    assert not torch.equal(dropped(q, k, v, seed=1), dropped(q, k, v, seed=1, offset=1))
+
+
+def test_compiled_calls_draw_a_fresh_seed_each_and_follow_the_generator():
+    q, k, v = identity()
+    twice = torch.compile(lambda: (dropped(q, k, v), dropped(q, k, v)), fullgraph=True)
+    state = torch.get_rng_state()
+    first, second = twice()
+    third, _ = twice()
+    assert not torch.equal(first, second) and not torch.equal(first, third)
+    torch.set_rng_state(state)
+    assert torch.equal(twice()[0], first)
+    assert torch.equal(torch.compile(dropped)(q, k, v, seed=2**64 - 2), dropped(q, k, v, seed=2**64 - 2))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: torch.compile(f, backend="aot_eager")])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_recompute_the_same_dropout(reentrant, wrap):
+    q, k, v = tensors(seqlen_q=40, seqlen_kv=40)
+
+    def work(q, k, v):
+        return fovea.attention(torch.sin(q), k, v, dropout_p=0.5).square()
+
+    torch.manual_seed(3)
+    plain = work(q, k, v)
+    expected = torch.autograd.grad(plain.sum(), (q, k, v))
+    torch.manual_seed(3)
+    if reentrant:
+        q2, k2, v2 = (x.detach().requires_grad_() for x in (q, k, v))
+        out = wrap(lambda *x: checkpoint(work, *x, use_reentrant=True))(q2, k2, v2)
+        out.sum().backward()
+        gradients = (q2.grad, k2.grad, v2.grad)
+    else:
+        out = wrap(lambda *x: checkpoint(work, *x, use_reentrant=False))(q, k, v)
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    torch.testing.assert_close(out, plain)
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_nested_tensors_are_packed_sequences():
+    lengths = (3, 8, 5)
+    parts = [[torch.randn(n, 4, 16) for n in lengths] for _ in range(3)]
+    q, k, v = (torch.nested.nested_tensor(part, layout=torch.jagged, requires_grad=True) for part in parts)
+    out, lse = fovea.attention(q, k, v, causal="bottom_right", return_lse=True)
+    assert out.is_nested and out.shape == q.shape and lse.shape == (4, 16)
+    for b, piece in enumerate(out.unbind()):
+        alone = fovea.attention(*(part[b][None] for part in parts), causal="bottom_right")[0]
+        torch.testing.assert_close(piece, alone)
+    (dq,) = torch.autograd.grad(out.values().square().sum(), q)
+    heads_first = fovea.attention(*(x.transpose(1, 2) for x in (q, k, v)), causal="bottom_right", layout="bhsd")
+    assert torch.equal(heads_first.transpose(1, 2).values(), out.values())
+    (dq2,) = torch.autograd.grad(heads_first.transpose(1, 2).values().square().sum(), q)
+    torch.testing.assert_close(dq.values(), dq2.values())
+
+
+def test_nested_tensors_of_another_layout_are_refused():
+    strided = torch.nested.nested_tensor([torch.randn(3, 4, 16), torch.randn(5, 4, 16)])
+    with pytest.raises(ValueError, match="must be a nested tensor of layout torch.jagged|cannot be read by DLPack"):
+        fovea.attention(strided, strided, strided)
+
+
+def test_half_precision_keeps_its_dtype_and_bits():
+    q, k, v = (x.detach().to(torch.bfloat16) for x in tensors())
+    out, lse = fovea.attention(q, k, v, return_lse=True)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    exact = fovea.attention(q, k, v, backend="reference")
+    assert (out.float() - exact.float()).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize(
+    "sentence, make",
+    {
+        "q cannot be read by DLPack: Cannot pack tensors on meta": lambda q: (q.to("meta"), q, q),
+        "q cannot be read by DLPack": lambda q: (q.to_sparse(), q, q),
+        "k is a ndarray, but q a PyTorch tensor": lambda q: (q, q.numpy(), q),
+        "q is complex64, which Fovea does not read": lambda q: (q.to(torch.complex64), q, q),
+        "q is missing": lambda q: (torch.tensor(1.0), q, q),
+        "batch (0) must be at least 1": lambda q: (q[:0], q[:0], q[:0]),
+    }.items(),
+)
+def test_tensors_of_other_kinds_are_refused_in_one_line(sentence, make):
+    with pytest.raises(ValueError) as refusal:
+        fovea.attention(*make(torch.randn(1, 5, 2, 8)))
+    assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_many_threads_get_the_same_bits():
+    from concurrent.futures import ThreadPoolExecutor
+
+    calls = [tensors(seqlen_q=n, grad=False) for n in range(1, 25)]
+    expected = [fovea.attention(*call) for call in calls]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert same(pool.map(lambda call: fovea.attention(*call), calls), expected)
+
+
+def test_pytorch_before_the_exchange_abi_is_served_by_its_adapter():
+    from fovea import _frameworks
+
+    adapter = _frameworks.adapter(torch.Tensor)
+    made = adapter.make([2, 3, 5], [0, 2, 1], "bf16", "cpu")
+    assert made.shape == (2, 5, 3) and made.stride() == (15, 1, 5) and made.dtype == torch.bfloat16
+    assert "dltensor" in repr(adapter.export(torch.randn(3, requires_grad=True)))
+
+
+def test_alibi_and_sink_gradients_have_the_shape_of_their_tensors():
+    q, k, v = tensors()
+    slopes = torch.rand(2, 4, requires_grad=True)
+    sink = torch.randn(4, requires_grad=True)
+    out = fovea.attention(q, k, v, alibi_slopes=slopes, sink=sink)
+    dslopes, dsink = torch.autograd.grad(out.square().sum(), (slopes, sink))
+    step = 1e-2
+    with torch.no_grad():
+        for tensor, gradient, place in ((slopes, dslopes, (1, 2)), (sink, dsink, (3,))):
+            ends = []
+            for sign in (1, -1):
+                moved = tensor.clone()
+                moved[place] += sign * step
+                pair = (moved, sink) if tensor is slopes else (slopes, moved)
+                ends.append(fovea.attention(q, k, v, alibi_slopes=pair[0], sink=pair[1]).double().square().sum())
+            assert math.isclose((ends[0] - ends[1]) / (2 * step), gradient[place], rel_tol=1e-2, abs_tol=1e-3)
