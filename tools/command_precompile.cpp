@@ -171,8 +171,9 @@ ExitCode Precompile::tell() const {
   const bool slow = asked_.check && asked_.median_seconds > 0 && median > asked_.median_seconds;
   const std::string count =
       requests_.size() == wanted_ ? fmt::format("{}", wanted_) : fmt::format("{} of {}", requests_.size(), wanted_);
-  terminal.line(fmt::format("{} kernels for {}: {} at fault; compiling took {} in all, {} in the median, {} at most",
-                            count, fmt::join(asked_.archs, ", "), faults, seconds_text(seconds), seconds_text(median),
+  const std::string judged = asked_.check || faults > 0 ? fmt::format("{} at fault; ", faults) : "";
+  terminal.line(fmt::format("{} kernels for {}: {}compiling took {} in all, {} in the median, {} at most", count,
+                            fmt::join(asked_.archs, ", "), judged, seconds_text(seconds), seconds_text(median),
                             seconds_text(slowest)));
   if (slow)
     terminal.line(terminal.paint(Ink::kBad, fmt::format("the median is more than {} s", asked_.median_seconds)));

@@ -63,7 +63,6 @@ constexpr std::array kTiles32{
 // Without a unit for products, short code matters more than reuse.
 constexpr std::array kTilesByShuffles{Tile{512, 32, 32, 4, 1}, Tile{512, 16, 32, 8, 1}, Tile{512, 16, 16, 8, 1}};
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
 
 /// Whole products, and above 128 columns pairs of them, which more ways of sharing out divide.
@@ -107,12 +106,7 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
   spec.head_dim_v = whole_products(problem.head_dim_v);
   spec.deterministic = problem.deterministic;
   spec.band = math::BandRule::of(problem).bounded();
-  spec.mask = problem.mask.has_value();
-  spec.bias = problem.bias.has_value();
-  if (spec.bias) spec.bias_type = type_of(problem.bias_dtype);
-  spec.alibi = problem.alibi != Alibi::kNone;
-  spec.softcap = problem.softcap != 0.0F;
-  spec.dropout = problem.dropout.probability > 0.0F;
+  take_options(problem, spec);
 
   const int widest = std::max(spec.head_dim, spec.head_dim_v);
   bool fits = false;

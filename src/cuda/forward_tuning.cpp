@@ -12,7 +12,6 @@ namespace {
 // Columns of O that a block's registers hold; fp32 keeps sums of tiles beside it.
 constexpr std::int64_t widest_v(Type type) { return type == Type::kFloat32 ? 128 : 256; }
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
 
 struct Tile {
@@ -22,7 +21,7 @@ struct Tile {
   int most_options = kAnyOptions;  // see `weight_of`
   int least_keys = 0;              // fewer are not worth its start
   enum { kAnyBand, kNoBand, kBand } band = kAnyBand;
-  bool halved_q = false;
+  bool halved_q = false;  // see ForwardSpec
 
   static constexpr int kAnyOptions = 99;
 };
@@ -64,7 +63,7 @@ constexpr std::array kTiles16{
 constexpr std::array kTiles32{
     Tile{64, 128, 32, 4, 1, 2, 2, false, 6, 0, Tile::kAnyBand, true},
     Tile{64, 128, 32, 4, 1, 2, 2, false, 6},
-    Tile{128, 128, 16, 4, 1, 2, 2, false, 0},
+    Tile{128, 128, 16, 4, 1, 2, 2, false, 0, 0, Tile::kNoBand},
     Tile{128, 64, 32, 4, 1, 2, 1},
     Tile{256, 64, 32, 4, 1, 1, 1, false, 0},
     Tile{512, 64, 16, 4, 1, 1, 1},
@@ -74,9 +73,6 @@ constexpr std::array kTiles32{
 
 // Without a unit for products, short code matters more than reuse.
 constexpr std::array kTilesByShuffles{Tile{256, 64, 16, 4, 1, 1, 1}, Tile{512, 16, 16, 1, 1, 1, 1}};
-
-/// Few rows and many keys, as in the generation of text: nothing is won by tall blocks.
-constexpr int kFewRows = 64;
 
 }  // namespace
 
@@ -112,12 +108,7 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   spec.head_dim = round_up(problem.head_dim, 16);
   spec.head_dim_v = round_up(ceil_div(problem.head_dim_v, shape.v_chunks), 16);
   spec.band = math::BandRule::of(problem).bounded();
-  spec.mask = problem.mask.has_value();
-  spec.bias = problem.bias.has_value();
-  if (spec.bias) spec.bias_type = type_of(problem.bias_dtype);
-  spec.alibi = problem.alibi != Alibi::kNone;
-  spec.softcap = problem.softcap != 0.0F;
-  spec.dropout = problem.dropout.probability > 0.0F;
+  take_options(problem, spec);
 
   const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
   spec.pack_gqa = group > 1 && problem.seqlen_q * group <= kFewRows;

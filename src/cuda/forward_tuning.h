@@ -3,6 +3,7 @@
 #include <fovea/problem.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 
 #include "cuda/jit/render.h"
@@ -34,6 +35,22 @@ struct ForwardShape {
 /// A problem's element type and how a GPU multiplies it.
 [[nodiscard]] Type type_of(DType dtype);
 [[nodiscard]] Mma mma_of(Type type, int sm);
+
+/// What a problem's options ask of a kernel's spec, whatever the family and the pass.
+template <class Spec>
+void take_options(const Problem& problem, Spec& spec) {
+  spec.mask = problem.mask.has_value();
+  spec.bias = problem.bias.has_value();
+  if (spec.bias) spec.bias_type = type_of(problem.bias_dtype);
+  spec.alibi = problem.alibi != Alibi::kNone;
+  spec.softcap = problem.softcap != 0.0F;
+  spec.dropout = problem.dropout.probability > 0.0F;
+}
+
+/// Few rows and many keys, as in the generation of text: nothing is won by tall blocks.
+inline constexpr std::int64_t kFewRows = 64;
+
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 [[nodiscard]] jit::KernelRequest forward_request(const ForwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest combine_request(const ForwardShape& shape, int arch);

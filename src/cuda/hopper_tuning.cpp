@@ -9,8 +9,7 @@
 namespace fovea::cuda {
 namespace {
 
-constexpr int kMostShared = 227 * 1024;
-constexpr std::int64_t kFewRows = 64;
+constexpr int kSm90 = 90;
 
 struct Tile {
   int widest;  // head dim that it serves
@@ -43,8 +42,6 @@ constexpr std::array kTiles{
     Tile{256, 2, 32, 1, false, false, 8},
 };
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 /// Heads whose keys and values L2 keeps while their tiles take turns; longer rows gain from more of them.
 std::int64_t heads_abreast(const Problem& problem, bool band) {
   if (!band && !problem.q_lengths.present && !problem.kv_lengths.present && !problem.packed()) return 1;
@@ -69,19 +66,14 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
   const std::int64_t widest = std::max(problem.head_dim, problem.head_dim_v);
   spec.head_dim = static_cast<int>(problem.head_dim);
   spec.head_dim_v = static_cast<int>(problem.head_dim_v);
-  spec.mask = problem.mask.has_value();
-  spec.bias = problem.bias.has_value();
-  if (spec.bias) spec.bias_type = type_of(problem.bias_dtype);
-  spec.alibi = problem.alibi != Alibi::kNone;
-  spec.softcap = problem.softcap != 0.0F;
-  spec.dropout = problem.dropout.probability > 0.0F;
+  take_options(problem, spec);
   const bool band = math::BandRule::of(problem).bounded();
 
   const auto fits = [&](const Tile& tile) {
     spec.warpgroups = tile.warpgroups, spec.block_n = tile.block_n, spec.q_stages = tile.q_stages;
     spec.hold = tile.hold, spec.turns = tile.turns;
     return widest <= tile.widest && weight_of(spec) <= tile.most_options && (tile.masks || !spec.mask) &&
-           shared_bytes(spec) <= kMostShared;
+           shared_bytes(spec) <= model_of(kSm90).shared_bytes;
   };
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
   shape.row_blocks = ceil_div(problem.seqlen_q, block_m(spec));
@@ -92,7 +84,6 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
 }
 
 jit::KernelRequest forward_sm90_request(const ForwardSm90Shape& shape) {
-  constexpr int kSm90 = 90;
   const ForwardSm90Spec& spec = shape.spec;
   const std::string products = jit::wgmma_text(spec.type, {spec.block_n, spec.head_dim_v});
   return jit::render({.function = "forward_sm90",

@@ -266,7 +266,7 @@ struct Backward {
   }
   /// Starts the copies of a tile of rows, if there is one, and sees to the step after it.
   FOVEA_DEVICE void load(int n) const {
-    const Step& at = step(fresh(n));
+    const Step& at = step(n);
     if (at.exists) {
       const int stage = at.stage, rows = sequence.band.seqlen_q - at.tile * S.block_m;
       load_rows<S.async_copy, kThreads>(q_tile(stage), rows, p.head_dim * kBytes<S.type>, p.q.aligned, at.q, p.q.row);
@@ -367,7 +367,7 @@ struct Backward {
   FOVEA_DEVICE bool scores(int n, Sums& sums) const {
     GradientTile<S> tile;
     if (!tile.works()) return false;
-    const Step& at = step(fresh(n));
+    const Step& at = step(fresh(n));  // else its address would take a register over the products
     const int stage = at.stage;
     const RowMap<false> rows{at.tile * S.block_m, sequence.q_rows, at.head, 1};
     const typename GradientTile<S>::Rules rules{p, sequence, rows};

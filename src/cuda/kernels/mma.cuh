@@ -123,8 +123,8 @@ FOVEA_DEVICE void multiply_add_by_shuffles(Accumulator& c, const OperandA& a, co
 }
 
 /// C += A · B.  A tensor core cuts off what an addition loses, always in one direction.  fp32 cannot afford that often:
-/// the small products have a sum of their own, and sums over all keys are made of the sums of tiles by ordinary
-/// additions.
+/// the small products of a long chain have a sum of their own and come first in a short one, and sums over all keys are
+/// made of the sums of tiles by ordinary additions.
 template <Type kType, Mma kMma, class A>
 FOVEA_DEVICE void multiply_add(Accumulator& c, Accumulator& small, const A& a, const OperandB& b) {
   if constexpr (kMma == Mma::kHalf16 && kType == Type::kFloat16) {
