@@ -1,23 +1,21 @@
 #!/usr/bin/env python3
 """Random layers of Fovea and of PyTorch, with the same weights and inputs, forward and all gradients.
 
-    python3 tests/nn/torch_cases.py build/release/tests/fovea_nn_cases --cases 500 --seed 1
-    python3 tests/nn/torch_cases.py --record tests/nn/torch_cases.safetensors      # the cases that tests/nn replays
+    python3 tests/nn/torch_cases.py build/release/tests/fovea_nn_cases --cases 500 --seed 1    # the C++ layers
+    python3 tests/nn/torch_cases.py fovea.nn --cases 500 --seed 1                              # the Python layers
+    python3 tests/nn/torch_cases.py --cases 24 --seed 42 --record tests/nn/torch_cases.safetensors  # what tests/nn replays
 
-Needs torch and numpy.  A result's error is its largest distance from PyTorch's in double precision; it may be at most
-twice the plain layer's, which is PyTorch's own in the layer's dtype.  One evaluation of that is one sample of chance, and
-with few elements a lucky one: so the plain error is the largest of twelve: of three plain ways (PyTorch's layer with the matrix of weights, with its
-scaled_dot_product_attention, and the contract's formula with
-its softmax in steps, p = exp(s − lse)), as they are and three times with what no one can
-know moved by up to one unit roundoff: inputs and weights, and of the steps the result of every operation, forward and
-backward (Monte Carlo arithmetic: D. S. Parker, 1997); and no less than half a unit in the last place of the largest element.
-What torch's layers do not have (grouped heads, windows, rotary embedding, packed
-sequences, ...) is compared with the formula, written down here with torch's operations.
+Needs torch and numpy.  The error rule: a result's error, its largest distance from PyTorch's in double precision, is at
+most twice the plain layer's in the same dtype.  That is the largest of PyTorch's own layer's and of SAMPLES evaluations
+of the contract's formula in Monte Carlo arithmetic (D. S. Parker, 1997): operands and results of every operation, forward
+and backward, moved by one unit roundoff, up or down at random.  PyTorch's alone would be one sample of chance: with few
+elements a lucky one, with one key even 0.
+
+What torch's layers do not have (grouped heads, windows, rotary embedding, packed sequences, ...) is compared with the
+formula, written down here with torch's operations.
 """
 
 import argparse
-import contextlib
-import itertools
 import json
 import math
 import pathlib
@@ -30,6 +28,7 @@ import tempfile
 import numpy as np
 import torch
 import torch.utils._python_dispatch
+import torch.utils._pytree
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 UNIT = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -182,17 +181,18 @@ def is_beyond(o):
 
 # ---- PyTorch's own layers
 
-def torch_module(o):
+def module_of(o, library=torch.nn):
+    """The layer, of torch.nn or of fovea.nn."""
     if o["kind"] == "mha":
-        return torch.nn.MultiheadAttention(o["embed_dim"], o["num_heads"], bias=o["bias"], add_bias_kv=o["add_bias_kv"],
-                                           add_zero_attn=o["add_zero_attn"], kdim=o.get("kdim"), vdim=o.get("vdim"),
-                                           batch_first=o["batch_first"])
-    layer = torch.nn.TransformerEncoderLayer(o["embed_dim"], o["num_heads"], o["dim_feedforward"], 0.0, o["activation"],
-                                             o["layer_norm_eps"], o["batch_first"], o["norm_first"], o["bias"])
+        return library.MultiheadAttention(o["embed_dim"], o["num_heads"], bias=o["bias"], add_bias_kv=o["add_bias_kv"],
+                                          add_zero_attn=o["add_zero_attn"], kdim=o.get("kdim"), vdim=o.get("vdim"),
+                                          batch_first=o["batch_first"])
+    layer = library.TransformerEncoderLayer(o["embed_dim"], o["num_heads"], o["dim_feedforward"], 0.0, o["activation"],
+                                            o["layer_norm_eps"], o["batch_first"], o["norm_first"], o["bias"])
     if o["kind"] == "layer":
         return layer
     norm = torch.nn.LayerNorm(o["embed_dim"], o["layer_norm_eps"], bias=o["bias"]) if o["norm"] else None
-    return torch.nn.TransformerEncoder(layer, o["num_layers"], norm, enable_nested_tensor=False)
+    return library.TransformerEncoder(layer, o["num_layers"], norm, enable_nested_tensor=False)
 
 
 def triangle(o, sq, skv):
@@ -209,14 +209,15 @@ def triangle(o, sq, skv):
     return hidden, (i + offset - j).abs()
 
 
-def call_torch(o, module, x, masks, dtype, way):
+def call_torch(o, module, x, masks, dtype):
     attn, padding = masks
+    hint = {}
     if o.get("causal"):
-        # torch wants the triangle itself; a mask besides has to be joined with it.
-        sq, skv = x["query"].shape[-2 if o["batch_first"] or x["query"].dim() == 2 else 0], None
-        key = x.get("key", x["query"])
-        skv = key.shape[-2 if o["batch_first"] or key.dim() == 2 else 0]
-        hidden, _ = triangle(o, sq, skv)
+        # torch wants the triangle itself, and takes a hint that it is one; a mask besides has to be joined with it.
+        length = lambda t: t.shape[-2 if o["batch_first"] or t.dim() == 2 else 0]
+        hidden, _ = triangle(o, length(x["query"]), length(x.get("key", x["query"])))
+        if attn is None and not o.get("add_zero_attn"):
+            hint = {"is_causal": True}
         attn = hidden if attn is None else (attn | hidden if attn.dtype == torch.bool else attn.masked_fill(hidden, -torch.inf))
     if padding is not None and attn is not None and padding.dtype != attn.dtype:  # a mix that torch warns of
         as_float = lambda m: m if m.dtype != torch.bool else torch.zeros(m.shape, dtype=dtype).masked_fill(m, -torch.inf)
@@ -224,9 +225,9 @@ def call_torch(o, module, x, masks, dtype, way):
     if o["kind"] == "mha":
         key = x.get("key", x["query"])
         return module(x["query"], key, x.get("value", key), key_padding_mask=padding, attn_mask=attn,
-                      need_weights=way != "sdpa", average_attn_weights=o["average_attn_weights"])
+                      need_weights=o["need_weights"], average_attn_weights=o["average_attn_weights"], **hint)
     names = ("src_mask", "src_key_padding_mask") if o["kind"] == "layer" else ("mask", "src_key_padding_mask")
-    return module(x["query"], **dict(zip(names, (attn, padding)))), None
+    return module(x["query"], **dict(zip(names, (attn, padding))), **hint), None
 
 
 # ---- the formula
@@ -234,8 +235,8 @@ def call_torch(o, module, x, masks, dtype, way):
 class Formula:
     """The same layers, with what torch's do not have, out of plain operations; parameters by torch's names."""
 
-    def __init__(self, o, w, masks, ends, way):
-        self.o, self.w, self.masks, self.ends, self.way = o, w, masks, ends, way
+    def __init__(self, o, w, masks, ends):
+        self.o, self.w, self.masks, self.ends = o, w, masks, ends
 
     def linear(self, x, name, rows=None):
         weight = self.w[name + "weight"]
@@ -293,24 +294,14 @@ class Formula:
         if o.get("add_zero_attn"):
             s = torch.cat([s, torch.zeros_like(s[..., :1])], -1)
             v = torch.cat([v, torch.zeros_like(v[:1])])
+        if s.shape[-1] == 0:
+            return torch.einsum("hqk,khd->qhd", s, v), s
         empty = (s == -torch.inf).all(-1, keepdim=True)
-        if self.way == "sdpa" and s.numel() > 0 and not empty.any():
-            return self.by_sdpa(q, k, v, o, s), None
-        if self.way == "steps" and s.numel() > 0:
-            s = s.masked_fill(empty, 0.0)
-            largest = s.amax(-1, keepdim=True).detach()
-            lse = torch.log(torch.exp(s - largest).sum(-1, keepdim=True)) + largest
-            p = torch.exp(s - lse).masked_fill(empty, 0.0)
-            return torch.einsum("hqk,khd->qhd", p, v), p
-        p = torch.softmax(s.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+        s = s.masked_fill(empty, 0.0)
+        largest = s.amax(-1, keepdim=True).detach()
+        lse = torch.log(torch.exp(s - largest).sum(-1, keepdim=True)) + largest
+        p = torch.exp(s - lse).masked_fill(empty, 0.0)
         return torch.einsum("hqk,khd->qhd", p, v), p
-
-    def by_sdpa(self, q, k, v, o, s):
-        if o.get("add_zero_attn"):
-            k = torch.cat([k, torch.zeros_like(k[:1])])
-        bias = (s - torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[2])).detach()
-        out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=bias[None])
-        return out[0].transpose(0, 1)
 
     def attention(self, query, key, value, prefix):
         o = self.o
@@ -336,8 +327,8 @@ class Formula:
             for n in range(q.shape[axis]):
                 y, p = self.one(*(x.select(axis, n) for x in (q, k, v)), n)
                 outs.append(y.flatten(1))
-                weights.append(None if p is None else p.mean(0) if o.get("average_attn_weights", True) else p)
-            out, weights = torch.stack(outs, axis), None if any(p is None for p in weights) else torch.stack(weights)
+                weights.append(p.mean(0) if o.get("average_attn_weights", True) else p)
+            out, weights = torch.stack(outs, axis), torch.stack(weights)
         return self.linear(out, prefix + "out_proj."), weights
 
     def layer(self, x, prefix):
@@ -372,7 +363,7 @@ def parameters(o, draw):
     """Random weights by torch's names; for what torch cannot make, its layer's shapes are changed."""
     torch.manual_seed(draw.getrandbits(31))
     o = {"add_bias_kv": False, "add_zero_attn": False} | o
-    weights = {n: p.detach() for n, p in torch_module(o).named_parameters()}
+    weights = {n: p.detach() for n, p in module_of(o).named_parameters()}
     dim = o.get("head_dim", o["embed_dim"] // o["num_heads"])
     a, b = o["num_heads"] * dim, o.get("num_kv_heads", o["num_heads"]) * dim
     made = {}
@@ -393,20 +384,20 @@ def parameters(o, draw):
     return made
 
 
-def compute(o, weights, tensors, dtype, way="own"):
-    """{result: array} of PyTorch in a dtype: its own layer, the same through its "sdpa", or the formula in "steps"."""
+def compute(o, weights, tensors, dtype, formula=False, library=torch.nn):
+    """{result: array} in a dtype, of the library's own layer where there is one, else or on request of the formula."""
     as_given = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(dtype) if a.dtype == np.float32 else torch.from_numpy(np.ascontiguousarray(a))
     x = {n: as_given(tensors[n]).requires_grad_() for n in ("query", "key", "value") if n in tensors}
     masks = tuple(as_given(tensors[n]) if n in tensors else None for n in ("attn_mask", "key_padding_mask"))
-    if is_beyond(o) or way == "steps":
+    if formula or is_beyond(o):
         w = {n: as_given(a).requires_grad_() for n, a in weights.items()}
         ends = (tensors["cu_seqlens_q"], tensors["cu_seqlens_kv"]) if o.get("packed") else None
-        out, attention = Formula(o, w, masks, ends, way)(x)
+        out, attention = Formula(o, w, masks, ends)(x)
     else:
-        module = torch_module(o).to(dtype)
+        module = module_of(o, library).to(dtype)
         module.load_state_dict({n: as_given(a) for n, a in weights.items()})
         w = dict(module.named_parameters())
-        out, attention = call_torch(o, module, x, masks, dtype, way)
+        out, attention = call_torch(o, module, x, masks, dtype)
     out.backward(as_given(tensors["dout"]))
     results = {"out": out.detach()}
     if o.get("need_weights") and attention is not None:
@@ -416,49 +407,54 @@ def compute(o, weights, tensors, dtype, way="own"):
     return {n: t.to(torch.float64).numpy() for n, t in results.items()}
 
 
-def make_case(seed, dtypes=("fp32",)):
+def make_case(seed, dtypes=("fp32",), beyond=True):
     draw = random.Random(seed)
-    o, sizes = random_case(draw, beyond=draw.random() < 0.4)
+    o, sizes = random_case(draw, beyond=draw.random() < 0.4 and beyond)
     o["dtype"] = draw.choice(dtypes)
     tensors = tensors_of(o, sizes, draw)
     return o, parameters(o, draw), tensors
 
 
-WAYS = ("own", "sdpa", "steps")
-SAMPLES = 3  # of moved inputs, besides those given, each in all ways
+def draw_cases(seed, count, dtypes=("fp32",), beyond=True):
+    return {f"case{n:04}": make_case(seed * 1_000_003 + n, dtypes, beyond) for n in range(count)}
 
 
-class Roundings(torch.utils._python_dispatch.TorchDispatchMode):
-    """Moves what every operation gives by up to one unit roundoff."""
+SAMPLES = 8
+
+
+class MonteCarloArithmetic(torch.utils._python_dispatch.TorchDispatchMode):
+    """Moves what every operation takes and gives by one unit roundoff, up or down."""
 
     def __init__(self, unit, seed):
         super().__init__()
         self.unit, self.random = unit, torch.Generator().manual_seed(seed)
 
+    def moved(self, x):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        signs = torch.randint(0, 2, x.shape, generator=self.random) * 2.0 - 1.0
+        return (x.detach() * (1 + self.unit * signs.double())).to(x.dtype)
+
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        result = function(*arguments, **(named or {}))
-        if any(r.alias_info for r in function._schema.returns) or not isinstance(result, torch.Tensor) or not result.is_floating_point():
-            return result
-        moves = torch.rand(result.shape, generator=self.random, dtype=torch.float32) * 2 - 1
-        return (result * (1 + self.unit * moves.to(torch.float64))).to(result.dtype)
+        if any(r.alias_info for r in function._schema.returns):
+            return function(*arguments, **(named or {}))
+        arguments = torch.utils._pytree.tree_map(self.moved, arguments)
+        return torch.utils._pytree.tree_map(self.moved, function(*arguments, **(named or {})))
 
 
 def plain_errors(o, weights, tensors, exact):
-    """{result: the plain layer's error}."""
-    rng = np.random.default_rng(0)
+    """{result: the plain layer's error}; no less than half a unit in the last place of the largest element."""
     errors = {n: UNIT[o["dtype"]] * np.abs(a).max() if a.size else 0.0 for n, a in exact.items()}
-    for sample, way in itertools.product(range(SAMPLES + 1), WAYS):
-        def moved(a):
-            if a.dtype != np.float32 or sample == 0:
-                return a
-            return (a * (1 + UNIT[o["dtype"]] * rng.uniform(-1, 1, a.shape))).astype(np.float32)
-        every_operation = way == "steps" and sample > 0
-        with Roundings(UNIT[o["dtype"]], sample) if every_operation else contextlib.nullcontext():
-            plain = compute(o, {n: moved(a) for n, a in weights.items()}, {n: moved(a) for n, a in tensors.items()},
-                            TYPES[o["dtype"]], way)
+
+    def add(plain):
         for n, a in exact.items():
-            if a.size and n in plain:
+            if a.size:
                 errors[n] = max(errors[n], float(np.abs(plain[n] - a).max()))
+
+    add(compute(o, weights, tensors, TYPES[o["dtype"]]))
+    for sample in range(SAMPLES):
+        with MonteCarloArithmetic(UNIT[o["dtype"]], sample):
+            add(compute(o, weights, tensors, TYPES[o["dtype"]], formula=True))
     return errors
 
 
@@ -479,7 +475,7 @@ def judge(exact, errors, mine):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", nargs="?", help="fovea_nn_cases")
+    parser.add_argument("layers", nargs="?", help="fovea.nn, or the program fovea_nn_cases with the C++ layers")
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dtypes", default="fp32", help="drawn from, of fp32,fp16,bf16")
@@ -487,7 +483,8 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
-    cases = {f"case{n:04}": make_case(arguments.seed * 1_000_003 + n, arguments.dtypes.split(",")) for n in range(arguments.cases)}
+    in_python = arguments.layers == "fovea.nn"
+    cases = draw_cases(arguments.seed, arguments.cases, arguments.dtypes.split(","), beyond=not in_python)
     if arguments.record:
         file, metadata = as_file(cases)
         for name, (o, weights, tensors) in cases.items():
@@ -499,7 +496,8 @@ def main():
 
     failed, worst, names = 0, (0.0, ""), list(cases)
     for first in range(0, len(names), CASES_A_FILE):
-        for name, quotient, result in compare(arguments.program, {n: cases[n] for n in names[first : first + CASES_A_FILE]}):
+        some = {n: cases[n] for n in names[first : first + CASES_A_FILE]}
+        for name, quotient, result in compare_python(some) if in_python else compare(arguments.layers, some):
             worst = max(worst, (quotient, f"{name} {result}"))
             if not quotient <= 2:
                 failed += 1
@@ -521,8 +519,18 @@ def as_file(cases):
     return tensors, metadata
 
 
+def compare_python(cases):
+    """(name, quotient, the worst result) of each case, by the Python layers."""
+    import fovea.nn
+
+    for name, (o, weights, tensors) in cases.items():
+        exact = compute(o, weights, tensors, torch.float64)
+        mine = compute(o, weights, tensors, TYPES[o["dtype"]], library=fovea.nn)
+        yield name, *judge(exact, plain_errors(o, weights, tensors, exact), mine)
+
+
 def compare(program, cases):
-    """(name, quotient, the worst result) of each case."""
+    """The same by the C++ layers."""
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         write(folder / "in", *as_file(cases))
