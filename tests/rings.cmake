@@ -93,7 +93,7 @@ if(NOT FOVEA_SANITIZER)
   add_library(fovea_judge SHARED python/judge.cpp)
   target_link_libraries(fovea_judge PRIVATE fovea_tools fovea_internal fovea_warnings)
   function(fovea_add_python name)
-    fovea_add_ring(python_${name} tree bash ${CMAKE_CURRENT_SOURCE_DIR}/python/run.sh ${PROJECT_SOURCE_DIR}/build/venv ${ARGN})
+    fovea_add_ring(python_${name} tree bash ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/python/run.sh ${PROJECT_SOURCE_DIR}/build/venv ${ARGN})
     set_tests_properties(python_${name} PROPERTIES WORKING_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}
       ENVIRONMENT "FOVEA_JUDGE=$<TARGET_FILE:fovea_judge>;OMP_NUM_THREADS=1;TORCHINDUCTOR_COMPILE_THREADS=1"
     )
