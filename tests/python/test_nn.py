@@ -257,6 +257,10 @@ def test_explain_of_the_encoder_layers():
         assert report.packed == (not training and not grad and not norm_first)
         assert ("packed=" in report.forward.problem) == report.packed
     assert fovea.nn.convert(theirs, pack_padding=True).explain(x, src_key_padding_mask=padding).packed
+    alone = fovea.nn.TransformerEncoderLayer(32, 4, batch_first=True)
+    assert not alone.explain(x, src_key_padding_mask=padding).packed
+    alone.pack_padding = True
+    assert "packed=" in alone.explain(x, src_key_padding_mask=padding).forward.problem
 
 
 @pytest.mark.parametrize(

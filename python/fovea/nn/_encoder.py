@@ -58,7 +58,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             src: as forward takes it.
             mask: forward's src_mask.
         """
-        return _explain.of_layer(self, src, mask, src_key_padding_mask, is_causal)
+        packed = self.pack_padding and _packs(src, mask, src_key_padding_mask, is_causal)
+        return _explain.of_layer(self, src, mask, src_key_padding_mask, is_causal, packed)
 
     def _layer(self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Tensor:
         """Both halves, for what stands in rows; attention alone needs to know which rows are of one sequence."""

@@ -78,11 +78,11 @@ def of_layer(
     mask: Tensor | None,
     padding: Tensor | None,
     is_causal: bool,
-    packed: bool = False,
+    packed: bool,
 ) -> LayerReport:
-    """TransformerEncoderLayer.explain."""
+    """TransformerEncoderLayer.explain; `packed`: it leaves padding out itself, or gets a batch without."""
     attention = layer.self_attn
-    packed = packed or (layer.pack_padding and attention._packs(src, src, src, padding, mask, False, is_causal))
+    packed = packed or attention._packs(src, src, src, padding, mask, False, is_causal)
     forward, backward = _ours(attention, src, src, mask, padding, is_causal, packed)
     reason = why_no_fast_layer(layer, src, mask, padding)
     kernel, size = "_transformer_encoder_layer_fwd", 0
