@@ -222,18 +222,17 @@ class TrainingInCpp:
         self.packed = task.padding is not None
         command = [program, str(path), str(heads), str(task.options.dropout), str(LEARNING_RATE)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.backend = self._answer(1)[0]
 
     def step(self) -> tuple[float, float]:
         """(milliseconds, loss before the step)."""
         print(file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline().split()
-        if len(answer) != 2:
-            raise RuntimeError(f"{self.process.args[0]} ended with {self.process.wait()}")
-        return float(answer[0]), float(answer[1])
+        ms, loss = self._answer(2)
+        return float(ms), float(loss)
 
     def kernel(self) -> str:
         """What attention runs on."""
-        return "fovea::nn" + (", packed" if self.packed else "")
+        return self.backend + (", packed" if self.packed else "")
 
     def close(self) -> None:
         """Ends the program and removes its file."""
@@ -241,6 +240,12 @@ class TrainingInCpp:
         self.process.wait()
         self.process.stdout.close()
         self.folder.cleanup()
+
+    def _answer(self, count: int) -> list[str]:
+        words = self.process.stdout.readline().split()
+        if len(words) != count:
+            raise RuntimeError(f"{self.process.args[0]} ended with {self.process.wait()}")
+        return words
 
 
 # ---- the test

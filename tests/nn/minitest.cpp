@@ -1,7 +1,8 @@
 // usage: fovea_minitest TASK.safetensors HEADS DROPOUT LEARNING_RATE
-// The contestant in C++ of python -m fovea.minitest: for every line on stdin one training step of an attention layer,
-// and "MILLISECONDS LOSS" on stdout.
+// The contestant in C++ of python -m fovea.minitest: says who runs its attention; then for every line on stdin one
+// training step of an attention layer, and "MILLISECONDS LOSS" on stdout.
 #include <fovea/nn/nn.h>
+#include <fovea/plan.h>
 
 #include <chrono>
 #include <cstdio>
@@ -32,6 +33,21 @@ double loss_of(const Tensor& out, const Tensor& target, const Tensor& dout) {
   return sum / static_cast<double>(count);
 }
 
+/// Who runs attention of x [..., heads · head_dim] over itself.
+std::string backend_of(const Tensor& x, std::int64_t heads, float dropout, const Tensor& mask, const Tensor& ends) {
+  Tensor q = x;  // in place of its projections, which have its size
+  q.rank = x.rank + 1;
+  q.shape[x.rank - 1] = heads;
+  q.shape[x.rank] = x.shape[x.rank - 1] / heads;
+  q.strides[x.rank - 1] = q.shape[x.rank];
+  q.strides[x.rank] = 1;
+  AttentionOptions options;
+  options.mask = mask;
+  options.dropout = {.probability = dropout};
+  options.cu_seqlens_q = options.cu_seqlens_kv = ends;
+  return plan_forward(describe(Direction::kForward, q, q, q, options)).report().backend;
+}
+
 void train(char** words) {
   const auto file = files::SafetensorsFile::open(words[1]);
   const files::OwnedTensor x = file.load("x"), target = file.load("target");
@@ -39,10 +55,13 @@ void train(char** words) {
     return file.entries().contains(name) ? file.load(name) : files::OwnedTensor{};
   };
   const files::OwnedTensor mask = optional("attn_mask"), ends = optional("cu_seqlens");
-  nn::MultiheadAttention layer({.embed_dim = x.view().shape[x.view().rank - 1],
-                                .num_heads = std::stoll(words[2]),
-                                .dropout = std::stof(words[3]),
-                                .batch_first = true});
+  const std::int64_t heads = std::stoll(words[2]);
+  const float dropout = std::stof(words[3]);
+  Tensor four = mask.view();  // attention's masks have four dimensions
+  if (four.defined()) four = Tensor::contiguous(four.data, DType::kBool, {1, 1, four.shape[0], four.shape[1]});
+  std::puts(backend_of(x.view(), heads, dropout, four, ends.view()).c_str());
+  nn::MultiheadAttention layer(
+      {.embed_dim = x.view().shape[x.view().rank - 1], .num_heads = heads, .dropout = dropout, .batch_first = true});
   nn::load(layer, words[1], "weight/");
   nn::AdamW optimiser(layer, {.lr = std::stof(words[4])});
   nn::AttentionCall call;

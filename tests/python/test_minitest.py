@@ -35,6 +35,8 @@ def test_everyone_trains_to_the_same_losses(tmp_path, capsys):
     assert cells["torch.nn", "none"]["kernel"] == "flash_attention_for_cpu"
     assert cells["torch.nn", "dropout"]["kernel"] == cells["textbook", "none"]["kernel"] == "N×N formula"
     assert cells["Fovea Python", "ragged"]["kernel"].endswith(", packed")
+    if program:
+        assert cells["Fovea C++", "mask"]["kernel"] == cells["Fovea Python", "mask"]["kernel"]
     assert "flash_attn" in results["absent"] and "flash_attn: absent" in printed
     assert page.count('class="bar"') == len(cells) and "http" not in page
 
