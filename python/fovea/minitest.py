@@ -1,13 +1,12 @@
 """python -m fovea.minitest: one attention layer in training, by PyTorch's ways and by Fovea's, option by option.
 
-Everyone starts from the same weights and sees the same batch; steps are taken in turns, so that a busy machine disturbs
-all alike. A step is forward, loss, backward and AdamW.
+Everyone starts from the same weights and sees the same batch; steps are taken in turns, through all options, so that a
+busy machine disturbs all alike. A step is forward, loss, backward and AdamW.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import html
 import importlib.util
 import json
@@ -302,46 +301,50 @@ class Minitest:
         for name in self.absent:
             del self.contestants[name]
 
-    def run(self, progress: Callable[[str, int, int, int], None]) -> list[Cell]:
-        """Every contestant with every option set."""
-        cells = []
-        total = len(SETS) * self.steps
-        for number, options in enumerate(SETS):
-            task = Task(options, self.shape, self.device, self.dtype)
-            cells += self._run_set(task, functools.partial(progress, options.name, total, number * self.steps))
+    def run(self, progress: Callable[[str, int], None]) -> list[Cell]:
+        """Every contestant with every option set; `progress` is told what is done, and how many steps everyone took."""
+        tasks = {options.name: Task(options, self.shape, self.device, self.dtype) for options in SETS}
+        cells = [Cell(name, options) for options in tasks for name in self.contestants]
+        trainings = {}
+        for cell in cells:
+            progress(f"rehearsal: {cell.contestant}, {cell.options}", 0)
+            kind, task = self.contestants[cell.contestant], tasks[cell.options]
+            try:
+                cell.kernel = self._rehearse(kind, task)
+                trainings[cell.contestant, cell.options] = self._training(kind, task)
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                cell.refused = (str(error).splitlines() or [type(error).__name__])[0]
+        running = [cell for cell in cells if not cell.refused]
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in trainings}
+        for step in range(self.steps):
+            for cell in running:
+                progress(f"{cell.contestant}, {cell.options}", step)
+                torch.manual_seed(step)
+                ms, loss = trainings[cell.contestant, cell.options].step()
+                times[cell.contestant, cell.options].append(ms)
+                cell.losses.append(loss)
+        for training in trainings.values():
+            training.close()
+        textbooks = {cell.options: cell.losses for cell in running if cell.contestant == "textbook"}
+        progress("what the losses should be", self.steps)
+        references = {options: self._references(task, textbooks[options]) for options, task in tasks.items()}
+        for cell in running:
+            taken = times[cell.contestant, cell.options]
+            quarters = statistics.quantiles(taken, n=4) if self.steps > 1 else [0.0, 0.0, 0.0]
+            cell.ms, cell.spread_ms = statistics.median(taken), quarters[2] - quarters[0]
+            exact, plain = references[cell.options]
+            cell.error = _distance(cell.losses, exact) / plain
         return cells
 
-    def _run_set(self, task: Task, progress: Callable[[int], None]) -> list[Cell]:
-        cells, trainings = [], {}
-        for name, kind in self.contestants.items():
-            cells.append(Cell(name, task.options.name))
-            try:
-                rehearsal = self._training(kind, task)  # compiles, allocates, and is thrown away
-                for _ in range(2):
-                    rehearsal.step()
-                cells[-1].kernel = rehearsal.kernel()
-                rehearsal.close()
-                trainings[name] = self._training(kind, task)
-            except (RuntimeError, NotImplementedError, ValueError) as error:
-                cells[-1].refused = (str(error).splitlines() or [type(error).__name__])[0]
-        times: dict[str, list[float]] = {name: [] for name in trainings}
-        losses: dict[str, list[float]] = {name: [] for name in trainings}
-        for step in range(self.steps):
-            progress(step)
-            for name, training in trainings.items():
-                torch.manual_seed(step)
-                ms, loss = training.step()
-                times[name].append(ms)
-                losses[name].append(loss)
-        exact, plain = self._references(task, losses["textbook"])
-        for cell in cells:
-            if cell.contestant in trainings:
-                trainings[cell.contestant].close()
-                quarters = statistics.quantiles(times[cell.contestant], n=4) if self.steps > 1 else [0.0, 0.0, 0.0]
-                cell.ms, cell.spread_ms = statistics.median(times[cell.contestant]), quarters[2] - quarters[0]
-                cell.losses = losses[cell.contestant]
-                cell.error = _distance(cell.losses, exact) / plain
-        return cells
+    def _rehearse(self, kind: Any, task: Task) -> str:
+        """Two steps that compile and allocate what is needed; returns what attention ran on."""
+        rehearsal = self._training(kind, task)
+        try:
+            for _ in range(2):
+                rehearsal.step()
+            return rehearsal.kernel()
+        finally:
+            rehearsal.close()
 
     def _training(self, kind: Any, task: Task) -> Any:
         make = TrainingInCpp if isinstance(kind, str) else Training
@@ -484,12 +487,11 @@ def main(words: list[str] | None = None) -> int:
     print(title + "\n", flush=True)
     shows = sys.stderr.isatty()
 
-    def progress(name: str, total: int, before: int, step: int) -> None:
+    def progress(doing: str, done: int) -> None:
         if shows:
-            done = before + step
-            filled = 30 * done // total
+            filled = 30 * done // test.steps
             bar = "█" * filled + "░" * (30 - filled)
-            print(f"\r\x1b[K{bar} {100 * done // total:3d} %  {name}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{bar} {100 * done // test.steps:3d} %  {doing}", end="", file=sys.stderr, flush=True)
 
     cells = test.run(progress)
     if shows:
