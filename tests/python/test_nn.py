@@ -189,6 +189,15 @@ def test_a_row_that_sees_no_key_gives_the_bias_of_out_proj():
     assert torch.equal(out, layer.out_proj.bias.expand(1, 5, 8))
 
 
+def test_no_keys_at_all_and_no_queries():
+    layer = fovea.nn.MultiheadAttention(8, 2, batch_first=True)
+    x, none = torch.randn(2, 5, 8), torch.randn(2, 0, 8)
+    out, weights = layer(x, none, none)
+    assert torch.equal(out, layer.out_proj.bias.expand(2, 5, 8)) and weights.shape == (2, 5, 0)
+    out, weights = layer(none, x, x)
+    assert out.shape == (2, 0, 8) and weights.shape == (2, 0, 5)
+
+
 def test_hidden_nan_touches_nothing():
     layer = fovea.nn.MultiheadAttention(8, 2, batch_first=True)
     x = torch.randn(2, 6, 8)

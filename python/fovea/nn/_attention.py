@@ -157,7 +157,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _weights(self, q: Tensor, k: Tensor, lse: Tensor, options: dict[str, Any], average: bool) -> Tensor:
         """The weights, by tiles of keys: with columns of the unit matrix as values, out is the weights."""
         batch, keys = k.shape[:2]
-        tiles = []
+        shape = (batch, q.shape[1]) if average else (batch, self.num_heads, q.shape[1])
+        tiles = [q.new_empty((*shape, 0))]
         for first in range(0, keys, _LARGEST_HEAD_DIM):
             count = min(_LARGEST_HEAD_DIM, keys - first)
             values = torch.zeros(keys, count, dtype=q.dtype, device=q.device)
