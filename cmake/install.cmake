@@ -4,11 +4,20 @@ include(CMakePackageConfigHelpers)
 set(CMAKE_INSTALL_DEFAULT_COMPONENT_NAME library)
 
 install(TARGETS fovea EXPORT fovea_targets)
+if(TARGET fovea_nn)
+  install(TARGETS fovea_nn EXPORT fovea_targets)
+  set(fovea_has_nn TRUE)
+else()
+  set(fovea_has_nn FALSE)
+  set(fovea_headers_left_out PATTERN nn EXCLUDE)
+endif()
 install(TARGETS fovea_command COMPONENT command)
 # `./dev pack` makes it; the library and the command each look beside themselves.
 install(FILES ${PROJECT_BINARY_DIR}/fovea.pack DESTINATION ${CMAKE_INSTALL_LIBDIR} OPTIONAL)
 install(FILES ${PROJECT_BINARY_DIR}/fovea.pack DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT command OPTIONAL)
-install(DIRECTORY include/fovea DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN "*.h")
+install(DIRECTORY include/fovea DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MATCHING PATTERN "*.h"
+  ${fovea_headers_left_out}
+)
 
 # A shared library finds what it uses by itself; whoever links the static one must name it.
 get_target_property(fovea_type fovea TYPE)

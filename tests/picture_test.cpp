@@ -9,8 +9,8 @@
 
 #include "cpu/elements.h"
 #include "cpu/reference.h"
+#include "files/tensor_data.h"
 #include "support.h"
-#include "tools/tensor_data.h"
 #include "tools/workload.h"
 
 namespace fovea::tools {
@@ -36,7 +36,7 @@ std::vector<double> exact_weights(Problem problem, Inputs inputs) {
   problem.dropout = {};
   problem.head_dim_v = problem.seqlen_kv;
   const std::int64_t keys = problem.packed() ? problem.total_kv : problem.batch * problem.seqlen_kv;
-  const OwnedTensor v(problem.dtype, std::array{keys, problem.num_kv_heads, problem.seqlen_kv});
+  const files::OwnedTensor v(problem.dtype, std::array{keys, problem.num_kv_heads, problem.seqlen_kv});
   for (std::int64_t b = 0; b < problem.batch; ++b) {
     const std::int64_t first = problem.packed() ? starts_at(inputs.cu_seqlens_kv, b) : b * problem.seqlen_kv;
     const std::int64_t last = problem.packed() ? starts_at(inputs.cu_seqlens_kv, b + 1) : first + problem.seqlen_kv;

@@ -96,14 +96,17 @@ if(NOT FOVEA_SANITIZER)
   add_library(fovea_judge SHARED python/judge.cpp)
   target_link_libraries(fovea_judge PRIVATE fovea_tools fovea_internal fovea_warnings)
   function(fovea_add_python name)
-    fovea_add_ring(python_${name} tree bash ${CMAKE_CURRENT_SOURCE_DIR}/python/run.sh ${PROJECT_SOURCE_DIR}/build/venv ${ARGN})
+    fovea_add_ring(python_${name} tree bash ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/python/run.sh ${PROJECT_SOURCE_DIR}/build/venv ${ARGN})
     set_tests_properties(python_${name} PROPERTIES WORKING_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}
       ENVIRONMENT "FOVEA_JUDGE=$<TARGET_FILE:fovea_judge>;OMP_NUM_THREADS=1;TORCHINDUCTOR_COMPILE_THREADS=1"
     )
   endfunction()
-  foreach(part arrays torch sdpa flash_attn jax random_problems package)
+  foreach(part arrays torch sdpa flash_attn jax nn minitest random_problems package)
     fovea_add_python(${part} -m pytest -q -c ${PROJECT_SOURCE_DIR}/pyproject.toml ${CMAKE_CURRENT_SOURCE_DIR}/python/test_${part}.py)
   endforeach()
+  if(TARGET fovea_nn_internal)  # the contestant in C++
+    set_property(TEST python_minitest APPEND PROPERTY ENVIRONMENT FOVEA_MINITEST=${PROJECT_BINARY_DIR}/tests/fovea_minitest)
+  endif()
   # What measures time wants the machine for itself.
   set_tests_properties(python_package PROPERTIES RUN_SERIAL TRUE)
   fovea_add_python(tutorial ${PROJECT_SOURCE_DIR}/examples/python/five_cliffs.py)

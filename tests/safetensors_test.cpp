@@ -1,4 +1,4 @@
-#include "tools/safetensors.h"
+#include "files/safetensors.h"
 
 #include <fmt/format.h>
 #include <fovea/error.h>
@@ -47,7 +47,7 @@ std::string safetensors(const std::string& header, const std::string& data) {
   return little_endian(header.size(), 8) + header + data;
 }
 
-SafetensorsFile parse(const std::string& bytes) {
+files::SafetensorsFile parse(const std::string& bytes) {
   return {std::make_unique<std::istringstream>(bytes), bytes.size(), "name.safetensors"};
 }
 
@@ -56,12 +56,12 @@ std::string npy(const std::string& dictionary, const std::string& data, int vers
          little_endian(dictionary.size(), version == 1 ? 2 : 4) + dictionary + data;
 }
 
-OwnedTensor parse_npy(const std::string& bytes) {
+files::OwnedTensor parse_npy(const std::string& bytes) {
   std::istringstream stream(bytes);
   return read_npy(stream, bytes.size(), "name.npy");
 }
 
-std::string text_of(const OwnedTensor& tensor) {
+std::string text_of(const files::OwnedTensor& tensor) {
   return {reinterpret_cast<const char*>(tensor.bytes().data()), tensor.bytes().size()};
 }
 
@@ -77,7 +77,7 @@ TEST(Safetensors, WhatIsWrittenReadsBack) {
   const std::string path = folder.file("a.safetensors");
   for (std::uint64_t seed = 0; seed < 50; ++seed) {
     std::mt19937_64 random(seed);
-    std::vector<OwnedTensor> owned;
+    std::vector<files::OwnedTensor> owned;
     std::vector<std::pair<std::string, Tensor>> named;
     for (int n = 0; n < 4; ++n) {
       constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32, DType::kBool};
@@ -91,12 +91,12 @@ TEST(Safetensors, WhatIsWrittenReadsBack) {
       named.emplace_back(fmt::format("tensor \"{}\"", n), owned.back().view());
     }
     const std::map<std::string, std::string> metadata{{"tokens", "[\"a\", \"ü\"]"}};
-    write_safetensors(path, named, metadata);
-    const SafetensorsFile file = SafetensorsFile::open(path);
+    files::write_safetensors(path, named, metadata);
+    const files::SafetensorsFile file = files::SafetensorsFile::open(path);
     EXPECT_EQ(file.metadata(), metadata);
     ASSERT_EQ(file.entries().size(), named.size());
     for (std::size_t n = 0; n < named.size(); ++n) {
-      const OwnedTensor loaded = file.load(named[n].first);
+      const files::OwnedTensor loaded = file.load(named[n].first);
       EXPECT_EQ(loaded.view().dtype, named[n].second.dtype);
       EXPECT_EQ(loaded.view().rank, named[n].second.rank);
       EXPECT_EQ(loaded.view().shape, named[n].second.shape);
@@ -113,8 +113,8 @@ TEST(Safetensors, StridedTensorsAreWrittenInOrder) {
   for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i);
   const Tensor dense = Tensor::contiguous(values.data(), DType::kFloat32, {2, 3, 4});
   for (const Tensor& view : {dense.transposed(0, 1), dense.transposed(1, 2), dense.transposed(0, 2)}) {
-    write_safetensors(folder.file("a"), {{"x", view}});
-    const OwnedTensor loaded = SafetensorsFile::open(folder.file("a")).load("x");
+    files::write_safetensors(folder.file("a"), {{"x", view}});
+    const files::OwnedTensor loaded = files::SafetensorsFile::open(folder.file("a")).load("x");
     const auto* read = static_cast<const float*>(loaded.view().data);
     for (std::int64_t i = 0; i < view.shape[0]; ++i) {
       for (std::int64_t j = 0; j < view.shape[1]; ++j) {
@@ -129,19 +129,19 @@ TEST(Safetensors, StridedTensorsAreWrittenInOrder) {
 
 TEST(Safetensors, BytesBecomeTruthAndLongLengthsBecomeInt32) {
   const std::string numbers = little_endian(7, 8) + little_endian(static_cast<std::uint64_t>(-2), 8);
-  const SafetensorsFile file = parse(safetensors(
+  const files::SafetensorsFile file = parse(safetensors(
       R"({"mask":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"n":{"dtype":"I64","shape":[2],"data_offsets":[4,20]}})",
       std::string("\x00\x01\x02\xff", 4) + numbers));
-  const OwnedTensor mask = file.load("mask");
+  const files::OwnedTensor mask = file.load("mask");
   EXPECT_EQ(mask.view().dtype, DType::kBool);
   EXPECT_EQ(text_of(mask), std::string("\x00\x01\x01\x01", 4));
-  const OwnedTensor n = file.load("n");
+  const files::OwnedTensor n = file.load("n");
   EXPECT_EQ(n.view().dtype, DType::kInt32);
   EXPECT_EQ(static_cast<const std::int32_t*>(n.view().data)[0], 7);
   EXPECT_EQ(static_cast<const std::int32_t*>(n.view().data)[1], -2);
 
-  const SafetensorsFile large = parse(safetensors(R"({"n":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}})",
-                                                  little_endian(std::uint64_t{1} << 31, 8)));
+  const files::SafetensorsFile large = parse(safetensors(R"({"n":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}})",
+                                                         little_endian(std::uint64_t{1} << 31, 8)));
   EXPECT_TRUE(contains(refusal([&] { (void)large.load("n"); }), "2147483648"));
 }
 
@@ -204,11 +204,12 @@ TEST(Safetensors, HostileFilesAreRefusedWithTheirNameAndFault) {
 }
 
 TEST(Safetensors, TensorsThatCantBeUsedAreRefusedWhenLoaded) {
-  const SafetensorsFile file = parse(safetensors(R"({"double":{"dtype":"F64","shape":[1],"data_offsets":[0,8]},)"
-                                                 R"("odd":{"dtype":"F8_E9M9","shape":[3],"data_offsets":[8,9]},)"
-                                                 R"("five":{"dtype":"F32","shape":[1,1,1,1,1],"data_offsets":[9,13]},)"
-                                                 R"("scalar":{"dtype":"F32","shape":[],"data_offsets":[13,17]}})",
-                                                 std::string(17, '\0')));
+  const files::SafetensorsFile file =
+      parse(safetensors(R"({"double":{"dtype":"F64","shape":[1],"data_offsets":[0,8]},)"
+                        R"("odd":{"dtype":"F8_E9M9","shape":[3],"data_offsets":[8,9]},)"
+                        R"("five":{"dtype":"F32","shape":[1,1,1,1,1],"data_offsets":[9,13]},)"
+                        R"("scalar":{"dtype":"F32","shape":[],"data_offsets":[13,17]}})",
+                        std::string(17, '\0')));
   EXPECT_TRUE(contains(refusal([&] { (void)file.load("double"); }), "tensor 'double': its dtype 'F64' is not read"));
   EXPECT_TRUE(contains(refusal([&] { (void)file.load("odd"); }), "'F8_E9M9'"));
   EXPECT_TRUE(contains(refusal([&] { (void)file.load("five"); }), "5 dimensions"));
@@ -218,8 +219,8 @@ TEST(Safetensors, TensorsThatCantBeUsedAreRefusedWhenLoaded) {
 
 TEST(Safetensors, EveryTruncationIsRefused) {
   const Folder folder;
-  OwnedTensor x(DType::kFloat32, std::vector<std::int64_t>{3, 5});
-  write_safetensors(folder.file("a"), {{"x", x.view()}, {"y", x.view()}});
+  files::OwnedTensor x(DType::kFloat32, std::vector<std::int64_t>{3, 5});
+  files::write_safetensors(folder.file("a"), {{"x", x.view()}, {"y", x.view()}});
   std::ifstream stream(folder.file("a"), std::ios::binary);
   const std::string whole{std::istreambuf_iterator<char>(stream), {}};
   EXPECT_EQ(parse(whole).load("y").bytes().size(), 60U);
@@ -229,9 +230,9 @@ TEST(Safetensors, EveryTruncationIsRefused) {
 }
 
 TEST(Safetensors, RandomDamageIsRefusedOrReadNeverMore) {
-  OwnedTensor x(DType::kFloat32, std::vector<std::int64_t>{2, 2});
+  files::OwnedTensor x(DType::kFloat32, std::vector<std::int64_t>{2, 2});
   const Folder folder;
-  write_safetensors(folder.file("a"), {{"x", x.view()}}, {{"k", "v"}});
+  files::write_safetensors(folder.file("a"), {{"x", x.view()}}, {{"k", "v"}});
   std::ifstream stream(folder.file("a"), std::ios::binary);
   const std::string whole{std::istreambuf_iterator<char>(stream), {}};
   std::mt19937_64 random(1);
@@ -242,7 +243,7 @@ TEST(Safetensors, RandomDamageIsRefusedOrReadNeverMore) {
       damaged[random() % damaged.size()] = static_cast<char>(random());
     }
     try {
-      const SafetensorsFile file = parse(damaged);
+      const files::SafetensorsFile file = parse(damaged);
       for (const auto& [name, entry] : file.entries()) EXPECT_LE(file.load(name).bytes().size(), whole.size());
     } catch (const Error& error) {
       EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument) << error.what();
@@ -255,14 +256,14 @@ TEST(Safetensors, RandomDamageIsRefusedOrReadNeverMore) {
 TEST(AtomicWriting, LeavesTheOldFileWhereWritingFails) {
   const Folder folder;
   const std::string path = folder.file("a");
-  write_atomically(path, [](std::ostream& stream) { stream << "old"; });
-  EXPECT_THROW(write_atomically(path,
-                                [](std::ostream& stream) {
-                                  stream << "new";
-                                  throw std::runtime_error("midway");
-                                }),
+  files::write_atomically(path, [](std::ostream& stream) { stream << "old"; });
+  EXPECT_THROW(files::write_atomically(path,
+                                       [](std::ostream& stream) {
+                                         stream << "new";
+                                         throw std::runtime_error("midway");
+                                       }),
                std::runtime_error);
-  EXPECT_THROW(write_atomically(path, [](std::ostream& stream) { stream.setstate(std::ios::badbit); }), Error);
+  EXPECT_THROW(files::write_atomically(path, [](std::ostream& stream) { stream.setstate(std::ios::badbit); }), Error);
   std::ifstream stream(path);
   EXPECT_EQ(std::string(std::istreambuf_iterator<char>(stream), {}), "old");
   EXPECT_EQ(folder.count(), 1U) << "a temporary file stayed behind";
@@ -271,7 +272,7 @@ TEST(AtomicWriting, LeavesTheOldFileWhereWritingFails) {
 TEST(AtomicWriting, RefusesWhatIsNoPlaceForAFile) {
   const Folder folder;
   const auto write = [](const std::string& path) {
-    write_atomically(path, [](std::ostream& stream) { stream << "x"; });
+    files::write_atomically(path, [](std::ostream& stream) { stream << "x"; });
   };
   EXPECT_TRUE(contains(refusal([&] { write(folder.file("no/such/folder")); }), "can't be written"));
   EXPECT_TRUE(contains(refusal([&] { write(folder.file("")); }), "not a regular file"));
@@ -285,7 +286,7 @@ TEST(AtomicWriting, RefusesWhatIsNoPlaceForAFile) {
 
 TEST(InputFiles, WhatIsNoFileIsRefused) {
   const Folder folder;
-  EXPECT_TRUE(contains(refusal([&] { (void)SafetensorsFile::open(folder.file("absent")); }), "No such file"));
+  EXPECT_TRUE(contains(refusal([&] { (void)files::SafetensorsFile::open(folder.file("absent")); }), "No such file"));
   EXPECT_TRUE(contains(refusal([&] { (void)read_npy(folder.file("")); }), "not a regular file"));
 }
 
@@ -300,7 +301,7 @@ TEST(Npy, ArraysReadAsTheirBytes) {
         Case{"|V2", DType::kBFloat16, 2}, Case{"<i4", DType::kInt32, 4}}) {
     for (int version = 1; version <= 3; ++version) {
       const std::string data = random_bytes(6 * c.bytes, 7);
-      const OwnedTensor tensor = parse_npy(npy(
+      const files::OwnedTensor tensor = parse_npy(npy(
           fmt::format("{{'descr': '{}', 'fortran_order': False, 'shape': (2, 3), }}   \n", c.descr), data, version));
       EXPECT_EQ(tensor.view().dtype, c.dtype);
       EXPECT_EQ(tensor.view().rank, 2);

@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "files/safetensors.h"
 #include "npy.h"
 #include "problem/validate.h"
-#include "safetensors.h"
 
 namespace fovea::tools {
 namespace {
@@ -18,13 +18,13 @@ namespace {
 bool is_gradient(const char* name) { return name[0] == 'd'; }
 
 /// Takes a loaded tensor into the call under its name.
-void keep(AttentionCall& call, Tensor Inputs::*member, OwnedTensor tensor) {
+void keep(AttentionCall& call, Tensor Inputs::*member, files::OwnedTensor tensor) {
   call.inputs.*member = tensor.view();
   call.storage.push_back(std::move(tensor));
 }
 
 void load_file(AttentionCall& call, const CallSource& source) {
-  const SafetensorsFile file = SafetensorsFile::open(source.file);
+  const files::SafetensorsFile file = files::SafetensorsFile::open(source.file);
   call.metadata = file.metadata();
   std::vector<std::string> read;
   for (const auto& [name, member] : kInputNames) {
@@ -56,7 +56,7 @@ void keep_lengths(AttentionCall& call, Tensor Inputs::*member, const char* token
     refuse(fmt::format("--options name {}, but there is a tensor of lengths already", token));
   if (lengths.values.empty()) refuse(fmt::format("--options name {}=random; give the lengths themselves", token));
   const std::int64_t count = std::ssize(lengths.values);
-  OwnedTensor tensor(DType::kInt32, std::span(&count, 1));
+  files::OwnedTensor tensor(DType::kInt32, std::span(&count, 1));
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t value = lengths.values[static_cast<std::size_t>(i)];
     const auto narrow = static_cast<std::int32_t>(value);
@@ -69,7 +69,7 @@ void keep_lengths(AttentionCall& call, Tensor Inputs::*member, const char* token
 /// What --options say, in the terms of a call.  Sizes and tensors are not theirs to say.
 AttentionOptions read_options(const std::string& text, AttentionCall& call) {
   Problem said;
-  in_context("--options", [&] { parse_options(text, said); });
+  files::in_context("--options", [&] { parse_options(text, said); });
   keep_lengths(call, &Inputs::q_lengths, "qlen", said.q_lengths);
   keep_lengths(call, &Inputs::kv_lengths, "kvlen", said.kv_lengths);
   call.problem.layout = said.layout;
@@ -110,7 +110,7 @@ void make_outputs(AttentionCall& call) {
   const bool heads_first = p.layout == Layout::kBhsd;
   const auto make = [&](Tensor Outputs::*member, DType dtype, const Tensor& shape, bool rows_of_heads) {
     const Tensor wanted = rows_of_heads && heads_first ? exchange_heads(shape) : shape;
-    OwnedTensor tensor(dtype, std::span(wanted.shape).first(wanted.rank));
+    files::OwnedTensor tensor(dtype, std::span(wanted.shape).first(wanted.rank));
     call.outputs.*member = rows_of_heads && heads_first ? exchange_heads(tensor.view()) : tensor.view();
     call.storage.push_back(std::move(tensor));
   };
@@ -140,7 +140,7 @@ AttentionCall from_tensors(const CallSource& source) {
     load_file(call, source);
   }
   const AttentionOptions options = read_options(source.options, call);
-  in_context(name, [&] {
+  files::in_context(name, [&] {
     Inputs& in = call.inputs;
     for (const Named<Inputs> needed : {kInputNames[0], kInputNames[1], kInputNames[2]}) {
       if (!(in.*needed.tensor).defined())
@@ -193,7 +193,7 @@ std::vector<std::pair<std::string, Tensor>> AttentionCall::results() const {
 std::vector<Allocation> AttentionCall::allocations() const {
   std::vector<Allocation> all;
   if (workload != nullptr) all = workload->allocations();
-  for (const OwnedTensor& tensor : storage) {
+  for (const files::OwnedTensor& tensor : storage) {
     const auto lies_here = [&](const Named<Outputs>& output) {
       return (outputs.*output.tensor).data == tensor.view().data;
     };

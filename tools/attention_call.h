@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "tensor_data.h"
+#include "files/tensor_data.h"
 #include "workload.h"
 
 namespace fovea::tools {
@@ -64,7 +64,7 @@ struct AttentionCall {
   std::map<std::string, std::string> metadata;  ///< of the file
   std::vector<std::string> unused;              ///< tensors of the file that this call does not read
 
-  std::vector<OwnedTensor> storage;
+  std::vector<files::OwnedTensor> storage;
   std::unique_ptr<Workload> workload;
 
   /// Every fault of the tensors or options is an Error(kInvalidArgument) that starts with the file's name.

@@ -14,10 +14,10 @@
 #include "cpu/threads.h"
 #include "cuda/driver.h"
 #include "device_call.h"
+#include "files/tensor_data.h"
 #include "machine.h"
 #include "picture.h"
 #include "report.h"
-#include "tensor_data.h"
 #include "terminal.h"
 #include "timing.h"
 #include "workload.h"
@@ -295,7 +295,7 @@ void Bench::write_files(const std::vector<Result>& results) const {
     if (asked_.json == kStandardOutput) {
       Terminal(stdout).line(json_text(page));
     } else {
-      write_atomically(asked_.json, [&](std::ostream& stream) { stream << json_text(page) << '\n'; });
+      files::write_atomically(asked_.json, [&](std::ostream& stream) { stream << json_text(page) << '\n'; });
     }
   }
   if (!asked_.html.empty()) {
@@ -317,8 +317,8 @@ ExitCode Bench::run() {
                 fmt::format("--seconds ({}) must lie between 0.001 and 3600", asked_.effort.seconds));
   }
   const bool table = asked_.json != kStandardOutput;
-  if (!asked_.json.empty() && table) require_writable(asked_.json);
-  if (!asked_.html.empty()) require_writable(asked_.html);
+  if (!asked_.json.empty() && table) files::require_writable(asked_.json);
+  if (!asked_.html.empty()) files::require_writable(asked_.html);
   std::vector<Problem> problems;
   for (const std::string& line : problem_lines(asked_.lines)) problems.push_back(parse_problem(line));
   const Terminal terminal(stdout);

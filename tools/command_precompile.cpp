@@ -11,7 +11,7 @@
 #include "cpu/threads.h"
 #include "cuda/jit/cache.h"
 #include "cuda/requests.h"
-#include "tensor_data.h"
+#include "files/tensor_data.h"
 #include "terminal.h"
 
 namespace fovea::tools {
@@ -29,7 +29,7 @@ int parsed_arch(const std::string& text) {
     throw Error(ErrorCode::kInvalidArgument,
                 fmt::format("--arch {} is no architecture that kernels are made for; use sm_75, sm_80, sm_86, sm_89, "
                             "sm_90, sm_100 or sm_120",
-                            in_quotes(text)));
+                            files::in_quotes(text)));
   }
   return arch;
 }
@@ -158,7 +158,7 @@ std::string Precompile::table() const {
 
 ExitCode Precompile::tell() const {
   const Terminal terminal(stdout);
-  if (!asked_.table.empty()) write_atomically(asked_.table, [&](std::ostream& stream) { stream << table(); });
+  if (!asked_.table.empty()) files::write_atomically(asked_.table, [&](std::ostream& stream) { stream << table(); });
   std::size_t faults = 0;
   double seconds = 0, slowest = 0;
   for (const Outcome& outcome : outcomes_) {
@@ -194,8 +194,8 @@ ExitCode command_precompile(const PrecompileArguments& arguments) {
   if (arguments.out.empty() && !arguments.check) {
     throw Error(ErrorCode::kInvalidArgument, "there is nothing to do: name a pack with --out, or ask for --check");
   }
-  if (!arguments.out.empty()) require_writable(arguments.out);
-  if (!arguments.table.empty()) require_writable(arguments.table);
+  if (!arguments.out.empty()) files::require_writable(arguments.out);
+  if (!arguments.table.empty()) files::require_writable(arguments.table);
   Precompile work(arguments);
   work.compile();
   const ExitCode code = work.tell();

@@ -10,9 +10,9 @@
 #include "command.h"
 #include "device_call.h"
 #include "error_rule.h"
+#include "files/safetensors.h"
 #include "picture.h"
 #include "report.h"
-#include "safetensors.h"
 #include "timing.h"
 
 namespace fovea::tools {
@@ -137,7 +137,7 @@ void Run::print(const AttentionCall& call, const Summary& summary) const {
     if ((call.inputs.*member).defined()) terminal.write(labelled(terminal, name, tensor_text(call.inputs.*member)));
   }
   for (const std::string& name : call.unused) {
-    terminal.write(labelled(terminal, "not read", terminal.paint(Ink::kDim, in_quotes(name))));
+    terminal.write(labelled(terminal, "not read", terminal.paint(Ink::kDim, files::in_quotes(name))));
   }
   for (const Pass& pass : summary.passes) {
     terminal.write("\n" + labelled(terminal, pass.name,
@@ -205,8 +205,8 @@ ExitCode Run::run() const {
   if (!asked_.source.problem.empty() && !asked_.source.options.empty()) {
     throw Error(ErrorCode::kInvalidArgument, "--options go with tensors; write the tokens into the --problem line");
   }
-  if (!asked_.out.empty()) require_writable(asked_.out);
-  if (!asked_.plot.empty()) require_writable(asked_.plot);
+  if (!asked_.out.empty()) files::require_writable(asked_.out);
+  if (!asked_.plot.empty()) files::require_writable(asked_.plot);
   Place place(asked_.runner.parsed_device(false));
   const AttentionCall call = AttentionCall::prepare(asked_.source);
   const PlacedCall placed(place, call.inputs, call.outputs, call.allocations());
@@ -216,7 +216,7 @@ ExitCode Run::run() const {
   if (call.problem.backward()) summary.passes.push_back(execute(Direction::kBackward, call, place, placed));
   placed.download();
   if (asked_.check) summary.figures = judge_results(call);
-  if (!asked_.out.empty()) write_safetensors(asked_.out, call.results());
+  if (!asked_.out.empty()) files::write_safetensors(asked_.out, call.results());
   if (!asked_.plot.empty()) draw(call, summary.passes.front().report);
   if (asked_.json) {
     Terminal(stdout).line(json_text(to_json(call, summary)));

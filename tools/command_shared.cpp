@@ -7,7 +7,7 @@
 
 #include "command.h"
 #include "cuda/driver.h"
-#include "tensor_data.h"
+#include "files/tensor_data.h"
 
 namespace fovea::tools {
 namespace {
@@ -36,8 +36,9 @@ Device Runner::parsed_device(bool architectures) const {
         ErrorCode::kInvalidArgument,
         fmt::format("--device {} names an architecture, which only `fovea explain` takes; use cpu or cuda:N", device));
   }
-  throw Error(ErrorCode::kInvalidArgument, fmt::format("--device {} is unknown; use cpu or cuda:N{}", in_quotes(device),
-                                                       architectures ? ", or an architecture such as sm_90" : ""));
+  throw Error(ErrorCode::kInvalidArgument,
+              fmt::format("--device {} is unknown; use cpu or cuda:N{}", files::in_quotes(device),
+                          architectures ? ", or an architecture such as sm_90" : ""));
 }
 
 std::vector<std::string> problem_lines(const std::vector<std::string>& arguments) {
@@ -47,7 +48,7 @@ std::vector<std::string> problem_lines(const std::vector<std::string>& arguments
       lines.push_back(argument);
       continue;
     }
-    InputFile file(argument.substr(1));
+    files::InputFile file(argument.substr(1));
     for (std::string line; std::getline(file.stream, line);) {
       line.resize(std::min(line.find('#'), line.size()));
       if (line.find_first_not_of(" \t\r") != std::string::npos) lines.push_back(line);

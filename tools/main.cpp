@@ -11,7 +11,7 @@
 #include <new>
 
 #include "command.h"
-#include "tensor_data.h"
+#include "files/tensor_data.h"
 #include "terminal.h"
 
 namespace fovea::tools {
@@ -51,7 +51,7 @@ std::string sentence_of(const CLI::ParseError& error, const CLI::App& app) {
   if (chosen.empty()) {
     const std::vector<std::string> words = app.remaining();
     if (words.empty()) return fmt::format("there is no command; name one of {}", kCommands);
-    return fmt::format("{} is no command; name one of {}", in_quotes(words.front()), kCommands);
+    return fmt::format("{} is no command; name one of {}", files::in_quotes(words.front()), kCommands);
   }
   std::string text = error.what();
   std::ranges::replace(text, '\n', ' ');

@@ -9,7 +9,7 @@
 #include <set>
 #include <vector>
 
-#include "safetensors.h"
+#include "files/safetensors.h"
 
 namespace fovea::tools {
 namespace {
@@ -20,7 +20,7 @@ struct ArrayType {
   const char* descr;
   std::int64_t bytes;
   DType as;
-  Elements how = Elements::kAsIs;
+  files::Elements how = files::Elements::kAsIs;
 };
 
 constexpr std::array<ArrayType, 8> kTypes{{
@@ -28,10 +28,10 @@ constexpr std::array<ArrayType, 8> kTypes{{
     {"<f2", 2, DType::kFloat16},
     {"<V2", 2, DType::kBFloat16},
     {"|V2", 2, DType::kBFloat16},
-    {"|b1", 1, DType::kBool, Elements::kTruth},
-    {"|u1", 1, DType::kBool, Elements::kTruth},
+    {"|b1", 1, DType::kBool, files::Elements::kTruth},
+    {"|u1", 1, DType::kBool, files::Elements::kTruth},
     {"<i4", 4, DType::kInt32},
-    {"<i8", 8, DType::kInt32, Elements::kNarrowInt64},
+    {"<i8", 8, DType::kInt32, files::Elements::kNarrowInt64},
 }};
 
 struct Header {
@@ -51,7 +51,7 @@ class HeaderReader {
     expect('{');
     while (!accept('}')) {
       const std::string key = string();
-      if (!seen.insert(key).second) refuse(fmt::format("its header names {} twice", in_quotes(key)));
+      if (!seen.insert(key).second) refuse(fmt::format("its header names {} twice", files::in_quotes(key)));
       expect(':');
       if (key == "descr") {
         header.descr = string();
@@ -60,7 +60,7 @@ class HeaderReader {
       } else if (key == "shape") {
         header.shape = tuple();
       } else {
-        refuse(fmt::format("its header has the unknown key {}", in_quotes(key)));
+        refuse(fmt::format("its header has the unknown key {}", files::in_quotes(key)));
       }
       if (!accept(',')) {
         expect('}');
@@ -75,7 +75,7 @@ class HeaderReader {
 
  private:
   [[noreturn]] void malformed() const {
-    refuse(fmt::format("its header is not understood at {}", in_quotes(rest_.substr(0, 20))));
+    refuse(fmt::format("its header is not understood at {}", files::in_quotes(rest_.substr(0, 20))));
   }
   void skip_space() { rest_.remove_prefix(std::min(rest_.find_first_not_of(" \t\n"), rest_.size())); }
 
@@ -130,7 +130,7 @@ class HeaderReader {
   std::string_view rest_;
 };
 
-OwnedTensor read_array(std::istream& stream, std::uint64_t size) {
+files::OwnedTensor read_array(std::istream& stream, std::uint64_t size) {
   std::array<unsigned char, 12> start{};  // magic, version, header length in 2 (version 1) or 4 bytes
   stream.read(reinterpret_cast<char*>(start.data()), start.size());
   if (stream.gcount() < 10 || std::memcmp(start.data(), "\x93NUMPY", 6) != 0) refuse("is no .npy file");
@@ -155,27 +155,28 @@ OwnedTensor read_array(std::istream& stream, std::uint64_t size) {
   if (header.fortran_order) refuse("is in Fortran order; save numpy.ascontiguousarray(array)");
   const auto type = std::ranges::find_if(kTypes, [&](const ArrayType& t) { return header.descr == t.descr; });
   if (type == kTypes.end()) {
-    refuse(fmt::format("has dtype {}; use <f4, <f2, <V2 (bfloat16), |b1, |u1, <i4 or <i8", in_quotes(header.descr)));
+    refuse(fmt::format("has dtype {}; use <f4, <f2, <V2 (bfloat16), |b1, |u1, <i4 or <i8",
+                       files::in_quotes(header.descr)));
   }
-  const std::int64_t expected = packed_bytes(header.shape, type->bytes);
+  const std::int64_t expected = files::packed_bytes(header.shape, type->bytes);
   const std::uint64_t there = size - header_start - length;
   if (there != static_cast<std::uint64_t>(expected)) {
-    refuse(fmt::format("has {} bytes of data, but {} {} takes {}", there, header.descr, shape_text(header.shape),
+    refuse(fmt::format("has {} bytes of data, but {} {} takes {}", there, header.descr, files::shape_text(header.shape),
                        expected));
   }
-  OwnedTensor tensor(type->as, header.shape);
-  read_elements(stream, type->how, tensor);
+  files::OwnedTensor tensor(type->as, header.shape);
+  files::read_elements(stream, type->how, tensor);
   return tensor;
 }
 
 }  // namespace
 
-OwnedTensor read_npy(std::istream& stream, std::uint64_t size, const std::string& name) {
-  return in_context(name, [&] { return read_array(stream, size); });
+files::OwnedTensor read_npy(std::istream& stream, std::uint64_t size, const std::string& name) {
+  return files::in_context(name, [&] { return read_array(stream, size); });
 }
 
-OwnedTensor read_npy(const std::string& path) {
-  InputFile file(path);
+files::OwnedTensor read_npy(const std::string& path) {
+  files::InputFile file(path);
   return read_npy(file.stream, file.size, path);
 }
 

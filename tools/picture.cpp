@@ -10,7 +10,7 @@
 
 #include "cpu/elements.h"
 #include "embedded.h"
-#include "tensor_data.h"
+#include "files/tensor_data.h"
 
 namespace fovea::tools {
 namespace {
@@ -33,7 +33,7 @@ Tensor narrow(Tensor t, int dim, std::int64_t begin, std::int64_t count = 1) {
 struct SingleHead {
   Problem problem;
   Inputs inputs;
-  std::vector<OwnedTensor> converted;
+  std::vector<files::OwnedTensor> converted;
 
   SingleHead(const Problem& whole, const Inputs& of, std::int64_t sequence, std::int64_t head);
 
@@ -101,8 +101,9 @@ void append_weights(const SingleHead& head, const AttentionPicture& picture, std
   const std::int64_t columns = ceil_div(picture.seqlen_kv, picture.block_kv);
   Problem problem = head.problem;
   problem.head_dim_v = columns;
-  const OwnedTensor v(DType::kFloat32, std::array{std::int64_t{1}, picture.seqlen_kv, std::int64_t{1}, columns});
-  const OwnedTensor out(DType::kFloat32, std::array{std::int64_t{1}, picture.seqlen_q, std::int64_t{1}, columns});
+  const files::OwnedTensor v(DType::kFloat32, std::array{std::int64_t{1}, picture.seqlen_kv, std::int64_t{1}, columns});
+  const files::OwnedTensor out(DType::kFloat32,
+                               std::array{std::int64_t{1}, picture.seqlen_q, std::int64_t{1}, columns});
   for (std::int64_t j = 0; j < picture.seqlen_kv; ++j) {
     static_cast<float*>(v.view().data)[j * columns + j / picture.block_kv] = 1.0F;
   }
@@ -150,7 +151,7 @@ void write_page(const std::string& path, std::string_view page, const nlohmann::
   std::string text = data.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
   for (std::size_t at = text.find('<'); at != std::string::npos; at = text.find('<', at))
     text.replace(at, 1, "\\u003c");
-  write_atomically(path, [&](std::ostream& stream) {
+  files::write_atomically(path, [&](std::ostream& stream) {
     for (std::size_t mark = page.find('@'); mark != std::string_view::npos; mark = page.find('@')) {
       stream << page.substr(0, mark);
       page.remove_prefix(mark);

@@ -21,9 +21,9 @@ from fovea._arguments import extras as _extras
 from fovea._arguments import rules as _rules
 from fovea._core import Report, __version__
 
-__all__ = ["Report", "__version__", "attention", "explain", "flash_attn", "jax", "torch"]
+__all__ = ["Report", "__version__", "attention", "explain", "flash_attn", "jax", "nn", "torch"]
 
-_SUBMODULES = ("flash_attn", "jax", "torch")
+_SUBMODULES = ("flash_attn", "jax", "nn", "torch")
 
 #: Who serves arrays of a type that is not PyTorch's; filled as types are met.
 _doors: dict[type, Callable[..., Any]] = {}

@@ -10,7 +10,6 @@ import argparse
 import ctypes
 import gc
 import json
-import platform
 import statistics
 import sys
 import time
@@ -20,21 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fovea
-
-
-class _Operators(TorchDispatchMode):
-    """The names of the operators that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
+from fovea._observe import device_name, torch_kernel
 
 
 @dataclass
@@ -121,7 +108,7 @@ class Bench:
         row = Row(
             case.name,
             str(leaves[0].dtype).removeprefix("torch."),
-            self._measure(theirs, leaves, extra, self._torch_kernel(theirs, leaves)),
+            self._measure(theirs, leaves, extra, torch_kernel(lambda: theirs(*leaves))),
             self._measure(ours, leaves, extra, self._fovea_kernel(leaves, options, case.ragged)),
         )
         if row.torch.refused is None and row.fovea.refused is None and "dropout_p" not in case.ours:
@@ -183,16 +170,6 @@ class Bench:
         except (RuntimeError, NotImplementedError, ValueError, torch.OutOfMemoryError) as error:
             measured.refused = (str(error).splitlines() or [type(error).__name__])[0]
         return measured
-
-    def _torch_kernel(self, attend: Callable[..., Any], leaves: list[Any]) -> str:
-        """Which of PyTorch's paths took the call: a fused operator by its name, else the formula's own operators."""
-        with _Operators() as seen:
-            try:
-                attend(*leaves)
-            except (RuntimeError, NotImplementedError):
-                return "none"
-        fused = [name for name in seen.names if name.startswith("_") and "attention" in name]
-        return ", ".join(dict.fromkeys(name.removeprefix("_scaled_dot_product_") for name in fused)) or "N×N formula"
 
     def _fovea_kernel(self, leaves: list[Any], options: dict[str, Any], ragged: bool) -> str:
         q, k, v = leaves
@@ -283,16 +260,6 @@ def _ratio(torch_ms: float | None, fovea_ms: float | None) -> str:
     return "" if torch_ms is None or fovea_ms is None else f"{torch_ms / fovea_ms:.2f}"
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m fovea.bench", description=__doc__.splitlines()[0])
@@ -315,7 +282,7 @@ def main() -> None:
         options.repeats,
     )
     size = f"b{bench.batch} h{bench.heads} s{bench.seqlen} d{bench.dim}"
-    where = f"{_device_name(device)}, PyTorch {torch.__version__}, Fovea {fovea.__version__}"
+    where = f"{device_name(device)}, PyTorch {torch.__version__}, Fovea {fovea.__version__}"
     if not on_gpu:
         where += f", {torch.get_num_threads()} threads"
     print(f"{where}\n{size} {str(bench.dtype).removeprefix('torch.')}, × is PyTorch's time over Fovea's\n", flush=True)
@@ -336,7 +303,7 @@ def main() -> None:
     print("\nhost time of a call, b1 h1 s16 d64: " + ", ".join(f"{name} {us:.1f} µs" for name, us in overhead.items()))
     if options.json:
         results = {
-            "device": _device_name(device),
+            "device": device_name(device),
             "torch": torch.__version__,
             "fovea": fovea.__version__,
             "size": size,

@@ -15,7 +15,7 @@ compile() {
 }
 export -f compile
 {
-  find src -name '*.cpp' ! -name threads.cpp
+  find src \( -path src/nn -o -path src/files \) -prune -o -name '*.cpp' ! -name threads.cpp -print
   echo "$folder/device_text.cpp"
   printf 'tools/%s.cpp\n' check device_call error_rule plain random_problem roundings terminal workload
   find tests/cross -name '*.cpp'

@@ -12,6 +12,8 @@ off by twice what PyTorch's N×N formula is off by in the same dtype on the same
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import math
 import os
 import subprocess
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fovea
+import fovea.nn
 import fovea.torch
 from fovea import flash_attn
 
@@ -365,6 +368,53 @@ def replace_sdpa_and_autocast_under_a_module() -> str:
 
 
 @check
+def layers_of_torch_nn_keep_the_error_rule() -> str:
+    lengths = torch.tensor([[90], [31], [140]], device=GPU)
+    paddings = (None, torch.arange(140, device=GPU) >= lengths, torch.rand(3, 140, device=GPU) < 0.3)
+    masks = (None, torch.ones(140, 140, dtype=torch.bool, device=GPU).triu(1), torch.rand(140, 140, device=GPU) < 0.3)
+    masks[2].fill_diagonal_(False)
+    worst, cases = 0.0, 0
+    for padding, mask, batch_first in itertools.product(paddings, masks, (True, False)):
+        if padding is not None:
+            padding[:, 0] = False  # torch gives NaN where nothing is seen
+        if mask is not None:
+            mask[:, 0] = False
+        layer = torch.nn.TransformerEncoderLayer(64, 4, 96, 0.0, batch_first=batch_first)
+        model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).to(GPU)
+        x = torch.randn((3, 140, 64) if batch_first else (140, 3, 64), device=GPU)
+        weight = torch.randn_like(x)
+        results = []
+        for each in (copy.deepcopy(model).double(), model, fovea.nn.convert(copy.deepcopy(model))):
+            leaf = x.to(next(each.parameters()).dtype, copy=True).requires_grad_()
+            out = each(leaf, mask=mask, src_key_padding_mask=padding)
+            results.append((out, *torch.autograd.grad((out * weight).sum(), [leaf, *each.parameters()])))
+        for exact, plain, ours in zip(*results, strict=True):
+            floor = FLOOR[torch.float32] * exact.abs().max().item()
+            limit = max(2 * (plain - exact).abs().max().item(), floor)
+            worst = max(worst, (ours - exact).abs().max().item() / limit)
+        cases += 1
+    assert worst <= 1.0, f"{2 * worst:.3g} times the plain layer's error"
+    return f"{cases} encoders, at most {2 * worst:.2f} times the plain layer's error"
+
+
+@check
+def layers_leave_padding_out_and_give_weights() -> None:
+    layer = fovea.nn.TransformerEncoderLayer(64, 4, 96, 0.0, batch_first=True, device=GPU)
+    x, padding = torch.randn(3, 140, 64, device=GPU), torch.rand(3, 140, device=GPU) < 0.4
+    expected = layer(x, src_key_padding_mask=padding)
+    layer.pack_padding = True
+    out = layer(x, src_key_padding_mask=padding)
+    assert out[padding].eq(0).all()
+    torch.testing.assert_close(out[~padding], expected[~padding], rtol=1e-4, atol=1e-4)
+    assert "packed=" in layer.explain(x, src_key_padding_mask=padding).forward.problem
+    attention = layer.self_attn
+    theirs = torch.nn.MultiheadAttention(64, 4, batch_first=True, device=GPU)
+    theirs.load_state_dict(attention.state_dict())
+    for one, other in zip(attention(x, x, x, padding), theirs(x, x, x, padding), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@check
 def host_time_of_a_forward_is_at_most_25_us() -> str:
     from fovea.bench import Bench
 
@@ -377,7 +427,7 @@ def host_time_of_a_forward_is_at_most_25_us() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="where python -m fovea.bench writes its results")
-    parser.add_argument("--no-bench", action="store_true", help="leave the table out")
+    parser.add_argument("--no-bench", action="store_true", help="leave the tables and the mini-test out")
     parser.add_argument("--gpt", metavar="train_gpt.py", help="also train the small GPT of examples/python on the GPU")
     parser.add_argument("--only", metavar="WORD", default="", help="checks whose name has the word")
     options = parser.parse_args()
@@ -399,6 +449,9 @@ def main() -> None:
     if not options.no_bench:
         failed += subprocess.run([sys.executable, "-W", "ignore", "-m", "fovea.bench", "--device", "cuda"]
                                  + (["--json", options.json] if options.json else [])).returncode != 0  # fmt: skip
+        failed += (
+            subprocess.run([sys.executable, "-W", "ignore", "-m", "fovea.minitest", "--device", "cuda"]).returncode != 0
+        )
     if options.gpt:
         picture = os.path.join(tempfile.gettempdir(), "loss-cuda.svg")
         failed += subprocess.run([sys.executable, options.gpt, "--device", "cuda", "--plot", picture]).returncode != 0

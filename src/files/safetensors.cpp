@@ -1,4 +1,4 @@
-#include "safetensors.h"
+#include "files/safetensors.h"
 
 #include <fmt/format.h>
 
@@ -11,7 +11,7 @@
 #include <optional>
 #include <set>
 
-namespace fovea::tools {
+namespace fovea::files {
 namespace {
 
 using nlohmann::json;
@@ -246,4 +246,4 @@ void write_safetensors(const std::string& path, const std::vector<std::pair<std:
   });
 }
 
-}  // namespace fovea::tools
+}  // namespace fovea::files

@@ -13,7 +13,7 @@
 #include <string>
 #include <string_view>
 
-namespace fovea::tools {
+namespace fovea::files {
 
 /// A densely packed tensor together with its memory, aligned to 64 bytes and zero at first.
 class OwnedTensor {
@@ -75,4 +75,4 @@ void require_writable(const std::string& path);
 /// where the disk fails.
 void write_atomically(const std::string& path, const std::function<void(std::ostream&)>& write);
 
-}  // namespace fovea::tools
+}  // namespace fovea::files

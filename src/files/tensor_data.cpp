@@ -1,4 +1,4 @@
-#include "tensor_data.h"
+#include "files/tensor_data.h"
 
 #include <fcntl.h>
 #include <fmt/format.h>
@@ -11,7 +11,7 @@
 #include <new>
 #include <system_error>
 
-namespace fovea::tools {
+namespace fovea::files {
 namespace {
 
 constexpr std::align_val_t kAlignment{64};
@@ -173,4 +173,4 @@ void write_atomically(const std::string& path, const std::function<void(std::ost
   }
 }
 
-}  // namespace fovea::tools
+}  // namespace fovea::files

@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
-#include "tensor_data.h"
+#include "files/tensor_data.h"
 
-namespace fovea::tools {
+namespace fovea::files {
 
 /// A file of named tensors (huggingface/safetensors): 8 bytes of header length, a JSON header, the data.  Nothing in it
 /// is trusted: sizes, offsets, names and JSON are checked before any tensor is read, and every fault is an
@@ -56,4 +56,4 @@ enum class Elements : std::uint8_t { kAsIs, kTruth, kNarrowInt64 };
 /// fit.
 void read_elements(std::istream& stream, Elements how, const OwnedTensor& tensor);
 
-}  // namespace fovea::tools
+}  // namespace fovea::files

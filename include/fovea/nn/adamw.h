@@ -1,0 +1,44 @@
+#pragma once
+
+#include <fovea/nn/module.h>
+
+#include <vector>
+
+namespace fovea::nn {
+
+/// AdamW (1711.05101), as torch.optim.AdamW.  fp16 and bf16 parameters have an fp32 master copy here, so that steps
+/// below their last place are not lost.
+class FOVEA_API AdamW {
+ public:
+  struct Options {
+    float lr = 1e-3F;
+    float beta1 = 0.9F;
+    float beta2 = 0.999F;
+    float eps = 1e-8F;
+    float weight_decay = 1e-2F;
+  };
+
+  /// For the parameters of `module`, which must outlive it and stay where it is.
+  explicit AdamW(Module& module) : AdamW(module, Options()) {}
+  AdamW(Module& module, const Options& options);
+
+  /// One step along the gradients that backward has summed; parameters without a gradient stay.  Gradients stay too:
+  /// zero_gradients() before the next backward.
+  void step();
+
+  void set_learning_rate(float lr) { options_.lr = lr; }
+
+ private:
+  struct Slot {
+    Parameter* parameter = nullptr;
+    Array mean;      // fp32, shape of the parameter
+    Array variance;  // fp32
+    Array master;    // fp32, where the parameter is not
+  };
+
+  Options options_;
+  std::vector<Slot> slots_;
+  std::int64_t steps_ = 0;
+};
+
+}  // namespace fovea::nn

@@ -1,0 +1,205 @@
+"""torch.nn.MultiheadAttention on fovea.attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fovea.nn import _explain, _masks
+from fovea.nn._packing import Packing, Rows
+from fovea.torch import _door, _seeds
+
+_LARGEST_HEAD_DIM = 512
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention: its constructor, its call, its state_dict; never the N×N matrix but on request.
+
+    Masks, padding, dropout and training run in tiles like everything else. need_weights=True, torch's default, computes
+    the weights besides, by tiles. Nested tensors are taken in training too. A row that sees no key gives the bias of
+    out_proj, where torch gives NaN.
+
+    Attributes:
+        pack_padding: leave the tokens that a boolean key_padding_mask hides out of self-attention altogether. Their
+            rows of the output are 0 then, where torch computes what nobody should read.
+    """
+
+    pack_padding = False
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """torch.nn.MultiheadAttention's."""
+        if is_causal and attn_mask is None and not query.is_nested:
+            raise RuntimeError("is_causal is a hint that attn_mask is the causal triangle; give attn_mask, too")
+        self._check(query, key, value)
+        if query.is_nested:
+            if key_padding_mask is not None or attn_mask is not None or need_weights:
+                raise ValueError("nested tensors take need_weights=False and neither attn_mask nor key_padding_mask")
+            return self._nested(query, key, value, is_causal), None
+        if query.dim() == 2:
+            batched = [x.unsqueeze(0 if self.batch_first else 1) for x in (query, key, value)]
+            if key is query:
+                batched[1] = batched[0]
+            if value is key:
+                batched[2] = batched[1]
+            if key_padding_mask is not None:
+                key_padding_mask = key_padding_mask.unsqueeze(0)
+            out, weights = self.forward(
+                *batched, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+            return out.squeeze(0 if self.batch_first else 1), None if weights is None else weights.squeeze(0)
+        if self._packs(query, key, value, key_padding_mask, attn_mask, need_weights, is_causal):
+            packing = Packing(key_padding_mask)
+            packed = packing.pack(query if self.batch_first else query.transpose(0, 1))
+            out = packing.pad(self._nested(packed, packed, packed, is_causal))
+            return out if self.batch_first else out.transpose(0, 1), None
+
+        q, k, v = self._project(query, key, value)
+        if not self.batch_first:
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        options = _masks.options_of(
+            attn_mask, key_padding_mask, is_causal, *self._sizes(q, k), int(self.bias_k is not None)
+        )
+        if self.bias_k is not None:
+            more = (len(k), 1, self.num_heads, self.head_dim)
+            k = torch.cat([k, self.bias_k.view(more[1:]).expand(more)], 1)
+            v = torch.cat([v, self.bias_v.view(more[1:]).expand(more)], 1)
+        options |= self._options(q)
+        if need_weights and options["dropout_p"]:
+            options["seed"], options["offset"] = _seeds.draw(q.device)
+        out, lse = _door.attention(q, k, v, return_lse=True, **options)
+        out = self.out_proj(out.flatten(2))
+        weights = self._weights(q, k, lse, options, average_attn_weights) if need_weights else None
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+    def explain(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        is_causal: bool = False,
+    ) -> _explain.LayerReport:
+        """Who would run a call, and what torch.nn's layer would have done with it; nothing is computed.
+
+        Args:
+            query: as forward takes it; key and value are the same where they are not given.
+            mask: forward's attn_mask.
+        """
+        key = query if key is None else key
+        value = key if value is None else value
+        return _explain.of_attention(self, query, key, value, mask, key_padding_mask, need_weights, is_causal)
+
+    def _nested(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+        """Of nested tensors, whatever batch_first."""
+        if self.bias_k is not None:
+            raise ValueError("nested tensors cannot take the key that add_bias_kv adds; pad the batch")
+        of_query = Rows(query)
+        of_key = of_query if key is query else Rows(key)
+        value_rows = of_key.rows if value is key else Rows(value).rows
+        q, k, v = self._project(of_query.rows, of_key.rows, value_rows)
+        out = _door.attention(
+            q,
+            k,
+            v,
+            causal="top_left" if is_causal else None,
+            cu_seqlens_q=of_query.cu_seqlens,
+            cu_seqlens_kv=of_key.cu_seqlens,
+            max_seqlen_q=of_query.longest,
+            max_seqlen_kv=of_key.longest,
+            **self._options(q),
+        )
+        return of_query.nested(self.out_proj(out.flatten(1)))
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """q, k and v with heads apart, by as few products as the inputs allow."""
+        bias, size = self.in_proj_bias, self.embed_dim
+
+        def heads(x: Tensor, weight: Tensor, first: int, count: int) -> Any:
+            part = None if bias is None else bias[first * size : (first + count) * size]
+            return F.linear(x, weight, part).unflatten(-1, (count, self.num_heads, self.head_dim)).unbind(-3)
+
+        if not self._qkv_same_embed_dim:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            return [heads(x, w, i, 1)[0] for i, (x, w) in enumerate(zip((query, key, value), weights))]
+        weight = self.in_proj_weight
+        if key is value:
+            if query is key:
+                return list(heads(query, weight, 0, 3))
+            return [*heads(query, weight[:size], 0, 1), *heads(key, weight[size:], 1, 2)]
+        parts = weight.unflatten(0, (3, size))
+        return [heads(x, parts[i], i, 1)[0] for i, x in enumerate((query, key, value))]
+
+    def _options(self, q: Tensor) -> dict[str, Any]:
+        """What is the same for all calls of attention."""
+        # A key of score 0 without a value is a sink.
+        sink = torch.zeros(self.num_heads, device=q.device) if self.add_zero_attn else None
+        return {"dropout_p": self.dropout if self.training else 0.0, "sink": sink}
+
+    def _sizes(self, q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
+        return q.shape[0], self.num_heads, q.shape[1], k.shape[1]
+
+    def _weights(self, q: Tensor, k: Tensor, lse: Tensor, options: dict[str, Any], average: bool) -> Tensor:
+        """The weights, by tiles of keys: with columns of the unit matrix as values, out is the weights."""
+        batch, keys = k.shape[:2]
+        shape = (batch, q.shape[1]) if average else (batch, self.num_heads, q.shape[1])
+        tiles = [q.new_empty((*shape, 0))]
+        for first in range(0, keys, _LARGEST_HEAD_DIM):
+            count = min(_LARGEST_HEAD_DIM, keys - first)
+            values = torch.zeros(keys, count, dtype=q.dtype, device=q.device)
+            values[first : first + count].fill_diagonal_(1.0)
+            values = values[None, :, None].expand(batch, -1, self.num_heads, -1)
+            tile = _door.attention(q, k, values, **options)
+            tiles.append(tile.mean(2) if average else tile.transpose(1, 2))
+        if self.add_zero_attn:
+            zero = torch.exp(-lse).to(q.dtype)
+            tiles.append((zero.mean(1) if average else zero).unsqueeze(-1))
+        return torch.cat(tiles, -1)
+
+    def _packs(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        need_weights: bool,
+        is_causal: bool,
+    ) -> bool:
+        """Whether padding is left out."""
+        return (
+            self.pack_padding
+            and key_padding_mask is not None
+            and key_padding_mask.dtype == torch.bool
+            and query is key is value
+            and (attn_mask is None or is_causal)
+            and not need_weights
+            and self.bias_k is None
+        )
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        for name, x, size in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if x.dim() not in (2, 3) or x.dim() != query.dim() or x.is_nested != query.is_nested:
+                raise ValueError(f"{name} has {x.dim()} dimensions; query, key and value must all have 3, or all 2")
+            if x.size(-1) != size:  # strided nested tensors have no shape
+                raise ValueError(f"{name} has {x.size(-1)} features but the layer takes {size}")
+        if not key.is_nested and key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(f"key is {list(key.shape)} but value {list(value.shape)}; their lengths must agree")
+        batch = 0 if self.batch_first else 1
+        if query.dim() == 3 and query.size(batch) != key.size(batch):
+            raise ValueError(f"query has {query.size(batch)} sequences but key has {key.size(batch)}; they must agree")

@@ -1,0 +1,222 @@
+"""What runs in a layer of Fovea's, and what torch.nn's would have done in its place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+import fovea
+from fovea._core import Report
+from fovea.nn import _masks
+
+if TYPE_CHECKING:
+    from fovea.nn._attention import MultiheadAttention
+    from fovea.nn._encoder import TransformerEncoderLayer
+
+
+@dataclass
+class LayerReport:
+    """Who runs a call of a layer; print() it.
+
+    Attributes:
+        forward: fovea.explain's report of the attention.
+        backward: likewise of its gradients, where the call would have some.
+        packed: whether padding is left out.
+        torch_kernel: what torch.nn's layer would have run: an operator's name, or "math", the N×N formula.
+        torch_reason: why it would not have taken its fast path; "" if it would.
+        torch_bytes: what its matrix of weights would have taken; 0 if it would have made none.
+    """
+
+    forward: Report
+    backward: Report | None
+    packed: bool
+    torch_kernel: str
+    torch_reason: str
+    torch_bytes: int
+
+    def __str__(self) -> str:
+        reports = [self.forward] if self.backward is None else [self.forward, self.backward]
+        lines = [str(report).rstrip() for report in reports]
+        if self.packed:
+            lines.append("padding is left out: sequences lie one behind the other")
+        lines.append(f"torch.nn would have run {self.torch_kernel}")
+        if self.torch_bytes:
+            lines.append(f"torch.nn would have made {self.torch_bytes / 2**20:.3g} MiB of weights, N×N for every head")
+        if self.torch_reason:
+            lines.append(f"torch.nn would not have taken its fast path: {self.torch_reason}")
+        return "\n".join(lines)
+
+
+def of_attention(
+    layer: MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    need_weights: bool,
+    is_causal: bool,
+) -> LayerReport:
+    """MultiheadAttention.explain."""
+    packed = layer._packs(query, key, value, padding, mask, need_weights, is_causal)
+    forward, backward = _ours(layer, query, key, mask, padding, is_causal, packed)
+    reason = why_no_fast_path(layer, query, key, value, mask, padding)
+    kernel, size = "_native_multi_head_attention", 0
+    if reason:
+        kernel, size = _torch_kernel(layer, query, key, mask, padding, need_weights, is_causal)
+    return LayerReport(forward, backward, packed, kernel, reason, size)
+
+
+def of_layer(
+    layer: TransformerEncoderLayer,
+    src: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    is_causal: bool,
+    packed: bool,
+) -> LayerReport:
+    """TransformerEncoderLayer.explain; `packed`: it leaves padding out itself, or gets a batch without."""
+    attention = layer.self_attn
+    packed = packed or attention._packs(src, src, src, padding, mask, False, is_causal)
+    forward, backward = _ours(attention, src, src, mask, padding, is_causal, packed)
+    reason = why_no_fast_layer(layer, src, mask, padding)
+    kernel, size = "_transformer_encoder_layer_fwd", 0
+    if reason:
+        kernel, size = _torch_kernel(attention, src, src, mask, padding, False, is_causal)
+    return LayerReport(forward, backward, packed, kernel, reason, size)
+
+
+def _ours(
+    layer: MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    is_causal: bool,
+    packed: bool,
+) -> tuple[Report, Report | None]:
+    """Fovea's reports, of tensors that have their shapes alone."""
+    q, k = _heads(layer, query), _heads(layer, key, int(layer.bias_k is not None))
+    options: dict[str, Any]
+    if packed:
+        lengths = (~padding).sum(1)
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        q = k = q.new_empty(int(ends[-1]), *q.shape[2:])
+        longest = int(lengths.max())
+        options = {"cu_seqlens_q": ends, "cu_seqlens_kv": ends, "max_seqlen_q": longest, "max_seqlen_kv": longest}
+        options["causal"] = "top_left" if is_causal else None
+    else:
+        if padding is not None and query.dim() == 2:
+            padding = padding.unsqueeze(0)
+        extra = int(layer.bias_k is not None)
+        sizes = (q.shape[0], layer.num_heads, q.shape[1], k.shape[1] - extra)
+        options = _masks.options_of(mask, padding, is_causal, *sizes, extra)
+    options |= layer._options(q)
+    forward = fovea.explain(q, k, k, **options)
+    if not _learns(layer, query):
+        return forward, None
+    return forward, fovea.explain(q, k, k, backward=True, **options)
+
+
+def _heads(layer: MultiheadAttention, x: Tensor, more: int = 0) -> Tensor:
+    """An empty tensor in the place of a projection of x: [batch, seqlen + more, heads, head_dim]."""
+    if x.dim() == 2:
+        batch, seqlen = 1, x.shape[0]
+    else:
+        batch, seqlen = (x.shape[0], x.shape[1]) if layer.batch_first else (x.shape[1], x.shape[0])
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return torch.empty(batch, seqlen + more, layer.num_heads, layer.head_dim, dtype=dtype, device=x.device)
+
+
+def _learns(module: torch.nn.Module, x: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
+
+
+# ---- what torch.nn's layers ask before they take their fast path; tests hold this against what they really run
+
+
+def why_no_fast_path(
+    layer: torch.nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+) -> str:
+    """Why torch.nn.MultiheadAttention would not take its fast path; "" if it would."""
+    floating = any(m is not None and m.is_floating_point() for m in (mask, padding))
+    return _first(
+        (not torch.backends.mha.get_fastpath_enabled(), "it is switched off (torch.backends.mha)"),
+        (query.dim() != 3, "the input is not batched"),
+        (query is not key or key is not value, "query, key and value are not one tensor"),
+        (layer.in_proj_weight is None, "key or value have another size than query"),
+        (layer.in_proj_bias is None, "the layer has no bias"),
+        (layer.training, "the layer is in training mode"),
+        (layer.num_heads % 2 == 1, f"the number of heads ({layer.num_heads}) is odd"),
+        (not layer.batch_first, "the layer is not batch_first"),
+        (layer.bias_k is not None, "add_bias_kv adds a key"),
+        (layer.add_zero_attn, "add_zero_attn adds a key"),
+        (floating, "a mask is floating point"),
+        (torch.is_autocast_enabled(), "autocast is enabled"),
+        (_learns(layer, query), "gradients are wanted"),
+    )
+
+
+def why_no_fast_layer(
+    layer: torch.nn.TransformerEncoderLayer, src: Tensor, mask: Tensor | None, padding: Tensor | None
+) -> str:
+    """Why torch.nn.TransformerEncoderLayer would not take its fast path; "" if it would."""
+    attention = layer.self_attn
+    return _first(
+        (not torch.backends.mha.get_fastpath_enabled(), "it is switched off (torch.backends.mha)"),
+        (src.dim() != 3, "the input is not batched"),
+        (layer.training, "the layer is in training mode"),
+        (not attention.batch_first, "the layer is not batch_first"),
+        (attention.in_proj_bias is None, "the layer has no bias"),
+        (not layer.activation_relu_or_gelu, "the activation is neither relu nor gelu"),
+        (layer.norm1.eps != layer.norm2.eps, "the norms differ in eps"),
+        (attention.num_heads % 2 == 1, f"the number of heads ({attention.num_heads}) is odd"),
+        (torch.is_autocast_enabled(), "autocast is enabled"),
+        (any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules()), "there are hooks on the layer"),
+        (_learns(layer, src), "gradients are wanted"),
+    )
+
+
+def _first(*obstacles: tuple[bool, str]) -> str:
+    return next((reason for stands, reason in obstacles if stands), "")
+
+
+def _torch_kernel(
+    layer: torch.nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    need_weights: bool,
+    is_causal: bool,
+) -> tuple[str, int]:
+    """What runs off the fast path, and the bytes of its N×N weights."""
+    more = (layer.bias_k is not None) + layer.add_zero_attn
+    q, k = (x.transpose(1, 2) for x in (_heads(layer, query), _heads(layer, key, int(more))))
+    shape = (*q.shape[:3], k.shape[2])
+    size = math.prod(shape) * q.element_size()
+    if need_weights:
+        return "math, the N×N formula, because weights are wanted", size
+    causal = is_causal and padding is None
+    merged = None
+    if not causal and (mask is not None or padding is not None):
+        merged = q.new_empty(1, 1, 1, shape[3]).expand(shape)
+    p = layer.dropout if layer.training else 0.0
+    if _learns(layer, query):
+        q.requires_grad_()
+    choice = SDPBackend(torch._fused_sdp_choice(q, k, k, merged, p, causal))
+    if choice == SDPBackend.MATH:
+        return "math, the N×N formula", size
+    return f"scaled_dot_product_attention's {choice.name.lower()}", 0

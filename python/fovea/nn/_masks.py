@@ -1,0 +1,103 @@
+"""torch.nn's masks, in which True = ignore, as options of fovea.attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def options_of(
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_kv: int,
+    extra_keys: int,
+) -> dict[str, Any]:
+    """causal, mask, bias and kv_lengths of a padded batch.
+
+    Args:
+        attn_mask: [seqlen_q, seqlen_kv] or [batch * heads, seqlen_q, seqlen_kv].
+        key_padding_mask: [batch, seqlen_kv].
+        is_causal: attn_mask is the causal triangle, as torch.nn has it: the mask itself is then not read.
+        extra_keys: visible keys behind those that the masks speak of.
+    """
+    options: dict[str, Any] = {}
+    if attn_mask is not None:
+        shape = _shape_of(attn_mask, batch, heads, seqlen_q, seqlen_kv)
+        if is_causal and extra_keys == 0:
+            options["causal"] = "top_left"
+        elif attn_mask.dtype == torch.bool:
+            options["mask"] = _with_more(~attn_mask.view(shape), extra_keys, True)
+        else:
+            options["bias"] = _with_more(attn_mask.view(shape), extra_keys, 0.0)
+    if key_padding_mask is None:
+        return options
+    if key_padding_mask.shape != (batch, seqlen_kv):
+        shape = list(key_padding_mask.shape)
+        raise ValueError(f"key_padding_mask has the shape {shape} but must be [{batch}, {seqlen_kv}]")
+    _check_dtype("key_padding_mask", key_padding_mask)
+    padding = key_padding_mask[:, None, None]
+    if padding.dtype != torch.bool:
+        padding = _with_more(padding, extra_keys, 0.0)
+        options["bias"] = options["bias"] + padding if "bias" in options else padding
+        return options
+    if extra_keys == 0 and seqlen_kv > 0:
+        options["kv_lengths"], only_tails = _lengths(key_padding_mask)
+        if only_tails:
+            return options
+    if "mask" not in options:
+        options["mask"] = _with_more(~padding, extra_keys, True)
+    else:  # a boolean attn_mask leaves the bias free
+        hidden = torch.zeros(padding.shape, device=padding.device).masked_fill(padding, -torch.inf)
+        options["bias"] = _with_more(hidden, extra_keys, 0.0)
+    return options
+
+
+def is_triangle(mask: Tensor | None) -> bool:
+    """Whether a mask is the causal triangle; looks at its values."""
+    if mask is None or mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
+        return False
+    hidden = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)
+    if mask.dtype == torch.bool:
+        return torch.equal(mask, hidden)
+    return torch.equal(mask, torch.zeros_like(mask).masked_fill(hidden, -torch.inf))
+
+
+def _lengths(ignore: Tensor) -> tuple[Tensor, bool]:
+    """Up to where each sequence has visible keys, and whether it is known that all keys before are visible.
+
+    Only the CPU is asked for that: on a GPU the host would have to wait for the answer.
+    """
+    keep = ~ignore
+    numbers = torch.arange(1, ignore.shape[1] + 1, dtype=torch.int32, device=ignore.device)
+    lengths = (keep * numbers).amax(1)
+    if ignore.device.type != "cpu" or torch.compiler.is_compiling():
+        return lengths, False
+    return lengths, torch.equal(lengths, keep.sum(1, dtype=torch.int32))
+
+
+def _shape_of(mask: Tensor, batch: int, heads: int, seqlen_q: int, seqlen_kv: int) -> tuple[int, ...]:
+    """attn_mask's shape with batch and heads apart."""
+    _check_dtype("attn_mask", mask)
+    if mask.shape == (seqlen_q, seqlen_kv):
+        return (1, 1, seqlen_q, seqlen_kv)
+    if mask.shape == (batch * heads, seqlen_q, seqlen_kv):
+        return (batch, heads, seqlen_q, seqlen_kv)
+    raise ValueError(
+        f"attn_mask has the shape {list(mask.shape)} but must be [{seqlen_q}, {seqlen_kv}]"
+        f" or [{batch * heads}, {seqlen_q}, {seqlen_kv}]"
+    )
+
+
+def _check_dtype(name: str, mask: Tensor) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"{name} is {str(mask.dtype).removeprefix('torch.')} but must be bool or floating")
+
+
+def _with_more(mask: Tensor, extra_keys: int, value: float) -> Tensor:
+    return torch.nn.functional.pad(mask, (0, extra_keys), value=value) if extra_keys else mask

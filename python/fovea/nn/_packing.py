@@ -1,0 +1,55 @@
+"""Batches without their padding: rows of all sequences one behind the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Packing:
+    """Where the tokens stand that a key_padding_mask [batch, seqlen] does not hide."""
+
+    def __init__(self, key_padding_mask: Tensor) -> None:
+        keep = ~key_padding_mask
+        self.shape = keep.shape
+        self.places = keep.flatten().nonzero().squeeze(1)
+        lengths = keep.sum(1)
+        self.offsets = F.pad(lengths.cumsum(0), (1, 0))
+        self.shortest, self.longest = (int(n) for n in torch.stack((lengths.min(), lengths.max())).tolist())
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[batch, seqlen, features] as a jagged tensor."""
+        rows = padded.flatten(0, 1).index_select(0, self.places)
+        return torch.nested.nested_tensor_from_jagged(
+            rows, self.offsets, min_seqlen=self.shortest, max_seqlen=self.longest
+        )
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """The reverse: [batch, seqlen, features], 0 in place of padding."""
+        rows = packed.values()
+        padded = rows.new_zeros((self.shape.numel(), rows.shape[1]))
+        return padded.index_copy(0, self.places, rows).view(*self.shape, -1)
+
+
+class Rows:
+    """The rows of a nested tensor [batch, seqlen*, features], jagged or strided."""
+
+    def __init__(self, nested: Tensor) -> None:
+        self.rows: Tensor
+        #: Makes other rows a nested tensor of the same kind and lengths.
+        self.nested: Callable[[Tensor], Tensor]
+        if nested.layout == torch.jagged:
+            offsets, shortest, longest = nested.offsets(), nested._get_min_seqlen(), nested._get_max_seqlen()
+            self.rows, self.cu_seqlens, self.longest = nested.values(), offsets.to(torch.int32), longest
+            self.nested = lambda rows: torch.nested.nested_tensor_from_jagged(
+                rows, offsets, min_seqlen=shortest, max_seqlen=longest
+            )
+            return
+        parts = nested.unbind()
+        lengths = [part.shape[0] for part in parts]
+        self.rows, self.longest = torch.cat(parts), max(lengths)
+        self.cu_seqlens = F.pad(torch.tensor(lengths, device=nested.device).cumsum(0), (1, 0)).to(torch.int32)
+        self.nested = lambda rows: torch.nested.as_nested_tensor(list(rows.split(lengths)))

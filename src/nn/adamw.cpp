@@ -1,0 +1,49 @@
+#include <fovea/nn/adamw.h>
+
+#include "nn/ops.h"
+#include "nn/options.h"
+
+namespace fovea::nn {
+
+AdamW::AdamW(Module& module, const Options& options) : options_(options) {
+  or_out_of_memory([&] {
+    check_positive("eps", options.eps);
+    check_probability("beta1", options.beta1);
+    check_probability("beta2", options.beta2);
+    for (const auto& [name, parameter] : parameters(module)) {
+      const Tensor& value = parameter->value.view();
+      const auto shape = std::span(value.shape).first(static_cast<std::size_t>(value.rank));
+      Slot& slot = slots_.emplace_back();
+      slot.parameter = parameter;
+      slot.mean = Array(DType::kFloat32, shape, value.device);
+      slot.variance = Array(DType::kFloat32, shape, value.device);
+      if (value.dtype == DType::kFloat32) continue;
+      slot.master = Array(DType::kFloat32, shape, value.device);
+      ops_of(value.device).copy(value, slot.master.view());
+    }
+  });
+}
+
+void AdamW::step() {
+  or_out_of_memory([&] {
+    ++steps_;
+    for (const Slot& slot : slots_) {
+      if (!slot.parameter->gradient.defined()) continue;
+      const Tensor& value = slot.parameter->value.view();
+      ops_of(value.device)
+          .adamw({.value = value,
+                  .gradient = slot.parameter->gradient.view(),
+                  .mean = slot.mean.view(),
+                  .variance = slot.variance.view(),
+                  .master = slot.master.view(),
+                  .lr = options_.lr,
+                  .beta1 = options_.beta1,
+                  .beta2 = options_.beta2,
+                  .eps = options_.eps,
+                  .weight_decay = options_.weight_decay,
+                  .step = steps_});
+    }
+  });
+}
+
+}  // namespace fovea::nn

@@ -1,0 +1,16 @@
+#pragma once
+
+#include <fovea/nn/module.h>
+
+// What parameters are before anything is learned or loaded.
+namespace fovea::nn {
+
+/// Uniform within ±bound, element by element from the seed.
+void fill_uniform(const Tensor& x, float bound, std::uint64_t seed);
+
+/// Nearly standard normal, scaled.
+void fill_normal(const Tensor& x, float deviation, std::uint64_t seed);
+
+void fill(const Tensor& x, float value);
+
+}  // namespace fovea::nn

@@ -1,0 +1,56 @@
+#include <fovea/nn/layer_norm.h>
+
+#include "nn/initial.h"
+#include "nn/layout.h"
+#include "nn/options.h"
+
+namespace fovea::nn {
+
+LayerNorm::LayerNorm(const Options& options) : options_(options) {
+  check_at_least("features", options.features, 1);
+  check_positive("eps", options.eps);
+  check_dtype(options.dtype);
+  weight = Parameter(options.dtype, {options.features}, options.device);
+  fill(weight.value.view(), 1.0F);
+  if (options.bias) bias = Parameter(options.dtype, {options.features}, options.device);
+}
+
+Array LayerNorm::forward(const Tensor& x, Array* statistics) const {
+  return or_out_of_memory([&] {
+    check_features("x", x, options_.features, options_.dtype, options_.device);
+    Array dense, y = like(x, options_.features);
+    const Tensor rows = as_rows(x, dense);
+    if (statistics != nullptr) *statistics = Array(DType::kFloat32, {rows.shape[0], 2}, x.device);
+    ops_of(x.device).norm(rows, weight.value.view(), bias.value.view(), options_.eps, rows_of(y),
+                          statistics == nullptr ? Tensor{} : statistics->view());
+    return y;
+  });
+}
+
+Array LayerNorm::backward(const Tensor& x, const Array& statistics, const Tensor& dy, const Tensor& plus) {
+  return or_out_of_memory([&] {
+    check_features("x", x, options_.features, options_.dtype, options_.device);
+    check_features("dy", dy, options_.features, options_.dtype, options_.device);
+    check_same_rows("dy", dy, "x", x);
+    Array dense_x, dense_dy, dense_plus, dx = like(x, options_.features);
+    const Tensor rows = as_rows(x, dense_x);
+    if (statistics.view().rank != 2 || statistics.view().shape[0] != rows.shape[0]) {
+      refuse("statistics is ", shape_text(statistics.view()), " but must be forward's, [", rows.shape[0], ", 2]");
+    }
+    if (plus.defined()) {
+      check_features("plus", plus, options_.features, options_.dtype, options_.device);
+      check_same_rows("plus", plus, "x", x);
+    }
+    ops_of(x.device).norm_gradient(rows, weight.value.view(), statistics.view(), as_rows(dy, dense_dy),
+                                   plus.defined() ? as_rows(plus, dense_plus) : Tensor{}, rows_of(dx),
+                                   weight.gradient_sum(), options_.bias ? bias.gradient_sum() : Tensor{});
+    return dx;
+  });
+}
+
+void LayerNorm::visit(const std::string& prefix, const Visit& visit) {
+  visit(prefix + "weight", weight);
+  if (bias.value.defined()) visit(prefix + "bias", bias);
+}
+
+}  // namespace fovea::nn

@@ -1,0 +1,143 @@
+#include "nn/layout.h"
+
+#include "problem/refuse.h"
+
+namespace fovea::nn {
+
+std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int i = 0; i < t.rank; ++i) text += (i == 0 ? "" : ", ") + std::to_string(t.shape[i]);
+  return text + "]";
+}
+
+void check_features(const char* name, const Tensor& x, std::int64_t features, DType dtype, const Device& device,
+                    int least) {
+  if (x.rank < least || x.rank > Tensor::kMaxRank || x.shape[x.rank - 1] != features) {
+    refuse(name, " is ", shape_text(x), " but must have ", features, " features in the last of ", least, " to ",
+           Tensor::kMaxRank, " dimensions");
+  }
+  if (x.dtype != dtype) refuse(name, " is ", fovea::name(x.dtype), " but the layer is ", fovea::name(dtype));
+  if (x.device.kind != device.kind || x.device.index != device.index) {
+    refuse(name, " is on ", fovea::name(x.device), " but the layer is on ", fovea::name(device));
+  }
+  std::int64_t elements = 1;
+  for (int i = 0; i < x.rank; ++i) {
+    if (x.shape[i] < 0) refuse(name, " is ", shape_text(x), "; a dimension must not be negative");
+    elements *= x.shape[i];
+  }
+  if (x.strides[x.rank - 1] != 1 && features > 1) {
+    refuse(name, "'s last dimension has stride ", x.strides[x.rank - 1], " but must be contiguous");
+  }
+  if (x.data == nullptr && elements > 0) refuse(name, " has no data");
+}
+
+Tensor as_rows(const Tensor& x, Array& owner) {
+  Tensor rows = x;
+  rows.rank = 2;
+  rows.shape = {1, x.shape[x.rank - 1]};
+  for (int i = 0; i + 1 < x.rank; ++i) rows.shape[0] *= x.shape[i];
+  rows.strides = {x.rank > 1 ? x.strides[x.rank - 2] : rows.shape[1], 1};
+  bool even = true;
+  for (int i = 0; i + 2 < x.rank; ++i) {
+    even = even && (x.shape[i] == 1 || x.strides[i] == x.shape[i + 1] * x.strides[i + 1]);
+  }
+  // A row of length 1 says nothing of what lies between rows.
+  if (rows.shape[0] <= 1 || (x.rank > 1 && x.shape[x.rank - 2] == 1)) even = false;
+  if (even && rows.strides[0] >= rows.shape[1]) return rows;
+  owner = like(x, x.shape[x.rank - 1]);
+  ops_of(x.device).copy(x, owner.view());
+  return rows_of(owner);
+}
+
+Tensor rows_of(const Array& x) {
+  const Tensor& v = x.view();
+  Tensor rows = v;
+  rows.rank = 2;
+  rows.shape = {1, v.shape[v.rank - 1]};
+  for (int i = 0; i + 1 < v.rank; ++i) rows.shape[0] *= v.shape[i];
+  rows.strides = {rows.shape[1], 1};
+  return rows;
+}
+
+void check_same_rows(const char* a_name, const Tensor& a, const char* b_name, const Tensor& b) {
+  if (a.rank == b.rank && std::equal(a.shape.begin(), a.shape.begin() + a.rank - 1, b.shape.begin())) return;
+  refuse(a_name, " is ", shape_text(a), " and ", b_name, " ", shape_text(b),
+         "; they must agree in all dimensions but the last");
+}
+
+Array like(const Tensor& x, std::int64_t features) {
+  std::array<std::int64_t, Tensor::kMaxRank> shape = x.shape;
+  shape[x.rank - 1] = features;
+  return {x.dtype, std::span(shape).first(static_cast<std::size_t>(x.rank)), x.device};
+}
+
+Tensor columns(const Tensor& rows, std::int64_t first, std::int64_t count) {
+  Tensor t = rows;
+  t.data = static_cast<std::byte*>(rows.data) + first * size_bytes(rows.dtype);
+  t.shape[1] = count;
+  return t;
+}
+
+Tensor slice(const Tensor& x, std::int64_t first, std::int64_t count) {
+  Tensor t = x;
+  if (!x.defined()) return t;
+  t.data = static_cast<std::byte*>(x.data) + first * x.strides[0] * size_bytes(x.dtype);
+  t.shape[0] = count;
+  return t;
+}
+
+Sequences Sequences::of(const char* name, const Tensor& x, const Tensor& cu_seqlens, bool batch_first) {
+  Sequences s;
+  s.cu_seqlens = cu_seqlens;
+  if (cu_seqlens.defined()) {
+    if (x.rank != 2) refuse(name, " is ", shape_text(x), " but packed sequences are [total, features]");
+    if (cu_seqlens.dtype != DType::kInt32 || cu_seqlens.rank != 1 || cu_seqlens.shape[0] < 2 ||
+        cu_seqlens.data == nullptr) {
+      refuse(name, "'s cu_seqlens is ", fovea::name(cu_seqlens.dtype), " ", shape_text(cu_seqlens),
+             " but must be int32 [batch + 1]");
+    }
+    const auto* ends = static_cast<const std::int32_t*>(cu_seqlens.data);
+    s.rows = x.shape[0];
+    s.batch = cu_seqlens.shape[0] - 1;
+    for (std::int64_t b = 0; b < s.batch; ++b) {
+      const std::int64_t length = ends[(b + 1) * cu_seqlens.strides[0]] - ends[b * cu_seqlens.strides[0]];
+      if (length < 0) refuse(name, "'s cu_seqlens decreases at sequence ", b, "; give the ends in order");
+      s.seqlen = std::max(s.seqlen, length);
+    }
+    if (ends[0] != 0 || ends[s.batch * cu_seqlens.strides[0]] != s.rows) {
+      refuse(name, "'s cu_seqlens runs from ", ends[0], " to ", ends[s.batch * cu_seqlens.strides[0]],
+             " but must run from 0 to its ", s.rows, " rows");
+    }
+    return s;
+  }
+  if (x.rank > 3) refuse(name, " is ", shape_text(x), " but must have 2 or 3 dimensions");
+  const int length = batch_first ? 1 : 0;
+  s.batch = x.rank == 2 ? 1 : x.shape[1 - length];
+  s.seqlen = x.rank == 2 ? x.shape[0] : x.shape[length];
+  s.interleaved = x.rank == 3 && !batch_first;
+  s.rows = s.batch * s.seqlen;
+  return s;
+}
+
+Tensor Sequences::heads(const Tensor& x, std::int64_t heads, std::int64_t head_dim) const {
+  Tensor t = x;
+  const std::int64_t row = x.strides[0];
+  if (packed()) {
+    t.rank = 3;
+    t.shape = {rows, heads, head_dim};
+    t.strides = {row, head_dim, 1};
+    return t;
+  }
+  t.rank = 4;
+  t.shape = {batch, seqlen, heads, head_dim};
+  t.strides = {interleaved ? row : seqlen * row, interleaved ? batch * row : row, head_dim, 1};
+  return t;
+}
+
+Array Sequences::places(const Device& device) const {
+  Array places(DType::kInt32, {rows, 2}, device);
+  ops_of(device).place_rows(cu_seqlens, batch, interleaved, places.view());
+  return places;
+}
+
+}  // namespace fovea::nn

@@ -1,0 +1,433 @@
+#include <fovea/attention.h>
+#include <fovea/nn/multihead_attention.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/elements.h"
+#include "nn/attention_state.h"
+#include "nn/initial.h"
+#include "nn/options.h"
+
+namespace fovea::nn {
+namespace {
+
+constexpr std::int64_t kLargestHeadDim = 512;
+
+bool same(const Tensor& a, const Tensor& b) {
+  return a.data == b.data && a.rank == b.rank && a.shape == b.shape && a.strides == b.strides;
+}
+
+MultiheadAttention::Options completed(MultiheadAttention::Options o) {
+  check_at_least("embed_dim", o.embed_dim, 1);
+  check_at_least("num_heads", o.num_heads, 1);
+  check_probability("dropout", o.dropout);
+  check_dtype(o.dtype);
+  if (!o.head_dim && o.embed_dim % o.num_heads != 0) {
+    refuse("embed_dim (", o.embed_dim, ") must be a multiple of num_heads (", o.num_heads, "), or head_dim be given");
+  }
+  o.head_dim = o.head_dim.value_or(o.embed_dim / o.num_heads);
+  if (*o.head_dim < 1 || *o.head_dim > kLargestHeadDim) {
+    refuse("head_dim (", *o.head_dim, ") must be 1 to ", kLargestHeadDim);
+  }
+  o.num_kv_heads = o.num_kv_heads.value_or(o.num_heads);
+  check_at_least("num_kv_heads", *o.num_kv_heads, 1);
+  if (o.num_heads % *o.num_kv_heads != 0) {
+    refuse("num_heads (", o.num_heads, ") must be a multiple of num_kv_heads (", *o.num_kv_heads, ")");
+  }
+  o.kdim = o.kdim.value_or(o.embed_dim);
+  o.vdim = o.vdim.value_or(o.embed_dim);
+  check_at_least("kdim", *o.kdim, 1);
+  check_at_least("vdim", *o.vdim, 1);
+  if (o.rotary) {
+    if (o.rotary->dim == 0) o.rotary->dim = *o.head_dim;
+    check_positive("rotary base", o.rotary->base);
+    if (o.rotary->dim < 2 || o.rotary->dim % 2 != 0 || o.rotary->dim > *o.head_dim) {
+      refuse("rotary dim (", o.rotary->dim, ") must be even, 2 to head_dim (", *o.head_dim, ")");
+    }
+  }
+  if (o.add_bias_kv && (o.alibi || o.rotary || o.window_left || o.window_right)) {
+    refuse("add_bias_kv adds a key that stands nowhere; use it without alibi, rotary and window");
+  }
+  return o;
+}
+
+/// Rows of heads, whatever sequence they are of: [rows, heads, head_dim].
+Tensor heads_of_rows(const Tensor& rows, std::int64_t first_column, std::int64_t heads, std::int64_t head_dim) {
+  Tensor t = columns(rows, first_column, heads * head_dim);
+  t.rank = 3;
+  t.shape = {rows.shape[0], heads, head_dim};
+  t.strides = {rows.strides[0], head_dim, 1};
+  return t;
+}
+
+Array alibi_slopes(std::int64_t heads, const Device& device) {
+  const Array host(DType::kFloat32, {heads});
+  for (std::int64_t h = 0; h < heads; ++h) {
+    cpu::store(host.view(), h, std::exp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(heads)));
+  }
+  Array slopes(DType::kFloat32, {heads}, device);
+  ops_of(device).copy(host.view(), slopes.view());
+  return slopes;
+}
+
+/// Keys [batch, seqlen, heads, head_dim] with one more behind each sequence.
+Array extended(const Tensor& keys, const Tensor& more) {
+  Array longer(keys.dtype, {keys.shape[0], keys.shape[1] + 1, keys.shape[2], keys.shape[3]}, keys.device);
+  Tensor part = longer.view();
+  part.shape[1] = keys.shape[1];
+  const Ops& ops = ops_of(keys.device);
+  ops.copy(keys, part);
+  Tensor last = longer.view();
+  last.data = static_cast<std::byte*>(last.data) + keys.shape[1] * last.strides[1] * size_bytes(last.dtype);
+  last.shape[1] = 1;
+  Tensor row = more;  // [1, 1, heads · head_dim]
+  row.rank = 4;
+  row.shape = last.shape;
+  row.strides = {0, 0, keys.shape[3], 1};
+  ops.copy(row, last);
+  return longer;
+}
+
+/// The gradient of `extended`: of the keys, and added to that of the one more.
+void split_gradient(const Tensor& longer, const Tensor& dkeys, const Tensor& dmore) {
+  Tensor part = longer;
+  part.shape[1] = dkeys.shape[1];
+  const Ops& ops = ops_of(longer.device);
+  ops.copy(part, dkeys);
+  Tensor last = longer;
+  last.data = static_cast<std::byte*>(last.data) + dkeys.shape[1] * last.strides[1] * size_bytes(last.dtype);
+  last.rank = 2;
+  last.shape = {longer.shape[0], longer.shape[2] * longer.shape[3]};
+  last.strides = {longer.strides[0], 1};
+  ops.add_rows(last, dmore);
+}
+
+}  // namespace
+
+MultiheadAttention::MultiheadAttention(const Options& options) : options_(completed(options)) {
+  const Options& o = options_;
+  const std::int64_t q_size = o.num_heads * *o.head_dim, kv_size = *o.num_kv_heads * *o.head_dim;
+  std::uint64_t seed = o.seed;
+  const auto weight = [&](Parameter& parameter, std::int64_t rows, std::int64_t columns) {
+    parameter = Parameter(o.dtype, {rows, columns}, o.device);
+    fill_uniform(parameter.value.view(), std::sqrt(6.0F / static_cast<float>(rows + columns)), seed++);
+  };
+  if (*o.kdim == o.embed_dim && *o.vdim == o.embed_dim) {
+    weight(in_proj_weight, q_size + 2 * kv_size, o.embed_dim);
+  } else {
+    weight(q_proj_weight, q_size, o.embed_dim);
+    weight(k_proj_weight, kv_size, *o.kdim);
+    weight(v_proj_weight, kv_size, *o.vdim);
+  }
+  if (o.bias) in_proj_bias = Parameter(o.dtype, {q_size + 2 * kv_size}, o.device);
+  if (o.add_bias_kv) {
+    for (Parameter* parameter : {&bias_k, &bias_v}) {
+      *parameter = Parameter(o.dtype, {1, 1, kv_size}, o.device);
+      fill_normal(parameter->value.view(), 1.0F / std::sqrt(static_cast<float>(kv_size)), seed++);
+    }
+  }
+  out_proj_weight = Parameter(o.dtype, {o.embed_dim, q_size}, o.device);
+  fill_uniform(out_proj_weight.value.view(), 1.0F / std::sqrt(static_cast<float>(q_size)), seed++);
+  if (o.bias) out_proj_bias = Parameter(o.dtype, {o.embed_dim}, o.device);
+}
+
+void MultiheadAttention::visit(const std::string& prefix, const Visit& visit) {
+  const std::pair<const char*, Parameter*> all[] = {{"in_proj_weight", &in_proj_weight},
+                                                    {"q_proj_weight", &q_proj_weight},
+                                                    {"k_proj_weight", &k_proj_weight},
+                                                    {"v_proj_weight", &v_proj_weight},
+                                                    {"in_proj_bias", &in_proj_bias},
+                                                    {"bias_k", &bias_k},
+                                                    {"bias_v", &bias_v},
+                                                    {"out_proj.weight", &out_proj_weight},
+                                                    {"out_proj.bias", &out_proj_bias}};
+  for (const auto& [name, parameter] : all) {
+    if (parameter->value.defined()) visit(prefix + name, *parameter);
+  }
+}
+
+// ---- the projections, forward and backward
+
+namespace {
+
+/// One product with a part of the input weights: which rows of the input become which columns of q, k and v.
+struct Projection {
+  Tensor input{};           // [rows, features]
+  Tensor weight{}, bias{};  // [columns, features], [columns]
+  Tensor output{};          // [rows, columns]
+};
+
+/// The weights of q, k and v, and where in the bias theirs begins.
+struct InputWeights {
+  Tensor q{}, k{}, v{}, kv{}, qkv{}, bias{};  // kv and qkv where one matrix holds them
+  std::int64_t q_size = 0, kv_size = 0;
+
+  [[nodiscard]] Tensor bias_part(std::int64_t first, std::int64_t count) const { return slice(bias, first, count); }
+};
+
+InputWeights input_weights(const MultiheadAttention::Options& o, const Tensor& in_proj, const Tensor& q,
+                           const Tensor& k, const Tensor& v, const Tensor& bias) {
+  InputWeights w{.q = q, .k = k, .v = v, .bias = bias};
+  w.q_size = o.num_heads * *o.head_dim;
+  w.kv_size = *o.num_kv_heads * *o.head_dim;
+  if (!in_proj.defined()) return w;
+  w.q = slice(in_proj, 0, w.q_size);
+  w.k = slice(in_proj, w.q_size, w.kv_size);
+  w.v = slice(in_proj, w.q_size + w.kv_size, w.kv_size);
+  w.kv = slice(in_proj, w.q_size, 2 * w.kv_size);
+  w.qkv = in_proj;
+  return w;
+}
+
+/// As few products as the inputs allow; `q` is [rows, q_size] or, of one input, all of q, k and v; `kv` is k and v.
+std::vector<Projection> projections(const MultiheadAttention::State& s, const InputWeights& w, const Tensor& q,
+                                    const Tensor& kv) {
+  if (s.one_input) return {{s.query_rows, w.qkv, w.bias, q}};
+  std::vector<Projection> all{{s.query_rows, w.q, w.bias_part(0, w.q_size), q}};
+  if (s.key_is_value && w.kv.defined()) {
+    all.push_back({s.key_rows, w.kv, w.bias_part(w.q_size, 2 * w.kv_size), kv});
+  } else {
+    all.push_back({s.key_rows, w.k, w.bias_part(w.q_size, w.kv_size), columns(kv, 0, w.kv_size)});
+    all.push_back({s.value_rows, w.v, w.bias_part(w.q_size + w.kv_size, w.kv_size), columns(kv, w.kv_size, w.kv_size)});
+  }
+  return all;
+}
+
+/// What stands where in the projections' results.
+struct Placed {
+  Tensor q{}, k{}, v{};       // as attention takes them
+  Tensor q_rows{}, k_rows{};  // [rows, heads, head_dim], for the rotary embedding
+};
+
+Placed place(const MultiheadAttention::State& s, const MultiheadAttention::Options& o, const Tensor& q,
+             const Tensor& kv) {
+  const std::int64_t dim = *o.head_dim, heads = o.num_heads, kv_heads = *o.num_kv_heads;
+  const Tensor& from = s.one_input ? q : kv;
+  const std::int64_t k_at = s.one_input ? heads * dim : 0, v_at = k_at + kv_heads * dim;
+  return {.q = s.of_q.heads(columns(q, 0, heads * dim), heads, dim),
+          .k = s.of_kv.heads(columns(from, k_at, kv_heads * dim), kv_heads, dim),
+          .v = s.of_kv.heads(columns(from, v_at, kv_heads * dim), kv_heads, dim),
+          .q_rows = heads_of_rows(q, 0, heads, dim),
+          .k_rows = heads_of_rows(from, k_at, kv_heads, dim)};
+}
+
+/// The attention weights themselves, tile of keys by tile of keys: with the columns of a unit matrix as values, out is
+/// the weights, masks, dropout and all.
+Array weights_of(const MultiheadAttention::State& s, const MultiheadAttention::Options& o, bool average) {
+  constexpr std::int64_t kMost = kLargestHeadDim;
+  const std::int64_t batch = s.of_q.batch, rows = s.of_q.seqlen, keys = s.k.shape[1], heads = o.num_heads;
+  const std::int64_t all = keys + (o.add_zero_attn ? 1 : 0), tile = std::clamp<std::int64_t>(keys, 1, kMost);
+  const Ops& ops = ops_of(o.device);
+  // Without the batch dimension where query has none, as torch's.
+  std::vector<std::int64_t> shape{batch, heads, rows, all};
+  if (average) shape.erase(shape.begin() + 1);
+  if (s.query.rank == 2) shape.erase(shape.begin());
+  Array result(o.dtype, shape, o.device);
+  // Adds columns [first, first + count) of x [batch, rows, heads, count].
+  const auto put = [&](const Tensor& x, std::int64_t first, std::int64_t count) {
+    Tensor to = average ? Tensor::contiguous(result.view().data, o.dtype, {batch, rows, all}, o.device)
+                        : Tensor::contiguous(result.view().data, o.dtype, {batch, heads, rows, all}, o.device);
+    Tensor from = x;
+    to.data = static_cast<std::byte*>(to.data) + first * size_bytes(to.dtype);
+    to.shape[to.rank - 1] = count;
+    from.shape[3] = count;
+    if (average) {
+      ops.mean_of_heads(from, to);
+    } else {
+      ops.copy(from.transposed(1, 2), to);
+    }
+  };
+  const Array unit(o.dtype, {std::max<std::int64_t>(keys, 1), tile}, o.device);
+  const Array out(o.dtype, {batch, rows, heads, tile}, o.device);
+  Tensor values = unit.view();
+  values.rank = 4;
+  values.shape = {s.k.shape[0], keys, s.k.shape[2], tile};
+  values.strides = {0, tile, 0, 1};
+  for (std::int64_t first = 0; first < keys; first += tile) {
+    ops.diagonal(unit.view(), first);
+    attention_forward(s.q, s.k, values, s.attention, out.view());
+    put(out.view(), first, std::min(tile, keys - first));
+  }
+  if (o.add_zero_attn) {
+    const Array zero(DType::kFloat32, {batch, heads, rows}, o.device);
+    ops.weight_of_zero(s.lse.view(), zero.view());
+    Tensor column = zero.view();
+    column.rank = 4;
+    column.shape = {batch, rows, heads, 1};
+    column.strides = {heads * rows, 1, rows, 1};
+    put(column, keys, 1);
+  }
+  return result;
+}
+
+}  // namespace
+
+MultiheadAttention::Result MultiheadAttention::forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                       const AttentionCall& call) const {
+  return or_out_of_memory([&] { return run(query, key, value, call, {}); });
+}
+
+MultiheadAttention::Result MultiheadAttention::run(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                   const AttentionCall& call, const Tail& tail) const {
+  const Options& o = options_;
+  check_features("query", query, o.embed_dim, o.dtype, o.device, 2);
+  check_features("key", key, *o.kdim, o.dtype, o.device, 2);
+  check_features("value", value, *o.vdim, o.dtype, o.device, 2);
+  check_same_rows("key", key, "value", value);
+  const Ops& ops = ops_of(o.device);
+  auto state = std::make_shared<State>();
+  State& s = *state;
+  s.query = query, s.key = key, s.value = value;
+  s.query_rows = as_rows(query, s.query_memory);
+  s.key_is_value = same(key, value);
+  s.one_input = s.key_is_value && same(query, key) && in_proj_weight.value.defined();
+  s.key_rows = same(query, key) ? s.query_rows : as_rows(key, s.key_memory);
+  s.value_rows = s.key_is_value ? s.key_rows : as_rows(value, s.value_memory);
+
+  const Tensor& ends_kv = call.cu_seqlens_kv.defined() || !same(query, key) ? call.cu_seqlens_kv : call.cu_seqlens_q;
+  if (call.cu_seqlens_q.defined() != ends_kv.defined()) {
+    refuse("cu_seqlens_q and cu_seqlens_kv must both be given, or neither");
+  }
+  s.of_q = Sequences::of("query", query, call.cu_seqlens_q, o.batch_first);
+  s.of_kv = Sequences::of("key", key, ends_kv, o.batch_first);
+  if (s.of_q.batch != s.of_kv.batch) {
+    refuse("query has ", s.of_q.batch, " sequences but key has ", s.of_kv.batch, "; they must agree");
+  }
+  if (s.of_q.packed() && (call.attn_mask.defined() || call.key_padding_mask.defined() || call.need_weights)) {
+    refuse("packed sequences take neither attn_mask, key_padding_mask nor need_weights; pad the batch for those");
+  }
+  if (o.add_bias_kv && (s.of_q.packed() || call.causal != Causal::kNone)) {
+    refuse("add_bias_kv adds a key that stands nowhere; give the causal triangle as attn_mask, and pad the batch");
+  }
+  if (o.rotary || tail.dropout.probability > 0.0F) s.q_places = s.of_q.places(o.device);
+  if (o.rotary) s.kv_places = s.of_kv.places(o.device);
+
+  // q, k and v.
+  const InputWeights w =
+      input_weights(o, in_proj_weight.value.view(), q_proj_weight.value.view(), k_proj_weight.value.view(),
+                    v_proj_weight.value.view(), in_proj_bias.value.view());
+  s.projected = Array(o.dtype, {s.of_q.rows, w.q_size + (s.one_input ? 2 * w.kv_size : 0)}, o.device);
+  if (!s.one_input) s.projected_kv = Array(o.dtype, {s.of_kv.rows, 2 * w.kv_size}, o.device);
+  for (const Projection& p : projections(s, w, s.projected.view(), s.projected_kv.view())) {
+    ops.linear(p.input, p.weight, {.bias = p.bias}, {}, p.output, {});
+  }
+  const Placed placed = place(s, o, s.projected.view(), s.projected_kv.view());
+  s.q = placed.q, s.k = placed.k, s.v = placed.v;
+  if (o.rotary) {
+    ops.rotate(placed.q_rows, *o.rotary, s.q_places.view(), false);
+    ops.rotate(placed.k_rows, *o.rotary, s.kv_places.view(), false);
+  }
+  if (o.add_bias_kv) {
+    s.extended_k = extended(s.k, bias_k.value.view());
+    s.extended_v = extended(s.v, bias_v.value.view());
+    s.k = s.extended_k.view(), s.v = s.extended_v.view();
+  }
+
+  // Attention.
+  AttentionOptions& a = s.attention;
+  a.causal = call.causal;
+  a.window_left = o.window_left, a.window_right = o.window_right;
+  if (call.training) a.dropout = {o.dropout, call.seed, call.offset};
+  const bool band = o.window_left || o.window_right || o.alibi || call.causal == Causal::kBottomRight;
+  s.masks = masks_of(call, {.batch = s.of_q.batch,
+                            .heads = o.num_heads,
+                            .seqlen_q = s.of_q.seqlen,
+                            .seqlen_kv = s.of_kv.seqlen,
+                            .extra = o.add_bias_kv ? 1 : 0,
+                            .lengths_serve = !band,
+                            .dtype = o.dtype,
+                            .device = o.device});
+  a.mask = s.masks.mask, a.bias = s.masks.bias, a.kv_lengths = s.masks.kv_lengths;
+  if (o.alibi) s.slopes = alibi_slopes(o.num_heads, o.device);
+  if (o.add_zero_attn) s.sink = Array(DType::kFloat32, {o.num_heads}, o.device);  // a key of score 0 without a value
+  a.alibi_slopes = s.slopes.view(), a.sink = s.sink.view();
+  a.cu_seqlens_q = s.of_q.cu_seqlens, a.cu_seqlens_kv = s.of_kv.cu_seqlens;
+  if (s.of_q.packed()) a.max_seqlen_q = s.of_q.seqlen, a.max_seqlen_kv = s.of_kv.seqlen;
+  s.out = Array(o.dtype, {s.of_q.rows, w.q_size}, o.device);
+  s.lse = s.of_q.packed() ? Array(DType::kFloat32, {o.num_heads, s.of_q.rows}, o.device)
+                          : Array(DType::kFloat32, {s.of_q.batch, o.num_heads, s.of_q.seqlen}, o.device);
+  attention_forward(s.q, s.k, s.v, a, s.of_q.heads(s.out.view(), o.num_heads, *o.head_dim), s.lse.view());
+
+  Result result;
+  result.out = like(query, o.embed_dim);
+  ops.linear(s.out.view(), out_proj_weight.value.view(),
+             {.bias = out_proj_bias.value.view(), .dropout = tail.dropout, .residual = tail.residual},
+             s.q_places.view(), rows_of(result.out), {});
+  if (call.need_weights) result.weights = weights_of(s, o, call.average_attn_weights);
+  result.state = std::move(state);
+  return result;
+}
+
+MultiheadAttention::InputGradients MultiheadAttention::backward(const State& state, const Tensor& dout) {
+  return or_out_of_memory([&] { return gradients(state, dout, {}); });
+}
+
+MultiheadAttention::InputGradients MultiheadAttention::gradients(const State& s, const Tensor& dout,
+                                                                 const Tensor& plus) {
+  const Options& o = options_;
+  check_features("dout", dout, o.embed_dim, o.dtype, o.device, 2);
+  check_same_rows("dout", dout, "query", s.query);
+  const std::int64_t q_size = o.num_heads * *o.head_dim, kv_size = *o.num_kv_heads * *o.head_dim;
+  if (s.out.view().shape[1] != q_size || s.k.shape[s.k.rank - 2] * *o.head_dim != kv_size ||
+      s.one_input != (s.one_input && in_proj_weight.value.defined())) {
+    refuse("the state given to backward is of another layer's forward; give the one that this layer returned");
+  }
+  const Ops& ops = ops_of(o.device);
+  const auto sum = [](Parameter& p) { return p.value.defined() ? p.gradient_sum() : Tensor{}; };
+
+  // Out projection.
+  Array dout_memory;
+  const Tensor dout_rows = as_rows(dout, dout_memory);
+  ops.linear_weight_gradient(dout_rows, s.out.view(), sum(out_proj_weight), sum(out_proj_bias));
+  const Array dattention(o.dtype, {s.out.view().shape[0], s.out.view().shape[1]}, o.device);
+  ops.linear_input_gradient(dout_rows, out_proj_weight.value.view(), {}, dattention.view());
+
+  // Attention.
+  Array dprojected(o.dtype, {s.projected.view().shape[0], s.projected.view().shape[1]}, o.device), dprojected_kv;
+  if (!s.one_input) {
+    dprojected_kv = Array(o.dtype, {s.projected_kv.view().shape[0], s.projected_kv.view().shape[1]}, o.device);
+  }
+  const Placed d = place(s, o, dprojected.view(), dprojected_kv.view());
+  Array dk_longer, dv_longer;
+  if (o.add_bias_kv) {
+    dk_longer = like(s.k, s.k.shape[3]);
+    dv_longer = like(s.v, s.v.shape[3]);
+  }
+  attention_backward(
+      s.q, s.k, s.v, s.of_q.heads(s.out.view(), o.num_heads, *o.head_dim), s.lse.view(),
+      s.of_q.heads(dattention.view(), o.num_heads, *o.head_dim), s.attention,
+      {.dq = d.q, .dk = o.add_bias_kv ? dk_longer.view() : d.k, .dv = o.add_bias_kv ? dv_longer.view() : d.v});
+  if (o.add_bias_kv) {
+    split_gradient(dk_longer.view(), d.k, sum(bias_k));
+    split_gradient(dv_longer.view(), d.v, sum(bias_v));
+  }
+  if (o.rotary) {
+    ops.rotate(d.q_rows, *o.rotary, s.q_places.view(), true);
+    ops.rotate(d.k_rows, *o.rotary, s.kv_places.view(), true);
+  }
+
+  // In projections: the same products for gradients of weights and of inputs.
+  const InputWeights w = input_weights(o, in_proj_weight.value.view(), q_proj_weight.value.view(),
+                                       k_proj_weight.value.view(), v_proj_weight.value.view(), {});
+  const InputWeights dw = input_weights(o, sum(in_proj_weight), sum(q_proj_weight), sum(k_proj_weight),
+                                        sum(v_proj_weight), sum(in_proj_bias));
+  const auto products = projections(s, w, dprojected.view(), dprojected_kv.view());
+  const auto sums = projections(s, dw, dprojected.view(), dprojected_kv.view());
+  InputGradients result;
+  for (std::size_t i = 0; i < products.size(); ++i) {
+    const Projection& p = products[i];
+    ops.linear_weight_gradient(p.output, p.input, sums[i].weight, sums[i].bias);
+    // Into the first of the arguments that are this input; what is there already is added.
+    const Tensor& input = i == 0 ? s.query : i == 1 ? s.key : s.value;
+    Array& into = i == 0 || same(input, s.query) ? result.query : i == 1 || s.key_is_value ? result.key : result.value;
+    const Tensor before = into.defined() ? rows_of(into) : i == 0 ? plus : Tensor{};
+    Array sum_of_inputs = like(input, input.shape[input.rank - 1]);
+    ops.linear_input_gradient(p.output, p.weight, before, rows_of(sum_of_inputs));
+    into = sum_of_inputs;
+  }
+  return result;
+}
+
+}  // namespace fovea::nn

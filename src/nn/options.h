@@ -1,0 +1,27 @@
+#pragma once
+
+#include <fovea/tensor.h>
+
+#include "problem/refuse.h"
+
+// What every layer asks of its options.
+namespace fovea::nn {
+
+inline void check_at_least(const char* name, std::int64_t value, std::int64_t least) {
+  if (value < least) refuse(name, " (", value, ") must be at least ", least);
+}
+
+inline void check_dtype(DType dtype) {
+  if (dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16) return;
+  refuse("a layer's dtype (", name(dtype), ") must be fp32, fp16 or bf16");
+}
+
+inline void check_probability(const char* name, float p) {
+  if (!(p >= 0.0F && p < 1.0F)) refuse(name, " (", shortest(p), ") must be at least 0 and less than 1");
+}
+
+inline void check_positive(const char* name, float value) {
+  if (!(value > 0.0F)) refuse(name, " (", shortest(value), ") must be above 0");
+}
+
+}  // namespace fovea::nn

@@ -1,0 +1,55 @@
+"""python -m fovea.minitest in short: everyone trains, losses agree, and one who computes something else is told."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import fovea.minitest as minitest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = Path(os.environ.get("FOVEA_MINITEST", ROOT / "build/release/tests/fovea_minitest"))
+SHORT = ["--device", "cpu", "--steps", "3", "--size", "3,40,16", "--heads", "2"]
+
+
+def run(tmp_path, *words):
+    files = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    status = minitest.main([*SHORT, *files, *words])
+    return status, json.loads((tmp_path / "r.json").read_text()), (tmp_path / "r.html").read_text()
+
+
+def test_everyone_trains_to_the_same_losses(tmp_path, capsys):
+    program = ["--cpp", str(PROGRAM)] if PROGRAM.exists() else []
+    status, results, page = run(tmp_path, *program)
+    printed = capsys.readouterr().out
+    assert status == 0 and "all losses agree" in printed
+    cells = {(cell["contestant"], cell["options"]): cell for cell in results["cells"]}
+    names = {"textbook", "torch.nn", "torch SDPA", "Fovea Python"} | ({"Fovea C++"} if program else set())
+    sets = {"none", "mask", "dropout", "mask + dropout", "ragged"}
+    assert set(cells) == {(name, options) for name in names for options in sets}
+    for cell in cells.values():
+        assert len(cell["losses"]) == 3 and cell["losses"][2] < cell["losses"][0] and cell["ms"] > 0
+    assert cells["torch.nn", "none"]["kernel"] == "flash_attention_for_cpu"
+    assert cells["torch.nn", "dropout"]["kernel"] == cells["textbook", "none"]["kernel"] == "N×N formula"
+    assert cells["Fovea Python", "ragged"]["kernel"].endswith(", packed")
+    if program:
+        assert cells["Fovea C++", "mask"]["kernel"] == cells["Fovea Python", "mask"]["kernel"]
+    assert "flash_attn" in results["absent"] and "flash_attn: absent" in printed
+    assert page.count('class="bar"') == len(cells) and "http" not in page
+
+
+def test_one_who_computes_something_else_is_told_in_red(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(minitest.OfFovea, "run", lambda self, task: 2.0 * minitest.OfTorch.run(self, task))
+    status, results, page = run(tmp_path)
+    assert status == 1 and page.count('class="red"') == 5
+    assert "Fovea Python, dropout: its losses are" in capsys.readouterr().out
+    assert {cell["contestant"] for cell in results["cells"] if cell["error"] > 2} == {"Fovea Python"}
+
+
+def test_sizes_are_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        minitest.main(["--size", "3,40"])
+    assert "--size (3,40) must be three numbers above 0" in capsys.readouterr().err

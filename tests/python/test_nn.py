@@ -1,0 +1,303 @@
+"""fovea.nn's layers against torch.nn's: results and gradients, weights, nesting, padding, and what explain says."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fovea
+from fovea._observe import Operators
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nn"))
+import torch_cases
+
+CASES = 120
+PAIRS = [
+    (fovea.nn.MultiheadAttention, torch.nn.MultiheadAttention),
+    (fovea.nn.TransformerEncoderLayer, torch.nn.TransformerEncoderLayer),
+    (fovea.nn.TransformerEncoder, torch.nn.TransformerEncoder),
+]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(3)
+
+
+def encoder(layers: int = 2, **options: Any) -> torch.nn.TransformerEncoder:
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 48, **{"dropout": 0.0, "batch_first": True} | options)
+    return torch.nn.TransformerEncoder(layer, layers, torch.nn.LayerNorm(32))
+
+
+def batch(batch_first: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three sequences of 9, 4 and 6 tokens, and their key_padding_mask."""
+    x = torch.randn(3, 9, 32)
+    padding = torch.arange(9) >= torch.tensor([9, 4, 6])[:, None]
+    return (x if batch_first else x.transpose(0, 1)), padding
+
+
+def test_random_layers_keep_the_error_rule():
+    failures = []
+    for seed, dtypes in ((21, ("fp32",)), (22, ("fp16", "bf16"))):
+        cases = torch_cases.draw_cases(seed, CASES if "fp32" in dtypes else CASES // 4, dtypes, beyond=False)
+        for name, quotient, result in torch_cases.compare_python(cases):
+            if not quotient <= 2:
+                failures.append(f"seed {seed} {name}: {result} is off by {quotient:.3g} times: {cases[name][0]}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("ours, theirs", PAIRS)
+def test_constructor_call_and_class_are_torch_s(ours, theirs):
+    assert issubclass(ours, theirs)
+    assert inspect.signature(ours) == inspect.signature(theirs)
+    names = [list(inspect.signature(kind.forward).parameters) for kind in (ours, theirs)]
+    assert names[0] == names[1]
+
+
+def test_state_dicts_go_through_safetensors_both_ways(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    ours = fovea.nn.TransformerEncoder(fovea.nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True), 2)
+    theirs = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True), 2)
+    x, _ = batch()
+    for source, target in ((ours, theirs), (theirs, ours)):
+        for parameter in source.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        save_file(source.state_dict(), tmp_path / "model.safetensors")
+        target.load_state_dict(load_file(tmp_path / "model.safetensors"))
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def test_convert_changes_classes_and_nothing_else():
+    model = torch.nn.Transformer(32, 4, 1, 1, 48, batch_first=True)
+    model.eval()
+    parameters, modules = list(model.parameters()), list(model.modules())
+    calls = []
+    model.encoder.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    x, _ = batch()
+    expected = model(x, x)
+    calls.clear()
+    assert fovea.nn.convert(model) is model
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert {type(m) for m in model.modules() if isinstance(m, torch.nn.MultiheadAttention)} == {
+        fovea.nn.MultiheadAttention
+    }
+    assert type(model.encoder) is fovea.nn.TransformerEncoder
+    torch.testing.assert_close(model(x, x), expected)
+    assert calls == [1] and not model.encoder.training
+    alone = fovea.nn.convert(torch.nn.MultiheadAttention(32, 4), pack_padding=True)
+    assert type(alone) is fovea.nn.MultiheadAttention and alone.pack_padding
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_padding_changes_no_row_that_is_read(batch_first, causal):
+    theirs = encoder(batch_first=batch_first)
+    ours = fovea.nn.convert(copy.deepcopy(theirs), pack_padding=True)
+    x, padding = batch(batch_first)
+    mask = torch.ones(9, 9, dtype=torch.bool).triu(1) if causal else None
+    padding[1, 0] = True  # not only at the ends
+    read = ~padding if batch_first else ~padding.T
+    if causal:
+        read[1 if batch_first else 0, 0 if batch_first else 1] = False  # sees nothing
+    weight = torch.randn_like(x) * read[..., None]
+    results = []
+    for model in (theirs, ours):
+        leaf = x.clone().requires_grad_()
+        out = model(leaf, mask=mask, src_key_padding_mask=padding)
+        loss = torch.where(read[..., None], out * weight, 0).sum()
+        gradients = torch.autograd.grad(loss, [leaf, *model.parameters()])
+        results.append((out[read], *gradients))
+    if causal:  # torch gives NaN for the row that sees nothing, and passes it on to gradients
+        results = [(result[0],) for result in results]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    layer = ours.layers[0]
+    assert layer(x, mask, padding, is_causal=causal)[padding if batch_first else padding.T].eq(0).all()
+    attention, _ = layer.self_attn(x, x, x, padding, False, mask, is_causal=causal)
+    plain, _ = theirs.layers[0].self_attn(x, x, x, padding, True, mask)
+    torch.testing.assert_close(attention[read], plain[read], rtol=1e-4, atol=1e-4)
+
+
+def test_in_evaluation_padding_comes_out_as_torch_s():
+    theirs = encoder().eval()
+    ours = fovea.nn.convert(copy.deepcopy(theirs))
+    x, padding = batch()
+    holes = padding.clone()
+    holes[0, 3] = True
+    for mask in (padding, holes):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                ours(x, src_key_padding_mask=mask), theirs(x, src_key_padding_mask=mask), rtol=1e-4, atol=1e-4
+            )
+        torch.testing.assert_close(
+            ours(x, src_key_padding_mask=mask), theirs(x, src_key_padding_mask=mask), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_nested_tensors_of_both_layouts():
+    layer = fovea.nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True)
+    lengths = (5, 9, 2)
+    parts = [torch.randn(n, 32) for n in lengths]
+    for layout in (torch.jagged, torch.strided):
+        out = layer(torch.nested.nested_tensor(parts, layout=layout))
+        assert out.is_nested and out.layout == layout
+        for piece, part in zip(out.unbind(), parts, strict=True):
+            torch.testing.assert_close(piece, layer(part))
+    # torch's own encoder makes strided ones of padding in evaluation.
+    theirs = encoder().eval()
+    mixed = copy.deepcopy(theirs)
+    for each in mixed.layers:
+        fovea.nn.convert(each)
+    x, padding = batch()
+    with torch.no_grad():
+        expected = theirs(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(mixed(x, src_key_padding_mask=padding), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_weights_are_those_that_out_was_made_of(average):
+    layer = fovea.nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True, add_zero_attn=True)
+    x = torch.randn(2, 700, 8)  # more keys than a tile has
+    torch.manual_seed(5)
+    out, weights = layer(x, x, x, average_attn_weights=average)
+    torch.manual_seed(5)
+    assert torch.equal(layer(x, x, x, need_weights=False)[0], out)
+    if not average:
+        v = layer._project(x, x, x)[2]
+        again = torch.einsum("bhqk,bkhd->bqhd", weights[..., :-1], v).flatten(2)
+        torch.testing.assert_close(layer.out_proj(again), out, rtol=1e-4, atol=1e-4)
+        assert 0.25 < weights[..., :-1].eq(0).float().mean() < 0.35
+    (gradient,) = torch.autograd.grad(weights.square().sum(), layer.in_proj_weight)
+    assert gradient.abs().max() > 0
+
+
+def test_a_row_that_sees_no_key_gives_the_bias_of_out_proj():
+    layer = fovea.nn.MultiheadAttention(8, 2, batch_first=True)
+    torch.nn.init.normal_(layer.out_proj.bias)
+    x = torch.randn(1, 5, 8)
+    out, _ = layer(x, x, x, key_padding_mask=torch.ones(1, 5, dtype=torch.bool), need_weights=False)
+    assert torch.equal(out, layer.out_proj.bias.expand(1, 5, 8))
+
+
+def test_no_keys_at_all_and_no_queries():
+    layer = fovea.nn.MultiheadAttention(8, 2, batch_first=True)
+    x, none = torch.randn(2, 5, 8), torch.randn(2, 0, 8)
+    out, weights = layer(x, none, none)
+    assert torch.equal(out, layer.out_proj.bias.expand(2, 5, 8)) and weights.shape == (2, 5, 0)
+    out, weights = layer(none, x, x)
+    assert out.shape == (2, 0, 8) and weights.shape == (2, 0, 5)
+
+
+def test_hidden_nan_touches_nothing():
+    layer = fovea.nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(2, 6, 8)
+    padding = torch.arange(6) >= torch.tensor([4, 6])[:, None]
+    expected, _ = layer(x, x, x, padding, need_weights=False)
+    memory = x.clone()
+    memory[padding] = torch.nan
+    out, _ = layer(x, memory, memory, padding, need_weights=False)
+    torch.testing.assert_close(out, expected)
+
+
+def test_compiled_layers_without_graph_breaks():
+    model = fovea.nn.convert(encoder())
+    x, padding = batch()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, src_key_padding_mask=padding), model(x, src_key_padding_mask=padding))
+
+
+def test_autocast_gives_what_torch_gives():
+    theirs = encoder()
+    ours = fovea.nn.convert(copy.deepcopy(theirs))
+    x, padding = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        one, other = (m(x, src_key_padding_mask=padding) for m in (ours, theirs))
+    assert one.dtype == other.dtype
+    torch.testing.assert_close(one, other, rtol=5e-2, atol=5e-2)
+
+
+def test_explain_says_what_torch_really_runs():
+    x, padding = batch()
+    square = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    kernels = set()
+    either = (True, False)
+    for training, grad, dropout, batch_first, mask, pad, weights in itertools.product(
+        either, either, (0.0, 0.1), either, (None, square, square * -9.0), (None, padding), either
+    ):
+        if mask is not None and mask.is_floating_point() and pad is not None:
+            continue  # torch warns of the mix
+        theirs = torch.nn.MultiheadAttention(32, 4, dropout, batch_first=batch_first).train(training)
+        given = x if batch_first else x.transpose(0, 1)
+        with torch.set_grad_enabled(grad):
+            with Operators() as seen:
+                theirs(given, given, given, pad, weights, mask)
+            ours = fovea.nn.convert(theirs)
+            report = ours.explain(given, mask=mask, key_padding_mask=pad, need_weights=weights)
+        kernel = report.torch_kernel
+        kernels.add(kernel)
+        assert ("_native_multi_head_attention" in seen.names) == (report.torch_reason == ""), str(report)
+        flash = any("flash_attention" in name for name in seen.names)
+        assert flash == ("flash" in kernel), (str(report), seen.names)
+        assert (report.torch_bytes > 0) == ("math" in kernel)
+        assert (report.backward is not None) == grad and report.forward.backend.startswith("cpu")
+    assert len(kernels) == 4
+
+
+def test_explain_of_the_encoder_layers():
+    x, padding = batch()
+    for training, grad, norm_first in itertools.product((True, False), (True, False), (True, False)):
+        theirs = encoder(norm_first=norm_first).train(training)
+        with torch.set_grad_enabled(grad):
+            with Operators() as seen:
+                theirs(x, src_key_padding_mask=padding)
+            ours = fovea.nn.convert(theirs)
+            report = ours.explain(x, src_key_padding_mask=padding)
+        assert ("_transformer_encoder_layer_fwd" in seen.names) == (report.torch_reason == "")
+        assert report.packed == (not training and not grad and not norm_first)
+        assert ("packed=" in report.forward.problem) == report.packed
+    assert fovea.nn.convert(theirs, pack_padding=True).explain(x, src_key_padding_mask=padding).packed
+    alone = fovea.nn.TransformerEncoderLayer(32, 4, batch_first=True)
+    assert not alone.explain(x, src_key_padding_mask=padding).packed
+    alone.pack_padding = True
+    assert "packed=" in alone.explain(x, src_key_padding_mask=padding).forward.problem
+
+
+@pytest.mark.parametrize(
+    "sentence, call",
+    {
+        "query has 16 features but the layer takes 32": lambda layer, x: layer(x[..., :16], x, x),
+        "value has 2 dimensions; query, key and value must all have 3, or all 2": lambda layer, x: layer(x, x, x[0]),
+        "key is [3, 9, 32] but value [3, 8, 32]": lambda layer, x: layer(x, x, x[:, :8]),
+        "query has 3 sequences but key has 2": lambda layer, x: layer(x, x[:2], x[:2]),
+        "attn_mask has the shape [9, 8] but must be [9, 9] or [12, 9, 9]": lambda layer, x: layer(
+            x, x, x, attn_mask=torch.ones(9, 8, dtype=torch.bool)
+        ),
+        "key_padding_mask has the shape [3, 8] but must be [3, 9]": lambda layer, x: layer(
+            x, x, x, torch.ones(3, 8, dtype=torch.bool)
+        ),
+        "attn_mask is int64 but must be bool or floating": lambda layer, x: layer(
+            x, x, x, attn_mask=torch.ones(9, 9, dtype=torch.int64)
+        ),
+    }.items(),
+)
+def test_wrong_calls_are_one_sentence(sentence, call):
+    with pytest.raises(ValueError) as refusal:
+        call(fovea.nn.MultiheadAttention(32, 4, batch_first=True), torch.randn(3, 9, 32))
+    assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_causal_hint_without_a_mask_is_refused_as_in_torch():
+    x = torch.randn(3, 9, 32)
+    for layer in (torch.nn.MultiheadAttention(32, 4), fovea.nn.MultiheadAttention(32, 4)):
+        with pytest.raises(RuntimeError, match="is_causal"):
+            layer(x, x, x, is_causal=True)
