@@ -270,7 +270,7 @@ class Backward {
     for (i64 x = 0; x < kGroupRows; ++x) {
       const Panel& panel = rows.panels[x / kPanelRows];
       const i64 lane = x % kPanelRows;
-      if (lane >= panel.rows || !(rows.q.bad[x] || rows.dout.bad[x] || my.k.any_bad)) continue;
+      if (lane >= panel.lanes || !(rows.q.bad[x] || rows.dout.bad[x] || my.k.any_bad)) continue;
       const i64 i = panel.query[lane], head = panel.head[lane];
       for (i64 j = keys.begin; j < keys.end; ++j) {
         const i64 r = j - keys.begin;
@@ -297,7 +297,7 @@ class Backward {
     for_each_vector(ds, [&](i64 r, int lane, const float* x) {
       store(total + lane, load(total + lane) - load(x) * distance.at(r, lane));
     });
-    for (i64 lane = 0; lane < panel.rows; ++lane)
+    for (i64 lane = 0; lane < panel.lanes; ++lane)
       my.dslopes[panel.head[lane] % group_size()] += static_cast<double>(total[lane]);
   }
 

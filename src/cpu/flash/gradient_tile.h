@@ -79,7 +79,7 @@ struct RowGroup {
       for (i64 lane = 0; lane < kPanelRows; ++lane) {
         log2_lse[at + lane] = kInfinity;
         delta[at + lane] = 0.0F;
-        if (lane >= panels[p].rows) continue;
+        if (lane >= panels[p].lanes) continue;
         const i64 from =
             panels[p].query[lane] * group + panels[p].head[lane] % group;  // stats count rows of the whole group
         log2_lse[at + lane] = stats.log2_lse[from];
@@ -90,7 +90,7 @@ struct RowGroup {
 
   [[nodiscard]] Interval queries() const {
     i64 last = 0;
-    while (last + 1 < kPanels && panels[last + 1].rows > 0) ++last;
+    while (last + 1 < kPanels && panels[last + 1].lanes > 0) ++last;
     return {panels[0].queries.begin, panels[last].queries.end};
   }
 
@@ -123,9 +123,9 @@ struct RowGroup {
     const FlashCall& call = context.call;
     const Panel& panel = panels[p];
     math::TileState state =
-        panel.rows == 0 ? math::TileState::kHidden : context.sequence.band.tile(panel.queries, scores.keys);
+        panel.lanes == 0 ? math::TileState::kHidden : context.sequence.band.tile(panel.queries, scores.keys);
     if (state == math::TileState::kHidden) return false;
-    if (panel.rows < kPanelRows) state = math::TileState::kPartial;  // hides the lanes without a row from NaN keys
+    if (panel.lanes < kPanelRows) state = math::TileState::kPartial;  // hides the lanes without a row from NaN keys
     if (call.mask.data != nullptr && !gather_mask(mask, panel, context, scores.keys)) return false;
 
     product<kWord, ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // S = K Qᵀ

@@ -70,7 +70,7 @@ struct Distance {
   Distance(const Panel& panel, const Context& context, Interval keys) {
     for (i64 lane = 0; lane < kPanelRows; ++lane) {
       base[lane] =
-          lane < panel.rows ? static_cast<float>(panel.query[lane] + context.sequence.band.offset - keys.begin) : 0.0F;
+          lane < panel.lanes ? static_cast<float>(panel.query[lane] + context.sequence.band.offset - keys.begin) : 0.0F;
     }
   }
   FOVEA_INLINE V at(i64 r, int lane) const { return absolute(load(base + lane) - splat(static_cast<float>(r))); }
@@ -83,14 +83,14 @@ inline bool gather(float* out, const Panel& panel, const Context& context, const
                    i64 entry_bytes, Read read, ReadVector read_vector) {
   const i64 n = keys.end - keys.begin, whole = view.key == entry_bytes ? n / kWidth * kWidth : 0;
   const char* from[kPanelRows];
-  for (i64 lane = 0; lane < panel.rows; ++lane)
+  for (i64 lane = 0; lane < panel.lanes; ++lane)
     from[lane] = context.entry(view, panel.query[lane], keys.begin, panel.head[lane]);
   VI found{};
   for (i64 first = 0; first < kPanelRows; first += kWidth) {
     for (i64 r = 0; r < whole; r += kWidth) {
       V x[kWidth];
       FOVEA_UNROLL for (int i = 0; i < kWidth; ++i) {
-        x[i] = first + i < panel.rows ? read_vector(from[first + i] + r * entry_bytes) : V{};
+        x[i] = first + i < panel.lanes ? read_vector(from[first + i] + r * entry_bytes) : V{};
         found |= as_int(x[i]);
       }
       transpose(x);
@@ -98,7 +98,7 @@ inline bool gather(float* out, const Panel& panel, const Context& context, const
     }
     for (i64 lane = first; lane < first + kWidth; ++lane) {
       for (i64 r = whole; r < n; ++r) {
-        const float x = lane < panel.rows ? read(from[lane] + r * view.key) : 0.0F;
+        const float x = lane < panel.lanes ? read(from[lane] + r * view.key) : 0.0F;
         out[r * kPanelRows + lane] = x;
         found[0] |= __builtin_bit_cast(std::int32_t, x);
       }
