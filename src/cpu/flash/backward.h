@@ -52,32 +52,20 @@ inline void await_turn(const std::int32_t* ticket, std::int32_t turn) {
 template <Word kWord>
 class Backward {
  public:
-  Backward(const FlashCall& call, const BackwardShape& shape, std::byte* workspace) : call_(call), shape_(shape) {
-    const BackwardWorkspace size = sizes(call, shape);
-    scratch_bytes_ = size.scratch;
-    scratch_ = workspace;
-    std::byte* rest = workspace + size.scratch * static_cast<std::size_t>(shape.workers);
-    dq_ = reinterpret_cast<float*>(rest);
-    rest += size.dq;
-    const i64 rows = call.kv_heads * shape.total_groups * kGroupRows;
-    stats_ = {reinterpret_cast<float*>(rest), reinterpret_cast<float*>(rest) + rows,
-              reinterpret_cast<float*>(rest) + 2 * rows};
-    rest += size.stats;
-    tickets_ = reinterpret_cast<std::int32_t*>(rest);
-    rest += size.tickets;
-    dslopes_ = reinterpret_cast<double*>(rest);
+  Backward(const FlashCall& call, const BackwardShape& shape, std::byte* workspace)
+      : call_(call), shape_(shape), scratch_(Arena::bytes_of<BackwardScratch<kWord>>(call, shape)) {
+    Arena arena(workspace);
+    const i64 groups = call.kv_heads * shape.total_groups, rows = groups * kGroupRows;
+    workspace_ = arena.take<std::byte>(scratch_ * shape.workers);
+    dq_ = arena.take<float>(groups * dq_floats<kWord>(call));
+    stats_ = {arena.take<float>(rows), arena.take<float>(rows), arena.take<float>(rows)};
+    tickets_ = arena.take<std::int32_t>(groups);
+    dslopes_ = arena.take<double>(call.alibi ? call.batch * call.q_heads * shape.blocks : 0);
+    bytes_ = arena.used();
   }
 
-  static BackwardWorkspace sizes(const FlashCall& call, const BackwardShape& shape) {
-    Arena scratch(nullptr), dq(nullptr), stats(nullptr), tickets(nullptr), slopes(nullptr);
-    BackwardScratch<kWord>(scratch, call, shape);
-    const i64 groups = call.kv_heads * shape.total_groups;
-    dq.take<float>(groups * dq_floats<kWord>(call));
-    stats.take<float>(3 * groups * kGroupRows);
-    tickets.take<std::int32_t>(groups);
-    slopes.take<double>(!call.alibi ? 0 : call.batch * call.q_heads * shape.blocks);
-    return {scratch.used(), dq.used(), stats.used(), tickets.used(), slopes.used()};
-  }
+  /// Of workspace.
+  [[nodiscard]] std::size_t workspace_bytes() const { return bytes_; }
 
   void run() {
     const i64 heads = call_.batch * call_.kv_heads;
@@ -128,7 +116,7 @@ class Backward {
     return dq_ + slot(group.batch, group.kv_head, group.index) * dq_floats<kWord>(call_);
   }
   [[nodiscard]] BackwardScratch<kWord> scratch(int worker) const {
-    Arena arena(scratch_ + scratch_bytes_ * static_cast<std::size_t>(worker));
+    Arena arena(workspace_ + scratch_ * worker);
     return {arena, call_, shape_};
   }
 
@@ -422,12 +410,13 @@ class Backward {
 
   const FlashCall& call_;
   const BackwardShape& shape_;
-  std::byte* scratch_;
-  std::size_t scratch_bytes_;
+  i64 scratch_;            // bytes a worker
+  std::byte* workspace_;   // of all workers
   float* dq_;              // [kv head][row group][panel][dim][lane]
   RowStats stats_;         // [kv head][row group][lane]
   std::int32_t* tickets_;  // [kv head][row group]
   double* dslopes_;        // [batch][q head][key block]
+  std::size_t bytes_;
 };
 
 }  // namespace fovea::cpu::FOVEA_ISA

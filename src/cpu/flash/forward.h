@@ -25,7 +25,7 @@ struct ForwardScratch {
   PackedColumns<kWord> v_columns;
   float *s, *extra;  // [key][lane]: scores; bias or dropout
   float* pairs;      // [key / 2][lane] of kPackedKeys keys: P
-  float* mask;       // [key][lane]: −1 keeps
+  float* mask;       // [key / 4][lane]
   float* rows;       // of q or out, as they lie
   bool* bad;         // [lane]
 
@@ -43,7 +43,7 @@ struct ForwardScratch {
     s = arena.take<float>(tile);
     extra = arena.take<float>(tile);
     pairs = arena.take<float>(kWord == Word::kPair ? kPackedKeys<kWord> / 2 * kPanelRows : 0);
-    mask = arena.take<float>(tile);
+    mask = arena.take<float>(tile / 4);
     rows = arena.take<float>(kPanelRows * whole(math::larger(call.head_dim, call.head_dim_v), kWidth));
     bad = arena.take<bool>(kPanelRows);
   }
@@ -146,18 +146,16 @@ template <Word kWord>
 class Forward {
  public:
   Forward(const FlashCall& call, const ForwardShape& shape, std::byte* workspace)
-      : call_(call),
-        shape_(shape),
-        workspace_(workspace),
-        scratch_bytes_(sizes(call, shape).scratch),
-        partials_(reinterpret_cast<float*>(workspace + scratch_bytes_ * static_cast<std::size_t>(shape.workers))) {}
-
-  static ForwardWorkspace sizes(const FlashCall& call, const ForwardShape& shape) {
-    Arena counted(nullptr);
-    ForwardScratch<kWord>(counted, call, shape);
-    const i64 rows = shape.key_splits > 1 ? call.batch * call.kv_heads * shape.max_rows * shape.key_splits : 0;
-    return {counted.used(), static_cast<std::size_t>(rows * partial_floats(call)) * sizeof(float)};
+      : call_(call), shape_(shape), scratch_(Arena::bytes_of<ForwardScratch<kWord>>(call, shape)) {
+    Arena arena(workspace);
+    workspace_ = arena.take<std::byte>(scratch_ * shape.workers);
+    partials_ = arena.take<float>(
+        shape.key_splits > 1 ? heads() * shape.max_rows * shape.key_splits * partial_floats(call) : 0);
+    bytes_ = arena.used();
   }
+
+  /// Of workspace.
+  [[nodiscard]] std::size_t workspace_bytes() const { return bytes_; }
 
   void run() {
     const i64 blocks = heads() * shape_.blocks;
@@ -193,7 +191,7 @@ class Forward {
   [[nodiscard]] i64 heads() const { return call_.batch * call_.kv_heads; }
   [[nodiscard]] i64 group() const { return call_.q_heads / call_.kv_heads; }
   [[nodiscard]] ForwardScratch<kWord> scratch(int worker) const {
-    Arena arena(workspace_ + scratch_bytes_ * static_cast<std::size_t>(worker));
+    Arena arena(workspace_ + scratch_ * worker);
     return {arena, call_, shape_};
   }
   [[nodiscard]] float* partial(const Block& block, i64 row, i64 split) const {
@@ -290,7 +288,7 @@ class Forward {
       const Interval strip{j, math::smaller(j + kStripKeys<kWord>, keys.end)};
       const math::TileState state = context.sequence.band.tile(panel.queries, strip);
       if (state == math::TileState::kHidden ||
-          (call_.mask.data != nullptr && !gather_mask(my.mask, panel, context, strip))) {
+          (call_.mask.data != nullptr && !gather(my.mask, panel, context, call_.mask, 1, strip))) {
         add_values(j);
         first = strip.end;
         continue;
@@ -367,9 +365,10 @@ class Forward {
 
   const FlashCall& call_;
   const ForwardShape& shape_;
-  std::byte* workspace_;
-  std::size_t scratch_bytes_;
-  float* partials_;
+  i64 scratch_;           // bytes a worker
+  std::byte* workspace_;  // of all workers
+  float* partials_;       // [head][row][split][partial_floats]
+  std::size_t bytes_;
 };
 
 }  // namespace fovea::cpu::FOVEA_ISA

@@ -54,7 +54,7 @@ struct RowGroup {
   float *log2_lse, *delta;  // [lane]
   float *s, *ds, *tanhs;    // [kKeyTile][kGroupRows]: scores, then P; dP, then dS; of softcap
   float* extra;             // [kKeyTile][kPanelRows]: bias, dropout or pairs
-  float* mask;              // [kKeyTile][kPanelRows]: −1 keeps
+  float* mask;              // [kKeyTile / 4][kPanelRows]
 
   RowGroup(Arena& arena, const FlashCall& call)
       : panels(arena.take<Panel>(kPanels)), q(arena, call.head_dim), dout(arena, call.head_dim_v) {
@@ -64,7 +64,7 @@ struct RowGroup {
     ds = arena.take<float>(kKeyTile * kGroupRows);
     tanhs = arena.take<float>(kKeyTile * kGroupRows);
     extra = arena.take<float>(kKeyTile * kPanelRows);
-    mask = arena.take<float>(kKeyTile * kPanelRows);
+    mask = arena.take<float>(kKeyTile / 4 * kPanelRows);
   }
 
   /// Packs rows [first_row, first_row + kGroupRows) of the map.
@@ -126,7 +126,7 @@ struct RowGroup {
         panel.lanes == 0 ? math::TileState::kHidden : context.sequence.band.tile(panel.queries, scores.keys);
     if (state == math::TileState::kHidden) return false;
     if (panel.lanes < kPanelRows) state = math::TileState::kPartial;  // hides the lanes without a row from NaN keys
-    if (call.mask.data != nullptr && !gather_mask(mask, panel, context, scores.keys)) return false;
+    if (call.mask.data != nullptr && !gather(mask, panel, context, call.mask, 1, scores.keys)) return false;
 
     product<kWord, ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // S = K Qᵀ
         {k.row(at), k.stride, q.column(p), kPanelRows, scores.data, kGroupRows, q.words}, scores.rows());

@@ -28,6 +28,14 @@ class Arena {
   }
   [[nodiscard]] std::size_t used() const { return used_; }
 
+  /// What a scratch takes.
+  template <class Scratch, class Shape>
+  static i64 bytes_of(const FlashCall& call, const Shape& shape) {
+    Arena counted(nullptr);
+    Scratch(counted, call, shape);
+    return static_cast<i64>(counted.used());
+  }
+
  private:
   std::byte* base_;
   std::size_t used_ = 0;
@@ -144,6 +152,12 @@ inline void product_of_panel(const Panel& panel, const ProductArgs& args, i64 ro
   product<kWord, kLayout, kInit, kPanelVectors>(args, rows);
 }
 
+/// Asks memory for a row of elements; it may be one past the last.  Inlined: GCC drops calls of what only fetches.
+inline constexpr i64 kRowsAhead = 16;
+FOVEA_INLINE void fetch_row(const char* row, Element type, i64 dim) {
+  for (i64 b = 0; b < dim * bytes(type); b += 64) __builtin_prefetch(row + b);
+}
+
 /// Words of a row in memory: whole vectors, so that rows can be transposed.
 template <Word kWord>
 FOVEA_INLINE i64 row_words(i64 dim) {
@@ -161,6 +175,7 @@ inline void pack_panel(float* columns, float* rows, bool* bad, const Panel& pane
     bad[lane] = false;
     if (panel.query[lane] < context.sequence.band.seqlen_q) {
       const char* from = context.q_row(view, panel.query[lane], panel.head[lane]);
+      fetch_row(from + kRowsAhead * view.row, context.call.type, dim);
       bad[lane] = !pack_row<kWord>(row, from, context.call.type, dim, words);
     } else {
       for (i64 w = 0; w < words; ++w) row[w] = 0.0F;
@@ -200,7 +215,7 @@ struct PackedRows {
   }
 
   /// Asks memory for all rows before the first is used.
-  void fetch(Interval keys) const {
+  FOVEA_INLINE void fetch(Interval keys) const {
     for (i64 r = 0; r < keys.end - keys.begin; ++r) {
       for (i64 w = 0; w < words; w += 16) __builtin_prefetch(row(r) + w, 0, 2);
     }
@@ -210,6 +225,7 @@ struct PackedRows {
     any_bad = false;
     for (i64 j = keys.begin; j < keys.end; ++j) {
       const i64 at = j - keys.begin;
+      fetch_row(context.kv_row(view, j + kRowsAhead, head), context.call.type, dim);
       bad[at] = !pack_row<kWord>(row(at), context.kv_row(view, j, head), context.call.type, dim, words);
       any_bad = any_bad || bad[at];
     }
