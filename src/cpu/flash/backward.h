@@ -76,7 +76,7 @@ class Backward {
     if (call_.dslopes.data != nullptr)
       each<&Backward::sum_dslopes>((call_.slopes.per_batch ? call_.batch : 1) * call_.q_heads);
     if (call_.dsink != nullptr) each<&Backward::sum_dsink>(call_.q_heads);
-    if (call_.dbias.data != nullptr) each<&Backward::bias_block>(bias_blocks());
+    if (call_.dbias.data != nullptr) each<&Backward::bias_block>(bias_tile(0).tiles);
   }
 
  private:
@@ -328,48 +328,38 @@ class Backward {
 
   // ---- dbias: each task owns a tile of it (one entry long where broadcast) and adds up all that flows into it
 
-  struct BiasShape {
-    i64 batches, heads, row_blocks, key_blocks;  // of dbias
-    i64 rows, keys;                              // of the largest score matrix that the problem allows
+  struct BiasTile {
+    Interval batches, heads, rows, keys;
+    i64 tiles;  // of dbias
   };
-  [[nodiscard]] BiasShape bias_shape() const {
-    BiasShape shape{call_.dbias.batch == 0 ? 1 : call_.batch,
-                    call_.dbias.head == 0 ? 1 : call_.q_heads,
-                    1,
-                    1,
-                    shape_.max_queries,
-                    shape_.max_keys};
-    if (call_.dbias.query != 0) shape.row_blocks = (shape.rows + kGroupRows - 1) / kGroupRows;
-    if (call_.dbias.key != 0) shape.key_blocks = (shape.keys + kKeyTile - 1) / kKeyTile;
-    return shape;
-  }
-  [[nodiscard]] i64 bias_blocks() const {
-    const BiasShape shape = bias_shape();
-    return shape.batches * shape.heads * shape.row_blocks * shape.key_blocks;
+  [[nodiscard]] BiasTile bias_tile(i64 task) const {
+    i64 tiles = 1;
+    const auto part = [&](bool own, i64 size, i64 step) {
+      if (!own) return Interval{0, size};
+      const i64 count = math::larger(i64{1}, (size + step - 1) / step), at = task / tiles % count * step;
+      tiles *= count;
+      return Interval{at, math::smaller(at + step, size)};
+    };
+    const Interval keys = part(call_.dbias.key != 0, shape_.max_keys, kKeyTile);
+    const Interval rows = part(call_.dbias.query != 0, shape_.max_queries, kGroupRows);
+    const Interval heads = part(call_.dbias.head != 0, call_.q_heads, 1);
+    const Interval batches = part(call_.dbias.batch != 0, call_.batch, 1);
+    return {batches, heads, rows, keys, tiles};
   }
 
   void bias_block(i64 task, int worker) {
-    const BiasShape shape = bias_shape();
-    const i64 key_block = task % shape.key_blocks, row_block = task / shape.key_blocks % shape.row_blocks;
-    const i64 head = task / shape.key_blocks / shape.row_blocks % shape.heads;
-    const i64 batch = task / shape.key_blocks / shape.row_blocks / shape.heads;
-    BackwardScratch<kWord> my = scratch(worker);
+    const auto [batches, heads, rows, keys, count] = bias_tile(task);
     const bool own_row = call_.dbias.query != 0, own_key = call_.dbias.key != 0;
-    const Interval rows =
-        own_row ? Interval{row_block * kGroupRows, math::smaller((row_block + 1) * kGroupRows, shape.rows)}
-                : Interval{0, shape.rows};
-    const Interval keys = own_key
-                              ? Interval{key_block * kKeyTile, math::smaller((key_block + 1) * kKeyTile, shape.keys)}
-                              : Interval{0, shape.keys};
+    BackwardScratch<kWord> my = scratch(worker);
     [[maybe_unused]] const Tiles tiles;
     for (i64 x = 0; x < kKeyTile * kGroupRows; ++x) my.tile_sum[x] = 0.0F;
-    for (i64 b = call_.dbias.batch == 0 ? 0 : batch; b < (call_.dbias.batch == 0 ? call_.batch : batch + 1); ++b) {
-      for (i64 h = call_.dbias.head == 0 ? 0 : head; h < (call_.dbias.head == 0 ? call_.q_heads : head + 1); ++h) {
+    for (i64 b = batches.begin; b < batches.end; ++b) {
+      for (i64 h = heads.begin; h < heads.end; ++h) {
         for (i64 i = rows.begin; i < rows.end; i += kGroupRows)
           add_bias_gradient(my, b, h, {i, math::smaller(i + kGroupRows, rows.end)}, keys);
       }
     }
-    const Context context{call_, call_.sequences[batch], batch};
+    const Context context{call_, call_.sequences[batches.begin], batches.begin};
     for (i64 i = 0; i < (own_row ? rows.end - rows.begin : 1); ++i) {
       for (i64 j = 0; j < (own_key ? keys.end - keys.begin : 1); ++j) {
         double total = 0.0;
@@ -377,7 +367,7 @@ class Backward {
           for (i64 x = own_row ? i : 0; x < (own_row ? i + 1 : kGroupRows); ++x)
             total += static_cast<double>(my.tile_sum[r * kGroupRows + x]);
         }
-        char* to = const_cast<char*>(context.entry(call_.dbias, rows.begin + i, keys.begin + j, head));
+        char* to = const_cast<char*>(context.entry(call_.dbias, rows.begin + i, keys.begin + j, heads.begin));
         narrow(to, call_.bias_type, static_cast<float>(total));
       }
     }

@@ -251,7 +251,10 @@ class Forward {
     ForwardScratch<kWord> my = packed;
     my.k.point_to(context, call_.k, keys.begin, kv_head);
     my.v.point_to(context, call_.v, keys.begin, kv_head);
-    if constexpr (kWord == Word::kPair) my.k.fetch(keys), my.v.fetch(keys);  // products of floats fetch as they go
+    for (i64 r = 0; kWord == Word::kPair && r < keys.end - keys.begin; ++r) {  // products of floats fetch as they go
+      fetch_row(reinterpret_cast<const char*>(my.k.row(r)), call_.type, call_.head_dim);
+      fetch_row(reinterpret_cast<const char*>(my.v.row(r)), call_.type, call_.head_dim_v);
+    }
     my.v_columns.take(my.v, keys.end - keys.begin);
     const i64 rows = call_.head_dim_v / my.panels[0].parts;
     const V reference = load(my.reference), sum_of_p = load(my.sum_of_p);

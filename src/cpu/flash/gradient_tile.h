@@ -88,12 +88,6 @@ struct RowGroup {
     }
   }
 
-  [[nodiscard]] Interval queries() const {
-    i64 last = 0;
-    while (last + 1 < kPanels && panels[last + 1].lanes > 0) ++last;
-    return {panels[0].queries.begin, panels[last].queries.end};
-  }
-
   [[nodiscard]] Tile tile_of(float* data, i64 panel, Interval keys) const {
     return {data + panel * kPanelRows, kGroupRows, keys};
   }

@@ -6,7 +6,6 @@
 // group are numbered query first, so that grouped heads share the keys and values they read.
 namespace fovea::cpu::FOVEA_ISA {
 
-inline constexpr i64 kChunk = 16;
 inline constexpr int kPanelVectors = 3;
 inline constexpr i64 kPanelRows = kPanelVectors * kWidth;
 /// Keys of a tile are counted in these steps: the depth of a product over keys, and the keys that a draw spans.
@@ -120,22 +119,14 @@ inline void set_rows(Panel& panel, const Context& context, const RowMap& map, i6
   panel.queries = panel.lanes == 0 ? Interval{0, 0} : Interval{panel.query[0], panel.query[panel.lanes - 1] + 1};
 }
 
-/// The same for a panel whose rows lie in kParts lanes or fewer each.
+/// C is a vector wide, and the rows of the panel lie in kParts lanes or fewer each.
 template <ALayout kLayout, Init kInit, int kParts = kWidth>
 inline void product_of_parts(const Panel& panel, ProductArgs args, i64 rows) {
   if constexpr (kParts > 2) {
     if (panel.parts < kParts) return product_of_parts<kLayout, kInit, kParts / 2>(panel, args, rows);
   }
-  if constexpr (kLayout == ALayout::kColumnMajor) {
-    // Few rows of A at a time, whose parts are read one after another: where the caller keeps them they crowd one set
-    // of L1.
-    for (i64 left = args.depth; left > 0;
-         left -= kChunk, args.a += kChunk * args.a_stride, args.b += kChunk * args.b_stride) {
-      args.depth = math::smaller(left, kChunk);
-      product<Word::kFloat, kLayout, kInit, 1, kParts>(args, rows / kParts);
-    }
-    return;
-  }
+  if constexpr (kLayout == ALayout::kColumnMajor)
+    return product<Word::kFloat, kLayout, kInit, 1, kParts>(args, rows / kParts);
   args.depth /= kParts;
   product<Word::kFloat, kLayout, kInit, 1, kParts>(args, rows);
   for (float* c = args.c; c < args.c + rows * args.c_stride; c += args.c_stride)
@@ -212,13 +203,7 @@ struct PackedRows {
   void point_to(const Context& context, const RowView& view, i64 first_key, i64 head) {
     data = reinterpret_cast<float*>(const_cast<char*>(context.kv_row(view, first_key, head)));
     stride = view.row / i64{sizeof(float)};
-  }
-
-  /// Asks memory for all rows before the first is used.
-  FOVEA_INLINE void fetch(Interval keys) const {
-    for (i64 r = 0; r < keys.end - keys.begin; ++r) {
-      for (i64 w = 0; w < words; w += 16) __builtin_prefetch(row(r) + w, 0, 2);
-    }
+    any_bad = false;
   }
 
   void pack(const Context& context, const RowView& view, Interval keys, i64 head) {
