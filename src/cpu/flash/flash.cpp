@@ -37,8 +37,8 @@ std::size_t run(const FlashCall& call, const Shape& shape, std::byte* workspace)
     if (workspace != nullptr) run.run();
     return run.workspace_bytes();
   };
-  return call.type == Element::kBFloat16 ? pass.template operator()<kBFloat16Word>()
-                                         : pass.template operator()<Word::kFloat>();
+  if (call.type == Element::kBFloat16) return pass.template operator()<kBFloat16Word>();
+  return pass.template operator()<Word::kFloat>();
 }
 
 }  // namespace

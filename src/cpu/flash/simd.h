@@ -43,7 +43,7 @@ inline constexpr bool kHasPairs = false;
 using V = float __attribute__((vector_size(kWidth * 4)));
 using VI = std::int32_t __attribute__((vector_size(kWidth * 4)));
 using VU = std::uint32_t __attribute__((vector_size(kWidth * 4)));
-using LooseV __attribute__((aligned(2), may_alias)) = V;  // pairs of 16 bits begin anywhere even
+using LooseV __attribute__((aligned(1), may_alias)) = V;  // the bytes of a mask begin anywhere
 
 inline constexpr float kInfinity = __builtin_inff();
 inline constexpr float kLog2E = 1.44269504088896341F;
