@@ -214,15 +214,12 @@ class FlashPlan final : public PlannedKernel {
         isa_(isa),
         call_(describe_call(problem)),
         sequences_bytes_(static_cast<std::size_t>(round_up(problem.batch * i64{sizeof(Sequence)}, 64))) {
-    const auto count = static_cast<std::size_t>(workers);
     if (problem.direction == Direction::kBackward) {
       backward_ = shape_backward(problem, workers, isa.kernels);
-      const BackwardWorkspace w = isa.kernels.backward_workspace(call_, backward_);
-      workspace_bytes_ = sequences_bytes_ + w.scratch * count + w.dq + w.stats + w.tickets + w.slopes;
+      workspace_bytes_ = sequences_bytes_ + isa.kernels.backward(call_, backward_, nullptr);
     } else {
       forward_ = shape_forward(problem, workers, isa.kernels);
-      const ForwardWorkspace w = isa.kernels.forward_workspace(call_, forward_);
-      workspace_bytes_ = sequences_bytes_ + w.scratch * count + w.partials;
+      workspace_bytes_ = sequences_bytes_ + isa.kernels.forward(call_, forward_, nullptr);
     }
   }
 

@@ -52,32 +52,20 @@ inline void await_turn(const std::int32_t* ticket, std::int32_t turn) {
 template <Word kWord>
 class Backward {
  public:
-  Backward(const FlashCall& call, const BackwardShape& shape, std::byte* workspace) : call_(call), shape_(shape) {
-    const BackwardWorkspace size = sizes(call, shape);
-    scratch_bytes_ = size.scratch;
-    scratch_ = workspace;
-    std::byte* rest = workspace + size.scratch * static_cast<std::size_t>(shape.workers);
-    dq_ = reinterpret_cast<float*>(rest);
-    rest += size.dq;
-    const i64 rows = call.kv_heads * shape.total_groups * kGroupRows;
-    stats_ = {reinterpret_cast<float*>(rest), reinterpret_cast<float*>(rest) + rows,
-              reinterpret_cast<float*>(rest) + 2 * rows};
-    rest += size.stats;
-    tickets_ = reinterpret_cast<std::int32_t*>(rest);
-    rest += size.tickets;
-    dslopes_ = reinterpret_cast<double*>(rest);
+  Backward(const FlashCall& call, const BackwardShape& shape, std::byte* workspace)
+      : call_(call), shape_(shape), scratch_(Arena::bytes_of<BackwardScratch<kWord>>(call, shape)) {
+    Arena arena(workspace);
+    const i64 groups = call.kv_heads * shape.total_groups, rows = groups * kGroupRows;
+    workspace_ = arena.take<std::byte>(scratch_ * shape.workers);
+    dq_ = arena.take<float>(groups * dq_floats<kWord>(call));
+    stats_ = {arena.take<float>(rows), arena.take<float>(rows), arena.take<float>(rows)};
+    tickets_ = arena.take<std::int32_t>(groups);
+    dslopes_ = arena.take<double>(call.alibi ? call.batch * call.q_heads * shape.blocks : 0);
+    bytes_ = arena.used();
   }
 
-  static BackwardWorkspace sizes(const FlashCall& call, const BackwardShape& shape) {
-    Arena scratch(nullptr), dq(nullptr), stats(nullptr), tickets(nullptr), slopes(nullptr);
-    BackwardScratch<kWord>(scratch, call, shape);
-    const i64 groups = call.kv_heads * shape.total_groups;
-    dq.take<float>(groups * dq_floats<kWord>(call));
-    stats.take<float>(3 * groups * kGroupRows);
-    tickets.take<std::int32_t>(groups);
-    slopes.take<double>(!call.alibi ? 0 : call.batch * call.q_heads * shape.blocks);
-    return {scratch.used(), dq.used(), stats.used(), tickets.used(), slopes.used()};
-  }
+  /// Of workspace.
+  [[nodiscard]] std::size_t workspace_bytes() const { return bytes_; }
 
   void run() {
     const i64 heads = call_.batch * call_.kv_heads;
@@ -88,7 +76,7 @@ class Backward {
     if (call_.dslopes.data != nullptr)
       each<&Backward::sum_dslopes>((call_.slopes.per_batch ? call_.batch : 1) * call_.q_heads);
     if (call_.dsink != nullptr) each<&Backward::sum_dsink>(call_.q_heads);
-    if (call_.dbias.data != nullptr) each<&Backward::bias_block>(bias_blocks());
+    if (call_.dbias.data != nullptr) each<&Backward::bias_block>(bias_tile(0).tiles);
   }
 
  private:
@@ -128,7 +116,7 @@ class Backward {
     return dq_ + slot(group.batch, group.kv_head, group.index) * dq_floats<kWord>(call_);
   }
   [[nodiscard]] BackwardScratch<kWord> scratch(int worker) const {
-    Arena arena(scratch_ + scratch_bytes_ * static_cast<std::size_t>(worker));
+    Arena arena(workspace_ + scratch_ * worker);
     return {arena, call_, shape_};
   }
 
@@ -270,7 +258,7 @@ class Backward {
     for (i64 x = 0; x < kGroupRows; ++x) {
       const Panel& panel = rows.panels[x / kPanelRows];
       const i64 lane = x % kPanelRows;
-      if (lane >= panel.rows || !(rows.q.bad[x] || rows.dout.bad[x] || my.k.any_bad)) continue;
+      if (lane >= panel.lanes || !(rows.q.bad[x] || rows.dout.bad[x] || my.k.any_bad)) continue;
       const i64 i = panel.query[lane], head = panel.head[lane];
       for (i64 j = keys.begin; j < keys.end; ++j) {
         const i64 r = j - keys.begin;
@@ -297,7 +285,7 @@ class Backward {
     for_each_vector(ds, [&](i64 r, int lane, const float* x) {
       store(total + lane, load(total + lane) - load(x) * distance.at(r, lane));
     });
-    for (i64 lane = 0; lane < panel.rows; ++lane)
+    for (i64 lane = 0; lane < panel.lanes; ++lane)
       my.dslopes[panel.head[lane] % group_size()] += static_cast<double>(total[lane]);
   }
 
@@ -340,48 +328,38 @@ class Backward {
 
   // ---- dbias: each task owns a tile of it (one entry long where broadcast) and adds up all that flows into it
 
-  struct BiasShape {
-    i64 batches, heads, row_blocks, key_blocks;  // of dbias
-    i64 rows, keys;                              // of the largest score matrix that the problem allows
+  struct BiasTile {
+    Interval batches, heads, rows, keys;
+    i64 tiles;  // of dbias
   };
-  [[nodiscard]] BiasShape bias_shape() const {
-    BiasShape shape{call_.dbias.batch == 0 ? 1 : call_.batch,
-                    call_.dbias.head == 0 ? 1 : call_.q_heads,
-                    1,
-                    1,
-                    shape_.max_queries,
-                    shape_.max_keys};
-    if (call_.dbias.query != 0) shape.row_blocks = (shape.rows + kGroupRows - 1) / kGroupRows;
-    if (call_.dbias.key != 0) shape.key_blocks = (shape.keys + kKeyTile - 1) / kKeyTile;
-    return shape;
-  }
-  [[nodiscard]] i64 bias_blocks() const {
-    const BiasShape shape = bias_shape();
-    return shape.batches * shape.heads * shape.row_blocks * shape.key_blocks;
+  [[nodiscard]] BiasTile bias_tile(i64 task) const {
+    i64 tiles = 1;
+    const auto part = [&](bool own, i64 size, i64 step) {
+      if (!own) return Interval{0, size};
+      const i64 count = math::larger(i64{1}, (size + step - 1) / step), at = task / tiles % count * step;
+      tiles *= count;
+      return Interval{at, math::smaller(at + step, size)};
+    };
+    const Interval keys = part(call_.dbias.key != 0, shape_.max_keys, kKeyTile);
+    const Interval rows = part(call_.dbias.query != 0, shape_.max_queries, kGroupRows);
+    const Interval heads = part(call_.dbias.head != 0, call_.q_heads, 1);
+    const Interval batches = part(call_.dbias.batch != 0, call_.batch, 1);
+    return {batches, heads, rows, keys, tiles};
   }
 
   void bias_block(i64 task, int worker) {
-    const BiasShape shape = bias_shape();
-    const i64 key_block = task % shape.key_blocks, row_block = task / shape.key_blocks % shape.row_blocks;
-    const i64 head = task / shape.key_blocks / shape.row_blocks % shape.heads;
-    const i64 batch = task / shape.key_blocks / shape.row_blocks / shape.heads;
-    BackwardScratch<kWord> my = scratch(worker);
+    const auto [batches, heads, rows, keys, count] = bias_tile(task);
     const bool own_row = call_.dbias.query != 0, own_key = call_.dbias.key != 0;
-    const Interval rows =
-        own_row ? Interval{row_block * kGroupRows, math::smaller((row_block + 1) * kGroupRows, shape.rows)}
-                : Interval{0, shape.rows};
-    const Interval keys = own_key
-                              ? Interval{key_block * kKeyTile, math::smaller((key_block + 1) * kKeyTile, shape.keys)}
-                              : Interval{0, shape.keys};
+    BackwardScratch<kWord> my = scratch(worker);
     [[maybe_unused]] const Tiles tiles;
     for (i64 x = 0; x < kKeyTile * kGroupRows; ++x) my.tile_sum[x] = 0.0F;
-    for (i64 b = call_.dbias.batch == 0 ? 0 : batch; b < (call_.dbias.batch == 0 ? call_.batch : batch + 1); ++b) {
-      for (i64 h = call_.dbias.head == 0 ? 0 : head; h < (call_.dbias.head == 0 ? call_.q_heads : head + 1); ++h) {
+    for (i64 b = batches.begin; b < batches.end; ++b) {
+      for (i64 h = heads.begin; h < heads.end; ++h) {
         for (i64 i = rows.begin; i < rows.end; i += kGroupRows)
           add_bias_gradient(my, b, h, {i, math::smaller(i + kGroupRows, rows.end)}, keys);
       }
     }
-    const Context context{call_, call_.sequences[batch], batch};
+    const Context context{call_, call_.sequences[batches.begin], batches.begin};
     for (i64 i = 0; i < (own_row ? rows.end - rows.begin : 1); ++i) {
       for (i64 j = 0; j < (own_key ? keys.end - keys.begin : 1); ++j) {
         double total = 0.0;
@@ -389,7 +367,7 @@ class Backward {
           for (i64 x = own_row ? i : 0; x < (own_row ? i + 1 : kGroupRows); ++x)
             total += static_cast<double>(my.tile_sum[r * kGroupRows + x]);
         }
-        char* to = const_cast<char*>(context.entry(call_.dbias, rows.begin + i, keys.begin + j, head));
+        char* to = const_cast<char*>(context.entry(call_.dbias, rows.begin + i, keys.begin + j, heads.begin));
         narrow(to, call_.bias_type, static_cast<float>(total));
       }
     }
@@ -422,12 +400,13 @@ class Backward {
 
   const FlashCall& call_;
   const BackwardShape& shape_;
-  std::byte* scratch_;
-  std::size_t scratch_bytes_;
+  i64 scratch_;            // bytes a worker
+  std::byte* workspace_;   // of all workers
   float* dq_;              // [kv head][row group][panel][dim][lane]
   RowStats stats_;         // [kv head][row group][lane]
   std::int32_t* tickets_;  // [kv head][row group]
   double* dslopes_;        // [batch][q head][key block]
+  std::size_t bytes_;
 };
 
 }  // namespace fovea::cpu::FOVEA_ISA

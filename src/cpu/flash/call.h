@@ -54,22 +54,13 @@ struct BackwardShape {
   int workers = 1;
 };
 
-/// Bytes of the parts of a workspace, each a multiple of 64.
-struct ForwardWorkspace {
-  std::size_t scratch, partials;
-};
-struct BackwardWorkspace {
-  std::size_t scratch, dq, stats, tickets, slopes;
-};
-
-/// The door to the code of one instruction set.
+/// The door to the code of one instruction set.  Without a workspace, forward and backward only tell how many bytes of
+/// it they need.
 struct FlashKernels {
   int panel_rows;  // rows that one panel of vectors holds
   bool pairs;      // whether bf16 is multiplied as it is, in pairs; all else is multiplied as floats
-  ForwardWorkspace (*forward_workspace)(const FlashCall&, const ForwardShape&);
-  void (*forward)(const FlashCall&, const ForwardShape&, std::byte* workspace);
-  BackwardWorkspace (*backward_workspace)(const FlashCall&, const BackwardShape&);
-  void (*backward)(const FlashCall&, const BackwardShape&, std::byte* workspace);
+  std::size_t (*forward)(const FlashCall&, const ForwardShape&, std::byte* workspace);
+  std::size_t (*backward)(const FlashCall&, const BackwardShape&, std::byte* workspace);
   double (*multiply_add)(i64 rounds);        // runs independent FMAs, returns how many FLOPs that was
   double (*multiply_add_pairs)(i64 rounds);  // the same with pairs of bf16; as floats where there are none
   void (*exp2)(float* x, i64 count);         // in place, for tests; a whole number of vectors of any ISA: 16

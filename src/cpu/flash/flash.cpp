@@ -29,15 +29,16 @@ double run_multiply_adds(i64 rounds) {
   return 2.0 * kWidth * kPerWord<kWord> * kAccumulators * static_cast<double>(rounds);
 }
 
-/// Calls f with the words that products of this call read, as a constant.
-template <Word kWord>
-struct WordConstant {
-  static constexpr Word kValue = kWord;
-};
-template <class F>
-auto with_word(const FlashCall& call, const F& f) {
-  if (call.type == Element::kBFloat16) return f(WordConstant<kBFloat16Word>{});
-  return f(WordConstant<Word::kFloat>{});
+/// Runs a pass with the words that products of this call read.
+template <template <Word> class Pass, class Shape>
+std::size_t run(const FlashCall& call, const Shape& shape, std::byte* workspace) {
+  const auto pass = [&]<Word kWord>() {
+    Pass<kWord> run(call, shape, workspace);
+    if (workspace != nullptr) run.run();
+    return run.workspace_bytes();
+  };
+  if (call.type == Element::kBFloat16) return pass.template operator()<kBFloat16Word>();
+  return pass.template operator()<Word::kFloat>();
 }
 
 }  // namespace
@@ -46,22 +47,8 @@ FlashKernels kernels() {
   return {
       .panel_rows = static_cast<int>(kPanelRows),
       .pairs = kHasPairs,
-      .forward_workspace =
-          [](const FlashCall& call, const ForwardShape& shape) {
-            return with_word(call, [&](auto word) { return Forward<word.kValue>::sizes(call, shape); });
-          },
-      .forward =
-          [](const FlashCall& call, const ForwardShape& shape, std::byte* workspace) {
-            with_word(call, [&](auto word) { Forward<word.kValue>(call, shape, workspace).run(); });
-          },
-      .backward_workspace =
-          [](const FlashCall& call, const BackwardShape& shape) {
-            return with_word(call, [&](auto word) { return Backward<word.kValue>::sizes(call, shape); });
-          },
-      .backward =
-          [](const FlashCall& call, const BackwardShape& shape, std::byte* workspace) {
-            with_word(call, [&](auto word) { Backward<word.kValue>(call, shape, workspace).run(); });
-          },
+      .forward = &run<Forward, ForwardShape>,
+      .backward = &run<Backward, BackwardShape>,
       .multiply_add = &run_multiply_adds<Word::kFloat>,
       .multiply_add_pairs = &run_multiply_adds<kBFloat16Word>,
       .exp2 =

@@ -25,7 +25,7 @@ struct ForwardScratch {
   PackedColumns<kWord> v_columns;
   float *s, *extra;  // [key][lane]: scores; bias or dropout
   float* pairs;      // [key / 2][lane] of kPackedKeys keys: P
-  float* mask;       // [key][lane]: −1 keeps
+  float* mask;       // [key / 4][lane]
   float* rows;       // of q or out, as they lie
   bool* bad;         // [lane]
 
@@ -43,7 +43,7 @@ struct ForwardScratch {
     s = arena.take<float>(tile);
     extra = arena.take<float>(tile);
     pairs = arena.take<float>(kWord == Word::kPair ? kPackedKeys<kWord> / 2 * kPanelRows : 0);
-    mask = arena.take<float>(tile);
+    mask = arena.take<float>(tile / 4);
     rows = arena.take<float>(kPanelRows * whole(math::larger(call.head_dim, call.head_dim_v), kWidth));
     bad = arena.take<bool>(kPanelRows);
   }
@@ -56,10 +56,10 @@ inline void add_bad_values(float* o, const Tile& p, const bool* bad, const Panel
   const FlashCall& call = context.call;
   for (i64 r = 0; r < p.rows(); ++r) {
     const char* value = context.kv_row(call.v, p.keys.begin + r, kv_head);
-    for (i64 lane = 0; bad[r] && lane < panel.rows; ++lane) {
+    for (i64 lane = 0; bad[r] && lane < panel.lanes; ++lane) {
       if (!context.visible(panel.query[lane], p.keys.begin + r, panel.head[lane])) continue;
-      for (i64 c = 0; c < call.head_dim_v; ++c) {
-        o[c * kPanelRows + lane] += p.row(r)[lane] * widen(value + c * bytes(call.type), call.type);
+      for (i64 c = lane % panel.parts; c < call.head_dim_v; c += panel.parts) {
+        o[c / panel.parts * kPanelRows + lane] += p.row(r)[lane] * widen(value + c * bytes(call.type), call.type);
       }
     }
   }
@@ -146,21 +146,19 @@ template <Word kWord>
 class Forward {
  public:
   Forward(const FlashCall& call, const ForwardShape& shape, std::byte* workspace)
-      : call_(call),
-        shape_(shape),
-        workspace_(workspace),
-        scratch_bytes_(sizes(call, shape).scratch),
-        partials_(reinterpret_cast<float*>(workspace + scratch_bytes_ * static_cast<std::size_t>(shape.workers))) {}
-
-  static ForwardWorkspace sizes(const FlashCall& call, const ForwardShape& shape) {
-    Arena counted(nullptr);
-    ForwardScratch<kWord>(counted, call, shape);
-    const i64 rows = shape.key_splits > 1 ? call.batch * call.kv_heads * shape.max_rows * shape.key_splits : 0;
-    return {counted.used(), static_cast<std::size_t>(rows * partial_floats(call)) * sizeof(float)};
+      : call_(call), shape_(shape), scratch_(Arena::bytes_of<ForwardScratch<kWord>>(call, shape)) {
+    Arena arena(workspace);
+    workspace_ = arena.take<std::byte>(scratch_ * shape.workers);
+    partials_ = arena.take<float>(
+        shape.key_splits > 1 ? heads() * shape.max_rows * shape.key_splits * partial_floats(call) : 0);
+    bytes_ = arena.used();
   }
 
+  /// Of workspace.
+  [[nodiscard]] std::size_t workspace_bytes() const { return bytes_; }
+
   void run() {
-    const i64 blocks = call_.batch * call_.kv_heads * shape_.blocks;
+    const i64 blocks = heads() * shape_.blocks;
     run_tasks(
         blocks * shape_.key_splits, shape_.workers,
         [](void* self, i64 index, int worker) { static_cast<Forward*>(self)->attend_block(index, worker); }, this);
@@ -175,17 +173,25 @@ class Forward {
     i64 batch, kv_head, first_row, rows;
   };
 
-  /// Blocks in the order of claiming: late rows first, which see the most under a causal rule.
-  [[nodiscard]] Block block(i64 index) const {
-    const i64 heads = call_.batch * call_.kv_heads;
-    const i64 first_row = (shape_.blocks - 1 - index / heads) * shape_.block_rows;
-    const i64 batch = index % heads / call_.kv_heads;
+  /// Blocks in the order of claiming: late rows first, which see the most under a causal rule; then heads, which mostly
+  /// lie in the same pages.
+  [[nodiscard]] Block block(i64 index, i64 splits) const {
+    const i64 first_row = (shape_.blocks - 1 - index / heads() / splits) * shape_.block_rows;
+    const i64 head = index % heads(), batch = head / call_.kv_heads;
     const i64 rows = call_.sequences[batch].q_rows * group() - first_row;
-    return {batch, index % call_.kv_heads, first_row, math::smaller(rows, shape_.block_rows)};
+    return {batch, head % call_.kv_heads, first_row, math::smaller(rows, shape_.block_rows)};
   }
+  /// Lanes a row: where few rows are asked in all, as in decoding, they fill a vector together.
+  [[nodiscard]] i64 parts() const {
+    i64 parts = kWord == Word::kFloat ? kWidth : 1;
+    while (parts * shape_.max_rows > kWidth && parts > 1) parts /= 2;
+    while ((call_.head_dim | call_.head_dim_v) % parts != 0) parts /= 2;
+    return parts;
+  }
+  [[nodiscard]] i64 heads() const { return call_.batch * call_.kv_heads; }
   [[nodiscard]] i64 group() const { return call_.q_heads / call_.kv_heads; }
   [[nodiscard]] ForwardScratch<kWord> scratch(int worker) const {
-    Arena arena(workspace_ + scratch_bytes_ * static_cast<std::size_t>(worker));
+    Arena arena(workspace_ + scratch_ * worker);
     return {arena, call_, shape_};
   }
   [[nodiscard]] float* partial(const Block& block, i64 row, i64 split) const {
@@ -195,14 +201,14 @@ class Forward {
 
   /// One block of rows against one part of the keys.
   void attend_block(i64 index, int worker) {
-    const i64 split = index % shape_.key_splits;
-    const Block block = this->block(index / shape_.key_splits);
+    const i64 split = index / heads() % shape_.key_splits;
+    const Block block = this->block(index, shape_.key_splits);
     if (block.rows <= 0) return;
     const Context context{call_, call_.sequences[block.batch], block.batch};
     ForwardScratch<kWord> my = scratch(worker);
     [[maybe_unused]] const Tiles tiles;
     const i64 panels = (block.rows + kPanelRows - 1) / kPanelRows;
-    const RowMap map{group(), block.kv_head * group(), block.first_row + block.rows};
+    const RowMap map{group(), block.kv_head * group(), block.first_row + block.rows, parts()};
     for (i64 p = 0; p < panels; ++p) {
       set_rows(my.panels[p], context, map, block.first_row + p * kPanelRows);
       pack_panel<kWord>(my.q + p * my.q_floats, my.rows, my.bad, my.panels[p], context, call_.q, call_.head_dim,
@@ -220,6 +226,7 @@ class Forward {
     keys.end = math::smaller(keys.end, (split + 1) * shape_.keys_per_split);
     for (i64 j = keys.begin / kForwardKeys * kForwardKeys; j < keys.end; j += kPackedKeys<kWord>) {
       const Interval tile{j, math::smaller(j + kPackedKeys<kWord>, keys.end)};
+      if (block.rows <= kWidth && can_stay(tile) && attend_in_place(my, context, tile, block.kv_head)) continue;
       my.k.pack(context, call_.k, tile, block.kv_head);
       my.v.pack(context, call_.v, tile, block.kv_head);
       my.v.clear_bad(tile.end - tile.begin);
@@ -227,6 +234,39 @@ class Forward {
       for (i64 p = 0; p < panels; ++p) attend(my, p, context, tile, block.kv_head);
     }
     for (i64 p = 0; p < panels; ++p) store_panel(my, p, context, block, split);
+  }
+
+  /// Whether these keys and values are words where the caller keeps them.
+  [[nodiscard]] bool can_stay(Interval keys) const {
+    if constexpr (kWord == Word::kFloat) return call_.type == Element::kFloat32;
+    constexpr i64 kStep = kDepthStep<kWord> * kPerWord<kWord>;
+    return ((keys.end - keys.begin) | call_.head_dim | call_.head_dim_v) % kStep == 0 &&
+           (call_.k.row | call_.v.row) % i64{sizeof(float)} == 0;
+  }
+
+  /// The panel whose rows share a vector against keys and values where the caller keeps them: they are read once, by it
+  /// alone, so packing would cost more than it gives.  Values that are not finite show in O, which is then left as it
+  /// was, and false returned.
+  bool attend_in_place(const ForwardScratch<kWord>& packed, const Context& context, Interval keys, i64 kv_head) {
+    ForwardScratch<kWord> my = packed;
+    my.k.point_to(context, call_.k, keys.begin, kv_head);
+    my.v.point_to(context, call_.v, keys.begin, kv_head);
+    for (i64 r = 0; kWord == Word::kPair && r < keys.end - keys.begin; ++r) {  // products of floats fetch as they go
+      fetch_row(reinterpret_cast<const char*>(my.k.row(r)), call_.type, call_.head_dim);
+      fetch_row(reinterpret_cast<const char*>(my.v.row(r)), call_.type, call_.head_dim_v);
+    }
+    my.v_columns.take(my.v, keys.end - keys.begin);
+    const i64 rows = call_.head_dim_v / my.panels[0].parts;
+    const V reference = load(my.reference), sum_of_p = load(my.sum_of_p);
+    for (i64 r = 0; r < rows; ++r) store(my.rows + r * kWidth, load(my.o + r * kPanelRows));
+    attend(my, 0, context, keys, kv_head);
+    V taint{};  // 0·x is NaN where x is not finite
+    for (i64 r = 0; r < rows; ++r) taint += load(my.o + r * kPanelRows) * 0.0F;
+    if (!any(taint != V{})) return true;
+    for (i64 r = 0; r < rows; ++r) store(my.o + r * kPanelRows, load(my.rows + r * kWidth));
+    store(my.reference, reference);
+    store(my.sum_of_p, sum_of_p);
+    return false;
   }
 
   /// One panel of queries against the keys that are packed.
@@ -251,7 +291,7 @@ class Forward {
       const Interval strip{j, math::smaller(j + kStripKeys<kWord>, keys.end)};
       const math::TileState state = context.sequence.band.tile(panel.queries, strip);
       if (state == math::TileState::kHidden ||
-          (call_.mask.data != nullptr && !gather_mask(my.mask, panel, context, strip))) {
+          (call_.mask.data != nullptr && !gather(my.mask, panel, context, call_.mask, 1, strip))) {
         add_values(j);
         first = strip.end;
         continue;
@@ -283,15 +323,18 @@ class Forward {
   void store_panel(ForwardScratch<kWord>& my, i64 p, const Context& context, const Block& block, i64 split) {
     const Panel& panel = my.panels[p];
     const float* o = my.o + p * my.o_floats;
-    const i64 stride = whole(call_.head_dim_v, kWidth);
+    const i64 stride = whole(call_.head_dim_v, kWidth), parts = panel.parts;
     transpose_words<Word::kFloat>(my.rows, stride, o, kPanelRows, stride, kPanelRows, 1.0F);
-    for (i64 lane = 0; lane < panel.rows; ++lane) {
+    for (i64 lane = 0; lane < panel.lanes; lane += parts) {
       float* row = my.rows + lane * stride;
+      for (i64 c = 0; c < call_.head_dim_v && parts > 1; c += parts) {
+        for (i64 x = 0; x < parts; ++x) row[c + x] = o[c / parts * kPanelRows + lane + x];
+      }
       const float reference = my.reference[p * kPanelRows + lane], sum_of_p = my.sum_of_p[p * kPanelRows + lane];
       if (shape_.key_splits == 1) {
         write_row(context, panel.query[lane], panel.head[lane], reference, sum_of_p, row);
       } else {
-        float* part = partial(block, block.first_row + p * kPanelRows + lane, split);
+        float* part = partial(block, block.first_row + p * kPanelRows + lane / parts, split);
         for (i64 c = 0; c < call_.head_dim_v; ++c) part[c] = row[c];
         part[call_.head_dim_v] = reference;
         part[call_.head_dim_v + 1] = sum_of_p;
@@ -301,7 +344,7 @@ class Forward {
 
   /// Puts together what the splits of each row left, in their order.
   void combine_block(i64 index, int worker) {
-    const Block block = this->block(index);
+    const Block block = this->block(index, 1);
     const Context context{call_, call_.sequences[block.batch], block.batch};
     const ForwardScratch<kWord> my = scratch(worker);
     const i64 dim = call_.head_dim_v;
@@ -325,9 +368,10 @@ class Forward {
 
   const FlashCall& call_;
   const ForwardShape& shape_;
-  std::byte* workspace_;
-  std::size_t scratch_bytes_;
-  float* partials_;
+  i64 scratch_;           // bytes a worker
+  std::byte* workspace_;  // of all workers
+  float* partials_;       // [head][row][split][partial_floats]
+  std::size_t bytes_;
 };
 
 }  // namespace fovea::cpu::FOVEA_ISA

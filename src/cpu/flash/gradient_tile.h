@@ -54,7 +54,7 @@ struct RowGroup {
   float *log2_lse, *delta;  // [lane]
   float *s, *ds, *tanhs;    // [kKeyTile][kGroupRows]: scores, then P; dP, then dS; of softcap
   float* extra;             // [kKeyTile][kPanelRows]: bias, dropout or pairs
-  float* mask;              // [kKeyTile][kPanelRows]: −1 keeps
+  float* mask;              // [kKeyTile / 4][kPanelRows]
 
   RowGroup(Arena& arena, const FlashCall& call)
       : panels(arena.take<Panel>(kPanels)), q(arena, call.head_dim), dout(arena, call.head_dim_v) {
@@ -64,7 +64,7 @@ struct RowGroup {
     ds = arena.take<float>(kKeyTile * kGroupRows);
     tanhs = arena.take<float>(kKeyTile * kGroupRows);
     extra = arena.take<float>(kKeyTile * kPanelRows);
-    mask = arena.take<float>(kKeyTile * kPanelRows);
+    mask = arena.take<float>(kKeyTile / 4 * kPanelRows);
   }
 
   /// Packs rows [first_row, first_row + kGroupRows) of the map.
@@ -79,19 +79,13 @@ struct RowGroup {
       for (i64 lane = 0; lane < kPanelRows; ++lane) {
         log2_lse[at + lane] = kInfinity;
         delta[at + lane] = 0.0F;
-        if (lane >= panels[p].rows) continue;
+        if (lane >= panels[p].lanes) continue;
         const i64 from =
             panels[p].query[lane] * group + panels[p].head[lane] % group;  // stats count rows of the whole group
         log2_lse[at + lane] = stats.log2_lse[from];
         delta[at + lane] = stats.delta[from];
       }
     }
-  }
-
-  [[nodiscard]] Interval queries() const {
-    i64 last = 0;
-    while (last + 1 < kPanels && panels[last + 1].rows > 0) ++last;
-    return {panels[0].queries.begin, panels[last].queries.end};
   }
 
   [[nodiscard]] Tile tile_of(float* data, i64 panel, Interval keys) const {
@@ -123,10 +117,10 @@ struct RowGroup {
     const FlashCall& call = context.call;
     const Panel& panel = panels[p];
     math::TileState state =
-        panel.rows == 0 ? math::TileState::kHidden : context.sequence.band.tile(panel.queries, scores.keys);
+        panel.lanes == 0 ? math::TileState::kHidden : context.sequence.band.tile(panel.queries, scores.keys);
     if (state == math::TileState::kHidden) return false;
-    if (panel.rows < kPanelRows) state = math::TileState::kPartial;  // hides the lanes without a row from NaN keys
-    if (call.mask.data != nullptr && !gather_mask(mask, panel, context, scores.keys)) return false;
+    if (panel.lanes < kPanelRows) state = math::TileState::kPartial;  // hides the lanes without a row from NaN keys
+    if (call.mask.data != nullptr && !gather(mask, panel, context, call.mask, 1, scores.keys)) return false;
 
     product<kWord, ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // S = K Qᵀ
         {k.row(at), k.stride, q.column(p), kPanelRows, scores.data, kGroupRows, q.words}, scores.rows());

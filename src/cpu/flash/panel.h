@@ -27,14 +27,23 @@ class Arena {
   }
   [[nodiscard]] std::size_t used() const { return used_; }
 
+  /// What a scratch takes.
+  template <class Scratch, class Shape>
+  static i64 bytes_of(const FlashCall& call, const Shape& shape) {
+    Arena counted(nullptr);
+    Scratch(counted, call, shape);
+    return static_cast<i64>(counted.used());
+  }
+
  private:
   std::byte* base_;
   std::size_t used_ = 0;
 };
 
-/// Row r is query r / group of head first_head + r % group.
+/// Row r is query r / group of head first_head + r % group.  `parts` lanes next to each other hold a row: its scores in
+/// each of them, its q and O shared out among them, element c to lane c % parts.
 struct RowMap {
-  i64 group, first_head, rows;
+  i64 group, first_head, rows, parts = 1;
 };
 
 struct alignas(64) Panel {
@@ -43,7 +52,8 @@ struct alignas(64) Panel {
       draw_column[kPanelRows];  // dropout stream; row patch folded in
   i64 query[kPanelRows], head[kPanelRows];
   Interval queries;  // of the real rows
-  i64 rows;          // real rows; lanes past them see nothing and are never stored
+  i64 lanes;         // that hold real rows; those past them see nothing and are never stored
+  i64 parts;
 };
 
 /// One sequence of one call: what score and mask rules need to know.
@@ -82,14 +92,16 @@ struct Context {
 
 inline void set_rows(Panel& panel, const Context& context, const RowMap& map, i64 first_row) {
   const FlashCall& call = context.call;
-  const i64 left = map.rows - first_row;
-  panel.rows = math::smaller(math::larger(left, i64{0}), kPanelRows);
+  const i64 left = (map.rows - first_row) * map.parts;
+  panel.lanes = math::smaller(math::larger(left, i64{0}), kPanelRows);
+  panel.parts = map.parts;
   i64 stream_head = -1;
   math::DropoutStream stream{};
   for (i64 lane = 0; lane < kPanelRows; ++lane) {
-    const bool real = lane < panel.rows;
-    const i64 i = real ? (first_row + lane) / map.group : kNoQuery;
-    const i64 head = map.first_head + (real ? (first_row + lane) % map.group : 0);
+    const bool real = lane < panel.lanes;
+    const i64 row = first_row + lane / map.parts;
+    const i64 i = real ? row / map.group : kNoQuery;
+    const i64 head = map.first_head + (real ? row % map.group : 0);
     panel.query[lane] = i;
     panel.head[lane] = head;
     panel.slope[lane] = !call.alibi ? 0.0F : kLog2E * call.slopes.data[context.batch * call.slopes.batch + head];
@@ -104,14 +116,37 @@ inline void set_rows(Panel& panel, const Context& context, const RowMap& map, i6
       panel.draw_column[lane] = stream.b;
     }
   }
-  panel.queries = panel.rows == 0 ? Interval{0, 0} : Interval{panel.query[0], panel.query[panel.rows - 1] + 1};
+  panel.queries = panel.lanes == 0 ? Interval{0, 0} : Interval{panel.query[0], panel.query[panel.lanes - 1] + 1};
+}
+
+/// C is a vector wide, and the rows of the panel lie in kParts lanes or fewer each.
+template <ALayout kLayout, Init kInit, int kParts = kWidth>
+inline void product_of_parts(const Panel& panel, ProductArgs args, i64 rows) {
+  if constexpr (kParts > 2) {
+    if (panel.parts < kParts) return product_of_parts<kLayout, kInit, kParts / 2>(panel, args, rows);
+  }
+  if constexpr (kLayout == ALayout::kColumnMajor)
+    return product<Word::kFloat, kLayout, kInit, 1, kParts>(args, rows / kParts);
+  args.depth /= kParts;
+  product<Word::kFloat, kLayout, kInit, 1, kParts>(args, rows);
+  for (float* c = args.c; c < args.c + rows * args.c_stride; c += args.c_stride)
+    store(c, sum_of_group<kParts>(load(c)));
 }
 
 /// C is as wide as a panel; only its first vector is made where no more rows are real, as when one query is asked.
 template <Word kWord, ALayout kLayout, Init kInit>
 inline void product_of_panel(const Panel& panel, const ProductArgs& args, i64 rows) {
-  if (panel.rows <= kWidth) return product<kWord, kLayout, kInit, 1>(args, rows);
+  if constexpr (kWord == Word::kFloat) {
+    if (panel.parts > 1) return product_of_parts<kLayout, kInit>(panel, args, rows);
+  }
+  if (panel.lanes <= kWidth) return product<kWord, kLayout, kInit, 1>(args, rows);
   product<kWord, kLayout, kInit, kPanelVectors>(args, rows);
+}
+
+/// Asks memory for a row of elements; it may be one past the last.  Inlined: GCC drops calls of what only fetches.
+inline constexpr i64 kRowsAhead = 16;
+FOVEA_INLINE void fetch_row(const char* row, Element type, i64 dim) {
+  for (i64 b = 0; b < dim * bytes(type); b += 64) __builtin_prefetch(row + b);
 }
 
 /// Words of a row in memory: whole vectors, so that rows can be transposed.
@@ -131,12 +166,18 @@ inline void pack_panel(float* columns, float* rows, bool* bad, const Panel& pane
     bad[lane] = false;
     if (panel.query[lane] < context.sequence.band.seqlen_q) {
       const char* from = context.q_row(view, panel.query[lane], panel.head[lane]);
+      fetch_row(from + kRowsAhead * view.row, context.call.type, dim);
       bad[lane] = !pack_row<kWord>(row, from, context.call.type, dim, words);
     } else {
       for (i64 w = 0; w < words; ++w) row[w] = 0.0F;
     }
   }
-  transpose_words<kWord>(columns, kPanelRows, rows, words, kPanelRows, words_of<kWord>(dim), factor);
+  if (panel.parts == 1)
+    return transpose_words<kWord>(columns, kPanelRows, rows, words, kPanelRows, words_of<kWord>(dim), factor);
+  for (i64 c = 0; c < dim; c += panel.parts, columns += kPanelRows) {
+    for (i64 lane = 0; lane < kWidth; ++lane)
+      columns[lane] = rows[lane * words + c + (lane & (panel.parts - 1))] * factor;
+  }
 }
 
 /// A block of keys or values as words, [key][stride], up to a whole number of words' depth.
@@ -158,10 +199,18 @@ struct PackedRows {
 
   [[nodiscard]] float* row(i64 r) const { return data + r * stride; }
 
+  /// Takes words where they lie, whatever they are, instead of packing them.
+  void point_to(const Context& context, const RowView& view, i64 first_key, i64 head) {
+    data = reinterpret_cast<float*>(const_cast<char*>(context.kv_row(view, first_key, head)));
+    stride = view.row / i64{sizeof(float)};
+    any_bad = false;
+  }
+
   void pack(const Context& context, const RowView& view, Interval keys, i64 head) {
     any_bad = false;
     for (i64 j = keys.begin; j < keys.end; ++j) {
       const i64 at = j - keys.begin;
+      fetch_row(context.kv_row(view, j + kRowsAhead, head), context.call.type, dim);
       bad[at] = !pack_row<kWord>(row(at), context.kv_row(view, j, head), context.call.type, dim, words);
       any_bad = any_bad || bad[at];
     }

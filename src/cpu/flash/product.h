@@ -35,8 +35,9 @@ FOVEA_INLINE i64 words_of(i64 n) {
   return whole((n + kPerWord<kWord> - 1) / kPerWord<kWord>, kDepthStep<kWord>);
 }
 
-/// kRows rows of C, kVectors vectors wide.
-template <Word kWord, ALayout kLayout, Init kInit, int kRows, int kVectors>
+/// kRows rows of C, kVectors vectors wide.  With kParts > 1 every word of A is that many floats, which groups of as
+/// many lanes take one by one.
+template <Word kWord, ALayout kLayout, Init kInit, int kRows, int kVectors, int kParts>
 FOVEA_INLINE void product_block(const ProductArgs& args, i64 row) {
   V acc[kRows][kVectors];
   float* c = args.c + row * args.c_stride;
@@ -46,16 +47,25 @@ FOVEA_INLINE void product_block(const ProductArgs& args, i64 row) {
     }
   }
   constexpr bool kRowMajor = kLayout == ALayout::kRowMajor;
-  const float* a = args.a + row * (kRowMajor ? args.a_stride : 1);
+  const float* a = args.a + row * (kRowMajor ? args.a_stride : kParts);
   const float* b = args.b;
+  constexpr i64 kAhead = 32, kSteps = kParts > 1 ? 16 / kParts : 1;  // of a cache line
   for (i64 k = 0; k < args.depth; ++k) {
+    if constexpr (kParts > 1 && kRowMajor) {
+      FOVEA_UNROLL for (int m = 0; m + kSteps <= kRows; m += kSteps)
+          __builtin_prefetch(a + (kAhead + m + k % kSteps) * args.a_stride, 0, 2);
+    }
+    if constexpr (kParts > 1 && !kRowMajor) {
+      FOVEA_UNROLL for (int m = 0; m < kRows * kParts; m += 16)
+          __builtin_prefetch(a + kAhead * args.a_stride + m, 0, 2);
+    }
     V bk[kVectors];
     FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) bk[n] = load(b + n * kWidth);
     FOVEA_UNROLL for (int m = 0; m < kRows; ++m) {
-      const V am = splat(a[kRowMajor ? m * args.a_stride : m]);
+      const V am = splat<kParts>(a + m * (kRowMajor ? args.a_stride : kParts));
       FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) acc[m][n] = multiply_add<kWord>(am, bk[n], acc[m][n]);
     }
-    a += kRowMajor ? 1 : args.a_stride;
+    a += kRowMajor ? kParts : args.a_stride;
     b += args.b_stride;
   }
   FOVEA_UNROLL for (int m = 0; m < kRows; ++m) {
@@ -143,17 +153,17 @@ inline constexpr bool kHasTiles = false;
 struct Tiles {};  // of a CPU without
 #endif
 
-/// Rows [row, rows), as many at a time as registers allow, then by halves.
-template <Word kWord, ALayout kLayout, Init kInit, int kVectors, int kRows = kAccumulators / kVectors>
+/// Rows [row, rows), kRows at a time, then by halves.
+template <Word kWord, ALayout kLayout, Init kInit, int kRows, int kVectors, int kParts>
 inline void product_rows(const ProductArgs& args, i64 row, i64 rows) {
-  for (; row + kRows <= rows; row += kRows) product_block<kWord, kLayout, kInit, kRows, kVectors>(args, row);
+  for (; row + kRows <= rows; row += kRows) product_block<kWord, kLayout, kInit, kRows, kVectors, kParts>(args, row);
   if constexpr (kRows > 1) {
-    if (row < rows) product_rows<kWord, kLayout, kInit, kVectors, kRows / 2>(args, row, rows);
+    if (row < rows) product_rows<kWord, kLayout, kInit, kRows / 2, kVectors, kParts>(args, row, rows);
   }
 }
 
 /// C is kVectors vectors wide.
-template <Word kWord, ALayout kLayout, Init kInit, int kVectors>
+template <Word kWord, ALayout kLayout, Init kInit, int kVectors, int kParts = 1>
 [[gnu::noinline]] void product(const ProductArgs& args, i64 rows) {
   rows = whole(rows, kRowStep<kWord>);
 #if defined(__AMX_BF16__)
@@ -164,7 +174,10 @@ template <Word kWord, ALayout kLayout, Init kInit, int kVectors>
     return;
   }
 #endif
-  product_rows<kWord, kLayout, kInit, kVectors>(args, 0, rows);
+  // As many as registers allow; of rows where the caller keeps them, which may all lie in the same set of L1, 8.
+  constexpr int kRows =
+      kParts > 1 ? (kLayout == ALayout::kRowMajor ? 8 : kAccumulators * 2 / 3) : kAccumulators / kVectors;
+  product_rows<kWord, kLayout, kInit, kRows, kVectors, kParts>(args, 0, rows);
 }
 
 /// C is `vectors` vectors wide, any number: four at a time (two where tiles hold C), then what is left.

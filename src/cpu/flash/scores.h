@@ -70,50 +70,70 @@ struct Distance {
   Distance(const Panel& panel, const Context& context, Interval keys) {
     for (i64 lane = 0; lane < kPanelRows; ++lane) {
       base[lane] =
-          lane < panel.rows ? static_cast<float>(panel.query[lane] + context.sequence.band.offset - keys.begin) : 0.0F;
+          lane < panel.lanes ? static_cast<float>(panel.query[lane] + context.sequence.band.offset - keys.begin) : 0.0F;
     }
   }
   FOVEA_INLINE V at(i64 r, int lane) const { return absolute(load(base + lane) - splat(static_cast<float>(r))); }
 };
 
-/// Copies the entries of a mask or bias under a tile to out[key][kPanelRows], as `read` finds one and `read_vector` as
-/// many neighbours as a vector holds; tells whether any of them is not zero.
-template <class Read, class ReadVector>
-inline bool gather(float* out, const Panel& panel, const Context& context, const EntryView& view, Interval keys,
-                   i64 entry_bytes, Read read, ReadVector read_vector) {
-  const i64 n = keys.end - keys.begin, whole = view.key == entry_bytes ? n / kWidth * kWidth : 0;
-  const char* from[kPanelRows];
-  for (i64 lane = 0; lane < panel.rows; ++lane)
-    from[lane] = context.entry(view, panel.query[lane], keys.begin, panel.head[lane]);
+/// Copies a mask or bias under a tile as words of 4 / entry_bytes keys, lane by lane, to out[word][kPanelRows]; false
+/// if all of it is 0.  Lanes without a row repeat the last that has one.
+inline bool gather(float* out, const Panel& panel, const Context& context, const EntryView& view, i64 entry_bytes,
+                   Interval keys) {
+  const i64 n = keys.end - keys.begin, step = kWidth * 4 / entry_bytes, words = (n * entry_bytes + 3) / 4;
   VI found{};
   for (i64 first = 0; first < kPanelRows; first += kWidth) {
-    for (i64 r = 0; r < whole; r += kWidth) {
+    const char* from[kWidth];
+    for (i64 i = 0; i < kWidth; ++i) {
+      const i64 lane = math::smaller(first + i, panel.lanes - 1);
+      from[i] = context.entry(view, panel.query[lane], keys.begin, panel.head[lane]);
+    }
+    for (i64 w = 0, r = 0; r < n; w += kWidth, r += step) {
       V x[kWidth];
-      FOVEA_UNROLL for (int i = 0; i < kWidth; ++i) {
-        x[i] = first + i < panel.rows ? read_vector(from[first + i] + r * entry_bytes) : V{};
-        found |= as_int(x[i]);
+      if (view.key == entry_bytes && keys.begin + r + step <= context.sequence.kv_rows) {
+        FOVEA_UNROLL for (int i = 0; i < kWidth; ++i) x[i] = load(reinterpret_cast<const float*>(from[i] + 4 * w));
+      } else {
+        for (i64 i = 0; i < kWidth; ++i) {
+          alignas(64) char row[kWidth * 4] = {};
+          for (i64 b = 0; b < math::smaller(step, n - r) * entry_bytes; ++b)
+            row[b] = from[i][(r + b / entry_bytes) * view.key + b % entry_bytes];
+          x[i] = load(reinterpret_cast<const float*>(row));
+        }
       }
       transpose(x);
-      FOVEA_UNROLL for (int i = 0; i < kWidth; ++i) store(out + (r + i) * kPanelRows + first, x[i]);
-    }
-    for (i64 lane = first; lane < first + kWidth; ++lane) {
-      for (i64 r = whole; r < n; ++r) {
-        const float x = lane < panel.rows ? read(from[lane] + r * view.key) : 0.0F;
-        out[r * kPanelRows + lane] = x;
-        found[0] |= __builtin_bit_cast(std::int32_t, x);
+      FOVEA_UNROLL for (int i = 0; i < kWidth; ++i) {
+        if (w + i >= words) break;
+        found |= as_int(x[i]);
+        store(out + (w + i) * kPanelRows + first, x[i]);
       }
     }
   }
   return any(found);
 }
 
-/// The mask under a tile as −1 (keep) or 0; false if it hides the whole tile.
-inline bool gather_mask(float* out, const Panel& panel, const Context& context, Interval keys) {
-  constexpr auto kKeep = -1;
-  return gather(
-      out, panel, context, context.call.mask, keys, 1,
-      [](const char* p) { return __builtin_bit_cast(float, *p != 0 ? kKeep : 0); },
-      [](const char* p) { return as_float(widen_bytes(p) != 0); });
+/// S = K Qᵀ of a panel.  Meanwhile memory is asked for the mask and bias of the next one against the same keys, a few
+/// lines at a time: they lie far from each other, and a core keeps track of some 16 that are on their way.
+template <Word kWord>
+inline void score_product(const Panel& panel, const Panel* next, const Context& context, Interval keys,
+                          ProductArgs args) {
+  constexpr i64 kSlice = kWord == Word::kPair ? kTileStrip : kAccumulators / kPanelVectors;
+  const i64 rows = keys.end - keys.begin, lanes = kPanelRows * kSlice / rows + 1;
+  if (next == nullptr) return product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(panel, args, rows);
+  i64 lane = 0;
+  const auto fetch = [&](const EntryView& view, i64 entry_bytes) __attribute__((always_inline)) {
+    if (view.data == nullptr || view.key != entry_bytes) return;
+    const char* from = context.entry(view, next->query[lane], keys.begin, next->head[lane]);
+    for (i64 b = 0; b < rows * entry_bytes; b += 64) __builtin_prefetch(from + b);
+  };
+  for (i64 r = 0; r < rows; r += kSlice) {
+    for (const i64 end = math::smaller(lane + lanes, next->lanes); lane < end; ++lane) {
+      fetch(context.call.mask, 1);
+      fetch(context.call.bias, bytes(context.call.bias_type));
+    }
+    product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(panel, args, math::smaller(kSlice, rows - r));
+    args.a += kSlice * args.a_stride;
+    args.c += kSlice * args.c_stride;
+  }
 }
 
 inline void hide_outside_band(const Tile& s, const Panel& panel, const Context& context) {
@@ -142,7 +162,7 @@ inline Tile hide_past_end(Tile s) {
   return s;
 }
 
-/// S from the product becomes what the softmax sees, but for the factor that is returned.  `mask` is what gather_mask
+/// S from the product becomes what the softmax sees, but for the factor that is returned.  `mask` is what gather
 /// gave; `scratch` holds a tile; `tanhs`, where the backward wants it, receives softcap's tanh.
 template <Word kWord>
 inline float finish_scores(const Tile& s, const Panel& panel, const Context& context, math::TileState state,
@@ -168,18 +188,17 @@ inline float finish_scores(const Tile& s, const Panel& panel, const Context& con
         s, [&](i64 r, int lane, float* at) { store(at, load(at) - load(panel.slope + lane) * distance.at(r, lane)); });
   }
   if (call.bias.data != nullptr) {
-    const Element type = call.bias_type;
-    gather(
-        scratch, panel, context, call.bias, s.keys, bytes(type), [type](const char* p) { return widen(p, type); },
-        [type](const char* p) { return widen_vector(p, type); });
+    const i64 size = bytes(call.bias_type);
+    gather(scratch, panel, context, call.bias, size, s.keys);
     for_each_vector(s, [&](i64 r, int lane, float* at) {
-      const V bias = load(scratch + r * kPanelRows + lane);
+      const V words = load(scratch + r * size / 4 * kPanelRows + lane);
+      const V bias = element_of_words(words, call.bias_type, r * size % 4 != 0);
       store(at, bias == splat(-kInfinity) ? bias : load(at) + bias * kLog2E);
     });
   }
   if (call.mask.data != nullptr) {
     for_each_vector(s, [&](i64 r, int lane, float* at) {
-      const VI keep = as_int(load(mask + r * kPanelRows + lane));
+      const VU keep = as_unsigned(load(mask + r / 4 * kPanelRows + lane)) & (0xffU << (r % 4 * 8));
       store(at, keep != 0 ? load(at) : splat(-kInfinity));
     });
   }

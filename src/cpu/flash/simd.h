@@ -43,7 +43,7 @@ inline constexpr bool kHasPairs = false;
 using V = float __attribute__((vector_size(kWidth * 4)));
 using VI = std::int32_t __attribute__((vector_size(kWidth * 4)));
 using VU = std::uint32_t __attribute__((vector_size(kWidth * 4)));
-using LooseV __attribute__((aligned(2), may_alias)) = V;  // pairs of 16 bits begin anywhere even
+using LooseV __attribute__((aligned(1), may_alias)) = V;  // the bytes of a mask begin anywhere
 
 inline constexpr float kInfinity = __builtin_inff();
 inline constexpr float kLog2E = 1.44269504088896341F;
@@ -65,6 +65,25 @@ FOVEA_INLINE V splat(float x) {
 #else
   return V{x, x, x, x};
 #endif
+}
+
+/// kCount floats from p on, again and again.
+template <int kCount>
+FOVEA_INLINE V splat(const float* p) {
+  if constexpr (kCount == 1) return splat(*p);
+  if constexpr (kCount == kWidth) return load(p);
+  V r{};
+#if defined(__AVX512F__)
+  if constexpr (kCount == 2) r = V(_mm512_castsi512_ps(_mm512_broadcastq_epi64(_mm_loadu_si64(p))));
+  if constexpr (kCount == 4) r = V(_mm512_broadcast_f32x4(_mm_loadu_ps(p)));
+  if constexpr (kCount == 8) r = V(_mm512_broadcast_f32x8(_mm256_loadu_ps(p)));
+#elif defined(__AVX2__)
+  if constexpr (kCount == 2) r = V(_mm256_castsi256_ps(_mm256_broadcastq_epi64(_mm_loadu_si64(p))));
+  if constexpr (kCount == 4) r = V(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)));
+#else
+  for (int i = 0; i < kWidth; ++i) r[i] = p[i % kCount];
+#endif
+  return r;
 }
 FOVEA_INLINE VI splat(std::int32_t x) { return VI{} + x; }
 FOVEA_INLINE VU splat(std::uint32_t x) { return VU{} + x; }
@@ -111,6 +130,17 @@ FOVEA_INLINE void transpose(V (&x)[kWidth]) {
     if ((i & kHalf) == 0) swap_halves<kHalf>(x[i], x[i + kHalf], AllLanes{});
   }
   if constexpr (kHalf > 1) transpose<kHalf / 2>(x);
+}
+
+/// Every lane becomes the sum of the kCount lanes of its group.
+template <int kHalf, int... kLane>
+FOVEA_INLINE V flip_halves(V x, Lanes<kLane...> /*all*/) {
+  return __builtin_shufflevector(x, x, (kLane ^ kHalf)...);
+}
+template <int kCount>
+FOVEA_INLINE V sum_of_group(V x) {
+  if constexpr (kCount == 1) return x;
+  return sum_of_group<kCount / 2>(x + flip_halves<kCount / 2>(x, AllLanes{}));
 }
 
 /// Of what a comparison gave.
@@ -207,10 +237,6 @@ FOVEA_INLINE V tanh(V x) {
   return a < splat(0.625F) ? near : signed_far;
 }
 
-FOVEA_INLINE float sum(V x) {
-  float total = 0.0F;
-  for (int i = 0; i < kWidth; ++i) total += x[i];
-  return total;
-}
+FOVEA_INLINE float sum(V x) { return sum_of_group<kWidth>(x)[0]; }
 
 }  // namespace fovea::cpu::FOVEA_ISA

@@ -36,20 +36,7 @@ FOVEA_INLINE VU widen_shorts(const char* p) {
   return __builtin_convertvector(x, VU);
 #endif
 }
-FOVEA_INLINE VI widen_bytes(const char* p) {
-#if defined(__AVX512F__)
-  return VI(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p))));
-#elif defined(__AVX2__)
-  return VI(_mm256_cvtepi8_epi32(_mm_loadu_si64(p)));
-#else
-  return VI{p[0], p[1], p[2], p[3]};
-#endif
-}
-
-FOVEA_INLINE V widen_vector(const char* p, Element type) {
-  if (type == Element::kFloat32) return load(reinterpret_cast<const float*>(p));
-  if (type == Element::kBFloat16) return as_float(widen_shorts(p) << 16);
-  const Short x = *reinterpret_cast<const LooseShort*>(p);
+FOVEA_INLINE V widen_halves(Short x) {
 #if defined(__AVX512F__)
   return V(_mm512_cvtph_ps(__m256i(x)));
 #elif defined(__F16C__)
@@ -59,6 +46,19 @@ FOVEA_INLINE V widen_vector(const char* p, Element type) {
   for (int i = 0; i < kWidth; ++i) r[i] = math::float_of_half(x[i]);
   return r;
 #endif
+}
+
+FOVEA_INLINE V widen_vector(const char* p, Element type) {
+  if (type == Element::kFloat32) return load(reinterpret_cast<const float*>(p));
+  if (type == Element::kBFloat16) return as_float(widen_shorts(p) << 16);
+  return widen_halves(*reinterpret_cast<const LooseShort*>(p));
+}
+
+/// The fp32 elements that words are, or the first or second of the 16-bit ones that they hold.
+FOVEA_INLINE V element_of_words(V words, Element type, bool second) {
+  if (type == Element::kFloat32) return words;
+  const VU bits = second ? as_unsigned(words) & 0xffff0000U : as_unsigned(words) << 16;
+  return type == Element::kBFloat16 ? as_float(bits) : widen_halves(__builtin_convertvector(bits >> 16, Short));
 }
 
 FOVEA_INLINE void narrow_vector(char* p, Element type, V x) {
