@@ -43,7 +43,7 @@ struct CallParams {
   bool bias_in_runs;  // 8 keys of it can be read as one, or 16 bytes of them
   HeadView slopes;
   const float* sink;  // [head]
-  float scale, softcap;
+  float scale, softcap, per_softcap;
   u32 keep_threshold;  // of 65536
   float keep_scale;    // of what is kept
   u64 seed, offset;

@@ -3,6 +3,7 @@
 #include <fovea/error.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "cuda/driver.h"
 #include "dispatch/views.h"
@@ -57,6 +58,7 @@ void describe_call(const Problem& problem, CallParams& p) {
   p.band = math::BandRule::of(problem);
   p.scale = problem.scale();
   p.softcap = problem.softcap;
+  p.per_softcap = 1.0F / std::max(problem.softcap, std::numeric_limits<float>::min());
   p.keep_threshold = dispatch::keep_threshold(problem.dropout.probability);
   p.keep_scale = 65536.0F / static_cast<float>(p.keep_threshold);
   p.seed = problem.dropout.seed;

@@ -28,6 +28,11 @@ FOVEA_DEVICE float exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+FOVEA_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 FOVEA_DEVICE float log2(float x) {
   float y;
   asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -43,8 +48,8 @@ FOVEA_DEVICE float tanh(float x) {
   p = p * z + 1.33314422036e-1F;
   p = p * z - 3.33332819422e-1F;
   const float near = p * z * x + x;
-  const float far = 1.0F - __fdividef(2.0F, exp2(2.0F * kLog2E * a) + 1.0F);
-  return a < 0.625F ? near : copysignf(a > 20.0F ? 1.0F : far, x);
+  const float far = 1.0F - 2.0F * reciprocal(exp2(2.0F * kLog2E * a) + 1.0F);
+  return a < 0.625F ? near : copysignf(far, x);
 }
 
 /// Over the four lanes that share the rows of an accumulator; a NaN is passed over by the maximum.

@@ -47,7 +47,7 @@ inline constexpr bool kBareScores = !S.softcap && !S.alibi && !S.bias;
 /// What the softmax multiplies finished scores by to have them in units of log2.
 template <auto S>
 FOVEA_DEVICE float score_unit(const CallParams& p) {
-  return kBareScores<S> && p.scale > 0.0F ? p.scale * kLog2E : 1.0F;
+  return (kBareScores<S> && p.scale > 0.0F ? p.scale : 1.0F) * kLog2E;
 }
 
 /// kBytes from a multiple of kBytes, at most of 16.
@@ -76,6 +76,12 @@ struct Entries {
   u32 mask[S.mask ? kM : 1][2][S.mask ? kWords : 1];
   u32 bias[S.bias ? kM : 1][2][!S.bias ? 1 : kFp32 ? 2 * kN : kN];
 
+  template <class Order>
+  FOVEA_DEVICE bool sees(int i, int j, int e) const {
+    constexpr u32 kBit = 1;
+    const u32 at = Order::of_entry(j, e % 2);
+    return (mask[i][e / 2][at / 32] & kBit << at % 32) != 0;
+  }
   FOVEA_DEVICE float bias_of(int i, int j, int e) const {
     const int x = 2 * j + e % 2;
     if constexpr (kFp32) return __uint_as_float(bias[i][e / 2][x]);
@@ -91,24 +97,26 @@ FOVEA_DEVICE math::DropoutStream uniform(const math::DropoutStream& stream) {
   return {uniform(stream.key), uniform(stream.a), uniform(stream.b)};
 }
 
-/// All that scores depend on but their position.
-template <auto S, bool kPacked, class Order>
+/// All that scores depend on but their position.  kOneSlope: whoever asks knows the slope, one for all rows.
+template <auto S, bool kPacked, class Order, bool kOneSlope = false>
 struct ScoreRules {
   const CallParams& p;
   const Sequence& sequence;
   const RowMap<kPacked>& rows;
+  float one_slope = 0.0F;
 
-  /// softcap · tanh(x / softcap) − slope · distance + bias, in units of log2, for the entry of row r and key j.
+  /// softcap · tanh(x / softcap) − slope · distance + bias for the entry of row r and key j.
   FOVEA_DEVICE float score(float qk, int r, int j, float bias, float* tanh_of_it) const {
-    float s = qk * p.scale;
-    if constexpr (S.softcap) {
-      const float t = tanh(s / p.softcap);
-      if (tanh_of_it != nullptr) *tanh_of_it = t;
-      s = p.softcap * t;
-    }
+    float s = S.softcap ? capped(qk, tanh_of_it) : qk * p.scale;
     if constexpr (S.alibi) s -= slope(r) * distance(r, j);
     if constexpr (S.bias) s += bias;
-    return s * kLog2E;
+    return s;
+  }
+  /// The division keeps ptxas from taking all entries of a backward's tile at once, for which it has no registers.
+  FOVEA_DEVICE float capped(float qk, float* tanh_of_it) const {
+    const float s = qk * p.scale, t = tanh(tanh_of_it == nullptr ? s * p.per_softcap : s / p.softcap);
+    if (tanh_of_it != nullptr) *tanh_of_it = t;
+    return p.softcap * t;
   }
   FOVEA_DEVICE float bias_at(int r, int j) const {
     if constexpr (S.bias) {
@@ -116,14 +124,17 @@ struct ScoreRules {
     }
     return 0.0F;
   }
-  FOVEA_DEVICE float slope(int r) const { return p.slopes.data[sequence.batch * p.slopes.batch + rows.head(r)]; }
+  FOVEA_DEVICE float slope(int r) const { return kOneSlope ? one_slope : slope_of(p, sequence, rows.head(r)); }
+  FOVEA_DEVICE static float slope_of(const CallParams& p, const Sequence& sequence, int head) {
+    return p.slopes.data[sequence.batch * p.slopes.batch + head];
+  }
   FOVEA_DEVICE float distance(int r, int j) const {
     return fabsf(static_cast<float>(rows.query(r) + static_cast<int>(sequence.band.offset) - j));
   }
 
   /// One entry as `finish` leaves it.
   FOVEA_DEVICE float finished(float qk, int r, int j, float* tanh_of_it) const {
-    if constexpr (kBareScores<S>) return p.scale > 0.0F ? qk : qk * (p.scale * kLog2E);
+    if constexpr (kBareScores<S>) return p.scale > 0.0F ? qk : qk * p.scale;
     return score(qk, r, j, bias_at(r, j), tanh_of_it);
   }
 
@@ -217,12 +228,11 @@ struct ScoreRules {
 
   /// A piece of Q Kᵀ becomes what the softmax sees; hidden entries become −infinity.  Row and key 0 of the piece are
   /// row `row` of the block and key `key`.
-  template <int kM, int kN>
-  FOVEA_DEVICE void finish(Accumulator (&s)[kM][kN], int row, int key, const Sight& sight,
-                           const Entries<S, kM, kN>& entries) const {
+  template <int kM, int kN, class Found>
+  FOVEA_DEVICE void finish(Accumulator (&s)[kM][kN], int row, int key, const Sight& sight, const Found& entries) const {
     if constexpr (kBareScores<S>) {
       if (p.scale <= 0.0F) {  // the largest product is not the largest score
-        for_each_entry<kM, kN>([&](int i, int j, int e) { s[i][j].x[e] *= p.scale * kLog2E; });
+        for_each_entry<kM, kN>([&](int i, int j, int e) { s[i][j].x[e] *= p.scale; });
       }
     } else {
       score_all(s, row, key, static_cast<Accumulator(*)[kN]>(nullptr), entries);
@@ -230,34 +240,78 @@ struct ScoreRules {
     hide(s, row, key, sight, entries);
   }
 
-  /// `tanhs`, where the backward wants it, receives softcap's.
-  template <int kM, int kN>
+  /// What `score` makes of each entry.  `tanhs`, where the backward wants it, receives softcap's.
+  template <int kM, int kN, class Found>
   FOVEA_DEVICE void score_all(Accumulator (&s)[kM][kN], int row, int key, Accumulator (*tanhs)[kN],
-                              const Entries<S, kM, kN>& entries) const {
-    for_each_entry<kM, kN>([&](int i, int j, int e) {
-      float bias = 0.0F;
-      if constexpr (S.bias) bias = entries.bias_of(i, j, e);
-      s[i][j].x[e] = score(s[i][j].x[e], row + row_of(i, e), key + key_of(j, e), bias,
-                           tanhs == nullptr ? nullptr : &tanhs[i][j].x[e]);
-    });
+                              const Found& entries) const {
+    if constexpr (S.softcap) {
+      if (tanhs != nullptr || !cap_small(s)) {
+        for_each_entry<kM, kN>([&](int i, int j, int e) {
+          s[i][j].x[e] = capped(s[i][j].x[e], tanhs == nullptr ? nullptr : &tanhs[i][j].x[e]);
+        });
+      }
+    }
+    if constexpr (S.alibi) add_slopes(s, S.softcap ? 1.0F : p.scale, row, key);
+    if constexpr (S.bias) {
+      const float scale = S.softcap || S.alibi ? 1.0F : p.scale;
+      for_each_entry<kM, kN>(
+          [&](int i, int j, int e) { s[i][j].x[e] = s[i][j].x[e] * scale + entries.bias_of(i, j, e); });
+    }
   }
 
+  /// Softcap where all of a warp's scores are small beside it: an odd polynomial of relative error 4e-8 (Remez).  False
+  /// where they are not.
   template <int kM, int kN>
-  FOVEA_DEVICE void hide(Accumulator (&s)[kM][kN], int row, int key, const Sight& sight,
-                         const Entries<S, kM, kN>& entries) const {
+  FOVEA_DEVICE bool cap_small(Accumulator (&s)[kM][kN]) const {
+    const float to_x = p.scale * p.per_softcap;
+    float most = 0.0F;
+    for_each_entry<kM, kN>([&](int i, int j, int e) { most = fmaxf(most, fabsf(s[i][j].x[e])); });
+    if (__any_sync(kAllLanes, !(most * fabsf(to_x) < 0.35F))) return false;
+    const float a1 = p.softcap * -0.333326627F, a2 = p.softcap * 0.132998254F, a3 = p.softcap * -0.0491485022F;
+    for_each_entry<kM, kN>([&](int i, int j, int e) {
+      const float x = s[i][j].x[e] * to_x, z = x * x;
+      s[i][j].x[e] = x * (((a3 * z + a2) * z + a1) * z + p.softcap);
+    });
+    return true;
+  }
+
+  /// s · scale − slope · distance.  Away from the diagonal one multiply-add makes the distance's part; near it that
+  /// would cost digits.
+  template <int kM, int kN>
+  FOVEA_DEVICE void add_slopes(Accumulator (&s)[kM][kN], float scale, int row, int key) const {
+    const int to_key = static_cast<int>(sequence.band.offset) - key;
+    const bool away = rows.query(row) + to_key >= 2 * 8 * kN || rows.query(row + 16 * kM - 1) + to_key <= 0;
+#pragma unroll
+    for (int x = 0; x < 2 * kM; ++x) {
+      const int r = row + row_of(x / 2, x % 2 * 2);
+      const float first = static_cast<float>(rows.query(r) + to_key - key_of(0, 0)), steep = slope(r);
+      const float a_key = first > 0.0F ? steep : -steep;
+      const auto entry = [&](int y) -> float& { return s[x / 2][y / 2].x[x % 2 * 2 + y % 2]; };
+      const auto keys = [](int y) { return static_cast<float>(Order::of_entry(y / 2, y % 2)); };
+      if (away) {
+#pragma unroll
+        for (int y = 0; y < 2 * kN; ++y)
+          entry(y) = __fmaf_rn(entry(y), scale, __fmaf_rn(a_key, keys(y), -a_key * first));
+      } else {
+#pragma unroll
+        for (int y = 0; y < 2 * kN; ++y) entry(y) = __fmaf_rn(entry(y), scale, -steep * fabsf(first - keys(y)));
+      }
+    }
+  }
+
+  template <int kM, int kN, class Found>
+  FOVEA_DEVICE void hide(Accumulator (&s)[kM][kN], int row, int key, const Sight& sight, const Found& entries) const {
     if (S.mask && sight.mask != TileState::kFull) {
       for_each_entry<kM, kN>([&](int i, int j, int e) {
-        constexpr u32 kBit = 1;
-        const u32 at = Order::of_entry(j, e % 2);
-        if ((entries.mask[i][e / 2][at / 32] & kBit << at % 32) == 0) s[i][j].x[e] = -infinity();
+        if (!entries.template sees<Order>(i, j, e)) s[i][j].x[e] = -infinity();
       });
     }
     if (sight.band == TileState::kPartial) hide_outside_band(s, row, key);
   }
 
   /// A bias of −infinity hides, whatever the product was; where all are finite the sum says so by itself.
-  template <int kM, int kN>
-  FOVEA_DEVICE static void hide_by_bias(Accumulator (&s)[kM][kN], const Entries<S, kM, kN>& entries) {
+  template <int kM, int kN, class Found>
+  FOVEA_DEVICE static void hide_by_bias(Accumulator (&s)[kM][kN], const Found& entries) {
     if constexpr (S.bias) {
       for_each_entry<kM, kN>([&](int i, int j, int e) {
         if (entries.bias_of(i, j, e) == -infinity()) s[i][j].x[e] = -infinity();

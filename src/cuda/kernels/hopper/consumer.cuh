@@ -53,7 +53,8 @@ struct Consumer {
   // ---- a tile of rows
 
   FOVEA_DEVICE void attend(const Work<S>& work) {
-    const Rules rules{p, work.sequence, work.rows};
+    const float slope = S.alibi ? Rules::slope_of(p, work.sequence, work.rows.first_head) : 0.0F;
+    const Rules rules{p, work.sequence, work.rows, slope};
     const float unit = score_unit<S>(p);
     const Band::Reach& reach = work.reach[group];
     full = {(reach.all_begin + S.block_n - 1) / S.block_n, reach.all_end / S.block_n};

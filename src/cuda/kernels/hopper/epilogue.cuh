@@ -30,7 +30,7 @@ template <ForwardSm90Spec S>
 struct Epilogue {
   static constexpr int kD = S.head_dim_v / 8;
   using Out = Accumulator[1][kD];
-  using Rules = ScoreRules<S, false, AsTheyAre>;
+  using Rules = ScoreRules<S, false, AsTheyAre, true>;
 
   const ForwardSm90Params& p;
   const Work<S>& work;

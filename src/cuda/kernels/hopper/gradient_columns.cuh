@@ -69,7 +69,7 @@ struct GradientColumns {
   /// band.
   template <bool kHides>
   FOVEA_DEVICE float weigh(Entries& s, u32 log2_lse, bool full_band) {
-    const float unit = kBareScores<S> ? rules.p.scale * kLog2E : 1.0F;  // of any sign: hidden entries are told apart
+    const float unit = (kBareScores<S> ? rules.p.scale : 1.0F) * kLog2E;  // of any sign: hidden entries are told apart
     const float check = kHides ? not_finite(s) : 0.0F;
     if constexpr (!kBareScores<S>) {
       for_each_two([&](int j, int e) {

@@ -13,7 +13,7 @@ struct Softmax {
   static constexpr int kN = S.block_n / 8, kSteps = S.block_n / 16;
   using Scores = Accumulator[1][kN];
   using Weights = OperandA[kSteps];
-  using Rules = ScoreRules<S, false, AsTheyAre>;
+  using Rules = ScoreRules<S, false, AsTheyAre, true>;
 
   /// Below every score but −infinity, whose distance from it still is −infinity.
   static constexpr float kUnseen = -3.40282347e38F;
