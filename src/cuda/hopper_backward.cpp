@@ -66,7 +66,8 @@ class BackwardSm90Plan final : public PlannedKernel {
     p.by_engine = make_maps(p);
     call_.before(p, workspace, stream);
     launch(main_, BackwardCall::main_blocks(p), p, stream);
-    call_.after(p, outputs, stream);
+    const BackwardParams& common = p;
+    call_.after(common, outputs, stream);
   }
 
  private:
