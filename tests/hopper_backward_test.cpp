@@ -85,6 +85,7 @@ TEST(HopperBackward, SixteenRowsOfDqLieInRunsOfPieces) {
     const WarpGrid grid = WarpGrid::of(spec.block_m, spec.head_dim, spec.warps);
     const int m = grid.rows / 16, n = grid.columns / 8;
     const int together = dq_columns(spec) / 8, run = m == 1 ? together : n;
+    ASSERT_TRUE(m > 0 && n > 0 && together > 0) << d;
     EXPECT_EQ(together % run, 0) << d;
     const auto piece = [&](int i, int j) { return ((i / m * grid.across + j / n) * m + i % m) * n + j % n; };
     for (int i = 0; i < spec.block_m / 16; ++i) {
