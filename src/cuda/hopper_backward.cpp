@@ -33,7 +33,7 @@ int weight_of(const BackwardSpec& s) {
   return s.alibi + 2 * (s.mask + s.bias + s.softcap + s.dropout + (s.mask && s.deterministic));
 }
 
-// Counted, not yet measured (docs/notes).  The first that fits is taken.
+// Measured on an H100 where nothing is hidden, else only run there (docs/notes).  The first that fits is taken.
 constexpr std::array kTiles{
     Tile{64, 128, 0, false},
     Tile{64, 64, Tile::kAnyOptions, true},
