@@ -41,8 +41,6 @@ struct BackwardSm90Shared {
   int state;               // cuda::BackwardState
   int total;
 
-  static constexpr int kStateBytes = 1024;
-
   FOVEA_FN static constexpr BackwardSm90Shared of(const BackwardSpec& s) {
     BackwardSm90Shared at{};
     at.v = at.k + tile_bytes(s.block_n, s.head_dim);

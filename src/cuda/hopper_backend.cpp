@@ -66,14 +66,10 @@ class ForwardSm90Plan final : public PlannedKernel {
 
  private:
   [[nodiscard]] bool make_maps(ForwardSm90Params& p) const {
-    const CurrentGpu current(device_.index);  // some drivers encode for nobody else
-    const bool packed = p.cu_seqlens_q.data != nullptr;
-    const std::int64_t batch = packed ? 1 : p.batch, rows = packed ? p.total_q : p.seqlen_q,
-                       keys = packed ? p.total_kv : p.seqlen_kv;
-    const ForwardSm90Spec& s = shape_.spec;
-    return make_tensor_map(p.q, s.type, {p.head_dim, rows, p.q_heads, batch}, block_m(s), p.q_map) &&
-           make_tensor_map(p.k, s.type, {p.head_dim, keys, p.kv_heads, batch}, s.block_n, p.k_map) &&
-           make_tensor_map(p.v, s.type, {p.head_dim_v, keys, p.kv_heads, batch}, s.block_n, p.v_map);
+    const auto& s = shape_.spec;
+    const CallMaps maps{p, CurrentGpu(device_.index), s.type, block_m(s), s.block_n};
+    return maps.of_rows(p.q, p.head_dim, p.q_map) && maps.of_keys(p.k, p.head_dim, p.k_map) &&
+           maps.of_keys(p.v, p.head_dim_v, p.v_map);
   }
 
   ForwardSm90Shape shape_;

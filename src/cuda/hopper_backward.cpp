@@ -72,15 +72,10 @@ class BackwardSm90Plan final : public PlannedKernel {
 
  private:
   [[nodiscard]] bool make_maps(BackwardSm90Params& p) const {
-    const CurrentGpu current(device_.index);  // some drivers encode for nobody else
-    const bool packed = p.cu_seqlens_q.data != nullptr;
-    const std::int64_t batch = packed ? 1 : p.batch, rows = packed ? p.total_q : p.seqlen_q,
-                       keys = packed ? p.total_kv : p.seqlen_kv;
-    const BackwardSpec& s = call_.shape().spec;
-    return make_tensor_map(p.q, s.type, {p.head_dim, rows, p.q_heads, batch}, s.block_m, p.q_map) &&
-           make_tensor_map(p.dout, s.type, {p.head_dim_v, rows, p.q_heads, batch}, s.block_m, p.dout_map) &&
-           make_tensor_map(p.k, s.type, {p.head_dim, keys, p.kv_heads, batch}, s.block_n, p.k_map) &&
-           make_tensor_map(p.v, s.type, {p.head_dim_v, keys, p.kv_heads, batch}, s.block_n, p.v_map);
+    const auto& s = call_.shape().spec;
+    const CallMaps maps{p, CurrentGpu(device_.index), s.type, s.block_m, s.block_n};
+    return maps.of_rows(p.q, p.head_dim, p.q_map) && maps.of_rows(p.dout, p.head_dim_v, p.dout_map) &&
+           maps.of_keys(p.k, p.head_dim, p.k_map) && maps.of_keys(p.v, p.head_dim_v, p.v_map);
   }
 
   Device device_;

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "cuda/driver.h"
 #include "cuda/params_sm90.h"
 #include "cuda/spec.h"
 
@@ -16,5 +17,23 @@ struct TensorExtent {
 /// the thread's current one.
 [[nodiscard]] bool make_tensor_map(const RowView& view, Type type, const TensorExtent& extent, int box_rows,
                                    TensorMap& map);
+
+/// The maps of one call's tensors, rows in boxes of `box_rows` and keys in boxes of `box_keys`:
+/// [batch][head][row][column].  False where the engine cannot read one of them.
+struct CallMaps {
+  const CallParams& p;
+  CurrentGpu current;  // some drivers encode for nobody else
+  Type type;
+  int box_rows, box_keys;
+  bool packed = p.cu_seqlens_q.data != nullptr;  // sequences that are one to the engine
+  int batch = packed ? 1 : p.batch;
+
+  [[nodiscard]] bool of_rows(const RowView& view, int columns, TensorMap& map) const {
+    return make_tensor_map(view, type, {columns, packed ? p.total_q : p.seqlen_q, p.q_heads, batch}, box_rows, map);
+  }
+  [[nodiscard]] bool of_keys(const RowView& view, int columns, TensorMap& map) const {
+    return make_tensor_map(view, type, {columns, packed ? p.total_kv : p.seqlen_kv, p.kv_heads, batch}, box_keys, map);
+  }
+};
 
 }  // namespace fovea::cuda

@@ -64,12 +64,8 @@ def of_attention(
 ) -> LayerReport:
     """MultiheadAttention.explain."""
     packed = layer._packs(query, key, value, padding, mask, need_weights, is_causal)
-    forward, backward = _ours(layer, query, key, mask, padding, is_causal, packed)
-    reason = why_no_fast_path(layer, query, key, value, mask, padding)
-    kernel, size = "_native_multi_head_attention", 0
-    if reason:
-        kernel, size = _torch_kernel(layer, query, key, mask, padding, need_weights, is_causal)
-    return LayerReport(forward, backward, packed, kernel, reason, size)
+    fast = ("_native_multi_head_attention", why_no_fast_path(layer, query, key, value, mask, padding))
+    return _report(layer, query, key, mask, padding, need_weights, is_causal, packed, *fast)
 
 
 def of_layer(
@@ -83,12 +79,28 @@ def of_layer(
     """TransformerEncoderLayer.explain; `packed`: it leaves padding out itself, or gets a batch without."""
     attention = layer.self_attn
     packed = packed or attention._packs(src, src, src, padding, mask, False, is_causal)
-    forward, backward = _ours(attention, src, src, mask, padding, is_causal, packed)
-    reason = why_no_fast_layer(layer, src, mask, padding)
-    kernel, size = "_transformer_encoder_layer_fwd", 0
-    if reason:
-        kernel, size = _torch_kernel(attention, src, src, mask, padding, False, is_causal)
-    return LayerReport(forward, backward, packed, kernel, reason, size)
+    fast = ("_transformer_encoder_layer_fwd", why_no_fast_layer(layer, src, mask, padding))
+    return _report(attention, src, src, mask, padding, False, is_causal, packed, *fast)
+
+
+def _report(
+    layer: MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    need_weights: bool,
+    is_causal: bool,
+    packed: bool,
+    fast_kernel: str,
+    why_not_fast: str,
+) -> LayerReport:
+    """torch runs `fast_kernel` where nothing stands against it."""
+    forward, backward = _ours(layer, query, key, mask, padding, is_causal, packed)
+    kernel, size = fast_kernel, 0
+    if why_not_fast:
+        kernel, size = _torch_kernel(layer, query, key, mask, padding, need_weights, is_causal)
+    return LayerReport(forward, backward, packed, kernel, why_not_fast, size)
 
 
 def _ours(

@@ -14,7 +14,7 @@ template <BackwardSpec S>
 __device__ void backward_sm90(const BackwardSm90Params& p) {
   extern __shared__ __align__(1024) char shared[];
   constexpr BackwardSm90Shared kShared = BackwardSm90Shared::of(S);
-  static_assert(sizeof(BackwardState<S>) <= BackwardSm90Shared::kStateBytes);
+  static_assert(sizeof(BackwardState<S>) <= kStateBytes);
   BackwardState<S>& state = *reinterpret_cast<BackwardState<S>*>(shared + kShared.state);
   if (threadIdx.x == 0) {
     state.walk = HopperWalk<S>(p, number_of_block<S>(p));

@@ -37,7 +37,6 @@ struct BackwardConsumer {
   FOVEA_DEVICE const Step& step(u32 n) const { return state.step(n); }
   FOVEA_DEVICE int key() const { return state.walk.key_block * S.block_n; }
   FOVEA_DEVICE int warp_key() const { return group * kGroupRows + warp_id() % 4 * 16; }
-  FOVEA_DEVICE void meet_group() const { meet(kMeetings + group, 128); }
 
   FOVEA_DEVICE void run() const {
     Sums sums;
@@ -60,7 +59,7 @@ struct BackwardConsumer {
     state.ds.await_empty(n);
     state.ds.announce(n);         // that there is none
     state.ds.await_empty(n + 1);  // nobody still reads K
-    meet_group();
+    meet(kMeetings + group, 128);
     store(sums);
   }
 
