@@ -236,7 +236,9 @@ nb::tuple backward(nb::handle dout, nb::handle dlse, nb::handle q, nb::handle k,
 Report explain(bool backward, nb::handle q, nb::handle k, nb::handle v, Extras extras, const CallRules& rules) {
   return translated([&] {
     const Pass pass(backward ? Direction::kBackward : Direction::kForward, q, k, v, extras, rules);
-    return fovea::explain(pass.problem(), pass.device(), rules);
+    const Problem problem = pass.problem();
+    const nb::gil_scoped_release others_may_run;  // kernels may have to be compiled
+    return fovea::explain(problem, pass.device(), rules);
   });
 }
 

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -135,16 +136,24 @@ def moved(value: Any) -> Any:
     return value.detach().cpu().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
 
 
+def composed(seed: int) -> tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]:
+    """q, k and v, options and the gradient of the result."""
+    torch.manual_seed(seed)
+    dtype = (torch.bfloat16, torch.float16, torch.float32)[seed % 3]
+    dim, rows, keys = (32, 64, 96, 128)[seed % 4], (130, 64, 33)[seed % 3], (190, 257)[seed % 2]
+    given = tensors(2, rows, keys, 4, (4, 2, 1)[seed % 3], dim, dtype)
+    return given, random_options(seed, 4, rows, keys, dtype), torch.randn_like(given[0])
+
+
 @check
 def random_composed_problems_are_as_right_as_the_formula() -> str:
+    problems = [composed(seed) for seed in range(60)]
+    with ThreadPoolExecutor() as pool:  # compiles all kernels, several at once
+        for backward in (False, True):
+            list(pool.map(lambda x: fovea.explain(*x[0], **x[1], backward=backward), problems))
     worst = 0.0
-    for seed in range(60):
-        torch.manual_seed(seed)
-        dtype = (torch.bfloat16, torch.float16, torch.float32)[seed % 3]
-        dim, rows, keys = (32, 64, 96, 128)[seed % 4], (130, 64, 33)[seed % 3], (190, 257)[seed % 2]
-        given = tensors(2, rows, keys, 4, (4, 2, 1)[seed % 3], dim, dtype)
-        options = random_options(seed, 4, rows, keys, dtype)
-        dout = torch.randn_like(given[0])
+    for seed, (given, options, dout) in enumerate(problems):
+        dtype = given[0].dtype
         ours = gradients_of(fovea.attention, given, options, dout)
         plain = gradients_of(formula, given, options, dout)
         on_cpu = {name: moved(value) for name, value in options.items()} | {"backend": "reference"}
