@@ -1,110 +1,133 @@
 """The barriers of Hopper's backward (src/cuda/kernels/hopper/backward_*.cuh), in every order that its warpgroups can come.
 
-A model: the producer, the two warpgroups that own keys and the one that makes dq, with their rings of mbarriers, which say
+A model: the producer, the two warpgroups that have keys and the one that makes dq, with their rings of mbarriers, which say
 no more than the parity of their phase.  Breadth first over all states: nobody may wait for ever, nothing may be written
 while somebody reads it.  Whoever changes a wait in the kernel changes it here first.
 """
 
 import collections
-import sys
+import functools
 
-STAGES, STEPS = 2, 8  # places of q, dout and dS; steps that the walk keeps
-ARRIVALS = {"q full": 1, "q empty": 2, "dout full": 1, "dout empty": 2, "dS full": 2, "dS empty": 1}
-BARRIERS = [(name, place) for name in ARRIVALS for place in range(STAGES)]
-
-
-class Barriers:
-    """(phase mod 4, arrivals) of each."""
-
-    START = ((0, 0),) * len(BARRIERS)
-
-    @staticmethod
-    def arrive(state, name, n):
-        at = BARRIERS.index((name, n % STAGES))
-        phase, arrived = state[at]
-        now = ((phase + 1) % 4, 0) if arrived + 1 == ARRIVALS[name] else (phase, arrived + 1)
-        return state[:at] + (now,) + state[at + 1:]
-
-    @staticmethod
-    def passes(state, name, n):
-        parity = n // STAGES & 1 ^ (1 if name.endswith("empty") else 0)
-        return state[BARRIERS.index((name, n % STAGES))][0] & 1 != parity
+STEPS = 8  # that the walk keeps
+State = collections.namedtuple("State", "barriers producer owners dq copies")
+#: Of a ring: places, arrivals that fill a place, arrivals that empty it.
+OWN_KEYS = {"q": (2, 1, 2), "dout": (2, 1, 2), "dS": (2, 2, 1)}
+SHARED_KEYS = {"q": (2, 1, 2), "dout": (1, 1, 1), "P": (2, 1, 1), "looked": (2, 1, 1), "dS": (2, 1, 1)}
 
 
-def produce(state, tiles):
-    """Next states by the producer: (what it does next, n)."""
-    barriers, (does, n), owners, dq, copies = state
-    if does == "q" and Barriers.passes(barriers, "q empty", n):
-        assert all(at != n - STAGES or what == "wait" for what, at in owners), "q is overwritten"
-        if n == tiles:
-            yield Barriers.arrive(barriers, "q full", n), ("end", n), owners, dq, copies
-        else:
-            yield barriers, ("dout", n), owners, dq, copies | {("q full", n)}
-    if does == "dout" and Barriers.passes(barriers, "dout empty", n):
-        yield barriers, ("step", n), owners, dq, copies | {("dout full", n)}
-    if does == "step":
-        users = [at for what, at in owners if what not in ("wait", "end")] + ([dq[1]] if dq[0] == "make" else [])
-        assert all(at == n + 1 or (at - n - 1) % STEPS for at in users), "a step is overwritten"
-        yield barriers, ("q", n + 1), owners, dq, copies
+class Model:
+    """`rings` with their barriers; `owners`: two lists of what a warpgroup does in a tile, and behind the last one."""
+
+    def __init__(self, rings, owners, ends):
+        self.rings, self.owners, self.ends = rings, owners, ends
+        self.barriers = [(ring, side, place) for ring in rings for side in ("full", "empty") for place in range(rings[ring][0])]
+
+    def arrive(self, barriers, ring, side, n):
+        places, *arrivals = self.rings[ring]
+        at = self.barriers.index((ring, side, n % places))
+        phase, arrived = barriers[at]
+        over = arrived + 1 == arrivals[side == "empty"]
+        return barriers[:at] + (((phase + 1) % 4, 0) if over else (phase, arrived + 1),) + barriers[at + 1:]
+
+    def passes(self, barriers, ring, side, n):
+        places = self.rings[ring][0]
+        parity = n // places & 1 ^ (side == "empty")
+        return barriers[self.barriers.index((ring, side, n % places))][0] & 1 != parity
+
+    def reads(self, state, ring, n):
+        """Whether somebody may still read use n of a ring."""
+        for group, (does, at) in enumerate(state.owners):
+            script = self.owners[group]
+            last = [i for i, step in enumerate(script) if step in (("free", ring), ("read", ring))]
+            if at == n and last and 0 < does <= last[0]:
+                return True
+        return ring == "dS" and state.dq == (1, n)
+
+    def produce(self, s, tiles):
+        does, n = s.producer
+        ring = ("q", "dout")[does] if does < 2 else None
+        if ring and self.passes(s.barriers, ring, "empty", n):
+            assert not self.reads(s, ring, n - self.rings[ring][0]), f"{ring} is overwritten"
+            if n == tiles:
+                yield s._replace(barriers=self.arrive(s.barriers, "q", "full", n), producer=(3, n))
+            else:
+                yield s._replace(producer=(does + 1, n), copies=s.copies | {(ring, "full", n)})
+        if does == 2:
+            users = [at for group, (what, at) in enumerate(s.owners) if 0 < what < len(self.owners[group])]
+            users += [s.dq[1]] if s.dq[0] == 1 else []
+            assert all(at == n + 1 or (at - n - 1) % STEPS for at in users), "a step is overwritten"
+            yield s._replace(producer=(0, n + 1))
+
+    def own(self, s, tiles, group):
+        does, n = s.owners[group]
+        script = self.owners[group] + self.ends[group]
+        if does == len(script):
+            return
+
+        def then(what, at=n, barriers=s.barriers):
+            owners = list(s.owners)
+            owners[group] = (what, at)
+            return s._replace(barriers=barriers, owners=tuple(owners))
+
+        act, *ring = script[does]
+        if does == 0:  # the first of a tile is to wait for q
+            if self.passes(s.barriers, "q", "full", n):
+                yield then(len(self.owners[group]) if n == tiles else 1)
+            return
+        last = does + 1 == len(self.owners[group])
+        following = (0, n + 1) if last else (does + 1, n)
+        if act == "wait" and self.passes(s.barriers, ring[0], ring[1], n + (ring[2] if len(ring) > 2 else 0)):
+            yield then(*following)
+        if act == "fill":
+            assert does >= len(self.owners[group]) or not self.reads(s, ring[0], n - self.rings[ring[0]][0]), "overwritten"
+            yield then(*following, self.arrive(s.barriers, ring[0], "full", n))
+        if act == "read":  # for the last time: somebody else gives it back
+            yield then(*following)
+        if act == "free":
+            yield then(*following, self.arrive(s.barriers, ring[0], "empty", n))
+
+    def make_dq(self, s, tiles):
+        does, n = s.dq
+        if does == 0 and self.passes(s.barriers, "dS", "full", n):
+            yield s._replace(dq=(2 if n == tiles else 1, n))
+        if does == 1:
+            yield s._replace(barriers=self.arrive(s.barriers, "dS", "empty", n), dq=(0, n + 1))
+
+    def explore(self, tiles):
+        """How many states there are."""
+        start = State(((0, 0),) * len(self.barriers), (0, 0), ((0, 0), (0, 0)), (0, 0), frozenset())
+        seen, todo = {start}, collections.deque([start])
+        ends = [len(self.owners[g]) + len(self.ends[g]) for g in (0, 1)]
+        while todo:
+            s = todo.popleft()
+            following = [*self.produce(s, tiles), *self.own(s, tiles, 0), *self.own(s, tiles, 1), *self.make_dq(s, tiles)]
+            following += [s._replace(barriers=self.arrive(s.barriers, *copy), copies=s.copies - {copy}) for copy in s.copies]
+            ended = s.producer[0] == 3 and s.dq[0] == 2 and [does for does, _ in s.owners] == ends
+            assert following or ended, f"with {tiles} tiles all wait: {s}"
+            fresh = set(following) - seen
+            seen |= fresh
+            todo.extend(fresh)
+        return len(seen)
 
 
-def own(state, tiles, group):
-    """By a warpgroup that owns keys."""
-    barriers, producer, owners, dq, copies = state
-    does, n = owners[group]
-
-    def then(what, at, now=barriers):
-        return now, producer, owners[:group] + ((what, at),) + owners[group + 1:], dq, copies
-
-    if does == "wait" and Barriers.passes(barriers, "q full", n):
-        yield then("last" if n == tiles else "dP", n)
-    if does == "dP" and Barriers.passes(barriers, "dout full", n):
-        yield then("dS", n)
-    if does == "dS" and Barriers.passes(barriers, "dS empty", n):
-        assert dq != ("make", n - STAGES), "dS is overwritten"
-        yield then("free dout", n, Barriers.arrive(barriers, "dS full", n))
-    if does == "free dout":
-        yield then("free q", n, Barriers.arrive(barriers, "dout empty", n))
-    if does == "free q":
-        yield then("wait", n + 1, Barriers.arrive(barriers, "q empty", n))
-    if does == "last" and Barriers.passes(barriers, "dS empty", n):
-        yield then("store", n, Barriers.arrive(barriers, "dS full", n))
-    if does == "store" and Barriers.passes(barriers, "dS empty", n + 1):
-        assert dq[1] == n and dq[0] != "make", "K is overwritten"
-        yield then("end", n)
+def own_keys():
+    tile = [("wait", "q", "full"), ("wait", "dout", "full"), ("wait", "dS", "empty"), ("fill", "dS"), ("free", "dout"), ("free", "q")]
+    end = [("wait", "dS", "empty"), ("fill", "dS"), ("wait", "dS", "empty", 1)]
+    return Model(OWN_KEYS, (tile, tile), (end, end))
 
 
-def make_dq(state, tiles):
-    barriers, producer, owners, (does, n), copies = state
-    if does == "wait" and Barriers.passes(barriers, "dS full", n):
-        yield barriers, producer, owners, ("end" if n == tiles else "make", n), copies
-    if does == "make":
-        yield Barriers.arrive(barriers, "dS empty", n), producer, owners, ("wait", n + 1), copies
-
-
-def arrive_copies(state):
-    barriers, producer, owners, dq, copies = state
-    for copy in copies:
-        yield Barriers.arrive(barriers, *copy), producer, owners, dq, copies - {copy}
-
-
-def explore(tiles):
-    """How many states there are."""
-    start = Barriers.START, ("q", 0), (("wait", 0), ("wait", 0)), ("wait", 0), frozenset()
-    seen, todo = {start}, collections.deque([start])
-    while todo:
-        state = todo.popleft()
-        following = [*produce(state, tiles), *own(state, tiles, 0), *own(state, tiles, 1), *make_dq(state, tiles),
-                     *arrive_copies(state)]
-        ended = state[1][0] == state[3][0] == "end" and all(does == "end" for does, _ in state[2])
-        assert following or ended, f"with {tiles} tiles all wait: producer {state[1]}, owners {state[2]}, dq {state[3]}"
-        fresh = set(following) - seen
-        seen |= fresh
-        todo.extend(fresh)
-    return len(seen)
+def shared_keys(hides):
+    """hides: both agree before they add, in every tile."""
+    agree = [("wait", "looked", "full")] if hides else []
+    weights = [("wait", "q", "full"), ("free", "q"), ("wait", "P", "empty"), ("fill", "P"), ("wait", "dout", "full"), *agree,
+               ("wait", "looked", "full"), ("free", "looked"), ("free", "dout")]
+    gradients = [("wait", "q", "full"), ("wait", "dout", "full"), ("wait", "P", "full"), ("free", "P"), ("read", "dout"),
+                 ("wait", "looked", "empty"), ("fill", "looked"), ("wait", "dS", "empty"), *agree, ("fill", "dS"), ("free", "q")]
+    end = [("wait", "dS", "empty"), ("fill", "dS"), ("wait", "dS", "empty", 1)]
+    return Model(SHARED_KEYS, (weights, gradients), ([], end))
 
 
 if __name__ == "__main__":
-    for tiles in range(7):
-        print(f"{tiles} tiles: {explore(tiles)} states, nobody waits for ever")
-    sys.exit(0)
+    for name, model in (("keys of their own", own_keys()), ("shared keys", shared_keys(False)), ("shared keys, hidden entries", shared_keys(True))):
+        counts = [model.explore(tiles) for tiles in range(7)]
+        print(f"{name}: {functools.reduce(int.__add__, counts)} states of 0 to 6 tiles, nobody waits for ever")

@@ -3,13 +3,19 @@
 #include "cuda/backward_plan.h"
 #include "cuda/spec_sm90.h"
 
-// How the Hopper family's backward cuts up a block: 128 keys, 64 to each of two warpgroups; a third one makes dq of
-// what they leave in shared memory, and a fourth one has rows copied.  It is specialised by the portable kernels' spec,
-// of which `warps` are those of the first two.  Host and device compile this text.
+// How the Hopper family's backward cuts up a block: 128 keys, 64 to each of two warpgroups, or, where head dims are
+// wide, 64 keys that both have, one for dv and one for dk; a third one makes dq of what they leave in shared memory,
+// and a fourth one has rows copied.  It is specialised by the portable kernels' spec, of which `warps` are those of the
+// first two.  Host and device compile this text.
 namespace fovea::cuda {
 
 inline constexpr int kBackwardConsumers = 2;  // warpgroups that have keys
 inline constexpr int kBackwardThreads = (kBackwardConsumers + 2) * 128;
+
+/// Both warpgroups have the block's keys: one makes P and dv, the other dS and dk.
+FOVEA_FN constexpr bool shares_keys(const BackwardSpec& s) { return s.block_n == kGroupRows; }
+/// Tiles of dout in flight.
+FOVEA_FN constexpr int dout_stages(const BackwardSpec& s) { return shares_keys(s) ? 1 : s.stages; }
 
 /// Of a thread; together what the launch gave, four times 128.  Where sums are wide, those who gather them take most.
 FOVEA_FN constexpr bool is_wide(const BackwardSpec& s) {
@@ -35,6 +41,7 @@ struct BackwardSm90Shared {
   int q, q_stage;          // rings of rows
   int dout, dout_stage;    // likewise
   int ds, ds_stage;        // two tiles, [row][key]: one is written while the other is read
+  int p, p_stage;          // likewise P, where keys are shared: words as threads have them, then what dropout keeps
   int dq;                  // what waits to be added, warp by warp
   int statistics;          // log2_lse and delta of each stage
   int statistics_of_tile;  // bytes of one of them
@@ -48,9 +55,11 @@ struct BackwardSm90Shared {
     at.q_stage = tile_bytes(s.block_m, s.head_dim);
     at.dout = at.q + s.stages * at.q_stage;
     at.dout_stage = tile_bytes(s.block_m, s.head_dim_v);
-    at.ds = at.dout + s.stages * at.dout_stage;
+    at.ds = at.dout + dout_stages(s) * at.dout_stage;
     at.ds_stage = tile_bytes(s.block_m, s.block_n);
-    at.dq = at.ds + 2 * at.ds_stage;
+    at.p = at.ds + 2 * at.ds_stage;
+    at.p_stage = shares_keys(s) ? s.block_m * s.block_n * 2 + (s.dropout ? 512 : 0) : 0;
+    at.dq = at.p + 2 * at.p_stage;
     at.statistics = at.dq + 4 * kDqStages * dq_piece_bytes(s);
     at.statistics_of_tile = 4 * s.block_m;
     at.state = at.statistics + 2 * s.stages * at.statistics_of_tile;

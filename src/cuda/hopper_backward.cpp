@@ -15,13 +15,13 @@ namespace {
 
 constexpr int kHopper = 90;
 constexpr int kMostShared = 227 * 1024;
-constexpr int kKeys = 128, kWarps = 8, kStages = 2;
-constexpr std::int64_t kWidest = 128;
-constexpr std::int64_t kMostAbreast = 16;
+constexpr int kWarps = 8, kStages = 2;
+constexpr std::int64_t kMostAbreast = 4;  // more of them do not fit into L2
+constexpr int kAtOnce = 128;  // columns of dk and dv that a product makes
 
 struct Tile {
   std::int64_t widest;  // head dim that it serves
-  int block_m;
+  int block_m, block_n;
   int most_options;  // see `weight_of`
   bool bias;         // has registers for its loads, too
 
@@ -35,10 +35,9 @@ int weight_of(const BackwardSpec& s) {
 
 // Measured on an H100 where nothing is hidden, else only run there (docs/notes).  The first that fits is taken.
 constexpr std::array kTiles{
-    Tile{64, 128, 0, false},
-    Tile{64, 64, Tile::kAnyOptions, true},
-    Tile{96, 64, 4, true},
-    Tile{128, 64, 2, false},
+    Tile{64, 128, 128, 0, false}, Tile{64, 64, 128, Tile::kAnyOptions, true},
+    Tile{96, 64, 128, 4, true},   Tile{128, 64, 128, 2, false},
+    Tile{256, 64, 64, 2, true},
 };
 
 class BackwardSm90Plan final : public PlannedKernel {
@@ -91,10 +90,10 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
   BackwardShape shape;
   BackwardSpec& spec = shape.spec;
   spec = backward_spec(problem, kHopper);
-  spec.block_n = kKeys, spec.warps = kWarps, spec.stages = kStages;
+  spec.warps = kWarps, spec.stages = kStages;
   const std::int64_t widest = std::max(problem.head_dim, problem.head_dim_v);
   const auto fits = [&](const Tile& tile) {
-    spec.block_m = tile.block_m;
+    spec.block_m = tile.block_m, spec.block_n = tile.block_n;
     return widest <= tile.widest && weight_of(spec) <= tile.most_options && (tile.bias || !spec.bias) &&
            BackwardSm90Shared::of(spec).total <= kMostShared;
   };
@@ -106,8 +105,11 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
 
 jit::KernelRequest backward_sm90_request(const BackwardShape& shape) {
   const BackwardSpec& spec = shape.spec;
+  const auto whole = [](int dim) { return std::min(dim, kAtOnce); };
+  const auto rest = [](int dim) { return dim > kAtOnce ? dim - kAtOnce : dim; };
   const std::string products =
-      jit::wgmma_text(spec.type, {spec.block_m, spec.head_dim, spec.head_dim_v, dq_columns(spec)});
+      jit::wgmma_text(spec.type, {spec.block_m, whole(spec.head_dim), rest(spec.head_dim), whole(spec.head_dim_v),
+                                  rest(spec.head_dim_v), dq_columns(spec)});
   return jit::render({.function = "backward_sm90",
                       .header = "cuda/kernels/hopper/backward.cuh",
                       .spec = "BackwardSpec",
@@ -120,14 +122,10 @@ jit::KernelRequest backward_sm90_request(const BackwardShape& shape) {
 }
 
 void refuse_backward_sm90(const Problem& problem, Verdict& verdict) {
-  auto& reasons = verdict.reasons;
-  limit(verdict, "head_dim of a backward pass", problem.head_dim, kWidest);
-  limit(verdict, "head_dim_v of a backward pass", problem.head_dim_v, kWidest);
-  if (!reasons.empty()) return;
   const auto shape = choose_backward_sm90(problem);
   if (!shape) {
-    reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " and head_dim_v " +
-                         std::to_string(problem.head_dim_v) + " fits with these options");
+    verdict.reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " and head_dim_v " +
+                                 std::to_string(problem.head_dim_v) + " fits with these options");
   } else {
     limit(verdict, "the number of blocks", shape->most_blocks, std::numeric_limits<int>::max());
   }

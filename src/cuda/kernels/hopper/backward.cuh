@@ -3,6 +3,7 @@
 #include "cuda/kernels/hopper/backward_consumer.cuh"
 #include "cuda/kernels/hopper/backward_dq.cuh"
 #include "cuda/kernels/hopper/backward_producer.cuh"
+#include "cuda/kernels/hopper/backward_shared_keys.cuh"
 
 // The backward on Hopper (FlashAttention-3, 2407.08608, section 3 and appendix B): a block owns 128 keys of a kv head;
 // one warpgroup has the rows of all heads that read them copied, two make the scores of 64 keys each, dk and dv, and
@@ -19,9 +20,11 @@ __device__ void backward_sm90(const BackwardSm90Params& p) {
   if (threadIdx.x == 0) {
     state.walk = HopperWalk<S>(p, number_of_block<S>(p));
     state.k.begin(1), state.v.begin(1);
-    state.q.begin(S.warps), state.dout.begin(S.warps);
-    state.ds.begin(4, S.warps);
+    constexpr u32 kOwners = shares_keys(S) ? 4 : S.warps;
+    state.q.begin(S.warps), state.dout.begin(kOwners), state.ds.begin(4, kOwners);
+    state.weights.begin(4, 4), state.looked.begin(4, 4);
     state.spoiled[0] = state.spoiled[1] = false;
+    for (auto& of : state.strange) of[0] = of[1] = 0;
     fence_barriers();
     fence_engine();
   }
@@ -41,7 +44,13 @@ __device__ void backward_sm90(const BackwardSm90Params& p) {
     BackwardDq<S>{p, state, at}.run();
   } else {
     take_registers<consumer_registers(S)>();
-    BackwardConsumer<S>{p, state, at, group - 2}.run();
+    if constexpr (!shares_keys(S)) {
+      BackwardConsumer<S>{{p, state, at, (group - 2) * kGroupRows}}.run();
+    } else if (group == 2) {
+      WeightsConsumer<S>{{p, state, at, 0}}.run();
+    } else {
+      GradientConsumer<S>{{p, state, at, 0}}.run();
+    }
   }
 }
 

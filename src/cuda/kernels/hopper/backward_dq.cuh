@@ -11,8 +11,8 @@ template <BackwardSpec S>
 struct BackwardDq {
   using Pieces = typename Backward<S>::Dq;
   static constexpr int kColumns = dq_columns(S), kKeyPanel = S.block_n * kPanelRowBytes;
-  static constexpr int kRun = Pieces::kM == 1 ? kColumns / 8 : Pieces::kN;  // pieces of 16 rows that lie in a row
-  static_assert(kColumns / 8 % kRun == 0);
+  /// Pieces of 16 rows that lie in a row: where a warp has more rows, as many as begin nowhere else.
+  static constexpr int kRun = Pieces::kM == 1 ? kColumns / 8 : math::smaller(Pieces::kN & -Pieces::kN, kColumns / 8);
   static constexpr u32 kMeeting = 4;  // this warpgroup's barrier
 
   const BackwardSm90Params& p;

@@ -27,8 +27,8 @@ struct BackwardProducer {
 #pragma unroll 1
     for (u32 n = 0;; ++n) {
       const Step& step = state.step(n);
-      const int place = state.q.place(n);
-      Barrier &q = state.q.full[place], &dout = state.dout.full[place];
+      const int place = state.q.place(n), dout_place = state.dout.place(n);
+      Barrier &q = state.q.full[place], &dout = state.dout.full[dout_place];
       state.q.await_empty(n);
       if (!(kByEngine && !S.mask ? step.exists : uniform(step.exists))) {
         if (leads()) q.arrive();
@@ -36,8 +36,8 @@ struct BackwardProducer {
       }
       load_rows_of<S.head_dim>(step, at.q(place), at.log2_lse(place), q, p.q_map, p.q, p.log2_lse, step.q, p.head_dim);
       state.dout.await_empty(n);
-      load_rows_of<S.head_dim_v>(step, at.dout(place), at.delta(place), dout, p.dout_map, p.dout, p.delta, step.dout,
-                                 p.head_dim_v);
+      load_rows_of<S.head_dim_v>(step, at.dout(dout_place), at.delta(dout_place), dout, p.dout_map, p.dout, p.delta,
+                                 step.dout, p.head_dim_v);
       if (walk.keeps()) walk.write_next(p, static_cast<int>(n));
       share();
     }

@@ -14,10 +14,15 @@ using HopperWalk = Walk<S, 8>;
 template <BackwardSpec S>
 struct BackwardState {
   Barrier k, v;
-  Ring<S.stages> q, dout;  // log2_lse comes with q, delta with dout
-  Ring<2> ds;              // of both warpgroups that have keys
-  bool spoiled[2];         // of each: where something hidden was not finite
-  HopperWalk<S> walk;      // a step is written before its q is announced
+  Ring<S.stages> q;           // log2_lse comes with it
+  Ring<dout_stages(S)> dout;  // and delta with this
+  Ring<2> ds;                 // of all who make it
+  bool spoiled[2];            // of each: where something hidden was not finite
+  // Where keys are shared:
+  Ring<2> weights;      // from who makes P to who makes dS
+  Ring<2> looked;       // at dP, by who makes it; what the other one awaits gives dout back for both
+  u32 strange[2][2];    // of S and dP: n + 1 where something hidden was not finite in tile n
+  HopperWalk<S> walk;   // a step is written before its q is announced
 
   FOVEA_DEVICE const Step& step(u32 n) const { return walk.steps[n % 8]; }
 };
@@ -32,6 +37,7 @@ struct BackwardLayout {
   FOVEA_DEVICE u32 q(int place) const { return base + kShared.q + place * kShared.q_stage; }
   FOVEA_DEVICE u32 dout(int place) const { return base + kShared.dout + place * kShared.dout_stage; }
   FOVEA_DEVICE u32 ds(u32 n) const { return base + kShared.ds + (n & 1) * kShared.ds_stage; }
+  FOVEA_DEVICE u32 weights(u32 n) const { return base + kShared.p + (n & 1) * kShared.p_stage; }
   FOVEA_DEVICE u32 dq(int warp, u32 n) const {
     return base + kShared.dq + (warp * kDqStages + n % kDqStages) * dq_piece_bytes(S);
   }

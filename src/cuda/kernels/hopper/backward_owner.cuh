@@ -1,0 +1,174 @@
+#pragma once
+
+#include "cuda/kernels/hopper/backward_state.cuh"
+#include "cuda/kernels/hopper/gradient_columns.cuh"
+#include "cuda/kernels/hopper/wgmma.cuh"
+
+// What the backward's warpgroups that have 64 keys do alike, whether each has its own or both share them.
+namespace fovea::cuda {
+
+FOVEA_DEVICE void store_matrices_transposed(u32 address, const OperandA& a) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a.x[0]),
+               "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3])
+               : "memory");
+}
+
+template <BackwardSpec S>
+struct BackwardOwner {
+  using Columns = GradientColumns<S>;
+  using Entries = typename Columns::Entries;
+  using Packed = typename Columns::Packed;
+  static constexpr int kKeyPanel = S.block_n * kPanelRowBytes, kRowPanel = S.block_m * kPanelRowBytes;
+  static constexpr u32 kMeetings = 2;  // the barriers of both warpgroups, from this one on
+
+  const BackwardSm90Params& p;
+  BackwardState<S>& state;
+  const BackwardLayout<S> at;
+  const int first_key;  // of the warpgroup, in the block
+
+  FOVEA_DEVICE const Step& step(u32 n) const { return state.step(n); }
+  FOVEA_DEVICE int key() const { return state.walk.key_block * S.block_n; }
+  FOVEA_DEVICE int warp_key() const { return first_key + warp_id() % 4 * 16; }
+  FOVEA_DEVICE u32 meeting() const { return kMeetings + static_cast<u32>(first_key / kGroupRows); }
+
+  /// Nothing full is asked where a bias may hide what it likes.
+  FOVEA_DEVICE bool full(u32 n) const { return !S.bias && uniform(step(n).template full<S.mask>()); }
+
+  // ---- products, issued and not awaited
+
+  FOVEA_DEVICE u64 keys_at(u32 tile) const { return matrix_at(tile + first_key * kPanelRowBytes, 16); }
+  FOVEA_DEVICE void issue_scores(Entries& s, u32 n) const {
+    pin(s[0]);
+    fence_products();
+    multiply_by_rows<S.type, S.head_dim, S.block_n, S.block_m>(s[0], keys_at(at.k()),
+                                                               matrix_at(at.q(state.q.place(n)), 16));
+    close_products();
+  }
+  /// From −delta on, where nothing is done to dP before that is taken off.
+  FOVEA_DEVICE void issue_dp(Entries& dp, u32 n) const {
+    state.dout.await_full(n);
+    if constexpr (Columns::kDeltaFirst) Columns::begin_with_delta(dp, at.delta(state.dout.place(n)));
+    pin(dp[0]);
+    fence_products();
+    multiply_by_rows<S.type, S.head_dim_v, S.block_n, S.block_m>(
+        dp[0], keys_at(at.v()), matrix_at(at.dout(state.dout.place(n)), 16), Columns::kDeltaFirst ? 1 : 0);
+    close_products();
+  }
+  /// dv from Pᵀ and dout, dk from dSᵀ and q; 128 columns at a time, for ptxas takes no product of more registers than
+  /// the launch gave a thread.
+  template <int kDim, int kFirst = 0>
+  FOVEA_DEVICE static void add_columns(Accumulator (&sum)[kDim / 8], const Packed& entries, u32 rows) {
+    constexpr int kColumns = math::smaller(kDim - kFirst, 128);
+    auto& part = reinterpret_cast<Accumulator(&)[kColumns / 8]>(sum[kFirst / 8]);
+    multiply_by_columns<S.type, S.block_m, kColumns>(
+        part, entries, matrix_at(rows + kFirst / kPanelColumns * kRowPanel, kRowPanel), 1);
+    if constexpr (kFirst + kColumns < kDim) add_columns<kDim, kFirst + kColumns>(sum, entries, rows);
+  }
+  template <int kDim>
+  FOVEA_DEVICE static void issue_sum(Accumulator (&sum)[kDim / 8], Packed& entries, u32 rows) {
+    pin(sum);
+    pin(entries);
+    fence_products();
+    add_columns<kDim>(sum, entries, rows);
+    close_products();
+  }
+
+  // ---- a tile
+
+  FOVEA_DEVICE RowMap<false> rows_of(const Step& at) const {
+    return {at.tile * S.block_m, state.walk.sequence.q_rows, at.head, 1};
+  }
+  FOVEA_DEVICE int lane_key() const { return key() + warp_key() + lane_id() / 4; }
+
+  /// While the scores are made.
+  FOVEA_DEVICE void look_up(typename Columns::Bits& seen, const Step& now) const {
+    if (now.mask == TileState::kPartial) {
+      const RowMap<false> rows = rows_of(now);
+      Columns::look_up(seen, {p, state.walk.sequence, rows}, lane_key());
+    } else {
+#pragma unroll
+      for (u32& word : seen) word = ~0U;
+    }
+  }
+
+  /// dS, [row][key], to where both warpgroups find it.
+  FOVEA_DEVICE void put(const Packed& ds, u32 n) const {
+    const int lane = fresh(lane_id());
+    const u32 mine = swizzled(at.ds(n) + first_key / kPanelColumns * kRowPanel, lane / 16 * 8 + lane % 8,
+                              warp_id() % 4 * 2 + lane / 8 % 2);
+#pragma unroll
+    for (int k = 0; k < S.block_m / 16; ++k) store_matrices_transposed(mine + k * 16 * kPanelRowBytes, ds[k]);
+  }
+
+  /// Few columns at a time, for registers are full.
+  template <int kSteps, int kPieces, class A, class B>
+  FOVEA_DEVICE static void multiply_seen_by_columns(Accumulator (&sum)[kPieces], int row, const A& a, const B& b) {
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+      Accumulator one[1][1] = {{sum[j]}};
+      multiply_seen<S, kSteps>(one, row, 0, a, [&](int k, int column) { return b(k, 8U * j + column % 8U); });
+      sum[j] = one[0][0];
+    }
+  }
+
+  // ---- slopes
+
+  FOVEA_DEVICE float* slope_part(int head) const {
+    const HopperWalk<S>& walk = state.walk;
+    return p.slope_parts + ((i64{walk.sequence.batch} * p.q_heads + head) * p.key_blocks + walk.key_block) * S.warps +
+           warp_id() - 8;
+  }
+  FOVEA_DEVICE void clear_slope_parts() const {
+    if (lane_id() != 0) return;
+    for (int h = 0; h < p.group; ++h) *slope_part(state.walk.kv_head * p.group + h) = 0.0F;
+  }
+  /// The next step is known here once its q has arrived.
+  FOVEA_DEVICE void add_slope(u32 n, float part, float& sum) const {
+    sum += part;
+    state.q.await_full(n + 1);
+    const Step &now = step(n), &next = step(n + 1);
+    if (next.exists && next.head == now.head) return;
+    for (int lane = 1; lane < kWarp; lane *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lane);
+    if (lane_id() == 0) *slope_part(now.head) = sum;
+    sum = 0.0F;
+  }
+
+  // ---- the end
+
+  /// Through shared memory, where nobody still reads, by each warp for its keys.
+  template <int kDim>
+  FOVEA_DEVICE void store_sum(u32 tile, const Accumulator (&sum)[kDim / 8], float factor, int dim,
+                              const RowView& view) const {
+    const Sequence& sequence = state.walk.sequence;
+    place(tile, sum, factor);
+    __syncwarp();
+    const int first = key() + warp_key();
+    write_rows<kDim>(tile, sequence.kv_rows - first, dim, view, sequence.kv_row(view, first, state.walk.kv_head));
+  }
+  template <int kPieces>
+  FOVEA_DEVICE void place(u32 tile, const Accumulator (&sum)[kPieces], float factor) const {
+    const int lane = lane_id();
+    const auto word = [&](int c, int h) {
+      return pack<S.type>(sum[c].x[2 * h] * factor, sum[c].x[2 * h + 1] * factor);
+    };
+#pragma unroll
+    for (int c = 0; c < kPieces; c += 2) {
+      store_matrices(swizzled(tile + c / 8 * kKeyPanel, warp_key() + lane % 16, c % 8 + lane / 16), word(c, 0),
+                     word(c, 1), word(c + 1, 0), word(c + 1, 1));
+    }
+  }
+  template <int kDim>
+  FOVEA_DEVICE void write_rows(u32 tile, int keys, int dim, const RowView& view, char* to) const {
+    constexpr int kPieces = kDim / 8;
+#pragma unroll 4
+    for (int i = lane_id(); i < 16 * kPieces; i += kWarp) {
+      const int row = i / kPieces, column = i % kPieces * 8;
+      if (row >= keys || column >= dim) continue;
+      write_piece(to + row * view.row + column * kBytes<S.type>,
+                  load_shared_16(element<S.block_n>(tile, warp_key() + row, column)), (dim - column) * kBytes<S.type>,
+                  view.aligned);
+    }
+  }
+};
+
+}  // namespace fovea::cuda
