@@ -33,7 +33,7 @@ constexpr std::array kTiles{
     Tile{192, 2, 112, 1, false, false, 0},
     Tile{256, 2, 80, 1, false, true, 0},
     // With options.
-    Tile{128, 2, 128, 2, true, true, 3, false, false},
+    Tile{128, 2, 128, 2, true, true, 3, true, false},
     Tile{128, 2, 128, 2, false, false, 2},
     Tile{128, 2, 96, 2, false, false, 8},
     Tile{128, 2, 64, 2, false, false, Tile::kAnyOptions},

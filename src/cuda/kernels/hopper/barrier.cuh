@@ -17,6 +17,10 @@ struct Barrier {
   FOVEA_DEVICE void arrive_with(u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
   }
+  /// Once all copies that this thread has asked for (cp.async) are there.
+  FOVEA_DEVICE void arrive_behind_copies() {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address()) : "memory");
+  }
   /// Until the phase of this parity is over.
   FOVEA_DEVICE void wait(u32 parity) const {
     asm volatile(

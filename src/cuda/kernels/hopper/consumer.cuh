@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cuda/kernels/hopper/epilogue.cuh"
+#include "cuda/kernels/hopper/fetcher.cuh"
 #include "cuda/kernels/hopper/softmax.cuh"
 #include "cuda/kernels/hopper/state.cuh"
 
@@ -15,7 +16,14 @@ struct Consumer {
   using Weights = typename Soft::Weights;
   using Rules = typename Soft::Rules;
   using Out = typename Epilogue<S>::Out;
-  using Fetched = Entries<S, 1, Soft::kN>;
+  FOVEA_DEVICE static auto found() {
+    if constexpr (fetches_words(S)) {
+      return SeenEntries<S>{};
+    } else {
+      return Entries<S, 1, Soft::kN>{};
+    }
+  }
+  using Found = decltype(found());
 
   const ForwardSm90Params& p;
   State<S>& state;
@@ -23,6 +31,7 @@ struct Consumer {
   const int group;  // of warps: which 64 rows
   u32 n = 0;        // tiles of rows so far
   u32 keys = 0;     // and of keys
+  u32 fetched = 0;  // and of these, those whose words were read
   Interval full{};  // tiles of keys that these 64 rows see whole, where O leaves registers for it
 
   static constexpr bool kKnowsFull = S.head_dim_v <= 192;
@@ -81,7 +90,7 @@ struct Consumer {
   }
 
   FOVEA_DEVICE void attend_all(const Work<S>& work, const Rules& rules, Soft& soft, Out& o, float unit) {
-    const Interval own = own_tiles(work);
+    const Interval own = work.tiles_of(group);
     skip(work.tiles.end - own.end);
     if (own.empty()) {
       release_q();
@@ -132,13 +141,6 @@ struct Consumer {
     return step;
   }
 
-  /// Of the block's tiles of keys, those that these 64 rows see any of.
-  FOVEA_DEVICE Interval own_tiles(const Work<S>& work) const {
-    const Band::Reach& reach = work.reach[group];
-    if (reach.any_end <= reach.any_begin) return {work.tiles.begin, work.tiles.begin};
-    return {reach.any_begin / S.block_n, (reach.any_end - 1) / S.block_n + 1};
-  }
-
   /// Tiles that only others see.
   FOVEA_DEVICE void skip(int tiles) {
 #pragma unroll 1
@@ -178,8 +180,7 @@ struct Consumer {
   }
 
   FOVEA_DEVICE Sight sight_of(const Work<S>& work, const Step& step) const {
-    const int key = step.tile * S.block_n;
-    return {kKnowsFull && full.contains(step.tile) ? TileState::kFull : work.reach[group].tile({key, key + S.block_n}),
+    return {kKnowsFull && full.contains(step.tile) ? TileState::kFull : work.band_of(group, step.tile),
             S.mask ? step.mask(group) : TileState::kFull};
   }
 
@@ -190,11 +191,12 @@ struct Consumer {
     await_turn();
     issue_scores(s);
     pass_turn();
-    Fetched entries;
-    rules.fetch(entries, row, key);
+    Found entries;
+    fetch(entries, rules, row, key);
     await_products<0>();
     pin(s[0]);
     state.k.release(keys);
+    read_words(entries);
     rules.finish(s, row, key, sight_of(work, step), entries);
     float total[2];
     raise(rules, soft, s, o, unit, entries, S.mask);
@@ -211,12 +213,13 @@ struct Consumer {
     issue_scores(s);
     issue_values(o, weights, keys - 1, add);
     pass_turn();
-    Fetched entries;
-    rules.fetch(entries, row, key);
+    Found entries;
+    fetch(entries, rules, row, key);
     await_products<1>();
     pin(s[0]);
     state.k.release(keys);
     if constexpr (!S.hold) values_done(o, weights);
+    read_words(entries);
     rules.finish(s, row, key, sight_of(work, step), entries);
     Weights held;
     Weights& next = S.hold ? held : weights;
@@ -235,8 +238,21 @@ struct Consumer {
     ++keys;
   }
 
+  FOVEA_DEVICE static void fetch(Found& entries, const Rules& rules, int row, int key) {
+    if constexpr (!fetches_words(S)) rules.fetch(entries, row, key);
+  }
+  /// Of the next tile computed.
+  FOVEA_DEVICE void read_words(Found& entries) {
+    if constexpr (fetches_words(S)) {
+      auto& ring = state.words[group];
+      ring.await_full(fetched);
+      entries.read(at.words(group, ring.place(fetched)));
+      ring.release(fetched++);
+    }
+  }
+
   /// References of a tile's scores; sums and O, where there are any, move on to them.
-  FOVEA_DEVICE void raise(const Rules& rules, Soft& soft, Scores& s, Out& o, float unit, const Fetched& entries,
+  FOVEA_DEVICE void raise(const Rules& rules, Soft& soft, Scores& s, Out& o, float unit, const Found& entries,
                           bool begun) const {
     rules.hide_by_bias(s, entries);
     float rescale[2];

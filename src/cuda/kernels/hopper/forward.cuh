@@ -14,8 +14,9 @@ __device__ void forward_sm90(const ForwardSm90Params& p) {
   static_assert(sizeof(State<S>) <= kStateBytes);
   State<S>& state = *reinterpret_cast<State<S>*>(shared + shared_bytes(S) - kStateBytes);
   if (threadIdx.x == 0) {
-    constexpr u32 kWarps = S.warpgroups * 4;
-    state.q.begin(kWarps), state.k.begin(kWarps), state.v.begin(kWarps);
+    constexpr u32 kWarps = S.warpgroups * 4, kFetchers = State<S>::kFetchers;
+    state.q.begin(kWarps + kFetchers), state.k.begin(kWarps + kFetchers), state.v.begin(kWarps);
+    for (auto& ring : state.words) ring.begin(4, kWarp);
     state.known.begin(1), state.late.begin(1);
     fence_barriers();
     fence_engine();
@@ -24,7 +25,12 @@ __device__ void forward_sm90(const ForwardSm90Params& p) {
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 128), 0);
   if (group == 0) {
     give_registers<producer_registers(S)>();
-    if (p.by_engine) {
+    if (threadIdx.x >= State<S>::kHands) {
+      if constexpr (State<S>::kFetchers != 0) {
+        const int of = warp_id() - State<S>::kHands / kWarp;
+        if (of < S.warpgroups) Fetcher<S>{p, state, {shared_address(shared)}, of}.run();
+      }
+    } else if (p.by_engine) {
       Producer<S, true>{p, state, {shared_address(shared)}}.run();
     } else {
       Producer<S, false>{p, state, {shared_address(shared)}}.run();

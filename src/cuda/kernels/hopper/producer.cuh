@@ -15,7 +15,8 @@ struct Producer {
   u32 keys = 0;  // tiles of them so far
 
   static constexpr u32 kMeeting = 1;  // the producers' barrier
-  static constexpr int kEarly = 1;    // tiles of keys, at most, that are left to load when the next rows are claimed
+  static constexpr int kHands = State<S>::kHands;
+  static constexpr int kEarly = 1;  // tiles of keys, at most, that are left to load when the next rows are claimed
   FOVEA_DEVICE static int thread() { return static_cast<int>(threadIdx.x % 128); }
   FOVEA_DEVICE static bool leads() { return kByEngine ? lane_id() == 0 : thread() == 0; }
 
@@ -62,7 +63,7 @@ struct Producer {
   }
 
   FOVEA_DEVICE void share() const {
-    if constexpr (!kByEngine) meet(kMeeting, 128);
+    if constexpr (!kByEngine) meet(kMeeting, kHands);
   }
 
   /// By a thread, or a warp where that looks for what a mask leaves.
@@ -127,7 +128,7 @@ struct Producer {
       if (p.cu_seqlens_q.data != nullptr) place.batch = 0;  // packed sequences are one
       if (leads()) load_panels<kRows, kDim>(to, map, full, place, keep);
     } else {
-      load_by_hand<128, kRows, kDim>(to, thread(), rows, kDim * bytes_of(S.type), view.aligned, from(), view.row);
+      load_by_hand<kHands, kRows, kDim>(to, thread(), rows, kDim * bytes_of(S.type), view.aligned, from(), view.row);
       fence_engine();
       share();
       if (leads()) full.arrive();

@@ -37,6 +37,16 @@ struct Work {
   Band::Reach reach[S.warpgroups];  // of each warpgroup's rows
   math::DropoutStream stream;
 
+  /// Of the block's tiles of keys, those that a warpgroup's rows see any of.
+  FOVEA_DEVICE Interval tiles_of(int group) const {
+    const Band::Reach& seen = reach[group];
+    if (seen.any_end <= seen.any_begin) return {tiles.begin, tiles.begin};
+    return {seen.any_begin / S.block_n, (seen.any_end - 1) / S.block_n + 1};
+  }
+  FOVEA_DEVICE TileState band_of(int group, int tile) const {
+    return reach[group].tile({tile * S.block_n, tile * S.block_n + S.block_n});
+  }
+
   /// Heads take turns in groups that L2 has room for; the rows that see the most under a causal rule come first.
   FOVEA_DEVICE void find(const ForwardSm90Params& p, int tile) {
     const int of_group = p.heads_abreast * p.row_blocks, group = tile / of_group, rest = tile - group * of_group;
@@ -52,8 +62,10 @@ struct Work {
     tiles.begin = keys.begin / S.block_n;
     tiles.end = keys.empty() ? tiles.begin : (keys.end - 1) / S.block_n + 1;
 #pragma unroll 1
-    for (int g = 0; g < S.warpgroups; ++g)
-      reach[g] = sequence.band.reach(rows.queries(g * kGroupRows, (g + 1) * kGroupRows));
+    for (int g = 0; g < S.warpgroups; ++g) {
+      const Interval mine = rows.queries(g * kGroupRows, (g + 1) * kGroupRows);
+      reach[g] = mine.empty() ? Band::Reach{} : sequence.band.reach(mine);
+    }
     if constexpr (S.dropout)
       stream = math::dropout_stream(p.seed, p.offset, static_cast<u32>(batch * p.q_heads + head));
   }
