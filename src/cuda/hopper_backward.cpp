@@ -17,13 +17,14 @@ constexpr int kHopper = 90;
 constexpr int kMostShared = 227 * 1024;
 constexpr int kWarps = 8, kStages = 2;
 constexpr std::int64_t kMostAbreast = 4;  // more of them do not fit into L2
-constexpr int kAtOnce = 128;  // columns of dk and dv that a product makes
+constexpr int kAtOnce = 128;              // columns of dk and dv that a product makes
 
 struct Tile {
   std::int64_t widest;  // head dim that it serves
   int block_m, block_n;
-  int most_options;  // see `weight_of`
-  bool bias;         // has registers for its loads, too
+  int most_options;        // see `weight_of`
+  bool bias;               // has registers for its loads, too
+  std::int64_t above = 0;  // head dims that narrower tiles serve better or not at all
 
   static constexpr int kAnyOptions = 99;
 };
@@ -35,9 +36,8 @@ int weight_of(const BackwardSpec& s) {
 
 // Measured on an H100 where nothing is hidden, else only run there (docs/notes).  The first that fits is taken.
 constexpr std::array kTiles{
-    Tile{64, 128, 128, 0, false}, Tile{64, 64, 128, Tile::kAnyOptions, true},
-    Tile{96, 64, 128, 4, true},   Tile{128, 64, 128, 2, false},
-    Tile{256, 64, 64, 2, true},
+    Tile{64, 128, 128, 0, false}, Tile{64, 64, 128, Tile::kAnyOptions, true}, Tile{96, 64, 128, 4, true},
+    Tile{128, 64, 128, 2, false}, Tile{256, 64, 64, 2, false, 128},
 };
 
 class BackwardSm90Plan final : public PlannedKernel {
@@ -94,8 +94,8 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
   const std::int64_t widest = std::max(problem.head_dim, problem.head_dim_v);
   const auto fits = [&](const Tile& tile) {
     spec.block_m = tile.block_m, spec.block_n = tile.block_n;
-    return widest <= tile.widest && weight_of(spec) <= tile.most_options && (tile.bias || !spec.bias) &&
-           BackwardSm90Shared::of(spec).total <= kMostShared;
+    return tile.above < widest && widest <= tile.widest && weight_of(spec) <= tile.most_options &&
+           (tile.bias || !spec.bias) && BackwardSm90Shared::of(spec).total <= kMostShared;
   };
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
   share_out(problem, shape);

@@ -57,8 +57,8 @@ FOVEA_FN constexpr int words_bytes(const ForwardSm90Spec& s) {
 }
 FOVEA_FN constexpr int shared_bytes(const ForwardSm90Spec& s) {
   return s.q_stages * q_tile_bytes(s) +
-         s.stages * (tile_bytes(s.block_n, s.head_dim) + tile_bytes(s.block_n, s.head_dim_v) +
-                     s.warpgroups * words_bytes(s)) +
+         s.stages *
+             (tile_bytes(s.block_n, s.head_dim) + tile_bytes(s.block_n, s.head_dim_v) + s.warpgroups * words_bytes(s)) +
          kStateBytes;
 }
 

@@ -64,7 +64,9 @@ struct BackwardProducer {
         load_panels<S.block_n, kDim>(to, map, full, {sequence.kv_begin + key, walk.kv_head, batch()}, Keep::kNo);
     } else {
       copy<S.block_n, kDim>(to, sequence.band.seqlen_kv - key, dim, view, sequence.kv_row(view, key, walk.kv_head));
-      announce(full);
+      fence_engine();
+      share();
+      if (leads()) full.arrive();
     }
   }
 
@@ -79,23 +81,20 @@ struct BackwardProducer {
       if (!leads()) return;
       load_panels<S.block_m, kDim>(to, map, full, {sequence.q_begin + row, step.head, batch()}, Keep::kYes,
                                    kBytesOfStatistics);
-      load_bytes(statistics_to, mine, kBytesOfStatistics, full);
     } else {
       copy<S.block_m, kDim>(to, sequence.band.seqlen_q - row, dim, view, from);
-      if (threadIdx.x < S.block_m) store_shared(statistics_to + 4 * threadIdx.x, __float_as_uint(mine[threadIdx.x]));
-      announce(full);
+      fence_engine();
+      share();
+      if (!leads()) return;
+      full.arrive_with(kBytesOfStatistics);
     }
+    load_bytes(statistics_to, mine, kBytesOfStatistics, full);
   }
 
   template <int kRows, int kDim>
   FOVEA_DEVICE void copy(u32 to, int rows, int dim, const RowView& view, const char* from) const {
     load_by_hand<128, kRows, kDim>(to, static_cast<int>(threadIdx.x), rows, dim * kBytes<S.type>, view.aligned, from,
                                    view.row);
-  }
-  FOVEA_DEVICE void announce(Barrier& full) const {
-    fence_engine();
-    share();
-    if (leads()) full.arrive();
   }
 };
 

@@ -19,10 +19,10 @@ struct BackwardState {
   Ring<2> ds;                 // of all who make it
   bool spoiled[2];            // of each: where something hidden was not finite
   // Where keys are shared:
-  Ring<2> weights;      // from who makes P to who makes dS
-  Ring<2> looked;       // at dP, by who makes it; what the other one awaits gives dout back for both
-  u32 strange[2][2];    // of S and dP: n + 1 where something hidden was not finite in tile n
-  HopperWalk<S> walk;   // a step is written before its q is announced
+  Ring<2> weights;     // from who makes P to who makes dS
+  Ring<2> looked;      // at dP, by who makes it; what the other one awaits gives dout back for both
+  u32 strange[2][2];   // of S and dP: n + 1 where something hidden was not finite in tile n
+  HopperWalk<S> walk;  // a step is written before its q is announced
 
   FOVEA_DEVICE const Step& step(u32 n) const { return walk.steps[n % 8]; }
 };

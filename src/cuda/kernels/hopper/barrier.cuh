@@ -32,8 +32,9 @@ struct Barrier {
   }
 };
 
-/// What a warp's release counts for.  One lane arrives for a warp that has come together, which is enough by the PTX
-/// memory model; compute-sanitizer's racecheck sees a lane's reads ordered by its own arrivals only (docs/contract.md).
+/// What a warp's arrival counts for.  One lane arrives for a warp that has come together, which is enough by the PTX
+/// memory model; compute-sanitizer's racecheck sees what a lane does ordered by its own arrivals only
+/// (docs/contract.md).
 #ifdef FOVEA_RACECHECK
 inline constexpr u32 kArrivals = kWarp;
 #else
@@ -55,7 +56,7 @@ struct Ring {
   /// Once a warp, when all of it has written.
   FOVEA_DEVICE void announce(u32 n) {
     __syncwarp();
-    if (lane_id() == 0) full[place(n)].arrive();
+    if (static_cast<u32>(lane_id()) < kArrivals) full[place(n)].arrive();
   }
   /// Once a warp, when all of it has read.
   FOVEA_DEVICE void release(u32 n) {
