@@ -243,6 +243,49 @@ void rotate(const RotateTile& t) {
   }
 }
 
+// ---- losses
+
+void squares(const LossTile& t) {
+  for (i64 r = 0; r < t.rows; ++r) {
+    const char *x = t.x.data + r * t.x.stride, *target = t.target.data + r * t.target.stride;
+    char* dx = t.dx.data + r * t.dx.stride;
+    const auto apart = [&](i64 c) { return read(x, t.x.type, c, t.columns) - read(target, t.x.type, c, t.columns); };
+    t.losses[r] = t.share * sum_of(t.columns, [&](i64 c) {
+                    const V d = apart(c);
+                    return d * d;
+                  });
+    for (i64 c = 0; c < t.columns; c += kWidth) write(dx, t.x.type, c, t.columns, splat(2.0F * t.share) * apart(c));
+  }
+}
+
+void entropies(const LossTile& t) {
+  for (i64 r = 0; r < t.rows; ++r) {
+    const char* x = t.x.data + r * t.x.stride;
+    char* dx = t.dx.data + r * t.dx.stride;
+    const i64 wanted = t.classes[r];
+    const bool counts = wanted >= 0 && wanted < t.columns;
+    V most = splat(read(x, t.x.type, 0, t.columns)[0]);
+    for (i64 c = 0; c < t.columns; c += kWidth) {
+      V at = read(x, t.x.type, c, t.columns);
+      for (i64 i = t.columns - c; i < kWidth; ++i) at[i] = most[i];
+      most = at > most ? at : most;
+    }
+    float top = most[0];
+    for (int i = 1; i < kWidth; ++i) top = most[i] > top ? most[i] : top;
+    const auto weight = [&](i64 c) {
+      return within(exp2((read(x, t.x.type, c, t.columns) - splat(top)) * splat(kLog2E)), c, t.columns);
+    };
+    const float total = sum_of(t.columns, weight), share = counts ? t.share : 0.0F;
+    const float seen = counts ? widen(x + wanted * bytes(t.x.type), t.x.type) : 0.0F;
+    t.losses[r] = share * (__builtin_logf(total) + top - seen);
+    for (i64 c = 0; c < t.columns; c += kWidth) {
+      V gradient = weight(c) * splat(share / total);
+      if (wanted >= c && wanted < c + kWidth) gradient[wanted - c] -= share;
+      write(dx, t.x.type, c, t.columns, gradient);
+    }
+  }
+}
+
 // ---- sums and conversions
 
 void add_rows(const Rows& x, i64 rows, i64 columns, float* sum, double* scratch) {
@@ -277,6 +320,8 @@ RowKernels row_kernels() {
           .norm = &norm,
           .norm_gradient = &norm_gradient,
           .rotate = &rotate,
+          .squares = &squares,
+          .entropies = &entropies,
           .add_rows = &add_rows,
           .convert = &convert};
 }
