@@ -202,6 +202,20 @@ class Training:
             torch.cuda.synchronize()
 
 
+def cpp_environment() -> dict[str, str]:
+    """For a program in C++: it does not look for NVIDIA's libraries where torch's wheel brings them."""
+    packages = Path(torch.__file__).parents[1]
+    found = {}
+    for variable, patterns in {
+        "FOVEA_NVRTC": ("nvidia/cu13/lib/libnvrtc.so.*", "nvidia/cuda_nvrtc/lib/libnvrtc.so.*"),
+        "FOVEA_CUBLASLT": ("nvidia/cu13/lib/libcublasLt.so.*", "nvidia/cublas/lib/libcublasLt.so.*"),
+    }.items():
+        files = [file for pattern in patterns for file in sorted(packages.glob(pattern)) if "alt" not in file.name]
+        if files:
+            found[variable] = str(files[0])
+    return found | os.environ
+
+
 class TrainingInCpp:
     """The program tests/nn/minitest.cpp, which takes a step for every line that it reads."""
 
@@ -219,8 +233,10 @@ class TrainingInCpp:
         path = Path(self.folder.name) / "task.safetensors"
         save_file({name: t.contiguous() for name, t in tensors.items()}, path)
         self.packed = task.padding is not None
-        command = [program, str(path), str(heads), str(task.options.dropout), str(LEARNING_RATE)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [program, task.x.device.type, str(path), str(heads), str(task.options.dropout), str(LEARNING_RATE)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=cpp_environment()
+        )
         self.backend = self._answer(1)[0]
 
     def step(self) -> tuple[float, float]:
@@ -294,9 +310,7 @@ class Minitest:
             self.absent["flash_attn"] = "not installed"
         elif device.type != "cuda":
             self.absent["flash_attn"] = "does not run on CPUs"
-        if device.type != "cpu":
-            self.absent["Fovea C++"] = "its layers run on CPUs so far"
-        elif not cpp:
+        if not cpp:
             self.absent["Fovea C++"] = "--cpp names no program; `./dev test` builds build/release/tests/fovea_minitest"
         for name in self.absent:
             del self.contestants[name]
