@@ -194,7 +194,8 @@ def plot(results: list[dict[str, Any]], path: str) -> None:
         f'<text x="{width / 2}" y="{height - 20}" text-anchor="middle">length of the sequence (to {longest:,})</text>',
         f'<text x="{margin}" y="{margin - 15}">most memory (to {most / 2**30:.2f} GiB)</text>',
     ]
-    for row, (name, color) in enumerate(zip(dict.fromkeys(r["contestant"] for r in done), ("#888", "#e9a13b", "#d1495b", "#1f77b4"))):
+    names = dict.fromkeys(r["contestant"] for r in done)
+    for row, (name, color) in enumerate(zip(names, ("#888", "#e9a13b", "#d1495b", "#1f77b4"))):
         points = " ".join(
             f"{margin + (width - 2 * margin) * r['length'] / longest:.1f},"
             f"{height - margin - (height - 2 * margin) * r['peak_bytes'] / most:.1f}"
@@ -244,7 +245,8 @@ def main() -> int:
     if options.cpp:
         print("\nFovea C++:")
         results += in_cpp(options)
-    print(f"\nlosses {'agree' if agree else 'DO NOT AGREE'}; Fovea's memory {'grows' if linear else 'DOES NOT GROW'} linearly")
+    growth = "grows" if linear else "DOES NOT GROW"
+    print(f"\nlosses {'agree' if agree else 'DO NOT AGREE'}; Fovea's memory {growth} linearly")
     if options.json:
         device = torch.cuda.get_device_name() if options.device != "cpu" else f"CPU, {torch.get_num_threads()} threads"
         facts = {"device": device, "torch": torch.__version__, "fovea": fovea.__version__}

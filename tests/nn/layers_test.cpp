@@ -572,6 +572,27 @@ TEST(Losses, AreTheFormulasWithTheirGradients) {
                        "one for each of the 3 rows"));
 }
 
+// ---- memory
+
+TEST(Memory, OfTrainingGrowsWithTheLengthAndNotItsSquare) {
+  auto options = dropping();
+  options.recompute = true;
+  std::vector<double> most;
+  for (const std::int64_t length : {1000, 2000, 4000}) {
+    TransformerEncoderLayer layer(options);
+    const Array x = random_array({1, length, 24}, 1);
+    AttentionCall call;
+    call.training = true;
+    call.causal = Causal::kTopLeft;
+    (void)peak_bytes(kDevice, true);
+    const auto result = layer.forward(x.view(), call);
+    (void)layer.backward(*result.state, x.view());
+    most.push_back(static_cast<double>(peak_bytes(kDevice)));
+  }
+  EXPECT_GT(most[2] - most[1], 4000.0 * 24 * sizeof(float));  // so that it measures something
+  EXPECT_LT(most[2] - most[1], 2.2 * (most[1] - most[0]));
+}
+
 // ---- bounds and errors
 
 TEST(Layers, OfNoRowsGiveNoRows) {
