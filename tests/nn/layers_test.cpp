@@ -28,7 +28,7 @@ std::span<const std::int64_t> shape_of(const Tensor& t) {
 
 /// The same elements in another dtype, on another device.
 Array converted(const Array& a, DType dtype, const Device& device) {
-  const Array to(dtype, shape_of(a.view()), device);
+  Array to(dtype, shape_of(a.view()), device);
   copy(a.view(), to.view());
   return to;
 }

@@ -395,7 +395,7 @@ class CpuOps final : public Ops {
   }
 
   void adamw(const AdamWStep& s) const override {
-    const auto [rate, spread, decay] = rates_of(s);
+    const AdamWRates rates = rates_of(s);
     const auto* g = static_cast<const float*>(s.gradient.data);
     auto* mean = static_cast<float*>(s.mean.data);
     auto* variance = static_cast<float*>(s.variance.data);
@@ -406,7 +406,7 @@ class CpuOps final : public Ops {
       for (i64 i = first; i < first + count; ++i) {
         mean[i] = s.beta1 * mean[i] + (1.0F - s.beta1) * g[i];
         variance[i] = s.beta2 * variance[i] + (1.0F - s.beta2) * g[i] * g[i];
-        w[i] = w[i] * decay - rate * mean[i] / (std::sqrt(variance[i]) / spread + s.eps);
+        w[i] = w[i] * rates.decay - rates.rate * mean[i] / (std::sqrt(variance[i]) / rates.spread + s.eps);
       }
       if (!s.master.defined()) return;
       const Rows from{reinterpret_cast<char*>(w + first), 0, Element::kFloat32};
