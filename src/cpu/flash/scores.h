@@ -206,20 +206,6 @@ inline float finish_scores(const Tile& s, const Panel& panel, const Context& con
   return factor;
 }
 
-/// The two words of a patch in each lane.
-struct DropoutWords {
-  VU of_row, of_row_8;  // the patch's own row, and the one 8 further
-};
-FOVEA_INLINE DropoutWords dropout_words(VU x0, VU x1, VU key) {
-  FOVEA_UNROLL for (int round = 0; round < math::kDropoutRounds; ++round) {
-    const Wide p = multiply_wide(x0, splat(math::kPhilox2x32M));
-    x0 = p.high ^ key ^ x1;
-    x1 = p.low;
-    key += math::kPhiloxW0;
-  }
-  return {x0, x1};
-}
-
 /// Whether lanes [lane, lane + 16) are the rows of one head that share patches: rows 16n to 16n + 15.
 inline bool shares_patches(const Panel& panel, int lane) {
   if (kWidth < 8 || lane + 16 > kPanelRows || panel.query[lane] % 16 != 0) return false;
@@ -251,20 +237,20 @@ inline void dropout_factors(float* z, const Panel& panel, const Context& context
       near[i] = shared ? static_cast<std::uint32_t>(i) / 8 : 0;
     }
     const VU row = load_words(panel.draw_row + lane), column = load_words(panel.draw_column + lane);
-    const VU key = load_words(panel.draw_key + lane);
+    const DropoutKeys draw_keys = dropout_keys(load_words(panel.draw_key + lane));
     for (i64 r = 0; r < keys.end - keys.begin; r += 16) {
       for (i64 t = 0; t < 8; t += shared ? kWidth / 8 : 1) {
-        const DropoutWords words = dropout_words(row, column ^ (math::patch_of(keys.begin + r + t) + near), key);
+        const auto [words] = dropout_words(row, column ^ (math::patch_of(keys.begin + r + t) + near), draw_keys);
         if (!shared) {
-          put(r + t, lane, second_word != 0 ? words.of_row_8 : words.of_row);
+          put(r + t, lane, second_word != 0 ? words[1] : words[0]);
         } else if (kWidth == 16) {
-          V first = V(words.of_row), second = V(words.of_row_8);
+          V first = V(words[0]), second = V(words[1]);
           swap_halves<kWidth / 2>(first, second, AllLanes{});
           put(r + t, lane, VU(first));
           put(r + t + 1, lane, VU(second));
         } else {
-          put(r + t, lane, words.of_row);
-          put(r + t, lane + 8, words.of_row_8);
+          put(r + t, lane, words[0]);
+          put(r + t, lane + 8, words[1]);
         }
       }
     }

@@ -90,19 +90,13 @@ void draw_row(const DropoutDraws& dropout, const std::int32_t* place, i64 first_
   const int word = i / 8 % 2 == 0 ? 0 : 1;
   const V scale = splat(65536.0F / static_cast<float>(dropout.keep_threshold));
   const VI threshold = splat(static_cast<std::int32_t>(dropout.keep_threshold));
+  const DropoutKeys keys = dropout_keys(splat(stream.key));
   VU lanes{};
   for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = static_cast<u32>(lane);
   constexpr int kGroup = kWidth < 8 ? kWidth : 8;
   for (i64 patch = 0; patch < (columns + 15) / 16 * 8; patch += kWidth) {
-    VU x0 = splat(stream.a ^ m), x1 = splat(stream.b) ^ (lanes + static_cast<u32>(first_column / 2 + patch));
-    u32 key = stream.key;
-    for (int round = 0; round < math::kDropoutRounds; ++round) {
-      const Wide product = multiply_wide(splat(math::kPhilox2x32M), x0);
-      x0 = product.high ^ key ^ x1;
-      x1 = product.low;
-      key += math::kPhiloxW0;
-    }
-    const VU draws = word == 0 ? x0 : x1;
+    const VU n = lanes + static_cast<u32>(first_column / 2 + patch);
+    const VU draws = dropout_words(splat(stream.a ^ m), splat(stream.b) ^ n, keys).words[word];
     float low[kWidth], high[kWidth];
     store(low, VI(draws & 0xffffU) < threshold ? scale : V{});
     store(high, VI(draws >> 16) < threshold ? scale : V{});
