@@ -24,7 +24,7 @@ constexpr int kComputeFloat = 68, kFloat = 0;                                   
 constexpr int kTransposeA = 3, kTransposeB = 4, kEpilogue = 7, kBiasPointer = 8;  // cublasLtMatmulDescAttributes_t
 constexpr std::uint32_t kEpilogueBias = 4;                                        // cublasLtEpilogue_t
 constexpr int kMostWorkspace = 1, kAlignments[] = {5, 6, 7, 8};  // cublasLtMatmulPreferenceAttributes_t: A, B, C, D
-constexpr std::int64_t kMostAlignment = 256;
+constexpr std::int64_t kMostAlignment = 256, kBiasAlignment = 16;
 
 /// cudaDataType_t.
 int type_of(DType dtype) { return dtype == DType::kFloat16 ? 2 : dtype == DType::kBFloat16 ? 14 : kFloat; }
@@ -130,6 +130,7 @@ void CublasLt::check(int status, const char* what) const {
 }
 
 bool CublasLt::multiply(const MatrixProduct& p) const {
+  if (p.bias.defined() && alignment_of(p.bias) < kBiasAlignment) return false;
   const cuda::CurrentGpu current(gpu_);
   const auto own = [](void* made, auto& destroy) {
     return std::unique_ptr<void, int (*)(void*)>(made, destroy.address);
@@ -181,7 +182,8 @@ bool CublasLt::multiply(const MatrixProduct& p) const {
     int count = 0;
     const int status = call_.choose(handle_.get(), description.get(), first.get(), second.get(), added.get(),
                                     result.get(), preference.get(), 1, &best, &count);
-    if (status != kNotSupported) check(status, call_.choose.name);
+    // Of a bias every answer but yes is a no: it can be added afterwards.
+    if (status != kNotSupported && !p.bias.defined()) check(status, call_.choose.name);
     algorithm.there = status == 0 && count > 0 && best.state == 0;
     std::copy(std::begin(best.algorithm), std::end(best.algorithm), std::begin(algorithm.words));
   }
