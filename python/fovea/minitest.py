@@ -7,12 +7,14 @@ busy machine disturbs all alike. A step is forward, loss, backward and AdamW.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import html
 import importlib.util
 import json
 import math
 import os
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -216,12 +218,27 @@ def cpp_environment() -> dict[str, str]:
     return found | os.environ
 
 
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file, whose package need not be there."""
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL", torch.int32: "I32"}
+    header: dict[str, Any] = {}
+    parts: list[bytes] = []
+    offset = 0
+    for name, tensor in tensors.items():
+        host = tensor.detach().cpu().contiguous()
+        parts.append(ctypes.string_at(host.data_ptr(), host.nbytes))
+        end = offset + host.nbytes
+        header[name] = {"dtype": names[host.dtype], "shape": list(host.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(parts))
+
+
 class TrainingInCpp:
     """The program tests/nn/minitest.cpp, which takes a step for every line that it reads."""
 
     def __init__(self, program: str, task: Task, heads: int, weights: dict[str, Tensor]) -> None:
-        from safetensors.torch import save_file
-
         tensors = {"x": task.x, "target": task.target} | {f"weight/{name}": w for name, w in weights.items()}
         if task.mask is not None:
             tensors["attn_mask"] = task.mask
@@ -231,7 +248,7 @@ class TrainingInCpp:
             tensors["cu_seqlens"] = F.pad(keep.sum(1).cumsum(0), (1, 0)).int()
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name) / "task.safetensors"
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+        _save(tensors, path)
         self.packed = task.padding is not None
         command = [program, task.x.device.type, str(path), str(heads), str(task.options.dropout), str(LEARNING_RATE)]
         self.process = subprocess.Popen(
