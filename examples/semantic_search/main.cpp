@@ -1,6 +1,6 @@
 // Semantic search without any framework: embeds the lines of a text, then finds those that mean what a query means.
 //
-//   semantic_search MODEL TEXT [--check REFERENCE.safetensors] [QUERY...]
+//   semantic_search [--device cuda] MODEL TEXT [--check REFERENCE.safetensors] [QUERY...]
 //
 // MODEL is the folder of all-MiniLM-L6-v2 (vocab.txt, model.safetensors).
 #include <algorithm>
@@ -66,12 +66,18 @@ void answer(const MiniLm& model, const std::vector<std::string>& lines, const st
   }
 }
 
-int run(const std::vector<std::string>& words) {
+int run(std::vector<std::string> words) {
+  fovea::Device device;
+  if (words.size() > 1 && words[0] == "--device") {
+    if (words[1] == "cuda") device.kind = fovea::DeviceKind::kCuda;
+    words.erase(words.begin(), words.begin() + 2);
+  }
   if (words.size() < 2) {
-    std::fputs("usage: semantic_search MODEL TEXT [--check REFERENCE.safetensors] [QUERY...]\n", stderr);
+    std::fputs("usage: semantic_search [--device cuda] MODEL TEXT [--check REFERENCE.safetensors] [QUERY...]\n",
+               stderr);
     return 2;
   }
-  const MiniLm model(words[0]);
+  const MiniLm model(words[0], device);
   const std::vector<std::string> lines = lines_of(words[1]);
   const auto seconds = [start = std::chrono::steady_clock::now()] {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

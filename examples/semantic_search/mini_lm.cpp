@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 using namespace fovea;
 
@@ -15,7 +14,16 @@ constexpr float kEps = 1e-12F;
 
 float* floats(const nn::Array& array) { return static_cast<float*>(array.view().data); }
 
-nn::TransformerEncoder::Options encoder_options() {
+/// The same array where it is on that device already, else a copy there.
+nn::Array placed(const nn::Array& array, const Device& device) {
+  const Tensor& view = array.view();
+  if (view.device == device) return array;
+  nn::Array there(view.dtype, std::span(view.shape).first(static_cast<std::size_t>(view.rank)), device);
+  nn::copy(view, there.view());
+  return there;
+}
+
+nn::TransformerEncoder::Options encoder_options(const Device& device) {
   nn::TransformerEncoder::Options options;
   options.layer = {.d_model = MiniLm::kFeatures,
                    .nhead = 12,
@@ -23,7 +31,8 @@ nn::TransformerEncoder::Options encoder_options() {
                    .dropout = 0.0F,
                    .activation = nn::Activation::kGelu,
                    .layer_norm_eps = kEps,
-                   .batch_first = true};
+                   .batch_first = true,
+                   .device = device};
   options.num_layers = kLayers;
   return options;
 }
@@ -67,8 +76,10 @@ class BertNames : public nn::Module {
     for (std::size_t i = 0; i < projections_.size(); ++i) {
       const nn::MultiheadAttention& attention = encoder_.layers[i / 3].self_attn;
       const auto put = [&](const nn::Array& part, const nn::Array& whole) {
-        std::memcpy(static_cast<std::byte*>(whole.view().data) + i % 3 * part.size_bytes(), part.view().data,
-                    part.size_bytes());
+        Tensor third = whole.view();
+        third.data = static_cast<std::byte*>(third.data) + i % 3 * part.size_bytes();
+        third.shape[0] /= 3;
+        nn::copy(part.view(), third);
       };
       put(projections_[i].weight.value, attention.in_proj_weight.value);
       put(projections_[i].bias.value, attention.in_proj_bias.value);
@@ -84,13 +95,14 @@ class BertNames : public nn::Module {
 
 }  // namespace
 
-MiniLm::MiniLm(const std::string& folder)
-    : word_piece_(folder + "/vocab.txt"),
+MiniLm::MiniLm(const std::string& folder, const Device& device)
+    : device_(device),
+      word_piece_(folder + "/vocab.txt"),
       words_(DType::kFloat32, {kWords, kFeatures}, {}),
       positions_(DType::kFloat32, {kPositions, kFeatures}, {}),
       types_(DType::kFloat32, {kTypes, kFeatures}, {}),
-      norm_({.features = kFeatures, .eps = kEps}),
-      encoder_(encoder_options()) {
+      norm_({.features = kFeatures, .eps = kEps, .device = device}),
+      encoder_(encoder_options(device)) {
   BertNames names(words_, positions_, types_, norm_, encoder_);
   nn::load(names, folder + "/model.safetensors");
   names.join_projections();
@@ -136,7 +148,8 @@ void MiniLm::embed_packed(std::span<const std::vector<std::int32_t>> sentences, 
   }
   nn::AttentionCall call;
   call.cu_seqlens_q = Tensor::contiguous(ends.data(), DType::kInt32, {static_cast<std::int64_t>(ends.size())});
-  const nn::Array states = encoder_.forward(norm_.forward(x.view()).view(), call).out;
+  const nn::Array embedded = norm_.forward(placed(x, device_).view());
+  const nn::Array states = placed(encoder_.forward(embedded.view(), call).out, {});
 
   // The mean over a sentence's tokens, at length 1.
   for (std::size_t s = 0; s < sentences.size(); ++s, rows += kFeatures) {

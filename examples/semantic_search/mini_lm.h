@@ -13,7 +13,7 @@
 class MiniLm {
  public:
   /// `folder` holds vocab.txt and model.safetensors.  Throws fovea::Error or std::runtime_error.
-  explicit MiniLm(const std::string& folder);
+  explicit MiniLm(const std::string& folder, const fovea::Device& device = {});
 
   static constexpr std::int64_t kFeatures = 384;
 
@@ -25,6 +25,7 @@ class MiniLm {
  private:
   void embed_packed(std::span<const std::vector<std::int32_t>> sentences, float* rows) const;
 
+  fovea::Device device_;  // of the encoder; embeddings are looked up on the CPU
   WordPiece word_piece_;
   fovea::nn::Parameter words_, positions_, types_;
   fovea::nn::LayerNorm norm_;

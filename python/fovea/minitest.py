@@ -7,12 +7,14 @@ busy machine disturbs all alike. A step is forward, loss, backward and AdamW.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import html
 import importlib.util
 import json
 import math
 import os
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -202,12 +204,41 @@ class Training:
             torch.cuda.synchronize()
 
 
+def cpp_environment() -> dict[str, str]:
+    """For a program in C++: it does not look for NVIDIA's libraries where torch's wheel brings them."""
+    packages = Path(torch.__file__).parents[1]
+    found = {}
+    for variable, patterns in {
+        "FOVEA_NVRTC": ("nvidia/cu13/lib/libnvrtc.so.*", "nvidia/cuda_nvrtc/lib/libnvrtc.so.*"),
+        "FOVEA_CUBLASLT": ("nvidia/cu13/lib/libcublasLt.so.*", "nvidia/cublas/lib/libcublasLt.so.*"),
+    }.items():
+        files = [file for pattern in patterns for file in sorted(packages.glob(pattern)) if "alt" not in file.name]
+        if files:
+            found[variable] = str(files[0])
+    return found | os.environ
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file, whose package need not be there."""
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL", torch.int32: "I32"}
+    header: dict[str, Any] = {}
+    parts: list[bytes] = []
+    offset = 0
+    for name, tensor in tensors.items():
+        host = tensor.detach().cpu().contiguous()
+        parts.append(ctypes.string_at(host.data_ptr(), host.nbytes))
+        end = offset + host.nbytes
+        header[name] = {"dtype": names[host.dtype], "shape": list(host.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(parts))
+
+
 class TrainingInCpp:
     """The program tests/nn/minitest.cpp, which takes a step for every line that it reads."""
 
     def __init__(self, program: str, task: Task, heads: int, weights: dict[str, Tensor]) -> None:
-        from safetensors.torch import save_file
-
         tensors = {"x": task.x, "target": task.target} | {f"weight/{name}": w for name, w in weights.items()}
         if task.mask is not None:
             tensors["attn_mask"] = task.mask
@@ -217,10 +248,12 @@ class TrainingInCpp:
             tensors["cu_seqlens"] = F.pad(keep.sum(1).cumsum(0), (1, 0)).int()
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name) / "task.safetensors"
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+        _save(tensors, path)
         self.packed = task.padding is not None
-        command = [program, str(path), str(heads), str(task.options.dropout), str(LEARNING_RATE)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [program, task.x.device.type, str(path), str(heads), str(task.options.dropout), str(LEARNING_RATE)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=cpp_environment()
+        )
         self.backend = self._answer(1)[0]
 
     def step(self) -> tuple[float, float]:
@@ -294,9 +327,7 @@ class Minitest:
             self.absent["flash_attn"] = "not installed"
         elif device.type != "cuda":
             self.absent["flash_attn"] = "does not run on CPUs"
-        if device.type != "cpu":
-            self.absent["Fovea C++"] = "its layers run on CPUs so far"
-        elif not cpp:
+        if not cpp:
             self.absent["Fovea C++"] = "--cpp names no program; `./dev test` builds build/release/tests/fovea_minitest"
         for name in self.absent:
             del self.contestants[name]

@@ -1,24 +1,11 @@
 #include <fovea/attention.h>
 
 #include "cuda/driver.h"
+#include "problem/operands.h"
 #include "problem/refuse.h"
 
 namespace fovea {
 namespace {
-
-Inputs operands(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
-  Inputs in;
-  in.q = q, in.k = k, in.v = v;
-  in.mask = options.mask;
-  in.bias = options.bias;
-  in.alibi_slopes = options.alibi_slopes;
-  in.sink = options.sink;
-  in.q_lengths = options.q_lengths;
-  in.kv_lengths = options.kv_lengths;
-  in.cu_seqlens_q = options.cu_seqlens_q;
-  in.cu_seqlens_kv = options.cu_seqlens_kv;
-  return in;
-}
 
 /// With a workspace of its own.
 void execute(const Plan& plan, const Inputs& inputs, const Outputs& outputs) {

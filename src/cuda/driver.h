@@ -1,5 +1,7 @@
 #pragma once
 
+#include <fovea/export.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -9,14 +11,14 @@
 
 // The NVIDIA driver, opened at run time: the library builds and links without CUDA.  Streams, functions and addresses
 // are the driver's own (CUstream, CUfunction, CUdeviceptr) as void*.  A call that fails throws Error with what was
-// asked, of what, and the driver's words.
+// asked, of what, and the driver's words.  What is exported is for the layers' library (src/nn) alone.
 namespace fovea::cuda {
 
 /// Why no GPU can be used here; empty where one can.
-[[nodiscard]] const std::string& why_no_driver();
+[[nodiscard]] FOVEA_API const std::string& why_no_driver();
 
 /// The newest CUDA that the driver serves, 13000 for 13.0; 0 where there is no driver.  Works without a GPU.
-[[nodiscard]] int driver_version();
+[[nodiscard]] FOVEA_API int driver_version();
 
 struct Gpu {
   std::string name;
@@ -32,11 +34,11 @@ struct Gpu {
 [[nodiscard]] int gpu_count();
 
 /// Throws Error(kDevice) where there is no driver, Error(kInvalidArgument) where there is no such GPU.
-[[nodiscard]] const Gpu& gpu(int index);
+[[nodiscard]] FOVEA_API const Gpu& gpu(int index);
 
 /// While it lives, a GPU's primary context, which the CUDA runtime and PyTorch use too, is this thread's current one;
 /// then the one before is again.
-class CurrentGpu {
+class FOVEA_API CurrentGpu {
  public:
   explicit CurrentGpu(int index);
   ~CurrentGpu();
@@ -45,7 +47,7 @@ class CurrentGpu {
 };
 
 /// A handle of the driver's that is given back on its GPU.
-struct Release {
+struct FOVEA_API Release {
   int gpu = 0;
   int (*function)(void*) = nullptr;
   void operator()(void* handle) const;
@@ -104,11 +106,11 @@ class Graph {
 };
 
 /// Waits for everything on a GPU: where a kernel's fault shows.
-void synchronize(int gpu);
+FOVEA_API void synchronize(int gpu);
 
 // Into a stream of the GPU; both may be captured.
-void fill_async(int gpu, void* memory, std::uint8_t value, std::size_t bytes, void* stream);
-void copy_async(int gpu, void* to, const void* from, std::size_t bytes, void* stream);
+FOVEA_API void fill_async(int gpu, void* memory, std::uint8_t value, std::size_t bytes, void* stream);
+FOVEA_API void copy_async(int gpu, void* to, const void* from, std::size_t bytes, void* stream);
 
 /// The kernel `name` of a cubin, loaded for as long as the process lives and allowed all the shared memory there is.
 /// `made_by` ("NVRTC 13.0") tells the user what a driver refused that is older than that.
@@ -122,6 +124,7 @@ struct Grid {
 };
 
 /// `params` is the kernel's one parameter, copied before this returns.
-void launch(int gpu, void* function, std::string_view title, const Grid& grid, const void* params, void* stream);
+FOVEA_API void launch(int gpu, void* function, std::string_view title, const Grid& grid, const void* params,
+                      void* stream);
 
 }  // namespace fovea::cuda

@@ -1,8 +1,12 @@
 #pragma once
 
 #include <dlfcn.h>
+#include <fovea/export.h>
 
+#include <span>
 #include <string>
+#include <string_view>
+#include <vector>
 
 namespace fovea::cuda {
 
@@ -29,5 +33,11 @@ struct LibraryFunction {
   const char* name;
   Signature* address = nullptr;
 };
+
+/// Where a library whose file begins with `stem` may be, best first: one that is loaded already; `names`, which the
+/// system looks up where they have no folder; the folders `wheels` of the Python packages that this process uses.
+[[nodiscard]] FOVEA_API std::vector<std::string> library_candidates(std::string_view stem,
+                                                                    std::span<const char* const> names,
+                                                                    std::span<const char* const> wheels);
 
 }  // namespace fovea::cuda

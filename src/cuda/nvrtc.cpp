@@ -1,11 +1,10 @@
 #include "cuda/nvrtc.h"
 
 #include <fovea/error.h>
-#include <link.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
-#include <filesystem>
 #include <memory>
 #include <optional>
 
@@ -15,59 +14,11 @@
 namespace fovea::cuda {
 namespace {
 
-namespace fs = std::filesystem;
-
 constexpr int kOldest = 12040;
 constexpr int kCompilationFailed = 6;  // nvrtcResult
 
-/// Every library that this process has loaded, by its path.
-std::vector<fs::path> loaded_libraries() {
-  std::vector<fs::path> paths;
-  const auto add = [](dl_phdr_info* info, std::size_t, void* list) {
-    if (info->dlpi_name != nullptr && *info->dlpi_name != 0) {
-      static_cast<std::vector<fs::path>*>(list)->emplace_back(info->dlpi_name);
-    }
-    return 0;
-  };
-  ::dl_iterate_phdr(add, &paths);
-  return paths;
-}
-
-bool is_nvrtc(const fs::path& path) { return path.filename().string().starts_with("libnvrtc.so"); }
-
-/// The Python packages that a library belongs to: .../site-packages.  Empty where it belongs to none.
-fs::path python_packages(fs::path path) {
-  for (; path.has_relative_path(); path = path.parent_path()) {
-    if (path.filename() == "site-packages" || path.filename() == "dist-packages") return path;
-  }
-  return {};
-}
-
-/// Where an NVRTC may be, best first; names without a folder are looked up by the system.
-std::vector<std::string> candidates() {
-  std::vector<std::string> files;
-  const auto add = [&](const std::string& file) {
-    if (std::ranges::find(files, file) == files.end()) files.push_back(file);
-  };
-  const std::vector<fs::path> loaded = loaded_libraries();
-  for (const fs::path& path : loaded) {
-    if (is_nvrtc(path)) add(path);
-  }
-  for (const char* name : {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so", "/usr/local/cuda/lib64/libnvrtc.so"}) {
-    add(name);
-  }
-  for (const fs::path& path : loaded) {
-    const fs::path packages = python_packages(path);
-    if (packages.empty()) continue;
-    for (const char* wheel : {"nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"}) {
-      std::error_code ignored;
-      for (const fs::directory_entry& entry : fs::directory_iterator(packages / wheel, ignored)) {
-        if (is_nvrtc(entry.path())) add(entry.path());
-      }
-    }
-  }
-  return files;
-}
+constexpr std::array kNames{"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so", "/usr/local/cuda/lib64/libnvrtc.so"};
+constexpr std::array kWheels{"nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"};
 
 }  // namespace
 
@@ -127,7 +78,7 @@ struct Nvrtc::Found {
       return;
     }
     const int driver = driver_version();
-    for (const std::string& file : candidates()) {
+    for (const std::string& file : library_candidates("libnvrtc.so", kNames, kWheels)) {
       Nvrtc candidate;
       const std::string why = candidate.open(file);
       if (why.starts_with("is ")) why_none += (why_none.empty() ? "" : ", ") + file + " " + why;

@@ -1,11 +1,19 @@
 #include <fovea/nn/array.h>
 
-#include "nn/ops.h"
+#include <algorithm>
+
+#include "nn/layout.h"
 #include "problem/refuse.h"
 
 namespace fovea::nn {
 
-Array::Array(DType dtype, std::span<const std::int64_t> shape, const Device& device) {
+Array::Array(DType dtype, std::span<const std::int64_t> shape, const Device& device)
+    : Array(unset(dtype, shape, device)) {
+  ops_of(device).clear(view_.data, size_bytes_);
+}
+
+Array Array::unset(DType dtype, std::span<const std::int64_t> shape, const Device& device) {
+  Array a;
   if (shape.empty() || shape.size() > Tensor::kMaxRank) {
     refuse("a tensor cannot have ", shape.size(), " dimensions; give 1 to ", Tensor::kMaxRank);
   }
@@ -19,18 +27,30 @@ Array::Array(DType dtype, std::span<const std::int64_t> shape, const Device& dev
       refuse("a tensor of shape [", join(shape, ", "), "] is larger than any memory");
     }
   }
-  size_bytes_ = empty ? 0 : static_cast<std::size_t>(bytes);
-  memory_ = ops_of(device).allocate(size_bytes_);
-  view_.data = memory_.get();
-  view_.dtype = dtype;
-  view_.device = device;
-  view_.rank = static_cast<int>(shape.size());
+  a.size_bytes_ = empty ? 0 : static_cast<std::size_t>(bytes);
+  a.memory_ = ops_of(device).allocate(a.size_bytes_);
+  a.view_.data = a.memory_.get();
+  a.view_.dtype = dtype;
+  a.view_.device = device;
+  a.view_.rank = static_cast<int>(shape.size());
   std::int64_t stride = 1;
-  for (int i = view_.rank - 1; i >= 0; --i) {
-    view_.shape[i] = shape[i];
-    view_.strides[i] = stride;
+  for (int i = a.view_.rank - 1; i >= 0; --i) {
+    a.view_.shape[i] = shape[i];
+    a.view_.strides[i] = stride;
     stride *= shape[i];
   }
+  return a;
 }
+
+void copy(const Tensor& from, const Tensor& to) {
+  or_out_of_memory([&] {
+    if (from.rank != to.rank || !std::equal(from.shape.begin(), from.shape.begin() + from.rank, to.shape.begin())) {
+      refuse("a tensor of shape ", shape_text(from), " cannot be copied to one of shape ", shape_text(to));
+    }
+    ops_of(to.device.kind == DeviceKind::kCpu ? from.device : to.device).copy(from, to);
+  });
+}
+
+std::size_t peak_bytes(const Device& device, bool forget) { return ops_of(device).peak_bytes(forget); }
 
 }  // namespace fovea::nn

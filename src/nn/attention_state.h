@@ -19,7 +19,7 @@ struct MultiheadAttention::State {
   Tensor q{}, k{}, v{};           // as attention takes them
   Array out, lse;                 // [rows, num_heads · head_dim]
   Masks masks;
-  Array slopes, sink;
+  Array sink;
   AttentionOptions attention;
 };
 

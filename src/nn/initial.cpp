@@ -16,10 +16,10 @@ double uniform(std::uint64_t seed, std::int64_t i) {
 /// Made on the host, wherever x lies.
 template <class Value>
 void fill_by(const Tensor& x, const Value& value) {
-  const Array host(DType::kFloat32, std::span(x.shape).first(static_cast<std::size_t>(x.rank)));
+  const Array host = Array::unset(DType::kFloat32, std::span(x.shape).first(static_cast<std::size_t>(x.rank)));
   cpu::for_each_element(
       host.view(), [&](std::int64_t index, std::int64_t offset) { cpu::store(host.view(), offset, value(index)); });
-  ops_of(x.device).copy(host.view(), x);
+  copy(host.view(), x);
 }
 
 }  // namespace

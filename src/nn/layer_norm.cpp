@@ -20,7 +20,7 @@ Array LayerNorm::forward(const Tensor& x, Array* statistics) const {
     check_features("x", x, options_.features, options_.dtype, options_.device);
     Array dense, y = like(x, options_.features);
     const Tensor rows = as_rows(x, dense);
-    if (statistics != nullptr) *statistics = Array(DType::kFloat32, {rows.shape[0], 2}, x.device);
+    if (statistics != nullptr) *statistics = Array::unset(DType::kFloat32, {rows.shape[0], 2}, x.device);
     ops_of(x.device).norm(rows, weight.value.view(), bias.value.view(), options_.eps, rows_of(y),
                           statistics == nullptr ? Tensor{} : statistics->view());
     return y;

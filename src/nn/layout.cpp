@@ -68,7 +68,7 @@ void check_same_rows(const char* a_name, const Tensor& a, const char* b_name, co
 Array like(const Tensor& x, std::int64_t features) {
   std::array<std::int64_t, Tensor::kMaxRank> shape = x.shape;
   shape[x.rank - 1] = features;
-  return {x.dtype, std::span(shape).first(static_cast<std::size_t>(x.rank)), x.device};
+  return Array::unset(x.dtype, std::span(shape).first(static_cast<std::size_t>(x.rank)), x.device);
 }
 
 Tensor columns(const Tensor& rows, std::int64_t first, std::int64_t count) {
@@ -96,6 +96,9 @@ Sequences Sequences::of(const char* name, const Tensor& x, const Tensor& cu_seql
       refuse(name, "'s cu_seqlens is ", fovea::name(cu_seqlens.dtype), " ", shape_text(cu_seqlens),
              " but must be int32 [batch + 1]");
     }
+    if (cu_seqlens.device.kind != DeviceKind::kCpu) {
+      refuse(name, "'s cu_seqlens is on ", fovea::name(cu_seqlens.device), "; give it on the CPU, where it is read");
+    }
     const auto* ends = static_cast<const std::int32_t*>(cu_seqlens.data);
     s.rows = x.shape[0];
     s.batch = cu_seqlens.shape[0] - 1;
@@ -107,6 +110,11 @@ Sequences Sequences::of(const char* name, const Tensor& x, const Tensor& cu_seql
     if (ends[0] != 0 || ends[s.batch * cu_seqlens.strides[0]] != s.rows) {
       refuse(name, "'s cu_seqlens runs from ", ends[0], " to ", ends[s.batch * cu_seqlens.strides[0]],
              " but must run from 0 to its ", s.rows, " rows");
+    }
+    if (x.device.kind != DeviceKind::kCpu) {
+      s.memory = Array::unset(DType::kInt32, {s.batch + 1}, x.device);
+      ops_of(x.device).copy(cu_seqlens, s.memory.view());
+      s.cu_seqlens = s.memory.view();
     }
     return s;
   }
@@ -135,7 +143,7 @@ Tensor Sequences::heads(const Tensor& x, std::int64_t heads, std::int64_t head_d
 }
 
 Array Sequences::places(const Device& device) const {
-  Array places(DType::kInt32, {rows, 2}, device);
+  Array places = Array::unset(DType::kInt32, {rows, 2}, device);
   ops_of(device).place_rows(cu_seqlens, batch, interleaved, places.view());
   return places;
 }

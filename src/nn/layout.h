@@ -34,7 +34,8 @@ void check_same_rows(const char* a_name, const Tensor& a, const char* b_name, co
 struct Sequences {
   std::int64_t rows = 0, batch = 1, seqlen = 0;
   bool interleaved = false;  ///< row r is of sequence r % batch: [seqlen, batch, features]
-  Tensor cu_seqlens{};       ///< defined: packed
+  Tensor cu_seqlens{};       ///< defined: packed; on x's device
+  Array memory{};            ///< of cu_seqlens, where that is a GPU
 
   [[nodiscard]] bool packed() const { return cu_seqlens.defined(); }
 

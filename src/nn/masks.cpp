@@ -122,16 +122,16 @@ class Translation {
     masks_.bias = sum.view();
   }
 
+  /// Keys behind a sequence's last visible one are not walked; false where a mask must hide others.
   bool by_lengths(const Tensor& ignore) {
-    Array lengths(DType::kInt32, {s_.batch}, s_.device);
+    const Array lengths = Array::unset(DType::kInt32, {s_.batch}, s_.device);
     Tensor flat = ignore;
     flat.rank = 2;
     flat.shape = {s_.batch, s_.seqlen_kv};
     flat.strides = {ignore.strides[0], ignore.strides[3]};
-    if (!ops_.lengths_of(flat, lengths.view())) return false;
     masks_.lengths_memory = lengths;
     masks_.kv_lengths = lengths.view();
-    return true;
+    return ops_.lengths_of(flat, lengths.view());
   }
 
   const MaskSizes& s_;

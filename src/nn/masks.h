@@ -12,7 +12,7 @@ struct Masks {
   Array mask_memory, bias_memory, lengths_memory;
   Tensor mask{};        ///< bool, true = keep, a broadcast of [batch, heads, seqlen_q, seqlen_kv + extra]
   Tensor bias{};        ///< the same broadcast, fp32 or the layer's dtype
-  Tensor kv_lengths{};  ///< int32 [batch], in place of a mask of padding at the ends
+  Tensor kv_lengths{};  ///< int32 [batch], of padding at the ends: in place of a mask, or besides it
 };
 
 /// What the layer knows of the attention that it asks for.

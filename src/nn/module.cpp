@@ -41,15 +41,23 @@ void load(Module& module, const std::string& path, const std::string& prefix) {
       }
       read.emplace_back(std::move(from), to);
     });
-    for (const auto& [from, to] : read) ops_of(to.device).copy(from.view(), to);
+    for (const auto& [from, to] : read) copy(from.view(), to);
   });
 }
 
 void save(Module& module, const std::string& path, const std::string& prefix) {
   or_out_of_memory([&] {
     std::vector<std::pair<std::string, Tensor>> tensors;
+    std::vector<Array> hosts;
     module.visit(prefix, [&](const std::string& name, Parameter& parameter) {
-      tensors.emplace_back(name, parameter.value.view());
+      const Tensor& value = parameter.value.view();
+      if (value.device.kind == DeviceKind::kCpu) {
+        tensors.emplace_back(name, value);
+        return;
+      }
+      hosts.push_back(Array::unset(value.dtype, std::span(value.shape).first(static_cast<std::size_t>(value.rank))));
+      copy(value, hosts.back().view());
+      tensors.emplace_back(name, hosts.back().view());
     });
     files::write_safetensors(path, tensors, {{"format", "pt"}});
   });

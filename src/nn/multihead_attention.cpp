@@ -1,4 +1,3 @@
-#include <fovea/attention.h>
 #include <fovea/nn/multihead_attention.h>
 
 #include <algorithm>
@@ -62,19 +61,20 @@ Tensor heads_of_rows(const Tensor& rows, std::int64_t first_column, std::int64_t
   return t;
 }
 
-Array alibi_slopes(std::int64_t heads, const Device& device) {
-  const Array host(DType::kFloat32, {heads});
+Array slopes_of_heads(std::int64_t heads, const Device& device) {
+  const Array host = Array::unset(DType::kFloat32, {heads});
   for (std::int64_t h = 0; h < heads; ++h) {
     cpu::store(host.view(), h, std::exp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(heads)));
   }
-  Array slopes(DType::kFloat32, {heads}, device);
-  ops_of(device).copy(host.view(), slopes.view());
+  Array slopes = Array::unset(DType::kFloat32, {heads}, device);
+  copy(host.view(), slopes.view());
   return slopes;
 }
 
 /// Keys [batch, seqlen, heads, head_dim] with one more behind each sequence.
 Array extended(const Tensor& keys, const Tensor& more) {
-  Array longer(keys.dtype, {keys.shape[0], keys.shape[1] + 1, keys.shape[2], keys.shape[3]}, keys.device);
+  Array longer =
+      Array::unset(keys.dtype, {keys.shape[0], keys.shape[1] + 1, keys.shape[2], keys.shape[3]}, keys.device);
   Tensor part = longer.view();
   part.shape[1] = keys.shape[1];
   const Ops& ops = ops_of(keys.device);
@@ -131,6 +131,7 @@ MultiheadAttention::MultiheadAttention(const Options& options) : options_(comple
   out_proj_weight = Parameter(o.dtype, {o.embed_dim, q_size}, o.device);
   fill_uniform(out_proj_weight.value.view(), 1.0F / std::sqrt(static_cast<float>(q_size)), seed++);
   if (o.bias) out_proj_bias = Parameter(o.dtype, {o.embed_dim}, o.device);
+  if (o.alibi) alibi_slopes_ = slopes_of_heads(o.num_heads, o.device);
 }
 
 void MultiheadAttention::visit(const std::string& prefix, const Visit& visit) {
@@ -224,7 +225,7 @@ Array weights_of(const MultiheadAttention::State& s, const MultiheadAttention::O
   std::vector<std::int64_t> shape{batch, heads, rows, all};
   if (average) shape.erase(shape.begin() + 1);
   if (s.query.rank == 2) shape.erase(shape.begin());
-  Array result(o.dtype, shape, o.device);
+  Array result = Array::unset(o.dtype, shape, o.device);
   // Adds columns [first, first + count) of x [batch, rows, heads, count].
   const auto put = [&](const Tensor& x, std::int64_t first, std::int64_t count) {
     Tensor to = average ? Tensor::contiguous(result.view().data, o.dtype, {batch, rows, all}, o.device)
@@ -239,19 +240,19 @@ Array weights_of(const MultiheadAttention::State& s, const MultiheadAttention::O
       ops.copy(from.transposed(1, 2), to);
     }
   };
-  const Array unit(o.dtype, {std::max<std::int64_t>(keys, 1), tile}, o.device);
-  const Array out(o.dtype, {batch, rows, heads, tile}, o.device);
+  const Array unit = Array::unset(o.dtype, {std::max<std::int64_t>(keys, 1), tile}, o.device);
+  const Array out = Array::unset(o.dtype, {batch, rows, heads, tile}, o.device);
   Tensor values = unit.view();
   values.rank = 4;
   values.shape = {s.k.shape[0], keys, s.k.shape[2], tile};
   values.strides = {0, tile, 0, 1};
   for (std::int64_t first = 0; first < keys; first += tile) {
     ops.diagonal(unit.view(), first);
-    attention_forward(s.q, s.k, values, s.attention, out.view());
+    attend(s.q, s.k, values, s.attention, out.view(), {});
     put(out.view(), first, std::min(tile, keys - first));
   }
   if (o.add_zero_attn) {
-    const Array zero(DType::kFloat32, {batch, heads, rows}, o.device);
+    const Array zero = Array::unset(DType::kFloat32, {batch, heads, rows}, o.device);
     ops.weight_of_zero(s.lse.view(), zero.view());
     Tensor column = zero.view();
     column.rank = 4;
@@ -291,7 +292,8 @@ MultiheadAttention::Result MultiheadAttention::run(const Tensor& query, const Te
     refuse("cu_seqlens_q and cu_seqlens_kv must both be given, or neither");
   }
   s.of_q = Sequences::of("query", query, call.cu_seqlens_q, o.batch_first);
-  s.of_kv = Sequences::of("key", key, ends_kv, o.batch_first);
+  const bool alike = same(query, key) && same(ends_kv, call.cu_seqlens_q);
+  s.of_kv = alike ? s.of_q : Sequences::of("key", key, ends_kv, o.batch_first);
   if (s.of_q.batch != s.of_kv.batch) {
     refuse("query has ", s.of_q.batch, " sequences but key has ", s.of_kv.batch, "; they must agree");
   }
@@ -302,14 +304,14 @@ MultiheadAttention::Result MultiheadAttention::run(const Tensor& query, const Te
     refuse("add_bias_kv adds a key that stands nowhere; give the causal triangle as attn_mask, and pad the batch");
   }
   if (o.rotary || tail.dropout.probability > 0.0F) s.q_places = s.of_q.places(o.device);
-  if (o.rotary) s.kv_places = s.of_kv.places(o.device);
+  if (o.rotary) s.kv_places = alike ? s.q_places : s.of_kv.places(o.device);
 
   // q, k and v.
   const InputWeights w =
       input_weights(o, in_proj_weight.value.view(), q_proj_weight.value.view(), k_proj_weight.value.view(),
                     v_proj_weight.value.view(), in_proj_bias.value.view());
-  s.projected = Array(o.dtype, {s.of_q.rows, w.q_size + (s.one_input ? 2 * w.kv_size : 0)}, o.device);
-  if (!s.one_input) s.projected_kv = Array(o.dtype, {s.of_kv.rows, 2 * w.kv_size}, o.device);
+  s.projected = Array::unset(o.dtype, {s.of_q.rows, w.q_size + (s.one_input ? 2 * w.kv_size : 0)}, o.device);
+  if (!s.one_input) s.projected_kv = Array::unset(o.dtype, {s.of_kv.rows, 2 * w.kv_size}, o.device);
   for (const Projection& p : projections(s, w, s.projected.view(), s.projected_kv.view())) {
     ops.linear(p.input, p.weight, {.bias = p.bias}, {}, p.output, {});
   }
@@ -340,15 +342,14 @@ MultiheadAttention::Result MultiheadAttention::run(const Tensor& query, const Te
                             .dtype = o.dtype,
                             .device = o.device});
   a.mask = s.masks.mask, a.bias = s.masks.bias, a.kv_lengths = s.masks.kv_lengths;
-  if (o.alibi) s.slopes = alibi_slopes(o.num_heads, o.device);
   if (o.add_zero_attn) s.sink = Array(DType::kFloat32, {o.num_heads}, o.device);  // a key of score 0 without a value
-  a.alibi_slopes = s.slopes.view(), a.sink = s.sink.view();
+  a.alibi_slopes = alibi_slopes_.view(), a.sink = s.sink.view();
   a.cu_seqlens_q = s.of_q.cu_seqlens, a.cu_seqlens_kv = s.of_kv.cu_seqlens;
   if (s.of_q.packed()) a.max_seqlen_q = s.of_q.seqlen, a.max_seqlen_kv = s.of_kv.seqlen;
-  s.out = Array(o.dtype, {s.of_q.rows, w.q_size}, o.device);
-  s.lse = s.of_q.packed() ? Array(DType::kFloat32, {o.num_heads, s.of_q.rows}, o.device)
-                          : Array(DType::kFloat32, {s.of_q.batch, o.num_heads, s.of_q.seqlen}, o.device);
-  attention_forward(s.q, s.k, s.v, a, s.of_q.heads(s.out.view(), o.num_heads, *o.head_dim), s.lse.view());
+  s.out = Array::unset(o.dtype, {s.of_q.rows, w.q_size}, o.device);
+  s.lse = s.of_q.packed() ? Array::unset(DType::kFloat32, {o.num_heads, s.of_q.rows}, o.device)
+                          : Array::unset(DType::kFloat32, {s.of_q.batch, o.num_heads, s.of_q.seqlen}, o.device);
+  attend(s.q, s.k, s.v, a, s.of_q.heads(s.out.view(), o.num_heads, *o.head_dim), s.lse.view());
 
   Result result;
   result.out = like(query, o.embed_dim);
@@ -381,21 +382,19 @@ MultiheadAttention::InputGradients MultiheadAttention::gradients(const State& s,
   Array dout_memory;
   const Tensor dout_rows = as_rows(dout, dout_memory);
   ops.linear_weight_gradient(dout_rows, s.out.view(), sum(out_proj_weight), sum(out_proj_bias));
-  const Array dattention(o.dtype, {s.out.view().shape[0], s.out.view().shape[1]}, o.device);
+  const Array dattention = like(s.out.view(), q_size);
   ops.linear_input_gradient(dout_rows, out_proj_weight.value.view(), {}, dattention.view());
 
   // Attention.
-  Array dprojected(o.dtype, {s.projected.view().shape[0], s.projected.view().shape[1]}, o.device), dprojected_kv;
-  if (!s.one_input) {
-    dprojected_kv = Array(o.dtype, {s.projected_kv.view().shape[0], s.projected_kv.view().shape[1]}, o.device);
-  }
+  const Array dprojected = like(s.projected.view(), s.projected.view().shape[1]);
+  const Array dprojected_kv = s.one_input ? Array() : like(s.projected_kv.view(), 2 * kv_size);
   const Placed d = place(s, o, dprojected.view(), dprojected_kv.view());
   Array dk_longer, dv_longer;
   if (o.add_bias_kv) {
     dk_longer = like(s.k, s.k.shape[3]);
     dv_longer = like(s.v, s.v.shape[3]);
   }
-  attention_backward(
+  attend_gradient(
       s.q, s.k, s.v, s.of_q.heads(s.out.view(), o.num_heads, *o.head_dim), s.lse.view(),
       s.of_q.heads(dattention.view(), o.num_heads, *o.head_dim), s.attention,
       {.dq = d.q, .dk = o.add_bias_kv ? dk_longer.view() : d.k, .dv = o.add_bias_kv ? dv_longer.view() : d.v});

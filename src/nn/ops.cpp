@@ -1,18 +1,33 @@
 #include "nn/ops.h"
 
-#include <fovea/error.h>
+#include <cmath>
+#include <map>
+#include <mutex>
 
 #include "nn/cpu/ops.h"
+#include "nn/cuda/ops.h"
 
 namespace fovea::nn {
-
 const Ops& ops_of(const Device& device) {
-  if (device.kind != DeviceKind::kCpu) {
-    throw Error(ErrorCode::kUnsupported,
-                "layers run on the CPU alone so far, not on " + name(device) + "; attention itself runs there");
+  if (device.kind == DeviceKind::kCpu) {
+    static const std::unique_ptr<const Ops> cpu = make_cpu_ops();
+    return *cpu;
   }
-  static const std::unique_ptr<const Ops> cpu = make_cpu_ops();
-  return *cpu;
+  static std::mutex mutex;
+  // Never taken apart: arrays of static storage may outlive everything here, and the driver with it.
+  static auto& gpus = *std::make_unique<std::map<int, std::unique_ptr<const Ops>>>().release();
+  const std::lock_guard lock(mutex);
+  std::unique_ptr<const Ops>& ops = gpus[device.index];
+  if (ops == nullptr) ops = make_cuda_ops(device.index);
+  return *ops;
+}
+
+AdamWRates rates_of(const AdamWStep& s) {
+  const double left1 = 1.0 - std::pow(static_cast<double>(s.beta1), static_cast<double>(s.step));
+  const double left2 = 1.0 - std::pow(static_cast<double>(s.beta2), static_cast<double>(s.step));
+  return {.rate = static_cast<float>(s.lr / left1),
+          .spread = static_cast<float>(std::sqrt(left2)),
+          .decay = 1.0F - s.lr * s.weight_decay};
 }
 
 }  // namespace fovea::nn

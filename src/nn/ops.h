@@ -1,5 +1,6 @@
 #pragma once
 
+#include <fovea/attention.h>
 #include <fovea/nn/array.h>
 #include <fovea/nn/transformer.h>
 #include <fovea/options.h>
@@ -29,6 +30,12 @@ struct AdamWStep {
   std::int64_t step = 1;
 };
 
+/// w = w · decay − rate · mean / (√variance / spread + eps).
+struct AdamWRates {
+  float rate = 0.0F, spread = 1.0F, decay = 1.0F;
+};
+[[nodiscard]] AdamWRates rates_of(const AdamWStep& step);
+
 class Ops {
  public:
   Ops() = default;
@@ -36,8 +43,12 @@ class Ops {
   Ops& operator=(const Ops&) = delete;
   virtual ~Ops() = default;
 
-  /// Zeroed memory, aligned to 64 bytes.
+  /// Memory of any content, aligned to 64 bytes.
   [[nodiscard]] virtual std::shared_ptr<std::byte> allocate(std::size_t bytes) const = 0;
+  virtual void clear(void* memory, std::size_t bytes) const = 0;
+
+  /// As nn::peak_bytes.
+  [[nodiscard]] virtual std::size_t peak_bytes(bool forget) const = 0;
 
   /// y[rows, out] = finish(x[rows, in] · w[out, in]ᵀ).  `before`, where defined, is what the activation saw.  `places`
   /// is int32 [rows, 2], sequence and position of each row; only dropout asks for it.
@@ -67,7 +78,8 @@ class Ops {
   /// Turns the heads of x [rows, heads, head_dim] in place, by their rows' positions; backwards where `back`.
   virtual void rotate(const Tensor& x, const Rotary& rotary, const Tensor& places, bool back) const = 0;
 
-  /// to = from, up to four dimensions of any strides, dtypes of floating point; from may have strides 0.
+  /// to = from, up to four dimensions of any strides and dtype; from may have strides 0.  One of them may be on the
+  /// host.
   virtual void copy(const Tensor& from, const Tensor& to) const = 0;
 
   /// Sequence and position of each row, int32 [rows, 2]: of packed sequences where cu_seqlens is defined, else of
@@ -79,8 +91,8 @@ class Ops {
   virtual void keep_of(const Tensor& ignore, const Tensor& keep) const = 0;
   virtual void bias_of(const Tensor& ignore, const Tensor& bias) const = 0;
 
-  /// lengths int32 [batch] of ignore bool [batch, seqlen] where every row ignores a tail of itself and nothing else,
-  /// and true; false where some row does not, or where to know would mean to wait for the device.
+  /// lengths int32 [batch]: where the last key ends that ignore bool [batch, seqlen] does not ignore.  True where that
+  /// says all; false where keys before it are ignored, too, or where to know would mean to wait for the device.
   [[nodiscard]] virtual bool lengths_of(const Tensor& ignore, const Tensor& lengths) const = 0;
 
   /// sum = a + b, broadcast by strides 0 to sum's four dimensions; floating point.
@@ -98,10 +110,24 @@ class Ops {
   /// sum [columns] fp32 += the rows of x.
   virtual void add_rows(const Tensor& x, const Tensor& sum) const = 0;
 
+  /// losses [rows, 1] fp32: share · (x − target)², summed over a row; dx its gradient.
+  virtual void squares(const Tensor& x, const Tensor& target, float share, const Tensor& losses,
+                       const Tensor& dx) const = 0;
+
+  /// losses [rows, 1] fp32: −share · log softmax(x)[class of the row], 0 where there is no such class; dx its gradient.
+  virtual void entropies(const Tensor& x, const Tensor& classes, float share, const Tensor& losses,
+                         const Tensor& dx) const = 0;
+
   virtual void adamw(const AdamWStep& step) const = 0;
 };
 
-/// The device's; Error(kUnsupported) where it has none yet.
+/// The device's.  Throws Error where the GPU is not there, or what its products need.
 [[nodiscard]] const Ops& ops_of(const Device& device);
+
+/// attention_forward and attention_backward, with a workspace that the device's Ops allocate.
+void attend(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options, const Tensor& out,
+            const Tensor& lse);
+void attend_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                     const Tensor& dout, const AttentionOptions& options, const Gradients& gradients);
 
 }  // namespace fovea::nn

@@ -97,16 +97,13 @@ TransformerEncoderLayer::Result TransformerEncoderLayer::compute(const Tensor& s
   s.src = src;
   s.call = call;
   const Tensor src_rows = as_rows(src, s.src_memory);
-  if (call.training && o.dropout > 0.0F) {
-    s.places = Sequences::of("src", src, call.cu_seqlens_q, o.batch_first).places(o.device);
-  }
-
   if (o.norm_first) s.normed1 = norm1.forward(src, &s.statistics1);
   const Tensor& seen = o.norm_first ? s.normed1.view() : src;
   auto attention =
       self_attn.run(seen, seen, seen, call, {.dropout = dropout_of(o, call, kAfterAttention), .residual = src_rows});
   s.attention = std::move(attention.state);
   s.attended = attention.out;
+  s.places = s.attention->q_places;
 
   Result result;
   if (o.norm_first) {

@@ -27,13 +27,16 @@ SANITIZER_FAULT = 9
 
 
 def environment(work):
-    """NVRTC where Python's wheels brought it, kernels compiled here kept out of the user's cache."""
+    """NVRTC and cuBLASLt where Python's wheels brought them, kernels compiled here kept out of the user's cache."""
     env = dict(os.environ)
     env.setdefault("FOVEA_CACHE_DIR", str(work / "kernels"))
     packages = Path(sysconfig.get_paths()["purelib"])
     wheels = [*packages.glob("nvidia/cu13/lib/libnvrtc.so.13"), *packages.glob("nvidia/cuda_nvrtc/lib/libnvrtc.so.1?")]
     if wheels and doctor(env)["cuda"]["nvrtc"] is None:
         env.setdefault("FOVEA_NVRTC", str(wheels[0]))
+    products = [*packages.glob("nvidia/cu13/lib/libcublasLt.so.1?"), *packages.glob("nvidia/cublas/lib/libcublasLt.so.1?")]
+    if products:
+        env.setdefault("FOVEA_CUBLASLT", str(products[0]))
     return env
 
 
@@ -93,6 +96,9 @@ class Ring:
     def run(self):
         said, quick = self.said, self.said.quick
         self.step("tests", [HERE / "fovea_gpu_tests"], summary=r"tests? ran|SKIPPED  \] \d|PASSED|FAILED  \] \d")
+        layers = HERE / "fovea_nn_tests"
+        self.step("layers", [layers] if layers.exists() else None, "carried without layers", summary=r"PASSED|FAILED  \] \d",
+                  variables={"FOVEA_LAYERS_DEVICE": "cuda", "FOVEA_TORCH_CASES": str(HERE / "torch_cases.safetensors")})
         for file in sorted((HERE / "problems").glob("*.txt")):
             self.step(f"check {file.stem}", [FOVEA, "check", f"@{file}", *DEVICE], summary="violations")
             self.step(f"portable {file.stem}", [FOVEA, "check", f"@{file}", *DEVICE, "--backend", "cuda_portable"],

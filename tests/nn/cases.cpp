@@ -1,7 +1,5 @@
 #include "tests/nn/cases.h"
 
-#include "nn/ops.h"
-
 namespace fovea::test {
 namespace {
 
@@ -77,8 +75,12 @@ Causal causal_of(const json& o) {
 
 class Case {
  public:
-  Case(const std::string& path, const std::string& name, std::string saved)
-      : path_(path), name_(name), saved_(std::move(saved)), file_(files::SafetensorsFile::open(path)) {}
+  Case(const std::string& path, const std::string& name, const Device& device, std::string saved)
+      : path_(path),
+        name_(name),
+        saved_(std::move(saved)),
+        device_(device),
+        file_(files::SafetensorsFile::open(path)) {}
 
   Results run() {
     const json o = json::parse(file_.metadata().at(name_));
@@ -92,9 +94,12 @@ class Case {
     call_.average_attn_weights = o.value("average_attn_weights", true);
     call_.training = true;
     if (o["kind"] == "mha") {
-      attention(attention_options(o));
+      auto options = attention_options(o);
+      options.device = device_;
+      attention(options);
     } else {
-      const auto options = encoder_options(o);
+      auto options = encoder_options(o);
+      options.layer.device = device_;
       if (o["kind"] == "layer") {
         nn::TransformerEncoderLayer layer(options.layer);
         stack(layer);
@@ -113,21 +118,25 @@ class Case {
     return owned_.emplace_back(file_.load(full)).view();
   }
 
-  /// In the layer's dtype: the file is fp32, with what it holds already rounded.
-  Tensor in_dtype(const std::string& what) {
+  /// On the layer's device, in its dtype: the file is fp32, with what it holds already rounded.
+  Tensor in_dtype(const std::string& what) { return placed(given(what), dtype_); }
+  Tensor mask(const std::string& what) {
     const Tensor t = given(what);
-    if (!t.defined() || dtype_ == DType::kFloat32 || t.dtype == DType::kBool) return t;
-    const nn::Array& cast = arrays_.emplace_back(dtype_, std::span(t.shape).first(static_cast<std::size_t>(t.rank)));
-    nn::ops_of({}).copy(t, cast.view());
+    return placed(t, t.dtype);
+  }
+  Tensor placed(const Tensor& t, DType dtype) {
+    if (!t.defined()) return t;
+    const auto shape = std::span(t.shape).first(static_cast<std::size_t>(t.rank));
+    const nn::Array& cast = arrays_.emplace_back(dtype, shape, device_);
+    nn::copy(t, cast.view());
     return cast.view();
   }
-  Tensor mask(const std::string& what) { return given(what); }
 
   void keep(const std::string& what, const nn::Array& value) {
     if (!value.defined()) return;
     const Tensor& v = value.view();
     nn::Array wide(DType::kFloat32, std::span(v.shape).first(static_cast<std::size_t>(v.rank)));
-    nn::ops_of({}).copy(v, wide.view());
+    nn::copy(v, wide.view());
     results_[what] = wide;
   }
 
@@ -165,6 +174,7 @@ class Case {
   }
 
   std::string path_, name_, saved_;
+  Device device_;
   files::SafetensorsFile file_;
   DType dtype_ = DType::kFloat32;
   nn::AttentionCall call_;
@@ -175,8 +185,8 @@ class Case {
 
 }  // namespace
 
-Results run_case(const std::string& path, const std::string& name, const std::string& saved) {
-  return Case(path, name, saved).run();
+Results run_case(const std::string& path, const std::string& name, const Device& device, const std::string& saved) {
+  return Case(path, name, device, saved).run();
 }
 
 }  // namespace fovea::test

@@ -15,7 +15,8 @@ namespace fovea::test {
 /// Everything that a case's forward and backward gave: out, weights, dquery, dkey, dvalue, grad/NAME, all fp32.
 using Results = std::map<std::string, nn::Array>;
 
-/// Runs one case.  `saved`, where not empty, is a file to which the layer's parameters are written before.
-[[nodiscard]] Results run_case(const std::string& path, const std::string& name, const std::string& saved = "");
+/// Runs one case on a device.  `saved`, where not empty, is a file to which the layer's parameters are written before.
+[[nodiscard]] Results run_case(const std::string& path, const std::string& name, const Device& device = {},
+                               const std::string& saved = "");
 
 }  // namespace fovea::test

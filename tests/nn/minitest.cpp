@@ -1,4 +1,4 @@
-// usage: fovea_minitest TASK.safetensors HEADS DROPOUT LEARNING_RATE
+// usage: fovea_minitest DEVICE TASK.safetensors HEADS DROPOUT LEARNING_RATE
 // The contestant in C++ of python -m fovea.minitest: says who runs its attention; then for every line on stdin one
 // training step of an attention layer, and "MILLISECONDS LOSS" on stdout.
 #include <fovea/nn/nn.h>
@@ -8,30 +8,15 @@
 #include <cstdio>
 #include <exception>
 #include <iostream>
+#include <span>
 #include <string>
+#include <string_view>
 
 #include "files/safetensors.h"
 
 namespace {
 
 using namespace fovea;
-
-/// The mean square of out − target, and its gradient with respect to out.
-double loss_of(const Tensor& out, const Tensor& target, const Tensor& dout) {
-  const auto* y = static_cast<const float*>(out.data);
-  const auto* wanted = static_cast<const float*>(target.data);
-  auto* gradient = static_cast<float*>(dout.data);
-  std::int64_t count = 1;
-  for (int axis = 0; axis < out.rank; ++axis) count *= out.shape[axis];
-  const float share = 2.0F / static_cast<float>(count);
-  double sum = 0.0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float apart = y[i] - wanted[i];
-    sum += static_cast<double>(apart) * static_cast<double>(apart);
-    gradient[i] = share * apart;
-  }
-  return sum / static_cast<double>(count);
-}
 
 /// Who runs attention of x [..., heads · head_dim] over itself.
 std::string backend_of(const Tensor& x, std::int64_t heads, float dropout, const Tensor& mask, const Tensor& ends) {
@@ -45,25 +30,40 @@ std::string backend_of(const Tensor& x, std::int64_t heads, float dropout, const
   options.mask = mask;
   options.dropout = {.probability = dropout};
   options.cu_seqlens_q = options.cu_seqlens_kv = ends;
-  return plan_forward(describe(Direction::kForward, q, q, q, options)).report().backend;
+  if (ends.defined()) options.max_seqlen_q = options.max_seqlen_kv = x.shape[0];
+  return plan_forward(describe(Direction::kForward, q, q, q, options), x.device).report().backend;
 }
 
 void train(char** words) {
-  const auto file = files::SafetensorsFile::open(words[1]);
-  const files::OwnedTensor x = file.load("x"), target = file.load("target");
-  const auto optional = [&](const char* name) {
-    return file.entries().contains(name) ? file.load(name) : files::OwnedTensor{};
+  const Device device{std::string_view(words[1]) == "cuda" ? DeviceKind::kCuda : DeviceKind::kCpu};
+  const auto file = files::SafetensorsFile::open(words[2]);
+  const auto placed = [&](const char* name) {
+    if (!file.entries().contains(name)) return nn::Array();
+    const files::OwnedTensor host = file.load(name);
+    const Tensor& t = host.view();
+    nn::Array array(t.dtype, std::span(t.shape).first(static_cast<std::size_t>(t.rank)), device);
+    nn::copy(t, array.view());
+    return array;
   };
-  const files::OwnedTensor mask = optional("attn_mask"), ends = optional("cu_seqlens");
-  const std::int64_t heads = std::stoll(words[2]);
-  const float dropout = std::stof(words[3]);
+  const nn::Array input = placed("x"), target = placed("target"), mask = placed("attn_mask");
+  const Tensor& x = input.view();
+  const files::OwnedTensor ends =
+      file.entries().contains("cu_seqlens") ? file.load("cu_seqlens") : files::OwnedTensor{};
+  const std::int64_t heads = std::stoll(words[3]);
+  const float dropout = std::stof(words[4]);
   Tensor four = mask.view();  // attention's masks have four dimensions
-  if (four.defined()) four = Tensor::contiguous(four.data, DType::kBool, {1, 1, four.shape[0], four.shape[1]});
-  std::puts(backend_of(x.view(), heads, dropout, four, ends.view()).c_str());
-  nn::MultiheadAttention layer(
-      {.embed_dim = x.view().shape[x.view().rank - 1], .num_heads = heads, .dropout = dropout, .batch_first = true});
-  nn::load(layer, words[1], "weight/");
-  nn::AdamW optimiser(layer, {.lr = std::stof(words[4])});
+  if (four.defined()) {
+    four = Tensor::contiguous(four.data, DType::kBool, {1, 1, four.shape[0], four.shape[1]}, device);
+  }
+  std::puts(backend_of(x, heads, dropout, four, ends.view()).c_str());
+  nn::MultiheadAttention layer({.embed_dim = x.shape[x.rank - 1],
+                                .num_heads = heads,
+                                .dropout = dropout,
+                                .batch_first = true,
+                                .dtype = x.dtype,
+                                .device = device});
+  nn::load(layer, words[2], "weight/");
+  nn::AdamW optimiser(layer, {.lr = std::stof(words[5])});
   nn::AttentionCall call;
   call.attn_mask = mask.view();
   call.cu_seqlens_q = ends.view();
@@ -71,14 +71,16 @@ void train(char** words) {
 
   for (std::string line; std::getline(std::cin, line); ++call.seed) {
     const auto start = std::chrono::steady_clock::now();
-    const auto result = layer.forward(x.view(), x.view(), x.view(), call);
-    const nn::Array dout(DType::kFloat32, std::span(x.view().shape).first(static_cast<std::size_t>(x.view().rank)));
-    const double loss = loss_of(result.out.view(), target.view(), dout.view());
+    const auto result = layer.forward(x, x, x, call);
+    const auto dout = nn::Array::unset(x.dtype, std::span(x.shape).first(static_cast<std::size_t>(x.rank)), device);
+    const nn::Array mean = nn::mean_square(result.out.view(), target.view(), dout.view());
     nn::zero_gradients(layer);
     const auto gradients = layer.backward(*result.state, dout.view());
     optimiser.step();
+    float loss = 0.0F;
+    nn::copy(mean.view(), Tensor::contiguous(&loss, DType::kFloat32, {1}));  // waits for a GPU
     const std::chrono::duration<double, std::milli> taken = std::chrono::steady_clock::now() - start;
-    std::printf("%.6f %.17g\n", taken.count(), loss);
+    std::printf("%.6f %.17g\n", taken.count(), static_cast<double>(loss));
     std::fflush(stdout);
   }
 }
@@ -86,8 +88,8 @@ void train(char** words) {
 }  // namespace
 
 int main(int count, char** words) {
-  if (count != 5) {
-    std::fputs("usage: fovea_minitest TASK.safetensors HEADS DROPOUT LEARNING_RATE\n", stderr);
+  if (count != 6) {
+    std::fputs("usage: fovea_minitest DEVICE TASK.safetensors HEADS DROPOUT LEARNING_RATE\n", stderr);
     return 2;
   }
   try {

@@ -479,6 +479,7 @@ def main():
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dtypes", default="fp32", help="drawn from, of fp32,fp16,bf16")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda: where the C++ layers run")
     parser.add_argument("--record", type=pathlib.Path, help="write cases with what is expected of them")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -497,7 +498,7 @@ def main():
     failed, worst, names = 0, (0.0, ""), list(cases)
     for first in range(0, len(names), CASES_A_FILE):
         some = {n: cases[n] for n in names[first : first + CASES_A_FILE]}
-        for name, quotient, result in compare_python(some) if in_python else compare(arguments.layers, some):
+        for name, quotient, result in compare_python(some) if in_python else compare(arguments.layers, arguments.device, some):
             worst = max(worst, (quotient, f"{name} {result}"))
             if not quotient <= 2:
                 failed += 1
@@ -529,13 +530,13 @@ def compare_python(cases):
         yield name, *judge(exact, plain_errors(o, weights, tensors, exact), mine)
 
 
-def compare(program, cases):
+def compare(program, device, cases):
     """The same by the C++ layers."""
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         write(folder / "in", *as_file(cases))
         (folder / "saved").mkdir()
-        subprocess.run([program, folder / "in", folder / "out", folder / "saved"], check=True)
+        subprocess.run([program, device, folder / "in", folder / "out", folder / "saved"], check=True)
         results = read(folder / "out")
         for name, (o, weights, tensors) in cases.items():
             mine = {n.removeprefix(name + "/"): a for n, a in results.items() if n.startswith(name + "/")}

@@ -21,7 +21,7 @@ struct AttentionCall {
   Tensor key_padding_mask{};  ///< bool [B, Skv], true = ignore this key; or fp32 or the layer's dtype, added to scores
   Tensor attn_mask{};  ///< bool, true = ignore, or fp32 or the layer's dtype, added: [Sq, Skv] or [B·H, Sq, Skv]
   Causal causal = Causal::kNone;     ///< torch's is_causal is kTopLeft; no mask is needed with it
-  Tensor cu_seqlens_q{};             ///< int32 [B + 1]: sequences packed without padding, query is [total_q, embed_dim]
+  Tensor cu_seqlens_q{};             ///< int32 [B + 1] on the CPU: packed sequences, query is [total_q, embed_dim]
   Tensor cu_seqlens_kv{};            ///< the same for key and value; for self-attention the same tensor
   bool training = false;             ///< dropout happens only in training
   std::uint64_t seed = 0;            ///< with `offset` names all dropout of this forward; the same two replay it
@@ -104,6 +104,7 @@ class FOVEA_API MultiheadAttention : public Module {
   [[nodiscard]] InputGradients gradients(const State& s, const Tensor& dout, const Tensor& plus);
 
   Options options_;
+  Array alibi_slopes_;  // fp32 [num_heads], where options.alibi
 };
 
 }  // namespace fovea::nn

@@ -62,8 +62,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return out.squeeze(0 if self.batch_first else 1), None if weights is None else weights.squeeze(0)
         if self._packs(query, key, value, key_padding_mask, attn_mask, need_weights, is_causal):
             packing = Packing(key_padding_mask)
-            packed = packing.pack(query if self.batch_first else query.transpose(0, 1))
-            out = packing.pad(self._nested(packed, packed, packed, is_causal))
+            rows = packing.rows(query if self.batch_first else query.transpose(0, 1))
+            out = packing.pad(self._of_rows([rows] * 3, packing, packing, is_causal))
             return out if self.batch_first else out.transpose(0, 1), None
 
         q, k, v = self._project(query, key, value)
@@ -112,7 +112,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         of_query = Rows(query)
         of_key = of_query if key is query else Rows(key)
         value_rows = of_key.rows if value is key else Rows(value).rows
-        q, k, v = self._project(of_query.rows, of_key.rows, value_rows)
+        return of_query.nested(self._of_rows([of_query.rows, of_key.rows, value_rows], of_query, of_key, is_causal))
+
+    def _of_rows(
+        self, inputs: list[Tensor], of_query: Rows | Packing, of_key: Rows | Packing, is_causal: bool
+    ) -> Tensor:
+        """Of query, key and value as [rows, features], one sequence behind the other."""
+        q, k, v = self._project(*inputs)
         out = _door.attention(
             q,
             k,
@@ -124,7 +130,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             max_seqlen_kv=of_key.longest,
             **self._options(q),
         )
-        return of_query.nested(self.out_proj(out.flatten(1)))
+        return self.out_proj(out.flatten(1))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """q, k and v with heads apart, by as few products as the inputs allow."""

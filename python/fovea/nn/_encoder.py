@@ -40,7 +40,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             packing = Packing(src_key_padding_mask)
             batch_first = self.self_attn.batch_first
             packed = packing.pack(src if batch_first else src.transpose(0, 1))
-            out = packing.pad(self._layer(packed, None, None, is_causal))
+            out = packing.pad(self._layer(packed, None, None, is_causal).values())
             return out if batch_first else out.transpose(0, 1)
         return self._layer(src, src_mask, src_key_padding_mask, is_causal)
 
@@ -123,7 +123,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             out = packing.pack(src if batch_first else src.transpose(0, 1))
             for layer in self.layers:
                 out = layer(out, is_causal=is_causal)
-            out = packing.pad(out)
+            out = packing.pad(out.values())
             if not batch_first:
                 out = out.transpose(0, 1)
         return out if self.norm is None else self.norm(out)

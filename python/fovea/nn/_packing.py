@@ -18,18 +18,21 @@ class Packing:
         self.places = keep.flatten().nonzero().squeeze(1)
         lengths = keep.sum(1)
         self.offsets = F.pad(lengths.cumsum(0), (1, 0))
+        self.cu_seqlens = self.offsets.to(torch.int32)
         self.shortest, self.longest = (int(n) for n in torch.stack((lengths.min(), lengths.max())).tolist())
+
+    def rows(self, padded: Tensor) -> Tensor:
+        """[batch, seqlen, features] as [tokens, features]."""
+        return padded.flatten(0, 1).index_select(0, self.places)
 
     def pack(self, padded: Tensor) -> Tensor:
         """[batch, seqlen, features] as a jagged tensor."""
-        rows = padded.flatten(0, 1).index_select(0, self.places)
         return torch.nested.nested_tensor_from_jagged(
-            rows, self.offsets, min_seqlen=self.shortest, max_seqlen=self.longest
+            self.rows(padded), self.offsets, min_seqlen=self.shortest, max_seqlen=self.longest
         )
 
-    def pad(self, packed: Tensor) -> Tensor:
-        """The reverse: [batch, seqlen, features], 0 in place of padding."""
-        rows = packed.values()
+    def pad(self, rows: Tensor) -> Tensor:
+        """The reverse of rows: [batch, seqlen, features], 0 in place of padding."""
         padded = rows.new_zeros((self.shape.numel(), rows.shape[1]))
         return padded.index_copy(0, self.places, rows).view(*self.shape, -1)
 

@@ -206,31 +206,55 @@ inline float finish_scores(const Tile& s, const Panel& panel, const Context& con
   return factor;
 }
 
+/// Whether lanes [lane, lane + 16) are the rows of one head that share patches: rows 16n to 16n + 15.
+inline bool shares_patches(const Panel& panel, int lane) {
+  if (kWidth < 8 || lane + 16 > kPanelRows || panel.query[lane] % 16 != 0) return false;
+  for (int i = 1; i < 16; ++i) {
+    if (panel.query[lane + i] != panel.query[lane] + i || panel.head[lane + i] != panel.head[lane]) return false;
+  }
+  return true;
+}
+
 /// The dropout factor of every entry, 0 or 1 / kept probability, to z[key][kPanelRows].  keys.begin is a multiple of
-/// 16; rows up to the next multiple of 16 are written.  One call of Philox serves keys j and j + 8.
+/// 16; rows up to the next multiple of 16 are written.  One call of Philox serves keys j and j + 8, and where they lie
+/// so rows i and i + 8.
 inline void dropout_factors(float* z, const Panel& panel, const Context& context, Interval keys) {
   const V kept = splat(65536.0F / static_cast<float>(context.call.keep_threshold));
   const VI threshold = splat(static_cast<std::int32_t>(context.call.keep_threshold));
-  for (int lane = 0; lane < kPanelRows; lane += kWidth) {
+  const auto load_words = [](const std::uint32_t* words) {
+    return as_unsigned(load(reinterpret_cast<const float*>(words)));
+  };
+  const auto put = [&](i64 row, int lane, VU word) {
+    store(z + row * kPanelRows + lane, VI(word & 0xffffU) < threshold ? kept : V{});
+    store(z + (row + 8) * kPanelRows + lane, VI(word >> 16) < threshold ? kept : V{});
+  };
+  for (int lane = 0; lane < kPanelRows;) {
+    const bool shared = shares_patches(panel, lane);
     VI second_word{};
-    for (int i = 0; i < kWidth; ++i) second_word[i] = panel.query[lane + i] / 8 % 2 == 1 ? -1 : 0;
+    VU near{};  // 1 in lanes that have the next key's patches
+    for (int i = 0; i < kWidth; ++i) {
+      second_word[i] = panel.query[lane + i] / 8 % 2 == 1 ? -1 : 0;
+      near[i] = shared ? static_cast<std::uint32_t>(i) / 8 : 0;
+    }
+    const VU row = load_words(panel.draw_row + lane), column = load_words(panel.draw_column + lane);
+    const DropoutKeys draw_keys = dropout_keys(load_words(panel.draw_key + lane));
     for (i64 r = 0; r < keys.end - keys.begin; r += 16) {
-      for (i64 t = 0; t < 8; ++t) {
-        VU x0 = as_unsigned(load(reinterpret_cast<const float*>(panel.draw_row) + lane));
-        VU x1 = as_unsigned(load(reinterpret_cast<const float*>(panel.draw_column) + lane)) ^
-                math::patch_of(keys.begin + r + t);
-        VU key = as_unsigned(load(reinterpret_cast<const float*>(panel.draw_key) + lane));
-        FOVEA_UNROLL for (int round = 0; round < math::kDropoutRounds; ++round) {
-          const Wide p = multiply_wide(x0, splat(math::kPhilox2x32M));
-          x0 = p.high ^ key ^ x1;
-          x1 = p.low;
-          key += math::kPhiloxW0;
+      for (i64 t = 0; t < 8; t += shared ? kWidth / 8 : 1) {
+        const auto [words] = dropout_words(row, column ^ (math::patch_of(keys.begin + r + t) + near), draw_keys);
+        if (!shared) {
+          put(r + t, lane, second_word != 0 ? words[1] : words[0]);
+        } else if (kWidth == 16) {
+          V first = V(words[0]), second = V(words[1]);
+          swap_halves<kWidth / 2>(first, second, AllLanes{});
+          put(r + t, lane, VU(first));
+          put(r + t + 1, lane, VU(second));
+        } else {
+          put(r + t, lane, words[0]);
+          put(r + t, lane + 8, words[1]);
         }
-        const VU word = second_word != 0 ? x1 : x0;
-        store(z + (r + t) * kPanelRows + lane, VI(word & 0xffffU) < threshold ? kept : V{});
-        store(z + (r + t + 8) * kPanelRows + lane, VI(word >> 16) < threshold ? kept : V{});
       }
     }
+    lane += shared ? 16 : kWidth;
   }
 }
 

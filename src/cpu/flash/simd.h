@@ -158,30 +158,47 @@ FOVEA_INLINE bool any(VI x) {
 
 FOVEA_INLINE V absolute(V x) { return as_float(as_unsigned(x) & 0x7fffffffU); }
 
-/// High and low words of a 32 × 32 bit product, lane by lane.
-struct Wide {
-  VU high, low;
-};
-FOVEA_INLINE Wide multiply_wide(VU a, VU b) {
+/// Pairs of lanes as one, the first of them the low half.
+using VQ = std::uint64_t __attribute__((vector_size(kWidth * 4)));
+
+/// Products of the low halves.
+FOVEA_INLINE VQ multiply_low_halves(VQ a, VQ b) {
 #if defined(__AVX512F__)
-  const auto even = _mm512_mul_epu32(__m512i(a), __m512i(b));
-  const auto odd = _mm512_mul_epu32(_mm512_srli_epi64(__m512i(a), 32), _mm512_srli_epi64(__m512i(b), 32));
-  return {VU(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd)),
-          VU(_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)))};
+  return VQ(_mm512_mul_epu32(__m512i(a), __m512i(b)));
 #elif defined(__AVX2__)
-  const auto even = _mm256_mul_epu32(__m256i(a), __m256i(b));
-  const auto odd = _mm256_mul_epu32(_mm256_srli_epi64(__m256i(a), 32), _mm256_srli_epi64(__m256i(b), 32));
-  return {VU(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA)),
-          VU(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA))};
+  return VQ(_mm256_mul_epu32(__m256i(a), __m256i(b)));
 #else
-  Wide r{};
-  for (int i = 0; i < kWidth; ++i) {
-    const std::uint64_t p = std::uint64_t{a[i]} * b[i];
-    r.high[i] = static_cast<std::uint32_t>(p >> 32);
-    r.low[i] = static_cast<std::uint32_t>(p);
-  }
-  return r;
+  return (a & 0xffffffffU) * (b & 0xffffffffU);
 #endif
+}
+
+/// The keys of a dropout stream's rounds, for the first lanes of pairs and for the second ones.
+struct DropoutKeys {
+  VQ first[math::kDropoutRounds], second[math::kDropoutRounds];
+};
+FOVEA_INLINE DropoutKeys dropout_keys(VU key) {
+  DropoutKeys keys;
+  for (int round = 0; round < math::kDropoutRounds; ++round, key += math::kPhiloxW0) {
+    keys.first[round] = VQ(key);
+    keys.second[round] = VQ(key) >> 32;
+  }
+  return keys;
+}
+
+/// math::draws_of_patch in each lane.  High halves hold what is left of other numbers: products do not read them.
+struct DropoutWords {
+  VU words[2];
+};
+FOVEA_INLINE DropoutWords dropout_words(VU x0, VU x1, const DropoutKeys& keys) {
+  const VQ multiplier = VQ{} + math::kPhilox2x32M;
+  VQ a = VQ(x0), b = VQ(x0) >> 32, c = VQ(x1), d = VQ(x1) >> 32;
+  FOVEA_UNROLL for (int round = 0; round < math::kDropoutRounds; ++round) {
+    const VQ p = multiply_low_halves(a, multiplier), q = multiply_low_halves(b, multiplier);
+    a = (p >> 32) ^ keys.first[round] ^ c;
+    b = (q >> 32) ^ keys.second[round] ^ d;
+    c = p, d = q;
+  }
+  return {{VU((a & 0xffffffffU) | b << 32), VU((c & 0xffffffffU) | d << 32)}};
 }
 
 /// 2^x for x below 127 as 2^n · p(f) with f = x − n: off by less than 2^-22 of itself (over all floats 1.9e-7 on

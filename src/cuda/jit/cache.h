@@ -69,7 +69,7 @@ enum class Mode : std::uint8_t { kOn, kCache, kOff };
 /// fovea.pack beside the library, or beside the program it is linked into; looked into unless FOVEA_PACK names another.
 [[nodiscard]] std::filesystem::path shipped_pack();
 
-class Cache {
+class FOVEA_API Cache {
  public:
   struct Options {
     Mode mode = Mode::kOn;

@@ -9,7 +9,9 @@
 #include <ctime>
 #include <filesystem>
 #include <fstream>
+#include <mutex>
 #include <sstream>
+#include <unordered_map>
 #include <vector>
 
 #include "cuda/driver.h"
@@ -123,10 +125,17 @@ std::string target_of(const KernelRequest& request) {
 }
 
 std::string content_key(const KernelRequest& request) {
+  // Kept: the hash takes longer than all else of a plan whose kernels are loaded, and dropout plans anew for each seed.
+  static std::mutex mutex;
+  static std::unordered_map<std::string, std::string> keys;
+  constexpr std::size_t kMost = 256;
+  const std::string what = target_of(request) + "\n" + request.unit;
+  const std::lock_guard lock(mutex);
+  if (const auto known = keys.find(what); known != keys.end()) return known->second;
   std::string text(build_id);
   for (const char* option : kOptions) text.append(" ").append(option);
-  text += " " + target_of(request) + "\n" + request.unit;
-  return sha256(text).substr(0, 32);
+  if (keys.size() >= kMost) keys.clear();
+  return keys[what] = sha256(text + " " + what).substr(0, 32);
 }
 
 int arch_of(int compute_capability) {

@@ -30,7 +30,7 @@ struct Field {
 };
 [[nodiscard]] Field field_of(std::string_view name, bool value);
 [[nodiscard]] Field field_of(std::string_view name, int value);
-[[nodiscard]] Field field_of(std::string_view name, Type value);
+[[nodiscard]] FOVEA_API Field field_of(std::string_view name, Type value);
 [[nodiscard]] Field field_of(std::string_view name, Mma value);
 
 template <class Spec>
@@ -41,8 +41,8 @@ template <class Spec>
 }
 
 /// The unit states every field, the name what differs from `usual`, and always type and head dim.
-[[nodiscard]] KernelRequest render(const Template& kernel, const std::vector<Field>& fields,
-                                   const std::vector<Field>& usual, int arch);
+[[nodiscard]] FOVEA_API KernelRequest render(const Template& kernel, const std::vector<Field>& fields,
+                                             const std::vector<Field>& usual, int arch);
 
 template <class Spec>
 [[nodiscard]] KernelRequest render(const Template& kernel, const Spec& spec, int arch) {

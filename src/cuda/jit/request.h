@@ -1,5 +1,7 @@
 #pragma once
 
+#include <fovea/export.h>
+
 #include <array>
 #include <cstdint>
 #include <memory>
@@ -52,6 +54,6 @@ struct Binary {
 inline constexpr std::array kArchs{75, 80, 86, 87, 89, 90, 100, 110, 120};
 
 /// The architecture whose kernels a GPU runs; 0 where there is none.
-[[nodiscard]] int arch_of(int compute_capability);
+[[nodiscard]] FOVEA_API int arch_of(int compute_capability);
 
 }  // namespace fovea::cuda::jit

@@ -4,6 +4,7 @@
 #include <fovea/plan.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -27,6 +28,8 @@ constexpr i64 kRowsAtOnce = 64;                     // of everything else
 constexpr i64 kRowsOfASum = 16;                     // of a norm's gradient, added up in fp32
 constexpr i64 kSlack = 32;                          // floats behind a row of scratch
 
+std::atomic<std::size_t> held_bytes = 0, most_bytes = 0;  // of memory that was allocated
+
 /// Of the instruction set that attention has chosen, FOVEA_CPU_ISA and all.
 RowKernels chosen_kernels() {
   const std::string backend = explain(parse_problem("fwd fp32 b1 hq1 sq1 d1")).backend;
@@ -38,6 +41,8 @@ RowKernels chosen_kernels() {
 }
 
 i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+bool is_floating(DType dtype) { return dtype != DType::kBool && dtype != DType::kInt32; }
 
 Element element(DType dtype) {
   if (dtype == DType::kFloat16) return Element::kFloat16;
@@ -143,9 +148,19 @@ class CpuOps final : public Ops {
       throw Error(ErrorCode::kOutOfMemory, "a tensor of " + std::to_string(bytes) +
                                                " bytes could not be allocated; free memory or use a smaller batch");
     }
-    std::shared_ptr<std::byte> owner(memory, [](std::byte* p) { ::operator delete(p, kAlignment); });
-    std::memset(memory, 0, bytes);
+    std::shared_ptr<std::byte> owner(memory, [bytes](std::byte* p) {
+      ::operator delete(p, kAlignment);
+      held_bytes -= bytes;
+    });
+    const std::size_t held = held_bytes += bytes;
+    for (std::size_t most = most_bytes; held > most && !most_bytes.compare_exchange_weak(most, held);) {
+    }
     return owner;
+  }
+  void clear(void* memory, std::size_t bytes) const override { std::memset(memory, 0, bytes); }
+
+  [[nodiscard]] std::size_t peak_bytes(bool forget) const override {
+    return forget ? most_bytes.exchange(held_bytes) : most_bytes.load();
   }
 
   void linear(const Tensor& x, const Tensor& w, const Finish& finish, const Tensor& places, const Tensor& y,
@@ -275,7 +290,8 @@ class CpuOps final : public Ops {
   }
 
   void copy(const Tensor& from, const Tensor& to) const override {
-    if (from.rank == 2 && from.strides[1] == 1 && to.strides[1] == 1) {
+    const bool floating = is_floating(from.dtype) && is_floating(to.dtype);
+    if (floating && from.rank == 2 && from.strides[1] == 1 && to.strides[1] == 1) {
       in_steps(from.shape[0], kRowsAtOnce, cpu::worker_count(0), [&](i64 row, i64 rows, int) {
         kernels_.convert(rows_at(from, row, 0), rows_at(to, row, 0), rows, from.shape[1]);
       });
@@ -310,18 +326,17 @@ class CpuOps final : public Ops {
   }
 
   [[nodiscard]] bool lengths_of(const Tensor& ignore, const Tensor& lengths) const override {
+    bool whole = true;
     for (i64 b = 0; b < ignore.shape[0]; ++b) {
       const auto ignored = [&](i64 j) {
         return cpu::load(ignore, b * ignore.strides[0] + j * ignore.strides[1]) != 0.0;
       };
-      i64 length = 0;
-      while (length < ignore.shape[1] && !ignored(length)) ++length;
-      for (i64 j = length; j < ignore.shape[1]; ++j) {
-        if (!ignored(j)) return false;
-      }
+      i64 length = ignore.shape[1];
+      while (length > 0 && ignored(length - 1)) --length;
+      for (i64 j = 0; j < length; ++j) whole = whole && !ignored(j);
       static_cast<std::int32_t*>(lengths.data)[b] = static_cast<std::int32_t>(length);
     }
-    return true;
+    return whole;
   }
 
   void add(const Tensor& a, const Tensor& b, const Tensor& sum) const override {
@@ -363,11 +378,24 @@ class CpuOps final : public Ops {
     kernels_.add_rows(rows_at(x, 0, 0), x.shape[0], x.shape[1], static_cast<float*>(sum.data), scratch.data());
   }
 
+  void squares(const Tensor& x, const Tensor& target, float share, const Tensor& losses,
+               const Tensor& dx) const override {
+    in_loss_tiles(x, share, losses, dx, [&](LossTile& t, i64 row) {
+      t.target = rows_at(target, row, 0);
+      kernels_.squares(t);
+    });
+  }
+
+  void entropies(const Tensor& x, const Tensor& classes, float share, const Tensor& losses,
+                 const Tensor& dx) const override {
+    in_loss_tiles(x, share, losses, dx, [&](LossTile& t, i64 row) {
+      t.classes = static_cast<const std::int32_t*>(classes.data) + row;
+      kernels_.entropies(t);
+    });
+  }
+
   void adamw(const AdamWStep& s) const override {
-    const double left1 = 1.0 - std::pow(static_cast<double>(s.beta1), static_cast<double>(s.step));
-    const double left2 = 1.0 - std::pow(static_cast<double>(s.beta2), static_cast<double>(s.step));
-    const auto rate = static_cast<float>(s.lr / left1), spread = static_cast<float>(std::sqrt(left2));
-    const float decay = 1.0F - s.lr * s.weight_decay;
+    const AdamWRates rates = rates_of(s);
     const auto* g = static_cast<const float*>(s.gradient.data);
     auto* mean = static_cast<float*>(s.mean.data);
     auto* variance = static_cast<float*>(s.variance.data);
@@ -378,7 +406,7 @@ class CpuOps final : public Ops {
       for (i64 i = first; i < first + count; ++i) {
         mean[i] = s.beta1 * mean[i] + (1.0F - s.beta1) * g[i];
         variance[i] = s.beta2 * variance[i] + (1.0F - s.beta2) * g[i] * g[i];
-        w[i] = w[i] * decay - rate * mean[i] / (std::sqrt(variance[i]) / spread + s.eps);
+        w[i] = w[i] * rates.decay - rates.rate * mean[i] / (std::sqrt(variance[i]) / rates.spread + s.eps);
       }
       if (!s.master.defined()) return;
       const Rows from{reinterpret_cast<char*>(w + first), 0, Element::kFloat32};
@@ -388,6 +416,19 @@ class CpuOps final : public Ops {
   }
 
  private:
+  /// run(tile, row) for tiles of rows.
+  template <class Run>
+  static void in_loss_tiles(const Tensor& x, float share, const Tensor& losses, const Tensor& dx, const Run& run) {
+    in_steps(x.shape[0], kRowsAtOnce, cpu::worker_count(0), [&](i64 row, i64 rows, int) {
+      LossTile t{.rows = rows, .columns = x.shape[1]};
+      t.x = rows_at(x, row, 0);
+      t.dx = rows_at(dx, row, 0);
+      t.share = share;
+      t.losses = static_cast<float*>(losses.data) + row;
+      run(t, row);
+    });
+  }
+
   /// A matrix as products take it: itself, or widened to fp32.
   struct Operand {
     Array widened;
@@ -396,7 +437,7 @@ class CpuOps final : public Ops {
   [[nodiscard]] Operand operand(const Tensor& x) const {
     if (x.dtype == DType::kFloat32 || (x.dtype == DType::kBFloat16 && multiplies_bf16())) return {{}, x};
     Operand o;
-    o.widened = Array(DType::kFloat32, {x.shape[0], x.shape[1]});
+    o.widened = Array::unset(DType::kFloat32, {x.shape[0], x.shape[1]});
     o.view = o.widened.view();
     copy(x, o.view);
     return o;

@@ -90,19 +90,13 @@ void draw_row(const DropoutDraws& dropout, const std::int32_t* place, i64 first_
   const int word = i / 8 % 2 == 0 ? 0 : 1;
   const V scale = splat(65536.0F / static_cast<float>(dropout.keep_threshold));
   const VI threshold = splat(static_cast<std::int32_t>(dropout.keep_threshold));
+  const DropoutKeys keys = dropout_keys(splat(stream.key));
   VU lanes{};
   for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = static_cast<u32>(lane);
   constexpr int kGroup = kWidth < 8 ? kWidth : 8;
   for (i64 patch = 0; patch < (columns + 15) / 16 * 8; patch += kWidth) {
-    VU x0 = splat(stream.a ^ m), x1 = splat(stream.b) ^ (lanes + static_cast<u32>(first_column / 2 + patch));
-    u32 key = stream.key;
-    for (int round = 0; round < math::kDropoutRounds; ++round) {
-      const Wide product = multiply_wide(splat(math::kPhilox2x32M), x0);
-      x0 = product.high ^ key ^ x1;
-      x1 = product.low;
-      key += math::kPhiloxW0;
-    }
-    const VU draws = word == 0 ? x0 : x1;
+    const VU n = lanes + static_cast<u32>(first_column / 2 + patch);
+    const VU draws = dropout_words(splat(stream.a ^ m), splat(stream.b) ^ n, keys).words[word];
     float low[kWidth], high[kWidth];
     store(low, VI(draws & 0xffffU) < threshold ? scale : V{});
     store(high, VI(draws >> 16) < threshold ? scale : V{});
@@ -243,6 +237,49 @@ void rotate(const RotateTile& t) {
   }
 }
 
+// ---- losses
+
+void squares(const LossTile& t) {
+  for (i64 r = 0; r < t.rows; ++r) {
+    const char *x = t.x.data + r * t.x.stride, *target = t.target.data + r * t.target.stride;
+    char* dx = t.dx.data + r * t.dx.stride;
+    const auto apart = [&](i64 c) { return read(x, t.x.type, c, t.columns) - read(target, t.x.type, c, t.columns); };
+    t.losses[r] = t.share * sum_of(t.columns, [&](i64 c) {
+                    const V d = apart(c);
+                    return d * d;
+                  });
+    for (i64 c = 0; c < t.columns; c += kWidth) write(dx, t.x.type, c, t.columns, splat(2.0F * t.share) * apart(c));
+  }
+}
+
+void entropies(const LossTile& t) {
+  for (i64 r = 0; r < t.rows; ++r) {
+    const char* x = t.x.data + r * t.x.stride;
+    char* dx = t.dx.data + r * t.dx.stride;
+    const i64 wanted = t.classes[r];
+    const bool counts = wanted >= 0 && wanted < t.columns;
+    V most = splat(read(x, t.x.type, 0, t.columns)[0]);
+    for (i64 c = 0; c < t.columns; c += kWidth) {
+      V at = read(x, t.x.type, c, t.columns);
+      for (i64 i = t.columns - c; i < kWidth; ++i) at[i] = most[i];
+      most = at > most ? at : most;
+    }
+    float top = most[0];
+    for (int i = 1; i < kWidth; ++i) top = most[i] > top ? most[i] : top;
+    const auto weight = [&](i64 c) {
+      return within(exp2((read(x, t.x.type, c, t.columns) - splat(top)) * splat(kLog2E)), c, t.columns);
+    };
+    const float total = sum_of(t.columns, weight), share = counts ? t.share : 0.0F;
+    const float seen = counts ? widen(x + wanted * bytes(t.x.type), t.x.type) : 0.0F;
+    t.losses[r] = share * (__builtin_logf(total) + top - seen);
+    for (i64 c = 0; c < t.columns; c += kWidth) {
+      V gradient = weight(c) * splat(share / total);
+      if (wanted >= c && wanted < c + kWidth) gradient[wanted - c] -= share;
+      write(dx, t.x.type, c, t.columns, gradient);
+    }
+  }
+}
+
 // ---- sums and conversions
 
 void add_rows(const Rows& x, i64 rows, i64 columns, float* sum, double* scratch) {
@@ -277,6 +314,8 @@ RowKernels row_kernels() {
           .norm = &norm,
           .norm_gradient = &norm_gradient,
           .rotate = &rotate,
+          .squares = &squares,
+          .entropies = &entropies,
           .add_rows = &add_rows,
           .convert = &convert};
 }

@@ -57,12 +57,23 @@ struct RotateTile {
   bool interleaved = false, back = false;
 };
 
+/// A tile of a loss and its gradient: of the distance to `target`, or of the softmax's share of `classes`.
+struct LossTile {
+  i64 rows = 0, columns = 0;
+  Rows x{}, target{}, dx{};
+  const std::int32_t* classes = nullptr;
+  float share = 0.0F;
+  float* losses = nullptr;
+};
+
 struct RowKernels {
   void (*finish)(const FinishTile&);
   void (*finish_gradient)(const FinishTile&);
   void (*norm)(const NormTile&);
   void (*norm_gradient)(const NormTile&);
   void (*rotate)(const RotateTile&);
+  void (*squares)(const LossTile&);
+  void (*entropies)(const LossTile&);
   void (*add_rows)(const Rows& x, i64 rows, i64 columns, float* sum, double* scratch);  // scratch: columns
   void (*convert)(const Rows& from, const Rows& to, i64 rows, i64 columns);
 };
