@@ -1,0 +1,216 @@
+// Rung 0, the formula: S and P are matrices in memory, N × N for each head, and every step is a kernel of its own that
+// reads what the one before has written.
+//
+//     forward     S = Q Kᵀ · scale      P = softmax(S)      O = P V
+//     backward    P = exp(S − lse)      dV = Pᵀ dO      dP = dO Vᵀ      dS = P ∘ (dP − delta)      dQ = dS K      dK =
+//     dSᵀ Q
+//
+// S and dP are kept in fp32, P and dS in the dtype of the inputs: 6 bytes an entry, both ways.  A mask is of no help:
+// hidden entries are computed, and become 0 in P.  Frameworks keep P for the backward; here, where a call has out and
+// lse only, S is computed once more.
+
+namespace fovea::ladder {
+
+/// A matrix in memory: rows `stride` bytes apart, of which those before `rows` are there.
+struct Matrix {
+  char* data;
+  i64 stride;
+  int rows;
+  bool aligned;
+};
+
+/// C of 64 × 64 = A B over `depth`, by 4 warps of 32 × 32.  kAColumns: A is given as its transpose; kBRows: so is B.
+template <Spec S, bool kAColumns, bool kBRows>
+struct TileProduct {
+  using T = Tile<S.type, kProductTile, kProductTile>;
+  static constexpr int kThreads = kFormulaThreads;
+  using C = Accumulator[2][4];
+
+  u32 shared;
+  FOVEA_DEVICE T a_tile(int stage) const { return {shared + static_cast<u32>(stage * 2 * T::kSize)}; }
+  FOVEA_DEVICE T b_tile(int stage) const { return {a_tile(stage).base + T::kSize}; }
+  FOVEA_DEVICE static int warp_row() { return warp_id() / 2 * 32; }
+  FOVEA_DEVICE static int warp_column() { return warp_id() % 2 * 32; }
+
+  FOVEA_DEVICE static void load_tile(const T& tile, const Matrix& m, int row, int column) {
+    load_rows<S.async_copy, kThreads>(tile, m.rows - row, T::kColumns * 2, m.aligned,
+                                      m.data + row * m.stride + column * 2, m.stride);
+  }
+  FOVEA_DEVICE void load_both(const Matrix& a, const Matrix& b, int row, int column, int depth, int stage) const {
+    load_tile(a_tile(stage), a, kAColumns ? depth : row, kAColumns ? row : depth);
+    load_tile(b_tile(stage), b, kBRows ? column : depth, kBRows ? depth : column);
+    close_copies<S.async_copy>();
+  }
+
+  FOVEA_DEVICE void run(C& c, const Matrix& a, const Matrix& b, int row, int column, int depth) const {
+    clear(c);
+    if (depth > 0) load_both(a, b, row, column, 0, 0);
+#pragma unroll 1
+    for (int at = 0, stage = 0; at < depth; at += kProductTile, stage ^= 1) {
+      await_copies<S.async_copy, 0>();
+      __syncthreads();  // this step's tiles are there for all, and all are done with those of the step before
+      if (at + kProductTile < depth) load_both(a, b, row, column, at + kProductTile, stage ^ 1);
+      add(c, a_tile(stage), b_tile(stage));
+    }
+  }
+
+  FOVEA_DEVICE static void add(C& c, const T& a, const T& b) {
+    if constexpr (kBRows) {
+      const Corner<T> from_a = corner_a(a, fresh(lane_id()), warp_row(), 0);
+      const Corner<T> from_b = corner_b_rows(b, fresh(lane_id()), warp_column(), 0);
+      multiply_steps<S, kProductTile / 16>(
+          c, [&](int i, int k) { return load_a(from_a, 16 * i, k); },
+          [&](OperandB(&two)[2], int j, int k) { load_b_rows(two, from_b, 8 * j, k); }, OnTop{});
+    } else if constexpr (kAColumns) {
+      add_transposed_product<S, kProductTile>(c, a, 0, warp_row(), b, 0, warp_column());
+    } else {
+      add_product<S, kProductTile>(c, a, warp_row(), b, 0, warp_column());
+    }
+  }
+};
+
+/// The operands of each product, and where its result goes.
+template <Spec S>
+struct Formula {
+  const Params& p;
+  Head head;
+
+  FOVEA_DEVICE Matrix rows_of(const RowView& view, int rows) const {
+    return {head.row(view, 0), view.row, rows, view.aligned};
+  }
+  /// P, or dS; its columns go on with zeros to a whole number of tiles.
+  FOVEA_DEVICE Matrix weights() const {
+    return {p.weights + i64{head.index} * p.seqlen_q * p.pitch * 2, p.pitch * 2, p.seqlen_q, true};
+  }
+  FOVEA_DEVICE float* scores(int row) const { return p.scores + head.row_number(p, row) * p.pitch; }
+
+  /// S, or dP: every entry, hidden or not, in fp32.
+  FOVEA_DEVICE void store_scores(Accumulator (&c)[2][4], int row, int column, float factor) const {
+    each_entry(c, [&](float x, int r, int n) {
+      if (row + r < p.seqlen_q && column + n < p.seqlen_kv) scores(row + r)[column + n] = x * factor;
+    });
+  }
+  FOVEA_DEVICE void store_rows_of(Accumulator (&c)[2][4], const Matrix& to, int row, int column, float factor) const {
+    each_entry(c, [&](float x, int r, int n) {
+      if (row + r < to.rows) write<S.type>(to.data + (row + r) * to.stride + (column + n) * 2, x * factor);
+    });
+  }
+};
+
+/// Blocks: (batch, head) × tiles of the result, those side by side next to each other.
+template <Spec S, Product kProduct>
+__device__ void product(const Params& p) {
+  extern __shared__ __align__(128) char memory[];
+  constexpr bool kOfScores = kProduct == Product::kScores || kProduct == Product::kWeightGradients;
+  constexpr bool kOfKeys = kProduct == Product::kDk || kProduct == Product::kDv;
+  const int rows = kOfKeys ? p.seqlen_kv : p.seqlen_q, columns = kOfScores ? p.seqlen_kv : S.head_dim;
+  const int across = blocks_of(columns, kProductTile), tiles = blocks_of(rows, kProductTile) * across;
+  const int block = static_cast<int>(blockIdx.x), tile = block % tiles;
+  const Formula<S> formula{p, Head::of(p, block / tiles)};
+  const int row = tile / across * kProductTile, column = tile % across * kProductTile;
+  const Matrix q = formula.rows_of(p.q, p.seqlen_q), k = formula.rows_of(p.k, p.seqlen_kv);
+  const Matrix v = formula.rows_of(p.v, p.seqlen_kv), dout = formula.rows_of(p.dout, p.seqlen_q);
+  const Matrix weights = formula.weights();
+  const TileProduct<S, kOfKeys, kOfScores> tile_product{shared_address(memory)};
+  const int pitch = static_cast<int>(p.pitch);
+  Accumulator c[2][4];
+  if constexpr (kProduct == Product::kScores) tile_product.run(c, q, k, row, column, S.head_dim);
+  if constexpr (kProduct == Product::kWeightGradients) tile_product.run(c, dout, v, row, column, S.head_dim);
+  if constexpr (kProduct == Product::kOut) tile_product.run(c, weights, v, row, column, pitch);
+  if constexpr (kProduct == Product::kDq) tile_product.run(c, weights, k, row, column, pitch);
+  if constexpr (kProduct == Product::kDk) tile_product.run(c, weights, q, row, column, p.seqlen_q);
+  if constexpr (kProduct == Product::kDv) tile_product.run(c, weights, dout, row, column, p.seqlen_q);
+  const int at_row = row + tile_product.warp_row(), at_column = column + tile_product.warp_column();
+  if constexpr (kProduct == Product::kScores) formula.store_scores(c, at_row, at_column, p.scale);
+  if constexpr (kProduct == Product::kWeightGradients) formula.store_scores(c, at_row, at_column, 1.0F);
+  if constexpr (kProduct == Product::kOut)
+    formula.store_rows_of(c, formula.rows_of(p.out, p.seqlen_q), at_row, at_column, 1.0F);
+  if constexpr (kProduct == Product::kDq)
+    formula.store_rows_of(c, formula.rows_of(p.dq, p.seqlen_q), at_row, at_column, p.scale);
+  if constexpr (kProduct == Product::kDk)
+    formula.store_rows_of(c, formula.rows_of(p.dk, p.seqlen_kv), at_row, at_column, p.scale);
+  if constexpr (kProduct == Product::kDv)
+    formula.store_rows_of(c, formula.rows_of(p.dv, p.seqlen_kv), at_row, at_column, 1.0F);
+}
+
+/// f over the numbers of all threads of a block.
+template <class F>
+FOVEA_DEVICE float over_block(float x, const F& f) {
+  extern __shared__ __align__(128) char memory[];
+  auto* parts = reinterpret_cast<float*>(memory);
+#pragma unroll
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) x = f(x, __shfl_xor_sync(kAllLanes, x, lane));
+  __syncthreads();
+  if (lane_id() == 0) parts[warp_id()] = x;
+  __syncthreads();
+  x = parts[0];
+#pragma unroll
+  for (int w = 1; w < kFormulaThreads / kWarp; ++w) x = f(x, parts[w]);
+  return x;
+}
+FOVEA_DEVICE float block_sum(float x) {
+  return over_block(x, [](float a, float b) { return a + b; });
+}
+
+/// One row of S, P and dP.
+template <Spec S>
+struct FormulaRow {
+  Formula<S> formula;
+  int row;
+
+  /// Blocks: (batch, head) × rows.
+  FOVEA_DEVICE static FormulaRow of(const Params& p) {
+    const int block = static_cast<int>(blockIdx.x);
+    return {{p, Head::of(p, block / p.seqlen_q)}, block % p.seqlen_q};
+  }
+  FOVEA_DEVICE char* weight(int j) const {
+    const Matrix all = formula.weights();
+    return all.data + row * all.stride + j * 2;
+  }
+  FOVEA_DEVICE float score(int j) const {
+    return visible(formula.p, row, j) ? formula.scores(row)[j] * kLog2E : -infinity();
+  }
+  /// Calls f(j) for the keys, and `padding` more: up to a whole number of tiles.
+  template <class F>
+  FOVEA_DEVICE void each_key(bool padding, const F& f) const {
+    const int end = padding ? static_cast<int>(formula.p.pitch) : formula.p.seqlen_kv;
+    for (int j = static_cast<int>(threadIdx.x); j < end; j += kFormulaThreads) f(j);
+  }
+};
+
+/// P = softmax(S).
+template <Spec S>
+__device__ void softmax(const Params& p) {
+  const FormulaRow<S> me = FormulaRow<S>::of(p);
+  float top = -infinity(), sum = 0.0F;
+  me.each_key(false, [&](int j) { top = fmaxf(top, me.score(j)); });
+  top = over_block(top, [](float a, float b) { return fmaxf(a, b); });
+  const float reference = top == -infinity() ? 0.0F : top;  // of a row that sees nothing
+  me.each_key(false, [&](int j) { sum += exp2(me.score(j) - reference); });
+  sum = block_sum(sum);
+  me.each_key(true,
+              [&](int j) { write<S.type>(me.weight(j), sum == 0.0F ? 0.0F : exp2(me.score(j) - reference) / sum); });
+  if (threadIdx.x == 0) *me.formula.head.statistic(p.lse, me.row) = kLn2 * (top + log2(sum));
+}
+
+/// P = exp(S − lse), for the backward.
+template <Spec S>
+__device__ void weights_again(const Params& p) {
+  const FormulaRow<S> me = FormulaRow<S>::of(p);
+  const float lse = log2_lse(p, me.formula.head, me.row);
+  me.each_key(true, [&](int j) { write<S.type>(me.weight(j), exp2(me.score(j) - lse)); });
+}
+
+/// dS = P ∘ (dP − delta), in the place of P; delta = Σ P ∘ dP.
+template <Spec S>
+__device__ void softmax_gradient(const Params& p) {
+  const FormulaRow<S> me = FormulaRow<S>::of(p);
+  const float* dp = me.formula.scores(me.row);
+  float delta = 0.0F;
+  me.each_key(false, [&](int j) { delta += read<S.type>(me.weight(j)) * dp[j]; });
+  delta = block_sum(delta);
+  if (p.dlse.data != nullptr) delta -= *me.formula.head.statistic(p.dlse, me.row);
+  me.each_key(false, [&](int j) { write<S.type>(me.weight(j), read<S.type>(me.weight(j)) * (dp[j] - delta)); });
+}
+
+}  // namespace fovea::ladder
