@@ -83,6 +83,24 @@ struct PrecompileArguments {
 };
 ExitCode command_precompile(const PrecompileArguments& arguments);
 
+/// The rungs of examples/ladder, and the library's own kernels above them.
+struct LadderArguments {
+  std::string device = "cpu";
+  std::vector<std::string> dtypes;    ///< empty: fp32 on the CPU, bf16 on a GPU
+  std::vector<std::int64_t> seqlens;  ///< empty: what suits the device; likewise 0:
+  std::int64_t batch = 0, heads = 0;
+  std::vector<std::int64_t> head_dims{64};
+  std::vector<std::string> masks{"full"};  ///< of "full", "causal"
+  Effort effort{.repeats = 0, .seconds = 0.1};
+  bool check = false;              ///< against the oracle, and no more
+  std::vector<std::string> archs;  ///< "sm_80": compile the rungs' kernels for these, and no more
+  std::string json, html;
+};
+ExitCode command_ladder(const LadderArguments& arguments);
+
+/// 80 for "sm_80"; refuses what no kernels are made for.
+[[nodiscard]] int parsed_arch(const std::string& text);
+
 struct DoctorArguments {
   bool json = false;
 };

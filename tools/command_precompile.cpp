@@ -20,20 +20,6 @@ namespace {
 using cuda::jit::Binary;
 using cuda::jit::KernelRequest;
 
-/// 80 for "sm_80".
-int parsed_arch(const std::string& text) {
-  int arch = 0;
-  const char* end = text.data() + text.size();
-  const bool read = text.starts_with("sm_") && std::from_chars(text.data() + 3, end, arch).ptr == end;
-  if (!read || arch == 0 || cuda::jit::arch_of(arch) != arch) {
-    throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("--arch {} is no architecture that kernels are made for; use sm_75, sm_80, sm_86, sm_89, "
-                            "sm_90, sm_100 or sm_120",
-                            files::in_quotes(text)));
-  }
-  return arch;
-}
-
 /// What came of one request.
 struct Outcome {
   std::shared_ptr<const Binary> binary;
