@@ -24,6 +24,8 @@ struct TwinHead {
     return reinterpret_cast<float*>(view.data + index / p.heads * view.batch + index % p.heads * view.head +
                                     i * view.row);
   }
+  /// In elements.
+  [[nodiscard]] static i64 stride(const RowView& view) { return view.row / static_cast<i64>(sizeof(float)); }
   [[nodiscard]] float& statistic(const StatView& view, i64 i) const {
     return view.data[index / p.heads * view.batch + index % p.heads * view.head + i * view.row];
   }
@@ -40,7 +42,8 @@ struct TwinHead {
 
 inline i64 tiles_of(i64 size, i64 tile) { return (size + tile - 1) / tile; }
 
-/// C += A B: rows × depth by depth × columns; an element of A at a[r · row + k · step].
+/// C += A B: rows × depth by depth × columns; an element of A at data[r · row + k · step].  Four rows of B at a time,
+/// so that C is read and written a quarter as often.
 struct Factor {
   const float* data;
   i64 row, step;
@@ -49,10 +52,15 @@ inline void add_product(float* c, i64 c_row, const Factor& a, const float* b, i6
                         i64 columns) {
   for (i64 r = 0; r < rows; ++r) {
     float* to = c + r * c_row;
-    for (i64 k = 0; k < depth; ++k) {
-      const float x = a.data[r * a.row + k * a.step];
-      const float* from = b + k * b_row;
-      for (i64 n = 0; n < columns; ++n) to[n] += x * from[n];
+    const auto factor = [&](i64 k) { return a.data[r * a.row + k * a.step]; };
+    i64 k = 0;
+    for (; k + 4 <= depth; k += 4) {
+      const float *from = b + k * b_row, x[4] = {factor(k), factor(k + 1), factor(k + 2), factor(k + 3)};
+      for (i64 n = 0; n < columns; ++n)
+        to[n] += x[0] * from[n] + x[1] * from[n + b_row] + x[2] * from[n + 2 * b_row] + x[3] * from[n + 3 * b_row];
+    }
+    for (; k < depth; ++k) {
+      for (i64 n = 0; n < columns; ++n) to[n] += factor(k) * b[k * b_row + n];
     }
   }
 }

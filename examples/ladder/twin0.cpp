@@ -45,8 +45,7 @@ void weigh(const RowTask& task, const RowView& to, const RowView& b, float facto
   std::vector<float> sum(static_cast<std::size_t>(head.dim));
   for (i64 i = task.first; i < task.end; ++i) {
     std::fill(sum.begin(), sum.end(), 0.0F);
-    for (i64 j = 0; j < head.p.seqlen_kv; ++j)
-      add_product(sum.data(), 0, {task.weights(i) + j, 0, 0}, head.row(b, j), 0, 1, 1, head.dim);
+    add_product(sum.data(), 0, {task.weights(i), 0, 1}, head.row(b, 0), head.stride(b), 1, head.p.seqlen_kv, head.dim);
     for (int c = 0; c < head.dim; ++c) head.row(to, i)[c] = sum[c] * factor;
   }
 }
@@ -58,8 +57,8 @@ void weigh_transposed(const Params& p, int dim, i64 heads, const RowView& to, co
     const RowTask all{{p, dim, task / tiles}, 0, p.seqlen_q};
     const i64 key = task % tiles * kTile, count = std::min<i64>(kTile, p.seqlen_kv - key);
     std::vector<float> sums(static_cast<std::size_t>(kTile) * dim);
-    for (i64 i = 0; i < p.seqlen_q; ++i)
-      add_product(sums.data(), dim, {all.weights(i) + key, 1, 0}, all.head.row(b, i), 0, count, 1, dim);
+    add_product(sums.data(), dim, {all.weights(0) + key, 1, p.pitch}, all.head.row(b, 0), all.head.stride(b), count,
+                p.seqlen_q, dim);
     for (i64 j = 0; j < count; ++j) {
       for (int c = 0; c < dim; ++c) all.head.row(to, key + j)[c] = sums[j * dim + c] * factor;
     }
