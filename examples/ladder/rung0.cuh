@@ -163,18 +163,37 @@ struct FormulaRow {
     const int block = static_cast<int>(blockIdx.x);
     return {{p, Head::of(p, block / p.seqlen_q)}, block % p.seqlen_q};
   }
-  FOVEA_DEVICE char* weight(int j) const {
+  FOVEA_DEVICE float4 four_scores(int j) const { return *reinterpret_cast<const float4*>(formula.scores(row) + j); }
+  /// S at 4 keys, in units of log2; −∞ where hidden.
+  FOVEA_DEVICE void load_scores(float (&s)[4], int j) const {
+    const float4 four = four_scores(j);
+    const float x[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[e] = visible(formula.p, row, j + e) ? x[e] * kLog2E : -infinity();
+  }
+  FOVEA_DEVICE uint2& weights(int j) const {
     const Matrix all = formula.weights();
-    return all.data + row * all.stride + j * 2;
+    return *reinterpret_cast<uint2*>(all.data + row * all.stride + j * 2);
   }
-  FOVEA_DEVICE float score(int j) const {
-    return visible(formula.p, row, j) ? formula.scores(row)[j] * kLog2E : -infinity();
+  FOVEA_DEVICE void store_weights(int j, const float (&w)[4]) const {
+    weights(j) = {pack<S.type>(w[0], w[1]), pack<S.type>(w[2], w[3])};
   }
-  /// Calls f(j) for the keys, and `padding` more: up to a whole number of tiles.
+  /// P and dP at 4 keys; 0 where hidden.
+  FOVEA_DEVICE void load_gradients(float (&w)[4], float (&dp)[4], int j) const {
+    const uint2 bits = weights(j);
+    const float4 four = four_scores(j);
+    const float x[4] = {four.x, four.y, four.z, four.w};
+    const u32 words[2] = {bits.x, bits.y};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      w[e] = widen<S.type>(words[e / 2] >> e % 2 * 16 & 0xffffU);
+      dp[e] = visible(formula.p, row, j + e) ? x[e] : 0.0F;
+    }
+  }
+  /// Calls f(j) for the first of every 4 keys, up to a whole number of tiles.
   template <class F>
-  FOVEA_DEVICE void each_key(bool padding, const F& f) const {
-    const int end = padding ? static_cast<int>(formula.p.pitch) : formula.p.seqlen_kv;
-    for (int j = static_cast<int>(threadIdx.x); j < end; j += kFormulaThreads) f(j);
+  FOVEA_DEVICE void each_four(const F& f) const {
+    for (int j = static_cast<int>(threadIdx.x) * 4; j < formula.p.pitch; j += 4 * kFormulaThreads) f(j);
   }
 };
 
@@ -182,14 +201,30 @@ struct FormulaRow {
 template <Spec S>
 __device__ void softmax(const Params& p) {
   const FormulaRow<S> me = FormulaRow<S>::of(p);
-  float top = -infinity(), sum = 0.0F;
-  me.each_key(false, [&](int j) { top = fmaxf(top, me.score(j)); });
+  float s[4], top = -infinity(), sum = 0.0F;
+  me.each_four([&](int j) {
+    me.load_scores(s, j);
+    top = fmaxf(top, fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3])));
+  });
   top = over_block(top, [](float a, float b) { return fmaxf(a, b); });
   const float reference = top == -infinity() ? 0.0F : top;  // of a row that sees nothing
-  me.each_key(false, [&](int j) { sum += exp2(me.score(j) - reference); });
+  const auto exponentiate = [&](int j) {
+    me.load_scores(s, j);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[e] = exp2(s[e] - reference);
+  };
+  me.each_four([&](int j) {
+    exponentiate(j);
+    sum += s[0] + s[1] + s[2] + s[3];
+  });
   sum = block_sum(sum);
-  me.each_key(true,
-              [&](int j) { write<S.type>(me.weight(j), sum == 0.0F ? 0.0F : exp2(me.score(j) - reference) / sum); });
+  const float share = sum == 0.0F ? 0.0F : 1.0F / sum;
+  me.each_four([&](int j) {
+    exponentiate(j);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[e] *= share;
+    me.store_weights(j, s);
+  });
   if (threadIdx.x == 0) *me.formula.head.statistic(p.lse, me.row) = kLn2 * (top + log2(sum));
 }
 
@@ -198,19 +233,33 @@ template <Spec S>
 __device__ void weights_again(const Params& p) {
   const FormulaRow<S> me = FormulaRow<S>::of(p);
   const float lse = log2_lse(p, me.formula.head, me.row);
-  me.each_key(true, [&](int j) { write<S.type>(me.weight(j), exp2(me.score(j) - lse)); });
+  me.each_four([&](int j) {
+    float s[4];
+    me.load_scores(s, j);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[e] = exp2(s[e] - lse);
+    me.store_weights(j, s);
+  });
 }
 
 /// dS = P ∘ (dP − delta), in the place of P; delta = Σ P ∘ dP.
 template <Spec S>
 __device__ void softmax_gradient(const Params& p) {
   const FormulaRow<S> me = FormulaRow<S>::of(p);
-  const float* dp = me.formula.scores(me.row);
-  float delta = 0.0F;
-  me.each_key(false, [&](int j) { delta += read<S.type>(me.weight(j)) * dp[j]; });
+  float w[4], dp[4], delta = 0.0F;
+  me.each_four([&](int j) {
+    me.load_gradients(w, dp, j);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) delta += w[e] * dp[e];
+  });
   delta = block_sum(delta);
   if (p.dlse.data != nullptr) delta -= *me.formula.head.statistic(p.dlse, me.row);
-  me.each_key(false, [&](int j) { write<S.type>(me.weight(j), read<S.type>(me.weight(j)) * (dp[j] - delta)); });
+  me.each_four([&](int j) {
+    me.load_gradients(w, dp, j);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) w[e] *= dp[e] - delta;
+    me.store_weights(j, w);
+  });
 }
 
 }  // namespace fovea::ladder

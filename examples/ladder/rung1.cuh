@@ -182,22 +182,13 @@ struct SlicedForward {
     const float old_share = before_sum * exp2(before - reference), new_share = exp2(top - reference);
     const float sum = old_share + new_share * added;
 #pragma unroll
-    for (int column = Sums::first_column(); column < S.head_dim; column += 64) {
-      float o[8], mean[8];
-      sums().take(o, column);
-      float* memory = p.o + number * S.head_dim + column;
-#pragma unroll
-      for (int x = 0; x < 8; ++x)
-        mean[x] = sum == 0.0F ? 0.0F : ((old ? old_share * memory[x] : 0.0F) + new_share * o[x]) / sum;
-      if (real && last) {
-        write_piece(head.row(p.out, i) + column * 2,
-                    {pack<S.type>(mean[0], mean[1]), pack<S.type>(mean[2], mean[3]), pack<S.type>(mean[4], mean[5]),
-                     pack<S.type>(mean[6], mean[7])},
-                    16, p.out.aligned);
-      } else if (real) {
-#pragma unroll
-        for (int x = 0; x < 8; ++x) memory[x] = mean[x];
-      }
+    for (int x = 0; x < S.head_dim / 8; ++x) {
+      const int column = Sums::first_column() + 8 * x;
+      float& memory = p.o[number * S.head_dim + column];
+      const float before_o = old ? memory : 0.0F, added_o = sums().take(column);
+      const float mean = sum == 0.0F ? 0.0F : (old_share * before_o + new_share * added_o) / sum;
+      if (real && last) write<S.type>(head.row(p.out, i) + column * 2, mean);
+      if (real && !last) memory = mean;
     }
     if (tells && last) *head.statistic(p.lse, i) = kLn2 * (maximum + log2(sum));
     if (tells && !last) p.maxima[number] = maximum, p.sums[number] = sum;

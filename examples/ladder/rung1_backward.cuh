@@ -108,14 +108,9 @@ struct SlicedBackward {
   FOVEA_DEVICE void add_dq(int row) const {
     const int i = row + Sums::row();
     if (i >= p.seqlen_q) return;
+    float* to = p.dq_sum + head.row_number(p, i) * S.head_dim + Sums::first_column();
 #pragma unroll
-    for (int column = Sums::first_column(); column < S.head_dim; column += 64) {
-      float sum[8];
-      sums().take(sum, column);
-      float* to = p.dq_sum + head.row_number(p, i) * S.head_dim + column;
-#pragma unroll
-      for (int x = 0; x < 8; ++x) atomicAdd(to + x, sum[x]);
-    }
+    for (int x = 0; x < S.head_dim; x += 8) atomicAdd(to + x, sums().take(Sums::first_column() + x));
   }
 
   /// Through the places of K and V, so that rows leave in whole pieces.

@@ -137,15 +137,13 @@ struct Exchange {
   }
 
   FOVEA_DEVICE static int row() { return static_cast<int>(threadIdx.x) / 8; }
-  /// A thread has this and the next 7, and those 64 on.
-  FOVEA_DEVICE static int first_column() { return static_cast<int>(threadIdx.x) % 8 * 8; }
-  FOVEA_DEVICE void take(float (&sum)[8], int column) const {
+  /// A thread has this, and every 8th from there.
+  FOVEA_DEVICE static int first_column() { return static_cast<int>(threadIdx.x) % 8; }
+  FOVEA_DEVICE float take(int column) const {
+    float sum = 0.0F;
 #pragma unroll
-    for (int x = 0; x < 8; ++x) {
-      sum[x] = 0.0F;
-#pragma unroll
-      for (int w = 0; w < kSlicedWarps; ++w) sum[x] += partials[(w * kSlicedRows + row()) * kPitch + column + x];
-    }
+    for (int w = 0; w < kSlicedWarps; ++w) sum += partials[(w * kSlicedRows + row()) * kPitch + column];
+    return sum;
   }
   /// What the first thread of a row has, for all of them.
   FOVEA_DEVICE static float of_row(float x) { return __shfl_sync(kAllLanes, x, lane_id() & ~7); }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -21,9 +22,9 @@ struct Index {
 };
 inline Index threadIdx, blockIdx, gridDim;
 
-/// A GPU of one multiprocessor that runs one block at a time, its threads as coroutines of one thread: each goes on
-/// until it waits for others of its warp or block, then another one does, drawn by lot.  What a missing barrier leaves
-/// open comes out one way or the other.
+/// A GPU of one multiprocessor that runs one block at a time, its threads as coroutines of one thread.  Of the warps,
+/// one goes on until it waits for the others, then the next; which comes first is drawn by lot at every barrier.  So
+/// what a missing barrier leaves open does happen.
 class Emulator {
  public:
   explicit Emulator(std::uint32_t seed) : lots_(seed) { current_ = this; }
@@ -106,6 +107,21 @@ class Emulator {
     yield();
   }
 
+  /// Every thread of a warp that can goes on, up to where it waits; false: none could.
+  bool run_warp(std::size_t warp) {
+    bool any = false;
+    const std::size_t first = lots_() % kWarp;
+    for (std::size_t lane = 0; lane < kWarp; ++lane) {
+      me_ = warp * kWarp + (first + lane) % kWarp;
+      if (!threads_[me_].ready()) continue;
+      any = true;
+      threadIdx.x = static_cast<unsigned>(me_);
+      swapcontext(&scheduler_, &threads_[me_].context);
+      if (fault_ != nullptr) std::rethrow_exception(std::exchange(fault_, nullptr));
+    }
+    return any;
+  }
+
   void run_block(int threads) {
     if (threads_.size() != static_cast<std::size_t>(threads))
       threads_ = std::vector<Thread>(static_cast<std::size_t>(threads));
@@ -123,17 +139,12 @@ class Emulator {
       thread.context.uc_link = &scheduler_;
       makecontext(&thread.context, &Emulator::enter, 0);
     }
-    for (bool progress = true; progress;) {
-      progress = false;
-      const std::size_t first = lots_() % threads_.size(), step = 2 * (lots_() % 64) + 1;  // all, in some order
-      for (std::size_t n = 0; n < threads_.size(); ++n) {
-        me_ = (first + n * step) % threads_.size();
-        if (!threads_[me_].ready()) continue;
-        progress = true;
-        threadIdx.x = static_cast<unsigned>(me_);
-        swapcontext(&scheduler_, &threads_[me_].context);
-        if (fault_ != nullptr) std::rethrow_exception(std::exchange(fault_, nullptr));
-      }
+    std::vector<std::size_t> order(warps_.size());  // the first that can goes on
+    std::iota(order.begin(), order.end(), 0);
+    const auto goes_on = [&](std::size_t warp) { return run_warp(warp); };
+    for (std::uint64_t times = 0; std::ranges::any_of(order, goes_on);) {
+      if (times != block_.times) std::ranges::shuffle(order, lots_);
+      times = block_.times;
     }
     if (std::ranges::any_of(threads_, [](const Thread& thread) { return !thread.done; }))
       throw std::runtime_error("threads wait for others that have ended");

@@ -26,6 +26,9 @@ using tests::blockIdx, tests::gridDim, tests::threadIdx;
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(8) uint2 {
+  u32 x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
