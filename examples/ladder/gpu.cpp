@@ -18,7 +18,7 @@ namespace {
 std::string text_of(int rung, Direction pass) {
   std::string text = std::string(text::params_h) + std::string(text::vocabulary_cuh);
   const bool backward = pass == Direction::kBackward;
-  if (rung == 0) return text.append(text::rung0_cuh);
+  if (rung == 0) return text.append(text::rung0_cuh).append(text::rung0_backward_cuh);
   if (rung == 3) return text.append(backward ? text::rung3_backward_cuh : text::rung3_cuh);
   if (rung == 1) return text.append(backward ? text::rung1_backward_cuh : text::rung1_cuh);
   return text.append(text::rung1_cuh).append(text::rung1_backward_cuh).append(text::rung2_cuh);

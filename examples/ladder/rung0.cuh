@@ -1,13 +1,10 @@
 // Rung 0, the formula: S and P are matrices in memory, N × N for each head, and every step is a kernel of its own that
 // reads what the one before has written.
 //
-//     forward     S = Q Kᵀ · scale      P = softmax(S)      O = P V
-//     backward    P = exp(S − lse)      dV = Pᵀ dO      dP = dO Vᵀ      dS = P ∘ (dP − delta)      dQ = dS K      dK =
-//     dSᵀ Q
+//     S = Q Kᵀ · scale      P = softmax(S)      O = P V
 //
-// S and dP are kept in fp32, P and dS in the dtype of the inputs: 6 bytes an entry, both ways.  A mask is of no help:
-// hidden entries are computed, and become 0 in P.  Frameworks keep P for the backward; here, where a call has out and
-// lse only, S is computed once more.
+// S is kept in fp32, P in the dtype of the inputs: 6 bytes an entry.  A mask is of no help: hidden entries are
+// computed, and become 0 in P.
 
 namespace fovea::ladder {
 
@@ -85,14 +82,14 @@ struct Formula {
   FOVEA_DEVICE float* scores(int row) const { return p.scores + head.row_number(p, row) * p.pitch; }
 
   /// S, or dP: every entry, hidden or not, in fp32.
-  FOVEA_DEVICE void store_scores(Accumulator (&c)[2][4], int row, int column, float factor) const {
+  FOVEA_DEVICE void store_scores(Accumulator (&c)[2][4], int row, int column) const {
     each_entry(c, [&](float x, int r, int n) {
-      if (row + r < p.seqlen_q && column + n < p.seqlen_kv) scores(row + r)[column + n] = x * factor;
+      if (row + r < p.seqlen_q && column + n < p.seqlen_kv) scores(row + r)[column + n] = x;
     });
   }
-  FOVEA_DEVICE void store_rows_of(Accumulator (&c)[2][4], const Matrix& to, int row, int column, float factor) const {
+  FOVEA_DEVICE void store_rows_of(Accumulator (&c)[2][4], const Matrix& to, int row, int column) const {
     each_entry(c, [&](float x, int r, int n) {
-      if (row + r < to.rows) write<S.type>(to.data + (row + r) * to.stride + (column + n) * 2, x * factor);
+      if (row + r < to.rows) write<S.type>(to.data + (row + r) * to.stride + (column + n) * 2, x);
     });
   }
 };
@@ -101,36 +98,34 @@ struct Formula {
 template <Spec S, Product kProduct>
 __device__ void product(const Params& p) {
   extern __shared__ __align__(128) char memory[];
-  constexpr bool kOfScores = kProduct == Product::kScores || kProduct == Product::kWeightGradients;
-  constexpr bool kOfKeys = kProduct == Product::kDk || kProduct == Product::kDv;
-  const int rows = kOfKeys ? p.seqlen_kv : p.seqlen_q, columns = kOfScores ? p.seqlen_kv : S.head_dim;
+  using enum Product;
+  constexpr bool kOfEntries = kProduct == kScores || kProduct == kWeightGradients;
+  constexpr bool kOfKeys = kProduct == kDk || kProduct == kDv;
+  constexpr bool kScaled = kProduct == kScores || kProduct == kDq || kProduct == kDk;
+  const int rows = kOfKeys ? p.seqlen_kv : p.seqlen_q, columns = kOfEntries ? p.seqlen_kv : S.head_dim;
   const int across = blocks_of(columns, kProductTile), tiles = blocks_of(rows, kProductTile) * across;
   const int block = static_cast<int>(blockIdx.x), tile = block % tiles;
   const Formula<S> formula{p, Head::of(p, block / tiles)};
-  const int row = tile / across * kProductTile, column = tile % across * kProductTile;
   const Matrix q = formula.rows_of(p.q, p.seqlen_q), k = formula.rows_of(p.k, p.seqlen_kv);
   const Matrix v = formula.rows_of(p.v, p.seqlen_kv), dout = formula.rows_of(p.dout, p.seqlen_q);
-  const Matrix weights = formula.weights();
-  const TileProduct<S, kOfKeys, kOfScores> tile_product{shared_address(memory)};
-  const int pitch = static_cast<int>(p.pitch);
+  const Matrix a = kProduct == kScores ? q : kProduct == kWeightGradients ? dout : formula.weights();
+  const Matrix b = kProduct == kScores || kProduct == kDq             ? k
+                   : kProduct == kWeightGradients || kProduct == kOut ? v
+                   : kProduct == kDk                                  ? q
+                                                                      : dout;
+  const int depth = kOfEntries ? S.head_dim : kOfKeys ? p.seqlen_q : static_cast<int>(p.pitch);
+  const TileProduct<S, kOfKeys, kOfEntries> product{shared_address(memory)};
   Accumulator c[2][4];
-  if constexpr (kProduct == Product::kScores) tile_product.run(c, q, k, row, column, S.head_dim);
-  if constexpr (kProduct == Product::kWeightGradients) tile_product.run(c, dout, v, row, column, S.head_dim);
-  if constexpr (kProduct == Product::kOut) tile_product.run(c, weights, v, row, column, pitch);
-  if constexpr (kProduct == Product::kDq) tile_product.run(c, weights, k, row, column, pitch);
-  if constexpr (kProduct == Product::kDk) tile_product.run(c, weights, q, row, column, p.seqlen_q);
-  if constexpr (kProduct == Product::kDv) tile_product.run(c, weights, dout, row, column, p.seqlen_q);
-  const int at_row = row + tile_product.warp_row(), at_column = column + tile_product.warp_column();
-  if constexpr (kProduct == Product::kScores) formula.store_scores(c, at_row, at_column, p.scale);
-  if constexpr (kProduct == Product::kWeightGradients) formula.store_scores(c, at_row, at_column, 1.0F);
-  if constexpr (kProduct == Product::kOut)
-    formula.store_rows_of(c, formula.rows_of(p.out, p.seqlen_q), at_row, at_column, 1.0F);
-  if constexpr (kProduct == Product::kDq)
-    formula.store_rows_of(c, formula.rows_of(p.dq, p.seqlen_q), at_row, at_column, p.scale);
-  if constexpr (kProduct == Product::kDk)
-    formula.store_rows_of(c, formula.rows_of(p.dk, p.seqlen_kv), at_row, at_column, p.scale);
-  if constexpr (kProduct == Product::kDv)
-    formula.store_rows_of(c, formula.rows_of(p.dv, p.seqlen_kv), at_row, at_column, 1.0F);
+  product.run(c, a, b, tile / across * kProductTile, tile % across * kProductTile, depth);
+  const int row = tile / across * kProductTile + product.warp_row();
+  const int column = tile % across * kProductTile + product.warp_column();
+  if constexpr (kScaled) scale_all(c, p.scale);
+  if constexpr (kOfEntries) {
+    formula.store_scores(c, row, column);
+  } else {
+    const RowView& to = kProduct == kOut ? p.out : kProduct == kDq ? p.dq : kProduct == kDk ? p.dk : p.dv;
+    formula.store_rows_of(c, formula.rows_of(to, rows), row, column);
+  }
 }
 
 /// f over the numbers of all threads of a block.
@@ -178,18 +173,6 @@ struct FormulaRow {
   FOVEA_DEVICE void store_weights(int j, const float (&w)[4]) const {
     weights(j) = {pack<S.type>(w[0], w[1]), pack<S.type>(w[2], w[3])};
   }
-  /// P and dP at 4 keys; 0 where hidden.
-  FOVEA_DEVICE void load_gradients(float (&w)[4], float (&dp)[4], int j) const {
-    const uint2 bits = weights(j);
-    const float4 four = four_scores(j);
-    const float x[4] = {four.x, four.y, four.z, four.w};
-    const u32 words[2] = {bits.x, bits.y};
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      w[e] = widen<S.type>(words[e / 2] >> e % 2 * 16 & 0xffffU);
-      dp[e] = visible(formula.p, row, j + e) ? x[e] : 0.0F;
-    }
-  }
   /// Calls f(j) for the first of every 4 keys, up to a whole number of tiles.
   template <class F>
   FOVEA_DEVICE void each_four(const F& f) const {
@@ -226,40 +209,6 @@ __device__ void softmax(const Params& p) {
     me.store_weights(j, s);
   });
   if (threadIdx.x == 0) *me.formula.head.statistic(p.lse, me.row) = kLn2 * (top + log2(sum));
-}
-
-/// P = exp(S − lse), for the backward.
-template <Spec S>
-__device__ void weights_again(const Params& p) {
-  const FormulaRow<S> me = FormulaRow<S>::of(p);
-  const float lse = log2_lse(p, me.formula.head, me.row);
-  me.each_four([&](int j) {
-    float s[4];
-    me.load_scores(s, j);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) s[e] = exp2(s[e] - lse);
-    me.store_weights(j, s);
-  });
-}
-
-/// dS = P ∘ (dP − delta), in the place of P; delta = Σ P ∘ dP.
-template <Spec S>
-__device__ void softmax_gradient(const Params& p) {
-  const FormulaRow<S> me = FormulaRow<S>::of(p);
-  float w[4], dp[4], delta = 0.0F;
-  me.each_four([&](int j) {
-    me.load_gradients(w, dp, j);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) delta += w[e] * dp[e];
-  });
-  delta = block_sum(delta);
-  if (p.dlse.data != nullptr) delta -= *me.formula.head.statistic(p.dlse, me.row);
-  me.each_four([&](int j) {
-    me.load_gradients(w, dp, j);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) w[e] *= dp[e] - delta;
-    me.store_weights(j, w);
-  });
 }
 
 }  // namespace fovea::ladder

@@ -7,6 +7,7 @@
 #include "examples/ladder/vocabulary.cuh"
 
 #include "examples/ladder/rung0.cuh"
+#include "examples/ladder/rung0_backward.cuh"
 #include "examples/ladder/rung1.cuh"
 #include "examples/ladder/rung1_backward.cuh"
 #include "examples/ladder/rung2.cuh"
