@@ -90,6 +90,7 @@ struct LadderArguments {
   std::vector<std::int64_t> seqlens;  ///< empty: what suits the device; likewise 0:
   std::int64_t batch = 0, heads = 0;
   std::vector<std::int64_t> head_dims{64};
+  std::vector<std::int64_t> rungs{0, 1, 2, 3, 4, 5};
   std::vector<std::string> masks{"full"};  ///< of "full", "causal"
   Effort effort{.repeats = 0, .seconds = 0.1};
   bool check = false;              ///< against the oracle, and no more

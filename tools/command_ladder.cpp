@@ -68,6 +68,7 @@ class LadderRun {
       asked_.seqlens = place_.on_gpu() ? std::vector<std::int64_t>{512, 1024, 2048, 4096, 8192, 16384}
                                        : std::vector<std::int64_t>{256, 512, 1024, 2048};
     }
+    for (const std::int64_t rung : asked_.rungs) rungs_.push_back(static_cast<int>(rung));
     if (asked_.batch == 0) asked_.batch = place_.on_gpu() ? 4 : 1;
     if (asked_.heads == 0) asked_.heads = place_.on_gpu() ? 16 : 4;
     for (const std::string& mask : asked_.masks) {
@@ -94,6 +95,7 @@ class LadderRun {
   }
 
   LadderArguments asked_;
+  std::vector<int> rungs_;  // that are asked for
   Place place_;
   ProgressBar bar_;
   std::size_t done_ = 0, all_ = 1;
@@ -126,7 +128,7 @@ void LadderRun::check_line(const std::string& line, std::vector<Verdicts>& verdi
   const cpu::Operands operands(problem, work.inputs());
   const Peers peers(operands, cpu::reference(operands));
   const Terminal terminal(stdout);
-  for (int rung = 0; rung < kRungs; ++rung) {
+  for (const int rung : rungs_) {
     show_progress(fmt::format("rung {} against the oracle", rung));
     ++done_;
     Verdicts& verdict = verdicts[static_cast<std::size_t>(rung)];
@@ -180,13 +182,13 @@ bool LadderRun::check() {
       }
     }
   }
-  done_ = 0, all_ = lines.size() * kRungs;
+  done_ = 0, all_ = lines.size() * rungs_.size();
   std::vector<Verdicts> verdicts(kRungs);
   for (const std::string& line : lines) check_line(line, verdicts);
   bar_.clear();
   Table table({{"rung"}, {""}, {"against the oracle"}, {"worst error", true}});
   bool right = true;
-  for (int rung = 0; rung < kRungs; ++rung) {
+  for (const int rung : rungs_) {
     const Verdicts& v = verdicts[static_cast<std::size_t>(rung)];
     right = right && v.wrong == 0;
     const std::string said = v.problems == 0 ? "not run"
@@ -261,7 +263,7 @@ void LadderRun::measure_sizes(const std::string& dtype, std::int64_t head_dim) {
       if (mask == kMasks[1]) problem.causal = Causal::kBottomRight;
       const std::size_t first = steps_.size();
       for (const Direction pass : kPasses) {
-        for (int rung = 0; rung < kRungs; ++rung) {
+        for (const int rung : rungs_) {
           show_progress(fmt::format("{} {} of rung {}, {}", seqlen, mask, rung, name_of(pass)));
           steps_.push_back(measure_step(rung, problem, pass, call));
           ++done_;
@@ -286,9 +288,9 @@ void LadderRun::print(const Problem& problem, std::size_t first_step) const {
                {"extra memory", true},
                {"moved", true, 8},
                {"per score", true}});
-  for (int rung = 0; rung < kRungs; ++rung) {
-    const Step& forward = steps_[first_step + static_cast<std::size_t>(rung)];
-    const Step& backward = steps_[first_step + static_cast<std::size_t>(kRungs + rung)];
+  for (std::size_t i = 0; i < rungs_.size(); ++i) {
+    const int rung = rungs_[i];
+    const Step &forward = steps_[first_step + i], &backward = steps_[first_step + rungs_.size() + i];
     std::vector<Table::Cell> cells{{std::to_string(rung)}, {title(rung), Ink::kStrong}};
     for (const Step* step : {&forward, &backward}) {
       const bool run = step->skipped.empty();
@@ -331,7 +333,7 @@ ordered_json LadderRun::page() const {
   ordered_json page{{"device", name(place_.device())}};
   for (const auto& [key, value] : facts()) page[key] = value;
   page["rungs"] = ordered_json::array();
-  for (int rung = 0; rung < kRungs; ++rung) {
+  for (const int rung : rungs_) {
     page["rungs"].push_back(
         {{"rung", rung},
          {"name", title(rung)},
@@ -372,8 +374,8 @@ ExitCode LadderRun::run() {
   const Terminal terminal(stdout);
   const bool right = check();
   if (asked_.check || !right) return right ? kDone : kCheckFailed;
-  done_ = 0,
-  all_ = asked_.dtypes.size() * asked_.head_dims.size() * asked_.seqlens.size() * asked_.masks.size() * kRungs * 2;
+  done_ = 0, all_ = asked_.dtypes.size() * asked_.head_dims.size() * asked_.seqlens.size() * asked_.masks.size() *
+                    rungs_.size() * 2;
   for (const std::string& dtype : asked_.dtypes) {
     for (const std::int64_t dim : asked_.head_dims) measure_sizes(dtype, dim);
   }

@@ -192,6 +192,8 @@ void add_ladder(CLI::App& fovea, Action& action) {
   command.number("--heads", said.heads, 1, kMost, "heads");
   list("--dim", said.head_dims, "LIST", "head dims; on a GPU 64 and 128")
       ->check(CLI::Range(std::int64_t{1}, std::int64_t{512}).description(""));
+  list("--rungs", said.rungs, "LIST", "some of them, as in 0,3,5")
+      ->check(CLI::Range(std::int64_t{0}, std::int64_t{5}).description(""));
   list("--dtype", said.dtypes, "LIST", "fp32 on the CPU, bf16 and fp16 on a GPU");
   list("--mask", said.masks, "LIST", "full, causal, or both");
   command.number("--repeat", said.effort.repeats, 1, 1'000'000, "executions of each pass");
