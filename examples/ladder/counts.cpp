@@ -26,7 +26,7 @@ struct Tiles {
 struct Counter {
   const Problem& problem;
   std::int64_t queries = problem.seqlen_q, keys = problem.seqlen_kv;
-  double dim = static_cast<double>(problem.head_dim), size = size_bytes(problem.dtype);
+  double dim = static_cast<double>(problem.head_dim), size = static_cast<double>(size_bytes(problem.dtype));
   std::int64_t diagonal = describe_params(problem).diagonal;
   Tiles tiles = Tiles::of(problem);
   double bytes = 0, other = 0;

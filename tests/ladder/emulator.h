@@ -20,15 +20,15 @@ namespace fovea::tests {
 struct Index {
   unsigned x = 0;
 };
-inline Index threadIdx, blockIdx, gridDim;
+inline Index threadIdx, blockIdx, gridDim;  // NOLINT(readability-identifier-naming): CUDA's names
 
 /// A GPU of one multiprocessor that runs one block at a time, its threads as coroutines of one thread.  Of the warps,
 /// one goes on until it waits for the others, then the next; which comes first is drawn by lot at every barrier.  So
 /// what a missing barrier leaves open does happen.
 class Emulator {
  public:
-  explicit Emulator(std::uint32_t seed) : lots_(seed) { current_ = this; }
-  static Emulator& here() { return *current_; }
+  explicit Emulator(std::uint32_t seed) : lots_(seed) { current = this; }
+  static Emulator& here() { return *current; }
 
   /// Runs `kernel` in blocks × threads, with so much shared memory, at `shared`.
   void launch(std::int64_t blocks, int threads, std::byte* shared, std::size_t shared_bytes,
@@ -150,7 +150,7 @@ class Emulator {
       throw std::runtime_error("threads wait for others that have ended");
   }
 
-  inline static Emulator* current_ = nullptr;
+  inline static Emulator* current = nullptr;
 
   std::mt19937 lots_;
   const std::function<void()>* kernel_ = nullptr;
