@@ -160,9 +160,9 @@ class CommandTest(unittest.TestCase):
 class Help(CommandTest):
     def test_help_names_commands_variables_and_exit_codes(self):
         text = self.fovea("--help")
-        for word in ("run", "explain", "check", "bench", "precompile", "doctor", "FOVEA_CPU_ISA", "FOVEA_JIT", "NO_COLOR", "Exit codes"):
+        for word in ("run", "explain", "check", "bench", "ladder", "precompile", "doctor", "FOVEA_CPU_ISA", "FOVEA_JIT", "NO_COLOR", "Exit codes"):
             self.assertIn(word, text)
-        for command in ("run", "explain", "check", "bench", "precompile", "doctor"):
+        for command in ("run", "explain", "check", "bench", "ladder", "precompile", "doctor"):
             self.assertIn("--help", self.fovea(command, "--help"))
         self.assertRegex(self.fovea("--version"), r"^fovea \d+\.\d+\.\d+\n$")
 
@@ -615,7 +615,6 @@ class Ladder(CommandTest):
         self.refuse("ladder", "--dtype", "fp8", says="fp8")
         self.refuse("ladder", "--rungs", "6", says="6")
         self.refuse("ladder", "--device", "sm_90", says="sm_90")
-        self.refuse("ladder", "--arch", "sm_1", says="'sm_1' is no architecture")
         self.refuse("ladder", "--seconds", "0", says="--seconds (0)")
         self.refuse("ladder", "--html", self.path("no/such/folder.html"), says="written")
 

@@ -73,6 +73,7 @@ ExitCode command_bench(const BenchArguments& arguments);
 struct PrecompileArguments {
   std::vector<std::string> lines;
   std::vector<std::string> archs;  ///< "sm_80"
+  bool ladder = false;             ///< the kernels of examples/ladder too
   std::string out;                 ///< the pack; empty: none
   std::string table;               ///< a file for registers, shared memory, seconds
   int jobs = 0;
@@ -93,14 +94,10 @@ struct LadderArguments {
   std::vector<std::int64_t> rungs{0, 1, 2, 3, 4, 5};
   std::vector<std::string> masks{"full"};  ///< of "full", "causal"
   Effort effort{.repeats = 0, .seconds = 0.1};
-  bool check = false;              ///< against the oracle, and no more
-  std::vector<std::string> archs;  ///< "sm_80": compile the rungs' kernels for these, and no more
+  bool check = false;  ///< against the oracle, and no more
   std::string json, html;
 };
 ExitCode command_ladder(const LadderArguments& arguments);
-
-/// 80 for "sm_80"; refuses what no kernels are made for.
-[[nodiscard]] int parsed_arch(const std::string& text);
 
 struct DoctorArguments {
   bool json = false;

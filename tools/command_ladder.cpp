@@ -12,7 +12,6 @@
 #include "command.h"
 #include "cpu/threads.h"
 #include "cuda/driver.h"
-#include "cuda/jit/cache.h"
 #include "device_call.h"
 #include "error_rule.h"
 #include "examples/ladder/ladder.h"
@@ -395,43 +394,8 @@ ExitCode LadderRun::run() {
   return kDone;
 }
 
-/// The rungs' kernels ahead of time, for GPUs that need not be there: into the cache, where a run finds them.
-ExitCode compile_ladder(const LadderArguments& asked) {
-  const Terminal terminal(stdout);
-  Table table(
-      {{"kernel"}, {"for"}, {"registers", true}, {"spilled", true}, {"shared memory", true}, {"compiled", true}});
-  bool clean = true;
-  for (const std::string& arch : asked.archs) {
-    for (const std::string dtype : {"bf16", "fp16"}) {
-      for (const int dim : {64, 128}) {
-        const Problem problem = parse_problem(fmt::format("fwd {} b1 hq1 sq1024 d{}", dtype, dim));
-        for (int rung = 0; rung < ladder::kRungs; ++rung) {
-          for (const Direction pass : kPasses) {
-            for (const cuda::jit::KernelRequest& request : ladder::requests(rung, problem, pass, parsed_arch(arch))) {
-              const auto binary = cuda::jit::Cache::shared().binary(request);
-              const bool spills = binary->spill_bytes + binary->local_bytes > 0 || !binary->warnings.empty();
-              clean = clean && !spills;
-              table.add({{request.name},
-                         {arch},
-                         {std::to_string(binary->registers)},
-                         {std::to_string(binary->spill_bytes + binary->local_bytes), spills ? Ink::kBad : Ink::kPlain},
-                         {bytes_text(request.shared_bytes + binary->shared_bytes)},
-                         {seconds_text(binary->seconds)}});
-            }
-          }
-        }
-      }
-    }
-  }
-  terminal.write(table.text(terminal));
-  terminal.write(labelled(terminal, "kept in", cuda::jit::Cache::shared().disk().folder().string()));
-  return clean ? kDone : kCheckFailed;
-}
-
 }  // namespace
 
-ExitCode command_ladder(const LadderArguments& arguments) {
-  return arguments.archs.empty() ? LadderRun(arguments).run() : compile_ladder(arguments);
-}
+ExitCode command_ladder(const LadderArguments& arguments) { return LadderRun(arguments).run(); }
 
 }  // namespace fovea::tools

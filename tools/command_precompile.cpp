@@ -11,6 +11,7 @@
 #include "cpu/threads.h"
 #include "cuda/jit/cache.h"
 #include "cuda/requests.h"
+#include "examples/ladder/ladder.h"
 #include "files/tensor_data.h"
 #include "terminal.h"
 
@@ -19,6 +20,20 @@ namespace {
 
 using cuda::jit::Binary;
 using cuda::jit::KernelRequest;
+
+/// 80 for "sm_80".
+int parsed_arch(const std::string& text) {
+  int arch = 0;
+  const char* end = text.data() + text.size();
+  const bool read = text.starts_with("sm_") && std::from_chars(text.data() + 3, end, arch).ptr == end;
+  if (!read || arch == 0 || cuda::jit::arch_of(arch) != arch) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--arch {} is no architecture that kernels are made for; use sm_75, sm_80, sm_86, sm_89, "
+                            "sm_90, sm_100 or sm_120",
+                            files::in_quotes(text)));
+  }
+  return arch;
+}
 
 /// What came of one request.
 struct Outcome {
@@ -64,15 +79,19 @@ void Precompile::collect() {
   std::map<std::string, KernelRequest> unique;
   std::vector<int> archs;
   for (const std::string& text : asked_.archs) archs.push_back(parsed_arch(text));
-  for (const std::string& line : problem_lines(asked_.lines)) {
+  const auto add = [&](std::vector<KernelRequest> requests) {
+    for (KernelRequest& request : requests) {
+      std::string name = fmt::format("{} {} {}", request.name, request.arch, cuda::jit::content_key(request));
+      unique.try_emplace(std::move(name), std::move(request));
+    }
+  };
+  if (asked_.ladder) std::ranges::for_each(archs, [&](int arch) { add(ladder::requests(arch)); });
+  const bool no_lines = asked_.ladder && asked_.lines.empty();
+  for (const std::string& line : no_lines ? std::vector<std::string>{} : problem_lines(asked_.lines)) {
     const Problem problem = parse_problem(line);
     for (const Direction pass : {Direction::kForward, Direction::kBackward}) {
       if (!(pass == Direction::kForward ? problem.forward() : problem.backward())) continue;
-      for (const int arch : archs) {
-        for (KernelRequest& request : cuda::requests(problem, pass, arch)) {
-          unique.try_emplace(fmt::format("{} {} {}", request.name, arch, cuda::jit::content_key(request)), request);
-        }
-      }
+      for (const int arch : archs) add(cuda::requests(problem, pass, arch));
     }
   }
   wanted_ = unique.size();

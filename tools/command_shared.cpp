@@ -7,7 +7,6 @@
 
 #include "command.h"
 #include "cuda/driver.h"
-#include "cuda/jit/request.h"
 #include "files/tensor_data.h"
 
 namespace fovea::tools {
@@ -40,19 +39,6 @@ Device Runner::parsed_device(bool architectures) const {
   throw Error(ErrorCode::kInvalidArgument,
               fmt::format("--device {} is unknown; use cpu or cuda:N{}", files::in_quotes(device),
                           architectures ? ", or an architecture such as sm_90" : ""));
-}
-
-int parsed_arch(const std::string& text) {
-  int arch = 0;
-  const char* end = text.data() + text.size();
-  const bool read = text.starts_with("sm_") && std::from_chars(text.data() + 3, end, arch).ptr == end;
-  if (!read || arch == 0 || cuda::jit::arch_of(arch) != arch) {
-    throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("--arch {} is no architecture that kernels are made for; use sm_75, sm_80, sm_86, sm_89, "
-                            "sm_90, sm_100 or sm_120",
-                            files::in_quotes(text)));
-  }
-  return arch;
 }
 
 std::vector<std::string> problem_lines(const std::vector<std::string>& arguments) {

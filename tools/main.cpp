@@ -199,8 +199,6 @@ void add_ladder(CLI::App& fovea, Action& action) {
   command.number("--repeat", said.effort.repeats, 1, 1'000'000, "executions of each pass");
   command.option("--seconds", said.effort.seconds, "S", "or: time for each pass")->capture_default_str();
   command.flag("--check", said.check, "hold every rung against the double reference, and measure nothing");
-  list("--arch", said.archs, "LIST",
-       "compile the rungs' kernels for these, as in sm_80,sm_90, into the cache; needs no GPU");
   command.path("--json", said.json, "FILE", "write the numbers");
   command.path("--html", said.html, "FILE", "draw time and memory over sequence length, one self-contained page");
 }
@@ -210,8 +208,9 @@ void add_precompile(CLI::App& fovea, Action& action) {
                                              "GPU kernels ahead of time, as one file; needs NVRTC and no GPU",
                                              command_precompile, action);
   PrecompileArguments& said = *command.said;
-  command.lines()->required();
+  command.lines();
   command.option("--arch", said.archs, "LIST", "architectures, as in sm_80,sm_90")->delimiter(',')->required();
+  command.flag("--ladder", said.ladder, "the kernels of fovea ladder too");
   command.path("--out", said.out, "PACK", "write the pack");
   command.path("--table", said.table, "FILE", "write each kernel's registers, shared memory and compile time");
   command.number("--jobs", said.jobs, 0, kMostThreads, "kernels at once; 0: as many as the process may use threads");

@@ -87,9 +87,22 @@ std::shared_ptr<const PlannedKernel> plan_on_gpu(int rung, const Problem& proble
   return std::make_shared<GpuRung>(rung, problem, pass, gpu);
 }
 
-std::vector<cuda::jit::KernelRequest> requests(int rung, const Problem& problem, Direction pass, int arch) {
+std::vector<cuda::jit::KernelRequest> requests(int arch) {
   std::vector<cuda::jit::KernelRequest> all;
-  for (const Launch& launch : launches(rung, problem, pass)) all.push_back(request(launch, rung, problem, pass, arch));
+  if (arch < kLeastCapability) return all;
+  Problem problem;
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const int dim : {64, 128}) {
+      problem.dtype = dtype;
+      problem.head_dim = dim;
+      for (int rung = 0; rung < kRungs; ++rung) {
+        for (const Direction pass : {Direction::kForward, Direction::kBackward}) {
+          for (const Launch& launch : launches(rung, problem, pass))
+            all.push_back(request(launch, rung, problem, pass, arch));
+        }
+      }
+    }
+  }
   return all;
 }
 

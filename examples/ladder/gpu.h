@@ -7,6 +7,8 @@
 
 namespace fovea::ladder {
 
+inline constexpr int kLeastCapability = 80;  // for cp.async and mma of bf16
+
 [[nodiscard]] std::shared_ptr<const PlannedKernel> plan_on_gpu(int rung, const Problem& problem, Direction pass,
                                                                int gpu);
 

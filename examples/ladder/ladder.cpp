@@ -49,7 +49,7 @@ void require_fit(int rung, const Problem& problem, Direction pass, int gpu) {
   if (problem.seqlen_q >= kLongest || problem.seqlen_kv >= kLongest || problem.batch * problem.num_q_heads >= kLongest)
     refuse(rung, problem, "lengths and heads must be below 2^29");
   const cuda::Gpu& device = cuda::gpu(gpu);
-  if (device.compute_capability < 80) {
+  if (device.compute_capability < kLeastCapability) {
     refuse(rung, problem,
            "it needs compute capability 8.0 or newer, and this GPU has " +
                std::to_string(device.compute_capability / 10) + "." + std::to_string(device.compute_capability % 10));

@@ -25,9 +25,8 @@ struct Description {
 /// and bf16 with head dims 64 and 128; plain or causal.  Throws Error(kUnsupported) with the reason for all else.
 [[nodiscard]] Plan plan(int rung, const Problem& problem, Direction pass, const Device& device);
 
-/// The kernels that a plan on an architecture runs.  Needs no GPU.
-[[nodiscard]] std::vector<cuda::jit::KernelRequest> requests(int rung, const Problem& problem, Direction pass,
-                                                             int arch);
+/// The kernels of all rungs on an architecture, none before Ampere.  Needs no GPU.
+[[nodiscard]] std::vector<cuda::jit::KernelRequest> requests(int arch);
 
 /// What a rung does beside the products, counted from its algorithm and its tiles.
 struct Counts {
