@@ -42,12 +42,13 @@ void score(const RowTask& task, const RowView& a, const RowView& b, float factor
 /// Rows of `to` = weights · B · factor.
 void weigh(const RowTask& task, const RowView& to, const RowView& b, float factor) {
   const TwinHead& head = task.head;
-  std::vector<float> sum(static_cast<std::size_t>(head.dim));
-  for (i64 i = task.first; i < task.end; ++i) {
-    std::fill(sum.begin(), sum.end(), 0.0F);
-    add_product(sum.data(), 0, {task.weights(i), 0, 1}, head.row(b, 0), head.stride(b), 1, head.p.seqlen_kv, head.dim);
-    for (int c = 0; c < head.dim; ++c) head.row(to, i)[c] = sum[c] * factor;
+  std::vector<float> sums(static_cast<std::size_t>(kTile) * head.dim);
+  for (i64 key = 0; key < head.p.seqlen_kv; key += kTile) {
+    add_product(sums.data(), head.dim, {task.weights(task.first) + key, head.p.pitch, 1}, head.row(b, key),
+                head.stride(b), task.end - task.first, std::min<i64>(kTile, head.p.seqlen_kv - key), head.dim);
   }
+  for (i64 x = 0; x < (task.end - task.first) * head.dim; ++x)
+    head.row(to, task.first + x / head.dim)[x % head.dim] = sums[x] * factor;
 }
 
 /// Rows of `to`, keys, = weightsᵀ · B · factor.
@@ -57,11 +58,11 @@ void weigh_transposed(const Params& p, int dim, i64 heads, const RowView& to, co
     const RowTask all{{p, dim, task / tiles}, 0, p.seqlen_q};
     const i64 key = task % tiles * kTile, count = std::min<i64>(kTile, p.seqlen_kv - key);
     std::vector<float> sums(static_cast<std::size_t>(kTile) * dim);
-    add_product(sums.data(), dim, {all.weights(0) + key, 1, p.pitch}, all.head.row(b, 0), all.head.stride(b), count,
-                p.seqlen_q, dim);
-    for (i64 j = 0; j < count; ++j) {
-      for (int c = 0; c < dim; ++c) all.head.row(to, key + j)[c] = sums[j * dim + c] * factor;
+    for (i64 row = 0; row < p.seqlen_q; row += 4) {  // few rows at once, for they lie far apart
+      add_product(sums.data(), dim, {all.weights(row) + key, 1, p.pitch}, all.head.row(b, row), all.head.stride(b),
+                  count, std::min<i64>(4, p.seqlen_q - row), dim);
     }
+    for (i64 x = 0; x < count * dim; ++x) all.head.row(to, key + x / dim)[x % dim] = sums[x] * factor;
   });
 }
 
