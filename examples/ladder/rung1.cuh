@@ -123,8 +123,7 @@ struct SlicedForward {
       for (int j = 0; j < kN; ++j) multiply_add<S.type, S.mma>(s[0][j], s[0][j], queries, slice.keys[c][j / 2][j % 2]);
     }
     scale_all(s, p.scale * kLog2E);
-    const bool all = key + kKeys <= math::smaller(row + p.diagonal + 1, p.seqlen_kv);
-    if (!all) {
+    if (!sees_all(p, row, key + kKeys)) {
       each_entry(s, [&](float& x, int r, int n) {
         if (!visible(p, row + r, key + warp_key() + n)) x = -infinity();
       });

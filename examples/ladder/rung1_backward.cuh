@@ -81,9 +81,11 @@ struct SlicedBackward {
     Accumulator weights[kM][2], ds[kM][2];  // transposed: keys by queries
     multiply_by_rows<S>(weights, k_tile(), warp_key(), q_tile(stage), 0);
     const float unit = p.scale * kLog2E;
-    each_entry(weights, [&](float& x, int n, int r) {
-      x = visible(p, row + r, key + warp_key() + n) ? exp2(x * unit - statistic[r]) : 0.0F;
-    });
+    each_entry(weights, [&](float& x, int, int r) { x = exp2(x * unit - statistic[r]); });
+    const int first = key + warp_key();
+    if (!sees_all(p, row, first + kMine)) {
+      each_entry(weights, [&](float& x, int n, int r) { x = visible(p, row + r, first + n) ? x : 0.0F; });
+    }
     add_product<S>(dv, weights, dout_tile(stage), 0, 0);
     multiply_by_rows<S>(ds, v_tile(), warp_key(), dout_tile(stage), 0);
 #pragma unroll

@@ -67,7 +67,7 @@ struct SplitForward {
   }
 
   FOVEA_DEVICE void hide(Scores& s, int key) const {
-    if (key + kKeys <= math::smaller(first + warp_row() + p.diagonal + 1, p.seqlen_kv)) return;  // all is visible
+    if (sees_all(p, first + warp_row(), key + kKeys)) return;
     each_entry(s, [&](float& x, int r, int n) {
       if (!visible(p, first + warp_row() + r, key + n)) x = -infinity();
     });

@@ -82,9 +82,11 @@ struct SplitBackward {
     const int mine = warp_half() * (kKeys / 2);
     Accumulator weights[1][kN], ds[1][kN];
     multiply_by_rows<S>(weights, q_tile(stage), warp_row(), k_tile(), mine);
-    each_entry(weights, [&](float& x, int r, int n) {
-      x = visible(p, row + warp_row() + r, key + mine + n) ? exp2(x * unit - lse[r]) : 0.0F;
-    });
+    each_entry(weights, [&](float& x, int r, int) { x = exp2(x * unit - lse[r]); });
+    const int first = row + warp_row();
+    if (!sees_all(p, first, key + mine + kKeys / 2)) {
+      each_entry(weights, [&](float& x, int r, int n) { x = visible(p, first + r, key + mine + n) ? x : 0.0F; });
+    }
     store_accumulators(corner_c(p_tile(), lane_id(), warp_row(), mine), weights);
     multiply_by_rows<S>(ds, dout_tile(stage), warp_row(), v_tile(), mine);
 #pragma unroll

@@ -22,6 +22,10 @@ struct Head {
 };
 
 FOVEA_DEVICE bool visible(const Params& p, int row, int key) { return key <= row + p.diagonal && key < p.seqlen_kv; }
+/// Whether a row, and so all after it, see every key before `end`.
+FOVEA_DEVICE bool sees_all(const Params& p, int row, int end) {
+  return end <= math::smaller(row + p.diagonal + 1, p.seqlen_kv);
+}
 /// Keys that some of the rows before `end` see.
 FOVEA_DEVICE int visible_keys(const Params& p, int end) {
   return math::smaller(math::larger(math::smaller(end, p.seqlen_q) + p.diagonal, 0), p.seqlen_kv);
