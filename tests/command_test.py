@@ -609,8 +609,10 @@ class Ladder(CommandTest):
         text = self.fovea("ladder", "--check", "--dtype", "bf16")
         self.assertEqual(text.count("not run"), 4)
         self.assertEqual(text.count("right in 6 problems"), 2)
+        self.assertEqual(text.count("on a CPU the ladder takes fp32"), 4)
 
     def test_refusals(self):
+        self.refuse("ladder", "--rungs", "0,3", "--dtype", "bf16", says="on a CPU the ladder takes fp32")
         self.refuse("ladder", "--mask", "diagonal", says="--mask 'diagonal' is unknown; use full, causal or both")
         self.refuse("ladder", "--dtype", "fp8", says="fp8")
         self.refuse("ladder", "--rungs", "6", says="6")

@@ -185,6 +185,8 @@ bool LadderRun::check() {
   std::vector<Verdicts> verdicts(kRungs);
   for (const std::string& line : lines) check_line(line, verdicts);
   bar_.clear();
+  if (std::ranges::all_of(verdicts, [](const Verdicts& v) { return v.problems == 0; }))
+    throw Error(ErrorCode::kUnsupported, verdicts[static_cast<std::size_t>(rungs_.front())].skipped);
   Table table({{"rung"}, {""}, {"against the oracle"}, {"worst error", true}});
   bool right = true;
   for (const int rung : rungs_) {
@@ -208,6 +210,10 @@ bool LadderRun::check() {
   }
   const Terminal terminal(stdout);
   terminal.write(table.text(terminal));
+  for (const int rung : rungs_) {
+    const std::string& why = verdicts[static_cast<std::size_t>(rung)].skipped;
+    if (!why.empty()) terminal.line("  " + terminal.paint(Ink::kDim, "left out: " + why));
+  }
   terminal.line("  " + terminal.paint(
                            Ink::kDim,
                            fmt::format("errors over those of their peers, at most {} (docs/contract.md)", kMostRatio)));
