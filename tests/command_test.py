@@ -160,9 +160,9 @@ class CommandTest(unittest.TestCase):
 class Help(CommandTest):
     def test_help_names_commands_variables_and_exit_codes(self):
         text = self.fovea("--help")
-        for word in ("run", "explain", "check", "bench", "precompile", "doctor", "FOVEA_CPU_ISA", "FOVEA_JIT", "NO_COLOR", "Exit codes"):
+        for word in ("run", "explain", "check", "bench", "ladder", "precompile", "doctor", "FOVEA_CPU_ISA", "FOVEA_JIT", "NO_COLOR", "Exit codes"):
             self.assertIn(word, text)
-        for command in ("run", "explain", "check", "bench", "precompile", "doctor"):
+        for command in ("run", "explain", "check", "bench", "ladder", "precompile", "doctor"):
             self.assertIn("--help", self.fovea(command, "--help"))
         self.assertRegex(self.fovea("--version"), r"^fovea \d+\.\d+\.\d+\n$")
 
@@ -575,6 +575,50 @@ class Doctor(CommandTest):
         for backend, answers in page["backends"].items():
             if backend in ("cpu_avx2", "cpu_avx512"):
                 self.assertNotEqual(answers["fwd bf16"], [])
+
+
+class Ladder(CommandTest):
+    def test_it_climbs_all_rungs(self):
+        numbers, picture = self.path("ladder.json"), self.path("ladder.html")
+        text = self.fovea("ladder", "--seqlen", "64,128", "--mask", "full,causal", "--dim", "32", "--repeat", "2", "--json", numbers, "--html", picture)
+        self.assertEqual(text.count("right in 6 problems"), 6)
+        page = json.loads(Path(numbers).read_text())
+        self.assertEqual([check["wrong"] for check in page["checks"]], [0] * 6)
+        self.assertEqual(len(page["results"]), 6 * 2 * 2 * 2)  # rungs, lengths, masks, passes
+        for result in page["results"]:
+            self.assertGreater(result["median_seconds"], 0)
+            self.assertEqual("moved_bytes" in result, result["rung"] < 4)
+            if result["rung"] == 0 and result["seqlen"] == 128:  # S and P in fp32, of 4 heads
+                self.assertEqual(result["extra_bytes"], 2 * 4 * 128 * 128 * 4)
+        self.assertIn("FlashAttention-2", Path(picture).read_text())
+
+    def test_a_rung_that_runs_out_of_memory_says_so(self):
+        numbers = self.path("ladder.json")
+        text = self.fovea("ladder", "--rungs", "0", "--seqlen", "4000000", "--heads", "1", "--dim", "1", "--json", numbers)
+        self.assertIn("out of memory: it needs 116 TiB beside its tensors", text)
+        for result in json.loads(Path(numbers).read_text())["results"]:
+            self.assertIn("out of memory", result["skipped"])
+            self.assertNotIn("median_seconds", result)
+
+    def test_check_measures_nothing(self):
+        text = self.fovea("ladder", "--check", "--rungs", "1,3", "--dim", "64,24")
+        self.assertEqual(text.count("right in 12 problems"), 2)
+        self.assertNotIn("GFLOP/s", text)
+
+    def test_what_is_not_shown_is_not_run(self):
+        text = self.fovea("ladder", "--check", "--dtype", "bf16")
+        self.assertEqual(text.count("  not run  "), 4)
+        self.assertEqual(text.count("right in 6 problems"), 2)
+        self.assertEqual(text.count("on a CPU the ladder takes fp32"), 4)
+
+    def test_refusals(self):
+        self.refuse("ladder", "--rungs", "0,3", "--dtype", "bf16", says="on a CPU the ladder takes fp32")
+        self.refuse("ladder", "--mask", "diagonal", says="--mask 'diagonal' is unknown; use full, causal or both")
+        self.refuse("ladder", "--dtype", "fp8", says="fp8")
+        self.refuse("ladder", "--rungs", "6", says="6")
+        self.refuse("ladder", "--device", "sm_90", says="sm_90")
+        self.refuse("ladder", "--seconds", "0", says="--seconds (0)")
+        self.refuse("ladder", "--html", self.path("no/such/folder.html"), says="written")
 
 
 class OnATerminal(CommandTest):

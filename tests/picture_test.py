@@ -503,6 +503,35 @@ class BenchPage(PageTest):
         self.check_layout()
 
 
+class LadderPage(PageTest):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.page, numbers = cls.folder / "ladder.html", cls.folder / "ladder.json"
+        fovea("ladder", "--seqlen", "64,128", "--mask", "full,causal", "--repeat", 2, "--html", cls.page, "--json", numbers)
+        cls.results = json.loads(numbers.read_text())["results"]
+
+    def setUp(self):
+        super().setUp()
+        self.browser.open(self.page)
+
+    def test_draws_a_line_a_rung(self):
+        lines = "return [...document.querySelectorAll('.chart')].map((n) => n.querySelectorAll('path').length)"
+        self.assertEqual(self.browser.run(lines), [6, 6, 6])
+        self.assertEqual(len(self.browser.texts("#keys span")), 6)
+
+    def test_shows_the_kind_that_is_picked(self):
+        for at, mask in ((1, "full"), (2, "causal")):
+            self.browser.click(f"#kinds button:nth-child({at})")
+            wanted = [r for r in self.results if r["mask"] == mask]
+            self.assertEqual(self.browser.texts("#rows td:nth-child(2)"), [r["pass"] for r in wanted])
+            self.assertEqual(self.browser.texts("#rows td:nth-child(1)"), [f"{r['rung']} {r['name']}" for r in wanted])
+
+    def test_layout_and_colours(self):
+        self.check_theme()
+        self.check_layout()
+
+
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit("usage: picture_test.py path/to/fovea [unittest arguments]")

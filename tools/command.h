@@ -73,6 +73,7 @@ ExitCode command_bench(const BenchArguments& arguments);
 struct PrecompileArguments {
   std::vector<std::string> lines;
   std::vector<std::string> archs;  ///< "sm_80"
+  bool ladder = false;             ///< the kernels of examples/ladder too
   std::string out;                 ///< the pack; empty: none
   std::string table;               ///< a file for registers, shared memory, seconds
   int jobs = 0;
@@ -82,6 +83,21 @@ struct PrecompileArguments {
   double most_seconds = 0;
 };
 ExitCode command_precompile(const PrecompileArguments& arguments);
+
+/// The rungs of examples/ladder, and the library's own kernels above them.
+struct LadderArguments {
+  std::string device = "cpu";
+  std::vector<std::string> dtypes;    ///< empty: fp32 on the CPU, bf16 on a GPU
+  std::vector<std::int64_t> seqlens;  ///< empty: what suits the device; likewise 0:
+  std::int64_t batch = 0, heads = 0;
+  std::vector<std::int64_t> head_dims{64};
+  std::vector<std::int64_t> rungs{0, 1, 2, 3, 4, 5};
+  std::vector<std::string> masks{"full"};  ///< of "full", "causal"
+  Effort effort{.repeats = 0, .seconds = 0.1};
+  bool check = false;  ///< against the oracle, and no more
+  std::string json, html;
+};
+ExitCode command_ladder(const LadderArguments& arguments);
 
 struct DoctorArguments {
   bool json = false;

@@ -11,6 +11,7 @@
 #include "cpu/threads.h"
 #include "cuda/jit/cache.h"
 #include "cuda/requests.h"
+#include "examples/ladder/ladder.h"
 #include "files/tensor_data.h"
 #include "terminal.h"
 
@@ -78,15 +79,19 @@ void Precompile::collect() {
   std::map<std::string, KernelRequest> unique;
   std::vector<int> archs;
   for (const std::string& text : asked_.archs) archs.push_back(parsed_arch(text));
-  for (const std::string& line : problem_lines(asked_.lines)) {
+  const auto add = [&](std::vector<KernelRequest> requests) {
+    for (KernelRequest& request : requests) {
+      std::string name = fmt::format("{} {} {}", request.name, request.arch, cuda::jit::content_key(request));
+      unique.try_emplace(std::move(name), std::move(request));
+    }
+  };
+  if (asked_.ladder) std::ranges::for_each(archs, [&](int arch) { add(ladder::requests(arch)); });
+  const bool no_lines = asked_.ladder && asked_.lines.empty();
+  for (const std::string& line : no_lines ? std::vector<std::string>{} : problem_lines(asked_.lines)) {
     const Problem problem = parse_problem(line);
     for (const Direction pass : {Direction::kForward, Direction::kBackward}) {
       if (!(pass == Direction::kForward ? problem.forward() : problem.backward())) continue;
-      for (const int arch : archs) {
-        for (KernelRequest& request : cuda::requests(problem, pass, arch)) {
-          unique.try_emplace(fmt::format("{} {} {}", request.name, arch, cuda::jit::content_key(request)), request);
-        }
-      }
+      for (const int arch : archs) add(cuda::requests(problem, pass, arch));
     }
   }
   wanted_ = unique.size();

@@ -46,7 +46,7 @@ ExitCode complain(ExitCode code, std::string_view sentence) {
 
 /// CLI11's complaint as one sentence.
 std::string sentence_of(const CLI::ParseError& error, const CLI::App& app) {
-  constexpr const char* kCommands = "run, explain, check, bench, precompile or doctor; see fovea --help";
+  constexpr const char* kCommands = "run, explain, check, bench, ladder, precompile or doctor; see fovea --help";
   const std::vector<CLI::App*> chosen = app.get_subcommands();
   if (chosen.empty()) {
     const std::vector<std::string> words = app.remaining();
@@ -175,13 +175,42 @@ void add_bench(CLI::App& fovea, Action& action) {
   command.path("--html", said.html, "FILE", "write one self-contained page");
 }
 
+void add_ladder(CLI::App& fovea, Action& action) {
+  const Command<LadderArguments> command(fovea, "ladder",
+                                         "From the formula to FlashAttention and beyond, one idea a rung: checked, "
+                                         "timed, counted (docs/how-it-works.md)",
+                                         command_ladder, action);
+  LadderArguments& said = *command.said;
+  constexpr std::int64_t kMost = std::int64_t{1} << 29;
+  const auto list = [&](const char* name, auto& value, const char* type, const char* help) {
+    return command.option(name, value, type, help)->delimiter(',');
+  };
+  command.option("--device", said.device, "DEVICE", "cpu or cuda:N")->capture_default_str();
+  list("--seqlen", said.seqlens, "LIST", "sequence lengths, as in 512,1024")
+      ->check(CLI::Range(std::int64_t{1}, kMost).description(""));
+  command.number("--batch", said.batch, 1, kMost, "sequences");
+  command.number("--heads", said.heads, 1, kMost, "heads");
+  list("--dim", said.head_dims, "LIST", "head dims; on a GPU 64 and 128")
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{512}).description(""));
+  list("--rungs", said.rungs, "LIST", "some of them, as in 0,3,5")
+      ->check(CLI::Range(std::int64_t{0}, std::int64_t{5}).description(""));
+  list("--dtype", said.dtypes, "LIST", "fp32 on the CPU, bf16 and fp16 on a GPU");
+  list("--mask", said.masks, "LIST", "full, causal, or both");
+  command.number("--repeat", said.effort.repeats, 1, 1'000'000, "executions of each pass");
+  command.option("--seconds", said.effort.seconds, "S", "or: time for each pass")->capture_default_str();
+  command.flag("--check", said.check, "hold every rung against the double reference, and measure nothing");
+  command.path("--json", said.json, "FILE", "write the numbers");
+  command.path("--html", said.html, "FILE", "draw time and memory over sequence length, one self-contained page");
+}
+
 void add_precompile(CLI::App& fovea, Action& action) {
   const Command<PrecompileArguments> command(fovea, "precompile",
                                              "GPU kernels ahead of time, as one file; needs NVRTC and no GPU",
                                              command_precompile, action);
   PrecompileArguments& said = *command.said;
-  command.lines()->required();
+  command.lines();
   command.option("--arch", said.archs, "LIST", "architectures, as in sm_80,sm_90")->delimiter(',')->required();
+  command.flag("--ladder", said.ladder, "the kernels of fovea ladder too");
   command.path("--out", said.out, "PACK", "write the pack");
   command.path("--table", said.table, "FILE", "write each kernel's registers, shared memory and compile time");
   command.number("--jobs", said.jobs, 0, kMostThreads, "kernels at once; 0: as many as the process may use threads");
@@ -211,6 +240,7 @@ ExitCode run_command(int argc, char** argv) {
   add_explain(app, action);
   add_check(app, action);
   add_bench(app, action);
+  add_ladder(app, action);
   add_precompile(app, action);
   add_doctor(app, action);
   app.footer(kFooter);  // last, so that the commands' own help does not repeat it

@@ -258,4 +258,10 @@ void write_bench_page(const std::string& path, const std::vector<BenchRow>& rows
   write_page(path, pages::bench_html, data);
 }
 
+void write_ladder_page(const std::string& path, const nlohmann::ordered_json& run, const Facts& machine) {
+  nlohmann::ordered_json data = run;
+  data["machine"] = machine;
+  write_page(path, pages::ladder_html, data);
+}
+
 }  // namespace fovea::tools

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <utility>
 #include <vector>
@@ -59,5 +60,9 @@ struct BenchRow {
 /// `machine`: processor, threads, instruction set, version, date.  Throws Error(kDevice) where the file can't be
 /// written.
 void write_bench_page(const std::string& path, const std::vector<BenchRow>& rows, const Facts& machine);
+
+/// One self-contained HTML page of `fovea ladder`: time and memory over sequence length, a line a rung, and a table.
+/// `run`: what --json writes.
+void write_ladder_page(const std::string& path, const nlohmann::ordered_json& run, const Facts& machine);
 
 }  // namespace fovea::tools

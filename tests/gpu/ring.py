@@ -1,8 +1,8 @@
 """The GPU ring, for a machine with a GPU: it needs neither compiler nor network.  `./dev gpu` runs it; `./dev gpu --carry
 FOLDER` makes a folder with all it takes, and there it is `python3 FOLDER/ring.py [--quick]`.
 
-In order: the GPU's own tests, every problem list, as it is dispatched and by the portable kernels, and random problems
-against the oracle, compute-sanitizer on a short list, times beside PyTorch's backends in the same run (without PyTorch:
+In order: the GPU's own tests, every problem list, as it is dispatched and by the portable kernels, the rungs of the ladder
+and random problems against the oracle, compute-sanitizer on a short list, times beside PyTorch's backends in the same run (without PyTorch:
 alone).  Ends with a table, writes OUT/GPU-DATE.json, and exits 1 where a step failed.  What the steps print is kept in
 OUT/STEP.log with --logs.
 """
@@ -103,6 +103,8 @@ class Ring:
             self.step(f"check {file.stem}", [FOVEA, "check", f"@{file}", *DEVICE], summary="violations")
             self.step(f"portable {file.stem}", [FOVEA, "check", f"@{file}", *DEVICE, "--backend", "cuda_portable"],
                       summary="violations")
+        self.step("ladder", [FOVEA, "ladder", "--check", "--dtype", "bf16,fp16", "--dim", "64,128", *DEVICE],
+                  summary=r"wrong in|right in")
         count = said.random if said.random is not None else (300 if quick else 5000)
         if count:
             kinds = ["--kinds", str(said.kinds)] if said.kinds else []
@@ -140,7 +142,7 @@ def main():
     parser.add_argument("--kinds", type=int, default=made()["random_kinds"],
                         help="kinds of random problems: those whose kernels were carried where left out, 0: any")
     parser.add_argument("--seed", type=int, default=1, help="of the random problems")
-    parser.add_argument("--only", nargs="+", choices=["tests", "check", "portable", "random", "sanitizer", "times"], help="these steps")
+    parser.add_argument("--only", nargs="+", choices=["tests", "check", "portable", "ladder", "random", "sanitizer", "times"], help="these steps")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for GPU-DATE.json; here where left out")
     parser.add_argument("--logs", action="store_true", help="keep what the steps print, beside it")
     parser.add_argument("--verbose", action="store_true", help="show all of it")
