@@ -31,9 +31,9 @@ TEST(HopperBackward, SaysWhatItDoesNotRun) {
            "bwd fp16 b1 hq4 sq100 skv300 d40 dv128 window=16,8 sink",
            "bwd bf16 b2 hq2 sq64 d64 alibi dropout=0.1 kvlen=1,60",
            "bwd bf16 hq2 d96 packed=100+200 dropout=0.1",
-           "bwd fp16 b1 hq2 sq300 d48 mask=b1qk bias=1hqk softcap=20 alibi dropout=0.1 deterministic",
+           "bwd fp16 b1 hq2 sq300 d48 mask=b1qk softcap=20 alibi dropout=0.1 deterministic",
            "bwd bf16 b1 hq2 sq300 d128 mask=b1qk",
-           "bwd bf16 b1 hq2 sq300 d96 bias=1hqk dropout=0.1 sink",
+           "bwd bf16 b1 hq2 sq300 d96 mask=1hqk dropout=0.1 sink",
            "bwd bf16 b1 hq8 hkv2 sq16 skv4096 d128 deterministic",
        }) {
     EXPECT_EQ(reasons(line), "") << line;
@@ -42,7 +42,8 @@ TEST(HopperBackward, SaysWhatItDoesNotRun) {
            std::pair{"bwd fp32 b1 hq1 sq512 d64", "not fp32"},
            std::pair{"bwd bf16 b1 hq1 sq512 d264 dv64", "head_dim (264) is above 256"},
            std::pair{"bwd bf16 b1 hq1 sq512 d128 mask=11qk dropout=0.1", "no tile of head_dim 128"},
-           std::pair{"bwd bf16 b1 hq1 sq512 d256 bias=11qk", "no tile of head_dim 256"},
+           std::pair{"bwd bf16 b1 hq1 sq512 d256 mask=11qk alibi", "no tile of head_dim 256"},
+           std::pair{"bwd bf16 b1 hq1 sq512 d64 bias=11qk", "read a bias slower"},
        }) {
     EXPECT_TRUE(contains(reasons(line), why)) << line << ": " << reasons(line);
   }

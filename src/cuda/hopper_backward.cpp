@@ -22,22 +22,20 @@ constexpr int kAtOnce = 128;              // columns of dk and dv that a product
 struct Tile {
   std::int64_t widest;  // head dim that it serves
   int block_m, block_n;
-  int most_options;        // see `weight_of`
-  bool bias;               // has registers for its loads, too
-  std::int64_t above = 0;  // head dims that narrower tiles serve better or not at all
+  int most_options;  // see `weight_of`
 
   static constexpr int kAnyOptions = 99;
 };
 
 /// What options want of registers.
 int weight_of(const BackwardSpec& s) {
-  return s.alibi + 2 * (s.mask + s.bias + s.softcap + s.dropout + (s.mask && s.deterministic));
+  return s.alibi + 2 * (s.mask + s.softcap + s.dropout + (s.mask && s.deterministic));
 }
 
 // Measured on an H100 where nothing is hidden, else only run there (docs/notes).  The first that fits is taken.
 constexpr std::array kTiles{
-    Tile{64, 128, 128, 0, false}, Tile{64, 64, 128, Tile::kAnyOptions, true}, Tile{96, 64, 128, 4, true},
-    Tile{128, 64, 128, 2, false}, Tile{256, 64, 64, 2, false, 128},
+    Tile{64, 128, 128, 0}, Tile{64, 64, 128, Tile::kAnyOptions}, Tile{96, 64, 128, 4}, Tile{128, 64, 128, 2},
+    Tile{256, 64, 64, 2},
 };
 
 class BackwardSm90Plan final : public PlannedKernel {
@@ -86,7 +84,7 @@ class BackwardSm90Plan final : public PlannedKernel {
 
 std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
   if (problem.dtype != DType::kFloat16 && problem.dtype != DType::kBFloat16) return std::nullopt;
-  if (problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0) return std::nullopt;
+  if (problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0 || problem.bias) return std::nullopt;
   BackwardShape shape;
   BackwardSpec& spec = shape.spec;
   spec = backward_spec(problem, kHopper);
@@ -94,8 +92,8 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
   const std::int64_t widest = std::max(problem.head_dim, problem.head_dim_v);
   const auto fits = [&](const Tile& tile) {
     spec.block_m = tile.block_m, spec.block_n = tile.block_n;
-    return tile.above < widest && widest <= tile.widest && weight_of(spec) <= tile.most_options &&
-           (tile.bias || !spec.bias) && BackwardSm90Shared::of(spec).total <= kMostShared;
+    return widest <= tile.widest && weight_of(spec) <= tile.most_options &&
+           BackwardSm90Shared::of(spec).total <= kMostShared;
   };
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
   share_out(problem, shape);
@@ -123,7 +121,9 @@ jit::KernelRequest backward_sm90_request(const BackwardShape& shape) {
 
 void refuse_backward_sm90(const Problem& problem, Verdict& verdict) {
   const auto shape = choose_backward_sm90(problem);
-  if (!shape) {
+  if (problem.bias) {
+    verdict.reasons.emplace_back("its backward would read a bias slower than the portable kernels do");
+  } else if (!shape) {
     verdict.reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " and head_dim_v " +
                                  std::to_string(problem.head_dim_v) + " fits with these options");
   } else {

@@ -31,8 +31,7 @@ struct BackwardOwner {
   FOVEA_DEVICE int warp_key() const { return first_key + warp_id() % 4 * 16; }
   FOVEA_DEVICE u32 meeting() const { return kMeetings + static_cast<u32>(first_key / kGroupRows); }
 
-  /// Nothing full is asked where a bias may hide what it likes.
-  FOVEA_DEVICE bool full(u32 n) const { return !S.bias && uniform(step(n).template full<S.mask>()); }
+  FOVEA_DEVICE bool full(u32 n) const { return uniform(step(n).template full<S.mask>()); }
 
   // ---- products, issued and not awaited
 

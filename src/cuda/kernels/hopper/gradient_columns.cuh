@@ -76,10 +76,8 @@ struct GradientColumns {
         float t[2];
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
-          const float bias = rules.bias_at(row_of(j, e + x), key_of(e));
           float& score = s[0][j].x[e + x];
-          score = rules.score(score, row_of(j, e + x), key_of(e), bias, &t[x]);
-          if (S.bias && bias == -infinity()) score = bias;  // hides, whatever the product was
+          score = rules.score(score, row_of(j, e + x), key_of(e), 0.0F, &t[x]);
         }
         if constexpr (S.softcap) slopes[j][e / 2] = cuda::pack<Type::kFloat16>(1.0F - t[0] * t[0], 1.0F - t[1] * t[1]);
       });
