@@ -21,8 +21,9 @@ FOVEA_FN constexpr int dout_stages(const BackwardSpec& s) { return shares_keys(s
 FOVEA_FN constexpr bool is_wide(const BackwardSpec& s) {
   return s.block_m > kGroupRows || math::larger(s.head_dim, s.head_dim_v) > 96;
 }
+/// A mask's walk wants 56; where it spills, it does so once a tile and beside the products.
 FOVEA_FN constexpr int producer_registers(const BackwardSpec& s) {
-  return is_wide(s) && !s.mask ? 32 : !s.mask ? 40 : s.deterministic ? 72 : 56;
+  return is_wide(s) ? 32 : !s.mask ? 40 : s.deterministic ? 72 : 56;
 }
 FOVEA_FN constexpr int dq_registers(const BackwardSpec& s) { return is_wide(s) ? 64 : 72; }
 FOVEA_FN constexpr int consumer_registers(const BackwardSpec& s) {
