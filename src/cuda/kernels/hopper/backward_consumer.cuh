@@ -10,7 +10,7 @@ template <BackwardSpec S>
 struct BackwardConsumer : BackwardOwner<S> {
   using Owner = BackwardOwner<S>;
   using Owner::clear_slope_parts, Owner::add_slope;
-  using Owner::p, Owner::state, Owner::at, Owner::step, Owner::full, Owner::meeting, Owner::warp_key, Owner::lane_key;
+  using Owner::p, Owner::state, Owner::at, Owner::step, Owner::meeting, Owner::warp_key, Owner::lane_key;
   using Owner::rows_of, Owner::look_up, Owner::issue_scores, Owner::issue_dp, Owner::put;
   using typename Owner::Columns, typename Owner::Entries, typename Owner::Packed;
 
@@ -28,20 +28,7 @@ struct BackwardConsumer : BackwardOwner<S> {
     if constexpr (S.alibi) clear_slope_parts();
     state.k.wait(0);
     state.v.wait(0);
-    u32 n = 0;
-#pragma unroll 1
-    for (;; ++n) {
-      state.q.await_full(n);
-      if (!uniform(step(n).exists)) break;
-      if (full(n)) {
-        tile<false>(n, sums);
-      } else {
-        tile<true>(n, sums);
-      }
-    }
-    state.ds.await_empty(n);
-    state.ds.announce(n);         // that there is none
-    state.ds.await_empty(n + 1);  // nobody still reads K
+    this->end_walk(this->gather(*this, sums));
     meet(meeting(), 128);
     store(sums);
   }

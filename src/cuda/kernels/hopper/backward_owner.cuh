@@ -33,6 +33,32 @@ struct BackwardOwner {
 
   FOVEA_DEVICE bool full(u32 n) const { return uniform(step(n).template full<S.mask>()); }
 
+  // ---- the walk
+
+  /// Has `self` gather tile after tile, as tile<kHides>(n, sums), kHides: some entry may be hidden; how many there
+  /// were.
+  template <class Self, class Sums>
+  FOVEA_DEVICE u32 gather(const Self& self, Sums& sums) const {
+    u32 n = 0;
+#pragma unroll 1
+    for (;; ++n) {
+      state.q.await_full(n);
+      if (!uniform(step(n).exists)) break;
+      if (full(n)) {
+        self.template tile<false>(n, sums);
+      } else {
+        self.template tile<true>(n, sums);
+      }
+    }
+    return n;
+  }
+  /// Tells who makes dq that there is no tile n, and waits until nobody reads K.
+  FOVEA_DEVICE void end_walk(u32 n) const {
+    state.ds.await_empty(n);
+    state.ds.announce(n);
+    state.ds.await_empty(n + 1);
+  }
+
   // ---- products, issued and not awaited
 
   FOVEA_DEVICE u64 keys_at(u32 tile) const { return matrix_at(tile + first_key * kPanelRowBytes, 16); }

@@ -64,7 +64,7 @@ struct Agreement {
 template <BackwardSpec S>
 struct WeightsConsumer : BackwardOwner<S> {
   using Owner = BackwardOwner<S>;
-  using Owner::p, Owner::state, Owner::at, Owner::step, Owner::full, Owner::warp_key, Owner::lane_key;
+  using Owner::p, Owner::state, Owner::at, Owner::step, Owner::warp_key, Owner::lane_key;
   using Owner::rows_of, Owner::look_up, Owner::issue_scores, Owner::clear_slope_parts;
   using typename Owner::Columns, typename Owner::Entries, typename Owner::Packed;
   using Sum = Accumulator[1][S.head_dim_v / 8];
@@ -75,16 +75,7 @@ struct WeightsConsumer : BackwardOwner<S> {
     pin(dv[0]);
     if constexpr (S.alibi) clear_slope_parts();
     state.k.wait(0), state.v.wait(0);
-#pragma unroll 1
-    for (u32 n = 0;; ++n) {
-      state.q.await_full(n);
-      if (!uniform(step(n).exists)) break;
-      if (full(n)) {
-        tile<false>(n, dv);
-      } else {
-        tile<true>(n, dv);
-      }
-    }
+    this->gather(*this, dv);
     Owner::template store_sum<S.head_dim_v>(at.v(), dv[0], S.dropout ? p.keep_scale : 1.0F, p.head_dim_v, p.dv);
   }
 
@@ -143,7 +134,7 @@ struct WeightsConsumer : BackwardOwner<S> {
 template <BackwardSpec S>
 struct GradientConsumer : BackwardOwner<S> {
   using Owner = BackwardOwner<S>;
-  using Owner::p, Owner::state, Owner::at, Owner::step, Owner::full, Owner::warp_key, Owner::lane_key;
+  using Owner::p, Owner::state, Owner::at, Owner::step, Owner::warp_key, Owner::lane_key;
   using Owner::rows_of, Owner::issue_dp, Owner::put, Owner::clear_slope_parts, Owner::add_slope;
   using typename Owner::Columns, typename Owner::Entries, typename Owner::Packed;
 
@@ -158,20 +149,7 @@ struct GradientConsumer : BackwardOwner<S> {
     pin(sums.dk[0]);
     if constexpr (S.alibi) clear_slope_parts();
     state.k.wait(0), state.v.wait(0);
-    u32 n = 0;
-#pragma unroll 1
-    for (;; ++n) {
-      state.q.await_full(n);
-      if (!uniform(step(n).exists)) break;
-      if (full(n)) {
-        tile<false>(n, sums);
-      } else {
-        tile<true>(n, sums);
-      }
-    }
-    state.ds.await_empty(n);
-    state.ds.announce(n);         // that there is none
-    state.ds.await_empty(n + 1);  // nobody still reads K
+    this->end_walk(this->gather(*this, sums));
     Owner::template store_sum<S.head_dim>(at.k(), sums.dk[0], p.scale, p.head_dim, p.dk);
   }
 
