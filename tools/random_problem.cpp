@@ -13,6 +13,7 @@ using Values = std::vector<std::int64_t>;
 
 // What one problem may cost: query–key pairs times head dims.  Keeps 20,000 of them within minutes.
 constexpr double kMostWork = 4.0e6;
+constexpr std::int64_t kFewRows = 8;
 
 class Maker {
  public:
@@ -43,7 +44,7 @@ class Maker {
   std::int64_t head_dim() {
     switch (kind_.between(0, 9)) {
       case 0:
-        return kind_.between(129, 512);
+        return kind_.chance(0.5) ? 8 * kind_.between(17, 32) : kind_.between(129, 512);
       case 1:
         return kind_.one_of({256, 512, 511, 384, 320});
       case 2:
@@ -80,14 +81,16 @@ class Maker {
 
   void padded_lengths() {
     p_.batch = draw_.between(1, 3);
-    const std::int64_t q = seqlen(), kv = draw_.chance(0.4) ? q : seqlen();
+    const bool few = draw_.chance(0.1);  // rows and many keys, as in the generation of text
+    const std::int64_t q = few ? draw_.between(1, kFewRows) : seqlen();
+    const std::int64_t kv = few ? draw_.between(200, 1500) : draw_.chance(0.4) ? q : seqlen();
     p_.seqlen_q = q;
     p_.seqlen_kv = p_.layout == Layout::kQkvPacked ? q : kv;
     const auto cost = [&] { return work(static_cast<double>(p_.batch * p_.seqlen_q * p_.seqlen_kv)); };
     if (cost() > kMostWork) p_.batch = std::min<std::int64_t>(p_.batch, 2);
     if (cost() > kMostWork) shed_heads();
     while (cost() > kMostWork) {
-      p_.seqlen_q = p_.seqlen_q * 3 / 4;
+      if (p_.seqlen_q > kFewRows || p_.seqlen_q == p_.seqlen_kv) p_.seqlen_q = p_.seqlen_q * 3 / 4;
       p_.seqlen_kv = p_.seqlen_kv * 3 / 4;
     }
     slots_q_.assign(static_cast<std::size_t>(p_.batch), p_.seqlen_q);

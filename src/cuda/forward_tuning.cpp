@@ -82,12 +82,24 @@ GpuModel model_of(int compute_capability) {
   const int sm = compute_capability;
   const int kib = sm < 80 ? 64 : sm == 80 || sm == 87 ? 163 : sm < 90 || sm / 10 == 12 ? 99 : 227;
   const int multiprocessors = sm < 80 ? 72 : sm == 80 ? 108 : sm < 89 ? 84 : sm < 90 ? 142 : sm < 100 ? 132 : 148;
-  return {sm, multiprocessors, kib * 1024};
+  const int l2_mib = sm < 80 ? 4 : sm == 80 ? 40 : sm < 89 ? 6 : sm < 90 ? 72 : sm < 100 ? 50 : sm == 120 ? 96 : 126;
+  return {sm, multiprocessors, kib * 1024, std::int64_t{l2_mib} << 20};
 }
 
 int shared_room(const GpuModel& gpu, int blocks) {
   // Each takes 1 KiB more than it asks for, which is in what one may have at most.
   return (gpu.shared_bytes + 1024) / blocks - 1024;
+}
+
+std::int64_t heads_abreast(const Problem& problem, const GpuModel& gpu) {
+  const bool alike = !math::BandRule::of(problem).bounded() && !problem.q_lengths.present &&
+                     !problem.kv_lengths.present && !problem.packed();
+  if (alike) return 1;
+  const std::int64_t keys = problem.seqlen_kv, group = problem.num_q_heads / problem.num_kv_heads;
+  const std::int64_t room = gpu.l2_bytes / 50 * (keys <= 512 ? 8 : keys < 16384 ? 16 : 64);
+  const std::int64_t head_bytes = keys * (problem.head_dim + problem.head_dim_v) * size_bytes(problem.dtype);
+  const std::int64_t heads = std::max<std::int64_t>(1, room / std::max<std::int64_t>(1, head_bytes)) * group;
+  return std::clamp<std::int64_t>(heads, 1, std::max<std::int64_t>(1, problem.num_q_heads * problem.batch));
 }
 
 Type type_of(DType dtype) {
@@ -108,7 +120,7 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   spec.async_copy = gpu.sm >= 80;
   shape.v_chunks = static_cast<int>(std::max<std::int64_t>(1, ceil_div(problem.head_dim_v, widest_v(spec.type))));
   spec.head_dim = round_up(problem.head_dim, 16);
-  spec.head_dim_v = round_up(ceil_div(problem.head_dim_v, shape.v_chunks), 16);
+  const std::int64_t columns = ceil_div(problem.head_dim_v, shape.v_chunks);
   spec.band = math::BandRule::of(problem).bounded();
   take_options(problem, spec);
 
@@ -116,12 +128,13 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   spec.pack_gqa = group > 1 && problem.seqlen_q * group <= kFewRows;
   const std::int64_t rows = problem.seqlen_q * (spec.pack_gqa ? group : 1);
 
-  const int widest = std::max(spec.head_dim, spec.head_dim_v);
+  const int widest = std::max(spec.head_dim, round_up(columns, 16));
   bool fits = false;
   const auto try_tiles = [&](const auto& tiles) {
     for (const Tile& tile : tiles) {
       spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.across = tile.across,
       spec.stages = tile.stages;
+      spec.head_dim_v = round_up(columns, 16 * tile.across);
       spec.spread_copies = tile.spread, spec.halved_q = tile.halved_q, shape.min_blocks = tile.min_blocks;
       if (!spec.async_copy) spec.stages = 1, spec.spread_copies = false;
       fits = tile.widest >= widest && shared_bytes(spec) <= shared_room(gpu, tile.min_blocks) &&
@@ -140,19 +153,21 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   }
   if (!fits) return std::nullopt;
 
-  shape.row_blocks = static_cast<int>(std::max<std::int64_t>(1, ceil_div(rows, spec.block_m)));
+  shape.row_blocks = static_cast<int>(ceil_div(rows, spec.block_m));
   const std::int64_t heads = spec.pack_gqa ? problem.num_kv_heads : problem.num_q_heads;
-  const std::int64_t blocks = std::max<std::int64_t>(1, problem.batch * heads * shape.row_blocks * shape.v_chunks);
+  const std::int64_t blocks = problem.batch * heads * shape.row_blocks * shape.v_chunks;
+  shape.heads_abreast = std::max<std::int64_t>(1, heads_abreast(problem, gpu) / (spec.pack_gqa ? group : 1));
   const std::int64_t key_tiles = ceil_div(problem.seqlen_kv, spec.block_n);
-  const std::int64_t wanted = std::int64_t{gpu.multiprocessors} * shape.min_blocks / blocks;
+  const std::int64_t wanted = std::int64_t{gpu.multiprocessors} * shape.min_blocks / std::max<std::int64_t>(1, blocks);
   shape.splits = static_cast<int>(std::clamp<std::int64_t>(std::min(wanted, key_tiles / 4), 1, 128));
   const std::int64_t tiles_per_split = std::max<std::int64_t>(1, ceil_div(key_tiles, shape.splits));
   shape.keys_per_split = static_cast<int>(tiles_per_split * spec.block_n);
   shape.splits = static_cast<int>(std::max<std::int64_t>(1, ceil_div(problem.seqlen_kv, shape.keys_per_split)));
   spec.split = shape.splits > 1;
+  shape.most_blocks = blocks * shape.splits;
   if (spec.split) {
     shape.partial_bytes = static_cast<std::size_t>(problem.batch * problem.num_q_heads * problem.seqlen_q *
-                                                   shape.splits * (problem.head_dim_v + 2)) *
+                                                   shape.v_chunks * shape.splits * (spec.head_dim_v + 2)) *
                           sizeof(float);
   }
   return shape;

@@ -16,6 +16,7 @@ struct GpuModel {
   int sm = 80;  ///< compute capability
   int multiprocessors = 1;
   int shared_bytes = 0;  ///< the most that a block may have
+  std::int64_t l2_bytes = 0;
 };
 [[nodiscard]] GpuModel model_of(int compute_capability);
 /// Bytes of shared memory that a block may have where so many are to be on a multiprocessor at once.
@@ -26,6 +27,8 @@ struct ForwardShape {
   ForwardSpec spec;
   int min_blocks = 1;  ///< on a multiprocessor at once
   int row_blocks = 1, v_chunks = 1, splits = 1, keys_per_split = 0;
+  std::int64_t heads_abreast = 1;  ///< see ForwardParams
+  std::int64_t most_blocks = 0;    ///< a grid and an int hold 2^31 − 1
   std::size_t partial_bytes = 0;
 };
 
@@ -46,6 +49,10 @@ void take_options(const Problem& problem, Spec& spec) {
   spec.softcap = problem.softcap != 0.0F;
   spec.dropout = problem.dropout.probability > 0.0F;
 }
+
+/// Heads whose rows take turns in a forward, so that long rows of all come first where rows see unequal numbers of keys,
+/// as far as L2 keeps their keys and values; longer rows gain from more of them.
+[[nodiscard]] std::int64_t heads_abreast(const Problem& problem, const GpuModel& gpu);
 
 /// Few rows and many keys, as in the generation of text: nothing is won by tall blocks.
 inline constexpr std::int64_t kFewRows = 64;

@@ -44,15 +44,6 @@ constexpr std::array kTiles{
     Tile{256, 2, 32, 1, false, false, 8},
 };
 
-/// Heads whose keys and values L2 keeps while their tiles take turns; longer rows gain from more of them.
-std::int64_t heads_abreast(const Problem& problem, bool band) {
-  if (!band && !problem.q_lengths.present && !problem.kv_lengths.present && !problem.packed()) return 1;
-  const std::int64_t keys = problem.seqlen_kv, group = problem.num_q_heads / problem.num_kv_heads;
-  const std::int64_t room = std::int64_t{keys <= 512 ? 8 : keys < 16384 ? 16 : 64} << 20;
-  const std::int64_t head_bytes = std::max<std::int64_t>(1, keys * (problem.head_dim + problem.head_dim_v) * 2);
-  return std::max<std::int64_t>(1, room / head_bytes) * group;
-}
-
 }  // namespace
 
 bool has_few_rows(const Problem& problem) {
@@ -69,7 +60,6 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
   spec.head_dim = static_cast<int>(problem.head_dim);
   spec.head_dim_v = static_cast<int>(problem.head_dim_v);
   take_options(problem, spec);
-  const bool band = math::BandRule::of(problem).bounded();
 
   const auto fits = [&](const Tile& tile) {
     spec.warpgroups = tile.warpgroups, spec.block_n = tile.block_n, spec.q_stages = tile.q_stages;
@@ -80,8 +70,7 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
   shape.row_blocks = ceil_div(problem.seqlen_q, block_m(spec));
   shape.tiles = shape.row_blocks * problem.num_q_heads * problem.batch;
-  shape.heads_abreast =
-      std::min(heads_abreast(problem, band), std::max<std::int64_t>(1, problem.num_q_heads * problem.batch));
+  shape.heads_abreast = heads_abreast(problem, model_of(kSm90));
   return shape;
 }
 

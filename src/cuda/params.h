@@ -30,7 +30,6 @@ struct IndexView {
 /// What forward and backward both need to know.
 struct CallParams {
   int batch, q_heads, kv_heads, group;  // group: q_heads / kv_heads
-  int first_batch;                      // of this launch: a grid has at most 65535 of them
   int head_dim, head_dim_v;             // the true ones
   int seqlen_q, seqlen_kv;              // packed: of the longest sequence
   int total_q, total_kv;                // packed: all rows
@@ -53,10 +52,12 @@ struct ForwardParams : CallParams {
   RowView out;
   StatView lse;
   int row_blocks;      // of the longest sequence
+  int heads_abreast;   // heads, of any sequences, whose blocks take turns in the grid
   int v_chunks;        // blocks that share out the columns of v
+  int v_columns;       // of such a block
   int splits;          // parts of the keys
   int keys_per_split;  // a multiple of block_n
-  float* partials;     // [batch][head][row][split][head_dim_v + 2]: O, maximum in units of log2, sum
+  float* partials;     // [batch][head][row][chunk][split][v_columns + 2]: O, its reference in units of log2, sum
 };
 
 inline constexpr int kCombineRows = 4;  // of a block that combines, a warp each

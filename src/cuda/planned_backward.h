@@ -34,18 +34,6 @@ class BackwardCall {
   BackwardParams params_{};
 };
 
-/// Nothing where there are no blocks.
-template <class Params>
-void launch(const PlannedLaunch& what, int blocks, const Params& params, void* stream) {
-  if (blocks == 0) return;
-  what.kernel->launch({.x = static_cast<unsigned>(blocks),
-                       .y = 1,
-                       .z = 1,
-                       .threads = static_cast<unsigned>(what.request.threads),
-                       .shared_bytes = static_cast<unsigned>(what.request.shared_bytes)},
-                      params, stream);
-}
-
 /// "64 rows × 128 keys, 2 stages".
 [[nodiscard]] std::string describe_tile(const BackwardSpec& spec);
 

@@ -164,6 +164,7 @@ GpuModel model_of_device(const Device& device) {
   if (device.compute_capability == 0) {
     model.multiprocessors = gpu(device.index).sm_count;
     model.shared_bytes = gpu(device.index).shared_bytes_per_block;
+    model.l2_bytes = gpu(device.index).l2_bytes;
   }
   return model;
 }

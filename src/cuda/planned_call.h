@@ -36,6 +36,18 @@ struct PlannedLaunch {
 /// Throws Error where the plan's device is only a description.
 void require_gpu(const PlannedLaunch& launch, const Device& device);
 
+/// Nothing where there are no blocks.
+template <class Params>
+void launch(const PlannedLaunch& what, int blocks, const Params& params, void* stream) {
+  if (blocks == 0) return;
+  what.kernel->launch({.x = static_cast<unsigned>(blocks),
+                       .y = 1,
+                       .z = 1,
+                       .threads = static_cast<unsigned>(what.request.threads),
+                       .shared_bytes = static_cast<unsigned>(what.request.shared_bytes)},
+                      params, stream);
+}
+
 /// The words that a boolean mask becomes before a pass, at the end of its workspace.
 class MaskWords {
  public:

@@ -28,7 +28,9 @@ class ForwardPlan final : public PlannedKernel {
     if (shape.splits > 1) combine_.emplace(combine_request(shape, arch), device);
     describe_call(problem, params_);
     params_.row_blocks = shape.row_blocks;
+    params_.heads_abreast = static_cast<int>(shape.heads_abreast);
     params_.v_chunks = shape.v_chunks;
+    params_.v_columns = shape.spec.head_dim_v;
     params_.splits = shape.splits;
     params_.keys_per_split = shape.keys_per_split;
   }
@@ -53,24 +55,16 @@ class ForwardPlan final : public PlannedKernel {
     params.out = row_view(outputs.out);
     params.lse = stat_view(outputs.lse);
     params.partials = static_cast<float*>(workspace);
-    if (params.seqlen_q == 0) return;
+    if (shape_.most_blocks == 0) return;
     mask_words_.make(params, workspace, stream);
-    const int heads = shape_.spec.pack_gqa ? params.kv_heads : params.q_heads;
-    for (params.first_batch = 0; params.first_batch < params.batch;
-         params.first_batch += static_cast<int>(kMostInGrid)) {
-      Grid grid{.x = static_cast<unsigned>(shape_.row_blocks * shape_.v_chunks * shape_.splits),
-                .y = static_cast<unsigned>(heads),
-                .z = static_cast<unsigned>(std::min<std::int64_t>(params.batch - params.first_batch, kMostInGrid)),
-                .threads = static_cast<unsigned>(forward_.request.threads),
-                .shared_bytes = static_cast<unsigned>(forward_.request.shared_bytes)};
-      forward_.kernel->launch(grid, params, stream);
-      if (!combine_) continue;
-      grid.x = static_cast<unsigned>((params.seqlen_q + kCombineRows - 1) / kCombineRows);
-      grid.y = static_cast<unsigned>(params.q_heads);
-      grid.threads = static_cast<unsigned>(combine_->request.threads);
-      grid.shared_bytes = 0;
-      combine_->kernel->launch(grid, params, stream);
-    }
+    launch(forward_, static_cast<int>(shape_.most_blocks), params, stream);
+    if (!combine_) return;
+    combine_->kernel->launch({.x = static_cast<unsigned>((params.seqlen_q + kCombineRows - 1) / kCombineRows),
+                              .y = static_cast<unsigned>(params.batch * params.q_heads),  // few, or keys were not split
+                              .z = static_cast<unsigned>(params.v_chunks),
+                              .threads = static_cast<unsigned>(combine_->request.threads),
+                              .shared_bytes = 0},
+                             params, stream);
   }
 
  private:
@@ -130,14 +124,12 @@ class PortableBackend final : public Backend {
     limit(verdict, "num_q_heads", problem.num_q_heads, kMostInGrid);
     if (!reasons.empty()) return verdict;
     const GpuModel model = model_of_device(device);
-    bool fits;
-    if (problem.direction == Direction::kBackward) {
-      const auto shape = choose_backward(problem, model);
-      fits = shape.has_value();
-      if (fits) limit(verdict, "the number of blocks", shape->most_blocks, std::numeric_limits<int>::max());
-    } else {
-      fits = choose_forward(problem, model).has_value();
-    }
+    const auto judge_shape = [&](const auto& shape) {
+      if (shape) limit(verdict, "the number of blocks", shape->most_blocks, std::numeric_limits<int>::max());
+      return shape.has_value();
+    };
+    const bool fits = problem.direction == Direction::kBackward ? judge_shape(choose_backward(problem, model))
+                                                                : judge_shape(choose_forward(problem, model));
     if (!fits) {
       reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " fits the " +
                            std::to_string(model.shared_bytes / 1024) + " KiB of shared memory");

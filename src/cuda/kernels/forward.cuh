@@ -582,15 +582,14 @@ struct Forward {
     cuda::mend_row<S, 8 * kD>(rules, block.keys, block.kv_head, r, reference, factor, begin,
                               math::smaller(begin + 8 * kD, p.head_dim_v), [&](int column, float x) {
                                 if constexpr (S.split) {
-                                  part_of(query, head)[column] = x;
+                                  part_of(query, head)[column - block.v_begin] = x;
                                 } else {
                                   write<S.type>(sequence.q_row(p.out, query, head) + column * kBytes<S.type>, x);
                                 }
                               });
   }
 
-  FOVEA_DEVICE int first_column() const { return block.v_begin + warp_column(); }        // of v, of this warp
-  FOVEA_DEVICE bool tells() const { return first_column() == 0 && lane_id() % 4 == 0; }  // what is one a row
+  FOVEA_DEVICE int first_column() const { return block.v_begin + warp_column(); }  // of v, of this warp
   /// Calls f(i, h, r) for each of a lane's rows, r of the block.
   template <class F>
   FOVEA_DEVICE static void each_row(const F& f) {
@@ -601,7 +600,8 @@ struct Forward {
 
   FOVEA_DEVICE float* part_of(int query, int head) const {
     const i64 row = (i64{sequence.batch} * p.q_heads + head) * p.seqlen_q + query;
-    return p.partials + (row * p.splits + block.split) * (p.head_dim_v + 2);
+    const int chunk = block.v_begin / S.head_dim_v;
+    return p.partials + ((row * p.v_chunks + chunk) * p.splits + block.split) * (S.head_dim_v + 2);
   }
   FOVEA_DEVICE void store_part(const Accumulator (&o)[kD], int h, int r, float reference, float sum) const {
     float* part = part_of(rows.query(r), rows.head(r));
@@ -609,13 +609,13 @@ struct Forward {
     for (int c = 0; c < kD; ++c) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int column = first_column() + 8 * c + lane_id() % 4 * 2 + e;
-        if (column < p.head_dim_v) part[column] = o[c].x[2 * h + e];
+        const int column = warp_column() + 8 * c + lane_id() % 4 * 2 + e;
+        if (block.v_begin + column < p.head_dim_v) part[column] = o[c].x[2 * h + e];
       }
     }
-    if (tells()) {
-      part[p.head_dim_v] = reference;
-      part[p.head_dim_v + 1] = sum;
+    if (warp_column() == 0 && lane_id() % 4 == 0) {
+      part[S.head_dim_v] = reference;
+      part[S.head_dim_v + 1] = sum;
     }
   }
 
@@ -661,8 +661,8 @@ struct Forward {
   }
 };
 
-/// Blocks: x: row blocks (late ones, which see the most under a causal rule, first) × columns of v × parts of the keys;
-/// y: heads; z: sequences.
+/// Blocks: `HeadTurn`s, row blocks (late ones, which see the most under a causal rule, first) × columns of v ×
+/// parts of the keys.
 template <ForwardSpec S>
 __device__ void forward(const ForwardParams& p) {
   using Kernel = Forward<S>;
@@ -670,13 +670,11 @@ __device__ void forward(const ForwardParams& p) {
   static_assert(sizeof(typename Kernel::Block) <= block_bytes(S));
   typename Kernel::Block& me = *reinterpret_cast<typename Kernel::Block*>(shared + shared_bytes(S) - block_bytes(S));
   if (lane_id() == 0) {  // of each warp: what has to be known, shared out
-    int row_block = static_cast<int>(blockIdx.x), part = 0;
-    if (row_block >= p.row_blocks) {
-      part = row_block / p.row_blocks;
-      row_block -= part * p.row_blocks;
-    }
-    const int head = static_cast<int>(blockIdx.y), group = S.pack_gqa ? p.group : 1;
-    const Sequence sequence = Sequence::of(p, p.first_batch + static_cast<int>(blockIdx.z));
+    const auto [batch, head, turn] =
+        HeadTurn::of(static_cast<int>(blockIdx.x), p.heads_abreast, p.row_blocks * p.v_chunks * p.splits,
+                     S.pack_gqa ? p.kv_heads : p.q_heads, p.batch);
+    const int part = turn / p.row_blocks, row_block = turn - part * p.row_blocks, group = S.pack_gqa ? p.group : 1;
+    const Sequence sequence = Sequence::of(p, batch);
     const typename Kernel::Rows rows{(p.row_blocks - 1 - row_block) * S.block_m, sequence.q_rows * group, head * group,
                                      group};
     constexpr int kRows = 16 * Kernel::kM;

@@ -42,4 +42,16 @@ struct Sequence {
   }
 };
 
+/// Whose turn it is, of `turns` for each head.  Heads take turns in groups that L2 has room for.
+struct HeadTurn {
+  int batch, head, turn;
+
+  FOVEA_DEVICE static HeadTurn of(int number, int abreast, int turns, int heads, int batch) {
+    const int of_group = abreast * turns, group = number / of_group, rest = number - group * of_group;
+    const int here = math::smaller(abreast, batch * heads - group * abreast);
+    const int turn = rest / here, line = group * abreast + rest - turn * here;
+    return {line / heads, line % heads, turn};
+  }
+};
+
 }  // namespace fovea::cuda

@@ -47,12 +47,9 @@ struct Work {
     return reach[group].tile({tile * S.block_n, tile * S.block_n + S.block_n});
   }
 
-  /// Heads take turns in groups that L2 has room for; the rows that see the most under a causal rule come first.
+  /// The rows that see the most under a causal rule come first.
   FOVEA_DEVICE void find(const ForwardSm90Params& p, int tile) {
-    const int of_group = p.heads_abreast * p.row_blocks, group = tile / of_group, rest = tile - group * of_group;
-    const int abreast = math::smaller(p.heads_abreast, p.batch * p.q_heads - group * p.heads_abreast);
-    const int turn = rest / abreast, number = group * p.heads_abreast + rest - turn * abreast;
-    const int batch = number / p.q_heads, head = number - batch * p.q_heads;
+    const auto [batch, head, turn] = HeadTurn::of(tile, p.heads_abreast, p.row_blocks, p.q_heads, p.batch);
     sequence = Sequence::of(p, batch);
     rows = {(p.row_blocks - 1 - turn) * block_m(S), sequence.q_rows, head, 1};
     if (rows.left() <= 0) return;

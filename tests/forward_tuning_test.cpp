@@ -1,0 +1,64 @@
+// How the portable forward is cut: what its kernel takes for granted, whatever the problem.
+#include "cuda/forward_tuning.h"
+
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "cuda/spec.h"
+#include "fovea/problem.h"
+
+namespace fovea::cuda {
+namespace {
+
+ForwardShape shape_of(const std::string& line, int sm) {
+  const auto shape = choose_forward(parse_problem(line), model_of(sm));
+  EXPECT_TRUE(shape.has_value()) << line << " on sm_" << sm;
+  return shape.value_or(ForwardShape{});
+}
+
+TEST(ForwardTuning, EveryWarpHasPairsOfWholeProducts) {
+  for (const int sm : {75, 80, 86, 89, 90, 100, 120}) {
+    for (const char* line_but_dim :
+         {"fwd fp32 b1 hq1 sq9", "fwd fp32 b1 hq1 sq2000", "fwd bf16 b1 hq1 sq9", "fwd bf16 b1 hq1 sq500 mask=1hqk",
+          "fwd bf16 b1 hq1 sq2000", "fwd fp16 b1 hq1 sq2000 causal=top_left",
+          "fwd fp16 b1 hq1 sq2000 bias=1hqk softcap=2 dropout=0.1"}) {
+      for (int dim = 1; dim <= 512; dim += dim < 128 ? 7 : 8) {
+        const std::string line = line_but_dim + (" d" + std::to_string(dim));
+        const auto shape = choose_forward(parse_problem(line), model_of(sm));
+        if (!shape) {
+          EXPECT_TRUE(sm == 75 && dim > 430) << line << " on sm_" << sm;  // 64 KiB of shared memory: refused
+          continue;
+        }
+        const ForwardSpec& s = shape->spec;
+        ASSERT_EQ(s.head_dim_v % (16 * s.across), 0) << line << " on sm_" << sm;
+        ASSERT_EQ(s.block_n % (16 * s.across), 0) << line << " on sm_" << sm;
+        ASSERT_EQ(s.block_m % (16 * s.warps / s.across), 0) << line << " on sm_" << sm;
+        ASSERT_GE(std::int64_t{shape->v_chunks} * s.head_dim_v, dim) << line << " on sm_" << sm;
+      }
+    }
+  }
+}
+
+TEST(ForwardTuning, HeadsTakeTurnsWhereRowsSeeUnequalNumbersOfKeys) {
+  EXPECT_EQ(shape_of("fwd bf16 b4 hq16 sq1024 d64", 90).heads_abreast, 1);
+  EXPECT_EQ(shape_of("fwd bf16 b4 hq16 sq1024 d64 causal=top_left", 90).heads_abreast, 64);
+  EXPECT_EQ(shape_of("fwd bf16 b4 hq16 sq4096 d128 causal=top_left", 90).heads_abreast, 8);
+  EXPECT_EQ(shape_of("fwd bf16 b4 hq16 sq4096 d128 causal=top_left", 86).heads_abreast, 1);
+  EXPECT_EQ(shape_of("fwd bf16 b4 hq16 hkv2 sq4096 d128 kvlen=9,9,9,4096", 90).heads_abreast, 64);
+}
+
+TEST(ForwardTuning, PartsOfSharedOutColumnsHaveRoomForTheirOwnReferences) {
+  const ForwardShape shape = shape_of("fwd bf16 b1 hq1 sq64 skv512 d64 dv512", 90);
+  ASSERT_EQ(shape.v_chunks, 2);
+  ASSERT_GT(shape.splits, 1);
+  EXPECT_EQ(shape.partial_bytes, std::size_t{64} * 2 * shape.splits * (256 + 2) * sizeof(float));
+}
+
+TEST(ForwardTuning, NothingIsLaunchedForNoRows) {
+  EXPECT_EQ(shape_of("fwd bf16 b2 hq2 sq0 skv8 d64", 90).most_blocks, 0);
+  EXPECT_GT(shape_of("fwd bf16 b2 hq2 sq1 skv0 d64", 90).most_blocks, 0);
+}
+
+}  // namespace
+}  // namespace fovea::cuda
