@@ -30,13 +30,13 @@ struct IndexView {
 /// What forward and backward both need to know.
 struct CallParams {
   int batch, q_heads, kv_heads, group;  // group: q_heads / kv_heads
+  bool in_pieces;                       // rows of k and v are whole pieces of 16 bytes, below 4 GiB apart
   int head_dim, head_dim_v;             // the true ones
   int seqlen_q, seqlen_kv;              // packed: of the longest sequence
   int total_q, total_kv;                // packed: all rows
   math::BandRule band;
   IndexView q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_kv;
   RowView q, k, v;
-  bool in_pieces;  // rows of k and v are whole pieces of 16 bytes, below 4 GiB apart
   EntryView mask, bias;
   WordView mask_words;
   bool bias_in_runs;  // 8 keys of it can be read as one, or 16 bytes of them
