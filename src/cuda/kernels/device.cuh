@@ -84,6 +84,14 @@ FOVEA_DEVICE u32 uniform(u32 x) {
 /// The same of a condition: branches on it leave a warp whole, and within them addresses stay out of the lanes.
 FOVEA_DEVICE bool uniform(bool x) { return __any_sync(kAllLanes, x); }
 
+/// Bits [begin, end), of those that there are.
+FOVEA_DEVICE u32 bits_between(int begin, int end) {
+  u32 bits;
+  begin = math::larger(begin, 0);
+  asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(bits) : "r"(begin), "r"(math::larger(end - begin, 0)));
+  return bits;
+}
+
 FOVEA_DEVICE u32 load_shared(u32 address) {
   u32 x;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");

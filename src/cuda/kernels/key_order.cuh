@@ -20,6 +20,12 @@ struct KeyOrder {
     const u32 x = 2 * (j % kRun) + e;
     return j / kRun * 16 * kGroups + x / kRun * 8 + x % kRun;
   }
+  /// How many entries of a row a lane has of keys before `key`, counted from its first one.
+  FOVEA_FN static constexpr int before(int key) {
+    constexpr int kShare = 16 * kGroups, kOne = kRun;
+    const int k = math::larger(key, 0), rest = k % kShare;
+    return k / kShare * 2 * kOne + math::smaller(rest, kOne) + math::smaller(math::larger(rest, 8) - 8, kOne);
+  }
   /// Row `row` of K and V in shared memory; of a sum of rows without a carry the sum.
   FOVEA_FN static constexpr int of_row(u32 row) {
     return static_cast<int>(kGroups == 1 ? row : of_lane(row / 2 % 4) + of_entry(row / 8, row % 2));

@@ -82,6 +82,15 @@ struct Entries {
     const u32 at = Order::of_entry(j, e % 2);
     return (mask[i][e / 2][at / 32] & kBit << at % 32) != 0;
   }
+  /// Of row h of piece i only keys [begin, end), counted from the lane's first one; `all`: whatever the mask.
+  static constexpr bool kNarrows = true;
+  FOVEA_DEVICE void narrow(int i, int h, int begin, int end, bool all) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const u32 band = bits_between(begin - 32 * w, end - 32 * w);
+      mask[i][h][w] = all ? band : mask[i][h][w] & band;
+    }
+  }
   FOVEA_DEVICE float bias_of(int i, int j, int e) const {
     const int x = 2 * j + e % 2;
     if constexpr (kFp32) return __uint_as_float(bias[i][e / 2][x]);
@@ -301,12 +310,47 @@ struct ScoreRules {
 
   template <int kM, int kN, class Found>
   FOVEA_DEVICE void hide(Accumulator (&s)[kM][kN], int row, int key, const Sight& sight, const Found& entries) const {
-    if (S.mask && sight.mask != TileState::kFull) {
-      for_each_entry<kM, kN>([&](int i, int j, int e) {
-        if (!entries.template sees<Order>(i, j, e)) s[i][j].x[e] = -infinity();
-      });
+    bool partial = sight.band == TileState::kPartial;
+    if constexpr (S.mask) {
+      Found seen = entries;
+      const bool all = sight.mask == TileState::kFull;
+      if constexpr (Found::kNarrows) {
+        if (all && !partial) return;
+        if (partial) {
+          each_row<kM>(row, key, [&](int i, int h, int begin, int end) { seen.narrow(i, h, begin, end, all); });
+        }
+        partial = false;
+      }
+      if (Found::kNarrows || !all) {
+        for_each_entry<kM, kN>([&](int i, int j, int e) {
+          if (!seen.template sees<Order>(i, j, e)) s[i][j].x[e] = -infinity();
+        });
+      }
     }
-    if (sight.band == TileState::kPartial) hide_outside_band(s, row, key);
+    if (!partial) return;
+    static_assert(2 * kN <= 32);
+    each_row<kM>(row, key, [&](int i, int h, int begin, int end) {
+      const u32 bits = bits_between(Order::before(begin), Order::before(end));
+#pragma unroll
+      for (int y = 0; y < 2 * kN; ++y) {
+        float& x = s[i][y / 2].x[2 * h + y % 2];
+        x = (bits >> y & 1) != 0 ? x : -infinity();
+      }
+    });
+  }
+
+  /// Calls f(i, h, begin, end) for the two queries of this lane in each piece: the keys that the band leaves them,
+  /// counted from the lane's first one.
+  template <int kM, class F>
+  FOVEA_DEVICE void each_row(int row, int key, const F& f) const {
+    const int first = key + key_of(0, 0);
+#pragma unroll
+    for (int x = 0; x < 2 * kM; ++x) {
+      const int r = row + row_of(x / 2, x % 2 * 2);
+      Interval seen = sequence.band.keys_of_row(rows.query(r));
+      if (r >= rows.left()) seen = {0, 0};
+      f(x / 2, x % 2, static_cast<int>(seen.begin) - first, static_cast<int>(seen.end) - first);
+    }
   }
 
   /// A bias of −infinity hides, whatever the product was; where all are finite the sum says so by itself.
@@ -316,28 +360,6 @@ struct ScoreRules {
       for_each_entry<kM, kN>([&](int i, int j, int e) {
         if (entries.bias_of(i, j, e) == -infinity()) s[i][j].x[e] = -infinity();
       });
-    }
-  }
-
-  template <int kM, int kN>
-  FOVEA_DEVICE void hide_outside_band(Accumulator (&s)[kM][kN], int row, int key) const {
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {  // the two queries of this lane in a piece
-        const int r = row + row_of(i, 2 * h);
-        Interval seen = sequence.band.keys_of_row(rows.query(r));
-        if (r >= rows.left()) seen = {0, 0};
-        seen = {seen.begin - key, seen.end - key};
-#pragma unroll
-        for (int j = 0; j < kN; ++j) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& x = s[i][j].x[2 * h + e];
-            x = seen.contains(key_of(j, e)) ? x : -infinity();
-          }
-        }
-      }
     }
   }
 

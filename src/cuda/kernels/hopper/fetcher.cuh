@@ -10,6 +10,7 @@ namespace fovea::cuda {
 template <ForwardSm90Spec S>
 struct SeenEntries {
   static constexpr int kWords = S.block_n / 32;
+  static constexpr bool kNarrows = false;  // ptxas has no registers for the band beside it
   u32 seen[2];  // of a row: bit 2j + e
 
   template <class Order>
