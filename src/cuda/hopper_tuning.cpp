@@ -35,22 +35,34 @@ constexpr std::array kTiles{
     // With options.
     Tile{128, 2, 128, 2, true, true, 3, true, false},
     Tile{128, 2, 128, 2, false, false, 2},
-    Tile{128, 2, 96, 2, false, false, 8},
-    Tile{128, 2, 64, 2, false, false, Tile::kAnyOptions},
+    Tile{128, 2, 96, 2, false, false, 7},
     Tile{192, 2, 96, 1, false, false, 3, false},
     Tile{192, 2, 64, 1, false, false, 7},
-    Tile{192, 2, 32, 1, false, false, Tile::kAnyOptions},
     Tile{256, 2, 64, 1, false, false, 2, false},
+    Tile{256, 2, 32, 1, false, false, 7},
+    // With a bias.
+    Tile{128, 2, 128, 2, true, true, 9},
+    Tile{128, 2, 96, 2, true, true, 8},
+    Tile{128, 2, 96, 2, false, true, 9},
+    Tile{128, 2, 64, 2, false, false, Tile::kAnyOptions},
+    Tile{192, 2, 64, 1, false, false, 8},
+    Tile{192, 2, 32, 1, false, false, Tile::kAnyOptions},
+    Tile{256, 2, 64, 1, false, false, 8},
     Tile{256, 2, 32, 1, false, false, 8},
 };
 
 /// Heads whose keys and values L2 keeps while their tiles take turns; longer rows gain from more of them.
 std::int64_t heads_abreast(const Problem& problem, bool band) {
-  if (!band && !problem.q_lengths.present && !problem.kv_lengths.present && !problem.packed()) return 1;
+  std::int64_t sharing = 1;  // a bias, which is then read from memory once
+  if (problem.bias)
+    sharing = (problem.bias->batch ? 1 : problem.batch) * (problem.bias->heads ? 1 : problem.num_q_heads);
+  const bool even = !band && !problem.q_lengths.present && !problem.kv_lengths.present && !problem.packed();
+  if (even && sharing <= 1) return 1;
   const std::int64_t keys = problem.seqlen_kv, group = problem.num_q_heads / problem.num_kv_heads;
   const std::int64_t room = std::int64_t{keys <= 512 ? 8 : keys < 16384 ? 16 : 64} << 20;
   const std::int64_t head_bytes = std::max<std::int64_t>(1, keys * (problem.head_dim + problem.head_dim_v) * 2);
-  return std::max<std::int64_t>(1, room / head_bytes) * group;
+  const std::int64_t abreast = std::max<std::int64_t>(1, room / head_bytes) * group;
+  return even ? std::min(abreast, sharing) : abreast;
 }
 
 }  // namespace
@@ -80,6 +92,7 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
   shape.row_blocks = ceil_div(problem.seqlen_q, block_m(spec));
   shape.tiles = shape.row_blocks * problem.num_q_heads * problem.batch;
+  shape.batch_inside = problem.bias && !problem.bias->batch;
   shape.heads_abreast =
       std::min(heads_abreast(problem, band), std::max<std::int64_t>(1, problem.num_q_heads * problem.batch));
   return shape;

@@ -52,7 +52,8 @@ struct Work {
     const int of_group = p.heads_abreast * p.row_blocks, group = tile / of_group, rest = tile - group * of_group;
     const int abreast = math::smaller(p.heads_abreast, p.batch * p.q_heads - group * p.heads_abreast);
     const int turn = rest / abreast, number = group * p.heads_abreast + rest - turn * abreast;
-    const int batch = number / p.q_heads, head = number - batch * p.q_heads;
+    const int inside = p.batch_inside ? p.batch : p.q_heads, outer = number / inside, inner = number - outer * inside;
+    const int batch = p.batch_inside ? inner : outer, head = p.batch_inside ? outer : inner;
     sequence = Sequence::of(p, batch);
     rows = {(p.row_blocks - 1 - turn) * block_m(S), sequence.q_rows, head, 1};
     if (rows.left() <= 0) return;
