@@ -91,15 +91,21 @@ int shared_room(const GpuModel& gpu, int blocks) {
   return (gpu.shared_bytes + 1024) / blocks - 1024;
 }
 
-std::int64_t heads_abreast(const Problem& problem, const GpuModel& gpu) {
-  const bool alike = !math::BandRule::of(problem).bounded() && !problem.q_lengths.present &&
-                     !problem.kv_lengths.present && !problem.packed();
-  if (alike) return 1;
+bool see_alike(const Problem& problem) {
+  return !math::BandRule::of(problem).bounded() && !problem.q_lengths.present && !problem.kv_lengths.present &&
+         !problem.packed();
+}
+
+std::int64_t heads_in_l2(const Problem& problem, const GpuModel& gpu) {
   const std::int64_t keys = problem.seqlen_kv, group = problem.num_q_heads / problem.num_kv_heads;
   const std::int64_t room = gpu.l2_bytes / 50 * (keys <= 512 ? 8 : keys < 16384 ? 16 : 64);
   const std::int64_t head_bytes = keys * (problem.head_dim + problem.head_dim_v) * size_bytes(problem.dtype);
   const std::int64_t heads = std::max<std::int64_t>(1, room / std::max<std::int64_t>(1, head_bytes)) * group;
   return std::clamp<std::int64_t>(heads, 1, std::max<std::int64_t>(1, problem.num_q_heads * problem.batch));
+}
+
+std::int64_t heads_abreast(const Problem& problem, const GpuModel& gpu) {
+  return see_alike(problem) ? 1 : heads_in_l2(problem, gpu);
 }
 
 Type type_of(DType dtype) {

@@ -50,8 +50,11 @@ void take_options(const Problem& problem, Spec& spec) {
   spec.dropout = problem.dropout.probability > 0.0F;
 }
 
-/// Heads whose rows take turns in a forward, so that long rows of all come first where rows see unequal numbers of keys,
-/// as far as L2 keeps their keys and values; longer rows gain from more of them.
+/// All rows see as many keys.
+[[nodiscard]] bool see_alike(const Problem& problem);
+/// Heads whose keys and values L2 keeps, at least 1; longer rows gain from more of them.
+[[nodiscard]] std::int64_t heads_in_l2(const Problem& problem, const GpuModel& gpu);
+/// Heads whose rows take turns in a forward, so that long rows of all come first where rows do not see alike.
 [[nodiscard]] std::int64_t heads_abreast(const Problem& problem, const GpuModel& gpu);
 
 /// Few rows and many keys, as in the generation of text: nothing is won by tall blocks.

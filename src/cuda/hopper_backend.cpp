@@ -31,6 +31,7 @@ class ForwardSm90Plan final : public PlannedKernel {
     params_.row_blocks = static_cast<int>(shape.row_blocks);
     params_.tiles = static_cast<int>(shape.tiles);
     params_.heads_abreast = static_cast<int>(shape.heads_abreast);
+    params_.batch_inside = shape.batch_inside;
   }
 
   [[nodiscard]] std::size_t workspace_bytes() const override { return mask_words_.workspace_bytes(); }
@@ -54,6 +55,7 @@ class ForwardSm90Plan final : public PlannedKernel {
     params.out = dispatch::row_view(outputs.out);
     params.lse = dispatch::stat_view(outputs.lse);
     params.by_engine = make_maps(params);
+    params.bias_by_engine = shape_.spec.bias && make_bias_map(params);
     params.ticket = static_cast<u64*>(workspace);
     mask_words_.make(params, workspace, stream);
     forward_.kernel->launch({.x = static_cast<unsigned>(std::min<std::int64_t>(shape_.tiles, multiprocessors_)),
@@ -70,6 +72,21 @@ class ForwardSm90Plan final : public PlannedKernel {
     const CallMaps maps{p, CurrentGpu(device_.index), s.type, block_m(s), s.block_n};
     return maps.of_rows(p.q, p.head_dim, p.q_map) && maps.of_keys(p.k, p.head_dim, p.k_map) &&
            maps.of_keys(p.v, p.head_dim_v, p.v_map);
+  }
+
+  /// Where keys are neighbours.  What is broadcast is one to the engine.
+  [[nodiscard]] bool make_bias_map(ForwardSm90Params& p) const {
+    const Type type = shape_.spec.bias_type;
+    const EntryView& bias = p.bias;
+    if (bias.key != bytes_of(type)) return false;
+    const auto extent = [](std::int64_t stride, int n) { return stride == 0 ? std::int64_t{1} : n; };
+    const bool aligned = reinterpret_cast<std::uintptr_t>(bias.data) % 16 == 0 && bias.batch % 16 == 0 &&
+                         bias.head % 16 == 0 && bias.query % 16 == 0;
+    const CurrentGpu current(device_.index);
+    return make_tensor_map(
+        {bias.data, bias.batch, bias.query, bias.head, aligned}, type,
+        {p.seqlen_kv, extent(bias.query, p.seqlen_q), extent(bias.head, p.q_heads), extent(bias.batch, p.batch)},
+        kGroupRows, p.bias_map);
   }
 
   ForwardSm90Shape shape_;

@@ -35,14 +35,30 @@ constexpr std::array kTiles{
     // With options.
     Tile{128, 2, 128, 2, true, true, 3, true, false},
     Tile{128, 2, 128, 2, false, false, 2},
-    Tile{128, 2, 96, 2, false, false, 8},
-    Tile{128, 2, 64, 2, false, false, Tile::kAnyOptions},
+    Tile{128, 2, 96, 2, false, false, 7},
     Tile{192, 2, 96, 1, false, false, 3, false},
     Tile{192, 2, 64, 1, false, false, 7},
-    Tile{192, 2, 32, 1, false, false, Tile::kAnyOptions},
     Tile{256, 2, 64, 1, false, false, 2, false},
+    Tile{256, 2, 32, 1, false, false, 7},
+    // With a bias.
+    Tile{128, 2, 128, 2, true, true, 9},
+    Tile{128, 2, 96, 2, true, true, 8},
+    Tile{128, 2, 96, 2, false, true, 9},
+    Tile{128, 2, 64, 2, false, false, Tile::kAnyOptions},
+    Tile{192, 2, 64, 1, false, false, 8},
+    Tile{192, 2, 32, 1, false, false, Tile::kAnyOptions},
+    Tile{256, 2, 64, 1, false, false, 8},
     Tile{256, 2, 32, 1, false, false, 8},
 };
+
+/// Heads that take turns; where all see as many keys those that share a bias, which is then read from memory once.
+std::int64_t heads_abreast_sm90(const Problem& problem) {
+  const GpuModel gpu = model_of(kSm90);
+  if (!problem.bias || !see_alike(problem)) return heads_abreast(problem, gpu);
+  const std::int64_t sharing =
+      (problem.bias->batch ? 1 : problem.batch) * (problem.bias->heads ? 1 : problem.num_q_heads);
+  return std::clamp<std::int64_t>(sharing, 1, heads_in_l2(problem, gpu));
+}
 
 }  // namespace
 
@@ -70,7 +86,8 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
   shape.row_blocks = ceil_div(problem.seqlen_q, block_m(spec));
   shape.tiles = shape.row_blocks * problem.num_q_heads * problem.batch;
-  shape.heads_abreast = heads_abreast(problem, model_of(kSm90));
+  shape.batch_inside = problem.bias && !problem.bias->batch;
+  shape.heads_abreast = heads_abreast_sm90(problem);
   return shape;
 }
 

@@ -17,6 +17,7 @@ struct ForwardSm90Shape {
   std::int64_t row_blocks = 1;     ///< of the longest sequence
   std::int64_t tiles = 1;          ///< of rows, of all heads
   std::int64_t heads_abreast = 1;  ///< whose tiles take turns
+  bool batch_inside = false;       ///< they are one head's of all sequences, then the next one's
 };
 
 /// Nothing where the family has no tile for the problem: other types, head dims above 256 or in no steps of 8.

@@ -12,12 +12,15 @@ struct alignas(64) TensorMap {
 
 struct ForwardSm90Params : CallParams {
   TensorMap q_map, k_map, v_map;  // [batch][head][row][column]
+  TensorMap bias_map;             // [batch][head][query][key], any but the last one long where broadcast
   RowView out;
   StatView lse;
-  bool by_engine;     // the copy engine can read q, k and v
+  bool by_engine;  // the copy engine can read q, k and v
+  bool bias_by_engine;
   int row_blocks;     // of the longest sequence
   int tiles;          // of rows: row_blocks × q_heads × batch
   int heads_abreast;  // heads, of any sequences, whose tiles take turns
+  bool batch_inside;  // they are one head's of all sequences, then the next one's
   u64* ticket;        // `Tickets`
 };
 

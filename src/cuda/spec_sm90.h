@@ -44,22 +44,23 @@ FOVEA_FN constexpr int tile_bytes(int rows, int dim) { return panels_of(dim) * r
 FOVEA_FN constexpr int block_m(const ForwardSm90Spec& s) { return s.warpgroups * kGroupRows; }
 FOVEA_FN constexpr int threads_of(const ForwardSm90Spec& s) { return (s.warpgroups + 1) * 128; }
 
-/// Shared memory of a block: `q_stages` times Q, in whose place O leaves; then `stages` times K, then V, then a
-/// mask's words; then barriers and what is known of the tiles of rows in flight.
+/// Shared memory of a block: `q_stages` times Q, in whose place O leaves; then `stages` times K, then V; then, ahead
+/// for each warpgroup, bias and words of a mask; then barriers and what is known of the tiles of rows in flight.
 FOVEA_FN constexpr int q_tile_bytes(const ForwardSm90Spec& s) {
   return tile_bytes(block_m(s), math::larger(s.head_dim, s.head_dim_v));
 }
 inline constexpr int kStateBytes = 1024;
-/// The words of a mask under a warpgroup's tile are fetched ahead, except beside a bias.
-FOVEA_FN constexpr bool fetches_words(const ForwardSm90Spec& s) { return s.mask && !s.bias; }
-FOVEA_FN constexpr int words_bytes(const ForwardSm90Spec& s) {
-  return fetches_words(s) ? kGroupRows * s.block_n / 8 : 0;
+/// Tiles of a warpgroup whose entries' bias and mask have room.
+FOVEA_FN constexpr int entry_places(const ForwardSm90Spec& s) { return s.bias && s.q_stages > 1 ? 1 : 2; }
+FOVEA_FN constexpr int bias_panels(const ForwardSm90Spec& s) {
+  return s.bias ? (s.block_n * bytes_of(s.bias_type) + kPanelRowBytes - 1) / kPanelRowBytes : 0;
 }
+FOVEA_FN constexpr int bias_bytes(const ForwardSm90Spec& s) { return bias_panels(s) * kGroupRows * kPanelRowBytes; }
+FOVEA_FN constexpr int words_bytes(const ForwardSm90Spec& s) { return s.mask ? kGroupRows * s.block_n / 8 : 0; }
 FOVEA_FN constexpr int shared_bytes(const ForwardSm90Spec& s) {
   return s.q_stages * q_tile_bytes(s) +
-         s.stages *
-             (tile_bytes(s.block_n, s.head_dim) + tile_bytes(s.block_n, s.head_dim_v) + s.warpgroups * words_bytes(s)) +
-         kStateBytes;
+         s.stages * (tile_bytes(s.block_n, s.head_dim) + tile_bytes(s.block_n, s.head_dim_v)) +
+         s.warpgroups * entry_places(s) * (bias_bytes(s) + words_bytes(s)) + kStateBytes;
 }
 
 /// Registers of a thread that loads and of one that computes: together what the launch gave, in eights.

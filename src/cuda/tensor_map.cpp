@@ -9,7 +9,7 @@
 namespace fovea::cuda {
 namespace {
 
-constexpr int kFloat16 = 6, kBFloat16 = 9;  // CUtensorMapDataType
+constexpr std::array kDataTypes{7, 6, 9};  // CUtensorMapDataType of fp32, fp16, bf16
 constexpr int kNoInterleave = 0, kSwizzle128 = 3, kPromote128 = 2, kZeroFill = 0;
 
 using U32 = std::uint32_t;
@@ -36,8 +36,9 @@ bool make_tensor_map(const RowView& view, Type type, const TensorExtent& extent,
   const std::array<U64, 4> sizes{count(extent.columns), count(extent.rows), count(extent.heads), count(extent.batch)};
   const std::array<U64, 3> strides{static_cast<U64>(wanted[0]), static_cast<U64>(wanted[1]),
                                    static_cast<U64>(wanted[2])};
-  const std::array<U32, 4> box{kPanelColumns, static_cast<U32>(box_rows), 1, 1}, steps{1, 1, 1, 1};
-  return encoder.encode(&map, type == Type::kFloat16 ? kFloat16 : kBFloat16, 4U, view.data, sizes.data(),
+  const std::array<U32, 4> box{static_cast<U32>(kPanelRowBytes / bytes_of(type)), static_cast<U32>(box_rows), 1, 1},
+      steps{1, 1, 1, 1};
+  return encoder.encode(&map, kDataTypes.at(static_cast<std::size_t>(type)), 4U, view.data, sizes.data(),
                         strides.data(), box.data(), steps.data(), kNoInterleave, kSwizzle128, kPromote128,
                         kZeroFill) == 0;
 }

@@ -8,8 +8,8 @@
 
 namespace fovea::cuda {
 
-/// A tensor of 16-bit rows as Hopper's copy engine is told of it: boxes of `box_rows` rows by one swizzled panel of 64
-/// columns; what lies outside the tensor arrives as 0.
+/// A tensor of rows as Hopper's copy engine is told of it: boxes of `box_rows` rows by one swizzled panel of 128 bytes;
+/// what lies outside the tensor arrives as 0.
 struct TensorExtent {
   std::int64_t columns, rows, heads, batch;
 };

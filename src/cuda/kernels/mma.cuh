@@ -42,6 +42,15 @@ FOVEA_DEVICE float widen(u32 bits) {
     return x;
   }
 }
+/// Half `h` of a word.
+template <Type kType>
+FOVEA_DEVICE float widen_half(u32 word, int h) {
+  if constexpr (kType == Type::kBFloat16) {
+    return __uint_as_float(h == 0 ? word << 16 : word & 0xffff0000U);
+  } else {
+    return widen<kType>(word >> 16 * h);
+  }
+}
 template <Type kType>
 FOVEA_DEVICE float read(const char* p) {
   if constexpr (kType == Type::kFloat32) return *reinterpret_cast<const float*>(p);

@@ -93,11 +93,15 @@ struct Entries {
   }
   FOVEA_DEVICE float bias_of(int i, int j, int e) const {
     const int x = 2 * j + e % 2;
-    if constexpr (kFp32) return __uint_as_float(bias[i][e / 2][x]);
-    if constexpr (S.bias_type == Type::kBFloat16) {
-      return __uint_as_float(x % 2 == 0 ? bias[i][e / 2][x / 2] << 16 : bias[i][e / 2][x / 2] & 0xffff0000U);
+    if constexpr (kFp32) {
+      return __uint_as_float(bias[i][e / 2][x]);
+    } else {
+      return widen_half<S.bias_type>(bias[i][e / 2][x / 2], x % 2);
     }
-    return widen<S.bias_type>(bias[i][e / 2][x / 2] >> 16 * (x % 2));
+  }
+  /// s · scale + bias.
+  FOVEA_DEVICE void add_bias(Accumulator (&s)[kM][kN], float scale) const {
+    for_each_entry<kM, kN>([&](int i, int j, int e) { s[i][j].x[e] = s[i][j].x[e] * scale + bias_of(i, j, e); });
   }
 };
 
@@ -261,11 +265,7 @@ struct ScoreRules {
       }
     }
     if constexpr (S.alibi) add_slopes(s, S.softcap ? 1.0F : p.scale, row, key);
-    if constexpr (S.bias) {
-      const float scale = S.softcap || S.alibi ? 1.0F : p.scale;
-      for_each_entry<kM, kN>(
-          [&](int i, int j, int e) { s[i][j].x[e] = s[i][j].x[e] * scale + entries.bias_of(i, j, e); });
-    }
+    if constexpr (S.bias) entries.add_bias(s, S.softcap || S.alibi ? 1.0F : p.scale);
   }
 
   /// Softcap where all of a warp's scores are small beside it: an odd polynomial of relative error 4e-8 (Remez).  False

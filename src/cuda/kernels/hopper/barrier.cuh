@@ -17,6 +17,9 @@ struct Barrier {
   FOVEA_DEVICE void arrive_with(u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
   }
+  FOVEA_DEVICE void expect(u32 bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
+  }
   /// Once all copies that this thread has asked for (cp.async) are there.
   FOVEA_DEVICE void arrive_behind_copies() {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address()) : "memory");

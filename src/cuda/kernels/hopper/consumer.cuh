@@ -1,7 +1,7 @@
 #pragma once
 
+#include "cuda/kernels/hopper/entries.cuh"
 #include "cuda/kernels/hopper/epilogue.cuh"
-#include "cuda/kernels/hopper/fetcher.cuh"
 #include "cuda/kernels/hopper/softmax.cuh"
 #include "cuda/kernels/hopper/state.cuh"
 
@@ -16,14 +16,7 @@ struct Consumer {
   using Weights = typename Soft::Weights;
   using Rules = typename Soft::Rules;
   using Out = typename Epilogue<S>::Out;
-  FOVEA_DEVICE static auto found() {
-    if constexpr (fetches_words(S)) {
-      return SeenEntries<S>{};
-    } else {
-      return Entries<S, 1, Soft::kN>{};
-    }
-  }
-  using Found = decltype(found());
+  using Found = TileEntries<S>;
 
   const ForwardSm90Params& p;
   State<S>& state;
@@ -31,7 +24,7 @@ struct Consumer {
   const int group;  // of warps: which 64 rows
   u32 n = 0;        // tiles of rows so far
   u32 keys = 0;     // and of keys
-  u32 fetched = 0;  // and of these, those whose words were read
+  u32 fetched = 0;  // and of these, those computed
   Interval full{};  // tiles of keys that these 64 rows see whole, where O leaves registers for it
 
   static constexpr bool kKnowsFull = S.head_dim_v <= 192;
@@ -191,15 +184,13 @@ struct Consumer {
     await_turn();
     issue_scores(s);
     pass_turn();
-    Found entries;
-    fetch(entries, rules, row, key);
+    Found entries = entries_of(rules, row, key);
     await_products<0>();
     pin(s[0]);
     state.k.release(keys);
-    read_words(entries);
-    rules.finish(s, row, key, sight_of(work, step), entries);
+    finish(rules, s, sight_of(work, step), entries);
     float total[2];
-    raise(rules, soft, s, o, unit, entries, S.mask);
+    raise(soft, s, o, unit, entries, S.mask);
     soft.weigh(s, weights, total, unit, rules, row, key, stream_of(work));
     soft.add(total);
     ++keys;
@@ -213,21 +204,19 @@ struct Consumer {
     issue_scores(s);
     issue_values(o, weights, keys - 1, add);
     pass_turn();
-    Found entries;
-    fetch(entries, rules, row, key);
+    Found entries = entries_of(rules, row, key);
     await_products<1>();
     pin(s[0]);
     state.k.release(keys);
     if constexpr (!S.hold) values_done(o, weights);
-    read_words(entries);
-    rules.finish(s, row, key, sight_of(work, step), entries);
+    finish(rules, s, sight_of(work, step), entries);
     Weights held;
     Weights& next = S.hold ? held : weights;
     float total[2];
     soft.weigh(s, next, total, unit, rules, row, key, stream_of(work));
     if (Soft::outgrown(total)) {
       if constexpr (S.hold) await_products<0>(), pin(o[0]);
-      raise(rules, soft, s, o, unit, entries, true);
+      raise(soft, s, o, unit, entries, true);
       soft.weigh(s, next, total, unit, rules, row, key, stream_of(work));
     }
     soft.add(total);
@@ -238,23 +227,29 @@ struct Consumer {
     ++keys;
   }
 
-  FOVEA_DEVICE static void fetch(Found& entries, const Rules& rules, int row, int key) {
-    if constexpr (!fetches_words(S)) rules.fetch(entries, row, key);
-  }
   /// Of the next tile computed.
-  FOVEA_DEVICE void read_words(Found& entries) {
-    if constexpr (fetches_words(S)) {
-      auto& ring = state.words[group];
-      ring.await_full(fetched);
-      entries.read(at.words(group, ring.place(fetched)));
-      ring.release(fetched++);
+  FOVEA_DEVICE Found entries_of(const Rules& rules, int row, int key) const {
+    Found entries{p, rules, row, key, S.bias ? at.bias(group, state.entries[group].place(fetched)) : 0};
+    if constexpr (S.bias) {
+      if (!p.bias_by_engine) entries.copy_bias();
     }
+    return entries;
+  }
+
+  /// A tile's products become scores.
+  FOVEA_DEVICE void finish(const Rules& rules, Scores& s, const Sight& sight, Found& entries) {
+    auto& ring = state.entries[group];
+    const int place = ring.place(fetched);
+    const bool ahead = S.mask || S.bias && p.bias_by_engine;
+    if (ahead) ring.await_full(fetched);
+    if constexpr (S.mask) entries.read_words(at.words(group, place));
+    rules.finish(s, entries.row, entries.key, sight, entries);
+    if (ahead) ring.release(fetched++);
   }
 
   /// References of a tile's scores; sums and O, where there are any, move on to them.
-  FOVEA_DEVICE void raise(const Rules& rules, Soft& soft, Scores& s, Out& o, float unit, const Found& entries,
-                          bool begun) const {
-    rules.hide_by_bias(s, entries);
+  FOVEA_DEVICE void raise(Soft& soft, Scores& s, Out& o, float unit, const Found& entries, bool begun) const {
+    entries.hide_by_bias(s);
     float rescale[2];
     soft.raise(s, unit, rescale);
     if (!begun) return;

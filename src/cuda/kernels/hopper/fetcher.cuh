@@ -2,37 +2,9 @@
 
 #include "cuda/kernels/hopper/state.cuh"
 
-// A warp that brings a mask's words to shared memory for one warpgroup, tiles ahead: ptxas starts a load to registers
-// only behind the wait for a product, however early it is asked for.
+// A warp that brings what options read of entries, a bias and a mask's words, to shared memory for one warpgroup, tiles
+// ahead: ptxas starts a load to registers only behind the wait for a product, however early it is asked for.
 namespace fovea::cuda {
-
-/// What a mask leaves of a lane's entries of a tile.
-template <ForwardSm90Spec S>
-struct SeenEntries {
-  static constexpr int kWords = S.block_n / 32;
-  static constexpr bool kNarrows = false;  // ptxas has no registers for the band beside it
-  u32 seen[2];  // of a row: bit 2j + e
-
-  template <class Order>
-  FOVEA_DEVICE bool sees(int /*i*/, int j, int e) const {
-    constexpr u32 kBit = 1;
-    return (seen[e / 2] & kBit << (2 * j + e % 2)) != 0;
-  }
-
-  /// A lane has two bits of every eight of a word: a product brings them together.
-  FOVEA_DEVICE void read(u32 words) {
-    const int row = warp_id() % 4 * 16 + lane_id() / 4;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      seen[h] = 0;
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        const u32 word = load_shared(words + ((row + 8 * h) * kWords + w) * 4) >> AsTheyAre::of_lane(lane_id() % 4);
-        seen[h] |= ((word & 0x03030303U) * 0x01041040U) >> 24 << 8 * w;
-      }
-    }
-  }
-};
 
 template <ForwardSm90Spec S>
 struct Fetcher {
@@ -41,7 +13,7 @@ struct Fetcher {
   const Layout<S> at;
   const int group;  // of rows: the warpgroup's
   u32 keys = 0;     // tiles of K so far
-  u32 fetched = 0;  // and of these, those whose words were fetched
+  u32 fetched = 0;  // and of these, those that the warpgroup computes
 
   FOVEA_DEVICE void run() {
 #pragma unroll 1
@@ -49,28 +21,44 @@ struct Fetcher {
       state.q.await_full(n);
       const Work<S>& work = state.work[n % State<S>::kWorks];
       if (work.rows.left() <= 0) break;
-      bool more = !work.tiles.empty();
-#pragma unroll 1
-      for (; more; ++keys) {
-        state.k.await_full(keys);
-        const Step step = state.steps[state.k.place(keys)];
-        state.k.release(keys);
-        more = (step.seen & Step::kLast) == 0;
-        if (!Sight{work.band_of(group, step.tile), step.mask(group)}.hidden()) fetch(work, step.tile * S.block_n);
-      }
+      state.for_each_step(work, keys, [&](const Step& step) {
+        if (!sight_of(work, group, step).hidden()) fetch(work, step.tile * S.block_n);
+      });
       state.q.release(n);
     }
   }
 
-  /// Row by row.  Past the last row or key the last one is read: such entries are hidden anyway.
   FOVEA_DEVICE void fetch(const Work<S>& work, int key) {
+    auto& ring = state.entries[group];
+    const int place = ring.place(fetched);
+    if (!S.mask && !p.bias_by_engine) return;
+    ring.await_empty(fetched);
+    Barrier& full = ring.full[place];
+    if constexpr (S.bias) {
+      if (p.bias_by_engine && lane_id() == 0) fetch_bias(work, at.bias(group, place), key, full);
+    }
+    if constexpr (S.mask) fetch_words(work, at.words(group, place), key);
+    full.arrive_behind_copies();
+    ++fetched;
+  }
+
+  /// Dimensions of stride 0 are one to the engine.
+  FOVEA_DEVICE void fetch_bias(const Work<S>& work, u32 to, int key, Barrier& full) const {
+    const RowPlace from{p.bias.query == 0 ? 0 : work.rows.first + group * kGroupRows,
+                        p.bias.head == 0 ? 0 : work.rows.first_head, p.bias.batch == 0 ? 0 : work.sequence.batch};
+    full.expect(bias_bytes(S));
+#pragma unroll
+    for (int panel = 0; panel < bias_panels(S); ++panel)
+      load_panel(to + panel * kGroupRows * kPanelRowBytes, p.bias_map, full,
+                 key + panel * kPanelRowBytes / kBytes<S.bias_type>, from, Keep::kAwhile);
+  }
+
+  /// Row by row.  Past the last row or key the last one is read: such entries are hidden anyway.
+  FOVEA_DEVICE void fetch_words(const Work<S>& work, u32 to, int key) const {
     static_assert(S.block_n % 32 == 0);
     constexpr int kWords = S.block_n / 32;
     const WordView& view = p.mask_words;
-    auto& ring = state.words[group];
-    const u32 to = at.words(group, ring.place(fetched));
     const u32* const from = view.data + work.sequence.batch * view.batch + work.rows.first_head * view.head;
-    ring.await_empty(fetched);
 #pragma unroll
     for (int r = lane_id(); r < kGroupRows; r += kWarp) {
       const int row = work.rows.query(math::smaller(group * kGroupRows + r, work.rows.left() - 1));
@@ -80,8 +68,6 @@ struct Fetcher {
                   from + row * view.row + i64{math::smaller(key / 32 + w, view.count - 1)} * view.rows);
       }
     }
-    ring.full[ring.place(fetched)].arrive_behind_copies();
-    ++fetched;
   }
   FOVEA_DEVICE static void copy_word(u32 to, const u32* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cuda/kernels/hopper/consumer.cuh"
+#include "cuda/kernels/hopper/fetcher.cuh"
 #include "cuda/kernels/hopper/producer.cuh"
 
 // The forward on Hopper (FlashAttention-3, 2407.08608): one warpgroup has Q, K and V copied into rings, the others
@@ -15,8 +16,8 @@ __device__ void forward_sm90(const ForwardSm90Params& p) {
   State<S>& state = *reinterpret_cast<State<S>*>(shared + shared_bytes(S) - kStateBytes);
   if (threadIdx.x == 0) {
     constexpr u32 kWarps = S.warpgroups * 4, kFetchers = State<S>::kFetchers;
-    state.q.begin(kWarps + kFetchers), state.k.begin(kWarps + kFetchers), state.v.begin(kWarps);
-    for (auto& ring : state.words) ring.begin(4, kWarp);
+    state.q.begin(kWarps + kFetchers), state.k.begin(kWarps + (S.mask ? kFetchers : 0)), state.v.begin(kWarps);
+    for (auto& ring : state.entries) ring.begin(4, kWarp);
     state.known.begin(1), state.late.begin(1);
     fence_barriers();
     fence_engine();

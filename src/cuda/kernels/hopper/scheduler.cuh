@@ -49,7 +49,9 @@ struct Work {
 
   /// The rows that see the most under a causal rule come first.
   FOVEA_DEVICE void find(const ForwardSm90Params& p, int tile) {
-    const auto [batch, head, turn] = HeadTurn::of(tile, p.heads_abreast, p.row_blocks, p.q_heads, p.batch);
+    const int inside = p.batch_inside ? p.batch : p.q_heads, outside = p.batch_inside ? p.q_heads : p.batch;
+    const auto [outer, inner, turn] = HeadTurn::of(tile, p.heads_abreast, p.row_blocks, inside, outside);
+    const int batch = p.batch_inside ? inner : outer, head = p.batch_inside ? outer : inner;
     sequence = Sequence::of(p, batch);
     rows = {(p.row_blocks - 1 - turn) * block_m(S), sequence.q_rows, head, 1};
     if (rows.left() <= 0) return;

@@ -13,12 +13,31 @@ struct State {
   Barrier known, late;              // the next tile of rows; when to look for the one after
   static constexpr int kWorks = 4;  // the next one is known before Q is given back, and that before out is written
   Work<S> work[kWorks];
-  Step steps[S.mask ? S.stages : 1];   // of the tiles of K in the ring
-  Ring<S.stages> words[S.warpgroups];  // of a mask
+  Step steps[S.mask ? S.stages : 1];            // of the tiles of K in the ring
+  Ring<entry_places(S)> entries[S.warpgroups];  // of a bias and a mask
 
   /// Warps that read what is known of tiles as well: one for each warpgroup.
-  static constexpr u32 kFetchers = fetches_words(S) ? S.warpgroups : 0;
+  static constexpr u32 kFetchers = S.mask || S.bias ? S.warpgroups : 0;
   static constexpr int kHands = kFetchers == 0 ? 128 : 64;  // threads that have q, k and v copied
+
+  /// Calls f(step) for each of a block's tiles of keys, of which `keys` have gone by, in their order.
+  template <class F>
+  FOVEA_DEVICE void for_each_step(const Work<S>& of, u32& keys, const F& f) {
+    if constexpr (S.mask) {
+      bool more = !of.tiles.empty();
+#pragma unroll 1
+      for (; more; ++keys) {
+        k.await_full(keys);
+        const Step step = steps[k.place(keys)];
+        k.release(keys);
+        more = (step.seen & Step::kLast) == 0;
+        f(step);
+      }
+    } else {
+#pragma unroll 1
+      for (int tile = of.tiles.end - 1; tile >= of.tiles.begin; --tile) f(Step{tile, 0});
+    }
+  }
 };
 
 /// Where everything lies in shared memory.
@@ -29,8 +48,11 @@ struct Layout {
   FOVEA_DEVICE u32 q(int place) const { return base + place * q_tile_bytes(S); }
   FOVEA_DEVICE u32 k(int place) const { return q(S.q_stages) + place * kK; }
   FOVEA_DEVICE u32 v(int place) const { return k(S.stages) + place * kV; }
+  FOVEA_DEVICE u32 bias(int group, int place) const {
+    return v(S.stages) + (group * entry_places(S) + place) * bias_bytes(S);
+  }
   FOVEA_DEVICE u32 words(int group, int place) const {
-    return v(S.stages) + (group * S.stages + place) * words_bytes(S);
+    return bias(S.warpgroups, 0) + (group * entry_places(S) + place) * words_bytes(S);
   }
 };
 

@@ -8,8 +8,8 @@
 // Rows of q, k and v become panels in shared memory: by the copy engine, or by hand where it cannot read a tensor.
 namespace fovea::cuda {
 
-/// What L2 keeps: rows of q are read once, keys and values again and again.
-enum class Keep : u64 { kNo = 0x12f0000000000000UL, kYes = 0x14f0000000000000UL };
+/// What L2 keeps: rows of q are read once, keys and values again and again, a bias by those who share it.
+enum class Keep : u64 { kNo = 0x12f0000000000000UL, kAwhile = 0x1000000000000000UL, kYes = 0x14f0000000000000UL };
 
 struct RowPlace {
   int row, head, batch;

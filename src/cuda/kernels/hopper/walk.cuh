@@ -17,6 +17,12 @@ struct Step {
   }
 };
 
+/// What the 64 rows of a warpgroup see of it.
+template <ForwardSm90Spec S>
+FOVEA_DEVICE Sight sight_of(const Work<S>& work, int group, const Step& step) {
+  return {work.band_of(group, step.tile), S.mask ? step.mask(group) : TileState::kFull};
+}
+
 template <ForwardSm90Spec S, bool kMask = S.mask>
 struct Walk {
   const Work<S>& work;
