@@ -257,6 +257,11 @@ nb::object backward_layer(nb::handle dy, nb::handle query, nb::handle key, nb::h
 }
 
 nb::tuple pack(nb::handle ignore) {
+  const auto wait_for = [](const Device& device, void* stream) {
+    const cuda::Event event(device.index);
+    event.record(stream);
+    event.synchronize();
+  };
   const Framework& framework = Framework::of(ignore);
   const Tensor mask = dense(framework.borrow(ignore, "key_padding_mask", false).view);
   const std::int64_t batch = mask.shape[0], seqlen = mask.shape[1];
@@ -265,7 +270,7 @@ nb::tuple pack(nb::handle ignore) {
   std::vector<char> host(static_cast<std::size_t>(on_gpu ? batch * seqlen : 0));
   if (on_gpu) {
     cuda::copy_async(mask.device.index, host.data(), mask.data, host.size(), stream);
-    cuda::synchronize(mask.device.index, stream);
+    wait_for(mask.device, stream);
   }
   const char* hidden = on_gpu ? host.data() : static_cast<const char*>(mask.data);
   std::vector<std::int32_t> index{0}, places, rows(static_cast<std::size_t>(batch * seqlen), -1);
@@ -290,7 +295,7 @@ nb::tuple pack(nb::handle ignore) {
   const std::size_t bytes = index.size() * sizeof index[0];
   if (on_gpu) {
     cuda::copy_async(mask.device.index, made.view.data, index.data(), bytes, stream);
-    cuda::synchronize(mask.device.index, stream);  // before the host's copy goes
+    wait_for(mask.device, stream);  // before the host's copy goes
   } else {
     std::memcpy(made.view.data, index.data(), bytes);
   }

@@ -267,7 +267,6 @@ void Graph::launch(const Stream& stream) const {
 }
 
 void synchronize(int gpu) { run(gpu, &Functions::synchronize_context); }
-void synchronize(int gpu, void* stream) { run(gpu, &Functions::synchronize_stream, stream); }
 
 void fill_async(int gpu, void* memory, std::uint8_t value, std::size_t bytes, void* stream) {
   if (bytes != 0) run(gpu, &Functions::fill_async, memory, value, bytes, stream);

@@ -107,8 +107,6 @@ class Graph {
 
 /// Waits for everything on a GPU: where a kernel's fault shows.
 FOVEA_API void synchronize(int gpu);
-/// For everything that a stream has been given.
-FOVEA_API void synchronize(int gpu, void* stream);
 
 // Into a stream of the GPU; both may be captured.
 FOVEA_API void fill_async(int gpu, void* memory, std::uint8_t value, std::size_t bytes, void* stream);
