@@ -105,6 +105,17 @@ struct Attention {
   std::vector<std::vector<float>> storage_;  // large enough for any dtype
 };
 
+TEST(Draws, OfTheInputsTakeThePlaceOfTheProblemsSeed) {
+  const std::string line = "fwd fp32 b2 hq2 hkv2 sq40 skv40 d8 dropout=0.4";
+  for (const std::string backend : {"", "reference"}) {
+    Attention named(line + " seed=7 offset=3"), drawn(line + " seed=1"), other(line);
+    drawn.in.dropout_draws = {7, 3};
+    for (Attention* each : {&named, &drawn, &other}) each->execute({.backend = backend});
+    EXPECT_EQ(named.results(), drawn.results());
+    EXPECT_NE(named.results(), other.results());
+  }
+}
+
 /// An instruction set, and the dtype of what it is given: bf16 is multiplied otherwise where it can be.
 using IsaAndDType = std::tuple<std::string, std::string>;
 class EveryIsa : public ::testing::TestWithParam<IsaAndDType> {

@@ -4,11 +4,18 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 namespace fovea {
+
+/// Names the random numbers of a dropout.
+struct DropoutDraws {
+  std::uint64_t seed = 0;
+  std::uint64_t offset = 0;
+};
 
 /// What a plan reads.  Shapes with B = batch, H = num_q_heads, G = num_kv_heads; packed problems drop the batch axis
 /// and put total_q, total_kv in place of the lengths.  A tensor the problem does not name stays undefined.
@@ -28,6 +35,8 @@ struct Inputs {
   Tensor lse{};            ///< backward: the forward's lse
   Tensor dout{};           ///< backward: [B, seqlen_q, H, head_dim_v]
   Tensor dlse{};           ///< backward, optional: fp32 [B, H, seqlen_q], the gradient that came in through lse
+  /// With dropout, optional: what to draw by in place of the problem's seed and offset, so that one plan serves all.
+  std::optional<DropoutDraws> dropout_draws{};
 };
 
 /// What a plan writes, every element of it.

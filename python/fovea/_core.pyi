@@ -75,5 +75,63 @@ def backward(
     offset: int,
     wanted: int,
 ) -> tuple[Any, ...]: ...
+def forward_projected(
+    q: Any,
+    kv: Any,
+    heads: int,
+    batch_first: bool,
+    extras: tuple[Any, ...] | None,
+    rules: Rules,
+    seed: int | None,
+    offset: int,
+) -> tuple[Any, Any]: ...
+def backward_projected(
+    dout: Any,
+    q: Any,
+    kv: Any,
+    out: Any,
+    lse: Any,
+    heads: int,
+    batch_first: bool,
+    extras: tuple[Any, ...] | None,
+    rules: Rules,
+    seed: int | None,
+    offset: int,
+) -> tuple[Any, Any]: ...
+def forward_layer(
+    query: Any,
+    key: Any,
+    in_weight: Any,
+    in_bias: Any,
+    out_weight: Any,
+    out_bias: Any,
+    heads: int,
+    batch_first: bool,
+    extras: tuple[Any, ...] | None,
+    rules: Rules,
+    seed: int | None,
+    offset: int,
+    index: Any,
+) -> tuple[Any, ...] | None: ...
+def backward_layer(
+    dy: Any,
+    query: Any,
+    key: Any,
+    in_weight: Any,
+    out_weight: Any,
+    q: Any,
+    kv: Any,
+    out: Any,
+    lse: Any,
+    heads: int,
+    batch_first: bool,
+    extras: tuple[Any, ...] | None,
+    rules: Rules,
+    seed: int | None,
+    offset: int,
+    index: Any,
+    wanted: int,
+) -> tuple[Any, ...] | None: ...
+def pack(ignore: Any) -> tuple[Any, int, int, int]: ...
 def xla_handlers() -> tuple[Any, Any]: ...
 def explain(backward: bool, q: Any, k: Any, v: Any, extras: tuple[Any, ...] | None, rules: Rules) -> Report: ...

@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "layer.h"
 #include "pass.h"
 #include "xla.h"
 
@@ -58,6 +59,33 @@ NB_MODULE(_core, module) {
   module.def("forward_regular", &forward_regular, any("q"), any("k"), any("v"), nb::arg("rules"));
   module.def("backward", &backward, any("dout"), any("dlse"), any("q"), any("k"), any("v"), any("out"), any("lse"),
              any("extras"), nb::arg("rules"), any("seed"), any("offset"), nb::arg("wanted"));
+  module.def("forward_projected", &forward_projected, any("q"), any("kv"), nb::arg("heads"), nb::arg("batch_first"),
+             any("extras"), nb::arg("rules"), any("seed"), any("offset"));
+  module.def("backward_projected", &backward_projected, any("dout"), any("q"), any("kv"), any("out"), any("lse"),
+             nb::arg("heads"), nb::arg("batch_first"), any("extras"), nb::arg("rules"), any("seed"), any("offset"));
+  using nb::handle;
+  module.def(
+      "forward_layer",
+      [](handle query, handle key, handle in_weight, handle in_bias, handle out_weight, handle out_bias,
+         std::int64_t heads, bool batch_first, handle extras, const CallRules& rules, handle seed, handle offset,
+         handle index) {
+        return forward_layer(query, key, in_weight, in_bias, out_weight, out_bias,
+                             {heads, batch_first, extras, rules, seed, offset, index});
+      },
+      any("query"), any("key"), any("in_weight"), any("in_bias"), any("out_weight"), any("out_bias"), nb::arg("heads"),
+      nb::arg("batch_first"), any("extras"), nb::arg("rules"), any("seed"), any("offset"), any("index"));
+  module.def(
+      "backward_layer",
+      [](handle dy, handle query, handle key, handle in_weight, handle out_weight, handle q, handle kv, handle out,
+         handle lse, std::int64_t heads, bool batch_first, handle extras, const CallRules& rules, handle seed,
+         handle offset, handle index, int wanted) {
+        return backward_layer(dy, query, key, in_weight, out_weight, q, kv, out, lse,
+                              {heads, batch_first, extras, rules, seed, offset, index}, wanted);
+      },
+      any("dy"), any("query"), any("key"), any("in_weight"), any("out_weight"), any("q"), any("kv"), any("out"),
+      any("lse"), nb::arg("heads"), nb::arg("batch_first"), any("extras"), nb::arg("rules"), any("seed"), any("offset"),
+      any("index"), nb::arg("wanted"));
+  module.def("pack", &pack, any("ignore"));
   // Named as JAX wants the capsules of functions that XLA calls.
   module.def("xla_handlers", [] {
     constexpr const char* kName = "xla._CUSTOM_CALL_TARGET";

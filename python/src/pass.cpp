@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <tuple>
 #include <vector>
 
 namespace fovea::python {
@@ -15,12 +16,23 @@ namespace {
 constexpr std::array<int, 4> kInOrder{0, 1, 2, 3};
 constexpr std::array<int, 4> kHeadsFirst{0, 2, 1, 3};  // [batch, heads, seqlen, dim], a token's heads side by side
 
+/// One of `parts` that stand side by side in the last dimension of rows [..., features]: [..., heads, dim].
+Tensor heads_of(const Tensor& rows, int part, int parts, const Projected& from) {
+  Tensor t = rows;
+  const int last = t.rank - 1;
+  const std::int64_t size = t.shape[last] / parts;
+  if (t.data != nullptr) t.data = static_cast<std::byte*>(t.data) + part * size * size_bytes(t.dtype);
+  t.shape[last] = from.heads;
+  t.strides[last] = t.shape[last + 1] = size / from.heads;
+  t.strides[last + 1] = 1;
+  ++t.rank;
+  return t.rank == 4 && !from.batch_first ? t.transposed(0, 1) : t;
+}
+
 class Pass {
  public:
   Pass(Direction direction, nb::handle q, nb::handle k, nb::handle v, Extras extras, const CallRules& call_rules)
-      : framework_(Framework::of(q)), call_rules_(call_rules), rules_(static_cast<const Rules&>(call_rules)) {
-    call_.direction = direction;
-    if (!extras.is_none()) take_extras(nb::cast<nb::tuple>(extras));
+      : Pass(direction, q, extras, call_rules) {
     call_.in.q = take_tokens(q, "q");
     call_.in.k = take_tokens(k, "k");
     call_.in.v = take_tokens(v, "v");
@@ -29,10 +41,21 @@ class Pass {
     }
   }
 
+  Pass(Direction direction, const Projected& from, Extras extras, const CallRules& call_rules)
+      : Pass(direction, from.q, extras, call_rules) {
+    std::tie(call_.in.q, call_.in.k, call_.in.v) =
+        apart(take(from.q, "q"), from.kv.is_none() ? Tensor{} : take(from.kv, "k and v"), from);
+  }
+
+  /// q, k and v as they lie in projected rows.
+  static std::tuple<Tensor, Tensor, Tensor> apart(const Tensor& q, const Tensor& kv, const Projected& from) {
+    if (!kv.defined()) return {heads_of(q, 0, 3, from), heads_of(q, 1, 3, from), heads_of(q, 2, 3, from)};
+    return {heads_of(q, 0, 1, from), heads_of(kv, 0, 2, from), heads_of(kv, 1, 2, from)};
+  }
+
   void seed(nb::handle seed, nb::handle offset) {
-    if (rules_.dropout.probability == 0.0F) return;
-    rules_.dropout.seed = to_uint64(seed, "seed");
-    rules_.dropout.offset = to_uint64(offset, "offset");
+    if (call_rules_.dropout.probability == 0.0F) return;
+    call_.in.dropout_draws = {to_uint64(seed, "seed"), to_uint64(offset, "offset")};
   }
 
   Inputs& in() { return call_.in; }
@@ -72,14 +95,14 @@ class Pass {
     return make(std::array{q.shape[0], q.shape[2], q.shape[1]}, DType::kFloat32);
   }
 
-  [[nodiscard]] Problem problem() const { return problem_of(call_, rules_); }
+  [[nodiscard]] Problem problem() const { return problem_of(call_, call_rules_); }
   [[nodiscard]] const Device& device() const { return call_.in.q.device; }
 
   /// Checks the call as well: results may be made after this, not before.
   [[nodiscard]] std::shared_ptr<const Plan> plan() const {
-    if (auto known = last_plan(call_, rules_, call_rules_)) return known;
+    if (auto known = last_plan(call_, call_rules_, call_rules_)) return known;
     const nb::gil_scoped_release others_may_run;
-    return plan_of(call_, rules_, call_rules_);
+    return plan_of(call_, call_rules_, call_rules_);
   }
 
   void run(const Plan& plan) {
@@ -99,6 +122,12 @@ class Pass {
   }
 
  private:
+  Pass(Direction direction, nb::handle first, Extras extras, const CallRules& call_rules)
+      : framework_(Framework::of(first)), call_rules_(call_rules) {
+    call_.direction = direction;
+    if (!extras.is_none()) take_extras(nb::cast<nb::tuple>(extras));
+  }
+
   void take_extras(const nb::tuple& extras) {
     call_.in.mask = take_entries(extras[0], "mask");
     call_.in.bias = take_entries(extras[1], "bias");
@@ -123,7 +152,6 @@ class Pass {
 
   const Framework& framework_;
   const CallRules& call_rules_;
-  Rules rules_;
   Call call_;
   std::vector<nb::object> capsules_;
 };
@@ -230,6 +258,43 @@ nb::tuple backward(nb::handle dout, nb::handle dlse, nb::handle q, nb::handle k,
     const nb::object dsink = optional(kSink, in.sink, 3, pass.out.dsink);
     pass.run(*plan);
     return nb::make_tuple(dq.object, dk.object, dv.object, dbias, dslopes, dsink);
+  });
+}
+
+nb::tuple forward_projected(nb::handle q, nb::handle kv, std::int64_t heads, bool batch_first, Extras extras,
+                            const CallRules& rules, nb::handle seed, nb::handle offset) {
+  return translated([&] {
+    const Projected from{q, kv, heads, batch_first};
+    Pass pass(Direction::kForward, from, extras, rules);
+    pass.seed(seed, offset);
+    const auto plan = pass.plan();
+    Tensor like = pass.take(q, "q");
+    if (kv.is_none()) like.shape[like.rank - 1] /= 3;
+    Made out = pass.make_like(like), lse = pass.make_lse();
+    pass.out.out = heads_of(out.view, 0, 1, from);
+    pass.out.lse = lse.view;
+    pass.run(*plan);
+    return nb::make_tuple(std::move(out.object), std::move(lse.object));
+  });
+}
+
+nb::tuple backward_projected(nb::handle dout, nb::handle q, nb::handle kv, nb::handle out, nb::handle lse,
+                             std::int64_t heads, bool batch_first, Extras extras, const CallRules& rules,
+                             nb::handle seed, nb::handle offset) {
+  return translated([&] {
+    const Projected from{q, kv, heads, batch_first};
+    Pass pass(Direction::kBackward, from, extras, rules);
+    pass.seed(seed, offset);
+    const auto plan = pass.plan();
+    Inputs& in = pass.in();
+    in.out = heads_of(pass.take(out, "out"), 0, 1, from);
+    in.dout = heads_of(pass.take(dout, "dout"), 0, 1, from);
+    in.lse = pass.take(lse, "lse");
+    const Made dq = pass.make_like(pass.take(q, "q"));
+    const Made dkv = kv.is_none() ? Made{nb::none(), {}} : pass.make_like(pass.take(kv, "k and v"));
+    std::tie(pass.out.dq, pass.out.dk, pass.out.dv) = Pass::apart(dq.view, dkv.view, from);
+    pass.run(*plan);
+    return nb::make_tuple(dq.object, dkv.object);
   });
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <fovea/plan.h>
 #include <nanobind/nanobind.h>
 
 #include "rules.h"
@@ -29,6 +30,24 @@ enum Wanted : int { kBias = 1, kSlopes = 2, kSink = 4 };
 [[nodiscard]] nb::tuple backward(nb::handle dout, nb::handle dlse, nb::handle q, nb::handle k, nb::handle v,
                                  nb::handle out, nb::handle lse, Extras extras, const CallRules& rules, nb::handle seed,
                                  nb::handle offset, int wanted);
+
+/// What projections of a layer's inputs leave: q, k and v of one input side by side in the last dimension of `q`; or q
+/// there, and k and v in that of `kv`.  [batch, seqlen, features], [seqlen, batch, features] where not batch_first, or
+/// packed [total, features]; densely packed all of them.
+struct Projected {
+  nb::handle q, kv;  ///< kv may be None
+  std::int64_t heads = 0;
+  bool batch_first = true;
+};
+
+/// (out, lse): out [..., heads · head_dim] with the rows of `q`.
+[[nodiscard]] nb::tuple forward_projected(nb::handle q, nb::handle kv, std::int64_t heads, bool batch_first,
+                                          Extras extras, const CallRules& rules, nb::handle seed, nb::handle offset);
+
+/// The gradients of `q` and `kv`; None for None.
+[[nodiscard]] nb::tuple backward_projected(nb::handle dout, nb::handle q, nb::handle kv, nb::handle out, nb::handle lse,
+                                           std::int64_t heads, bool batch_first, Extras extras, const CallRules& rules,
+                                           nb::handle seed, nb::handle offset);
 
 /// What the plan of such a call says of itself.
 [[nodiscard]] Report explain(bool backward, nb::handle q, nb::handle k, nb::handle v, Extras extras,

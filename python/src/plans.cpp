@@ -93,17 +93,15 @@ bool alike(const Tensor& a, const Tensor& b) {
 
 std::shared_ptr<const Plan> plan_of(const Call& call, const Rules& rules, const PlanOptions& options) {
   static auto& cache = *new Cache;  // threads may still call while the process ends
-  // A seed is part of a problem and seldom comes twice: such plans would only drive the others out.
-  const bool kept = rules.dropout.probability == 0.0F;
   const Key key{problem_of(call, rules), call.in.q.device, options};
-  std::shared_ptr<const Plan> plan = kept ? cache.find(key) : nullptr;
+  std::shared_ptr<const Plan> plan = cache.find(key);
   if (plan == nullptr) {
     plan = std::make_shared<const Plan>(call.direction == Direction::kBackward
                                             ? plan_backward(key.problem, key.device, options)
                                             : plan_forward(key.problem, key.device, options));
-    if (kept) cache.keep(key, plan);
+    cache.keep(key, plan);
   }
-  if (kept && call.bare()) last = {call.direction, {call.in.q, call.in.k, call.in.v}, rules, options, plan};
+  if (call.bare()) last = {call.direction, {call.in.q, call.in.k, call.in.v}, rules, options, plan};
   return plan;
 }
 

@@ -171,8 +171,8 @@ class XlaCall {
     }
     if (buffer.dtype != xla::kU32 || buffer.rank != 1 || buffer.dims[0] != 4) refuse("seed must be uint32 [4]");
     const auto* words = static_cast<const std::uint32_t*>(buffer.data);
-    rules_.dropout.seed = words[0] | static_cast<std::uint64_t>(words[1]) << 32;
-    rules_.dropout.offset = words[2] | static_cast<std::uint64_t>(words[3]) << 32;
+    call_.in.dropout_draws = {words[0] | static_cast<std::uint64_t>(words[1]) << 32,
+                              words[2] | static_cast<std::uint64_t>(words[3]) << 32};
   }
 
   const xla::CallFrame& frame_;

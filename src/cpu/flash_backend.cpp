@@ -119,6 +119,7 @@ FlashCall describe_call(const Problem& problem) {
 }
 
 void attach_tensors(FlashCall& call, bool backward, const Inputs& in, const Outputs& out) {
+  if (in.dropout_draws) call.seed = in.dropout_draws->seed, call.offset = in.dropout_draws->offset;
   call.q = row_view(in.q);
   call.k = row_view(in.k);
   call.v = row_view(in.v);

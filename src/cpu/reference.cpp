@@ -86,7 +86,7 @@ Operands::Operands(const Problem& p, const Inputs& in)
     sequences.push_back(s);
   }
   if (p.dropout.probability == 0.0F) return;
-  const std::uint64_t seed = p.dropout.seed, offset = p.dropout.offset;
+  const auto [seed, offset] = in.dropout_draws.value_or(DropoutDraws{p.dropout.seed, p.dropout.offset});
   for (std::int64_t head = 0; head < p.batch * p.num_q_heads; ++head) {
     streams_.push_back(philox4x32_10({static_cast<std::uint32_t>(head), 0, static_cast<std::uint32_t>(offset),
                                       static_cast<std::uint32_t>(offset >> 32)},

@@ -66,6 +66,7 @@ void describe_call(const Problem& problem, CallParams& p) {
 }
 
 void attach_inputs(CallParams& p, const Inputs& in) {
+  if (in.dropout_draws) p.seed = in.dropout_draws->seed, p.offset = in.dropout_draws->offset;
   p.q_lengths = index_view(in.q_lengths);
   p.kv_lengths = index_view(in.kv_lengths);
   p.cu_seqlens_q = index_view(in.cu_seqlens_q);

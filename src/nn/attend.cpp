@@ -1,28 +1,64 @@
+#include <algorithm>
+#include <list>
+#include <mutex>
+
 #include "nn/ops.h"
 #include "problem/operands.h"
 
 namespace fovea::nn {
 namespace {
 
-void execute(const Plan& plan, const Inputs& inputs, const Outputs& outputs) {
-  const auto workspace = ops_of(plan.report().device).allocate(plan.workspace_bytes());
-  plan.execute(inputs, outputs, workspace.get());
+constexpr std::size_t kMostPlans = 64;
+
+struct Planned {
+  Problem problem{};
+  Device device{};
+  std::shared_ptr<const Plan> plan{};
+};
+
+/// A plan out of those used last: steps of training ask for the same ones, each with another seed.
+std::shared_ptr<const Plan> plan_of(Problem problem, const Device& device) {
+  static std::mutex mutex;
+  static auto& planned = *std::make_unique<std::list<Planned>>().release();  // threads may outlive what is static
+  problem.dropout.seed = problem.dropout.offset = 0;
+  {
+    const std::lock_guard lock(mutex);
+    const auto found = std::find_if(planned.begin(), planned.end(),
+                                    [&](const Planned& p) { return p.problem == problem && p.device == device; });
+    if (found != planned.end()) {
+      planned.splice(planned.begin(), planned, found);
+      return planned.front().plan;
+    }
+  }
+  const auto make = problem.direction == Direction::kBackward ? plan_backward : plan_forward;
+  auto plan = std::make_shared<const Plan>(make(problem, device, {}));
+  const std::lock_guard lock(mutex);
+  planned.push_front({problem, device, plan});
+  if (planned.size() > kMostPlans) planned.pop_back();
+  return plan;
+}
+
+void execute(const Problem& problem, Inputs inputs, const Outputs& outputs) {
+  const Device& device = inputs.q.device;
+  const auto plan = plan_of(problem, device);
+  inputs.dropout_draws = {problem.dropout.seed, problem.dropout.offset};
+  const auto workspace = ops_of(device).allocate(plan->workspace_bytes());
+  plan->execute(inputs, outputs, workspace.get());
 }
 
 }  // namespace
 
 void attend(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options, const Tensor& out,
             const Tensor& lse) {
-  const Problem problem = describe(Direction::kForward, q, k, v, options);
-  execute(plan_forward(problem, q.device, options), operands(q, k, v, options), {.out = out, .lse = lse});
+  execute(describe(Direction::kForward, q, k, v, options), operands(q, k, v, options), {.out = out, .lse = lse});
 }
 
 void attend_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                      const Tensor& dout, const AttentionOptions& options, const Gradients& gradients) {
-  const Problem problem = describe(Direction::kBackward, q, k, v, options);
   Inputs in = operands(q, k, v, options);
   in.out = out, in.lse = lse, in.dout = dout;
-  execute(plan_backward(problem, q.device, options), in, {.dq = gradients.dq, .dk = gradients.dk, .dv = gradients.dv});
+  execute(describe(Direction::kBackward, q, k, v, options), in,
+          {.dq = gradients.dq, .dk = gradients.dk, .dv = gradients.dv});
 }
 
 }  // namespace fovea::nn

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fovea
+import fovea._core
 import fovea.nn
 import fovea.torch
 from fovea import flash_attn
@@ -421,6 +422,153 @@ def layers_leave_padding_out_and_give_weights() -> None:
     theirs.load_state_dict(attention.state_dict())
     for one, other in zip(attention(x, x, x, padding), theirs(x, x, x, padding), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def attention_step(layer: Any, x: Any, memory: Any, options: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Output and all gradients of a weighted sum."""
+    dtype = next(layer.parameters()).dtype
+    leaves = [x.to(dtype, copy=True).requires_grad_()]
+    if memory is not None:
+        leaves.append(memory.to(dtype, copy=True).requires_grad_())
+    out, _ = layer(leaves[0], leaves[-1], leaves[-1], need_weights=False, **options)
+    read = options.get("key_padding_mask")
+    read = None if read is None else ~(read if layer.batch_first else read.T)[..., None]
+    weighted = out * torch.sin(torch.arange(out.numel(), device=GPU).view(out.shape)).to(dtype)
+    weighted = weighted if read is None or memory is not None else weighted * read
+    gradients = torch.autograd.grad(weighted.sum(), [*leaves, *layer.parameters()])
+    return (out if read is None or memory is not None else out * read, *gradients)
+
+
+def moved(layer: Any, x: Any, seed: int) -> tuple[Any, Any]:
+    """A layer and its input with every number one unit roundoff up or down (D. S. Parker, 1997)."""
+    chance = torch.Generator(GPU).manual_seed(seed)
+
+    def move(number: torch.Tensor) -> torch.Tensor:
+        signs = torch.randint(0, 2, number.shape, generator=chance, device=GPU) * 2 - 1
+        return (number.double() * (1 + signs * torch.finfo(number.dtype).eps / 2)).to(number.dtype)
+
+    other = copy.deepcopy(layer)
+    other.load_state_dict({name: move(weight) for name, weight in layer.state_dict().items()})
+    return other, None if x is None else move(x)
+
+
+@check
+def layers_at_once_keep_the_error_rule() -> str:
+    lengths = torch.tensor([[90], [31], [140]], device=GPU)
+    ragged = torch.arange(140, device=GPU) >= lengths
+    holes = torch.rand(3, 140, device=GPU) < 0.3
+    square = torch.rand(140, 140, device=GPU) < 0.3
+    for mask in (holes, square):
+        mask[:, 0] = False
+    worst, cases, others = 0.0, 0, 0
+    at_once = fovea._core.forward_layer
+
+    def counted(*words: Any) -> Any:
+        nonlocal others
+        made = at_once(*words)
+        others += made is None
+        return made
+
+    fovea._core.forward_layer = counted
+    for dtype, batch_first, cross, padding, packs, mask, bias in itertools.product(
+        (torch.bfloat16, torch.float16), (True, False), (True, False), (None, ragged, holes), (True, False),
+        (None, square), (True, False),
+    ):  # fmt: skip
+        if packs and (cross or mask is not None or padding is None):
+            continue
+        layer = torch.nn.MultiheadAttention(64, 4, batch_first=batch_first, bias=bias, device=GPU).to(dtype)
+        if bias:
+            torch.nn.init.normal_(layer.in_proj_bias)
+        shape = (3, 140, 64) if batch_first else (140, 3, 64)
+        x, memory = torch.randn(shape, device=GPU), torch.randn(shape, device=GPU) if cross else None
+        x = x.to(dtype)
+        memory = None if memory is None else memory.to(dtype)
+        options = {"key_padding_mask": padding, "attn_mask": mask}
+        exact = attention_step(copy.deepcopy(layer).double(), x, memory, options)
+        plain = [attention_step(layer, x, memory, options)]
+        for seed in range(3):  # one sample of chance may be a lucky one
+            other, given = moved(layer, x, seed)
+            plain.append(attention_step(other, given, memory, options))
+        ours = attention_step(fovea.nn.convert(copy.deepcopy(layer), pack_padding=packs), x, memory, options)
+        for right, mine, *theirs in zip(exact, ours, *plain, strict=True):
+            errors = [(each - right).abs().max().item() for each in theirs]
+            limit = max(2 * max(errors), FLOOR[dtype] * right.abs().max().item())
+            worst = max(worst, (mine - right).abs().max().item() / limit)
+        cases += 1
+    fovea._core.forward_layer = at_once
+    assert worst <= 1.0, f"{2 * worst:.3g} times the plain layer's error"
+    assert others == 0, f"{others} of {cases} went another way"
+    return f"{cases} layers, at most {2 * worst:.2f} times the plain layer's error"
+
+
+def half_layer(dropout: float = 0.0) -> tuple[Any, ...]:
+    layer = fovea.nn.MultiheadAttention(64, 4, dropout, batch_first=True, device=GPU, dtype=torch.bfloat16)
+    x = torch.randn(3, 140, 64, device=GPU, dtype=torch.bfloat16)
+    return layer, x, torch.rand(140, 140, device=GPU) < 0.3, torch.rand(3, 140, device=GPU) < 0.3
+
+
+@check
+def layers_give_gradients_to_whom_is_not_frozen() -> None:
+    layer, x, mask, _ = half_layer()
+    leaves = (x, *layer.parameters())
+    whole: list[Any] = []
+    for learns in itertools.product((True, False), repeat=5):
+        if not any(learns):
+            continue
+        for leaf, learning in zip(leaves, learns, strict=True):
+            leaf.grad = None
+            leaf.requires_grad_(learning)
+        layer(x, x, x, None, False, mask)[0].float().square().sum().backward()
+        if all(learns):
+            whole = [leaf.grad for leaf in leaves]
+        for leaf, learning, gradient in zip(leaves, learns, whole, strict=True):
+            assert (leaf.grad is not None) == learning
+            if learning:
+                torch.testing.assert_close(leaf.grad, gradient, rtol=2e-2, atol=2e-2 * gradient.abs().max().item())
+
+
+@check
+def layers_wait_for_nothing() -> None:
+    layer, x, mask, padding = half_layer(0.1)
+
+    def step() -> None:
+        layer(x, x, x, padding, False, mask)[0].float().square().sum().backward()
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@check
+def layers_are_captured_and_follow_the_current_stream() -> None:
+    layer, x, mask, _ = half_layer()
+
+    def step() -> list[torch.Tensor]:
+        out, _ = layer(x, x, x, None, False, mask)
+        return [out.detach(), *torch.autograd.grad(out.float().square().sum(), list(layer.parameters()))]
+
+    expected = step()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)
+        late = step()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for one, two, three in zip(expected, late, captured, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(one, three, rtol=2e-2, atol=2e-2)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.testing.assert_close(captured[0], step()[0])
 
 
 @check

@@ -14,6 +14,7 @@ import torch
 
 import fovea
 from fovea._observe import Operators
+from fovea.nn import _fused
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nn"))
 import torch_cases
@@ -43,14 +44,144 @@ def batch(batch_first: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     return (x if batch_first else x.transpose(0, 1)), padding
 
 
-def test_random_layers_keep_the_error_rule():
-    failures = []
+def test_random_layers_keep_the_error_rule(monkeypatch):
+    failures, fused = [], []
+    at_once = _fused.attention
+    monkeypatch.setattr(_fused, "attention", lambda *words: fused.append(1) or at_once(*words))
     for seed, dtypes in ((21, ("fp32",)), (22, ("fp16", "bf16"))):
         cases = torch_cases.draw_cases(seed, CASES if "fp32" in dtypes else CASES // 4, dtypes, beyond=False)
         for name, quotient, result in torch_cases.compare_python(cases):
             if not quotient <= 2:
                 failures.append(f"seed {seed} {name}: {result} is off by {quotient:.3g} times: {cases[name][0]}")
     assert not failures, "\n".join(failures)
+    assert len(fused) > 100  # of 150 layers, encoders of several among them
+
+
+def composed(layer: fovea.nn.MultiheadAttention) -> fovea.nn.MultiheadAttention:
+    """The same layer, made to leave the one node by a hook that changes nothing."""
+    other = copy.deepcopy(layer)
+    other.out_proj.register_forward_hook(lambda *_: None)
+    return other
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("pads, packs", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("masked", ["", "bool", "float", "causal"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_one_node_gives_what_operators_give(dropout, batch_first, pads, packs, masked, cross):
+    layer = fovea.nn.MultiheadAttention(32, 4, dropout, batch_first=batch_first, bias=not masked)
+    layer.pack_padding = packs
+    x, padding = batch(batch_first)
+    padding[1, 0] = True
+    memory = torch.randn_like(x) if cross else x
+    square = torch.rand(9, 9) < 0.3
+    mask = {"": None, "bool": square, "float": torch.randn(9, 9), "causal": torch.ones(9, 9).triu(1) > 0}[masked]
+    results = []
+    for each in (layer, composed(layer)):
+        leaves = [x.clone().requires_grad_()]
+        leaves += [memory.clone().requires_grad_()] if cross else []
+        torch.manual_seed(5)
+        out, _ = each(
+            leaves[0], leaves[-1], leaves[-1], padding if pads else None, False, mask, is_causal=masked == "causal"
+        )
+        gradients = torch.autograd.grad((out * x.sin()).sum(), [*leaves, *each.parameters()])
+        results.append((out, *gradients))
+        nodes = set()
+        walk = [out.grad_fn]
+        while walk:
+            node = walk.pop()
+            nodes.add(type(node).__name__)
+            walk += [after for after, _ in node.next_functions if after is not None]
+        assert ("AddmmBackward0" in nodes or "MmBackward0" in nodes) == (each is not layer), nodes
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", itertools.product([False, True], repeat=5))
+def test_whoever_is_frozen_gets_no_gradient_and_the_others_get_theirs(frozen):
+    layer = fovea.nn.MultiheadAttention(32, 4, batch_first=True)
+    results = []
+    given, _ = batch()
+    for each in (layer, composed(layer)):
+        x = given.clone().requires_grad_(not frozen[0])
+        for parameter, stays in zip(each.parameters(), frozen[1:], strict=True):
+            parameter.requires_grad_(not stays)
+        leaves = (x, *each.parameters())
+        out, _ = each(x, x, x, need_weights=False)
+        assert out.requires_grad != all(frozen)
+        if not all(frozen):
+            out.square().sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+        assert [gradient is None for gradient in results[-1]] == list(frozen)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_node_under_autocast_gives_what_operators_give(masked):
+    layer = fovea.nn.MultiheadAttention(32, 4, batch_first=True)
+    results = []
+    x, mask = batch()[0], torch.randn(9, 9, dtype=torch.bfloat16) if masked else None
+    for each in (layer, composed(layer)):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out, _ = each(leaf, leaf, leaf, need_weights=False, attn_mask=mask)
+            loss = (out.float() * x).sum()
+        assert out.dtype == torch.bfloat16
+        assert (type(out.grad_fn).__name__ == "_AttentionBackward") == (each is layer)
+        results.append((out, *torch.autograd.grad(loss, [leaf, *each.parameters()])))
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+def test_gradients_of_one_node_are_not_differentiable_again():
+    layer = fovea.nn.MultiheadAttention(32, 4, batch_first=True)
+    x = batch()[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(x, x, x, need_weights=False)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_explain_names_what_stands_against_one_node():
+    x, padding = batch()
+    kinds = {
+        "": lambda layer: {},
+        "weights are wanted": lambda layer: {"need_weights": True},
+        "key and value are two tensors": lambda layer: {"key": x, "value": x.clone()},
+        "a mask wants its gradient": lambda layer: {"mask": torch.zeros(9, 9, requires_grad=True)},
+        "there are hooks on out_proj": lambda layer: layer.out_proj.register_forward_pre_hook(lambda *_: None) and {},
+        "out_proj has another forward": lambda layer: setattr(layer, "out_proj", torch.nn.Linear(32, 32)) or {},
+        "add_bias_kv adds a key": lambda layer: layer.__init__(32, 4, add_bias_kv=True, batch_first=True) or {},
+        "key or value have another size than query": lambda layer: (
+            layer.__init__(32, 4, kdim=8, vdim=8, batch_first=True) or {"key": torch.randn(3, 9, 8)}
+        ),
+    }
+    for reason, prepare in kinds.items():
+        layer = fovea.nn.MultiheadAttention(32, 4, batch_first=True)
+        call = prepare(layer)
+        report = layer.explain(x, **call)
+        assert report.composed == reason and reason in str(report)
+        key = call.get("key", x)
+        named = {"need_weights": call.get("need_weights", False), "attn_mask": call.get("mask")}
+        out, _ = layer(x, key, call.get("value", key), **named)
+        assert (type(out.grad_fn).__name__ == "_AttentionBackward") == (reason == ""), reason
+    with Operators():
+        assert "dispatch mode" in fovea.nn.MultiheadAttention(32, 4, batch_first=True).explain(x).composed
+
+
+def test_hooks_and_parametrisations_of_out_proj_are_heard():
+    layer = fovea.nn.MultiheadAttention(32, 4, batch_first=True)
+    x, _ = batch()
+    before = layer(x, x, x, need_weights=False)[0]
+    hook = layer.out_proj.register_forward_hook(lambda module, given, result: 2 * result)
+    torch.testing.assert_close(layer(x, x, x, need_weights=False)[0], 2 * before)
+    hook.remove()
+    torch.nn.utils.parametrizations.weight_norm(layer.out_proj)
+    torch.testing.assert_close(layer(x, x, x, need_weights=False)[0], before)
+    with torch.nn.utils.parametrize.cached():
+        assert layer.explain(x).composed
 
 
 @pytest.mark.parametrize("ours, theirs", PAIRS)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fovea.nn import _explain, _masks
+from fovea._arguments import extras, rules
+from fovea.nn import _explain, _fused, _masks
 from fovea.nn._packing import Packing, Rows
 from fovea.torch import _door, _seeds
 
@@ -62,16 +63,26 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return out.squeeze(0 if self.batch_first else 1), None if weights is None else weights.squeeze(0)
         if self._packs(query, key, value, key_padding_mask, attn_mask, need_weights, is_causal):
             packing = Packing(key_padding_mask)
-            rows = packing.rows(query if self.batch_first else query.transpose(0, 1))
-            out = packing.pad(self._of_rows([rows] * 3, packing, packing, is_causal))
+            x = query if self.batch_first else query.transpose(0, 1)
+            out = self._of_rows([x, x, x], packing, packing, is_causal)
             return out if self.batch_first else out.transpose(0, 1), None
 
+        axis = 1 if self.batch_first else 0
+        lengths = (query.shape[axis], key.shape[axis])
+        options = _masks.options_of(
+            attn_mask,
+            key_padding_mask,
+            is_causal,
+            query.shape[1 - axis],
+            self.num_heads,
+            *lengths,
+            int(self.bias_k is not None),
+        )
+        if not _fused.why_composed(self, query, key, value, attn_mask, key_padding_mask, need_weights):
+            return self._at_once(query, key, self.batch_first, options), None
         q, k, v = self._project(query, key, value)
         if not self.batch_first:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        options = _masks.options_of(
-            attn_mask, key_padding_mask, is_causal, *self._sizes(q, k), int(self.bias_k is not None)
-        )
         if self.bias_k is not None:
             more = (len(k), 1, self.num_heads, self.head_dim)
             k = torch.cat([k, self.bias_k.view(more[1:]).expand(more)], 1)
@@ -117,20 +128,48 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _of_rows(
         self, inputs: list[Tensor], of_query: Rows | Packing, of_key: Rows | Packing, is_causal: bool
     ) -> Tensor:
-        """Of query, key and value as [rows, features], one sequence behind the other."""
+        """Of query, key and value as [rows, features], one sequence behind the other, or as a Packing will lay them."""
+        packing = of_query if isinstance(of_query, Packing) else None
+        options = {
+            "causal": "top_left" if is_causal else None,
+            "cu_seqlens_q": of_query.cu_seqlens,
+            "cu_seqlens_kv": of_key.cu_seqlens,
+            "max_seqlen_q": of_query.longest,
+            "max_seqlen_kv": of_key.longest,
+        }
+        if not _fused.why_composed(self, *inputs, None, None, False):
+            return self._at_once(inputs[0], inputs[1], True, options, packing)
+        if packing is not None:
+            inputs = [packing.rows(inputs[0])] * 3
         q, k, v = self._project(*inputs)
-        out = _door.attention(
-            q,
-            k,
-            v,
-            causal="top_left" if is_causal else None,
-            cu_seqlens_q=of_query.cu_seqlens,
-            cu_seqlens_kv=of_key.cu_seqlens,
-            max_seqlen_q=of_query.longest,
-            max_seqlen_kv=of_key.longest,
-            **self._options(q),
+        out = self.out_proj(_door.attention(q, k, v, **options, **self._options(q)).flatten(1))
+        return out if packing is None else packing.pad(out)
+
+    def _at_once(
+        self,
+        query: Tensor,
+        key: Tensor,
+        batch_first: bool,
+        options: dict[str, Any],
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """All of the layer as one node of autograd."""
+        options |= self._options(query)
+        others = extras(
+            options.get("mask"),
+            options.get("bias"),
+            None,
+            options["sink"],
+            None,
+            options.get("kv_lengths"),
+            options.get("cu_seqlens_q"),
+            options.get("cu_seqlens_kv"),
+            options.get("max_seqlen_q"),
+            options.get("max_seqlen_kv"),
         )
-        return self.out_proj(out.flatten(1))
+        dropout_p = options["dropout_p"]
+        call_rules = rules(None, options.get("causal"), None, None, 0.0, dropout_p, False, "bshd", None, False)
+        return _fused.attention(self, query, key, batch_first, others, call_rules, dropout_p, packing)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """q, k and v with heads apart, by as few products as the inputs allow."""
@@ -156,9 +195,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         # A key of score 0 without a value is a sink.
         sink = torch.zeros(self.num_heads, device=q.device) if self.add_zero_attn else None
         return {"dropout_p": self.dropout if self.training else 0.0, "sink": sink}
-
-    def _sizes(self, q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
-        return q.shape[0], self.num_heads, q.shape[1], k.shape[1]
 
     def _weights(self, q: Tensor, k: Tensor, lse: Tensor, options: dict[str, Any], average: bool) -> Tensor:
         """The weights, by tiles of keys: with columns of the unit matrix as values, out is the weights."""
@@ -199,6 +235,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         )
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        if query is key is value and query.dim() in (2, 3) and query.size(-1) == self.kdim == self.vdim:
+            return  # one tensor agrees with itself
         for name, x, size in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.is_nested != query.is_nested:
                 raise ValueError(f"{name} has {x.dim()} dimensions; query, key and value must all have 3, or all 2")

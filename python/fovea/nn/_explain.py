@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend
 
 import fovea
 from fovea._core import Report
-from fovea.nn import _masks
+from fovea.nn import _fused, _masks
 
 if TYPE_CHECKING:
     from fovea.nn._attention import MultiheadAttention
@@ -30,6 +30,7 @@ class LayerReport:
         torch_kernel: what torch.nn's layer would have run: an operator's name, or "math", the N×N formula.
         torch_reason: why it would not have taken its fast path; "" if it would.
         torch_bytes: what its matrix of weights would have taken; 0 if it would have made none.
+        composed: why projections and attention are operators with a node of autograd each; "" if they are one node.
     """
 
     forward: Report
@@ -38,10 +39,13 @@ class LayerReport:
     torch_kernel: str
     torch_reason: str
     torch_bytes: int
+    composed: str
 
     def __str__(self) -> str:
         reports = [self.forward] if self.backward is None else [self.forward, self.backward]
         lines = [str(report).rstrip() for report in reports]
+        if self.composed:
+            lines.append(f"projections and attention are no single node of autograd: {self.composed}")
         if self.packed:
             lines.append("padding is left out: sequences lie one behind the other")
         lines.append(f"torch.nn would have run {self.torch_kernel}")
@@ -65,7 +69,7 @@ def of_attention(
     """MultiheadAttention.explain."""
     packed = layer._packs(query, key, value, padding, mask, need_weights, is_causal)
     fast = ("_native_multi_head_attention", why_no_fast_path(layer, query, key, value, mask, padding))
-    return _report(layer, query, key, mask, padding, need_weights, is_causal, packed, *fast)
+    return _report(layer, query, key, value, mask, padding, need_weights, is_causal, packed, *fast)
 
 
 def of_layer(
@@ -80,13 +84,14 @@ def of_layer(
     attention = layer.self_attn
     packed = packed or attention._packs(src, src, src, padding, mask, False, is_causal)
     fast = ("_transformer_encoder_layer_fwd", why_no_fast_layer(layer, src, mask, padding))
-    return _report(attention, src, src, mask, padding, False, is_causal, packed, *fast)
+    return _report(attention, src, src, src, mask, padding, False, is_causal, packed, *fast)
 
 
 def _report(
     layer: MultiheadAttention,
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     mask: Tensor | None,
     padding: Tensor | None,
     need_weights: bool,
@@ -100,7 +105,8 @@ def _report(
     kernel, size = fast_kernel, 0
     if why_not_fast:
         kernel, size = _torch_kernel(layer, query, key, mask, padding, need_weights, is_causal)
-    return LayerReport(forward, backward, packed, kernel, why_not_fast, size)
+    composed = _fused.why_composed(layer, query, key, value, mask, padding, need_weights)
+    return LayerReport(forward, backward, packed, kernel, why_not_fast, size, composed)
 
 
 def _ours(

@@ -8,33 +8,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fovea import _core
+
 
 class Packing:
     """Where the tokens stand that a key_padding_mask [batch, seqlen] does not hide."""
 
     def __init__(self, key_padding_mask: Tensor) -> None:
-        keep = ~key_padding_mask
-        self.shape = keep.shape
-        self.places = keep.flatten().nonzero().squeeze(1)
-        lengths = keep.sum(1)
-        self.offsets = F.pad(lengths.cumsum(0), (1, 0))
-        self.cu_seqlens = self.offsets.to(torch.int32)
-        self.shortest, self.longest = (int(n) for n in torch.stack((lengths.min(), lengths.max())).tolist())
+        self.shape = key_padding_mask.shape
+        # Waits for a GPU: how many rows there are decides about memory.  In index are cu_seqlens, the place of each row
+        # and the row of each place or -1, one behind the other.
+        self.index, self.num_rows, self.shortest, self.longest = _core.pack(key_padding_mask.contiguous())
+        self.cu_seqlens = self.index[: self.shape[0] + 1]
+
+    @property
+    def places(self) -> Tensor:
+        """Where each row stands in the flattened batch."""
+        first = self.shape[0] + 1
+        return self.index[first : first + self.num_rows].long()
 
     def rows(self, padded: Tensor) -> Tensor:
         """[batch, seqlen, features] as [tokens, features]."""
-        return padded.flatten(0, 1).index_select(0, self.places)
+        return padded.reshape(-1, padded.shape[-1]).index_select(0, self.places)
 
     def pack(self, padded: Tensor) -> Tensor:
         """[batch, seqlen, features] as a jagged tensor."""
         return torch.nested.nested_tensor_from_jagged(
-            self.rows(padded), self.offsets, min_seqlen=self.shortest, max_seqlen=self.longest
+            self.rows(padded), self.cu_seqlens.long(), min_seqlen=self.shortest, max_seqlen=self.longest
         )
 
     def pad(self, rows: Tensor) -> Tensor:
         """The reverse of rows: [batch, seqlen, features], 0 in place of padding."""
         padded = rows.new_zeros((self.shape.numel(), rows.shape[1]))
-        return padded.index_copy(0, self.places, rows).view(*self.shape, -1)
+        return padded.index_copy_(0, self.places, rows).view(*self.shape, -1)
 
 
 class Rows:

@@ -14,7 +14,7 @@ from fovea.torch import _nested, _ops, _seeds
 
 #: Tensors without a dispatch of their own.
 _PLAIN = (Tensor, torch.nn.Parameter)
-_any_autocast = torch._C._is_any_autocast_enabled
+any_autocast = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 
@@ -191,14 +191,12 @@ def run(
 
 def plainly_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a call needs nothing but its result: no tracing, no autocast, no tensors of a special kind."""
-    return not (
-        is_dynamo_compiling()
-        or _any_autocast()
-        or _watched(q, k, v)
-        or q.is_neg()  # negated by a bit, which DLPack does not tell
-        or k.is_neg()
-        or v.is_neg()
-    )
+    return not (is_dynamo_compiling() or any_autocast() or special(q, k, v))
+
+
+def special(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether tensors are of a kind that the compiled half cannot read, or somebody wants to see operators."""
+    return _watched(q, k, v) or q.is_neg() or k.is_neg() or v.is_neg()  # a sign by a bit, which DLPack does not tell
 
 
 def _ordinary(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

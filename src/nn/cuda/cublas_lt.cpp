@@ -22,7 +22,7 @@ constexpr std::size_t kWorkspaceBytes = std::size_t{32} << 20;                  
 constexpr int kNotSupported = 15;                                                 // cublasStatus_t
 constexpr int kComputeFloat = 68, kFloat = 0;                                     // cublasComputeType_t, cudaDataType_t
 constexpr int kTransposeA = 3, kTransposeB = 4, kEpilogue = 7, kBiasPointer = 8;  // cublasLtMatmulDescAttributes_t
-constexpr std::uint32_t kEpilogueBias = 4;                                        // cublasLtEpilogue_t
+constexpr std::uint32_t kEpilogueBias = 4, kEpilogueSumsOfB = 512;                // cublasLtEpilogue_t
 constexpr int kMostWorkspace = 1, kAlignments[] = {5, 6, 7, 8};  // cublasLtMatmulPreferenceAttributes_t: A, B, C, D
 constexpr std::int64_t kMostAlignment = 256, kBiasAlignment = 16;
 
@@ -119,7 +119,6 @@ CublasLt::CublasLt(int gpu) : gpu_(gpu), call_(*found().functions) {
   void* handle = nullptr;
   check(call_.create(&handle), call_.create.name);
   handle_ = std::shared_ptr<void>(handle, cuda::Release{gpu, call_.destroy.address});
-  workspace_ = allocate_on_gpu(gpu, kWorkspaceBytes);
 }
 
 void CublasLt::check(int status, const char* what) const {
@@ -129,8 +128,9 @@ void CublasLt::check(int status, const char* what) const {
                                       "; name another one in FOVEA_CUBLASLT");
 }
 
-bool CublasLt::multiply(const MatrixProduct& p) const {
-  if (p.bias.defined() && alignment_of(p.bias) < kBiasAlignment) return false;
+bool CublasLt::multiply(const MatrixProduct& p, const ProductQueue& queue) const {
+  const Tensor& beside = p.bias.defined() ? p.bias : p.a_sums;
+  if (beside.defined() && alignment_of(beside) < kBiasAlignment) return false;
   const cuda::CurrentGpu current(gpu_);
   const auto own = [](void* made, auto& destroy) {
     return std::unique_ptr<void, int (*)(void*)>(made, destroy.address);
@@ -154,12 +154,13 @@ bool CublasLt::multiply(const MatrixProduct& p) const {
   };
   describe(kTransposeA, std::int32_t{p.transpose_b ? 1 : 0});
   describe(kTransposeB, std::int32_t{p.transpose_a ? 1 : 0});
-  if (p.bias.defined()) {
-    describe(kEpilogue, kEpilogueBias);
-    describe(kBiasPointer, p.bias.data);
+  if (beside.defined()) {
+    describe(kEpilogue, p.bias.defined() ? kEpilogueBias : kEpilogueSumsOfB);
+    describe(kBiasPointer, beside.data);
   }
 
-  std::vector<std::int64_t> key{p.transpose_a, p.transpose_b, p.bias.defined() ? alignment_of(p.bias) : 0};
+  std::vector<std::int64_t> key{p.transpose_a, p.transpose_b, p.bias.defined(),
+                                beside.defined() ? alignment_of(beside) : 0};
   for (const Tensor* t : {&p.b, &p.a, &c, &p.d}) {
     for (const std::int64_t part : {static_cast<std::int64_t>(t->dtype), t->shape[0], t->shape[1], t->strides[0],
                                     std::int64_t{alignment_of(*t)}}) {
@@ -183,15 +184,23 @@ bool CublasLt::multiply(const MatrixProduct& p) const {
     const int status = call_.choose(handle_.get(), description.get(), first.get(), second.get(), added.get(),
                                     result.get(), preference.get(), 1, &best, &count);
     // Of a bias every answer but yes is a no: it can be added afterwards.
-    if (status != kNotSupported && !p.bias.defined()) check(status, call_.choose.name);
+    if (status != kNotSupported && !beside.defined()) check(status, call_.choose.name);
     algorithm.there = status == 0 && count > 0 && best.state == 0;
+    algorithm.workspace_bytes = best.workspace;
     std::copy(std::begin(best.algorithm), std::end(best.algorithm), std::begin(algorithm.words));
   }
   if (!algorithm.there) return false;
+  void* workspace = nullptr;
+  if (queue.workspace && algorithm.workspace_bytes > 0) {
+    workspace = queue.workspace(algorithm.workspace_bytes);
+  } else if (!queue.workspace) {
+    if (workspace_ == nullptr) workspace_ = allocate_on_gpu(gpu_, kWorkspaceBytes);
+    workspace = workspace_.get();
+  }
   const float one = 1.0F, beta = p.c.defined() ? 1.0F : 0.0F;
   check(call_.multiply(handle_.get(), description.get(), &one, p.b.data, first.get(), p.a.data, second.get(), &beta,
-                       c.data, added.get(), p.d.data, result.get(), algorithm.words, workspace_.get(), kWorkspaceBytes,
-                       nullptr),
+                       c.data, added.get(), p.d.data, result.get(), algorithm.words, workspace,
+                       algorithm.workspace_bytes, queue.stream),
         call_.multiply.name);
   return true;
 }

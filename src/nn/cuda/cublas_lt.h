@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -19,9 +20,16 @@ struct MatrixProduct {
   Tensor a{}, b{}, d{};
   bool transpose_a = false, transpose_b = false;
   Tensor c{}, bias{};
+  Tensor a_sums{};  ///< [m] of d's dtype, where defined and bias is not: becomes the sums of a over k
 };
 
-/// The products of one GPU, in its default stream; from any number of threads at once.
+/// Where a product is queued: by itself in the default stream, in the products' own memory.
+struct ProductQueue {
+  void* stream = nullptr;
+  std::function<void*(std::size_t bytes)> workspace{};
+};
+
+/// The products of one GPU; from any number of threads at once.
 class CublasLt {
  public:
   /// By the library that FOVEA_CUBLASLT names, or else the first of at least version 12 among a library already loaded,
@@ -29,13 +37,14 @@ class CublasLt {
   explicit CublasLt(int gpu);
 
   /// False where the library has no way to do this in one step.  Throws Error where it fails.
-  [[nodiscard]] bool multiply(const MatrixProduct& product) const;
+  [[nodiscard]] bool multiply(const MatrixProduct& product, const ProductQueue& queue = {}) const;
 
  private:
   struct Functions;
   struct Found;
   struct Algorithm {
     bool there = false;
+    std::size_t workspace_bytes = 0;
     std::uint64_t words[8] = {};  // cublasLtMatmulAlgo_t
   };
   static const Found& found();
@@ -44,8 +53,8 @@ class CublasLt {
   int gpu_;
   const Functions& call_;
   std::shared_ptr<void> handle_;
-  std::shared_ptr<std::byte> workspace_;
   mutable std::mutex mutex_;
+  mutable std::shared_ptr<std::byte> workspace_;                       // of the default stream
   mutable std::map<std::vector<std::int64_t>, Algorithm> algorithms_;  // by everything that the choice depends on
 };
 

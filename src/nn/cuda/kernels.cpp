@@ -24,7 +24,8 @@ constexpr std::array<Text, kKernelNames> kTexts{{{"finish", kRows, "FinishParams
                                                  {"pointwise", kElements, "PointwiseParams"},
                                                  {"place_rows", kElements, "PlaceParams"},
                                                  {"lengths", kElements, "LengthsParams"},
-                                                 {"put", kElements, "PutParams"}}};
+                                                 {"put", kElements, "PutParams"},
+                                                 {"move_rows", kElements, "MoveRowsParams"}}};
 
 int arch_of_gpu(int gpu) {
   const int capability = cuda::gpu(gpu).compute_capability, arch = cuda::jit::arch_of(capability);

@@ -25,9 +25,10 @@ enum class KernelName : std::uint8_t {
   kPointwise,
   kPlaceRows,
   kLengths,
-  kPut
+  kPut,
+  kMoveRows
 };
-inline constexpr std::size_t kKernelNames = 14;
+inline constexpr std::size_t kKernelNames = 15;
 
 /// What is compiled of a kernel for rows of a dtype; needs no GPU.
 [[nodiscard]] cuda::jit::KernelRequest kernel_request(KernelName name, DType dtype, int arch);
@@ -37,9 +38,10 @@ class Kernels {
  public:
   explicit Kernels(int gpu);
 
-  /// `blocks` of kLayerThreads each, in the default stream; where there are none, nothing.
+  /// `blocks` of kLayerThreads each; where there are none, nothing.
   template <class Params>
-  void launch(KernelName name, DType dtype, std::int64_t blocks, const Params& params, std::int64_t parts = 1) const {
+  void launch(KernelName name, DType dtype, std::int64_t blocks, const Params& params, std::int64_t parts = 1,
+              void* stream = nullptr) const {
     if (blocks == 0) return;
     of(name, dtype)
         .launch({.x = static_cast<unsigned>(blocks),
@@ -47,7 +49,7 @@ class Kernels {
                  .z = 1,
                  .threads = cuda::kLayerThreads,
                  .shared_bytes = 0},
-                params, nullptr);
+                params, stream);
   }
 
  private:

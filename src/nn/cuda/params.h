@@ -122,6 +122,14 @@ struct PutParams {
   int words[kWordsOfLaunch];
 };
 
+/// Row r of `to` = row index[r] of `from`, or zeros where that is negative.  Rows lie one behind the other.
+struct MoveRowsParams {
+  const char* from;
+  char* to;
+  const int* index;
+  i64 rows, pieces;  // of 16 bytes, of a row
+};
+
 struct LengthsParams {
   const unsigned char* ignore;
   int* lengths;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "math/float16.h"
@@ -17,12 +18,12 @@ using namespace fovea;
 constexpr int kInvalid = 7;  // cublasStatus_t
 constexpr int kFloat = 0, kHalf = 2, kBFloat16 = 14;
 constexpr int kTransposeA = 3, kTransposeB = 4, kEpilogue = 7, kBiasPointer = 8, kFirstAlignment = 5;
-constexpr unsigned kNoEpilogue = 1, kEpilogueBias = 4;
+constexpr unsigned kNoEpilogue = 1, kEpilogueBias = 4, kEpilogueSumsOfB = 512;
 
 struct Description {
   std::int32_t transpose_a = 0, transpose_b = 0;
   unsigned epilogue = kNoEpilogue;
-  const void* bias = nullptr;
+  void* bias = nullptr;
 };
 
 /// Columns `stride` elements apart.
@@ -145,6 +146,9 @@ FAKE int cublasLtMatmul(void*, void* made, const void* alpha, const void* a, voi
   }
   const std::vector<float> left = rows_of(a, of_a, turned_a), right = rows_of(b, of_b, !turned_b);
   for (std::int64_t j = 0; j < n; ++j) {
+    if (description.epilogue == kEpilogueSumsOfB) {
+      store(description.bias, of_d.type, j, std::accumulate(right.begin() + j * k, right.begin() + (j + 1) * k, 0.0F));
+    }
     for (std::int64_t i = 0; i < m; ++i) {
       float sum = 0.0F;
       for (std::int64_t l = 0; l < k; ++l) sum += left[i * k + l] * right[j * k + l];

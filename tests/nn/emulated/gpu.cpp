@@ -117,7 +117,8 @@ Launch kernel_of(const std::string& name) {
                                                      {"pointwise", launch<PointwiseParams, pointwise<S>>},
                                                      {"place_rows", launch<PlaceParams, place_rows<S>>},
                                                      {"lengths", launch<LengthsParams, lengths<S>>},
-                                                     {"put", launch<PutParams, put<S>>}};
+                                                     {"put", launch<PutParams, put<S>>},
+                                                     {"move_rows", launch<MoveRowsParams, move_rows<S>>}};
   return kernels.at(name);
 }
 

@@ -107,6 +107,22 @@ FOVEA_DEVICE void put(const PutParams& p) {
   for (int i = static_cast<int>(threadIdx.x); i < p.count; i += kLayerThreads) p.to[i] = p.words[i];
 }
 
+struct alignas(16) Piece {
+  u32 words[4];
+};
+
+/// A warp has a row.
+template <LayerSpec S>
+FOVEA_DEVICE void move_rows(const MoveRowsParams& p) {
+  const i64 row = i64{blockIdx.x} * (kLayerThreads / kWarp) + warp_id();
+  if (row >= p.rows) return;
+  const int from = p.index[row];
+  for (i64 i = lane_id(); i < p.pieces; i += kWarp) {
+    const Piece piece = from < 0 ? Piece{} : reinterpret_cast<const Piece*>(p.from)[from * p.pieces + i];
+    reinterpret_cast<Piece*>(p.to)[row * p.pieces + i] = piece;
+  }
+}
+
 /// A warp has a sequence: where the last of its keys that is not ignored ends.
 template <LayerSpec S>
 FOVEA_DEVICE void lengths(const LengthsParams& p) {
