@@ -122,7 +122,7 @@ def shared_keys(hides):
     weights = [("wait", "q", "full"), ("free", "q"), ("wait", "P", "empty"), ("fill", "P"), ("wait", "dout", "full"), *agree,
                ("wait", "looked", "full"), ("free", "looked"), ("free", "dout")]
     gradients = [("wait", "q", "full"), ("wait", "dout", "full"), ("wait", "P", "full"), ("free", "P"), ("read", "dout"),
-                 ("wait", "looked", "empty"), ("fill", "looked"), ("wait", "dS", "empty"), *agree, ("fill", "dS"), ("free", "q")]
+                 ("wait", "looked", "empty"), ("fill", "looked"), *agree, ("wait", "dS", "empty"), ("fill", "dS"), ("free", "q")]
     end = [("wait", "dS", "empty"), ("fill", "dS"), ("wait", "dS", "empty", 1)]
     return Model(SHARED_KEYS, (weights, gradients), ([], end))
 

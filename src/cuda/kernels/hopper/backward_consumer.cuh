@@ -35,15 +35,15 @@ struct BackwardConsumer : BackwardOwner<S> {
 
   // ---- a tile of rows
 
-  /// kHides: some entry may be hidden.  Where what is hidden is not finite, sums are made term by term of what is seen.
+  /// kHides: some entry may be hidden.  Where all of S and dP is finite, so are q, dout and K, and what is hidden adds
+  /// zeros: then the tile goes on as if nothing were.
   template <bool kHides>
   FOVEA_DEVICE void tile(u32 n, Sums& sums) const {
-    constexpr bool kEarlyDv = !kHides && !S.dropout;  // dropout takes its part of the weights when dS is made
     const Step& now = step(n);
     const int place = state.q.place(n);
     Entries s, dp;
     typename Columns::Bits seen;
-    Packed weights, ds;
+    Packed weights;
     issue_scores(s, n);
     if constexpr (S.mask) look_up(seen, now);
     const RowMap<false> rows = rows_of(now);
@@ -55,31 +55,42 @@ struct BackwardConsumer : BackwardOwner<S> {
     columns.pack(weights, s);
     pin(weights);  // before dP takes as many registers as S had
     issue_dp(dp, n);
-    if constexpr (kEarlyDv) Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
-    await_products<kEarlyDv ? 1 : 0>();
+    if constexpr (!kHides && !S.dropout) issue_dv(weights, place, sums);
+    await_products<!kHides && !S.dropout ? 1 : 0>();
     pin(dp[0]);
-    check += columns.template differentiate<kHides>(dp, weights, at.delta(place));
+    if constexpr (kHides) {
+      check += Columns::not_finite(dp);
+      if (uniform(meet_any(meeting(), 128, !(check == 0.0F)))) {
+        add<true, true>(n, columns, dp, weights, sums);
+        return;
+      }
+      if constexpr (!S.dropout) issue_dv(weights, place, sums);
+    }
+    add<kHides, false>(n, columns, dp, weights, sums);
+  }
+
+  FOVEA_DEVICE void issue_dv(Packed& weights, int place, Sums& sums) const {
+    Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
+  }
+
+  /// Of P and dP: dS, for who makes dq, and dk; dv where it is not under way yet.  kTermByTerm: of what is seen alone.
+  template <bool kHides, bool kTermByTerm>
+  FOVEA_DEVICE void add(u32 n, Columns& columns, Entries& dp, Packed& weights, Sums& sums) const {
+    const int place = state.q.place(n);
+    Packed ds;
+    columns.template differentiate<kHides>(dp, weights, at.delta(place));
     if constexpr (S.alibi) add_slope(n, columns.slope_part(dp), sums.slope);
     if constexpr (S.softcap) columns.pass_softcap(dp);
     columns.pack(ds, dp);
     if constexpr (S.dropout) columns.drop(weights);
-    if constexpr (!kHides) {  // hides what a shared dS costs
-      if constexpr (!kEarlyDv) Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
+    if constexpr (!kTermByTerm) {  // hides what a shared dS costs
+      if constexpr (S.dropout) issue_dv(weights, place, sums);
       Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));
     }
-    state.ds.await_empty(n);
-    put(ds, n);
-    fence_engine();
-    if (kHides && uniform(meet_any(meeting(), 128, !(check == 0.0F)))) {
-      state.spoiled[n & 1] = true;
-      state.ds.announce(n);
+    Owner::template share<kTermByTerm>(ds, n);
+    if constexpr (kTermByTerm) {
       add_seen(n, place, weights, sums);
     } else {
-      state.ds.announce(n);
-      if constexpr (kHides) {
-        Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
-        Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));
-      }
       await_products<0>();
       pin(sums.dv[0]), pin(sums.dk[0]), pin(weights), pin(ds);
     }

@@ -124,6 +124,15 @@ struct BackwardOwner {
 #pragma unroll
     for (int k = 0; k < S.block_m / 16; ++k) store_matrices_transposed(mine + k * 16 * kPanelRowBytes, ds[k]);
   }
+  /// Tile n's dS, to who makes dq; kTermByTerm: of what is seen alone.
+  template <bool kTermByTerm>
+  FOVEA_DEVICE void share(const Packed& ds, u32 n) const {
+    state.ds.await_empty(n);
+    put(ds, n);
+    fence_engine();
+    if constexpr (kTermByTerm) state.spoiled[n & 1] = true;
+    state.ds.announce(n);
+  }
 
   /// Few columns at a time, for registers are full.
   template <int kSteps, int kPieces, class A, class B>

@@ -135,7 +135,7 @@ template <BackwardSpec S>
 struct GradientConsumer : BackwardOwner<S> {
   using Owner = BackwardOwner<S>;
   using Owner::p, Owner::state, Owner::at, Owner::step, Owner::warp_key, Owner::lane_key;
-  using Owner::rows_of, Owner::issue_dp, Owner::put, Owner::clear_slope_parts, Owner::add_slope;
+  using Owner::rows_of, Owner::issue_dp, Owner::clear_slope_parts, Owner::add_slope;
   using typename Owner::Columns, typename Owner::Entries, typename Owner::Packed;
 
   struct Sums {
@@ -170,7 +170,8 @@ struct GradientConsumer : BackwardOwner<S> {
     state.weights.await_full(n);
     from.read(weights);
     if constexpr (S.dropout) columns.kept[0] = load_shared(from.kept());
-    const float check = columns.template differentiate<kHides>(dp, weights, at.delta(state.dout.place(n)));
+    const float check = kHides ? Columns::not_finite(dp) : 0.0F;
+    columns.template differentiate<kHides>(dp, weights, at.delta(state.dout.place(n)));
     state.weights.release(n);
     const Agreement<S> agreement{state};
     if constexpr (kHides) agreement.tell(agreement.kGradients, n, check);
@@ -178,19 +179,14 @@ struct GradientConsumer : BackwardOwner<S> {
     state.looked.announce(n);
     if constexpr (S.alibi) add_slope(n, columns.slope_part(dp), sums.slope);
     columns.pack(ds, dp);
-    if constexpr (!kHides) Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));  // hides what put costs
-    state.ds.await_empty(n);
-    put(ds, n);
-    fence_engine();
     if (kHides && agreement.broken(n)) {
-      state.spoiled[n & 1] = true;
-      state.ds.announce(n);
+      Owner::template share<true>(ds, n);
       Owner::template multiply_seen_by_columns<S.block_m>(
           sums.dk[0], warp_key(), [&](int row, int key) { return element<S.block_m>(at.ds(n), row, key); },
           [&](int row, u32 column) { return element<S.block_m>(at.q(place), row, column); });
     } else {
-      state.ds.announce(n);
-      if constexpr (kHides) Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));
+      Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));  // hides what a shared dS costs
+      Owner::template share<false>(ds, n);
       await_products<0>();
       pin(sums.dk[0]), pin(ds);
     }

@@ -110,11 +110,17 @@ struct GradientColumns {
     }
   }
 
-  /// dPᵀ becomes dSᵀ; of a visible entry never −0.  Returns what `weigh` does.  Weights are read from where they are
-  /// packed: there are no registers to keep more of their digits.
+  /// 0 where all is finite, NaN otherwise.
+  FOVEA_DEVICE static float not_finite(const Entries& c) {
+    float sums[4] = {};
+    each([&](int j, int e) { sums[e] += c[0][j].x[e] * 0.0F; });
+    return sums[0] + sums[1] + sums[2] + sums[3];
+  }
+
+  /// dPᵀ becomes dSᵀ; of a visible entry never −0.  Weights are read from where they are packed: there are no registers
+  /// to keep more of their digits.
   template <bool kHides>
-  FOVEA_DEVICE float differentiate(Entries& dp, const Packed& weights, u32 delta) const {
-    const float check = kHides ? not_finite(dp) : 0.0F;
+  FOVEA_DEVICE void differentiate(Entries& dp, const Packed& weights, u32 delta) const {
     const u32 mine = delta + lane_id() % 4 * 8;
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
@@ -128,7 +134,6 @@ struct GradientColumns {
         d = kHides && is_hidden(weight) ? -0.0F : weight * d + 0.0F;
       }
     }
-    return check;
   }
 
   /// What dropout leaves of the weights; what is hidden, or not a number, stays so.
@@ -179,13 +184,6 @@ struct GradientColumns {
     for (int j = 0; j < kN; ++j) f(j, 0), f(j, 2);
   }
   FOVEA_DEVICE static bool holds(const Bits& bits, int j, int e) { return (bits[j / 8] >> (4 * j % 32 + e) & 1) != 0; }
-
-  /// 0 where all is finite, NaN otherwise.
-  FOVEA_DEVICE static float not_finite(const Entries& c) {
-    float sums[4] = {};
-    each([&](int j, int e) { sums[e] += c[0][j].x[e] * 0.0F; });
-    return sums[0] + sums[1] + sums[2] + sums[3];
-  }
 
   FOVEA_DEVICE void hide_outside_band(Entries& s) const {
     const int first = rules.rows.first + row_of(0, 0);
