@@ -200,7 +200,6 @@ struct Turn {
   }
   /// By one thread, behind a barrier that all additions came before.
   FOVEA_DEVICE void pass(const BackwardParams& p) const {
-    __threadfence();
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + step.slot), "r"(step.turn + 1) : "memory");
   }
 };

@@ -55,8 +55,11 @@ template <int kOpen>
 FOVEA_DEVICE void await_additions_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kOpen) : "memory");
 }
-/// Until all of the thread's are done.
-FOVEA_DEVICE void await_additions() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+/// Until all but at most kOpen of the thread's are done.
+template <int kOpen>
+FOVEA_DEVICE void await_additions() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kOpen) : "memory");
+}
 
 /// Where the copy engine puts 16 bytes of a row of a panel.
 FOVEA_DEVICE u32 swizzled(u32 panel, int row, int piece) {
