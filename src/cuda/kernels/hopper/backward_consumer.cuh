@@ -11,7 +11,7 @@ struct BackwardConsumer : BackwardOwner<S> {
   using Owner = BackwardOwner<S>;
   using Owner::clear_slope_parts, Owner::add_slope;
   using Owner::p, Owner::state, Owner::at, Owner::step, Owner::meeting, Owner::warp_key, Owner::lane_key;
-  using Owner::rows_of, Owner::look_up, Owner::issue_scores, Owner::issue_dp, Owner::put;
+  using Owner::rows_of, Owner::see, Owner::issue_scores, Owner::issue_dp, Owner::put;
   using typename Owner::Columns, typename Owner::Entries, typename Owner::Packed;
 
   /// What a warpgroup gathers.
@@ -35,23 +35,22 @@ struct BackwardConsumer : BackwardOwner<S> {
 
   // ---- a tile of rows
 
-  /// kHides: some entry may be hidden.  Where all of S and dP is finite, so are q, dout and K, and what is hidden adds
-  /// zeros: then the tile goes on as if nothing were.
+  /// kHides: some entry may be hidden.  Where all of S and dP is finite, so are q, dout and K, and weights of 0 add
+  /// zeros: then the tile goes on as if nothing were hidden.
   template <bool kHides>
   FOVEA_DEVICE void tile(u32 n, Sums& sums) const {
     const Step& now = step(n);
     const int place = state.q.place(n);
     Entries s, dp;
-    typename Columns::Bits seen;
     Packed weights;
     issue_scores(s, n);
-    if constexpr (S.mask) look_up(seen, now);
     const RowMap<false> rows = rows_of(now);
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
-    Columns columns{rules, lane_key(), S.dropout ? uniform(now.stream) : math::DropoutStream{}, seen, {}, {}};
+    Columns columns{rules, lane_key(), S.dropout ? uniform(now.stream) : math::DropoutStream{}, {}, {}, {}};
+    if constexpr (kHides) see(columns, n);
     await_products<0>();
     pin(s[0]);
-    float check = columns.template weigh<kHides>(s, at.log2_lse(place), now.full_band);
+    const bool strange = columns.template weigh<kHides>(s, at.log2_lse(place));
     columns.pack(weights, s);
     pin(weights);  // before dP takes as many registers as S had
     issue_dp(dp, n);
@@ -59,14 +58,13 @@ struct BackwardConsumer : BackwardOwner<S> {
     await_products<!kHides && !S.dropout ? 1 : 0>();
     pin(dp[0]);
     if constexpr (kHides) {
-      check += Columns::not_finite(dp);
-      if (uniform(meet_any(meeting(), 128, !(check == 0.0F)))) {
-        add<true, true>(n, columns, dp, weights, sums);
+      if (uniform(meet_any(meeting(), 128, columns.are_gradients_strange(dp, at.delta(place)) || strange))) {
+        add<true>(n, columns, dp, weights, sums);
         return;
       }
       if constexpr (!S.dropout) issue_dv(weights, place, sums);
     }
-    add<kHides, false>(n, columns, dp, weights, sums);
+    add<false>(n, columns, dp, weights, sums);
   }
 
   FOVEA_DEVICE void issue_dv(Packed& weights, int place, Sums& sums) const {
@@ -74,11 +72,11 @@ struct BackwardConsumer : BackwardOwner<S> {
   }
 
   /// Of P and dP: dS, for who makes dq, and dk; dv where it is not under way yet.  kTermByTerm: of what is seen alone.
-  template <bool kHides, bool kTermByTerm>
+  template <bool kTermByTerm>
   FOVEA_DEVICE void add(u32 n, Columns& columns, Entries& dp, Packed& weights, Sums& sums) const {
     const int place = state.q.place(n);
     Packed ds;
-    columns.template differentiate<kHides>(dp, weights, at.delta(place));
+    columns.template differentiate<kTermByTerm>(dp, weights, at.delta(place));
     if constexpr (S.alibi) add_slope(n, columns.slope_part(dp), sums.slope);
     if constexpr (S.softcap) columns.pass_softcap(dp);
     columns.pack(ds, dp);

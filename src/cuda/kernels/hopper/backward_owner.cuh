@@ -105,15 +105,14 @@ struct BackwardOwner {
   }
   FOVEA_DEVICE int lane_key() const { return key() + warp_key() + lane_id() / 4; }
 
-  /// While the scores are made.
-  FOVEA_DEVICE void look_up(typename Columns::Bits& seen, const Step& now) const {
-    if (now.mask == TileState::kPartial) {
-      const RowMap<false> rows = rows_of(now);
-      Columns::look_up(seen, {p, state.walk.sequence, rows}, lane_key());
+  /// While the scores are made: which entries are seen.
+  FOVEA_DEVICE void see(Columns& columns, u32 n) const {
+    if (S.mask && uniform(step(n).mask == TileState::kPartial)) {
+      columns.look_up(at.words(state.q.place(n)) + warp_key() / 32 * (S.block_m * 4));
     } else {
-#pragma unroll
-      for (u32& word : seen) word = ~0U;
+      columns.see_all();
     }
+    if (uniform(!step(n).full_band)) columns.keep_to_band();
   }
 
   /// dS, [row][key], to where both warpgroups find it.

@@ -82,9 +82,6 @@ struct Fetcher {
     ring.full[ring.place(fetched)].arrive_behind_copies();
     ++fetched;
   }
-  FOVEA_DEVICE static void copy_word(u32 to, const u32* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-  }
 };
 
 }  // namespace fovea::cuda

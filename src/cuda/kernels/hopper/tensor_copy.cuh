@@ -43,6 +43,11 @@ FOVEA_DEVICE void load_bytes(u32 to, const void* from, u32 bytes, const Barrier&
                : "memory");
 }
 
+/// A word; behind `Barrier::arrive_behind_copies` it is there.
+FOVEA_DEVICE void copy_word(u32 to, const u32* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
 /// Has some bytes, in steps of 16, added to floats in global memory; one of the thread's open group of such additions.
 FOVEA_DEVICE void add_floats(float* to, u32 from, u32 bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
