@@ -28,9 +28,12 @@ struct BackwardConsumer : BackwardOwner<S> {
     if constexpr (S.alibi) clear_slope_parts();
     state.k.wait(0);
     state.v.wait(0);
-    this->end_walk(this->gather(*this, sums));
+    const u32 tiles = this->gather(*this, sums);
+    this->end_walk(tiles);
     meet(meeting(), 128);
-    store(sums);
+    store_dv(sums);  // while the last dq is made
+    this->await_end(tiles);
+    store_dk(sums);
   }
 
   // ---- a tile of rows
@@ -111,12 +114,14 @@ struct BackwardConsumer : BackwardOwner<S> {
         [&](int k, u32 column) { return element<S.block_m>(at.q(place), k, column); });
     __syncwarp();
   }
-  // ---- the end
 
-  /// Through shared memory, in the place of k and v, which nobody still reads, by each warp for its keys.
-  FOVEA_DEVICE void store(const Sums& sums) const {
-    Owner::template store_sum<S.head_dim>(at.k(), sums.dk[0], p.scale, p.head_dim, p.dk);
+  // ---- the end, through shared memory, in the place of k and v, which nobody still reads, by each warp for its keys
+
+  FOVEA_DEVICE void store_dv(const Sums& sums) const {
     Owner::template store_sum<S.head_dim_v>(at.v(), sums.dv[0], S.dropout ? p.keep_scale : 1.0F, p.head_dim_v, p.dv);
+  }
+  FOVEA_DEVICE void store_dk(const Sums& sums) const {
+    Owner::template store_sum<S.head_dim>(at.k(), sums.dk[0], p.scale, p.head_dim, p.dk);
   }
 };
 

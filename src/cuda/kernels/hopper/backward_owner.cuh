@@ -52,12 +52,13 @@ struct BackwardOwner {
     }
     return n;
   }
-  /// Tells who makes dq that there is no tile n, and waits until nobody reads K.
+  /// Tells who makes dq that there is no tile n.
   FOVEA_DEVICE void end_walk(u32 n) const {
     state.ds.await_empty(n);
     state.ds.announce(n);
-    state.ds.await_empty(n + 1);
   }
+  /// Behind that: until nobody reads K.
+  FOVEA_DEVICE void await_end(u32 n) const { state.ds.await_empty(n + 1); }
 
   // ---- products, issued and not awaited
 

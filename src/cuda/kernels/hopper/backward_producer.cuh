@@ -21,10 +21,10 @@ struct BackwardProducer {
   FOVEA_DEVICE void run() {
     if (kByEngine && threadIdx.x >= (S.mask ? 2 * kWarp : 1)) return;
     HopperWalk<S>& walk = state.walk;
-    if (walk.keeps()) walk.begin(p);
-    share();
     load_keys<S.head_dim>(at.k(), state.k, p.k_map, p.k, p.head_dim);
     load_keys<S.head_dim_v>(at.v(), state.v, p.v_map, p.v, p.head_dim_v);
+    if (walk.keeps()) walk.begin(p);  // meanwhile
+    share();
 #pragma unroll 1
     for (u32 n = 0;; ++n) {
       const Step& step = state.step(n);

@@ -147,7 +147,9 @@ struct GradientConsumer : BackwardOwner<S> {
     pin(sums.dk[0]);
     if constexpr (S.alibi) clear_slope_parts();
     state.k.wait(0), state.v.wait(0);
-    this->end_walk(this->gather(*this, sums));
+    const u32 tiles = this->gather(*this, sums);
+    this->end_walk(tiles);
+    this->await_end(tiles);
     Owner::template store_sum<S.head_dim>(at.k(), sums.dk[0], p.scale, p.head_dim, p.dk);
   }
 
