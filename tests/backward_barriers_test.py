@@ -7,6 +7,7 @@ while somebody reads it.  Whoever changes a wait in the kernel changes it here f
 
 import collections
 import functools
+import itertools
 
 STEPS = 8  # that the walk keeps
 State = collections.namedtuple("State", "barriers producer owners dq copies")
@@ -54,7 +55,7 @@ class Model:
                 yield s._replace(producer=(does + 1, n), copies=s.copies | {(ring, "full", n)})
         if does == 2:
             users = [at for group, (what, at) in enumerate(s.owners) if 0 < what < len(self.owners[group])]
-            users += [s.dq[1]] if s.dq[0] == 1 else []
+            users += [s.dq[1], s.dq[1] - 1] if s.dq[0] == 1 else []  # in turns it passes the last step's while it adds this one's
             assert all(at == n + 1 or (at - n - 1) % STEPS for at in users), "a step is overwritten"
             yield s._replace(producer=(0, n + 1))
 
@@ -122,12 +123,45 @@ def shared_keys(hides):
     weights = [("wait", "q", "full"), ("free", "q"), ("wait", "P", "empty"), ("fill", "P"), ("wait", "dout", "full"), *agree,
                ("wait", "looked", "full"), ("free", "looked"), ("free", "dout")]
     gradients = [("wait", "q", "full"), ("wait", "dout", "full"), ("wait", "P", "full"), ("free", "P"), ("read", "dout"),
-                 ("wait", "looked", "empty"), ("fill", "looked"), ("wait", "dS", "empty"), *agree, ("fill", "dS"), ("free", "q")]
+                 ("wait", "looked", "empty"), ("fill", "looked"), *agree, ("wait", "dS", "empty"), ("fill", "dS"), ("free", "q")]
     end = [("wait", "dS", "empty"), ("fill", "dS"), ("wait", "dS", "empty", 1)]
     return Model(SHARED_KEYS, (weights, gradients), ([], end))
 
 
+def take_turns(key_blocks, row_tiles, heads, abreast, resident, causal):
+    """Deterministic: blocks begin in the order of their tickets, `resident` of them at once, add to dq of a tile from the last
+    key block that sees it to the first, and pass a step's turn once they have added to the next step's.  What one may do it may
+    do until it does it, so one order tells of all."""
+    tickets, walks = collections.Counter(), []
+    for ticket in range(heads * key_blocks):
+        line = ticket // abreast
+        head, block = line // key_blocks * abreast + ticket % abreast, key_blocks - 1 - line % key_blocks
+        lasts = [tile * key_blocks // row_tiles if causal else key_blocks - 1 for tile in range(row_tiles)]
+        walks.append([((head, tile), last - block) for tile, last in enumerate(lasts) if last >= block])
+    running = [(walk, 0) for walk in walks[:resident]]
+    waiting = walks[resident:]
+    while running:
+        before, running = running, []
+        for walk, added in before:
+            if added < len(walk) and tickets[walk[added][0]] == walk[added][1]:
+                added += 1
+                if added > 1:
+                    tickets[walk[added - 2][0]] += 1
+            elif added == len(walk):
+                tickets[walk[-1][0]] += 1
+                walk = None
+            if walk:
+                running.append((walk, added))
+            elif waiting:
+                running.append((waiting.pop(0), 0))
+        assert running != before, f"all wait for turns: {running}"
+
+
 if __name__ == "__main__":
+    cases = list(itertools.product((1, 3, 5), (5, 8), (1, 2, 4), (1, 2, 3, 7), (False, True)))
+    for key_blocks, row_tiles, abreast, resident, causal in cases:
+        take_turns(key_blocks, row_tiles, 8, abreast, resident, causal)
+    print(f"turns: {len(cases)} grids, nobody waits for ever")
     for name, model in (("keys of their own", own_keys()), ("shared keys", shared_keys(False)), ("shared keys, hidden entries", shared_keys(True))):
         counts = [model.explore(tiles) for tiles in range(7)]
         print(f"{name}: {functools.reduce(int.__add__, counts)} states of 0 to 6 tiles, nobody waits for ever")

@@ -53,14 +53,17 @@ TEST(HopperBackward, EveryTileOfSharedMemoryBeginsWhereASwizzleDoes) {
   constexpr int kSwizzle = 1024, kMost = 227 * 1024;
   for (const int d : {8, 40, 64, 72, 96, 128, 136, 192, 256}) {
     for (const int dv : {16, 64, 80, 128, 256}) {
-      const std::string line = "bwd bf16 b1 hq2 sq300 d" + std::to_string(d) + " dv" + std::to_string(dv);
-      const BackwardSpec spec = shape_of(line).spec;
-      const BackwardSm90Shared at = BackwardSm90Shared::of(spec);
-      for (const int place : {at.k, at.v, at.q, at.q_stage, at.dout, at.dout_stage, at.ds, at.ds_stage})
-        EXPECT_EQ(place % kSwizzle, 0) << line;
-      EXPECT_EQ(at.statistics % 16, 0) << line;
-      EXPECT_EQ(at.statistics_of_tile % 16, 0) << line;
-      EXPECT_LE(at.total, kMost) << line;
+      for (const char* option : {"", " mask=b1qk"}) {
+        const std::string line = "bwd bf16 b1 hq2 sq300 d" + std::to_string(d) + " dv" + std::to_string(dv) + option;
+        const BackwardSpec spec = shape_of(line).spec;
+        const BackwardSm90Shared at = BackwardSm90Shared::of(spec);
+        for (const int place : {at.k, at.v, at.q, at.q_stage, at.dout, at.dout_stage, at.ds, at.ds_stage})
+          EXPECT_EQ(place % kSwizzle, 0) << line;
+        EXPECT_EQ(at.statistics % 16, 0) << line;
+        EXPECT_EQ(at.statistics_of_tile % 16, 0) << line;
+        EXPECT_EQ(at.words_stage * 8, *option == 0 ? 0 : spec.block_m * spec.block_n) << line;
+        EXPECT_LE(at.total, kMost) << line;
+      }
     }
   }
 }
@@ -97,10 +100,12 @@ TEST(HopperBackward, SixteenRowsOfDqLieInRunsOfPieces) {
   }
 }
 
-TEST(HopperBackward, HeadsTakeTurnsOnlyUnderABandAndInWholeGroups) {
+TEST(HopperBackward, HeadsTakeTurnsUnderABandOrWhereDqDoesAndInWholeGroups) {
   EXPECT_EQ(shape_of("bwd bf16 b3 hq8 hkv8 sq4096 d128").heads_abreast, 1);
   EXPECT_EQ(shape_of("bwd bf16 b3 hq8 hkv8 sq4096 d128 causal=top_left").heads_abreast, 4);
   EXPECT_EQ(shape_of("bwd bf16 b1 hq17 sq4096 d128 causal=top_left").heads_abreast, 1);
+  EXPECT_EQ(shape_of("bwd bf16 b3 hq8 hkv8 sq4096 d128 deterministic").heads_abreast, 8);
+  EXPECT_EQ(shape_of("bwd bf16 b4 hq16 hkv16 sq512 d128 deterministic").heads_abreast, 32) << "as many as begin together";
 }
 
 TEST(HopperBackward, PrecompilesItsOwnMainKernelAndThePortableOnesAroundIt) {

@@ -46,6 +46,7 @@ struct BackwardSm90Shared {
   int dq;                  // what waits to be added, warp by warp
   int statistics;          // log2_lse and delta of each stage
   int statistics_of_tile;  // bytes of one of them
+  int words, words_stage;  // a mask's, of each stage: word by word of 32 keys, row by row
   int state;               // cuda::BackwardState
   int total;
 
@@ -63,7 +64,9 @@ struct BackwardSm90Shared {
     at.dq = at.p + 2 * at.p_stage;
     at.statistics = at.dq + 4 * kDqStages * dq_piece_bytes(s);
     at.statistics_of_tile = 4 * s.block_m;
-    at.state = at.statistics + 2 * s.stages * at.statistics_of_tile;
+    at.words = at.statistics + 2 * s.stages * at.statistics_of_tile;
+    at.words_stage = s.mask ? s.block_m * s.block_n / 8 : 0;
+    at.state = at.words + s.stages * at.words_stage;
     at.total = at.state + kStateBytes;
     return at;
   }

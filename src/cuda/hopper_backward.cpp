@@ -16,8 +16,10 @@ namespace {
 constexpr int kHopper = 90;
 constexpr int kMostShared = 227 * 1024;
 constexpr int kWarps = 8, kStages = 2;
-constexpr std::int64_t kMostAbreast = 4;  // more of them do not fit into L2
-constexpr int kAtOnce = 128;              // columns of dk and dv that a product makes
+constexpr std::int64_t kMostAbreast = 4;     // more of them do not fit into L2
+constexpr std::int64_t kInTurnsAbreast = 8;  // where dq is added up in turns, so that fewer of a head's blocks wait
+constexpr std::int64_t kMultiprocessors = 132;
+constexpr int kAtOnce = 128;  // columns of dk and dv that a product makes
 
 struct Tile {
   std::int64_t widest;  // head dim that it serves
@@ -97,7 +99,11 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
   };
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
   share_out(problem, shape);
-  if (spec.band && !spec.deterministic) shape.heads_abreast = kv_heads_abreast(problem, kMostAbreast);
+  if (spec.deterministic && shape.key_blocks > 0) {  // blocks that begin together are then of one turn
+    shape.heads_abreast = kv_heads_abreast(problem, std::max(kInTurnsAbreast, kMultiprocessors / shape.key_blocks));
+  } else if (spec.band) {
+    shape.heads_abreast = kv_heads_abreast(problem, kMostAbreast);
+  }
   return shape;
 }
 

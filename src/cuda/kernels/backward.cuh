@@ -45,8 +45,8 @@ struct Step {
 
 /// Which keys a block has, and the tiles of rows that see them, head by head.  It lies in shared memory and is kept by
 /// a few (`keeps`): asked a few times a tile, it is not worth the registers of all.  kSteps: it writes so many before
-/// it takes the first one's place again.
-template <BackwardSpec S, int kSteps = 4>
+/// it takes the first one's place again.  kPoints: a step says where its rows are.
+template <BackwardSpec S, int kSteps = 4, bool kPoints = true>
 struct Walk {
   Sequence sequence;
   int key_block, kv_head;
@@ -81,56 +81,61 @@ struct Walk {
       window_head = -1;
     }
     if constexpr (S.mask) __syncwarp();
-    const Step step = first_of_head(p, first_head, 0);
-    if constexpr (S.mask) {
-      write_seen(p, 0, step, first_head, first);
-    } else {
-      write(p, 0, step);
-    }
+    const Seen next = seek(p, first_head, first);
+    write(p, 0, moved(p, first_of_head(p, next.head, 0), next));
   }
   /// Step n + 1 from step n.
   FOVEA_DEVICE void write_next(const BackwardParams& p, int n) {
-    Step next = steps[n % kSteps];
-    next.stage = next.stage + 1 == S.stages ? 0 : next.stage + 1;
-    if constexpr (S.mask) {
-      const bool same_head = next.tile + 1 != end;
-      write_seen(p, n + 1, next, same_head ? next.head : next.head + 1, same_head ? next.tile + 1 : first);
-    } else {
-      if (++next.tile == end) {
-        next = first_of_head(p, next.head + 1, next.stage);
-      } else {
-        next.q += S.block_m * p.q.row;
-        next.dout += S.block_m * p.dout.row;
-        ++next.slot;
-      }
-      write(p, n + 1, next);
-    }
+    const Step& now = steps[n % kSteps];
+    const int stage = now.stage + 1 == S.stages ? 0 : now.stage + 1;
+    const bool same_head = now.tile + 1 != end;
+    const Seen next = seek(p, same_head ? now.head : now.head + 1, same_head ? now.tile + 1 : first);
+    Step step = next.head == now.head ? carried_on(now) : first_of_head(p, next.head, stage);
+    step.stage = stage;
+    write(p, n + 1, moved(p, step, next));
   }
   /// Who keeps the walk: a thread, or the warp that looks for what a mask does not hide.
   FOVEA_DEVICE static bool keeps() { return S.mask ? warp_id() == 0 : threadIdx.x == 0; }
 
  private:
-  /// Step n, made of another one: this tile of rows, or the next one that the mask does not hide.
-  FOVEA_DEVICE void write_seen(const BackwardParams& p, int n, Step step, int head, int tile) {
-    TileState mask = step.mask;
-    while (head < end_head && !find_seen(p, head, tile, mask)) ++head, tile = first;
-    if (head != step.head) step = first_of_head(p, head, step.stage);
-    const int ahead = tile - step.tile;
-    step.q += ahead * (S.block_m * p.q.row);
-    step.dout += ahead * (S.block_m * p.dout.row);
+  struct Seen {
+    int head, tile;
+    TileState mask;
+  };
+  /// This tile of rows, or the next one that the mask does not hide.
+  FOVEA_DEVICE Seen seek(const BackwardParams& p, int head, int tile) {
+    TileState mask = TileState::kFull;
+    while (S.mask && head < end_head && !find_seen(p, head, tile, mask)) ++head, tile = first;
+    return {head, tile, mask};
+  }
+  /// A step of the same head, of this tile.
+  FOVEA_DEVICE static Step moved(const BackwardParams& p, Step step, const Seen& to) {
+    const int ahead = to.tile - step.tile;
+    if constexpr (kPoints) {
+      step.q += ahead * (S.block_m * p.q.row);
+      step.dout += ahead * (S.block_m * p.dout.row);
+    }
     step.slot += ahead;
-    step.tile = tile;
-    step.mask = mask;
-    write(p, n, step);
+    step.tile = to.tile;
+    step.mask = to.mask;
+    return step;
   }
   FOVEA_DEVICE void write(const BackwardParams& p, int n, Step step) {
     step.full_band = step.tile >= first_full && step.tile < end_full;
     if (S.deterministic && step.exists) step.turn = turn_at(p, step.head, step.tile);
     if (!S.mask || lane_id() == 0) steps[n % kSteps] = step;
   }
+  /// Without pointers little, for then few registers have it.
+  FOVEA_DEVICE static Step carried_on(const Step& step) {
+    if constexpr (kPoints) return step;
+    Step next{};
+    next.slot = step.slot, next.head = step.head, next.tile = step.tile, next.exists = step.exists;
+    if constexpr (S.dropout) next.stream = step.stream;
+    return next;
+  }
   FOVEA_DEVICE Step first_of_head(const BackwardParams& p, int head, int stage) const {
-    Step step{sequence.q_row(p.q, first * S.block_m, head),
-              sequence.q_row(p.dout, first * S.block_m, head),
+    Step step{kPoints ? sequence.q_row(p.q, first * S.block_m, head) : nullptr,
+              kPoints ? sequence.q_row(p.dout, first * S.block_m, head) : nullptr,
               RowSlots(p, sequence, S.block_m).at(head, first),
               head,
               first,
@@ -200,7 +205,6 @@ struct Turn {
   }
   /// By one thread, behind a barrier that all additions came before.
   FOVEA_DEVICE void pass(const BackwardParams& p) const {
-    __threadfence();
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + step.slot), "r"(step.turn + 1) : "memory");
   }
 };

@@ -21,7 +21,7 @@ __device__ void backward_sm90(const BackwardSm90Params& p) {
     state.walk = HopperWalk<S>(p, number_of_block<S>(p));
     state.k.begin(1), state.v.begin(1);
     constexpr u32 kOwners = shares_keys(S) ? 4 : S.warps;
-    state.q.begin(S.warps), state.dout.begin(kOwners), state.ds.begin(4, kOwners * kArrivals);
+    state.q.begin(S.warps, S.mask ? 1 + kWarp : 1), state.dout.begin(kOwners), state.ds.begin(4, kOwners * kArrivals);
     state.weights.begin(4, 4 * kArrivals), state.looked.begin(4, 4 * kArrivals);
     state.spoiled[0] = state.spoiled[1] = false;
     for (auto& of : state.strange) of[0] = of[1] = 0;

@@ -11,7 +11,7 @@ struct BackwardConsumer : BackwardOwner<S> {
   using Owner = BackwardOwner<S>;
   using Owner::clear_slope_parts, Owner::add_slope;
   using Owner::p, Owner::state, Owner::at, Owner::step, Owner::meeting, Owner::warp_key, Owner::lane_key;
-  using Owner::rows_of, Owner::look_up, Owner::issue_scores, Owner::issue_dp, Owner::put;
+  using Owner::rows_of, Owner::see, Owner::issue_scores, Owner::issue_dp, Owner::put;
   using typename Owner::Columns, typename Owner::Entries, typename Owner::Packed;
 
   /// What a warpgroup gathers.
@@ -28,58 +28,70 @@ struct BackwardConsumer : BackwardOwner<S> {
     if constexpr (S.alibi) clear_slope_parts();
     state.k.wait(0);
     state.v.wait(0);
-    this->end_walk(this->gather(*this, sums));
+    const u32 tiles = this->gather(*this, sums);
+    this->end_walk(tiles);
     meet(meeting(), 128);
-    store(sums);
+    store_dv(sums);  // while the last dq is made
+    this->await_end(tiles);
+    store_dk(sums);
   }
 
   // ---- a tile of rows
 
-  /// kHides: some entry may be hidden.  Where what is hidden is not finite, sums are made term by term of what is seen.
+  /// kHides: some entry may be hidden.  Where all of S and dP is finite, so are q, dout and K, and weights of 0 add
+  /// zeros: then the tile goes on as if nothing were hidden.
   template <bool kHides>
   FOVEA_DEVICE void tile(u32 n, Sums& sums) const {
-    constexpr bool kEarlyDv = !kHides && !S.dropout;  // dropout takes its part of the weights when dS is made
     const Step& now = step(n);
     const int place = state.q.place(n);
     Entries s, dp;
-    typename Columns::Bits seen;
-    Packed weights, ds;
+    Packed weights;
     issue_scores(s, n);
-    if constexpr (S.mask) look_up(seen, now);
     const RowMap<false> rows = rows_of(now);
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
-    Columns columns{rules, lane_key(), S.dropout ? uniform(now.stream) : math::DropoutStream{}, seen, {}, {}};
+    Columns columns{rules, lane_key(), S.dropout ? uniform(now.stream) : math::DropoutStream{}, {}, {}, {}};
+    if constexpr (kHides) see(columns, n);
     await_products<0>();
     pin(s[0]);
-    float check = columns.template weigh<kHides>(s, at.log2_lse(place), now.full_band);
+    const bool strange = columns.template weigh<kHides>(s, at.log2_lse(place));
     columns.pack(weights, s);
     pin(weights);  // before dP takes as many registers as S had
     issue_dp(dp, n);
-    if constexpr (kEarlyDv) Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
-    await_products<kEarlyDv ? 1 : 0>();
+    if constexpr (!kHides && !S.dropout) issue_dv(weights, place, sums);
+    await_products<!kHides && !S.dropout ? 1 : 0>();
     pin(dp[0]);
-    check += columns.template differentiate<kHides>(dp, weights, at.delta(place));
+    if constexpr (kHides) {
+      if (uniform(meet_any(meeting(), 128, columns.are_gradients_strange(dp, at.delta(place)) || strange))) {
+        add<true>(n, columns, dp, weights, sums);
+        return;
+      }
+      if constexpr (!S.dropout) issue_dv(weights, place, sums);
+    }
+    add<false>(n, columns, dp, weights, sums);
+  }
+
+  FOVEA_DEVICE void issue_dv(Packed& weights, int place, Sums& sums) const {
+    Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
+  }
+
+  /// Of P and dP: dS, for who makes dq, and dk; dv where it is not under way yet.  kTermByTerm: of what is seen alone.
+  template <bool kTermByTerm>
+  FOVEA_DEVICE void add(u32 n, Columns& columns, Entries& dp, Packed& weights, Sums& sums) const {
+    const int place = state.q.place(n);
+    Packed ds;
+    columns.template differentiate<kTermByTerm>(dp, weights, at.delta(place));
     if constexpr (S.alibi) add_slope(n, columns.slope_part(dp), sums.slope);
     if constexpr (S.softcap) columns.pass_softcap(dp);
     columns.pack(ds, dp);
     if constexpr (S.dropout) columns.drop(weights);
-    if constexpr (!kHides) {  // hides what a shared dS costs
-      if constexpr (!kEarlyDv) Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
+    if constexpr (!kTermByTerm) {  // hides what a shared dS costs
+      if constexpr (S.dropout) issue_dv(weights, place, sums);
       Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));
     }
-    state.ds.await_empty(n);
-    put(ds, n);
-    fence_engine();
-    if (kHides && uniform(meet_any(meeting(), 128, !(check == 0.0F)))) {
-      state.spoiled[n & 1] = true;
-      state.ds.announce(n);
+    Owner::template share<kTermByTerm>(ds, n);
+    if constexpr (kTermByTerm) {
       add_seen(n, place, weights, sums);
     } else {
-      state.ds.announce(n);
-      if constexpr (kHides) {
-        Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
-        Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));
-      }
       await_products<0>();
       pin(sums.dv[0]), pin(sums.dk[0]), pin(weights), pin(ds);
     }
@@ -102,12 +114,14 @@ struct BackwardConsumer : BackwardOwner<S> {
         [&](int k, u32 column) { return element<S.block_m>(at.q(place), k, column); });
     __syncwarp();
   }
-  // ---- the end
 
-  /// Through shared memory, in the place of k and v, which nobody still reads, by each warp for its keys.
-  FOVEA_DEVICE void store(const Sums& sums) const {
-    Owner::template store_sum<S.head_dim>(at.k(), sums.dk[0], p.scale, p.head_dim, p.dk);
+  // ---- the end, through shared memory, in the place of k and v, which nobody still reads, by each warp for its keys
+
+  FOVEA_DEVICE void store_dv(const Sums& sums) const {
     Owner::template store_sum<S.head_dim_v>(at.v(), sums.dv[0], S.dropout ? p.keep_scale : 1.0F, p.head_dim_v, p.dv);
+  }
+  FOVEA_DEVICE void store_dk(const Sums& sums) const {
+    Owner::template store_sum<S.head_dim>(at.k(), sums.dk[0], p.scale, p.head_dim, p.dk);
   }
 };
 

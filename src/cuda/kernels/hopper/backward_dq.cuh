@@ -23,33 +23,43 @@ struct BackwardDq {
   FOVEA_DEVICE const Step& step(u32 n) const { return state.step(n); }
 
   FOVEA_DEVICE void run() const {
-    u32 sent = 0;
+    u32 n = 0, sent = 0;
 #pragma unroll 1
-    for (u32 n = 0;; ++n) {
+    for (;; ++n) {
       state.ds.await_full(n);
       if (!uniform(step(n).exists)) break;
       const bool spoiled = uniform(state.spoiled[n & 1]);
-      if constexpr (S.deterministic) Turn{step(n)}.await(p);
 #pragma unroll 1
       for (int row = 0; row < S.block_m; row += kGroupRows) {
 #pragma unroll 1
-        for (int panel = 0; panel < panels_of(S.head_dim); ++panel, ++sent) make(n, row, panel, spoiled, sent);
+        for (int panel = 0; panel < panels_of(S.head_dim); ++panel, ++sent) {
+          make(n, row, panel, spoiled, sent);
+          if (S.deterministic && n > 0 && row + panel == 0) pass_turn<1>(n - 1);
+        }
       }
       if (spoiled) {
         meet(kMeeting, 128);
         state.spoiled[n & 1] = false;
       }
-      if constexpr (S.deterministic) {
-        if (lane_id() == 0) await_additions();
-        meet(kMeeting, 128);
-        if (threadIdx.x % 128 == 0) Turn{step(n)}.pass(p);
-      }
       state.ds.release(n);
     }
-    if (lane_id() == 0) await_additions();
+    if (S.deterministic && n > 0) {
+      pass_turn<0>(n - 1);
+    } else if (lane_id() == 0) {
+      await_additions<0>();
+    }
   }
 
  private:
+  /// Of a step whose additions are done but for the kOpen last pieces.  The copy engine has the next step's first piece
+  /// by then, so that it is never idle.
+  template <int kOpen>
+  FOVEA_DEVICE void pass_turn(u32 n) const {
+    if (lane_id() == 0) await_additions<kOpen>();
+    meet(kMeeting, 128);
+    if (threadIdx.x % 128 == 0) Turn{step(n)}.pass(p);
+  }
+
   /// Of 64 rows, a panel.
   FOVEA_DEVICE void make(u32 n, int row, int panel, bool spoiled, u32 sent) const {
     const u32 ds = at.ds(n), keys = at.k() + panel * kKeyPanel;
@@ -59,6 +69,7 @@ struct BackwardDq {
     multiply_tiles_by_columns<S.type, S.block_n, S.block_m, kColumns>(dq[0], matrix_at(ds + row * kPanelRowBytes, 16),
                                                                       matrix_at(keys, kKeyPanel));
     close_products();
+    if (S.deterministic && row + panel == 0) Turn{step(n)}.await(p);
     await_products<0>();
     pin(dq[0]);
     const int first = row + warp() * 16;

@@ -52,12 +52,13 @@ struct BackwardOwner {
     }
     return n;
   }
-  /// Tells who makes dq that there is no tile n, and waits until nobody reads K.
+  /// Tells who makes dq that there is no tile n.
   FOVEA_DEVICE void end_walk(u32 n) const {
     state.ds.await_empty(n);
     state.ds.announce(n);
-    state.ds.await_empty(n + 1);
   }
+  /// Behind that: until nobody reads K.
+  FOVEA_DEVICE void await_end(u32 n) const { state.ds.await_empty(n + 1); }
 
   // ---- products, issued and not awaited
 
@@ -105,15 +106,14 @@ struct BackwardOwner {
   }
   FOVEA_DEVICE int lane_key() const { return key() + warp_key() + lane_id() / 4; }
 
-  /// While the scores are made.
-  FOVEA_DEVICE void look_up(typename Columns::Bits& seen, const Step& now) const {
-    if (now.mask == TileState::kPartial) {
-      const RowMap<false> rows = rows_of(now);
-      Columns::look_up(seen, {p, state.walk.sequence, rows}, lane_key());
+  /// While the scores are made: which entries are seen.
+  FOVEA_DEVICE void see(Columns& columns, u32 n) const {
+    if (S.mask && uniform(step(n).mask == TileState::kPartial)) {
+      columns.look_up(at.words(state.q.place(n)) + warp_key() / 32 * (S.block_m * 4));
     } else {
-#pragma unroll
-      for (u32& word : seen) word = ~0U;
+      columns.see_all();
     }
+    if (uniform(!step(n).full_band)) columns.keep_to_band();
   }
 
   /// dS, [row][key], to where both warpgroups find it.
@@ -123,6 +123,15 @@ struct BackwardOwner {
                               warp_id() % 4 * 2 + lane / 8 % 2);
 #pragma unroll
     for (int k = 0; k < S.block_m / 16; ++k) store_matrices_transposed(mine + k * 16 * kPanelRowBytes, ds[k]);
+  }
+  /// Tile n's dS, to who makes dq; kTermByTerm: of what is seen alone.
+  template <bool kTermByTerm>
+  FOVEA_DEVICE void share(const Packed& ds, u32 n) const {
+    state.ds.await_empty(n);
+    put(ds, n);
+    fence_engine();
+    if constexpr (kTermByTerm) state.spoiled[n & 1] = true;
+    state.ds.announce(n);
   }
 
   /// Few columns at a time, for registers are full.

@@ -16,14 +16,15 @@ struct BackwardProducer {
   static constexpr u32 kMeeting = 1;  // the producers' barrier
   FOVEA_DEVICE static bool leads() { return threadIdx.x == 0; }
 
-  /// By one thread; by a warp where it looks for what a mask leaves; by all where they copy by hand.
+  /// By one thread; by two warps where one looks for what a mask leaves and the other has its words copied; by all
+  /// where they copy by hand.
   FOVEA_DEVICE void run() {
-    if (kByEngine && threadIdx.x >= (S.mask ? kWarp : 1)) return;
+    if (kByEngine && threadIdx.x >= (S.mask ? 2 * kWarp : 1)) return;
     HopperWalk<S>& walk = state.walk;
-    if (walk.keeps()) walk.begin(p);
-    share();
     load_keys<S.head_dim>(at.k(), state.k, p.k_map, p.k, p.head_dim);
     load_keys<S.head_dim_v>(at.v(), state.v, p.v_map, p.v, p.head_dim_v);
+    if (walk.keeps()) walk.begin(p);  // meanwhile
+    share();
 #pragma unroll 1
     for (u32 n = 0;; ++n) {
       const Step& step = state.step(n);
@@ -32,12 +33,14 @@ struct BackwardProducer {
       state.q.await_empty(n);
       if (!(kByEngine && !S.mask ? step.exists : uniform(step.exists))) {
         if (leads()) q.arrive();
+        if (S.mask && warp_id() == 1) q.arrive();
         return;
       }
-      load_rows_of<S.head_dim>(step, at.q(place), at.log2_lse(place), q, p.q_map, p.q, p.log2_lse, step.q, p.head_dim);
+      load_rows_of<S.head_dim>(step, at.q(place), at.log2_lse(place), q, p.q_map, p.q, p.log2_lse, p.head_dim);
+      if (S.mask && warp_id() == 1) load_words(step, at.words(place), q);
       state.dout.await_empty(n);
       load_rows_of<S.head_dim_v>(step, at.dout(dout_place), at.delta(dout_place), dout, p.dout_map, p.dout, p.delta,
-                                 step.dout, p.head_dim_v);
+                                 p.head_dim_v);
       if (walk.keeps()) walk.write_next(p, static_cast<int>(n));
       share();
     }
@@ -47,7 +50,7 @@ struct BackwardProducer {
     if constexpr (!kByEngine) {
       meet(kMeeting, 128);
     } else if constexpr (S.mask) {
-      __syncwarp();
+      meet(kMeeting, 2 * kWarp);
     }
   }
 
@@ -72,7 +75,7 @@ struct BackwardProducer {
 
   template <int kDim>
   FOVEA_DEVICE void load_rows_of(const Step& step, u32 to, u32 statistics_to, Barrier& full, const TensorMap& map,
-                                 const RowView& view, const float* statistics, const char* from, int dim) const {
+                                 const RowView& view, const float* statistics, int dim) const {
     constexpr int kBytesOfStatistics = BackwardLayout<S>::kShared.statistics_of_tile;
     const int row = step.tile * S.block_m;
     const float* const mine = statistics + step.slot * S.block_m;
@@ -82,13 +85,34 @@ struct BackwardProducer {
       load_panels<S.block_m, kDim>(to, map, full, {sequence.q_begin + row, step.head, batch()}, Keep::kYes,
                                    kBytesOfStatistics);
     } else {
-      copy<S.block_m, kDim>(to, sequence.band.seqlen_q - row, dim, view, from);
+      copy<S.block_m, kDim>(to, sequence.band.seqlen_q - row, dim, view, sequence.q_row(view, row, step.head));
       fence_engine();
       share();
       if (!leads()) return;
       full.arrive_with(kBytesOfStatistics);
     }
     load_bytes(statistics_to, mine, kBytesOfStatistics, full);
+  }
+
+  /// A mask's words under a tile, by a warp.  Past the last row or key the last one is read: such entries are hidden
+  /// anyway.
+  FOVEA_DEVICE void load_words(const Step& step, u32 to, Barrier& full) const {
+    const WordView& view = p.mask_words;
+    const HopperWalk<S>& walk = state.walk;
+    const int word = walk.key_block * (S.block_n / 32), row = step.tile * S.block_m + lane_id();
+    const u32* from = view.data + walk.sequence.batch * view.batch + step.head * view.head + i64{word} * view.rows;
+    if (step.mask == TileState::kPartial) {
+#pragma unroll
+      for (int r = 0; r < S.block_m; r += kWarp) {
+        const u32* mine = from + math::smaller(row + r, walk.sequence.q_rows - 1) * view.row;
+#pragma unroll
+        for (int w = 0; w < S.block_n / 32; ++w) {
+          copy_word(to + (w * S.block_m + r + lane_id()) * 4, mine);
+          if (word + w + 1 < view.count) mine += view.rows;
+        }
+      }
+    }
+    full.arrive_behind_copies();
   }
 
   template <int kRows, int kDim>

@@ -49,9 +49,8 @@ struct Agreement {
   enum Who { kWeights, kGradients };
   BackwardState<S>& state;
 
-  /// check: of a lane, 0 where it was.
-  FOVEA_DEVICE void tell(Who who, u32 n, float check) const {
-    if (__any_sync(kAllLanes, !(check == 0.0F)) && lane_id() == 0) state.strange[who][n & 1] = n + 1;
+  FOVEA_DEVICE void tell(Who who, u32 n, bool strange) const {
+    if (__any_sync(kAllLanes, strange) && lane_id() == 0) state.strange[who][n & 1] = n + 1;
   }
   /// Once both have told: P has been announced, and that dP was looked at.
   FOVEA_DEVICE bool broken(u32 n) const {
@@ -65,7 +64,7 @@ template <BackwardSpec S>
 struct WeightsConsumer : BackwardOwner<S> {
   using Owner = BackwardOwner<S>;
   using Owner::p, Owner::state, Owner::at, Owner::step, Owner::warp_key, Owner::lane_key;
-  using Owner::rows_of, Owner::look_up, Owner::issue_scores, Owner::clear_slope_parts;
+  using Owner::rows_of, Owner::see, Owner::issue_scores, Owner::clear_slope_parts;
   using typename Owner::Columns, typename Owner::Entries, typename Owner::Packed;
   using Sum = Accumulator[1][S.head_dim_v / 8];
 
@@ -84,16 +83,15 @@ struct WeightsConsumer : BackwardOwner<S> {
   FOVEA_DEVICE void tile(u32 n, Sum& dv) const {
     const Step& now = step(n);
     Entries s;
-    typename Columns::Bits seen;
     Packed weights;
     issue_scores(s, n);
-    if constexpr (S.mask) look_up(seen, now);
     const RowMap<false> rows = rows_of(now);
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
-    Columns columns{rules, lane_key(), S.dropout ? uniform(now.stream) : math::DropoutStream{}, seen, {}, {}};
+    Columns columns{rules, lane_key(), S.dropout ? uniform(now.stream) : math::DropoutStream{}, {}, {}, {}};
+    if constexpr (kHides) see(columns, n);
     await_products<0>();
     pin(s[0]);
-    const float check = columns.template weigh<kHides>(s, at.log2_lse(state.q.place(n)), now.full_band);
+    const bool strange = columns.template weigh<kHides>(s, at.log2_lse(state.q.place(n)));
     state.q.release(n);
     columns.pack(weights, s);
     const WeightsPlace<S> place{at.weights(n)};
@@ -108,7 +106,7 @@ struct WeightsConsumer : BackwardOwner<S> {
     }
     if constexpr (S.dropout) store_shared(place.kept(), columns.kept[0]);
     const Agreement<S> agreement{state};
-    if constexpr (kHides) agreement.tell(agreement.kWeights, n, check);
+    if constexpr (kHides) agreement.tell(agreement.kWeights, n, strange);
     state.weights.announce(n);
     if constexpr (S.dropout) columns.drop(weights);
     state.dout.await_full(n);
@@ -135,7 +133,7 @@ template <BackwardSpec S>
 struct GradientConsumer : BackwardOwner<S> {
   using Owner = BackwardOwner<S>;
   using Owner::p, Owner::state, Owner::at, Owner::step, Owner::warp_key, Owner::lane_key;
-  using Owner::rows_of, Owner::issue_dp, Owner::put, Owner::clear_slope_parts, Owner::add_slope;
+  using Owner::rows_of, Owner::issue_dp, Owner::clear_slope_parts, Owner::add_slope;
   using typename Owner::Columns, typename Owner::Entries, typename Owner::Packed;
 
   struct Sums {
@@ -149,7 +147,9 @@ struct GradientConsumer : BackwardOwner<S> {
     pin(sums.dk[0]);
     if constexpr (S.alibi) clear_slope_parts();
     state.k.wait(0), state.v.wait(0);
-    this->end_walk(this->gather(*this, sums));
+    const u32 tiles = this->gather(*this, sums);
+    this->end_walk(tiles);
+    this->await_end(tiles);
     Owner::template store_sum<S.head_dim>(at.k(), sums.dk[0], p.scale, p.head_dim, p.dk);
   }
 
@@ -158,39 +158,34 @@ struct GradientConsumer : BackwardOwner<S> {
     const Step& now = step(n);
     const int place = state.q.place(n);
     Entries dp;
-    typename Columns::Bits none{};
     Packed weights, ds;
     issue_dp(dp, n);
     const RowMap<false> rows = rows_of(now);
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
-    Columns columns{rules, lane_key(), {}, none, {}, {}};
+    Columns columns{rules, lane_key(), {}, {}, {}, {}};
     await_products<0>();
     pin(dp[0]);
     const WeightsPlace<S> from{at.weights(n)};
     state.weights.await_full(n);
     from.read(weights);
     if constexpr (S.dropout) columns.kept[0] = load_shared(from.kept());
-    const float check = columns.template differentiate<kHides>(dp, weights, at.delta(state.dout.place(n)));
+    const bool strange = kHides && Columns::is_strange(dp);
+    columns.template differentiate<kHides>(dp, weights, at.delta(state.dout.place(n)));
     state.weights.release(n);
     const Agreement<S> agreement{state};
-    if constexpr (kHides) agreement.tell(agreement.kGradients, n, check);
+    if constexpr (kHides) agreement.tell(agreement.kGradients, n, strange);
     state.looked.await_empty(n);
     state.looked.announce(n);
     if constexpr (S.alibi) add_slope(n, columns.slope_part(dp), sums.slope);
     columns.pack(ds, dp);
-    if constexpr (!kHides) Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));  // hides what put costs
-    state.ds.await_empty(n);
-    put(ds, n);
-    fence_engine();
     if (kHides && agreement.broken(n)) {
-      state.spoiled[n & 1] = true;
-      state.ds.announce(n);
+      Owner::template share<true>(ds, n);
       Owner::template multiply_seen_by_columns<S.block_m>(
           sums.dk[0], warp_key(), [&](int row, int key) { return element<S.block_m>(at.ds(n), row, key); },
           [&](int row, u32 column) { return element<S.block_m>(at.q(place), row, column); });
     } else {
-      state.ds.announce(n);
-      if constexpr (kHides) Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));
+      Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));  // hides what a shared dS costs
+      Owner::template share<false>(ds, n);
       await_products<0>();
       pin(sums.dk[0]), pin(ds);
     }

@@ -9,12 +9,12 @@ namespace fovea::cuda {
 
 /// Who makes dq may be at work on a step when the one four on is written.
 template <BackwardSpec S>
-using HopperWalk = Walk<S, 8>;
+using HopperWalk = Walk<S, 8, false>;
 
 template <BackwardSpec S>
 struct BackwardState {
   Barrier k, v;
-  Ring<S.stages> q;           // log2_lse comes with it
+  Ring<S.stages> q;           // log2_lse comes with it, and the words of a mask
   Ring<dout_stages(S)> dout;  // and delta with this
   Ring<2> ds;                 // of all who make it
   bool spoiled[2];            // of each: where something hidden was not finite
@@ -45,6 +45,7 @@ struct BackwardLayout {
     return base + kShared.statistics + 2 * place * kShared.statistics_of_tile;
   }
   FOVEA_DEVICE u32 delta(int place) const { return log2_lse(place) + kShared.statistics_of_tile; }
+  FOVEA_DEVICE u32 words(int place) const { return base + kShared.words + place * kShared.words_stage; }
 };
 
 /// An element of a tile of kRows rows in panels.

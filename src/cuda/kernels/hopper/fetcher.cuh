@@ -69,9 +69,6 @@ struct Fetcher {
       }
     }
   }
-  FOVEA_DEVICE static void copy_word(u32 to, const u32* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-  }
 };
 
 }  // namespace fovea::cuda

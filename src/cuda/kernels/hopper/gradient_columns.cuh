@@ -32,45 +32,60 @@ struct GradientColumns {
   using Packed = OperandA[S.block_m / 16];
   using Rules = ScoreRules<S, false, AsTheyAre>;
   static constexpr bool kDeltaFirst = !S.dropout && S.block_m > 64;  // dP comes with delta taken off
-  using Bits = u32[S.mask || S.dropout ? kN / 8 : 1];                // one an entry: 4j + e
+  using Bits = u32[kN / 8];                                          // one an entry
 
   const Rules& rules;
   int key;  // the lane's first
   math::DropoutStream stream;
-  const Bits& seen;                   // what a mask leaves
-  Bits kept;                          // what dropout keeps
+  Bits seen;                          // what mask and band leave: j + 8e
+  Bits kept;                          // what dropout keeps: 4j + e
   u32 slopes[S.softcap ? kN : 1][2];  // 1 − tanh² of entries e and e + 1, as fp16
 
   FOVEA_DEVICE static int row_of(int j, int e) { return 8 * j + lane_id() % 4 * 2 + e % 2; }
   FOVEA_DEVICE int key_of(int e) const { return key + e / 2 * 8; }
 
-  /// What a mask leaves of a tile of rows to the keys of a lane.
-  FOVEA_DEVICE static void look_up(Bits& seen, const Rules& rules, int key) {
-    const WordView& view = rules.p.mask_words;
-    const u32* const from = view.data + rules.sequence.batch * view.batch + rules.rows.first_head * view.head +
-                            i64{math::smaller(key / 32, view.count - 1)} * view.rows;
-    const int last = rules.rows.rows - 1;
+  FOVEA_DEVICE void see_all() {
+#pragma unroll
+    for (u32& word : seen) word = ~0U;
+  }
+  /// What a mask leaves, from words in shared memory: both keys of a lane have the same bit, of neighbouring bytes.
+  FOVEA_DEVICE void look_up(u32 words) {
+    const u32 mine = words + lane_id() % 4 * 8, bytes = key % 32 < 16 ? 0x5140 : 0x7362;
 #pragma unroll
     for (int w = 0; w < kN / 8; ++w) {
       seen[w] = 0;
-#pragma unroll 4
+#pragma unroll
       for (int j = 0; j < 8; ++j) {
+        const float2 two = load_shared_two(mine + (8 * w + j) * 32);
+        const u32 entries = __byte_perm(__float_as_uint(two.x), __float_as_uint(two.y), bytes);
+        seen[w] |= (entries >> key % 8 & 0x01010101U) << j;
+      }
+    }
+  }
+  /// And what the band leaves of that.
+  FOVEA_DEVICE void keep_to_band() {
+    const int first = rules.rows.first + row_of(0, 0);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const Interval seers = rules.sequence.band.rows_of_key(key_of(2 * h));
+#pragma unroll
+      for (int w = 0; w < kN / 8; ++w) {
+        u32 rows = 0;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int row = math::smaller(rules.rows.first + row_of(8 * w + j, e), last);
-          const u32 both = from[row * view.row] >> key % 32;
-          seen[w] |= ((both & 1) | (both >> 8 & 1) << 2) << (4 * j + e);
+          const int here = first + 64 * w + e;
+          rows |= (rows_below(seers.end - here) & ~rows_below(seers.begin - here)) << 8 * e;
         }
+        seen[w] &= rows << 16 * h | 0xffffU << 16 * (1 - h);
       }
     }
   }
 
-  /// Sᵀ becomes Pᵀ.  kHides: some entry may be hidden; returns 0 where all was finite then.  full_band: not by the
-  /// band.
+  /// Sᵀ becomes Pᵀ.  kHides: some entry may be hidden, `seen` says which; returns what `is_strange` does then.
   template <bool kHides>
-  FOVEA_DEVICE float weigh(Entries& s, u32 log2_lse, bool full_band) {
-    const float unit = (kBareScores<S> ? rules.p.scale : 1.0F) * kLog2E;  // of any sign: hidden entries are told apart
-    const float check = kHides ? not_finite(s) : 0.0F;
+  FOVEA_DEVICE bool weigh(Entries& s, u32 log2_lse) {
+    const float unit = (kBareScores<S> ? rules.p.scale : 1.0F) * kLog2E;
+    const bool strange = kHides && is_strange(s);
     if constexpr (!kBareScores<S>) {
       for_each_two([&](int j, int e) {
         float t[2];
@@ -78,13 +93,10 @@ struct GradientColumns {
         for (int x = 0; x < 2; ++x) {
           float& score = s[0][j].x[e + x];
           score = rules.score(score, row_of(j, e + x), key_of(e), 0.0F, &t[x]);
+          if (kHides && !sees(j, e + x)) score = -infinity();  // that takes no register from here on
         }
         if constexpr (S.softcap) slopes[j][e / 2] = cuda::pack<Type::kFloat16>(1.0F - t[0] * t[0], 1.0F - t[1] * t[1]);
       });
-    }
-    if (kHides && !full_band) hide_outside_band(s);
-    if constexpr (kHides && S.mask) {
-      each([&](int j, int e) { s[0][j].x[e] = holds(seen, j, e) ? s[0][j].x[e] : -infinity(); });
     }
     if constexpr (S.dropout) draw();
     const u32 mine = log2_lse + lane_id() % 4 * 8;
@@ -94,10 +106,10 @@ struct GradientColumns {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float x = s[0][j].x[e], weight = exp2(x * unit - (e % 2 == 0 ? lse.x : lse.y));
-        s[0][j].x[e] = kHides && x == -infinity() ? -0.0F : weight;
+        s[0][j].x[e] = kHides && (kBareScores<S> ? !sees(j, e) : x == -infinity()) ? -0.0F : weight;
       }
     }
-    return check;
+    return strange;
   }
 
   /// −delta, for dPᵀ to be added to.
@@ -110,11 +122,28 @@ struct GradientColumns {
     }
   }
 
-  /// dPᵀ becomes dSᵀ; of a visible entry never −0.  Returns what `weigh` does.  Weights are read from where they are
-  /// packed: there are no registers to keep more of their digits.
+  /// Whether not all is finite, or would not be `margin` times as large.
+  FOVEA_DEVICE static bool is_strange(const Entries& c, float margin = 1.0F, float more = 0.0F) {
+    float sums[4] = {more};
+    each([&](int j, int e) { sums[e] += c[0][j].x[e] * margin; });
+    return !((sums[0] + sums[1] + sums[2] + sums[3]) * 0.0F == 0.0F);
+  }
+  /// Likewise of dP and delta, and of what `differentiate` makes of them: 0 times that is 0.
+  FOVEA_DEVICE bool are_gradients_strange(const Entries& dp, u32 delta) const {
+    float sum = 0.0F;
+    const u32 mine = delta + lane_id() % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < kN && !kDeltaFirst; ++j) {
+      const float2 two = load_shared_two(mine + 32 * j);
+      sum += two.x * 2.0F + two.y * 2.0F;
+    }
+    return is_strange(dp, S.dropout ? rules.p.keep_scale * 2.0F : 2.0F, sum);
+  }
+
+  /// dPᵀ becomes dSᵀ; of a visible entry never −0.  Weights are read from where they are packed: there are no registers
+  /// to keep more of their digits.
   template <bool kHides>
-  FOVEA_DEVICE float differentiate(Entries& dp, const Packed& weights, u32 delta) const {
-    const float check = kHides ? not_finite(dp) : 0.0F;
+  FOVEA_DEVICE void differentiate(Entries& dp, const Packed& weights, u32 delta) const {
     const u32 mine = delta + lane_id() % 4 * 8;
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
@@ -123,12 +152,11 @@ struct GradientColumns {
       for (int e = 0; e < 4; ++e) {
         float& d = dp[0][j].x[e];
         const float weight = unpacked(weights, j, e);
-        if constexpr (S.dropout) d = (holds(kept, j, e) ? d : 0.0F) * rules.p.keep_scale;
+        if constexpr (S.dropout) d = (keeps(j, e) ? d : 0.0F) * rules.p.keep_scale;
         if constexpr (!kDeltaFirst) d -= e % 2 == 0 ? two.x : two.y;
         d = kHides && is_hidden(weight) ? -0.0F : weight * d + 0.0F;
       }
     }
-    return check;
   }
 
   /// What dropout leaves of the weights; what is hidden, or not a number, stays so.
@@ -178,31 +206,11 @@ struct GradientColumns {
 #pragma unroll
     for (int j = 0; j < kN; ++j) f(j, 0), f(j, 2);
   }
-  FOVEA_DEVICE static bool holds(const Bits& bits, int j, int e) { return (bits[j / 8] >> (4 * j % 32 + e) & 1) != 0; }
+  FOVEA_DEVICE bool sees(int j, int e) const { return (seen[j / 8] >> (j % 8 + 8 * e) & 1) != 0; }
+  FOVEA_DEVICE bool keeps(int j, int e) const { return (kept[j / 8] >> (4 * j % 32 + e) & 1) != 0; }
 
-  /// 0 where all is finite, NaN otherwise.
-  FOVEA_DEVICE static float not_finite(const Entries& c) {
-    float sums[4] = {};
-    each([&](int j, int e) { sums[e] += c[0][j].x[e] * 0.0F; });
-    return sums[0] + sums[1] + sums[2] + sums[3];
-  }
-
-  FOVEA_DEVICE void hide_outside_band(Entries& s) const {
-    const int first = rules.rows.first + row_of(0, 0);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      Interval seers = rules.sequence.band.rows_of_key(key_of(2 * h));
-      seers = {seers.begin - first, seers.end - first};
-#pragma unroll
-      for (int j = 0; j < kN; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[0][j].x[2 * h + e];
-          x = seers.contains(8 * j + e) ? x : -infinity();
-        }
-      }
-    }
-  }
+  /// Of rows 0, 8, 16 to 56 those below `end`, a bit each.
+  FOVEA_DEVICE static u32 rows_below(int end) { return (1U << math::smaller(math::larger(end + 7 >> 3, 0), 8)) - 1; }
 
   /// Four entries share a draw: rows 8 apart and keys 8 apart.  Few draws at once, for registers are full.
   FOVEA_DEVICE void draw() {

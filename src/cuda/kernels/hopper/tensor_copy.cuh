@@ -43,6 +43,11 @@ FOVEA_DEVICE void load_bytes(u32 to, const void* from, u32 bytes, const Barrier&
                : "memory");
 }
 
+/// A word; behind `Barrier::arrive_behind_copies` it is there.
+FOVEA_DEVICE void copy_word(u32 to, const u32* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
 /// Has some bytes, in steps of 16, added to floats in global memory; one of the thread's open group of such additions.
 FOVEA_DEVICE void add_floats(float* to, u32 from, u32 bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
@@ -55,8 +60,11 @@ template <int kOpen>
 FOVEA_DEVICE void await_additions_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kOpen) : "memory");
 }
-/// Until all of the thread's are done.
-FOVEA_DEVICE void await_additions() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+/// Until all but at most kOpen of the thread's are done.
+template <int kOpen>
+FOVEA_DEVICE void await_additions() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kOpen) : "memory");
+}
 
 /// Where the copy engine puts 16 bytes of a row of a panel.
 FOVEA_DEVICE u32 swizzled(u32 panel, int row, int piece) {
