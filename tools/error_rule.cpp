@@ -39,11 +39,11 @@ std::string place_of(const Tensor& t, std::int64_t index) {
 
 std::span<const ResultKind> result_kinds() { return kResults; }
 
-Peers::Peers(const cpu::Operands& operands, cpu::Results results)
+Peers::Peers(const cpu::Operands& operands, cpu::Results results, bool own_out)
     : dtype(operands.problem.dtype),
       exact(std::move(results)),
       plain(tools::plain(operands)),
-      unavoidable(roundings(operands, exact)) {}
+      unavoidable(roundings(operands, exact, own_out)) {}
 
 Figure judge(const ResultKind& kind, const Peers& peers, const Tensor& result) {
   const std::vector<double> values = cpu::load_all(result);

@@ -34,7 +34,8 @@ struct ResultKind {
 
 /// What results of a problem are held against.
 struct Peers {
-  explicit Peers(const cpu::Operands& operands, cpu::Results results);
+  /// own_out: see `roundings`.
+  explicit Peers(const cpu::Operands& operands, cpu::Results results, bool own_out = false);
   DType dtype;
   cpu::Results exact, plain;
   Roundings unavoidable;

@@ -80,9 +80,14 @@ class Sums {
     stored_[at] += stored * stored;
   }
 
+  /// Of an element, when all its terms are there.
+  [[nodiscard]] double computed(std::size_t i) const {
+    return std::sqrt(computed_[i] + terms_[i] * std::max(squares_[i], exact_[i] * exact_[i]));
+  }
+
   Rounding finish() && {
     for (std::size_t i = 0; i < exact_.size(); ++i) {
-      computed_[i] = std::sqrt(computed_[i] + terms_[i] * std::max(squares_[i], exact_[i] * exact_[i]));
+      computed_[i] = computed(i);
       if (touched_[i] != 0) computed_[i] = std::max(computed_[i], kLost);
       stored_[i] = std::sqrt(stored_[i]);
     }
@@ -107,9 +112,10 @@ struct Entry {
 
 class Bookkeeper {
  public:
-  Bookkeeper(const cpu::Operands& operands, const cpu::Results& exact)
+  Bookkeeper(const cpu::Operands& operands, const cpu::Results& exact, bool own_out)
       : x_(operands),
         exact_(exact),
+        own_out_(own_out),
         p_(operands.problem),
         scale_(operands.scale()),
         out_(exact.out),
@@ -202,7 +208,11 @@ class Bookkeeper {
     const std::int64_t d = p_.head_dim, dv = p_.head_dim_v, row = x_.q_row(b, h, i);
     const double one = 1.0, dlse = x_.dlse.empty() ? 0.0 : x_.dlse[x_.lse_at(b, h, i)];
     const double* const dout = &x_.dout[row * dv];
-    const Dot delta(dout, &exact_.out[row * dv], dv, smallest_);
+    Dot delta(dout, &exact_.out[row * dv], dv, smallest_);
+    if (own_out_) {
+      for (std::int64_t c = 0; c < dv; ++c)
+        delta.computed = together({delta.computed, dout[c] * out_.computed(static_cast<std::size_t>(row * dv + c))});
+    }
     const std::int64_t slope = x_.slope_at(b, h);
     const bool one_bias = x_.bias.present && x_.bias.strides[3] == 0;  // for all keys of the row
     double sum_p = 0.0, sum_ds = 0.0, far_p = 0.0, far_ds = 0.0;       // the latter times the distance
@@ -271,6 +281,7 @@ class Bookkeeper {
 
   const cpu::Operands& x_;
   const cpu::Results& exact_;
+  const bool own_out_;
   const Problem& p_;
   const double scale_;
   const double smallest_ = cpu::format_of(p_.dtype).smallest_normal();  // below it a stored number loses digits
@@ -285,8 +296,8 @@ class Bookkeeper {
 
 }  // namespace
 
-Roundings roundings(const cpu::Operands& operands, const cpu::Results& exact) {
-  return Bookkeeper(operands, exact).run();
+Roundings roundings(const cpu::Operands& operands, const cpu::Results& exact, bool own_out) {
+  return Bookkeeper(operands, exact, own_out).run();
 }
 
 }  // namespace fovea::tools

@@ -12,7 +12,8 @@
 #include "workload.h"
 
 // What `fovea check` holds backends against, for results that come from elsewhere: the hostile tensors of a problem,
-// and the error rule.  A C interface, for tests that speak through ctypes (tests/python/judge.py).
+// and the error rule; backward passes are of their own forward's out.  A C interface, for tests that speak through
+// ctypes (tests/python/judge.py).
 
 using namespace fovea;
 using namespace fovea::tools;
@@ -21,7 +22,9 @@ namespace {
 
 struct Judge {
   Judge(const Problem& problem, std::uint64_t seed)
-      : work(problem, seed, Data::kHostile), peers(work.operands(), work.exact()), line(to_string(work.problem())) {}
+      : work(problem, seed, Data::kHostile),
+        peers(work.operands(), work.exact(), true),
+        line(to_string(work.problem())) {}
   Workload work;
   Peers peers;
   std::string line;
