@@ -24,7 +24,6 @@ struct BackwardScratch {
   PackedColumns<kWord> k_columns;
   float *dk, *dv;   // [key][padded dim]
   float* dq;        // [panel][dim][lane]
-  float* pairs;     // P, then dS, as pairs of lanes
   float* tile_sum;  // [kKeyTile][kGroupRows]: of dbias
   double* dslopes;  // [head of the group]
 
@@ -34,12 +33,10 @@ struct BackwardScratch {
         v(arena, shape.block_keys, call.head_dim_v),
         clean_k(arena, shape.block_keys, call.head_dim),
         k_columns(arena, shape.block_keys, call.head_dim) {
-    constexpr i64 kTile = kKeyTile * kGroupRows, kPairs = kWord == Word::kPair ? kTile / 2 : 0;
     dk = arena.take<float>(shape.block_keys * rows.q.padded);
     dv = arena.take<float>(shape.block_keys * rows.dout.padded);
     dq = arena.take<float>(dq_floats<kWord>(call));
-    pairs = arena.take<float>(kPairs);
-    tile_sum = arena.take<float>(kTile);
+    tile_sum = arena.take<float>(kKeyTile * kGroupRows);
     dslopes = arena.take<double>(call.q_heads / call.kv_heads);
   }
 };
@@ -214,23 +211,22 @@ class Backward {
   void add_tile(BackwardScratch<kWord>& my, const Context& context, Interval keys, i64 at) {
     RowGroup<kWord>& rows = my.rows;
     const i64 count = keys.end - keys.begin;
+    const bool any_bad = rows.any_bad || my.k.any_bad, floats = kWord == Word::kFloat || any_bad || call_.alibi;
     i64 first = rows.kPanels, last = -1;  // panels that see something
     for (i64 p = 0; p < rows.kPanels; ++p) {
       const Tile ds = rows.tile_of(rows.ds, p, keys);
-      if (!rows.recompute(p, context, keys, my.k, my.v, at)) continue;
+      if (!rows.recompute(p, context, keys, my.k, my.v, at, floats)) continue;
       first = math::smaller(first, p);
       last = p;
       if (call_.alibi) add_slope_gradient(my, context, ds, rows.panels[p]);
-      if (call_.softcap > 0) {
+      if (call_.softcap > 0 && floats) {
         const Tile tanhs = rows.tile_of(rows.tanhs, p, keys);
-        for_each_vector(ds, [&](i64 r, int lane, float* x) {
-          const V t = load(tanhs.row(r) + lane);
-          store(x, load(x) == V{} ? V{} : load(x) * (splat(1.0F) - t * t));  // of a hidden entry t may be NaN
-        });
+        for_each_vector(
+            ds, [&](i64 r, int lane, float* x) { store(x, before_softcap(load(x), tanhs.row(r) + lane)); });
       }
-      const WordsOverKeys<kWord> ds_words(rows.extra, ds);
+      const Tile over_keys = kWord == Word::kPair ? Tile{rows.ds_over_keys, kPanelRows, keys} : ds;
       product<kWord, PackedColumns<kWord>::kLayout, Init::kAdd, kPanelVectors>(  // dqᵀ += Kᵀ dSᵀ
-          {my.k_columns.at(at), my.k_columns.stride, ds_words.data, ds_words.stride, dq_of(my, p), kPanelRows,
+          {my.k_columns.at(at), my.k_columns.stride, over_keys.data, over_keys.stride, dq_of(my, p), kPanelRows,
            words_of<kWord>(count)},
           call_.head_dim);
     }
@@ -238,17 +234,15 @@ class Backward {
     // The lanes of the panels from first to last, as whole words' depth.
     constexpr i64 kStep = kDepthStep<kWord> * kPerWord<kWord>;
     const i64 lane = first * kPanelRows / kStep * kStep, depth = words_of<kWord>((last + 1) * kPanelRows - lane);
-    const WordsOverRows<kWord> p_words(my.pairs, rows.s, count);
     product_wide<kWord, ALayout::kRowMajor, Init::kAdd>(  // dv += Pᵀ dout
-        {p_words.from_row(lane), p_words.kStride, rows.dout.from_row(lane), rows.dout.padded,
+        {rows.p_words + lane / kPerWord<kWord>, rows.kWordStride, rows.dout.from_row(lane), rows.dout.padded,
          my.dv + at * rows.dout.padded, rows.dout.padded, depth},
         count, rows.dout.padded / kWidth);
-    const WordsOverRows<kWord> ds_words(my.pairs, rows.ds, count);
     product_wide<kWord, ALayout::kRowMajor, Init::kAdd>(  // dk += dSᵀ q
-        {ds_words.from_row(lane), ds_words.kStride, rows.q.from_row(lane), rows.q.padded, my.dk + at * rows.q.padded,
+        {rows.ds_words + lane / kPerWord<kWord>, rows.kWordStride, rows.q.from_row(lane), rows.q.padded, my.dk + at * rows.q.padded,
          rows.q.padded, depth},
         count, rows.q.padded / kWidth);
-    add_bad_rows(my, context, keys, at);
+    if (any_bad) add_bad_rows(my, context, keys, at);
   }
 
   /// The entries whose row of q, k or dout is not finite, which the products saw as 0: only visible ones count.
@@ -389,7 +383,7 @@ class Backward {
       my.k.pack(context, call_.k, tile, kv_head);
       my.v.pack(context, call_.v, tile, kv_head);
       for (i64 p = 0; p < my.rows.kPanels; ++p) {
-        if (!my.rows.recompute(p, context, tile, my.k, my.v, 0)) continue;
+        if (!my.rows.recompute(p, context, tile, my.k, my.v, 0, true)) continue;
         const Tile sum = my.rows.tile_of(my.tile_sum, p, tile);
         for_each_vector(my.rows.tile_of(my.rows.ds, p, tile), [&](i64 r, int lane, const float* x) {
           store(sum.row(r) + lane, load(sum.row(r) + lane) + load(x));

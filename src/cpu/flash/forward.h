@@ -111,7 +111,7 @@ inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats)
     if (keep_floats) each([&](V& x, i64 row, int n) { store(s.row(row) + n * kWidth, x); });
     if constexpr (kWord == Word::kPair) {
       FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) {
-        store(of.pairs + r / 2 * kPanelRows + n * kWidth, round_to_pairs_by_lane(p[n], p[n + kPanelVectors]));
+        store(of.pairs + r / 2 * kPanelRows + n * kWidth, side_by_side(round_to_pairs(p[n], p[n + kPanelVectors])));
       }
     }
   }
