@@ -13,7 +13,7 @@ namespace fovea::cpu::FOVEA_ISA {
 /// Of one row group.
 template <Word kWord>
 inline i64 dq_floats(const FlashCall& call) {
-  return kGroupRows * whole(call.head_dim, kRowStep<kWord>);
+  return kGroupRows * whole(call.head_dim, kWidth);
 }
 
 template <Word kWord>
@@ -69,7 +69,6 @@ class Backward {
     for (i64 t = 0; t < call_.kv_heads * shape_.total_groups; ++t) tickets_[t] = 0;
     each<&Backward::row_statistics>(heads * shape_.max_groups);
     each<&Backward::key_block>(heads * shape_.blocks);
-    each<&Backward::store_dq>(heads * shape_.max_groups);
     if (call_.dslopes.data != nullptr)
       each<&Backward::sum_dslopes>((call_.slopes.per_batch ? call_.batch : 1) * call_.q_heads);
     if (call_.dsink != nullptr) each<&Backward::sum_dsink>(call_.q_heads);
@@ -123,6 +122,10 @@ class Backward {
     const Context context{call_, call_.sequences[group.batch], group.batch};
     const BackwardScratch<kWord> my = scratch(worker);
     const RowStats stats = this->stats(group.batch, group.kv_head);
+    if (context.sequence.band.keys_of_rows(group.queries).empty()) {  // no block of keys will add to its dq
+      for (i64 x = 0; x < dq_floats<kWord>(call_); ++x) my.dq[x] = 0.0F;
+      store_dq(my, context, group, my.dq);
+    }
     const i64 padded = my.rows.dout.padded;
     float *out = my.rows.s, *dout = my.rows.s + padded;
     for (i64 r = group.first_row; r < group.first_row + group.rows; ++r) {
@@ -199,10 +202,14 @@ class Backward {
       add_tile(my, context, {j, math::smaller(j + kKeyTile, keys.end)}, j - keys.begin);
     }
     std::int32_t* ticket = tickets_ + slot(group.batch, group.kv_head, group.index);
-    const i64 first_block = context.sequence.band.keys_of_rows(group.queries).begin / shape_.block_keys;
-    const auto turn = static_cast<std::int32_t>(block - first_block);
+    const Interval seen = context.sequence.band.keys_of_rows(group.queries);
+    const auto turn = static_cast<std::int32_t>(block - seen.begin / shape_.block_keys);
     float* sum = dq_sum(group);
     await_turn(ticket, turn);
+    if ((block + 1) * shape_.block_keys >= seen.end) {  // the last that adds
+      for (i64 x = 0; x < floats && turn > 0; x += kWidth) store(my.dq + x, load(sum + x) + load(my.dq + x));
+      return store_dq(my, context, group, my.dq);
+    }
     for (i64 x = 0; x < floats; x += kWidth)
       store(sum + x, turn == 0 ? load(my.dq + x) : load(sum + x) + load(my.dq + x));
     __atomic_store_n(ticket, turn + 1, __ATOMIC_RELEASE);
@@ -221,8 +228,7 @@ class Backward {
       if (call_.alibi) add_slope_gradient(my, context, ds, rows.panels[p]);
       if (call_.softcap > 0 && floats) {
         const Tile tanhs = rows.tile_of(rows.tanhs, p, keys);
-        for_each_vector(
-            ds, [&](i64 r, int lane, float* x) { store(x, before_softcap(load(x), tanhs.row(r) + lane)); });
+        for_each_vector(ds, [&](i64 r, int lane, float* x) { store(x, before_softcap(load(x), tanhs.row(r) + lane)); });
       }
       const Tile over_keys = kWord == Word::kPair ? Tile{rows.ds_over_keys, kPanelRows, keys} : ds;
       product<kWord, PackedColumns<kWord>::kLayout, Init::kAdd, kPanelVectors>(  // dqᵀ += Kᵀ dSᵀ
@@ -239,8 +245,8 @@ class Backward {
          my.dv + at * rows.dout.padded, rows.dout.padded, depth},
         count, rows.dout.padded / kWidth);
     product_wide<kWord, ALayout::kRowMajor, Init::kAdd>(  // dk += dSᵀ q
-        {rows.ds_words + lane / kPerWord<kWord>, rows.kWordStride, rows.q.from_row(lane), rows.q.padded, my.dk + at * rows.q.padded,
-         rows.q.padded, depth},
+        {rows.ds_words + lane / kPerWord<kWord>, rows.kWordStride, rows.q.from_row(lane), rows.q.padded,
+         my.dk + at * rows.q.padded, rows.q.padded, depth},
         count, rows.q.padded / kWidth);
     if (any_bad) add_bad_rows(my, context, keys, at);
   }
@@ -283,18 +289,17 @@ class Backward {
       my.dslopes[panel.head[lane] % group_size()] += static_cast<double>(total[lane]);
   }
 
-  void store_dq(i64 task, int worker) {
-    const Group group = group_of_task(task);
-    const Context context{call_, call_.sequences[group.batch], group.batch};
-    const BackwardScratch<kWord> my = scratch(worker);
-    const bool seen = !context.sequence.band.keys_of_rows(group.queries).empty();
-    const float* sum = dq_sum(group);
-    for (i64 x = 0; x < group.rows; ++x) {
-      const i64 r = group.first_row + x;
-      const float* from = sum + x / kPanelRows * (dq_floats<kWord>(call_) / my.rows.kPanels) + x % kPanelRows;
-      for (i64 c = 0; c < call_.head_dim; ++c) my.rows.s[c] = seen ? from[c * kPanelRows] * call_.scale : 0.0F;
-      const char* to = context.q_row(call_.dq, r / group_size(), group.kv_head * group_size() + r % group_size());
-      narrow_row(const_cast<char*>(to), my.rows.s, call_.type, call_.head_dim);
+  /// dq of a row group, [panel][dim][lane], to where the caller wants it.
+  void store_dq(const BackwardScratch<kWord>& my, const Context& context, const Group& group, const float* dq) {
+    const i64 padded = my.rows.q.padded;
+    for (i64 p = 0; p * kPanelRows < group.rows; ++p) {
+      const float* panel = dq + p * (dq_floats<kWord>(call_) / my.rows.kPanels);
+      transpose_words<Word::kFloat>(my.rows.q.rows, padded, panel, kPanelRows, padded, kPanelRows, call_.scale);
+      for (i64 lane = 0; lane < math::smaller(kPanelRows, group.rows - p * kPanelRows); ++lane) {
+        const i64 r = group.first_row + p * kPanelRows + lane;
+        const char* to = context.q_row(call_.dq, r / group_size(), group.kv_head * group_size() + r % group_size());
+        narrow_row(const_cast<char*>(to), my.rows.q.rows + lane * padded, call_.type, call_.head_dim);
+      }
     }
   }
 
