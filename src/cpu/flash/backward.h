@@ -134,6 +134,8 @@ class Backward {
       stats.log2_lse[r] = lse == -kInfinity ? kInfinity : lse * kLog2E;
       stats.delta[r] = stats.sink[r] = 0.0F;
       if (lse == -kInfinity) continue;
+      fetch_row(context.q_row(call_.out, i + kRowsAhead, head), call_.type, call_.head_dim_v);
+      fetch_row(context.q_row(call_.dout, i + kRowsAhead, head), call_.type, call_.head_dim_v);
       widen_row(out, context.q_row(call_.out, i, head), call_.type, call_.head_dim_v, padded);
       widen_row(dout, context.q_row(call_.dout, i, head), call_.type, call_.head_dim_v, padded);
       V total{};
@@ -199,7 +201,9 @@ class Backward {
     const i64 floats = dq_floats<kWord>(call_);
     for (i64 x = 0; x < floats; ++x) my.dq[x] = 0.0F;
     for (i64 j = keys.begin; j < keys.end; j += kKeyTile) {
-      add_tile(my, context, {j, math::smaller(j + kKeyTile, keys.end)}, j - keys.begin);
+      const Interval tile{j, math::smaller(j + kKeyTile, keys.end)};
+      if (context.sequence.band.tile(group.queries, tile) != math::TileState::kHidden)
+        add_tile(my, context, tile, j - keys.begin);
     }
     std::int32_t* ticket = tickets_ + slot(group.batch, group.kv_head, group.index);
     const Interval seen = context.sequence.band.keys_of_rows(group.queries);
@@ -291,10 +295,10 @@ class Backward {
 
   /// dq of a row group, [panel][dim][lane], to where the caller wants it.
   void store_dq(const BackwardScratch<kWord>& my, const Context& context, const Group& group, const float* dq) {
-    const i64 padded = my.rows.q.padded;
+    const i64 padded = my.rows.q.padded, floats = dq_floats<kWord>(call_) / my.rows.kPanels;
     for (i64 p = 0; p * kPanelRows < group.rows; ++p) {
-      const float* panel = dq + p * (dq_floats<kWord>(call_) / my.rows.kPanels);
-      transpose_words<Word::kFloat>(my.rows.q.rows, padded, panel, kPanelRows, padded, kPanelRows, call_.scale);
+      transpose_words<Word::kFloat>(my.rows.q.rows, padded, dq + p * floats, kPanelRows, padded, kPanelRows,
+                                    call_.scale);
       for (i64 lane = 0; lane < math::smaller(kPanelRows, group.rows - p * kPanelRows); ++lane) {
         const i64 r = group.first_row + p * kPanelRows + lane;
         const char* to = context.q_row(call_.dq, r / group_size(), group.kv_head * group_size() + r % group_size());

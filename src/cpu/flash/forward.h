@@ -110,13 +110,11 @@ inline bool softmax_by_old_reference(const Tile& s, const SoftmaxOf& of) {
     if (any(base[n] == splat(-kInfinity))) return false;
   }
   weigh<kWord>(s, of, false, base, total);
-  FOVEA_UNROLL for (const V& x : total) {
-    if (any(~(x <= splat(kMostWeight)))) return false;  // or NaN
-  }
-  FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) {
-    store(of.sum_of_p + n * kWidth, load(of.sum_of_p + n * kWidth) + total[n]);
-  }
-  return true;
+  bool stays = true;
+  FOVEA_UNROLL for (const V& x : total) stays = stays && !any(~(x <= splat(kMostWeight)));  // NaN does not
+  FOVEA_UNROLL for (int n = 0; n < kPanelVectors && stays; ++n)
+      store(of.sum_of_p + n * kWidth, load(of.sum_of_p + n * kWidth) + total[n]);
+  return stays;
 }
 
 /// S becomes P with dropout; reference and sum move on.  True where O has to be multiplied by `rescale`.

@@ -50,8 +50,7 @@ struct PackedGroup {
   [[nodiscard]] float* from_row(i64 lane) const { return over_rows + lane / kPerWord<kWord> * padded; }
 };
 
-/// A group of kGroupRows rows and what a tile of keys makes of them: P with dropout and dS, as words of the products
-/// that sum over the rows and over the keys.
+/// A group of kGroupRows rows and what a tile of keys makes of them: P with dropout, and dS.
 template <Word kWord>
 struct RowGroup {
   static constexpr i64 kPanels = kGroupRows / kPanelRows, kWordStride = kGroupRows / kPerWord<kWord>;
@@ -151,16 +150,15 @@ struct RowGroup {
                    i64 first, bool floats) {
     constexpr int kRows = kPerWord<kWord>, kVectors = kRows * kPanelVectors;  // at a time
     const FlashCall& call = context.call;
-    const Panel& panel = panels[p];
     const Tile tanh_tile = tile_of(tanhs + first * kGroupRows, p, strip.keys);
-    const float scale = finish_scores<kWord>(strip, panel, context, state, mask, extra, &tanh_tile);
+    const float scale = finish_scores<kWord>(strip, panels[p], context, state, mask, extra, &tanh_tile);
     const Tile scores = hide_past_end<kWord>(strip);
     const Tile weights = tile_of(s + first * kGroupRows, p, scores.keys),
                slopes = tile_of(ds + first * kGroupRows, p, scores.keys);
     const bool dropout = call.keep_threshold < 65536;
     const bool hides = state == math::TileState::kPartial || call.mask.data != nullptr || call.bias.data != nullptr ||
                        scores.rows() > strip.rows();
-    if (dropout) dropout_factors(extra, panel, context, scores.keys);
+    if (dropout) dropout_factors(extra, panels[p], context, scores.keys);
     const float *lse = log2_lse + p * kPanelRows, *shift = delta + p * kPanelRows;
     for (i64 r = 0; r < scores.rows(); r += kRows) {
       V score[kVectors], weight[kVectors], slope[kVectors];
