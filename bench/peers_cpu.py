@@ -2,10 +2,10 @@
 
     python3 bench/peers_cpu.py [--threads N] [--json FILE] [--html FILE] [LINE | @FILE ...]
 
-Without lines: bench/cpu.txt.  Fovea is called through its C door (include/fovea/c.h) on PyTorch's memory.  Backward times
-are of the gradients alone, with out and lse there.  FLOPs count as the papers do.  Before every line `fovea bench`
-measures the multiply-add rate of the units that the line's dtype is multiplied by (of AVX or AMX, as chosen), and the
-script how fast memory is read.
+Without lines: bench/cpu.txt.  Fovea is called through its C door (include/fovea/c.h) on PyTorch's memory.  Each run begins
+after a pause, when nobody's threads spin any more.  Backward times are of the gradients alone, with out and lse there.
+FLOPs count as the papers do.  Before every line `fovea bench` measures the multiply-add rate of the units that the line's
+dtype is multiplied by (of AVX or AMX, as chosen), and the script how fast memory is read.
 """
 
 import argparse
@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 peers.DEVICE = "cpu"
 peers.PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 READ_FLOATS = 1 << 26  # 256 MiB, more than most caches
+PAUSE = 0.03  # seconds before each run: threads of OpenMP go on spinning for milliseconds and would take the next one's cores
 
 
 class Clock:
@@ -38,13 +39,14 @@ class Clock:
 
     @staticmethod
     def once(work):
+        time.sleep(PAUSE)
         start = time.perf_counter()
         work()
         return 1e3 * (time.perf_counter() - start)
 
     def compare(self, contenders):
         """Median milliseconds of each, taken in turns."""
-        longest = sum(self.once(work) for work in contenders.values())
+        longest = sum(1e3 * PAUSE + self.once(work) for work in contenders.values())
         repeats = max(5, min(self.most, int(self.seconds * 1e3 / max(longest, 1e-3))))
         times = {name: [] for name in contenders}
         for _ in range(repeats):

@@ -13,7 +13,7 @@ namespace fovea::cpu::FOVEA_ISA {
 /// Of one row group.
 template <Word kWord>
 inline i64 dq_floats(const FlashCall& call) {
-  return kGroupRows * whole(call.head_dim, kRowStep<kWord>);
+  return kGroupRows * whole(call.head_dim, kWidth);
 }
 
 template <Word kWord>
@@ -24,7 +24,6 @@ struct BackwardScratch {
   PackedColumns<kWord> k_columns;
   float *dk, *dv;   // [key][padded dim]
   float* dq;        // [panel][dim][lane]
-  float* pairs;     // P, then dS, as pairs of lanes
   float* tile_sum;  // [kKeyTile][kGroupRows]: of dbias
   double* dslopes;  // [head of the group]
 
@@ -34,12 +33,10 @@ struct BackwardScratch {
         v(arena, shape.block_keys, call.head_dim_v),
         clean_k(arena, shape.block_keys, call.head_dim),
         k_columns(arena, shape.block_keys, call.head_dim) {
-    constexpr i64 kTile = kKeyTile * kGroupRows, kPairs = kWord == Word::kPair ? kTile / 2 : 0;
     dk = arena.take<float>(shape.block_keys * rows.q.padded);
     dv = arena.take<float>(shape.block_keys * rows.dout.padded);
     dq = arena.take<float>(dq_floats<kWord>(call));
-    pairs = arena.take<float>(kPairs);
-    tile_sum = arena.take<float>(kTile);
+    tile_sum = arena.take<float>(kKeyTile * kGroupRows);
     dslopes = arena.take<double>(call.q_heads / call.kv_heads);
   }
 };
@@ -72,7 +69,6 @@ class Backward {
     for (i64 t = 0; t < call_.kv_heads * shape_.total_groups; ++t) tickets_[t] = 0;
     each<&Backward::row_statistics>(heads * shape_.max_groups);
     each<&Backward::key_block>(heads * shape_.blocks);
-    each<&Backward::store_dq>(heads * shape_.max_groups);
     if (call_.dslopes.data != nullptr)
       each<&Backward::sum_dslopes>((call_.slopes.per_batch ? call_.batch : 1) * call_.q_heads);
     if (call_.dsink != nullptr) each<&Backward::sum_dsink>(call_.q_heads);
@@ -126,6 +122,10 @@ class Backward {
     const Context context{call_, call_.sequences[group.batch], group.batch};
     const BackwardScratch<kWord> my = scratch(worker);
     const RowStats stats = this->stats(group.batch, group.kv_head);
+    if (context.sequence.band.keys_of_rows(group.queries).empty()) {  // no block of keys will add to its dq
+      for (i64 x = 0; x < dq_floats<kWord>(call_); ++x) my.dq[x] = 0.0F;
+      store_dq(my, context, group, my.dq);
+    }
     const i64 padded = my.rows.dout.padded;
     float *out = my.rows.s, *dout = my.rows.s + padded;
     for (i64 r = group.first_row; r < group.first_row + group.rows; ++r) {
@@ -134,6 +134,8 @@ class Backward {
       stats.log2_lse[r] = lse == -kInfinity ? kInfinity : lse * kLog2E;
       stats.delta[r] = stats.sink[r] = 0.0F;
       if (lse == -kInfinity) continue;
+      fetch_row(context.q_row(call_.out, i + kRowsAhead, head), call_.type, call_.head_dim_v);
+      fetch_row(context.q_row(call_.dout, i + kRowsAhead, head), call_.type, call_.head_dim_v);
       widen_row(out, context.q_row(call_.out, i, head), call_.type, call_.head_dim_v, padded);
       widen_row(dout, context.q_row(call_.dout, i, head), call_.type, call_.head_dim_v, padded);
       V total{};
@@ -199,13 +201,19 @@ class Backward {
     const i64 floats = dq_floats<kWord>(call_);
     for (i64 x = 0; x < floats; ++x) my.dq[x] = 0.0F;
     for (i64 j = keys.begin; j < keys.end; j += kKeyTile) {
-      add_tile(my, context, {j, math::smaller(j + kKeyTile, keys.end)}, j - keys.begin);
+      const Interval tile{j, math::smaller(j + kKeyTile, keys.end)};
+      if (context.sequence.band.tile(group.queries, tile) != math::TileState::kHidden)
+        add_tile(my, context, tile, j - keys.begin);
     }
     std::int32_t* ticket = tickets_ + slot(group.batch, group.kv_head, group.index);
-    const i64 first_block = context.sequence.band.keys_of_rows(group.queries).begin / shape_.block_keys;
-    const auto turn = static_cast<std::int32_t>(block - first_block);
+    const Interval seen = context.sequence.band.keys_of_rows(group.queries);
+    const auto turn = static_cast<std::int32_t>(block - seen.begin / shape_.block_keys);
     float* sum = dq_sum(group);
     await_turn(ticket, turn);
+    if ((block + 1) * shape_.block_keys >= seen.end) {  // the last that adds
+      for (i64 x = 0; x < floats && turn > 0; x += kWidth) store(my.dq + x, load(sum + x) + load(my.dq + x));
+      return store_dq(my, context, group, my.dq);
+    }
     for (i64 x = 0; x < floats; x += kWidth)
       store(sum + x, turn == 0 ? load(my.dq + x) : load(sum + x) + load(my.dq + x));
     __atomic_store_n(ticket, turn + 1, __ATOMIC_RELEASE);
@@ -214,23 +222,21 @@ class Backward {
   void add_tile(BackwardScratch<kWord>& my, const Context& context, Interval keys, i64 at) {
     RowGroup<kWord>& rows = my.rows;
     const i64 count = keys.end - keys.begin;
+    const bool any_bad = rows.any_bad || my.k.any_bad, floats = kWord == Word::kFloat || any_bad || call_.alibi;
     i64 first = rows.kPanels, last = -1;  // panels that see something
     for (i64 p = 0; p < rows.kPanels; ++p) {
       const Tile ds = rows.tile_of(rows.ds, p, keys);
-      if (!rows.recompute(p, context, keys, my.k, my.v, at)) continue;
+      if (!rows.recompute(p, context, keys, my.k, my.v, at, floats)) continue;
       first = math::smaller(first, p);
       last = p;
       if (call_.alibi) add_slope_gradient(my, context, ds, rows.panels[p]);
-      if (call_.softcap > 0) {
+      if (call_.softcap > 0 && floats) {
         const Tile tanhs = rows.tile_of(rows.tanhs, p, keys);
-        for_each_vector(ds, [&](i64 r, int lane, float* x) {
-          const V t = load(tanhs.row(r) + lane);
-          store(x, load(x) == V{} ? V{} : load(x) * (splat(1.0F) - t * t));  // of a hidden entry t may be NaN
-        });
+        for_each_vector(ds, [&](i64 r, int lane, float* x) { store(x, before_softcap(load(x), tanhs.row(r) + lane)); });
       }
-      const WordsOverKeys<kWord> ds_words(rows.extra, ds);
+      const Tile over_keys = kWord == Word::kPair ? Tile{rows.ds_over_keys, kPanelRows, keys} : ds;
       product<kWord, PackedColumns<kWord>::kLayout, Init::kAdd, kPanelVectors>(  // dqᵀ += Kᵀ dSᵀ
-          {my.k_columns.at(at), my.k_columns.stride, ds_words.data, ds_words.stride, dq_of(my, p), kPanelRows,
+          {my.k_columns.at(at), my.k_columns.stride, over_keys.data, over_keys.stride, dq_of(my, p), kPanelRows,
            words_of<kWord>(count)},
           call_.head_dim);
     }
@@ -238,17 +244,15 @@ class Backward {
     // The lanes of the panels from first to last, as whole words' depth.
     constexpr i64 kStep = kDepthStep<kWord> * kPerWord<kWord>;
     const i64 lane = first * kPanelRows / kStep * kStep, depth = words_of<kWord>((last + 1) * kPanelRows - lane);
-    const WordsOverRows<kWord> p_words(my.pairs, rows.s, count);
     product_wide<kWord, ALayout::kRowMajor, Init::kAdd>(  // dv += Pᵀ dout
-        {p_words.from_row(lane), p_words.kStride, rows.dout.from_row(lane), rows.dout.padded,
+        {rows.p_words + lane / kPerWord<kWord>, rows.kWordStride, rows.dout.from_row(lane), rows.dout.padded,
          my.dv + at * rows.dout.padded, rows.dout.padded, depth},
         count, rows.dout.padded / kWidth);
-    const WordsOverRows<kWord> ds_words(my.pairs, rows.ds, count);
     product_wide<kWord, ALayout::kRowMajor, Init::kAdd>(  // dk += dSᵀ q
-        {ds_words.from_row(lane), ds_words.kStride, rows.q.from_row(lane), rows.q.padded, my.dk + at * rows.q.padded,
-         rows.q.padded, depth},
+        {rows.ds_words + lane / kPerWord<kWord>, rows.kWordStride, rows.q.from_row(lane), rows.q.padded,
+         my.dk + at * rows.q.padded, rows.q.padded, depth},
         count, rows.q.padded / kWidth);
-    add_bad_rows(my, context, keys, at);
+    if (any_bad) add_bad_rows(my, context, keys, at);
   }
 
   /// The entries whose row of q, k or dout is not finite, which the products saw as 0: only visible ones count.
@@ -289,18 +293,17 @@ class Backward {
       my.dslopes[panel.head[lane] % group_size()] += static_cast<double>(total[lane]);
   }
 
-  void store_dq(i64 task, int worker) {
-    const Group group = group_of_task(task);
-    const Context context{call_, call_.sequences[group.batch], group.batch};
-    const BackwardScratch<kWord> my = scratch(worker);
-    const bool seen = !context.sequence.band.keys_of_rows(group.queries).empty();
-    const float* sum = dq_sum(group);
-    for (i64 x = 0; x < group.rows; ++x) {
-      const i64 r = group.first_row + x;
-      const float* from = sum + x / kPanelRows * (dq_floats<kWord>(call_) / my.rows.kPanels) + x % kPanelRows;
-      for (i64 c = 0; c < call_.head_dim; ++c) my.rows.s[c] = seen ? from[c * kPanelRows] * call_.scale : 0.0F;
-      const char* to = context.q_row(call_.dq, r / group_size(), group.kv_head * group_size() + r % group_size());
-      narrow_row(const_cast<char*>(to), my.rows.s, call_.type, call_.head_dim);
+  /// dq of a row group, [panel][dim][lane], to where the caller wants it.
+  void store_dq(const BackwardScratch<kWord>& my, const Context& context, const Group& group, const float* dq) {
+    const i64 padded = my.rows.q.padded, floats = dq_floats<kWord>(call_) / my.rows.kPanels;
+    for (i64 p = 0; p * kPanelRows < group.rows; ++p) {
+      transpose_words<Word::kFloat>(my.rows.q.rows, padded, dq + p * floats, kPanelRows, padded, kPanelRows,
+                                    call_.scale);
+      for (i64 lane = 0; lane < math::smaller(kPanelRows, group.rows - p * kPanelRows); ++lane) {
+        const i64 r = group.first_row + p * kPanelRows + lane;
+        const char* to = context.q_row(call_.dq, r / group_size(), group.kv_head * group_size() + r % group_size());
+        narrow_row(const_cast<char*>(to), my.rows.q.rows + lane * padded, call_.type, call_.head_dim);
+      }
     }
   }
 
@@ -389,7 +392,7 @@ class Backward {
       my.k.pack(context, call_.k, tile, kv_head);
       my.v.pack(context, call_.v, tile, kv_head);
       for (i64 p = 0; p < my.rows.kPanels; ++p) {
-        if (!my.rows.recompute(p, context, tile, my.k, my.v, 0)) continue;
+        if (!my.rows.recompute(p, context, tile, my.k, my.v, 0, true)) continue;
         const Tile sum = my.rows.tile_of(my.tile_sum, p, tile);
         for_each_vector(my.rows.tile_of(my.rows.ds, p, tile), [&](i64 r, int lane, const float* x) {
           store(sum.row(r) + lane, load(sum.row(r) + lane) + load(x));

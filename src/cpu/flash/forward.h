@@ -67,7 +67,7 @@ inline void add_bad_values(float* o, const Tile& p, const bool* bad, const Panel
 
 /// The reference of a row moves only when a score exceeds it by this much, in units of log2: P stays below 2^8, and O
 /// is hardly ever rescaled.
-inline constexpr float kSlack = 8.0F;
+inline constexpr float kSlack = 8.0F, kMostWeight = 256.0F;
 
 /// What the softmax of a strip of scores goes by, and what it leaves.
 struct SoftmaxOf {
@@ -77,10 +77,50 @@ struct SoftmaxOf {
   float* pairs;                           // P as pairs of keys, where it is wanted so
 };
 
-/// S becomes P = 2^(S · scale − reference), with dropout; reference and sum move on.  True where O has to be multiplied
-/// by `rescale`.
+/// S becomes P = 2^(S · scale − base), with dropout, and adds up in `total`.
+template <Word kWord>
+FOVEA_INLINE void weigh(const Tile& s, const SoftmaxOf& of, bool keep_floats, const V (&base)[kPanelVectors],
+                        V (&total)[kPanelVectors]) {
+  constexpr int kRows = kPerWord<kWord>;  // at a time
+  for (i64 r = 0; r < s.rows(); r += kRows) {
+    V p[kRows * kPanelVectors];
+    const auto each = [&](auto&& f) {
+      FOVEA_UNROLL for (int x = 0; x < kRows * kPanelVectors; ++x) f(p[x], r + x / kPanelVectors, x % kPanelVectors);
+    };
+    each([&](V& x, i64 row, int n) { x = load(s.row(row) + n * kWidth) * of.scale - base[n]; });
+    exp2(p);
+    each([&](V& x, i64 /*row*/, int n) { total[n] += x; });
+    if (of.kept != nullptr) each([&](V& x, i64 row, int n) { x *= load(of.kept + row * kPanelRows + n * kWidth); });
+    if (keep_floats) each([&](V& x, i64 row, int n) { store(s.row(row) + n * kWidth, x); });
+    if constexpr (kWord == Word::kPair) {
+      FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) {
+        store(of.pairs + r / 2 * kPanelRows + n * kWidth, side_by_side(round_to_pairs(p[n], p[n + kPanelVectors])));
+      }
+    }
+  }
+}
+
+/// S becomes P without a look at its largest scores: mostly the reference stays.  False where it has to move, or is not
+/// there yet; then S still is.
+template <Word kWord>
+inline bool softmax_by_old_reference(const Tile& s, const SoftmaxOf& of) {
+  V base[kPanelVectors], total[kPanelVectors] = {};
+  FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) {
+    base[n] = load(of.reference + n * kWidth);
+    if (any(base[n] == splat(-kInfinity))) return false;
+  }
+  weigh<kWord>(s, of, false, base, total);
+  bool stays = true;
+  FOVEA_UNROLL for (const V& x : total) stays = stays && !any(~(x <= splat(kMostWeight)));  // NaN does not
+  FOVEA_UNROLL for (int n = 0; n < kPanelVectors && stays; ++n)
+      store(of.sum_of_p + n * kWidth, load(of.sum_of_p + n * kWidth) + total[n]);
+  return stays;
+}
+
+/// S becomes P with dropout; reference and sum move on.  True where O has to be multiplied by `rescale`.
 template <Word kWord>
 inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats) {
+  if (kWord == Word::kPair && !keep_floats && softmax_by_old_reference<kWord>(s, of)) return false;
   V top[kPanelVectors], base[kPanelVectors], total[kPanelVectors];
   FOVEA_UNROLL for (V& x : top) x = splat(-kInfinity);
   for_each_vector(s, [&](i64 /*r*/, int lane, const float* at) {
@@ -98,23 +138,7 @@ inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats)
     store(of.reference + n * kWidth, after);
     store(of.rescale + n * kWidth, factor);
   }
-  constexpr int kRows = kPerWord<kWord>;  // at a time
-  for (i64 r = 0; r < s.rows(); r += kRows) {
-    V p[kRows * kPanelVectors];
-    const auto each = [&](auto&& f) {
-      FOVEA_UNROLL for (int x = 0; x < kRows * kPanelVectors; ++x) f(p[x], r + x / kPanelVectors, x % kPanelVectors);
-    };
-    each([&](V& x, i64 row, int n) { x = load(s.row(row) + n * kWidth) * of.scale - base[n]; });
-    exp2(p);
-    each([&](V& x, i64 /*row*/, int n) { total[n] += x; });
-    if (of.kept != nullptr) each([&](V& x, i64 row, int n) { x *= load(of.kept + row * kPanelRows + n * kWidth); });
-    if (keep_floats) each([&](V& x, i64 row, int n) { store(s.row(row) + n * kWidth, x); });
-    if constexpr (kWord == Word::kPair) {
-      FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) {
-        store(of.pairs + r / 2 * kPanelRows + n * kWidth, round_to_pairs_by_lane(p[n], p[n + kPanelVectors]));
-      }
-    }
-  }
+  weigh<kWord>(s, of, keep_floats, base, total);
   FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) store(of.sum_of_p + n * kWidth, total[n]);
   return moved;
 }

@@ -6,6 +6,11 @@
 // dS = P ∘ (dP − delta) from dout and v (2205.14135, algorithm 4).
 namespace fovea::cpu::FOVEA_ISA {
 
+/// dS, which is 0 where hidden, although tanh may be NaN there.
+FOVEA_INLINE V before_softcap(V slope, const float* tanh) {
+  return slope == V{} ? V{} : slope * (splat(1.0F) - load(tanh) * load(tanh));
+}
+
 /// Statistics of the rows that the backward reads again and again, by (kv head, row group, lane).
 struct RowStats {
   float* log2_lse;  // +infinity where a row sees nothing, so that its P is 0
@@ -45,16 +50,20 @@ struct PackedGroup {
   [[nodiscard]] float* from_row(i64 lane) const { return over_rows + lane / kPerWord<kWord> * padded; }
 };
 
-/// A group of kGroupRows rows and what a tile of keys makes of them.
+/// A group of kGroupRows rows and what a tile of keys makes of them: P with dropout, and dS.
 template <Word kWord>
 struct RowGroup {
-  static constexpr i64 kPanels = kGroupRows / kPanelRows;
+  static constexpr i64 kPanels = kGroupRows / kPanelRows, kWordStride = kGroupRows / kPerWord<kWord>;
   Panel* panels;  // kPanels
   PackedGroup<kWord> q, dout;
-  float *log2_lse, *delta;  // [lane]
-  float *s, *ds, *tanhs;    // [kKeyTile][kGroupRows]: scores, then P; dP, then dS; of softcap
-  float* extra;             // [kKeyTile][kPanelRows]: bias, dropout or pairs
-  float* mask;              // [kKeyTile / 4][kPanelRows]
+  float *log2_lse, *delta;    // [lane]
+  bool any_bad = false;       // of q or dout
+  float *s, *ds, *tanhs;      // [kKeyTile][kGroupRows]: P and dS, where pairs are multiplied only on demand; of softcap
+  float *p_words, *ds_words;  // [kKeyTile][kGroupRows as words]: the same; floats are what `s` and `ds` hold
+  float* ds_over_keys = nullptr;                  // [kKeyTile as words][kPanelRows], of pairs
+  float *strip_s = nullptr, *strip_ds = nullptr;  // [kTileStrip][kPanelRows], of pairs: S and dP
+  float* extra;                                   // [kKeyTile][kPanelRows]: bias or dropout
+  float* mask;                                    // [kKeyTile / 4][kPanelRows]
 
   RowGroup(Arena& arena, const FlashCall& call)
       : panels(arena.take<Panel>(kPanels)), q(arena, call.head_dim), dout(arena, call.head_dim_v) {
@@ -63,25 +72,34 @@ struct RowGroup {
     s = arena.take<float>(kKeyTile * kGroupRows);
     ds = arena.take<float>(kKeyTile * kGroupRows);
     tanhs = arena.take<float>(kKeyTile * kGroupRows);
+    p_words = s, ds_words = ds;
+    if constexpr (kWord == Word::kPair) {
+      p_words = arena.take<float>(kKeyTile * kWordStride);
+      ds_words = arena.take<float>(kKeyTile * kWordStride);
+      ds_over_keys = arena.take<float>(kKeyTile / 2 * kPanelRows);
+      strip_s = arena.take<float>(kTileStrip * kPanelRows);
+      strip_ds = arena.take<float>(kTileStrip * kPanelRows);
+    }
     extra = arena.take<float>(kKeyTile * kPanelRows);
     mask = arena.take<float>(kKeyTile / 4 * kPanelRows);
   }
 
-  /// Packs rows [first_row, first_row + kGroupRows) of the map.
+  /// Packs rows [first_row, first_row + kGroupRows) of the map.  The statistics count rows of the whole group.
   void load_rows(const Context& context, const RowMap& map, i64 first_row, const RowStats& stats) {
     const FlashCall& call = context.call;
     const i64 group = call.q_heads / call.kv_heads;
+    any_bad = false;
     for (i64 p = 0; p < kPanels; ++p) {
       const i64 at = p * kPanelRows;
       set_rows(panels[p], context, map, first_row + at);
       q.load_panel(p, panels[p], context, call.q, context.fold());
       dout.load_panel(p, panels[p], context, call.dout, 1.0F);
       for (i64 lane = 0; lane < kPanelRows; ++lane) {
+        any_bad = any_bad || q.bad[at + lane] || dout.bad[at + lane];
         log2_lse[at + lane] = kInfinity;
         delta[at + lane] = 0.0F;
         if (lane >= panels[p].lanes) continue;
-        const i64 from =
-            panels[p].query[lane] * group + panels[p].head[lane] % group;  // stats count rows of the whole group
+        const i64 from = panels[p].query[lane] * group + (group == 1 ? 0 : panels[p].head[lane] % group);
         log2_lse[at + lane] = stats.log2_lse[from];
         delta[at + lane] = stats.delta[from];
       }
@@ -92,66 +110,110 @@ struct RowGroup {
     return {data + panel * kPanelRows, kGroupRows, keys};
   }
 
-  /// One panel against keys [keys): `s` receives P with dropout, `ds` the gradient of the scores after softcap.  Those
-  /// keys are the rows of k and v from `at`.  False where the panel sees none of them, and both are 0.
+  /// One panel against keys [keys), which are the rows of k and v from `at`.  False where the panel sees none of them,
+  /// and P and dS are 0.  dS is the gradient of the scores after softcap in `ds`, and in the words of pairs before it.
   bool recompute(i64 p, const Context& context, Interval keys, const PackedRows<kWord>& k, const PackedRows<kWord>& v,
-                 i64 at) {
+                 i64 at, bool floats) {
     constexpr i64 kStrip = kWord == Word::kPair ? kTileStrip : kKeyTile;
+    const Panel& panel = panels[p];
     bool seen = false;
-    for (i64 j = keys.begin; j < keys.end; j += kStrip) {
-      const Interval strip{j, math::smaller(j + kStrip, keys.end)};
-      const i64 first = (j - keys.begin) * kGroupRows;
-      const Tile scores = tile_of(s + first, p, strip), gradient = tile_of(ds + first, p, strip);
-      if (recompute_strip(p, context, scores, gradient, tile_of(tanhs + first, p, strip), k, v, at + j - keys.begin)) {
-        seen = true;
-      } else {
-        for_each_vector(gradient, [&](i64 r, int lane, float* x) { store(x, V{}), store(scores.row(r) + lane, V{}); });
+    for (i64 first = 0; first < keys.end - keys.begin; first += kStrip) {
+      const Interval strip{keys.begin + first, math::smaller(keys.begin + first + kStrip, keys.end)};
+      const auto tile = [&](float* all, float* own) -> Tile {
+        if (kWord == Word::kPair) return {own, kPanelRows, strip};
+        return tile_of(all + first * kGroupRows, p, strip);
+      };
+      const Tile scores = tile(s, strip_s), gradient = tile(ds, strip_ds);
+      math::TileState state = math::TileState::kHidden;
+      if (panel.lanes > 0) state = context.sequence.band.tile(panel.queries, strip);
+      const EntryView& view = context.call.mask;
+      if (state == math::TileState::kHidden ||
+          (view.data != nullptr && !gather(mask, panel, context, view, 1, strip))) {
+        clear_strip(p, strip, first, floats);
+        continue;
       }
+      seen = true;
+      if (panel.lanes < kPanelRows) state = math::TileState::kPartial;  // hides the lanes without a row from NaN keys
+      product<kWord, ALayout::kRowMajor, Init::kZero, kPanelVectors>(   // S = K Qᵀ
+          {k.row(at + first), k.stride, q.column(p), kPanelRows, scores.data, scores.stride, q.words}, scores.rows());
+      product<kWord, ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // dP = V doutᵀ
+          {v.row(at + first), v.stride, dout.column(p), kPanelRows, gradient.data, gradient.stride, dout.words},
+          scores.rows());
+      weigh_strip(p, context, scores, gradient, state, first, floats);
     }
     return seen;
   }
 
  private:
-  bool recompute_strip(i64 p, const Context& context, const Tile& scores, const Tile& gradient, const Tile& tanh_tile,
-                       const PackedRows<kWord>& k, const PackedRows<kWord>& v, i64 at) {
+  /// P = 2^(S − lse) and dS = P ∘ (dP − delta), from row `first` of the tile on.
+  void weigh_strip(i64 p, const Context& context, const Tile& strip, const Tile& gradient, math::TileState state,
+                   i64 first, bool floats) {
+    constexpr int kRows = kPerWord<kWord>, kVectors = kRows * kPanelVectors;  // at a time
     const FlashCall& call = context.call;
-    const Panel& panel = panels[p];
-    math::TileState state =
-        panel.lanes == 0 ? math::TileState::kHidden : context.sequence.band.tile(panel.queries, scores.keys);
-    if (state == math::TileState::kHidden) return false;
-    if (panel.lanes < kPanelRows) state = math::TileState::kPartial;  // hides the lanes without a row from NaN keys
-    if (call.mask.data != nullptr && !gather(mask, panel, context, call.mask, 1, scores.keys)) return false;
-
-    product<kWord, ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // S = K Qᵀ
-        {k.row(at), k.stride, q.column(p), kPanelRows, scores.data, kGroupRows, q.words}, scores.rows());
-    product<kWord, ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // dP = V doutᵀ
-        {v.row(at), v.stride, dout.column(p), kPanelRows, gradient.data, kGroupRows, dout.words}, scores.rows());
-    const float scale = finish_scores<kWord>(scores, panel, context, state, mask, extra, &tanh_tile);
-
+    const Tile tanh_tile = tile_of(tanhs + first * kGroupRows, p, strip.keys);
+    const float scale = finish_scores<kWord>(strip, panels[p], context, state, mask, extra, &tanh_tile);
+    const Tile scores = hide_past_end<kWord>(strip);
+    const Tile weights = tile_of(s + first * kGroupRows, p, scores.keys),
+               slopes = tile_of(ds + first * kGroupRows, p, scores.keys);
     const bool dropout = call.keep_threshold < 65536;
-    const bool hides = state == math::TileState::kPartial || call.mask.data != nullptr || call.bias.data != nullptr;
-    if (dropout) dropout_factors(extra, panel, context, scores.keys);
+    const bool hides = state == math::TileState::kPartial || call.mask.data != nullptr || call.bias.data != nullptr ||
+                       scores.rows() > strip.rows();
+    if (dropout) dropout_factors(extra, panels[p], context, scores.keys);
     const float *lse = log2_lse + p * kPanelRows, *shift = delta + p * kPanelRows;
-    for (i64 r = 0; r < scores.rows(); ++r) {
-      V score[kPanelVectors], weight[kPanelVectors], slope[kPanelVectors];
-      const auto each = [](auto&& f) { FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) f(n, n * kWidth); };
-      each([&](int n, int lane) { score[n] = load(scores.row(r) + lane); });
-      each([&](int n, int lane) { weight[n] = score[n] * scale - load(lse + lane); });
+    for (i64 r = 0; r < scores.rows(); r += kRows) {
+      V score[kVectors], weight[kVectors], slope[kVectors];
+      const auto each = [r](auto&& f) {
+        FOVEA_UNROLL for (int x = 0; x < kVectors; ++x) f(x, r + x / kPanelVectors, x % kPanelVectors * kWidth);
+      };
+      each([&](int x, i64 row, int lane) { score[x] = load(scores.row(row) + lane); });
+      each([&](int x, i64 /*row*/, int lane) { weight[x] = score[x] * scale - load(lse + lane); });
       exp2(weight);
-      each([&](int n, int lane) { slope[n] = load(gradient.row(r) + lane); });
-      if (dropout) each([&](int n, int lane) { slope[n] *= load(extra + r * kPanelRows + lane); });
-      each([&](int n, int lane) { slope[n] = weight[n] * (slope[n] - load(shift + lane)); });
-      if (dropout) each([&](int n, int lane) { weight[n] *= load(extra + r * kPanelRows + lane); });
+      each([&](int x, i64 row, int lane) { slope[x] = load(gradient.row(row) + lane); });
+      if (dropout) each([&](int x, i64 row, int lane) { slope[x] *= load(extra + row * kPanelRows + lane); });
+      each([&](int x, i64 /*row*/, int lane) { slope[x] = weight[x] * (slope[x] - load(shift + lane)); });
+      if (dropout) each([&](int x, i64 row, int lane) { weight[x] *= load(extra + row * kPanelRows + lane); });
       if (hides) {
-        each([&](int n, int /*lane*/) {
-          const VI hidden = score[n] == splat(-kInfinity);
-          slope[n] = hidden ? V{} : slope[n];
-          weight[n] = hidden ? V{} : weight[n];
+        each([&](int x, i64 /*row*/, int /*lane*/) {
+          const VI hidden = score[x] == splat(-kInfinity);
+          slope[x] = hidden ? V{} : slope[x];
+          weight[x] = hidden ? V{} : weight[x];
         });
       }
-      each([&](int n, int lane) { store(gradient.row(r) + lane, slope[n]), store(scores.row(r) + lane, weight[n]); });
+      if (kWord == Word::kFloat || floats) {
+        each([&](int x, i64 row, int lane) {
+          store(weights.row(row) + lane, weight[x]);
+          store(slopes.row(row) + lane, slope[x]);
+        });
+      }
+      if constexpr (kWord == Word::kPair) {
+        if (call.softcap > 0) {
+          each([&](int x, i64 row, int lane) { slope[x] = before_softcap(slope[x], tanh_tile.row(row) + lane); });
+        }
+        float *p_to = p_words + (first + r) * kWordStride + p * kPanelRows / 2, *ds_to = p_to + (ds_words - p_words);
+        FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) {
+          const V p_pairs = round_to_pairs(weight[n], weight[n + kPanelVectors]);
+          const V ds_pairs = round_to_pairs(slope[n], slope[n + kPanelVectors]);
+          store_apart(p_to + n * kWidth / 2, p_to + kWordStride + n * kWidth / 2, p_pairs);
+          store_apart(ds_to + n * kWidth / 2, ds_to + kWordStride + n * kWidth / 2, ds_pairs);
+          store(ds_over_keys + (first + r) / 2 * kPanelRows + n * kWidth, side_by_side(ds_pairs));
+        }
+      }
     }
-    return true;
+  }
+
+  /// Of the words, too, up to a whole depth.
+  void clear_strip(i64 p, Interval keys, i64 first, bool floats) {
+    if (kWord == Word::kFloat || floats) {
+      const Tile slopes = tile_of(ds + first * kGroupRows, p, keys);
+      for_each_vector(tile_of(s + first * kGroupRows, p, keys),
+                      [&](i64 r, int lane, float* x) { store(x, V{}), store(slopes.row(r) + lane, V{}); });
+    }
+    if (kWord == Word::kFloat) return;
+    for (i64 r = first; r < first + whole(keys.end - keys.begin, kKeyStep<kWord>); ++r) {
+      const i64 at = r * kWordStride + p * kPanelRows / 2;
+      for (i64 w = at; w < at + kPanelRows / 2; ++w) p_words[w] = ds_words[w] = 0.0F;
+      for (i64 lane = 0; lane < kPanelRows; ++lane) ds_over_keys[r / 2 * kPanelRows + lane] = 0.0F;
+    }
   }
 };
 

@@ -99,9 +99,10 @@ inline void set_rows(Panel& panel, const Context& context, const RowMap& map, i6
   math::DropoutStream stream{};
   for (i64 lane = 0; lane < kPanelRows; ++lane) {
     const bool real = lane < panel.lanes;
-    const i64 row = first_row + lane / map.parts;
-    const i64 i = real ? row / map.group : kNoQuery;
-    const i64 head = map.first_head + (real ? row % map.group : 0);
+    const i64 row = first_row + (map.parts == 1 ? lane : lane / map.parts);
+    const i64 query = map.group == 1 ? row : row / map.group;  // a division takes as long as packing the row
+    const i64 i = real ? query : kNoQuery;
+    const i64 head = map.first_head + (real ? row - query * map.group : 0);
     panel.query[lane] = i;
     panel.head[lane] = head;
     panel.slope[lane] = !call.alibi ? 0.0F : kLog2E * call.slopes.data[context.batch * call.slopes.batch + head];

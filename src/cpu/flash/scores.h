@@ -24,45 +24,6 @@ FOVEA_INLINE void for_each_vector(const Tile& tile, F&& f) {
   }
 }
 
-/// A tile as B of a product that sums over its keys: itself, or rounded to pairs in `to`, 0 up to a whole depth.
-template <Word kWord>
-struct WordsOverKeys {
-  const float* data;
-  i64 stride;
-
-  WordsOverKeys([[maybe_unused]] float* to, const Tile& tile) : data(tile.data), stride(tile.stride) {
-    if constexpr (kWord == Word::kPair) {
-      for (i64 r = 0; r < whole(tile.rows(), kKeyStep<kWord>); r += 2) {
-        FOVEA_UNROLL for (int lane = 0; lane < kPanelRows; lane += kWidth) {
-          const V first = r < tile.rows() ? load(tile.row(r) + lane) : V{};
-          const V second = r + 1 < tile.rows() ? load(tile.row(r + 1) + lane) : V{};
-          store(to + r / 2 * kPanelRows + lane, round_to_pairs_by_lane(first, second));
-        }
-      }
-      data = to;
-      stride = kPanelRows;
-    }
-  }
-};
-
-/// `keys` rows of kGroupRows lanes as A of a product that sums over the lanes: themselves, or rounded to pairs in `to`,
-/// 0 up to whole steps of rows.
-template <Word kWord>
-struct WordsOverRows {
-  static constexpr i64 kStride = kGroupRows / kPerWord<kWord>;
-  const float* data;
-
-  WordsOverRows([[maybe_unused]] float* to, const float* tile, [[maybe_unused]] i64 keys) : data(tile) {
-    if constexpr (kWord == Word::kPair) {
-      for (i64 x = 0; x < keys * kStride; x += kWidth)
-        store(to + x, round_to_pairs(load(tile + 2 * x), load(tile + 2 * x + kWidth)));
-      for (i64 x = keys * kStride; x < whole(keys, kRowStep<kWord>) * kStride; ++x) to[x] = 0.0F;
-      data = to;
-    }
-  }
-  [[nodiscard]] const float* from_row(i64 lane) const { return data + lane / kPerWord<kWord>; }
-};
-
 /// |i + offset − j| of ALiBi, without the slope.
 struct Distance {
   alignas(64) float base[kPanelRows];  // i + offset − first key
@@ -109,31 +70,6 @@ inline bool gather(float* out, const Panel& panel, const Context& context, const
     }
   }
   return any(found);
-}
-
-/// S = K Qᵀ of a panel.  Meanwhile memory is asked for the mask and bias of the next one against the same keys, a few
-/// lines at a time: they lie far from each other, and a core keeps track of some 16 that are on their way.
-template <Word kWord>
-inline void score_product(const Panel& panel, const Panel* next, const Context& context, Interval keys,
-                          ProductArgs args) {
-  constexpr i64 kSlice = kWord == Word::kPair ? kTileStrip : kAccumulators / kPanelVectors;
-  const i64 rows = keys.end - keys.begin, lanes = kPanelRows * kSlice / rows + 1;
-  if (next == nullptr) return product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(panel, args, rows);
-  i64 lane = 0;
-  const auto fetch = [&](const EntryView& view, i64 entry_bytes) __attribute__((always_inline)) {
-    if (view.data == nullptr || view.key != entry_bytes) return;
-    const char* from = context.entry(view, next->query[lane], keys.begin, next->head[lane]);
-    for (i64 b = 0; b < rows * entry_bytes; b += 64) __builtin_prefetch(from + b);
-  };
-  for (i64 r = 0; r < rows; r += kSlice) {
-    for (const i64 end = math::smaller(lane + lanes, next->lanes); lane < end; ++lane) {
-      fetch(context.call.mask, 1);
-      fetch(context.call.bias, bytes(context.call.bias_type));
-    }
-    product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(panel, args, math::smaller(kSlice, rows - r));
-    args.a += kSlice * args.a_stride;
-    args.c += kSlice * args.c_stride;
-  }
 }
 
 inline void hide_outside_band(const Tile& s, const Panel& panel, const Context& context) {

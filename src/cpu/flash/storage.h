@@ -159,15 +159,22 @@ FOVEA_INLINE V pair_of_rows(const float* first, const float* second, i64 element
 /// Two vectors rounded to bf16, one after the other.
 FOVEA_INLINE V round_to_pairs(V first, V second) { return V(_mm512_cvtne2ps_pbh(__m512(second), __m512(first))); }
 
-/// Two vectors rounded to bf16, lane by lane side by side.
-FOVEA_INLINE V round_to_pairs_by_lane(V first, V second) {
+/// Those two, lane by lane side by side.
+FOVEA_INLINE V side_by_side(V pairs) {
   const auto zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
                                     20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return V(_mm512_permutexvar_epi16(zip, __m512i(round_to_pairs(first, second))));
+  return V(_mm512_permutexvar_epi16(zip, __m512i(pairs)));
+}
+
+/// Those two, each to a place of its own.
+FOVEA_INLINE void store_apart(float* first, float* second, V pairs) {
+  _mm256_storeu_ps(first, _mm512_castps512_ps256(__m512(pairs)));
+  _mm256_storeu_ps(second, _mm512_extractf32x8_ps(__m512(pairs), 1));
 }
 #else
 V round_to_pairs(V first, V second);  // of a CPU without, and never called
-V round_to_pairs_by_lane(V first, V second);
+V side_by_side(V pairs);
+void store_apart(float* first, float* second, V pairs);
 #endif
 
 }  // namespace fovea::cpu::FOVEA_ISA
