@@ -105,7 +105,8 @@ TEST(HopperBackward, HeadsTakeTurnsUnderABandOrWhereDqDoesAndInWholeGroups) {
   EXPECT_EQ(shape_of("bwd bf16 b3 hq8 hkv8 sq4096 d128 causal=top_left").heads_abreast, 4);
   EXPECT_EQ(shape_of("bwd bf16 b1 hq17 sq4096 d128 causal=top_left").heads_abreast, 1);
   EXPECT_EQ(shape_of("bwd bf16 b3 hq8 hkv8 sq4096 d128 deterministic").heads_abreast, 8);
-  EXPECT_EQ(shape_of("bwd bf16 b4 hq16 hkv16 sq512 d128 deterministic").heads_abreast, 32) << "as many as begin together";
+  EXPECT_EQ(shape_of("bwd bf16 b4 hq16 hkv16 sq512 d128 deterministic").heads_abreast, 32)
+      << "as many as begin together";
 }
 
 TEST(HopperBackward, PrecompilesItsOwnMainKernelAndThePortableOnesAroundIt) {

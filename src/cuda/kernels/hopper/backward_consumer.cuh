@@ -53,7 +53,7 @@ struct BackwardConsumer : BackwardOwner<S> {
     if constexpr (kHides) see(columns, n);
     await_products<0>();
     pin(s[0]);
-    const bool strange = columns.template weigh<kHides>(s, at.log2_lse(place));
+    float check = columns.template weigh<kHides>(s, at.log2_lse(place));
     columns.pack(weights, s);
     pin(weights);  // before dP takes as many registers as S had
     issue_dp(dp, n);
@@ -61,7 +61,8 @@ struct BackwardConsumer : BackwardOwner<S> {
     await_products<!kHides && !S.dropout ? 1 : 0>();
     pin(dp[0]);
     if constexpr (kHides) {
-      if (uniform(meet_any(meeting(), 128, columns.are_gradients_strange(dp, at.delta(place)) || strange))) {
+      check += columns.not_finite_gradients(dp, at.delta(place));
+      if (uniform(meet_any(meeting(), 128, !(check == 0.0F)))) {
         add<true>(n, columns, dp, weights, sums);
         return;
       }

@@ -49,8 +49,9 @@ struct Agreement {
   enum Who { kWeights, kGradients };
   BackwardState<S>& state;
 
-  FOVEA_DEVICE void tell(Who who, u32 n, bool strange) const {
-    if (__any_sync(kAllLanes, strange) && lane_id() == 0) state.strange[who][n & 1] = n + 1;
+  /// check: of a lane, 0 where it was.
+  FOVEA_DEVICE void tell(Who who, u32 n, float check) const {
+    if (__any_sync(kAllLanes, !(check == 0.0F)) && lane_id() == 0) state.strange[who][n & 1] = n + 1;
   }
   /// Once both have told: P has been announced, and that dP was looked at.
   FOVEA_DEVICE bool broken(u32 n) const {
@@ -91,7 +92,7 @@ struct WeightsConsumer : BackwardOwner<S> {
     if constexpr (kHides) see(columns, n);
     await_products<0>();
     pin(s[0]);
-    const bool strange = columns.template weigh<kHides>(s, at.log2_lse(state.q.place(n)));
+    const float check = columns.template weigh<kHides>(s, at.log2_lse(state.q.place(n)));
     state.q.release(n);
     columns.pack(weights, s);
     const WeightsPlace<S> place{at.weights(n)};
@@ -106,7 +107,7 @@ struct WeightsConsumer : BackwardOwner<S> {
     }
     if constexpr (S.dropout) store_shared(place.kept(), columns.kept[0]);
     const Agreement<S> agreement{state};
-    if constexpr (kHides) agreement.tell(agreement.kWeights, n, strange);
+    if constexpr (kHides) agreement.tell(agreement.kWeights, n, check);
     state.weights.announce(n);
     if constexpr (S.dropout) columns.drop(weights);
     state.dout.await_full(n);
@@ -169,11 +170,11 @@ struct GradientConsumer : BackwardOwner<S> {
     state.weights.await_full(n);
     from.read(weights);
     if constexpr (S.dropout) columns.kept[0] = load_shared(from.kept());
-    const bool strange = kHides && Columns::is_strange(dp);
+    const float check = kHides ? Columns::not_finite(dp) : 0.0F;
     columns.template differentiate<kHides>(dp, weights, at.delta(state.dout.place(n)));
     state.weights.release(n);
     const Agreement<S> agreement{state};
-    if constexpr (kHides) agreement.tell(agreement.kGradients, n, strange);
+    if constexpr (kHides) agreement.tell(agreement.kGradients, n, check);
     state.looked.await_empty(n);
     state.looked.announce(n);
     if constexpr (S.alibi) add_slope(n, columns.slope_part(dp), sums.slope);

@@ -81,11 +81,11 @@ struct GradientColumns {
     }
   }
 
-  /// Sᵀ becomes Pᵀ.  kHides: some entry may be hidden, `seen` says which; returns what `is_strange` does then.
+  /// Sᵀ becomes Pᵀ.  kHides: some entry may be hidden, `seen` says which; returns what `not_finite` does then.
   template <bool kHides>
-  FOVEA_DEVICE bool weigh(Entries& s, u32 log2_lse) {
+  FOVEA_DEVICE float weigh(Entries& s, u32 log2_lse) {
     const float unit = (kBareScores<S> ? rules.p.scale : 1.0F) * kLog2E;
-    const bool strange = kHides && is_strange(s);
+    const float check = kHides ? not_finite(s) : 0.0F;
     if constexpr (!kBareScores<S>) {
       for_each_two([&](int j, int e) {
         float t[2];
@@ -109,7 +109,7 @@ struct GradientColumns {
         s[0][j].x[e] = kHides && (kBareScores<S> ? !sees(j, e) : x == -infinity()) ? -0.0F : weight;
       }
     }
-    return strange;
+    return check;
   }
 
   /// −delta, for dPᵀ to be added to.
@@ -122,14 +122,14 @@ struct GradientColumns {
     }
   }
 
-  /// Whether not all is finite, or would not be `margin` times as large.
-  FOVEA_DEVICE static bool is_strange(const Entries& c, float margin = 1.0F, float more = 0.0F) {
-    float sums[4] = {more};
+  /// 0 where all is finite, and stays so `margin` times as large; NaN otherwise.
+  FOVEA_DEVICE static float not_finite(const Entries& c, float margin = 1.0F) {
+    float sums[4] = {};
     each([&](int j, int e) { sums[e] += c[0][j].x[e] * margin; });
-    return !((sums[0] + sums[1] + sums[2] + sums[3]) * 0.0F == 0.0F);
+    return (sums[0] + sums[1] + sums[2] + sums[3]) * 0.0F;
   }
   /// Likewise of dP and delta, and of what `differentiate` makes of them: 0 times that is 0.
-  FOVEA_DEVICE bool are_gradients_strange(const Entries& dp, u32 delta) const {
+  FOVEA_DEVICE float not_finite_gradients(const Entries& dp, u32 delta) const {
     float sum = 0.0F;
     const u32 mine = delta + lane_id() % 4 * 8;
 #pragma unroll
@@ -137,7 +137,7 @@ struct GradientColumns {
       const float2 two = load_shared_two(mine + 32 * j);
       sum += two.x * 2.0F + two.y * 2.0F;
     }
-    return is_strange(dp, S.dropout ? rules.p.keep_scale * 2.0F : 2.0F, sum);
+    return sum * 0.0F + not_finite(dp, S.dropout ? rules.p.keep_scale * 2.0F : 2.0F);
   }
 
   /// dPᵀ becomes dSᵀ; of a visible entry never −0.  Weights are read from where they are packed: there are no registers
