@@ -56,8 +56,10 @@ TEST(HopperBackward, EveryTileOfSharedMemoryBeginsWhereASwizzleDoes) {
       const std::string line = "bwd bf16 b1 hq2 sq300 d" + std::to_string(d) + " dv" + std::to_string(dv);
       const BackwardSpec spec = shape_of(line).spec;
       const BackwardSm90Shared at = BackwardSm90Shared::of(spec);
-      for (const int place : {at.k, at.v, at.q, at.q_stage, at.dout, at.dout_stage, at.ds, at.ds_stage})
+      for (const int place :
+           {at.k, at.v, at.other_k, at.q, at.q_stage, at.dout, at.dout_stage, at.ds, at.ds_stage, at.other_ds})
         EXPECT_EQ(place % kSwizzle, 0) << line;
+      EXPECT_EQ(at.dq % 16, 0) << line;
       EXPECT_EQ(at.statistics % 16, 0) << line;
       EXPECT_EQ(at.statistics_of_tile % 16, 0) << line;
       EXPECT_LE(at.total, kMost) << line;
@@ -95,6 +97,16 @@ TEST(HopperBackward, SixteenRowsOfDqLieInRunsOfPieces) {
       }
     }
   }
+}
+
+TEST(HopperBackward, WideHeadsArePairsOfBlocksThatShareDq) {
+  const auto unit = [](const std::string& line) { return backward_sm90_request(shape_of(line)).unit; };
+  EXPECT_TRUE(contains(unit("bwd bf16 b1 hq2 sq300 d136"), "__cluster_dims__(2)"));
+  EXPECT_FALSE(contains(unit("bwd bf16 b1 hq2 sq300 d128"), "__cluster_dims__"));
+  const BackwardShape wide = shape_of("bwd bf16 b1 hq2 sq300 skv300 d64 dv256");
+  EXPECT_EQ(wide.key_blocks, 3) << "of 128 keys, a pair's";
+  EXPECT_EQ(keys_of_block(wide.spec) * blocks_of_cluster(wide.spec), wide.spec.block_n);
+  EXPECT_GE(wide.most_blocks, 2 * 3 * 2);
 }
 
 TEST(HopperBackward, HeadsTakeTurnsOnlyUnderABandAndInWholeGroups) {
