@@ -142,7 +142,8 @@ struct BackwardDq {
 #pragma unroll 1
       for (int other = 0; other < kBlocks; ++other) {
         multiply_seen<S, kKeys>(
-            one, row, 8 * j, [&](int k, int r) { return element<S.block_m>(ds(n, other), r, k); },
+            one, row, kPairs ? fresh(8 * j) : 8 * j,
+            [&](int k, int r) { return element<S.block_m>(ds(n, other), r, k); },
             [&](int k, int column) { return element<kKeys>(keys(panel, other), k, column); });
       }
       dq[j] = one[0][0];
