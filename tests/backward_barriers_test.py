@@ -1,8 +1,9 @@
 """The barriers of Hopper's backward (src/cuda/kernels/hopper/backward_*.cuh), in every order that its warpgroups can come.
 
 A model: the producer, the two warpgroups that have keys and the one that makes dq, with their rings of mbarriers, which say
-no more than the parity of their phase.  Breadth first over all states: nobody may wait for ever, nothing may be written
-while somebody reads it.  Whoever changes a wait in the kernel changes it here first.
+no more than the parity of their phase; of the other block of a pair, who makes its dS and its dq.  Breadth first over all
+states: nobody may wait for ever, nothing may be written while somebody reads it.  Whoever changes a wait in the kernel
+changes it here first.
 """
 
 import collections
@@ -10,22 +11,27 @@ import functools
 import itertools
 
 STEPS = 8  # that the walk keeps
-State = collections.namedtuple("State", "barriers producer owners dq copies")
+#: actors: what each does next, and of which tile; copies: those under way, as the arrivals that end them.
+State = collections.namedtuple("State", "barriers producer actors copies")
 #: Of a ring: places, arrivals that fill a place, arrivals that empty it.
 OWN_KEYS = {"q": (2, 1, 2), "dout": (2, 1, 2), "dS": (2, 2, 1)}
-SHARED_KEYS = {"q": (2, 1, 2), "dout": (1, 1, 1), "P": (2, 1, 1), "looked": (2, 1, 1), "dS": (2, 1, 1)}
+#: A block's dS is there when it and the other one's are, and is given back by both; "other dS" is the other block's.
+SHARED_KEYS = {"q": (2, 1, 2), "dout": (1, 1, 1), "P": (2, 1, 1), "looked": (2, 1, 1), "dS": (2, 2, 2), "other dS": (2, 2, 2)}
 
 
 class Model:
-    """`rings` with their barriers; `owners`: two lists of what a warpgroup does in a tile, and behind the last one."""
+    """`rings` with their barriers; `actors`: of each, what it does in a tile, and what behind the last one.  The first thing is
+    to wait; it then knows whether there is a tile."""
 
-    def __init__(self, rings, owners, ends):
-        self.rings, self.owners, self.ends = rings, owners, ends
-        self.barriers = [(ring, side, place) for ring in rings for side in ("full", "empty") for place in range(rings[ring][0])]
+    def __init__(self, rings, actors):
+        self.rings = rings
+        self.tiles_of, self.ends = zip(*actors)
+        names = [(ring, side, place) for ring in rings for side in ("full", "empty") for place in range(rings[ring][0])]
+        self.index = {name: at for at, name in enumerate(names)}
 
     def arrive(self, barriers, ring, side, n):
         places, *arrivals = self.rings[ring]
-        at = self.barriers.index((ring, side, n % places))
+        at = self.index[ring, side, n % places]
         phase, arrived = barriers[at]
         over = arrived + 1 == arrivals[side == "empty"]
         return barriers[:at] + (((phase + 1) % 4, 0) if over else (phase, arrived + 1),) + barriers[at + 1:]
@@ -33,16 +39,15 @@ class Model:
     def passes(self, barriers, ring, side, n):
         places = self.rings[ring][0]
         parity = n // places & 1 ^ (side == "empty")
-        return barriers[self.barriers.index((ring, side, n % places))][0] & 1 != parity
+        return barriers[self.index[ring, side, n % places]][0] & 1 != parity
 
     def reads(self, state, ring, n):
-        """Whether somebody may still read use n of a ring."""
-        for group, (does, at) in enumerate(state.owners):
-            script = self.owners[group]
+        """Whether somebody may still read use n of a ring, or of another place of as many."""
+        for script, (does, at) in zip(self.tiles_of, state.actors):
             last = [i for i, step in enumerate(script) if step in (("free", ring), ("read", ring))]
             if at == n and last and 0 < does <= last[0]:
                 return True
-        return ring == "dS" and state.dq == (1, n)
+        return ring == "dS" and ("other dS", "full", n) in state.copies  # from there
 
     def produce(self, s, tiles):
         does, n = s.producer
@@ -54,56 +59,51 @@ class Model:
             else:
                 yield s._replace(producer=(does + 1, n), copies=s.copies | {(ring, "full", n)})
         if does == 2:
-            users = [at for group, (what, at) in enumerate(s.owners) if 0 < what < len(self.owners[group])]
-            users += [s.dq[1], s.dq[1] - 1] if s.dq[0] == 1 else []  # in turns it passes the last step's while it adds this one's
+            here = [(what, at, script) for script, (what, at) in zip(self.tiles_of, s.actors) if script[0][1] in ("q", "dS")]
+            users = [at for what, at, script in here if 0 < what < len(script)]
+            users += [at - 1 for _, at, script in here if script[0][1] == "dS"]  # in turns it passes the last step's later than it adds
             assert all(at == n + 1 or (at - n - 1) % STEPS for at in users), "a step is overwritten"
             yield s._replace(producer=(0, n + 1))
 
-    def own(self, s, tiles, group):
-        does, n = s.owners[group]
-        script = self.owners[group] + self.ends[group]
+    def act(self, s, tiles, who):
+        does, n = s.actors[who]
+        script = self.tiles_of[who] + self.ends[who]
         if does == len(script):
             return
 
-        def then(what, at=n, barriers=s.barriers):
-            owners = list(s.owners)
-            owners[group] = (what, at)
-            return s._replace(barriers=barriers, owners=tuple(owners))
+        def then(what, at=n, **changed):
+            return s._replace(actors=s.actors[:who] + ((what, at),) + s.actors[who + 1:], **changed)
 
-        act, *ring = script[does]
-        if does == 0:  # the first of a tile is to wait for q
-            if self.passes(s.barriers, "q", "full", n):
-                yield then(len(self.owners[group]) if n == tiles else 1)
-            return
-        last = does + 1 == len(self.owners[group])
-        following = (0, n + 1) if last else (does + 1, n)
-        if act == "wait" and self.passes(s.barriers, ring[0], ring[1], n + (ring[2] if len(ring) > 2 else 0)):
+        act, ring, *more = script[does]
+        while act in ("read", "write"):  # until the next thing is done: who reads for the last time, somebody else gives it back
+            assert act == "read" or not self.reads(s, ring, n - (more[0] if more else 2)), f"{ring} is overwritten"
+            does += 1
+            act, ring, *more = script[does]
+        tile = len(self.tiles_of[who])
+        following = (tile, n) if does == 0 and n == tiles else (0, n + 1) if does + 1 == tile else (does + 1, n)
+        if act == "wait" and self.passes(s.barriers, ring, more[0], n + (more[1] if len(more) > 1 else 0)):
             yield then(*following)
         if act == "fill":
-            assert does >= len(self.owners[group]) or not self.reads(s, ring[0], n - self.rings[ring[0]][0]), "overwritten"
-            yield then(*following, self.arrive(s.barriers, ring[0], "full", n))
-        if act == "read":  # for the last time: somebody else gives it back
+            yield then(*following, barriers=self.arrive(s.barriers, ring, "full", n))
+        if act == "send":  # by the copy engine
+            yield then(*following, copies=s.copies | {(ring, "full", n)})
+        if act == "add":  # of the tile that its step names
             yield then(*following)
         if act == "free":
-            yield then(*following, self.arrive(s.barriers, ring[0], "empty", n))
-
-    def make_dq(self, s, tiles):
-        does, n = s.dq
-        if does == 0 and self.passes(s.barriers, "dS", "full", n):
-            yield s._replace(dq=(2 if n == tiles else 1, n))
-        if does == 1:
-            yield s._replace(barriers=self.arrive(s.barriers, "dS", "empty", n), dq=(0, n + 1))
+            yield then(*following, barriers=self.arrive(s.barriers, ring, "empty", n))
 
     def explore(self, tiles):
         """How many states there are."""
-        start = State(((0, 0),) * len(self.barriers), (0, 0), ((0, 0), (0, 0)), (0, 0), frozenset())
+        start = State(((0, 0),) * len(self.index), (0, 0), ((0, 0),) * len(self.tiles_of), frozenset())
         seen, todo = {start}, collections.deque([start])
-        ends = [len(self.owners[g]) + len(self.ends[g]) for g in (0, 1)]
+        ends = [len(script) + len(end) for script, end in zip(self.tiles_of, self.ends)]
         while todo:
             s = todo.popleft()
-            following = [*self.produce(s, tiles), *self.own(s, tiles, 0), *self.own(s, tiles, 1), *self.make_dq(s, tiles)]
+            following = [*self.produce(s, tiles)]
+            for who in range(len(s.actors)):
+                following += self.act(s, tiles, who)
             following += [s._replace(barriers=self.arrive(s.barriers, *copy), copies=s.copies - {copy}) for copy in s.copies]
-            ended = s.producer[0] == 3 and s.dq[0] == 2 and [does for does, _ in s.owners] == ends
+            ended = s.producer[0] == 3 and [does for does, _ in s.actors] == ends
             assert following or ended, f"with {tiles} tiles all wait: {s}"
             fresh = set(following) - seen
             seen |= fresh
@@ -112,56 +112,69 @@ class Model:
 
 
 def own_keys():
-    tile = [("wait", "q", "full"), ("wait", "dout", "full"), ("wait", "dS", "empty"), ("fill", "dS"), ("free", "dout"), ("free", "q")]
+    tile = [("wait", "q", "full"), ("wait", "dout", "full"), ("wait", "dS", "empty"), ("write", "dS"), ("fill", "dS"), ("free", "dout"),
+            ("free", "q")]
     end = [("wait", "dS", "empty"), ("fill", "dS"), ("wait", "dS", "empty", 1)]
-    return Model(OWN_KEYS, (tile, tile), (end, end))
+    return Model(OWN_KEYS, [(tile, end), (tile, end), ([("wait", "dS", "full"), ("free", "dS")], [])])
 
 
-def shared_keys(hides):
-    """hides: both agree before they add, in every tile."""
+def shared_keys(hides, broken=False):
+    """hides: both agree before they add, in every tile; broken: and find what is not finite."""
     agree = [("wait", "looked", "full")] if hides else []
-    weights = [("wait", "q", "full"), ("free", "q"), ("wait", "P", "empty"), ("fill", "P"), ("wait", "dout", "full"), *agree,
-               ("wait", "looked", "full"), ("free", "looked"), ("free", "dout")]
-    gradients = [("wait", "q", "full"), ("wait", "dout", "full"), ("wait", "P", "full"), ("free", "P"), ("read", "dout"),
-                 ("wait", "looked", "empty"), ("fill", "looked"), *agree, ("wait", "dS", "empty"), ("fill", "dS"), ("free", "q")]
-    end = [("wait", "dS", "empty"), ("fill", "dS"), ("wait", "dS", "empty", 1)]
-    return Model(SHARED_KEYS, (weights, gradients), ([], end))
+    again = [("wait", "dS", "empty", 2), ("write", "dS", 0)] if broken else []
+    weights = [("wait", "q", "full"), ("free", "q"), ("wait", "dS", "empty"), ("write", "dS"), ("fill", "P"), ("wait", "dout", "full"),
+               *agree, *again, ("wait", "looked", "full"), ("free", "looked"), ("free", "dout")]
+    gradients = [("wait", "q", "full"), ("wait", "dout", "full"), ("wait", "P", "full"), ("read", "dout"), ("wait", "looked", "empty"),
+                 ("fill", "looked"), *agree, ("read", "dS"), ("write", "sent"), ("send", "other dS"), ("fill", "dS"), ("free", "q")]
+    end = [("wait", "dS", "empty"), ("fill", "dS"), ("fill", "dS"), ("wait", "dS", "empty", 1)]
+    dq = [("wait", "dS", "full"), ("read", "received"), ("free", "dS"), ("free", "other dS"), ("add", "dq")]
+    # Of the other block all may be as slow or as fast as it likes that is not held up by dS.
+    other_again = [("wait", "other dS", "empty", 2)] if broken else []
+    other = [("wait", "other dS", "empty"), ("write", "received"), ("send", "dS"), ("fill", "other dS"), *other_again]
+    other_end = [("fill", "other dS"), ("fill", "other dS"), ("wait", "other dS", "empty", 1)]
+    other_dq = [("wait", "other dS", "full"), ("read", "sent"), ("free", "other dS"), ("free", "dS")]
+    return Model(SHARED_KEYS, [(weights, []), (gradients, end), (dq, []), (other, other_end), (other_dq, [])])
 
 
-def take_turns(key_blocks, row_tiles, heads, abreast, resident, causal):
-    """Deterministic: blocks begin in the order of their tickets, `resident` of them at once, add to dq of a tile from the last
-    key block that sees it to the first, and pass a step's turn once they have added to the next step's.  What one may do it may
-    do until it does it, so one order tells of all."""
+def take_turns(blocks, key_blocks, row_tiles, heads, abreast, resident, causal):
+    """Deterministic: clusters of `blocks` begin in the order of their tickets, `resident` of them at once, add to dq of a tile from
+    the last key block that sees it to the first, and each block passes a step's turn when it is at the next step.  One of a pair
+    needs the other's dS, whose place both have given back two steps before.  What one may do it may do until it does it, so one
+    order tells of all."""
     tickets, walks = collections.Counter(), []
     for ticket in range(heads * key_blocks):
         line = ticket // abreast
         head, block = line // key_blocks * abreast + ticket % abreast, key_blocks - 1 - line % key_blocks
         lasts = [tile * key_blocks // row_tiles if causal else key_blocks - 1 for tile in range(row_tiles)]
         walks.append([((head, tile), last - block) for tile, last in enumerate(lasts) if last >= block])
-    running = [(walk, 0) for walk in walks[:resident]]
+    running = [(walk, (0,) * blocks) for walk in walks[:resident]]
     waiting = walks[resident:]
     while running:
         before, running = running, []
         for walk, added in before:
-            if added < len(walk) and tickets[walk[added][0]] == walk[added][1]:
-                added += 1
-                if added > 1:
-                    tickets[walk[added - 2][0]] += 1
-            elif added == len(walk):
-                tickets[walk[-1][0]] += 1
-                walk = None
-            if walk:
-                running.append((walk, added))
+            now = list(added)
+            for block, n in enumerate(added):
+                if n < len(walk) and n < min(now) + 2 and tickets[walk[n][0]] // blocks == walk[n][1]:
+                    now[block] += 1
+                    if n > 0:
+                        tickets[walk[n - 1][0]] += 1
+                elif n == len(walk):
+                    tickets[walk[-1][0]] += 1
+                    now[block] += 1
+            if min(now) <= len(walk):
+                running.append((walk, tuple(now)))
             elif waiting:
-                running.append((waiting.pop(0), 0))
+                running.append((waiting.pop(0), (0,) * blocks))
         assert running != before, f"all wait for turns: {running}"
 
 
 if __name__ == "__main__":
-    cases = list(itertools.product((1, 3, 5), (5, 8), (1, 2, 4), (1, 2, 3, 7), (False, True)))
-    for key_blocks, row_tiles, abreast, resident, causal in cases:
-        take_turns(key_blocks, row_tiles, 8, abreast, resident, causal)
+    cases = list(itertools.product((1, 2), (1, 3, 5), (5, 8), (1, 2, 4), (1, 2, 3, 7), (False, True)))
+    for blocks, key_blocks, row_tiles, abreast, resident, causal in cases:
+        take_turns(blocks, key_blocks, row_tiles, 8, abreast, resident, causal)
     print(f"turns: {len(cases)} grids, nobody waits for ever")
-    for name, model in (("keys of their own", own_keys()), ("shared keys", shared_keys(False)), ("shared keys, hidden entries", shared_keys(True))):
-        counts = [model.explore(tiles) for tiles in range(7)]
-        print(f"{name}: {functools.reduce(int.__add__, counts)} states of 0 to 6 tiles, nobody waits for ever")
+    for name, model, most in (("keys of their own", own_keys(), 6), ("shared keys", shared_keys(False), 3),
+                              ("shared keys, hidden entries", shared_keys(True), 3),
+                              ("shared keys, hidden entries that are not finite", shared_keys(True, True), 5)):
+        counts = [model.explore(tiles) for tiles in range(most + 1)]
+        print(f"{name}: {functools.reduce(int.__add__, counts)} states of 0 to {most} tiles, nobody waits for ever")

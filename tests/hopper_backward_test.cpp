@@ -53,15 +53,17 @@ TEST(HopperBackward, EveryTileOfSharedMemoryBeginsWhereASwizzleDoes) {
   constexpr int kSwizzle = 1024, kMost = 227 * 1024;
   for (const int d : {8, 40, 64, 72, 96, 128, 136, 192, 256}) {
     for (const int dv : {16, 64, 80, 128, 256}) {
-      for (const char* option : {"", " mask=b1qk"}) {
+      for (const char* option : {"", " mask=b1qk", " dropout=0.5"}) {
         const std::string line = "bwd bf16 b1 hq2 sq300 d" + std::to_string(d) + " dv" + std::to_string(dv) + option;
         const BackwardSpec spec = shape_of(line).spec;
         const BackwardSm90Shared at = BackwardSm90Shared::of(spec);
-        for (const int place : {at.k, at.v, at.q, at.q_stage, at.dout, at.dout_stage, at.ds, at.ds_stage})
+        for (const int place :
+             {at.k, at.v, at.other_k, at.q, at.q_stage, at.dout, at.dout_stage, at.ds, at.ds_stage, at.other_ds})
           EXPECT_EQ(place % kSwizzle, 0) << line;
+        EXPECT_EQ(at.dq % 16, 0) << line;
         EXPECT_EQ(at.statistics % 16, 0) << line;
         EXPECT_EQ(at.statistics_of_tile % 16, 0) << line;
-        EXPECT_EQ(at.words_stage * 8, *option == 0 ? 0 : spec.block_m * spec.block_n) << line;
+        EXPECT_EQ(at.words_stage * 8, spec.mask ? spec.block_m * keys_of_block(spec) : 0) << line;
         EXPECT_LE(at.total, kMost) << line;
       }
     }
@@ -100,6 +102,16 @@ TEST(HopperBackward, SixteenRowsOfDqLieInRunsOfPieces) {
   }
 }
 
+TEST(HopperBackward, WideHeadsArePairsOfBlocksThatShareDq) {
+  const auto unit = [](const std::string& line) { return backward_sm90_request(shape_of(line)).unit; };
+  EXPECT_TRUE(contains(unit("bwd bf16 b1 hq2 sq300 d136"), "__cluster_dims__(2)"));
+  EXPECT_FALSE(contains(unit("bwd bf16 b1 hq2 sq300 d128"), "__cluster_dims__"));
+  const BackwardShape wide = shape_of("bwd bf16 b1 hq2 sq300 skv300 d64 dv256");
+  EXPECT_EQ(wide.key_blocks, 3) << "of 128 keys, a pair's";
+  EXPECT_EQ(keys_of_block(wide.spec) * blocks_of_cluster(wide.spec), wide.spec.block_n);
+  EXPECT_GE(wide.most_blocks, 2 * 3 * 2);
+}
+
 TEST(HopperBackward, HeadsTakeTurnsUnderABandOrWhereDqDoesAndInWholeGroups) {
   EXPECT_EQ(shape_of("bwd bf16 b3 hq8 hkv8 sq4096 d128").heads_abreast, 1);
   EXPECT_EQ(shape_of("bwd bf16 b3 hq8 hkv8 sq4096 d128 causal=top_left").heads_abreast, 4);
@@ -107,6 +119,7 @@ TEST(HopperBackward, HeadsTakeTurnsUnderABandOrWhereDqDoesAndInWholeGroups) {
   EXPECT_EQ(shape_of("bwd bf16 b3 hq8 hkv8 sq4096 d128 deterministic").heads_abreast, 8);
   EXPECT_EQ(shape_of("bwd bf16 b4 hq16 hkv16 sq512 d128 deterministic").heads_abreast, 32)
       << "as many as begin together";
+  EXPECT_EQ(shape_of("bwd bf16 b4 hq16 hkv16 sq512 d256 deterministic").heads_abreast, 16) << "likewise, of pairs";
 }
 
 TEST(HopperBackward, PrecompilesItsOwnMainKernelAndThePortableOnesAroundIt) {

@@ -5,15 +5,19 @@
 
 // How the Hopper family's backward cuts up a block: 128 keys, 64 to each of two warpgroups, or, where head dims are
 // wide, 64 keys that both have, one for dv and one for dk; a third one makes dq of what they leave in shared memory,
-// and a fourth one has rows copied.  It is specialised by the portable kernels' spec, of which `warps` are those of the
-// first two.  Host and device compile this text.
+// and a fourth one has rows copied.  Blocks of 64 keys work in pairs, a cluster that gives dS to each other: each makes
+// half of the columns of dq for the 128 keys of both, so that half as much is added up.  It is specialised by the
+// portable kernels' spec, of which `block_n` are the keys of a pair, and `warps` those of the first two.  Host and
+// device compile this text.
 namespace fovea::cuda {
 
 inline constexpr int kBackwardConsumers = 2;  // warpgroups that have keys
 inline constexpr int kBackwardThreads = (kBackwardConsumers + 2) * 128;
 
-/// Both warpgroups have the block's keys: one makes P and dv, the other dS and dk.
-FOVEA_FN constexpr bool shares_keys(const BackwardSpec& s) { return s.block_n == kGroupRows; }
+/// Both warpgroups have the block's keys: one makes P and dv, the other dS and dk; and blocks are in pairs.
+FOVEA_FN constexpr bool shares_keys(const BackwardSpec& s) { return math::larger(s.head_dim, s.head_dim_v) > 128; }
+FOVEA_FN constexpr int blocks_of_cluster(const BackwardSpec& s) { return shares_keys(s) ? 2 : 1; }
+FOVEA_FN constexpr int keys_of_block(const BackwardSpec& s) { return s.block_n / blocks_of_cluster(s); }
 /// Tiles of dout in flight.
 FOVEA_FN constexpr int dout_stages(const BackwardSpec& s) { return shares_keys(s) ? 1 : s.stages; }
 
@@ -35,15 +39,21 @@ FOVEA_FN constexpr int dq_columns(const BackwardSpec& s) { return math::smaller(
 inline constexpr int kDqStages = 2;  // pieces of a warp that wait to be added
 /// Bytes of 16 rows of those columns.
 FOVEA_FN constexpr int dq_piece_bytes(const BackwardSpec& s) { return 16 * dq_columns(s) * 4; }
+/// Panels of dq that a block of a pair makes of a tile, at most: of an odd number, both make the middle one by turns.
+FOVEA_FN constexpr int dq_panels(const BackwardSpec& s) { return (panels_of(s.head_dim) + 1) / 2; }
+
+inline constexpr int kKeptBytes = 128 * 4;  // of what dropout keeps of a tile
 
 /// Where things lie in its shared memory, in bytes.
 struct BackwardSm90Shared {
   int k, v;                // the block's keys
+  int other_k;             // in a pair, the panels of the other's that dq is made of
   int q, q_stage;          // rings of rows
   int dout, dout_stage;    // likewise
-  int ds, ds_stage;        // two tiles, [row][key]: one is written while the other is read
-  int p, p_stage;          // likewise P, where keys are shared: words as threads have them, then what dropout keeps
-  int dq;                  // what waits to be added, warp by warp
+  int ds, ds_stage;        // two tiles, [row][key]: one is written while the other is read; first P, if keys are shared
+  int other_ds;            // likewise the other block's of a pair
+  int kept;                // two tiles' of what dropout keeps, a word each thread, if keys are shared
+  int dq;                  // what waits to be added, warp by warp, where keys are not shared
   int statistics;          // log2_lse and delta of each stage
   int statistics_of_tile;  // bytes of one of them
   int words, words_stage;  // a mask's, of each stage: word by word of 32 keys, row by row
@@ -52,20 +62,22 @@ struct BackwardSm90Shared {
 
   FOVEA_FN static constexpr BackwardSm90Shared of(const BackwardSpec& s) {
     BackwardSm90Shared at{};
-    at.v = at.k + tile_bytes(s.block_n, s.head_dim);
-    at.q = at.v + tile_bytes(s.block_n, s.head_dim_v);
+    const int keys = keys_of_block(s);
+    at.v = at.k + tile_bytes(keys, s.head_dim);
+    at.other_k = at.v + tile_bytes(keys, s.head_dim_v);
+    at.q = at.other_k + (shares_keys(s) ? dq_panels(s) * keys * kPanelRowBytes : 0);
     at.q_stage = tile_bytes(s.block_m, s.head_dim);
     at.dout = at.q + s.stages * at.q_stage;
     at.dout_stage = tile_bytes(s.block_m, s.head_dim_v);
     at.ds = at.dout + dout_stages(s) * at.dout_stage;
-    at.ds_stage = tile_bytes(s.block_m, s.block_n);
-    at.p = at.ds + 2 * at.ds_stage;
-    at.p_stage = shares_keys(s) ? s.block_m * s.block_n * 2 + (s.dropout ? 512 : 0) : 0;
-    at.dq = at.p + 2 * at.p_stage;
-    at.statistics = at.dq + 4 * kDqStages * dq_piece_bytes(s);
+    at.ds_stage = tile_bytes(s.block_m, keys);
+    at.other_ds = at.ds + 2 * at.ds_stage;
+    at.kept = at.other_ds + (shares_keys(s) ? 2 * at.ds_stage : 0);
+    at.dq = at.kept + (shares_keys(s) && s.dropout ? 2 * kKeptBytes : 0);
+    at.statistics = at.dq + (shares_keys(s) ? 0 : 4 * kDqStages * dq_piece_bytes(s));
     at.statistics_of_tile = 4 * s.block_m;
     at.words = at.statistics + 2 * s.stages * at.statistics_of_tile;
-    at.words_stage = s.mask ? s.block_m * s.block_n / 8 : 0;
+    at.words_stage = s.mask ? s.block_m * keys / 8 : 0;
     at.state = at.words + s.stages * at.words_stage;
     at.total = at.state + kStateBytes;
     return at;

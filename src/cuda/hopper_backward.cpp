@@ -37,7 +37,7 @@ int weight_of(const BackwardSpec& s) {
 // Measured on an H100 where nothing is hidden, else only run there (docs/notes).  The first that fits is taken.
 constexpr std::array kTiles{
     Tile{64, 128, 128, 0}, Tile{64, 64, 128, Tile::kAnyOptions}, Tile{96, 64, 128, 4}, Tile{128, 64, 128, 2},
-    Tile{256, 64, 64, 2},
+    Tile{256, 64, 128, 2},
 };
 
 class BackwardSm90Plan final : public PlannedKernel {
@@ -51,9 +51,9 @@ class BackwardSm90Plan final : public PlannedKernel {
     const BackwardSpec& spec = call_.shape().spec;
     std::vector<std::pair<std::string, std::string>> list{
         {"kernel", main_.describe()},
-        {"tile", describe_tile(spec) + ", " + std::to_string(kBackwardConsumers) + " warpgroups of " +
-                     std::to_string(consumer_registers(spec)) + " registers, one of " +
-                     std::to_string(dq_registers(spec)) + " for dq and one of " +
+        {"tile", describe_tile(spec) + (shares_keys(spec) ? " of two blocks, " : ", ") +
+                     std::to_string(kBackwardConsumers) + " warpgroups of " + std::to_string(consumer_registers(spec)) +
+                     " registers, one of " + std::to_string(dq_registers(spec)) + " for dq and one of " +
                      std::to_string(producer_registers(spec))}};
     std::ranges::copy(call_.details(), std::back_inserter(list));
     return list;
@@ -64,7 +64,7 @@ class BackwardSm90Plan final : public PlannedKernel {
     BackwardSm90Params p{call_.params(inputs, outputs, workspace), {}, {}, {}, {}, false};
     p.by_engine = make_maps(p);
     call_.before(p, workspace, stream);
-    launch(main_, BackwardCall::main_blocks(p), p, stream);
+    launch(main_, BackwardCall::main_blocks(p) * blocks_of_cluster(call_.shape().spec), p, stream);
     const BackwardParams& common = p;
     call_.after(common, outputs, stream);
   }
@@ -72,7 +72,7 @@ class BackwardSm90Plan final : public PlannedKernel {
  private:
   [[nodiscard]] bool make_maps(BackwardSm90Params& p) const {
     const auto& s = call_.shape().spec;
-    const CallMaps maps{p, CurrentGpu(device_.index), s.type, s.block_m, s.block_n};
+    const CallMaps maps{p, CurrentGpu(device_.index), s.type, s.block_m, keys_of_block(s)};
     return maps.of_rows(p.q, p.head_dim, p.q_map) && maps.of_rows(p.dout, p.head_dim_v, p.dout_map) &&
            maps.of_keys(p.k, p.head_dim, p.k_map) && maps.of_keys(p.v, p.head_dim_v, p.v_map);
   }
@@ -99,8 +99,10 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
   };
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
   share_out(problem, shape);
+  shape.most_blocks *= blocks_of_cluster(spec);
   if (spec.deterministic && shape.key_blocks > 0) {  // blocks that begin together are then of one turn
-    shape.heads_abreast = kv_heads_abreast(problem, std::max(kInTurnsAbreast, kMultiprocessors / shape.key_blocks));
+    const std::int64_t at_once = kMultiprocessors / blocks_of_cluster(spec);
+    shape.heads_abreast = kv_heads_abreast(problem, std::max(kInTurnsAbreast, at_once / shape.key_blocks));
   } else if (spec.band) {
     shape.heads_abreast = kv_heads_abreast(problem, kMostAbreast);
   }
@@ -119,6 +121,7 @@ jit::KernelRequest backward_sm90_request(const BackwardShape& shape) {
                       .spec = "BackwardSpec",
                       .params = "BackwardSm90Params",
                       .threads = kBackwardThreads,
+                      .cluster = blocks_of_cluster(spec),
                       .shared_bytes = BackwardSm90Shared::of(spec).total,
                       .text = products,
                       .own = true},

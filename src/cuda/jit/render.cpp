@@ -68,8 +68,10 @@ KernelRequest render(const Template& kernel, const std::vector<Field>& fields, c
   request.unit += "#include \"" + std::string(kernel.header) + "\"\n\nnamespace fovea::cuda {\n\n" +
                   std::string(kernel.text) + "constexpr " + spec + " kSpec{\n" + values +
                   "};\n\nextern \"C\" __global__ __launch_bounds__(" + std::to_string(kernel.threads) + ", " +
-                  std::to_string(kernel.min_blocks) + ") void " + kEntryPoint + "(const __grid_constant__ " + params +
-                  " params) {\n  " + function + "<kSpec>(params);\n}\n\n}  // namespace fovea::cuda\n";
+                  std::to_string(kernel.min_blocks) + ") " +
+                  (kernel.cluster > 1 ? "__cluster_dims__(" + std::to_string(kernel.cluster) + ") " : "") + "void " +
+                  kEntryPoint + "(const __grid_constant__ " + params + " params) {\n  " + function +
+                  "<kSpec>(params);\n}\n\n}  // namespace fovea::cuda\n";
   return request;
 }
 

@@ -18,6 +18,7 @@ struct Template {
   std::string_view params;    ///< "ForwardParams"
   int threads = 128;          ///< of a block
   int min_blocks = 1;         ///< on a multiprocessor at once
+  int cluster = 1;            ///< blocks that run together
   int shared_bytes = 0;       ///< dynamic
   std::string_view text{};    ///< that the template needs beside its header
   bool own = false;           ///< `KernelRequest::own`

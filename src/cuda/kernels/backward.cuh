@@ -190,22 +190,28 @@ struct Walk {
   }
 };
 
-/// Where bits must not change, dq is added up key block by key block.
+/// Where bits must not change, dq is added up key block by key block.  kAdders: thread blocks that share one.
 struct Turn {
   const Step& step;
 
   /// By a whole warp.
+  template <int kAdders = 1>
   FOVEA_DEVICE void await(const BackwardParams& p) const {
     const int mine = step.turn;
     const int* ticket = p.tickets + step.slot;
     int now;
     do {
       asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(ticket) : "memory");
-    } while (uniform(now != mine));
+    } while (uniform(now / kAdders != mine));
   }
   /// By one thread, behind a barrier that all additions came before.
+  template <int kAdders = 1>
   FOVEA_DEVICE void pass(const BackwardParams& p) const {
-    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + step.slot), "r"(step.turn + 1) : "memory");
+    if constexpr (kAdders == 1) {
+      asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + step.slot), "r"(step.turn + 1) : "memory");
+    } else {
+      asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(p.tickets + step.slot) : "memory");
+    }
   }
 };
 
@@ -536,11 +542,12 @@ struct Backward {
   }
 };
 
-/// The number of this block; where one waits for others, as they begin, so that those have begun.
-template <BackwardSpec S>
+/// The number of this block, or of the kBlocks that it is one of; where one waits for others, as they begin, so that
+/// those have begun.
+template <BackwardSpec S, int kBlocks = 1>
 FOVEA_DEVICE int number_of_block(const BackwardParams& p) {
   const bool turns = S.deterministic && p.row_blocks > 0;  // without rows nobody has cleared the tickets
-  return turns ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x);
+  return turns ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x) / kBlocks;
 }
 
 /// Blocks are numbered as `Walk` says.

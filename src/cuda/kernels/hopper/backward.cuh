@@ -7,31 +7,13 @@
 
 // The backward on Hopper (FlashAttention-3, 2407.08608, section 3 and appendix B): a block owns 128 keys of a kv head;
 // one warpgroup has the rows of all heads that read them copied, two make the scores of 64 keys each, dk and dv, and
-// one makes dq.
+// one makes dq.  Where head dims are wide, two blocks own 64 keys each and share the work on dq.
 namespace fovea::cuda {
 
-/// Blocks are numbered as `Walk` says.
+/// What a warpgroup does.
 template <BackwardSpec S>
-__device__ void backward_sm90(const BackwardSm90Params& p) {
-  extern __shared__ __align__(1024) char shared[];
-  constexpr BackwardSm90Shared kShared = BackwardSm90Shared::of(S);
-  static_assert(sizeof(BackwardState<S>) <= kStateBytes);
-  BackwardState<S>& state = *reinterpret_cast<BackwardState<S>*>(shared + kShared.state);
-  if (threadIdx.x == 0) {
-    state.walk = HopperWalk<S>(p, number_of_block<S>(p));
-    state.k.begin(1), state.v.begin(1);
-    constexpr u32 kOwners = shares_keys(S) ? 4 : S.warps;
-    state.q.begin(S.warps, S.mask ? 1 + kWarp : 1), state.dout.begin(kOwners), state.ds.begin(4, kOwners * kArrivals);
-    state.weights.begin(4, 4 * kArrivals), state.looked.begin(4, 4 * kArrivals);
-    state.spoiled[0] = state.spoiled[1] = false;
-    for (auto& of : state.strange) of[0] = of[1] = 0;
-    fence_barriers();
-    fence_engine();
-  }
-  __syncthreads();
-  if (state.walk.key_block * S.block_n >= state.walk.sequence.kv_rows) return;
+FOVEA_DEVICE void backward_role(const BackwardSm90Params& p, BackwardState<S>& state, const BackwardLayout<S>& at) {
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 128), 0);
-  const BackwardLayout<S> at{shared_address(shared)};
   if (group == 0) {
     give_registers<producer_registers(S)>();
     if (p.by_engine) {
@@ -52,6 +34,39 @@ __device__ void backward_sm90(const BackwardSm90Params& p) {
       GradientConsumer<S>{{p, state, at, 0}}.run();
     }
   }
+}
+
+/// Blocks, or pairs of them, are numbered as `Walk` says.
+template <BackwardSpec S>
+__device__ void backward_sm90(const BackwardSm90Params& p) {
+  extern __shared__ __align__(1024) char shared[];
+  constexpr BackwardSm90Shared kShared = BackwardSm90Shared::of(S);
+  constexpr bool kPairs = shares_keys(S);
+  static_assert(sizeof(BackwardState<S>) <= kStateBytes);
+  BackwardState<S>& state = *reinterpret_cast<BackwardState<S>*>(shared + kShared.state);
+  if (threadIdx.x == 0) {
+    if constexpr (!kPairs) state.walk = HopperWalk<S>(p, number_of_block<S>(p));
+    state.k.begin(1), state.v.begin(1);
+    state.q.begin(S.warps, S.mask ? 1 + kWarp : 1), state.dout.begin(kPairs ? 4 : S.warps);
+    state.ds.begin(kPairs ? 8 : 4, kPairs ? 1 : S.warps * kArrivals);
+    state.weights.begin(4, 4 * kArrivals), state.looked.begin(4, 4 * kArrivals);
+    state.spoiled[0] = state.spoiled[1] = false;
+    for (auto& of : state.strange) of[0] = of[1] = 0;
+    if constexpr (kPairs) {
+      state.other_k.begin(1);
+      if (rank_in_pair() == 0) state.number = number_of_block<S, 2>(p);
+    }
+    fence_barriers();
+    fence_engine();
+  }
+  if constexpr (kPairs) {
+    meet_cluster();
+    if (threadIdx.x == 0) state.walk = HopperWalk<S>(p, load_of_first(state.number));
+  }
+  __syncthreads();
+  if (state.walk.key_block * S.block_n < state.walk.sequence.kv_rows)
+    backward_role<S>(p, state, {shared_address(shared)});
+  if constexpr (kPairs) meet_cluster();  // the other one has sent all that it sends here
 }
 
 }  // namespace fovea::cuda

@@ -89,7 +89,7 @@ struct BackwardConsumer : BackwardOwner<S> {
       if constexpr (S.dropout) issue_dv(weights, place, sums);
       Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));
     }
-    Owner::template share<kTermByTerm>(ds, n);
+    share<kTermByTerm>(ds, n);
     if constexpr (kTermByTerm) {
       add_seen(n, place, weights, sums);
     } else {
@@ -98,6 +98,16 @@ struct BackwardConsumer : BackwardOwner<S> {
     }
     state.dout.release(n);
     state.q.release(n);
+  }
+
+  /// Tile n's dS, to who makes dq; kTermByTerm: of what is seen alone.
+  template <bool kTermByTerm>
+  FOVEA_DEVICE void share(const Packed& ds, u32 n) const {
+    state.ds.await_empty(n);
+    put(ds, n);
+    fence_engine();
+    if constexpr (kTermByTerm) state.spoiled[n & 1] = true;
+    state.ds.announce(n);
   }
 
   // ---- where something hidden is not finite

@@ -4,13 +4,15 @@
 #include "cuda/kernels/hopper/wgmma.cuh"
 
 // The warpgroup of the backward that makes dq = dS K of what the others leave of dS: a panel of columns at a time for
-// 64 rows, which each warp adds to dq_sum.
+// 64 rows, which each warp adds to dq_sum.  In a pair of blocks each makes half of the panels, for the keys of both.
 namespace fovea::cuda {
 
 template <BackwardSpec S>
 struct BackwardDq {
   using Pieces = typename Backward<S>::Dq;
-  static constexpr int kColumns = dq_columns(S), kKeyPanel = S.block_n * kPanelRowBytes;
+  static constexpr bool kPairs = shares_keys(S);
+  static constexpr int kBlocks = blocks_of_cluster(S), kKeys = keys_of_block(S);
+  static constexpr int kColumns = dq_columns(S), kPanels = panels_of(S.head_dim), kKeyPanel = kKeys * kPanelRowBytes;
   /// Pieces of 16 rows that lie in a row: where a warp has more rows, as many as begin nowhere else.
   static constexpr int kRun = Pieces::kM == 1 ? kColumns / 8 : math::smaller(Pieces::kN & -Pieces::kN, kColumns / 8);
   static constexpr u32 kMeeting = 4;  // this warpgroup's barrier
@@ -24,16 +26,20 @@ struct BackwardDq {
 
   FOVEA_DEVICE void run() const {
     u32 n = 0, sent = 0;
+    if constexpr (kPairs) state.other_k.wait(0);
 #pragma unroll 1
     for (;; ++n) {
       state.ds.await_full(n);
       if (!uniform(step(n).exists)) break;
-      const bool spoiled = uniform(state.spoiled[n & 1]);
+      const bool spoiled = !kPairs && uniform(state.spoiled[n & 1]);
+      if constexpr (kPairs) make_half(n);
 #pragma unroll 1
-      for (int row = 0; row < S.block_m; row += kGroupRows) {
+      for (int row = 0; row < (kPairs ? 0 : S.block_m); row += kGroupRows) {
 #pragma unroll 1
-        for (int panel = 0; panel < panels_of(S.head_dim); ++panel, ++sent) {
-          make(n, row, panel, spoiled, sent);
+        for (int panel = 0; panel < kPanels; ++panel, ++sent) {
+          Sum dq;
+          make(dq, n, row, panel, spoiled, row + panel == 0);
+          add(dq[0], step(n).slot, row + warp() * 16, panel, sent);
           if (S.deterministic && n > 0 && row + panel == 0) pass_turn<1>(n - 1);
         }
       }
@@ -41,50 +47,105 @@ struct BackwardDq {
         meet(kMeeting, 128);
         state.spoiled[n & 1] = false;
       }
-      state.ds.release(n);
+      if constexpr (!kPairs) state.ds.release(n);
     }
     if (S.deterministic && n > 0) {
       pass_turn<0>(n - 1);
-    } else if (lane_id() == 0) {
+    } else if (!kPairs && lane_id() == 0) {
       await_additions<0>();
     }
   }
 
  private:
+  using Sum = Accumulator[1][kColumns / 8];
+
   /// Of a step whose additions are done but for the kOpen last pieces.  The copy engine has the next step's first piece
   /// by then, so that it is never idle.
   template <int kOpen>
   FOVEA_DEVICE void pass_turn(u32 n) const {
-    if (lane_id() == 0) await_additions<kOpen>();
+    if constexpr (kPairs) {
+      __threadfence();  // they are each thread's own
+    } else {
+      if (lane_id() == 0) await_additions<kOpen>();
+    }
     meet(kMeeting, 128);
-    if (threadIdx.x % 128 == 0) Turn{step(n)}.pass(p);
+    if (threadIdx.x % 128 == 0) Turn{step(n)}.template pass<kBlocks>(p);
+  }
+  /// Where additions come from registers, the last step's leave while this one's first product is made.
+  FOVEA_DEVICE void await_turn(u32 n) const {
+    if (kPairs && n > 0) pass_turn<0>(n - 1);
+    Turn{step(n)}.template await<kBlocks>(p);
   }
 
-  /// Of 64 rows, a panel.
-  FOVEA_DEVICE void make(u32 n, int row, int panel, bool spoiled, u32 sent) const {
-    const u32 ds = at.ds(n), keys = at.k() + panel * kKeyPanel;
-    Accumulator dq[1][kColumns / 8];
+  /// Of an odd number of panels both blocks make the middle one, by turns.  They are added from registers: to wait in
+  /// shared memory they would want more of it than there is.
+  FOVEA_DEVICE void make_half(u32 n) const {
+    const int half = kPanels / 2 + static_cast<int>(kPanels % 2 & ~n);
+    const int first = rank_in_pair() == 0 ? 0 : half, end = rank_in_pair() == 0 ? half : kPanels;
+    if (first == end) {
+      state.ds.template release<true>(n);
+      if constexpr (S.deterministic) await_turn(n);
+    }
+#pragma unroll 1
+    for (int panel = first; panel < end; ++panel) {
+      Sum dq;
+      make(dq, n, 0, panel, false, panel == first);
+      if (panel + 1 == end) state.ds.template release<true>(n);
+      float* const sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim);
+      const int pieces = S.head_dim % kPanelColumns == 0
+                             ? kColumns / 8
+                             : math::smaller(kColumns, S.head_dim - panel * kPanelColumns) / 8;
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; ++j) {
+        if (j < pieces) reduce(sum + Pieces::piece(warp(), panel * (kPanelColumns / 8) + j), dq[0][j]);
+      }
+    }
+  }
+
+  /// Of 64 rows, a panel; begins: the step's first one.
+  FOVEA_DEVICE void make(Sum& dq, u32 n, int row, int panel, bool spoiled, bool begins) const {
     pin(dq[0]);
     fence_products();
-    multiply_tiles_by_columns<S.type, S.block_n, S.block_m, kColumns>(dq[0], matrix_at(ds + row * kPanelRowBytes, 16),
-                                                                      matrix_at(keys, kKeyPanel));
+#pragma unroll
+    for (int other = 0; other < kBlocks; ++other) {
+      multiply_tiles_by_columns<S.type, kKeys, S.block_m, kColumns>(
+          dq[0], matrix_at(ds(n, other) + row * kPanelRowBytes, 16), matrix_at(keys(panel, other), kKeyPanel), other);
+    }
     close_products();
-    if (S.deterministic && row + panel == 0) Turn{step(n)}.await(p);
+    if (S.deterministic && begins) await_turn(n);
     await_products<0>();
     pin(dq[0]);
-    const int first = row + warp() * 16;
-    if (spoiled) make_seen(dq[0], ds, keys, first);
-    add(dq[0], step(n).slot, first, panel, sent);
+    if (spoiled || (kPairs && !all_finite(dq[0]))) make_seen(dq[0], n, row + warp() * 16, panel);
+  }
+  /// What it is made of, of this block and of the other.
+  FOVEA_DEVICE u32 ds(u32 n, int other) const { return other != 0 ? at.other_ds(n) : at.ds(n); }
+  FOVEA_DEVICE u32 keys(int panel, int other) const {
+    const int first = rank_of_block<S>() * (kPanels / 2);
+    return other != 0 ? at.other_k() + (panel - first) * kKeyPanel : at.k() + panel * kKeyPanel;
   }
 
+  /// A pair tells by dq itself whether what is hidden may not have been finite: one knows of its own keys alone.
+  FOVEA_DEVICE static bool all_finite(const Accumulator (&dq)[kColumns / 8]) {
+    float sum = 0.0F;
+#pragma unroll
+    for (const Accumulator& c : dq) {
+#pragma unroll
+      for (float x : c.x) sum += x * 0.0F;
+    }
+    return !__any_sync(kAllLanes, !(sum == 0.0F));
+  }
   /// Term by term of what is seen.
-  FOVEA_DEVICE static void make_seen(Accumulator (&dq)[kColumns / 8], u32 ds, u32 keys, int row) {
+  FOVEA_DEVICE void make_seen(Accumulator (&dq)[kColumns / 8], u32 n, int row, int panel) const {
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j) {
       Accumulator one[1][1] = {};
-      multiply_seen<S, S.block_n>(
-          one, row, 8 * j, [&](int k, int r) { return element<S.block_m>(ds, r, k); },
-          [&](int k, int column) { return element<S.block_n>(keys, k, column); });
+#pragma unroll 1
+      for (int other = 0; other < kBlocks; ++other) {
+        multiply_seen<S, kKeys>(
+            one, row, kPairs ? fresh(8 * j) : 8 * j,
+            [&](int k, int r) { return element<S.block_m>(ds(n, other), r, k); },
+            [&](int k, int column) { return element<kKeys>(keys(panel, other), k, column); });
+      }
       dq[j] = one[0][0];
     }
   }

@@ -18,7 +18,8 @@ struct BackwardOwner {
   using Columns = GradientColumns<S>;
   using Entries = typename Columns::Entries;
   using Packed = typename Columns::Packed;
-  static constexpr int kKeyPanel = S.block_n * kPanelRowBytes, kRowPanel = S.block_m * kPanelRowBytes;
+  static constexpr int kKeys = keys_of_block(S);
+  static constexpr int kKeyPanel = kKeys * kPanelRowBytes, kRowPanel = S.block_m * kPanelRowBytes;
   static constexpr u32 kMeetings = 2;  // the barriers of both warpgroups, from this one on
 
   const BackwardSm90Params& p;
@@ -27,7 +28,7 @@ struct BackwardOwner {
   const int first_key;  // of the warpgroup, in the block
 
   FOVEA_DEVICE const Step& step(u32 n) const { return state.step(n); }
-  FOVEA_DEVICE int key() const { return state.walk.key_block * S.block_n; }
+  FOVEA_DEVICE int key() const { return first_key_of_block(state, rank_of_block<S>()); }
   FOVEA_DEVICE int warp_key() const { return first_key + warp_id() % 4 * 16; }
   FOVEA_DEVICE u32 meeting() const { return kMeetings + static_cast<u32>(first_key / kGroupRows); }
 
@@ -55,7 +56,11 @@ struct BackwardOwner {
   /// Tells who makes dq that there is no tile n.
   FOVEA_DEVICE void end_walk(u32 n) const {
     state.ds.await_empty(n);
-    state.ds.announce(n);
+    if constexpr (shares_keys(S)) {
+      if (threadIdx.x % 128 == 0) state.ds.full[n & 1].arrive();
+    } else {
+      state.ds.announce(n);
+    }
   }
   /// Behind that: until nobody reads K.
   FOVEA_DEVICE void await_end(u32 n) const { state.ds.await_empty(n + 1); }
@@ -66,8 +71,8 @@ struct BackwardOwner {
   FOVEA_DEVICE void issue_scores(Entries& s, u32 n) const {
     pin(s[0]);
     fence_products();
-    multiply_by_rows<S.type, S.head_dim, S.block_n, S.block_m>(s[0], keys_at(at.k()),
-                                                               matrix_at(at.q(state.q.place(n)), 16));
+    multiply_by_rows<S.type, S.head_dim, kKeys, S.block_m>(s[0], keys_at(at.k()),
+                                                           matrix_at(at.q(state.q.place(n)), 16));
     close_products();
   }
   /// From −delta on, where nothing is done to dP before that is taken off.
@@ -76,7 +81,7 @@ struct BackwardOwner {
     if constexpr (Columns::kDeltaFirst) Columns::begin_with_delta(dp, at.delta(state.dout.place(n)));
     pin(dp[0]);
     fence_products();
-    multiply_by_rows<S.type, S.head_dim_v, S.block_n, S.block_m>(
+    multiply_by_rows<S.type, S.head_dim_v, kKeys, S.block_m>(
         dp[0], keys_at(at.v()), matrix_at(at.dout(state.dout.place(n)), 16), Columns::kDeltaFirst ? 1 : 0);
     close_products();
   }
@@ -116,22 +121,17 @@ struct BackwardOwner {
     if (uniform(!step(n).full_band)) columns.keep_to_band();
   }
 
-  /// dS, [row][key], to where both warpgroups find it.
-  FOVEA_DEVICE void put(const Packed& ds, u32 n) const {
+  /// Where a lane's part of dS lies, [row][key].
+  FOVEA_DEVICE u32 part_of_ds(u32 n) const {
     const int lane = fresh(lane_id());
-    const u32 mine = swizzled(at.ds(n) + first_key / kPanelColumns * kRowPanel, lane / 16 * 8 + lane % 8,
-                              warp_id() % 4 * 2 + lane / 8 % 2);
+    return swizzled(at.ds(n) + first_key / kPanelColumns * kRowPanel, lane / 16 * 8 + lane % 8,
+                    warp_id() % 4 * 2 + lane / 8 % 2);
+  }
+  /// To where others find it.
+  FOVEA_DEVICE void put(const Packed& ds, u32 n) const {
+    const u32 mine = part_of_ds(n);
 #pragma unroll
     for (int k = 0; k < S.block_m / 16; ++k) store_matrices_transposed(mine + k * 16 * kPanelRowBytes, ds[k]);
-  }
-  /// Tile n's dS, to who makes dq; kTermByTerm: of what is seen alone.
-  template <bool kTermByTerm>
-  FOVEA_DEVICE void share(const Packed& ds, u32 n) const {
-    state.ds.await_empty(n);
-    put(ds, n);
-    fence_engine();
-    if constexpr (kTermByTerm) state.spoiled[n & 1] = true;
-    state.ds.announce(n);
   }
 
   /// Few columns at a time, for registers are full.
@@ -149,8 +149,9 @@ struct BackwardOwner {
 
   FOVEA_DEVICE float* slope_part(int head) const {
     const HopperWalk<S>& walk = state.walk;
+    const int warp = shares_keys(S) ? rank_of_block<S>() * 4 + warp_id() % 4 : warp_id() - 8;
     return p.slope_parts + ((i64{walk.sequence.batch} * p.q_heads + head) * p.key_blocks + walk.key_block) * S.warps +
-           warp_id() - 8;
+           warp;
   }
   FOVEA_DEVICE void clear_slope_parts() const {
     if (lane_id() != 0) return;
@@ -199,7 +200,7 @@ struct BackwardOwner {
       const int row = i / kPieces, column = i % kPieces * 8;
       if (row >= keys || column >= dim) continue;
       write_piece(to + row * view.row + column * kBytes<S.type>,
-                  load_shared_16(element<S.block_n>(tile, warp_key() + row, column)), (dim - column) * kBytes<S.type>,
+                  load_shared_16(element<kKeys>(tile, warp_key() + row, column)), (dim - column) * kBytes<S.type>,
                   view.aligned);
     }
   }

@@ -21,8 +21,12 @@ struct BackwardProducer {
   FOVEA_DEVICE void run() {
     if (kByEngine && threadIdx.x >= (S.mask ? 2 * kWarp : 1)) return;
     HopperWalk<S>& walk = state.walk;
-    load_keys<S.head_dim>(at.k(), state.k, p.k_map, p.k, p.head_dim);
-    load_keys<S.head_dim_v>(at.v(), state.v, p.v_map, p.v, p.head_dim_v);
+    const int rank = rank_of_block<S>();
+    load_keys<S.head_dim>(rank, at.k(), state.k, p.k_map, p.k, p.head_dim);
+    load_keys<S.head_dim_v>(rank, at.v(), state.v, p.v_map, p.v, p.head_dim_v);
+    if constexpr (shares_keys(S))
+      load_keys<dq_panels(S) * kPanelColumns>(1 - rank, at.other_k(), state.other_k, p.k_map, p.k, p.head_dim,
+                                              rank * (panels_of(S.head_dim) / 2) * kPanelColumns);
     if (walk.keeps()) walk.begin(p);  // meanwhile
     share();
 #pragma unroll 1
@@ -57,16 +61,21 @@ struct BackwardProducer {
   /// Packed sequences are one to the copy engine.
   FOVEA_DEVICE int batch() const { return p.cu_seqlens_q.data != nullptr ? 0 : state.walk.sequence.batch; }
 
+  /// Those of a block of the cluster.
   template <int kDim>
-  FOVEA_DEVICE void load_keys(u32 to, Barrier& full, const TensorMap& map, const RowView& view, int dim) const {
+  FOVEA_DEVICE void load_keys(int rank, u32 to, Barrier& full, const TensorMap& map, const RowView& view, int dim,
+                              int first_column = 0) const {
+    constexpr int kKeys = keys_of_block(S);
     const HopperWalk<S>& walk = state.walk;
     const Sequence& sequence = walk.sequence;
-    const int key = walk.key_block * S.block_n;
+    const int key = first_key_of_block(state, rank);
     if constexpr (kByEngine) {
       if (leads())
-        load_panels<S.block_n, kDim>(to, map, full, {sequence.kv_begin + key, walk.kv_head, batch()}, Keep::kNo);
+        load_panels<kKeys, kDim>(to, map, full, {sequence.kv_begin + key, walk.kv_head, batch()}, Keep::kNo, 0,
+                                 first_column);
     } else {
-      copy<S.block_n, kDim>(to, sequence.band.seqlen_kv - key, dim, view, sequence.kv_row(view, key, walk.kv_head));
+      copy<kKeys, kDim>(to, sequence.band.seqlen_kv - key, dim - first_column, view,
+                        sequence.kv_row(view, key, walk.kv_head) + first_column * kBytes<S.type>);
       fence_engine();
       share();
       if (leads()) full.arrive();
@@ -99,14 +108,17 @@ struct BackwardProducer {
   FOVEA_DEVICE void load_words(const Step& step, u32 to, Barrier& full) const {
     const WordView& view = p.mask_words;
     const HopperWalk<S>& walk = state.walk;
-    const int word = walk.key_block * (S.block_n / 32), row = step.tile * S.block_m + lane_id();
+    constexpr int kWords = keys_of_block(S) / 32;
+    const int row = step.tile * S.block_m + lane_id();
+    int word = walk.key_block * (S.block_n / 32);
+    if constexpr (shares_keys(S)) word = math::smaller(word + rank_of_block<S>() * kWords, view.count - 1);
     const u32* from = view.data + walk.sequence.batch * view.batch + step.head * view.head + i64{word} * view.rows;
     if (step.mask == TileState::kPartial) {
 #pragma unroll
       for (int r = 0; r < S.block_m; r += kWarp) {
         const u32* mine = from + math::smaller(row + r, walk.sequence.q_rows - 1) * view.row;
 #pragma unroll
-        for (int w = 0; w < S.block_n / 32; ++w) {
+        for (int w = 0; w < kWords; ++w) {
           copy_word(to + (w * S.block_m + r + lane_id()) * 4, mine);
           if (word + w + 1 < view.count) mine += view.rows;
         }

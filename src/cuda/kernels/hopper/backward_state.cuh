@@ -16,16 +16,28 @@ struct BackwardState {
   Barrier k, v;
   Ring<S.stages> q;           // log2_lse comes with it, and the words of a mask
   Ring<dout_stages(S)> dout;  // and delta with this
-  Ring<2> ds;                 // of all who make it
+  Ring<2> ds;                 // of all who make it, in a pair both blocks'; who makes dq gives it back, in both
   bool spoiled[2];            // of each: where something hidden was not finite
   // Where keys are shared:
-  Ring<2> weights;     // from who makes P to who makes dS
+  Ring<2> weights;     // P in the place of dS, for who makes that; given back with it
   Ring<2> looked;      // at dP, by who makes it; what the other one awaits gives dout back for both
   u32 strange[2][2];   // of S and dP: n + 1 where something hidden was not finite in tile n
   HopperWalk<S> walk;  // a step is written before its q is announced
+  Barrier other_k;     // of a pair
+  int number;          // likewise
 
   FOVEA_DEVICE const Step& step(u32 n) const { return walk.steps[n % 8]; }
 };
+
+template <BackwardSpec S>
+FOVEA_DEVICE int rank_of_block() {
+  return shares_keys(S) ? rank_in_pair() : 0;
+}
+/// Of a block of the cluster.
+template <BackwardSpec S>
+FOVEA_DEVICE int first_key_of_block(const BackwardState<S>& state, int rank) {
+  return state.walk.key_block * S.block_n + rank * keys_of_block(S);
+}
 
 /// Where everything lies in shared memory.
 template <BackwardSpec S>
@@ -37,7 +49,9 @@ struct BackwardLayout {
   FOVEA_DEVICE u32 q(int place) const { return base + kShared.q + place * kShared.q_stage; }
   FOVEA_DEVICE u32 dout(int place) const { return base + kShared.dout + place * kShared.dout_stage; }
   FOVEA_DEVICE u32 ds(u32 n) const { return base + kShared.ds + (n & 1) * kShared.ds_stage; }
-  FOVEA_DEVICE u32 weights(u32 n) const { return base + kShared.p + (n & 1) * kShared.p_stage; }
+  FOVEA_DEVICE u32 other_k() const { return base + kShared.other_k; }
+  FOVEA_DEVICE u32 other_ds(u32 n) const { return base + kShared.other_ds + (n & 1) * kShared.ds_stage; }
+  FOVEA_DEVICE u32 kept(u32 n) const { return base + kShared.kept + (n & 1) * kKeptBytes + threadIdx.x % 128 * 4; }
   FOVEA_DEVICE u32 dq(int warp, u32 n) const {
     return base + kShared.dq + (warp * kDqStages + n % kDqStages) * dq_piece_bytes(S);
   }

@@ -5,6 +5,26 @@
 // Barriers in shared memory (mbarrier) that count arrivals and bytes, and those of a block's hardware.
 namespace fovea::cuda {
 
+/// Which of a cluster of two this block is.
+FOVEA_DEVICE int rank_in_pair() { return static_cast<int>(blockIdx.x % 2); }
+/// The same place in the shared memory of a block of the cluster.
+FOVEA_DEVICE u32 address_in(int rank, u32 address) {
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+FOVEA_DEVICE u32 address_in_other(u32 address) { return address_in(1 - rank_in_pair(), address); }
+/// What the first block has there.
+FOVEA_DEVICE int load_of_first(const int& x) {
+  int there;
+  asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(there) : "r"(address_in(0, shared_address(&x))) : "memory");
+  return there;
+}
+/// All threads of the cluster.
+FOVEA_DEVICE void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 /// A phase is over when all have arrived and all bytes that were announced are there.
 struct Barrier {
   u64 word;
@@ -19,6 +39,10 @@ struct Barrier {
   }
   FOVEA_DEVICE void expect(u32 bytes) {
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
+  }
+  FOVEA_DEVICE void arrive_in_other() {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_in_other(address()))
+                 : "memory");
   }
   /// Once all copies that this thread has asked for (cp.async) are there.
   FOVEA_DEVICE void arrive_behind_copies() {
@@ -61,10 +85,14 @@ struct Ring {
     __syncwarp();
     if (static_cast<u32>(lane_id()) < kArrivals) full[place(n)].arrive();
   }
-  /// Once a warp, when all of it has read.
+  /// Once a warp, when all of it has read; in a pair the other block's place, too.
+  template <bool kInPair = false>
   FOVEA_DEVICE void release(u32 n) {
     __syncwarp();
-    if (static_cast<u32>(lane_id()) < kArrivals) empty[place(n)].arrive();
+    if (static_cast<u32>(lane_id()) < kArrivals) {
+      empty[place(n)].arrive();
+      if constexpr (kInPair) empty[place(n)].arrive_in_other();
+    }
   }
 };
 

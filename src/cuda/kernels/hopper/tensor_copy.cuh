@@ -28,12 +28,12 @@ FOVEA_DEVICE void load_panel(u32 to, const TensorMap& map, const Barrier& barrie
 
 /// A tile of kRows rows, by one thread; `more`: bytes that come to the same barrier.
 template <int kRows, int kDim>
-FOVEA_DEVICE void load_panels(u32 to, const TensorMap& map, Barrier& full, const RowPlace& at, Keep keep,
-                              u32 more = 0) {
+FOVEA_DEVICE void load_panels(u32 to, const TensorMap& map, Barrier& full, const RowPlace& at, Keep keep, u32 more = 0,
+                              int first_column = 0) {
   full.arrive_with(tile_bytes(kRows, kDim) + more);
 #pragma unroll
   for (int panel = 0; panel < panels_of(kDim); ++panel)
-    load_panel(to + panel * kRows * kPanelRowBytes, map, full, panel * kPanelColumns, at, keep);
+    load_panel(to + panel * kRows * kPanelRowBytes, map, full, first_column + panel * kPanelColumns, at, keep);
 }
 
 /// Some bytes, in steps of 16, as they are.
@@ -46,6 +46,14 @@ FOVEA_DEVICE void load_bytes(u32 to, const void* from, u32 bytes, const Barrier&
 /// A word; behind `Barrier::arrive_behind_copies` it is there.
 FOVEA_DEVICE void copy_word(u32 to, const u32* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
+/// The same to the other block of a pair, in the same place or another, and to its barrier.
+FOVEA_DEVICE void send_bytes(u32 to, u32 from, u32 bytes, const Barrier& barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   address_in_other(to)),
+               "r"(from), "r"(bytes), "r"(address_in_other(barrier.address()))
+               : "memory");
 }
 
 /// Has some bytes, in steps of 16, added to floats in global memory; one of the thread's open group of such additions.

@@ -74,13 +74,14 @@ FOVEA_DEVICE void multiply_by_columns(Accumulator (&o)[kDim / 8], const OperandA
   }
 }
 
-/// dQ = dS K: likewise.  Panels of dS are kRows long; kColumns of K.
+/// dQ = dS K, or dQ += dS K where `add` is 1: likewise.  Panels of dS are kRows long; kColumns of K.
 template <Type kType, int kKeys, int kRows, int kColumns>
-FOVEA_DEVICE void multiply_tiles_by_columns(Accumulator (&dq)[kColumns / 8], u64 ds, u64 k) {
+FOVEA_DEVICE void multiply_tiles_by_columns(Accumulator (&dq)[kColumns / 8], u64 ds, u64 k, int add = 0) {
 #pragma unroll
   for (int c = 0; c < kKeys / 16; ++c) {
     constexpr int kPanel = kRows * kPanelRowBytes / 16, kSixteenRows = 16 * kPanelRowBytes / 16;
-    Wgmma<kType, kColumns>::tiles_by_columns(dq, ds + c / 4 * kPanel + c % 4 * 2, k + c * kSixteenRows, c == 0 ? 0 : 1);
+    Wgmma<kType, kColumns>::tiles_by_columns(dq, ds + c / 4 * kPanel + c % 4 * 2, k + c * kSixteenRows,
+                                             c == 0 ? add : 1);
   }
 }
 
