@@ -293,6 +293,7 @@ TEST(PlainFormula, StaysNearTheOracle) {
       if (problem.bias && problem.bias_dtype != DType::kFloat32) problem.bias_dtype = dtype;
       problem.dtype = dtype;
       problem.softmax_scale = {};
+      if (problem.seqlen_kv > 300) problem.alibi = Alibi::kNone;  // scores so large have no digits left in 16 bits
       problem.direction = Direction::kForwardBackward;
       Workload work(problem, seed, Data::kHostile);
       Peers peers(work.operands(), work.exact());

@@ -63,7 +63,7 @@ struct BackwardConsumer : BackwardOwner<S> {
     if constexpr (kHides) {
       check += columns.not_finite_gradients(dp, at.delta(place));
       if (uniform(meet_any(meeting(), 128, !(check == 0.0F)))) {
-        add<true>(n, columns, dp, weights, sums);
+        add<true>(fresh(n), columns, dp, weights, sums);  // whose addresses take no registers before
         return;
       }
       if constexpr (!S.dropout) issue_dv(weights, place, sums);
