@@ -15,9 +15,12 @@
 #include "cuda/driver.h"
 #include "nn/cuda/cublas_lt.h"
 #include "nn/cuda/kernels.h"
+#include "nn/layout.h"
 
 namespace fovea::python {
 namespace {
+
+using nn::slice;
 
 constexpr std::int64_t kPieceBytes = 16;
 constexpr std::int64_t kRowsOfBlock = cuda::kLayerThreads / cuda::kLanes;  // of move_rows
@@ -61,15 +64,6 @@ Tensor rows_of(const Tensor& x) {
   }
   if (rows.shape[0] == 0 || rows.strides[0] < rows.shape[1]) throw AnotherWay();
   return rows;
-}
-
-/// Elements [first, first + count) of the first dimension.
-Tensor slice(const Tensor& x, std::int64_t first, std::int64_t count) {
-  Tensor t = x;
-  if (!x.defined()) return t;
-  t.data = static_cast<std::byte*>(x.data) + first * x.strides[0] * size_bytes(x.dtype);
-  t.shape[0] = count;
-  return t;
 }
 
 /// One call: its tensors, the stream they are in, and what is made on the way.

@@ -78,14 +78,6 @@ Tensor columns(const Tensor& rows, std::int64_t first, std::int64_t count) {
   return t;
 }
 
-Tensor slice(const Tensor& x, std::int64_t first, std::int64_t count) {
-  Tensor t = x;
-  if (!x.defined()) return t;
-  t.data = static_cast<std::byte*>(x.data) + first * x.strides[0] * size_bytes(x.dtype);
-  t.shape[0] = count;
-  return t;
-}
-
 Sequences Sequences::of(const char* name, const Tensor& x, const Tensor& cu_seqlens, bool batch_first) {
   Sequences s;
   s.cu_seqlens = cu_seqlens;

@@ -28,7 +28,13 @@ void check_same_rows(const char* a_name, const Tensor& a, const char* b_name, co
 [[nodiscard]] Tensor columns(const Tensor& rows, std::int64_t first, std::int64_t count);
 
 /// Rows [first, first + count), of any rank.
-[[nodiscard]] Tensor slice(const Tensor& x, std::int64_t first, std::int64_t count);
+[[nodiscard]] inline Tensor slice(const Tensor& x, std::int64_t first, std::int64_t count) {
+  Tensor t = x;
+  if (!x.defined()) return t;
+  t.data = static_cast<std::byte*>(x.data) + first * x.strides[0] * size_bytes(x.dtype);
+  t.shape[0] = count;
+  return t;
+}
 
 /// Which rows of [rows, features] are which sequence.
 struct Sequences {
