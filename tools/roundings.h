@@ -18,8 +18,8 @@ struct Roundings {
   Rounding dq, dk, dv, dbias, dalibi_slopes, dsink;
 };
 
-/// Follows the formula and counts every rounding of it with the size of what it rounds (docs/contract.md).  own_out: the
-/// backward pass is given what a forward pass has computed, and not what is right.
+/// Follows the formula and counts every rounding of it with the size of what it rounds (docs/contract.md).  own_out:
+/// the backward pass is given what a forward pass has computed, and not what is right.
 [[nodiscard]] Roundings roundings(const cpu::Operands& operands, const cpu::Results& exact, bool own_out = false);
 
 }  // namespace fovea::tools
