@@ -98,6 +98,7 @@ bool see_alike(const Problem& problem) {
 
 std::int64_t heads_in_l2(const Problem& problem, const GpuModel& gpu) {
   const std::int64_t keys = problem.seqlen_kv, group = problem.num_q_heads / problem.num_kv_heads;
+  // Measured on an H100, whose L2 has 50 MiB.
   const std::int64_t room = gpu.l2_bytes / 50 * (keys <= 512 ? 8 : keys < 16384 ? 16 : 64);
   const std::int64_t head_bytes = keys * (problem.head_dim + problem.head_dim_v) * size_bytes(problem.dtype);
   const std::int64_t heads = std::max<std::int64_t>(1, room / std::max<std::int64_t>(1, head_bytes)) * group;

@@ -121,7 +121,6 @@ class PortableBackend final : public Backend {
     if (!verdict.available) return verdict;
 
     refuse_long(problem, verdict);
-    limit(verdict, "num_q_heads", problem.num_q_heads, kMostInGrid);
     if (!reasons.empty()) return verdict;
     const GpuModel model = model_of_device(device);
     const auto judge_shape = [&](const auto& shape) {

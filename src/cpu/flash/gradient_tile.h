@@ -189,7 +189,8 @@ struct RowGroup {
         if (call.softcap > 0) {
           each([&](int x, i64 row, int lane) { slope[x] = before_softcap(slope[x], tanh_tile.row(row) + lane); });
         }
-        float *p_to = p_words + (first + r) * kWordStride + p * kPanelRows / 2, *ds_to = p_to + (ds_words - p_words);
+        const i64 place = (first + r) * kWordStride + p * kPanelRows / 2;
+        float *p_to = p_words + place, *ds_to = ds_words + place;
         FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) {
           const V p_pairs = round_to_pairs(weight[n], weight[n + kPanelVectors]);
           const V ds_pairs = round_to_pairs(slope[n], slope[n + kPanelVectors]);

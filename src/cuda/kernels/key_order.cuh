@@ -22,9 +22,9 @@ struct KeyOrder {
   }
   /// How many entries of a row a lane has of keys before `key`, counted from its first one.
   FOVEA_FN static constexpr int before(int key) {
-    constexpr int kShare = 16 * kGroups, kOne = kRun;
+    constexpr int kShare = 16 * kGroups, kOfRun = kRun;  // keys that four lanes share; a lane has two runs of them
     const int k = math::larger(key, 0), rest = k % kShare;
-    return k / kShare * 2 * kOne + math::smaller(rest, kOne) + math::smaller(math::larger(rest, 8) - 8, kOne);
+    return k / kShare * 2 * kOfRun + math::smaller(rest, kOfRun) + math::smaller(math::larger(rest, 8) - 8, kOfRun);
   }
   /// Row `row` of K and V in shared memory; of a sum of rows without a carry the sum.
   FOVEA_FN static constexpr int of_row(u32 row) {
