@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "arrays.h"
@@ -31,20 +32,25 @@ struct Machine {
   nn::Kernels kernels;
 };
 
-/// Null where there is no cuBLASLt.
-const Machine* machine_of(const Device& device) {
+/// A GPU's, or what it lacks.
+struct Found {
+  std::unique_ptr<const Machine> machine;
+  std::string why_not;
+};
+
+const Found& find_machine(int gpu) {
   static std::mutex mutex;
-  static auto& all =
-      *new std::map<int, std::unique_ptr<const Machine>>;  // the driver may be gone when the process ends
+  static auto& all = *new std::map<int, Found>;  // the driver may be gone when the process ends
   const std::lock_guard lock(mutex);
-  const auto [place, unknown] = all.try_emplace(device.index);
+  const auto [place, unknown] = all.try_emplace(gpu);
   if (unknown) {
     try {
-      place->second = std::make_unique<const Machine>(device.index);
-    } catch (const Error&) {  // the slower way says nothing of it
+      place->second.machine = std::make_unique<const Machine>(gpu);
+    } catch (const Error& error) {
+      place->second.why_not = error.what();
     }
   }
-  return place->second.get();
+  return place->second;
 }
 
 /// Thrown where there must be another way.
@@ -73,7 +79,7 @@ class Layer {
       : call_(call), framework_(Framework::of(query)), like_(framework_.borrow(query, "query", false).view) {
     const bool half = like_.dtype == DType::kFloat16 || like_.dtype == DType::kBFloat16;
     if (like_.device.kind != DeviceKind::kCuda || !half) throw AnotherWay();
-    machine_ = machine_of(like_.device);
+    machine_ = find_machine(like_.device.index).machine.get();
     if (machine_ == nullptr) throw AnotherWay();
     stream_ = framework_.stream(like_.device);
     if (!call.index.is_none()) index_ = framework_.borrow(call.index, "index", false).view;
@@ -249,6 +255,8 @@ nb::object backward_layer(nb::handle dy, nb::handle query, nb::handle key, nb::h
     return nb::make_tuple(dquery.object, dkey.object, din.object, din_bias.object, dwo.object, dbo.object);
   });
 }
+
+std::string why_no_layer(int gpu) { return find_machine(gpu).why_not; }
 
 nb::tuple pack(nb::handle ignore) {
   const auto wait_for = [](const Device& device, void* stream) {

@@ -31,6 +31,9 @@ enum LayerGradients : int { kQuery = 1, kKey = 2, kInWeight = 4, kInBias = 8, kO
                                         nb::handle out_weight, nb::handle q, nb::handle kv, nb::handle out,
                                         nb::handle lse, const LayerCall& call, int wanted);
 
+/// Why a GPU runs no layer so, whatever its tensors are; "" where it does.
+[[nodiscard]] std::string why_no_layer(int gpu);
+
 /// Where the rows of a batch stand without its padding; waits for a GPU.  `ignore` is bool [batch, seqlen], dense.
 /// Gives int32 [batch + 1 + rows + batch · seqlen] on its device (cu_seqlens, the place of each row, the row of each
 /// place or −1), the number of rows, the shortest and the longest sequence.

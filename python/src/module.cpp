@@ -85,6 +85,7 @@ NB_MODULE(_core, module) {
       any("dy"), any("query"), any("key"), any("in_weight"), any("out_weight"), any("q"), any("kv"), any("out"),
       any("lse"), nb::arg("heads"), nb::arg("batch_first"), any("extras"), nb::arg("rules"), any("seed"), any("offset"),
       any("index"), nb::arg("wanted"));
+  module.def("why_no_layer", &why_no_layer, nb::arg("gpu"));
   module.def("pack", &pack, any("ignore"));
   // Named as JAX wants the capsules of functions that XLA calls.
   module.def("xla_handlers", [] {

@@ -404,6 +404,9 @@ def layers_of_torch_nn_keep_the_error_rule() -> str:
             worst = max(worst, (ours - exact).abs().max().item() / limit)
         cases += 1
     assert worst <= 1.0, f"{2 * worst:.3g} times the plain layer's error"
+    layer = fovea.nn.MultiheadAttention(64, 4, batch_first=True, device=GPU)
+    assert layer.explain(x).torch_products == "the tensors are float32, not float16 or bfloat16"
+    assert layer.bfloat16().explain(x.bfloat16()).torch_products == fovea._core.why_no_layer(0)
     return f"{cases} encoders, at most {2 * worst:.2f} times the plain layer's error"
 
 

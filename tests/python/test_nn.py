@@ -163,6 +163,8 @@ def test_explain_names_what_stands_against_one_node():
         call = prepare(layer)
         report = layer.explain(x, **call)
         assert report.composed == reason and reason in str(report)
+        assert report.torch_products == (reason or "the tensors are on cpu, not on a GPU")
+        assert f"products: {report.torch_products}" in str(report) or reason
         key = call.get("key", x)
         named = {"need_weights": call.get("need_weights", False), "attn_mask": call.get("mask")}
         out, _ = layer(x, key, call.get("value", key), **named)

@@ -31,6 +31,7 @@ class LayerReport:
         torch_reason: why it would not have taken its fast path; "" if it would.
         torch_bytes: what its matrix of weights would have taken; 0 if it would have made none.
         composed: why projections and attention are operators with a node of autograd each; "" if they are one node.
+        torch_products: why PyTorch makes the projections' products; "" if cuBLASLt does, in one call with attention.
     """
 
     forward: Report
@@ -40,12 +41,15 @@ class LayerReport:
     torch_reason: str
     torch_bytes: int
     composed: str
+    torch_products: str
 
     def __str__(self) -> str:
         reports = [self.forward] if self.backward is None else [self.forward, self.backward]
         lines = [str(report).rstrip() for report in reports]
         if self.composed:
             lines.append(f"projections and attention are no single node of autograd: {self.composed}")
+        elif self.torch_products:
+            lines.append(f"projections are PyTorch's products: {self.torch_products}")
         if self.packed:
             lines.append("padding is left out: sequences lie one behind the other")
         lines.append(f"torch.nn would have run {self.torch_kernel}")
@@ -106,7 +110,8 @@ def _report(
     if why_not_fast:
         kernel, size = _torch_kernel(layer, query, key, mask, padding, need_weights, is_causal)
     composed = _fused.why_composed(layer, query, key, value, mask, padding, need_weights)
-    return LayerReport(forward, backward, packed, kernel, why_not_fast, size, composed)
+    products = composed or _fused.why_torch_multiplies(query)
+    return LayerReport(forward, backward, packed, kernel, why_not_fast, size, composed, products)
 
 
 def _ours(

@@ -58,6 +58,17 @@ def why_composed(
     return ""
 
 
+def why_torch_multiplies(query: Tensor) -> str:
+    """Why the one node is made of PyTorch's products; "" where one call of the compiled half makes them as well."""
+    autocast = _door.any_autocast() and torch.is_autocast_enabled(query.device.type)
+    dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype
+    if not query.is_cuda:
+        return f"the tensors are on {query.device}, not on a GPU"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the tensors are {str(dtype).removeprefix('torch.')}, not float16 or bfloat16"
+    return _core.why_no_layer(query.get_device())
+
+
 def attention(
     layer: MultiheadAttention,
     query: Tensor,
