@@ -15,6 +15,11 @@ struct BackwardDq {
   static constexpr int kColumns = dq_columns(S), kPanels = panels_of(S.head_dim), kKeyPanel = kKeys * kPanelRowBytes;
   /// Pieces of 16 rows that lie in a row: where a warp has more rows, as many as begin nowhere else.
   static constexpr int kRun = Pieces::kM == 1 ? kColumns / 8 : math::smaller(Pieces::kN & -Pieces::kN, kColumns / 8);
+  /// Of a step's two products the first one is added from registers: the next one can begin sooner, and half as much
+  /// waits for the copy engine, which adds the other while products are made.  Not in turns, for who passes one awaits
+  /// the engine alone, and not where the second one is narrow.
+  static constexpr bool kBothWays =
+      !kPairs && !S.deterministic && (kPanels == 1 ? S.block_m > kGroupRows : S.head_dim % kPanelColumns == 0);
   static constexpr u32 kMeeting = 4;  // this warpgroup's barrier
 
   const BackwardSm90Params& p;
@@ -39,7 +44,11 @@ struct BackwardDq {
         for (int panel = 0; panel < kPanels; ++panel, ++sent) {
           Sum dq;
           make(dq, n, row, panel, spoiled, row + panel == 0);
-          add(dq[0], step(n).slot, row + warp() * 16, panel, sent);
+          if (kBothWays && row + panel == 0) {
+            add(dq[0], step(n).slot, row + warp() * 16, panel);
+          } else {
+            add(dq[0], step(n).slot, row + warp() * 16, panel, kBothWays ? n : sent);
+          }
           if (S.deterministic && n > 0 && row + panel == 0) pass_turn<1>(n - 1);
         }
       }
@@ -91,14 +100,7 @@ struct BackwardDq {
       Sum dq;
       make(dq, n, 0, panel, false, panel == first);
       if (panel + 1 == end) state.ds.template release<true>(n);
-      float* const sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim);
-      const int pieces = S.head_dim % kPanelColumns == 0
-                             ? kColumns / 8
-                             : math::smaller(kColumns, S.head_dim - panel * kPanelColumns) / 8;
-#pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j) {
-        if (j < pieces) reduce(sum + Pieces::piece(warp(), panel * (kPanelColumns / 8) + j), dq[0][j]);
-      }
+      add(dq[0], step(n).slot, warp() * 16, panel);
     }
   }
 
@@ -150,6 +152,17 @@ struct BackwardDq {
     }
   }
 
+  /// From registers.
+  FOVEA_DEVICE void add(const Accumulator (&dq)[kColumns / 8], i64 slot, int row, int panel) const {
+    float* const sum = p.dq_sum + slot * (S.block_m * S.head_dim);
+    const int pieces = S.head_dim % kPanelColumns == 0
+                           ? kColumns / 8
+                           : math::smaller(kColumns, S.head_dim - panel * kPanelColumns) / 8;
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j) {
+      if (j < pieces) reduce(sum + Pieces::piece(row / 16, panel * (kPanelColumns / 8) + j), dq[j]);
+    }
+  }
   /// Through shared memory by the copy engine.
   FOVEA_DEVICE void add(const Accumulator (&dq)[kColumns / 8], i64 slot, int row, int panel, u32 sent) const {
     float* const sum = p.dq_sum + slot * (S.block_m * S.head_dim);
