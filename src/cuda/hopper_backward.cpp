@@ -14,7 +14,6 @@ namespace fovea::cuda {
 namespace {
 
 constexpr int kHopper = 90;
-constexpr int kMostShared = 227 * 1024;
 constexpr int kWarps = 8, kStages = 2;
 constexpr std::int64_t kMostAbreast = 4;     // more of them do not fit into L2
 constexpr std::int64_t kInTurnsAbreast = 8;  // where dq is added up in turns, so that fewer of a head's blocks wait
@@ -31,13 +30,13 @@ struct Tile {
 
 /// What options want of registers.
 int weight_of(const BackwardSpec& s) {
-  return s.alibi + 2 * (s.mask + s.softcap + s.dropout + (s.mask && s.deterministic));
+  return s.bias + 4 * (s.mask + s.dropout) + 6 * (s.alibi + s.softcap + (s.mask && s.deterministic));
 }
 
 // Measured on an H100 where nothing is hidden, else only run there (docs/notes).  The first that fits is taken.
 constexpr std::array kTiles{
-    Tile{64, 128, 128, 0}, Tile{64, 64, 128, Tile::kAnyOptions}, Tile{96, 64, 128, 4}, Tile{128, 64, 128, 2},
-    Tile{256, 64, 128, 2},
+    Tile{64, 128, 128, 1}, Tile{64, 64, 128, Tile::kAnyOptions}, Tile{96, 64, 128, 13}, Tile{128, 64, 128, 9},
+    Tile{256, 64, 128, 9},
 };
 
 class BackwardSm90Plan final : public PlannedKernel {
@@ -61,8 +60,9 @@ class BackwardSm90Plan final : public PlannedKernel {
 
   void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const override {
     require_gpu(main_, device_);
-    BackwardSm90Params p{call_.params(inputs, outputs, workspace), {}, {}, {}, {}, false};
-    p.by_engine = make_maps(p);
+    BackwardSm90Params p{call_.params(inputs, outputs, workspace), {}, {}, {}, {}, false, false, {}};
+    const BackwardSpec& spec = call_.shape().spec;
+    make_maps(p, spec.block_m, keys_of_block(spec));
     call_.before(p, workspace, stream);
     launch(main_, BackwardCall::main_blocks(p) * blocks_of_cluster(call_.shape().spec), p, stream);
     const BackwardParams& common = p;
@@ -70,11 +70,12 @@ class BackwardSm90Plan final : public PlannedKernel {
   }
 
  private:
-  [[nodiscard]] bool make_maps(BackwardSm90Params& p) const {
+  void make_maps(BackwardSm90Params& p, int box_rows, int box_keys) const {
     const auto& s = call_.shape().spec;
-    const CallMaps maps{p, CurrentGpu(device_.index), s.type, s.block_m, keys_of_block(s)};
-    return maps.of_rows(p.q, p.head_dim, p.q_map) && maps.of_rows(p.dout, p.head_dim_v, p.dout_map) &&
-           maps.of_keys(p.k, p.head_dim, p.k_map) && maps.of_keys(p.v, p.head_dim_v, p.v_map);
+    const CallMaps maps{p, CurrentGpu(device_.index), s.type, box_rows, box_keys};
+    p.by_engine = maps.of_rows(p.q, p.head_dim, p.q_map) && maps.of_rows(p.dout, p.head_dim_v, p.dout_map) &&
+                  maps.of_keys(p.k, p.head_dim, p.k_map) && maps.of_keys(p.v, p.head_dim_v, p.v_map);
+    p.bias_by_engine = s.bias && maps.of_bias(s.bias_type, box_rows, p.bias_map);
   }
 
   Device device_;
@@ -86,7 +87,7 @@ class BackwardSm90Plan final : public PlannedKernel {
 
 std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
   if (problem.dtype != DType::kFloat16 && problem.dtype != DType::kBFloat16) return std::nullopt;
-  if (problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0 || problem.bias) return std::nullopt;
+  if (problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0) return std::nullopt;
   BackwardShape shape;
   BackwardSpec& spec = shape.spec;
   spec = backward_spec(problem, kHopper);
@@ -105,7 +106,12 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
     shape.heads_abreast = kv_heads_abreast(problem, std::max(kInTurnsAbreast, at_once / shape.key_blocks));
   } else if (spec.band) {
     shape.heads_abreast = kv_heads_abreast(problem, kMostAbreast);
+  } else if (spec.bias) {
+    const std::int64_t sharing =
+        (problem.bias->batch ? 1 : problem.batch) * (problem.bias->heads ? 1 : problem.num_kv_heads);
+    shape.heads_abreast = kv_heads_abreast(problem, std::min(sharing, kMostAbreast));
   }
+  shape.batch_inside = problem.bias && !problem.bias->batch;  // sequences that share it read it at a time
   return shape;
 }
 
@@ -130,9 +136,7 @@ jit::KernelRequest backward_sm90_request(const BackwardShape& shape) {
 
 void refuse_backward_sm90(const Problem& problem, Verdict& verdict) {
   const auto shape = choose_backward_sm90(problem);
-  if (problem.bias) {
-    verdict.reasons.emplace_back("its backward would read a bias slower than the portable kernels do");
-  } else if (!shape) {
+  if (!shape) {
     verdict.reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " and head_dim_v " +
                                  std::to_string(problem.head_dim_v) + " fits with these options");
   } else {
