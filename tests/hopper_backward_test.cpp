@@ -148,6 +148,21 @@ TEST(HopperBackward, SequencesThatShareABiasTakeTurnsInnermost) {
   EXPECT_EQ(shape_of("bwd bf16 b1 hq8 sq4096 d128 bias=11qk").heads_abreast, 4);
 }
 
+TEST(HopperBackward, HasAKernelForTheGradientOfABiasOfItsOwnRowsAndKeys) {
+  const auto request = [](const std::string& line) {
+    return bias_gradient_sm90_request(parse_problem(line), shape_of(line));
+  };
+  const auto made = request("bwd bf16 b2 hq2 sq300 d128 bias=1hqk dropout=0.1 deterministic");
+  ASSERT_TRUE(made.has_value());
+  EXPECT_EQ(made->name, "bias_gradient_sm90_bf16_d128_m128_bias_bias_type_bf16_dropout");
+  EXPECT_LE(made->shared_bytes, 227 * 1024);
+  for (const char* line : {"bwd bf16 b2 hq2 sq300 d128", "bwd bf16 b2 hq2 sq300 d128 bias=1h1k",
+                           "bwd bf16 b2 hq2 sq300 d128 bias=1hq1", "bwd bf16 b2 hq2 sq300 d128 bias=1hqk:fp32",
+                           "bwd bf16 b2 hq2 sq300 d64 bias=1hqk mask=b1qk", "bwd bf16 b2 hq2 sq300 d256 bias=1hqk"}) {
+    EXPECT_FALSE(request(line).has_value()) << line;
+  }
+}
+
 TEST(HopperBackward, CompilesForRacecheckWhereItIsAskedTo) {
   const auto unit = [] { return backward_sm90_request(shape_of("bwd bf16 b1 hq2 sq300 d128")).unit; };
   EXPECT_FALSE(contains(unit(), "FOVEA_RACECHECK"));

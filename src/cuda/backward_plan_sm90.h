@@ -89,4 +89,21 @@ struct BackwardSm90Shared {
   }
 };
 
+/// Where things lie in the shared memory of the bias's gradient, of which a block has 128 × 128 entries: their bias;
+/// then places of 128 keys and as many rows, in turns K and q, and V and dout; then statistics of these rows.
+struct BiasGradientSm90Shared {
+  static constexpr int kPlaces = 3;
+  int ring, place, statistics, state, total;
+
+  FOVEA_FN static constexpr BiasGradientSm90Shared of(const BackwardSpec& s) {
+    BiasGradientSm90Shared at{};
+    at.ring = s.block_m * s.block_n * bytes_of(s.bias_type);
+    at.place = 2 * tile_bytes(s.block_m, math::larger(s.head_dim, s.head_dim_v));
+    at.statistics = at.ring + kPlaces * at.place;
+    at.state = at.statistics + kPlaces * 4 * s.block_m;
+    at.total = at.state + kStateBytes;
+    return at;
+  }
+};
+
 }  // namespace fovea::cuda

@@ -18,6 +18,7 @@ constexpr int kWarps = 8, kStages = 2;
 constexpr std::int64_t kMostAbreast = 4;     // more of them do not fit into L2
 constexpr std::int64_t kInTurnsAbreast = 8;  // where dq is added up in turns, so that fewer of a head's blocks wait
 constexpr std::int64_t kMultiprocessors = 132;
+constexpr int kBiasGradientTile = 128;
 constexpr int kAtOnce = 128;  // columns of dk and dv that a product makes
 
 struct Tile {
@@ -42,7 +43,9 @@ constexpr std::array kTiles{
 class BackwardSm90Plan final : public PlannedKernel {
  public:
   BackwardSm90Plan(const Problem& problem, const BackwardShape& shape, const Device& device)
-      : device_(device), call_(problem, shape, device, kHopper), main_(backward_sm90_request(shape), device) {}
+      : device_(device), call_(problem, shape, device, kHopper), main_(backward_sm90_request(shape), device) {
+    if (const auto request = bias_gradient_sm90_request(problem, shape)) bias_gradient_.emplace(*request, device);
+  }
 
   [[nodiscard]] std::size_t workspace_bytes() const override { return call_.workspace_bytes(); }
 
@@ -60,11 +63,21 @@ class BackwardSm90Plan final : public PlannedKernel {
 
   void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const override {
     require_gpu(main_, device_);
-    BackwardSm90Params p{call_.params(inputs, outputs, workspace), {}, {}, {}, {}, false, false, {}};
+    BackwardSm90Params p{call_.params(inputs, outputs, workspace), {}, {}, {}, {}, false, false, {}, 0, 0};
     const BackwardSpec& spec = call_.shape().spec;
     make_maps(p, spec.block_m, keys_of_block(spec));
     call_.before(p, workspace, stream);
     launch(main_, BackwardCall::main_blocks(p) * blocks_of_cluster(call_.shape().spec), p, stream);
+    if (p.dbias.data != nullptr && bias_gradient_ && p.by_engine && p.bias_by_engine) {
+      make_maps(p, kBiasGradientTile, kBiasGradientTile);
+      const auto tiles = [](int of) { return ceil_div(of, kBiasGradientTile); };
+      const auto count = [](std::int64_t stride, int many) { return stride == 0 ? 1 : many; };
+      p.slot_rows = spec.block_m;
+      p.bias_tiles =
+          tiles(p.seqlen_q) * tiles(p.seqlen_kv) * count(p.dbias.batch, p.batch) * count(p.dbias.head, p.q_heads);
+      launch(*bias_gradient_, static_cast<int>(std::min<std::int64_t>(p.bias_tiles, multiprocessors_)), p, stream);
+      p.dbias.data = nullptr;
+    }
     const BackwardParams& common = p;
     call_.after(common, outputs, stream);
   }
@@ -79,8 +92,10 @@ class BackwardSm90Plan final : public PlannedKernel {
   }
 
   Device device_;
+  int multiprocessors_ = model_of_device(device_).multiprocessors;
   BackwardCall call_;
   PlannedLaunch main_;
+  std::optional<PlannedLaunch> bias_gradient_;
 };
 
 }  // namespace
@@ -130,6 +145,24 @@ jit::KernelRequest backward_sm90_request(const BackwardShape& shape) {
                       .cluster = blocks_of_cluster(spec),
                       .shared_bytes = BackwardSm90Shared::of(spec).total,
                       .text = products,
+                      .own = true},
+                     spec, kHopper);
+}
+
+std::optional<jit::KernelRequest> bias_gradient_sm90_request(const Problem& problem, const BackwardShape& shape) {
+  BackwardSpec spec = shape.spec;
+  spec.block_m = spec.block_n = kBiasGradientTile;
+  spec.deterministic = false;
+  const int shared_bytes = BiasGradientSm90Shared::of(spec).total;
+  if (!problem.bias || !problem.bias->queries || !problem.bias->keys || spec.mask || shared_bytes > kMostShared)
+    return std::nullopt;
+  return jit::render({.function = "bias_gradient_sm90",
+                      .header = "cuda/kernels/hopper/bias_gradient.cuh",
+                      .spec = "BackwardSpec",
+                      .params = "BackwardSm90Params",
+                      .threads = (kBackwardConsumers + 1) * 128,
+                      .shared_bytes = shared_bytes,
+                      .text = jit::wgmma_text(spec.type, {kBiasGradientTile}),
                       .own = true},
                      spec, kHopper);
 }

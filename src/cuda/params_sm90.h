@@ -29,6 +29,8 @@ struct BackwardSm90Params : BackwardParams {
   bool by_engine;                           // the copy engine can read all four
   bool bias_by_engine;
   TensorMap bias_map;  // as the forward's
+  int slot_rows;       // of a slot
+  i64 bias_tiles;      // of dbias, which its gradient's blocks share out
 };
 
 }  // namespace fovea::cuda
