@@ -11,6 +11,7 @@ import functools
 import itertools
 
 STEPS = 8  # that the walk keeps
+ENDED = 9  # what the producer does behind the last tile
 #: actors: what each does next, and of which tile; copies: those under way, as the arrivals that end them.
 State = collections.namedtuple("State", "barriers producer actors copies")
 #: Of a ring: places, arrivals that fill a place, arrivals that empty it.
@@ -51,14 +52,15 @@ class Model:
 
     def produce(self, s, tiles):
         does, n = s.producer
-        ring = ("q", "dout")[does] if does < 2 else None
+        loads = [ring for ring in ("q", "bias", "dout") if ring in self.rings]
+        ring = loads[does] if does < len(loads) else None
         if ring and self.passes(s.barriers, ring, "empty", n):
             assert not self.reads(s, ring, n - self.rings[ring][0]), f"{ring} is overwritten"
             if n == tiles:
-                yield s._replace(barriers=self.arrive(s.barriers, "q", "full", n), producer=(3, n))
+                yield s._replace(barriers=self.arrive(s.barriers, "q", "full", n), producer=(ENDED, n))
             else:
                 yield s._replace(producer=(does + 1, n), copies=s.copies | {(ring, "full", n)})
-        if does == 2:
+        if does == len(loads):
             here = [(what, at, script) for script, (what, at) in zip(self.tiles_of, s.actors) if script[0][1] in ("q", "dS")]
             users = [at for what, at, script in here if 0 < what < len(script)]
             users += [at - 1 for _, at, script in here if script[0][1] == "dS"]  # in turns it passes the last step's later than it adds
@@ -103,7 +105,7 @@ class Model:
             for who in range(len(s.actors)):
                 following += self.act(s, tiles, who)
             following += [s._replace(barriers=self.arrive(s.barriers, *copy), copies=s.copies - {copy}) for copy in s.copies]
-            ended = s.producer[0] == 3 and [does for does, _ in s.actors] == ends
+            ended = s.producer[0] == ENDED and [does for does, _ in s.actors] == ends
             assert following or ended, f"with {tiles} tiles all wait: {s}"
             fresh = set(following) - seen
             seen |= fresh
@@ -111,19 +113,28 @@ class Model:
         return len(seen)
 
 
-def own_keys():
+def with_bias(places, readers, tile):
+    """The rings' and the tile's part of a bias, which is read before anything else is done with the scores."""
+    if not places:
+        return {}, tile
+    return {"bias": (places, 1, readers)}, [tile[0], ("wait", "bias", "full"), ("free", "bias"), *tile[1:]]
+
+
+def own_keys(bias=0):
     tile = [("wait", "q", "full"), ("wait", "dout", "full"), ("wait", "dS", "empty"), ("write", "dS"), ("fill", "dS"), ("free", "dout"),
             ("free", "q")]
     end = [("wait", "dS", "empty"), ("fill", "dS"), ("wait", "dS", "empty", 1)]
-    return Model(OWN_KEYS, [(tile, end), (tile, end), ([("wait", "dS", "full"), ("free", "dS")], [])])
+    ring, tile = with_bias(bias, 2, tile)
+    return Model({**OWN_KEYS, **ring}, [(tile, end), (tile, end), ([("wait", "dS", "full"), ("free", "dS")], [])])
 
 
-def shared_keys(hides, broken=False):
+def shared_keys(hides, broken=False, bias=0):
     """hides: both agree before they add, in every tile; broken: and find what is not finite."""
     agree = [("wait", "looked", "full")] if hides else []
     again = [("wait", "dS", "empty", 2), ("write", "dS", 0)] if broken else []
     weights = [("wait", "q", "full"), ("free", "q"), ("wait", "dS", "empty"), ("write", "dS"), ("fill", "P"), ("wait", "dout", "full"),
                *agree, *again, ("wait", "looked", "full"), ("free", "looked"), ("free", "dout")]
+    ring, weights = with_bias(bias, 1, weights)
     gradients = [("wait", "q", "full"), ("wait", "dout", "full"), ("wait", "P", "full"), ("read", "dout"), ("wait", "looked", "empty"),
                  ("fill", "looked"), *agree, ("read", "dS"), ("write", "sent"), ("send", "other dS"), ("fill", "dS"), ("free", "q")]
     end = [("wait", "dS", "empty"), ("fill", "dS"), ("fill", "dS"), ("wait", "dS", "empty", 1)]
@@ -133,7 +144,7 @@ def shared_keys(hides, broken=False):
     other = [("wait", "other dS", "empty"), ("write", "received"), ("send", "dS"), ("fill", "other dS"), *other_again]
     other_end = [("fill", "other dS"), ("fill", "other dS"), ("wait", "other dS", "empty", 1)]
     other_dq = [("wait", "other dS", "full"), ("read", "sent"), ("free", "other dS"), ("free", "dS")]
-    return Model(SHARED_KEYS, [(weights, []), (gradients, end), (dq, []), (other, other_end), (other_dq, [])])
+    return Model({**SHARED_KEYS, **ring}, [(weights, []), (gradients, end), (dq, []), (other, other_end), (other_dq, [])])
 
 
 def take_turns(blocks, key_blocks, row_tiles, heads, abreast, resident, causal):
@@ -173,7 +184,9 @@ if __name__ == "__main__":
     for blocks, key_blocks, row_tiles, abreast, resident, causal in cases:
         take_turns(blocks, key_blocks, row_tiles, 8, abreast, resident, causal)
     print(f"turns: {len(cases)} grids, nobody waits for ever")
-    for name, model, most in (("keys of their own", own_keys(), 6), ("shared keys", shared_keys(False), 3),
+    for name, model, most in (("keys of their own", own_keys(), 6), ("keys of their own, a bias with one place", own_keys(1), 5),
+                              ("keys of their own, a bias with two", own_keys(2), 4), ("shared keys, a bias", shared_keys(True, bias=1), 2),
+                              ("shared keys", shared_keys(False), 3),
                               ("shared keys, hidden entries", shared_keys(True), 3),
                               ("shared keys, hidden entries that are not finite", shared_keys(True, True), 5)):
         counts = [model.explore(tiles) for tiles in range(most + 1)]

@@ -35,15 +35,19 @@ TEST(HopperBackward, SaysWhatItDoesNotRun) {
            "bwd bf16 b1 hq2 sq300 d128 mask=b1qk",
            "bwd bf16 b1 hq2 sq300 d96 mask=1hqk dropout=0.1 sink",
            "bwd bf16 b1 hq8 hkv2 sq16 skv4096 d128 deterministic",
+           "bwd bf16 b1 hq2 sq512 d64 bias=11qk mask=b1qk softcap=20 alibi dropout=0.1 deterministic",
+           "bwd fp16 b1 hq2 sq300 d128 bias=1hqk:fp32",
+           "bwd bf16 b1 hq2 sq300 d128 bias=bh1k mask=b1qk dropout=0.1",
+           "bwd bf16 b1 hq2 sq300 d256 bias=1hqk:fp32",
        }) {
     EXPECT_EQ(reasons(line), "") << line;
   }
   for (const auto& [line, why] : {
            std::pair{"bwd fp32 b1 hq1 sq512 d64", "not fp32"},
            std::pair{"bwd bf16 b1 hq1 sq512 d264 dv64", "head_dim (264) is above 256"},
-           std::pair{"bwd bf16 b1 hq1 sq512 d128 mask=11qk dropout=0.1", "no tile of head_dim 128"},
-           std::pair{"bwd bf16 b1 hq1 sq512 d256 mask=11qk alibi", "no tile of head_dim 256"},
-           std::pair{"bwd bf16 b1 hq1 sq512 d64 bias=11qk", "read a bias slower"},
+           std::pair{"bwd bf16 b1 hq1 sq512 d128 mask=11qk alibi", "no tile of head_dim 128"},
+           std::pair{"bwd bf16 b1 hq1 sq512 d256 softcap=20 dropout=0.1", "no tile of head_dim 256"},
+           std::pair{"bwd bf16 b1 hq1 sq512 d128 bias=11qk:fp32 mask=11qk", "no tile of head_dim 128"},
        }) {
     EXPECT_TRUE(contains(reasons(line), why)) << line << ": " << reasons(line);
   }
@@ -53,12 +57,12 @@ TEST(HopperBackward, EveryTileOfSharedMemoryBeginsWhereASwizzleDoes) {
   constexpr int kSwizzle = 1024, kMost = 227 * 1024;
   for (const int d : {8, 40, 64, 72, 96, 128, 136, 192, 256}) {
     for (const int dv : {16, 64, 80, 128, 256}) {
-      for (const char* option : {"", " mask=b1qk", " dropout=0.5"}) {
+      for (const char* option : {"", " mask=b1qk", " dropout=0.5", " bias=1hqk", " bias=1hqk:fp32"}) {
         const std::string line = "bwd bf16 b1 hq2 sq300 d" + std::to_string(d) + " dv" + std::to_string(dv) + option;
         const BackwardSpec spec = shape_of(line).spec;
         const BackwardSm90Shared at = BackwardSm90Shared::of(spec);
-        for (const int place :
-             {at.k, at.v, at.other_k, at.q, at.q_stage, at.dout, at.dout_stage, at.ds, at.ds_stage, at.other_ds})
+        for (const int place : {at.k, at.v, at.other_k, at.q, at.q_stage, at.dout, at.dout_stage, at.ds, at.ds_stage,
+                                at.other_ds, at.bias, at.bias_stage})
           EXPECT_EQ(place % kSwizzle, 0) << line;
         EXPECT_EQ(at.dq % 16, 0) << line;
         EXPECT_EQ(at.statistics % 16, 0) << line;
@@ -132,6 +136,31 @@ TEST(HopperBackward, PrecompilesItsOwnMainKernelAndThePortableOnesAroundIt) {
   EXPECT_TRUE(contains(all[1].unit, "m64n128k16")) << "dv and dk";
   EXPECT_TRUE(contains(all[1].unit, "m64n64k16")) << "S, dP and dq";
   EXPECT_EQ(requests(problem, Direction::kBackward, 80).size(), 4U);
+}
+
+TEST(HopperBackward, SequencesThatShareABiasTakeTurnsInnermost) {
+  const auto shared = shape_of("bwd bf16 b4 hq8 sq4096 d128 bias=1hqk"),
+             own = shape_of("bwd bf16 b4 hq8 sq4096 d128 bias=bhqk");
+  EXPECT_TRUE(shared.batch_inside);
+  EXPECT_EQ(shared.heads_abreast, 4);
+  EXPECT_FALSE(own.batch_inside);
+  EXPECT_EQ(own.heads_abreast, 1);
+  EXPECT_EQ(shape_of("bwd bf16 b1 hq8 sq4096 d128 bias=11qk").heads_abreast, 4);
+}
+
+TEST(HopperBackward, HasAKernelForTheGradientOfABiasOfItsOwnRowsAndKeys) {
+  const auto request = [](const std::string& line) {
+    return bias_gradient_sm90_request(parse_problem(line), shape_of(line));
+  };
+  const auto made = request("bwd bf16 b2 hq2 sq300 d128 bias=1hqk dropout=0.1 deterministic");
+  ASSERT_TRUE(made.has_value());
+  EXPECT_EQ(made->name, "bias_gradient_sm90_bf16_d128_m128_bias_bias_type_bf16_dropout");
+  EXPECT_LE(made->shared_bytes, 227 * 1024);
+  for (const char* line : {"bwd bf16 b2 hq2 sq300 d128", "bwd bf16 b2 hq2 sq300 d128 bias=1h1k",
+                           "bwd bf16 b2 hq2 sq300 d128 bias=1hq1", "bwd bf16 b2 hq2 sq300 d128 bias=1hqk:fp32",
+                           "bwd bf16 b2 hq2 sq300 d64 bias=1hqk mask=b1qk", "bwd bf16 b2 hq2 sq300 d256 bias=1hqk"}) {
+    EXPECT_FALSE(request(line).has_value()) << line;
+  }
 }
 
 TEST(HopperBackward, CompilesForRacecheckWhereItIsAskedTo) {

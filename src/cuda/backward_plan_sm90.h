@@ -13,6 +13,7 @@ namespace fovea::cuda {
 
 inline constexpr int kBackwardConsumers = 2;  // warpgroups that have keys
 inline constexpr int kBackwardThreads = (kBackwardConsumers + 2) * 128;
+inline constexpr int kMostShared = 227 * 1024;  // bytes of a block
 
 /// Both warpgroups have the block's keys: one makes P and dv, the other dS and dk; and blocks are in pairs.
 FOVEA_FN constexpr bool shares_keys(const BackwardSpec& s) { return math::larger(s.head_dim, s.head_dim_v) > 128; }
@@ -58,7 +59,8 @@ struct BackwardSm90Shared {
   int statistics_of_tile;  // bytes of one of them
   int words, words_stage;  // a mask's, of each stage: word by word of 32 keys, row by row
   int state;               // cuda::BackwardState
-  int total;
+  int bias, bias_stage;    // tiles of a bias, [row][key] in panels, two where there is room
+  int bias_places, total;
 
   FOVEA_FN static constexpr BackwardSm90Shared of(const BackwardSpec& s) {
     BackwardSm90Shared at{};
@@ -79,6 +81,26 @@ struct BackwardSm90Shared {
     at.words = at.statistics + 2 * s.stages * at.statistics_of_tile;
     at.words_stage = s.mask ? s.block_m * keys / 8 : 0;
     at.state = at.words + s.stages * at.words_stage;
+    at.bias = at.state + kStateBytes;
+    at.bias_stage = s.bias ? s.block_m * keys * bytes_of(s.bias_type) : 0;
+    at.bias_places = at.bias + 2 * at.bias_stage <= kMostShared ? 2 : 1;
+    at.total = at.bias + at.bias_places * at.bias_stage;
+    return at;
+  }
+};
+
+/// Where things lie in the shared memory of the bias's gradient, of which a block has 128 × 128 entries: their bias;
+/// then places of 128 keys and as many rows, in turns K and q, and V and dout; then statistics of these rows.
+struct BiasGradientSm90Shared {
+  static constexpr int kPlaces = 3;
+  int ring, place, statistics, state, total;
+
+  FOVEA_FN static constexpr BiasGradientSm90Shared of(const BackwardSpec& s) {
+    BiasGradientSm90Shared at{};
+    at.ring = s.block_m * s.block_n * bytes_of(s.bias_type);
+    at.place = 2 * tile_bytes(s.block_m, math::larger(s.head_dim, s.head_dim_v));
+    at.statistics = at.ring + kPlaces * at.place;
+    at.state = at.statistics + kPlaces * 4 * s.block_m;
     at.total = at.state + kStateBytes;
     return at;
   }

@@ -18,6 +18,7 @@ struct BackwardShape {
   int row_slots = 0;                   ///< of blocks of rows, all sequences together
   std::int64_t most_blocks = 0;        ///< of any launch: a grid and an int hold 2^31 − 1
   int heads_abreast = 1;               ///< see BackwardParams
+  bool batch_inside = false;           ///< likewise
   /// Offsets in bytes, in the order of BackwardParams.
   std::size_t log2_lse = 0, delta = 0, dq_sum = 0, tickets = 0, sink_parts = 0, slope_parts = 0;
   std::size_t workspace_bytes = 0;

@@ -54,8 +54,7 @@ class ForwardSm90Plan final : public PlannedKernel {
     attach_inputs(params, inputs);
     params.out = dispatch::row_view(outputs.out);
     params.lse = dispatch::stat_view(outputs.lse);
-    params.by_engine = make_maps(params);
-    params.bias_by_engine = shape_.spec.bias && make_bias_map(params);
+    make_maps(params);
     params.ticket = static_cast<u64*>(workspace);
     mask_words_.make(params, workspace, stream);
     forward_.kernel->launch({.x = static_cast<unsigned>(std::min<std::int64_t>(shape_.tiles, multiprocessors_)),
@@ -67,26 +66,12 @@ class ForwardSm90Plan final : public PlannedKernel {
   }
 
  private:
-  [[nodiscard]] bool make_maps(ForwardSm90Params& p) const {
+  void make_maps(ForwardSm90Params& p) const {
     const auto& s = shape_.spec;
     const CallMaps maps{p, CurrentGpu(device_.index), s.type, block_m(s), s.block_n};
-    return maps.of_rows(p.q, p.head_dim, p.q_map) && maps.of_keys(p.k, p.head_dim, p.k_map) &&
-           maps.of_keys(p.v, p.head_dim_v, p.v_map);
-  }
-
-  /// Where keys are neighbours.  What is broadcast is one to the engine.
-  [[nodiscard]] bool make_bias_map(ForwardSm90Params& p) const {
-    const Type type = shape_.spec.bias_type;
-    const EntryView& bias = p.bias;
-    if (bias.key != bytes_of(type)) return false;
-    const auto extent = [](std::int64_t stride, int n) { return stride == 0 ? std::int64_t{1} : n; };
-    const bool aligned = reinterpret_cast<std::uintptr_t>(bias.data) % 16 == 0 && bias.batch % 16 == 0 &&
-                         bias.head % 16 == 0 && bias.query % 16 == 0;
-    const CurrentGpu current(device_.index);
-    return make_tensor_map(
-        {bias.data, bias.batch, bias.query, bias.head, aligned}, type,
-        {p.seqlen_kv, extent(bias.query, p.seqlen_q), extent(bias.head, p.q_heads), extent(bias.batch, p.batch)},
-        kGroupRows, p.bias_map);
+    p.by_engine = maps.of_rows(p.q, p.head_dim, p.q_map) && maps.of_keys(p.k, p.head_dim, p.k_map) &&
+                  maps.of_keys(p.v, p.head_dim_v, p.v_map);
+    p.bias_by_engine = s.bias && maps.of_bias(s.bias_type, kGroupRows, p.bias_map);
   }
 
   ForwardSm90Shape shape_;

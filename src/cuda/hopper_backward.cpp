@@ -14,11 +14,11 @@ namespace fovea::cuda {
 namespace {
 
 constexpr int kHopper = 90;
-constexpr int kMostShared = 227 * 1024;
 constexpr int kWarps = 8, kStages = 2;
 constexpr std::int64_t kMostAbreast = 4;     // more of them do not fit into L2
 constexpr std::int64_t kInTurnsAbreast = 8;  // where dq is added up in turns, so that fewer of a head's blocks wait
 constexpr std::int64_t kMultiprocessors = 132;
+constexpr int kBiasGradientTile = 128;
 constexpr int kAtOnce = 128;  // columns of dk and dv that a product makes
 
 struct Tile {
@@ -31,19 +31,21 @@ struct Tile {
 
 /// What options want of registers.
 int weight_of(const BackwardSpec& s) {
-  return s.alibi + 2 * (s.mask + s.softcap + s.dropout + (s.mask && s.deterministic));
+  return s.bias + 4 * (s.mask + s.dropout) + 6 * (s.alibi + s.softcap + (s.mask && s.deterministic));
 }
 
 // Measured on an H100 where nothing is hidden, else only run there (docs/notes).  The first that fits is taken.
 constexpr std::array kTiles{
-    Tile{64, 128, 128, 0}, Tile{64, 64, 128, Tile::kAnyOptions}, Tile{96, 64, 128, 4}, Tile{128, 64, 128, 2},
-    Tile{256, 64, 128, 2},
+    Tile{64, 128, 128, 1}, Tile{64, 64, 128, Tile::kAnyOptions}, Tile{96, 64, 128, 13}, Tile{128, 64, 128, 9},
+    Tile{256, 64, 128, 9},
 };
 
 class BackwardSm90Plan final : public PlannedKernel {
  public:
   BackwardSm90Plan(const Problem& problem, const BackwardShape& shape, const Device& device)
-      : device_(device), call_(problem, shape, device, kHopper), main_(backward_sm90_request(shape), device) {}
+      : device_(device), call_(problem, shape, device, kHopper), main_(backward_sm90_request(shape), device) {
+    if (const auto request = bias_gradient_sm90_request(problem, shape)) bias_gradient_.emplace(*request, device);
+  }
 
   [[nodiscard]] std::size_t workspace_bytes() const override { return call_.workspace_bytes(); }
 
@@ -61,32 +63,46 @@ class BackwardSm90Plan final : public PlannedKernel {
 
   void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const override {
     require_gpu(main_, device_);
-    BackwardSm90Params p{call_.params(inputs, outputs, workspace), {}, {}, {}, {}, false};
-    p.by_engine = make_maps(p);
+    BackwardSm90Params p{call_.params(inputs, outputs, workspace), {}, {}, {}, {}, false, false, {}, 0, 0};
+    const BackwardSpec& spec = call_.shape().spec;
+    make_maps(p, spec.block_m, keys_of_block(spec));
     call_.before(p, workspace, stream);
     launch(main_, BackwardCall::main_blocks(p) * blocks_of_cluster(call_.shape().spec), p, stream);
+    if (p.dbias.data != nullptr && bias_gradient_ && p.by_engine && p.bias_by_engine) {
+      make_maps(p, kBiasGradientTile, kBiasGradientTile);
+      const auto tiles = [](int of) { return ceil_div(of, kBiasGradientTile); };
+      const auto count = [](std::int64_t stride, int many) { return stride == 0 ? 1 : many; };
+      p.slot_rows = spec.block_m;
+      p.bias_tiles =
+          tiles(p.seqlen_q) * tiles(p.seqlen_kv) * count(p.dbias.batch, p.batch) * count(p.dbias.head, p.q_heads);
+      launch(*bias_gradient_, static_cast<int>(std::min<std::int64_t>(p.bias_tiles, multiprocessors_)), p, stream);
+      p.dbias.data = nullptr;
+    }
     const BackwardParams& common = p;
     call_.after(common, outputs, stream);
   }
 
  private:
-  [[nodiscard]] bool make_maps(BackwardSm90Params& p) const {
+  void make_maps(BackwardSm90Params& p, int box_rows, int box_keys) const {
     const auto& s = call_.shape().spec;
-    const CallMaps maps{p, CurrentGpu(device_.index), s.type, s.block_m, keys_of_block(s)};
-    return maps.of_rows(p.q, p.head_dim, p.q_map) && maps.of_rows(p.dout, p.head_dim_v, p.dout_map) &&
-           maps.of_keys(p.k, p.head_dim, p.k_map) && maps.of_keys(p.v, p.head_dim_v, p.v_map);
+    const CallMaps maps{p, CurrentGpu(device_.index), s.type, box_rows, box_keys};
+    p.by_engine = maps.of_rows(p.q, p.head_dim, p.q_map) && maps.of_rows(p.dout, p.head_dim_v, p.dout_map) &&
+                  maps.of_keys(p.k, p.head_dim, p.k_map) && maps.of_keys(p.v, p.head_dim_v, p.v_map);
+    p.bias_by_engine = s.bias && maps.of_bias(s.bias_type, box_rows, p.bias_map);
   }
 
   Device device_;
+  int multiprocessors_ = model_of_device(device_).multiprocessors;
   BackwardCall call_;
   PlannedLaunch main_;
+  std::optional<PlannedLaunch> bias_gradient_;
 };
 
 }  // namespace
 
 std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
   if (problem.dtype != DType::kFloat16 && problem.dtype != DType::kBFloat16) return std::nullopt;
-  if (problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0 || problem.bias) return std::nullopt;
+  if (problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0) return std::nullopt;
   BackwardShape shape;
   BackwardSpec& spec = shape.spec;
   spec = backward_spec(problem, kHopper);
@@ -105,7 +121,12 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
     shape.heads_abreast = kv_heads_abreast(problem, std::max(kInTurnsAbreast, at_once / shape.key_blocks));
   } else if (spec.band) {
     shape.heads_abreast = kv_heads_abreast(problem, kMostAbreast);
+  } else if (spec.bias) {
+    const std::int64_t sharing =
+        (problem.bias->batch ? 1 : problem.batch) * (problem.bias->heads ? 1 : problem.num_kv_heads);
+    shape.heads_abreast = kv_heads_abreast(problem, std::min(sharing, kMostAbreast));
   }
+  shape.batch_inside = problem.bias && !problem.bias->batch;  // sequences that share it read it at a time
   return shape;
 }
 
@@ -128,11 +149,27 @@ jit::KernelRequest backward_sm90_request(const BackwardShape& shape) {
                      spec, kHopper);
 }
 
+std::optional<jit::KernelRequest> bias_gradient_sm90_request(const Problem& problem, const BackwardShape& shape) {
+  BackwardSpec spec = shape.spec;
+  spec.block_m = spec.block_n = kBiasGradientTile;
+  spec.deterministic = false;
+  const int shared_bytes = BiasGradientSm90Shared::of(spec).total;
+  if (!problem.bias || !problem.bias->queries || !problem.bias->keys || spec.mask || shared_bytes > kMostShared)
+    return std::nullopt;
+  return jit::render({.function = "bias_gradient_sm90",
+                      .header = "cuda/kernels/hopper/bias_gradient.cuh",
+                      .spec = "BackwardSpec",
+                      .params = "BackwardSm90Params",
+                      .threads = (kBackwardConsumers + 1) * 128,
+                      .shared_bytes = shared_bytes,
+                      .text = jit::wgmma_text(spec.type, {kBiasGradientTile}),
+                      .own = true},
+                     spec, kHopper);
+}
+
 void refuse_backward_sm90(const Problem& problem, Verdict& verdict) {
   const auto shape = choose_backward_sm90(problem);
-  if (problem.bias) {
-    verdict.reasons.emplace_back("its backward would read a bias slower than the portable kernels do");
-  } else if (!shape) {
+  if (!shape) {
     verdict.reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " and head_dim_v " +
                                  std::to_string(problem.head_dim_v) + " fits with these options");
   } else {

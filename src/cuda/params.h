@@ -78,6 +78,7 @@ struct BackwardParams : CallParams {
   int* tickets;        // [head][slot] key blocks that have added to dq, where their order matters; then blocks begun
   float* sink_parts;   // [head][slot]
   float* slope_parts;  // [batch][head][key block][warp]
+  bool batch_inside;   // those abreast are one head's of all sequences, then the next one's
 };
 
 }  // namespace fovea::cuda

@@ -27,6 +27,10 @@ struct ForwardSm90Params : CallParams {
 struct BackwardSm90Params : BackwardParams {
   TensorMap q_map, k_map, v_map, dout_map;  // [batch][head][row][column]
   bool by_engine;                           // the copy engine can read all four
+  bool bias_by_engine;
+  TensorMap bias_map;  // as the forward's
+  int slot_rows;       // of a slot
+  i64 bias_tiles;      // of dbias, which its gradient's blocks share out
 };
 
 }  // namespace fovea::cuda

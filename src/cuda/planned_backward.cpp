@@ -19,6 +19,7 @@ BackwardCall::BackwardCall(const Problem& problem, const BackwardShape& shape, c
   params_.key_blocks = shape.key_blocks;
   params_.row_slots = shape.row_slots;
   params_.heads_abreast = shape.heads_abreast;
+  params_.batch_inside = shape.batch_inside;
 }
 
 std::vector<std::pair<std::string, std::string>> BackwardCall::details() const {

@@ -170,7 +170,10 @@ std::vector<jit::KernelRequest> requests(const Problem& problem, Direction direc
       if (shape.spec.bias) all.push_back(bias_gradient_request(shape, arch));
     };
     const auto hopper = arch == kHopper ? choose_backward_sm90(problem) : std::nullopt;
-    if (hopper) add(*hopper, backward_sm90_request(*hopper));
+    if (hopper) {
+      add(*hopper, backward_sm90_request(*hopper));
+      if (const auto request = bias_gradient_sm90_request(problem, *hopper)) all.push_back(*request);
+    }
     if (const auto shape = choose_backward(problem, model_of(arch))) add(*shape, backward_request(*shape, arch));
   }
   return all;

@@ -34,6 +34,8 @@ struct CallMaps {
   [[nodiscard]] bool of_keys(const RowView& view, int columns, TensorMap& map) const {
     return make_tensor_map(view, type, {columns, packed ? p.total_kv : p.seqlen_kv, p.kv_heads, batch}, box_keys, map);
   }
+  /// Where keys are neighbours.  What is broadcast is one to the engine.
+  [[nodiscard]] bool of_bias(Type of, int rows, TensorMap& map) const;
 };
 
 }  // namespace fovea::cuda

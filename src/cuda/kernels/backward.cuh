@@ -61,8 +61,9 @@ struct Walk {
   /// rule, come first; where dq is added up in order they come last, so that a block's first tile waits for nobody.
   FOVEA_DEVICE Walk(const BackwardParams& p, int block) {
     const int line = block / p.heads_abreast, head = line / p.key_blocks * p.heads_abreast + block % p.heads_abreast;
-    sequence = Sequence::of(p, head / p.kv_heads);
-    kv_head = head % p.kv_heads;
+    const bool batch_inside = S.bias && p.batch_inside;
+    sequence = Sequence::of(p, batch_inside ? head % p.batch : head / p.kv_heads);
+    kv_head = batch_inside ? head / p.batch : head % p.kv_heads;
     key_block = S.deterministic ? p.key_blocks - 1 - line % p.key_blocks : line % p.key_blocks;
   }
 

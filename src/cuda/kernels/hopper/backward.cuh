@@ -49,6 +49,7 @@ __device__ void backward_sm90(const BackwardSm90Params& p) {
     state.k.begin(1), state.v.begin(1);
     state.q.begin(S.warps, S.mask ? 1 + kWarp : 1), state.dout.begin(kPairs ? 4 : S.warps);
     state.ds.begin(kPairs ? 8 : 4, kPairs ? 1 : S.warps * kArrivals);
+    if constexpr (S.bias) state.bias.begin(kPairs ? 4 : S.warps);
     state.weights.begin(4, 4 * kArrivals), state.looked.begin(4, 4 * kArrivals);
     state.spoiled[0] = state.spoiled[1] = false;
     for (auto& of : state.strange) of[0] = of[1] = 0;

@@ -11,7 +11,8 @@ struct BackwardConsumer : BackwardOwner<S> {
   using Owner = BackwardOwner<S>;
   using Owner::clear_slope_parts, Owner::add_slope;
   using Owner::p, Owner::state, Owner::at, Owner::step, Owner::meeting, Owner::warp_key, Owner::lane_key;
-  using Owner::rows_of, Owner::see, Owner::issue_scores, Owner::issue_dp, Owner::put;
+  using Owner::rows_of, Owner::see, Owner::issue_scores, Owner::issue_dp, Owner::put, Owner::add_bias,
+      Owner::bias_hides;
   using typename Owner::Columns, typename Owner::Entries, typename Owner::Packed;
 
   /// What a warpgroup gathers.
@@ -39,28 +40,41 @@ struct BackwardConsumer : BackwardOwner<S> {
   // ---- a tile of rows
 
   /// kHides: some entry may be hidden.  Where all of S and dP is finite, so are q, dout and K, and weights of 0 add
-  /// zeros: then the tile goes on as if nothing were hidden.
+  /// zeros: then the tile goes on as if nothing were hidden.  A bias may hide any entry.
   template <bool kHides>
   FOVEA_DEVICE void tile(u32 n, Sums& sums) const {
     const Step& now = step(n);
     const int place = state.q.place(n);
-    Entries s, dp;
-    Packed weights;
+    Entries s;
     issue_scores(s, n);
     const RowMap<false> rows = rows_of(now);
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
     Columns columns{rules, lane_key(), S.dropout ? uniform(now.stream) : math::DropoutStream{}, {}, {}, {}};
     if constexpr (kHides) see(columns, n);
+    const bool hides = kHides || bias_hides(columns, n);
     await_products<0>();
     pin(s[0]);
-    float check = columns.template weigh<kHides>(s, at.log2_lse(place));
+    if constexpr (!S.bias || kHides) {
+      go_on<kHides, kHides>(n, place, columns, s, sums);
+    } else if (hides) {
+      go_on<false, true>(n, place, columns, s, sums);
+    } else {
+      go_on<false, false>(n, place, columns, s, sums);
+    }
+  }
+
+  template <bool kHides, bool kChecks>
+  FOVEA_DEVICE void go_on(u32 n, int place, Columns& columns, Entries& s, Sums& sums) const {
+    Entries dp;
+    Packed weights;
+    float check = columns.template weigh<kHides, kChecks>(s, at.log2_lse(place), [&] { add_bias(columns, s, n); });
     columns.pack(weights, s);
     pin(weights);  // before dP takes as many registers as S had
     issue_dp(dp, n);
-    if constexpr (!kHides && !S.dropout) issue_dv(weights, place, sums);
-    await_products<!kHides && !S.dropout ? 1 : 0>();
+    if constexpr (!kChecks && !S.dropout) issue_dv(weights, place, sums);
+    await_products<!kChecks && !S.dropout ? 1 : 0>();
     pin(dp[0]);
-    if constexpr (kHides) {
+    if constexpr (kChecks) {
       check += columns.not_finite_gradients(dp, at.delta(place));
       if (uniform(meet_any(meeting(), 128, !(check == 0.0F)))) {
         add<true>(fresh(n), columns, dp, weights, sums);  // whose addresses take no registers before
@@ -80,6 +94,7 @@ struct BackwardConsumer : BackwardOwner<S> {
   FOVEA_DEVICE void add(u32 n, Columns& columns, Entries& dp, Packed& weights, Sums& sums) const {
     const int place = state.q.place(n);
     Packed ds;
+    if constexpr (kTermByTerm) columns.hide_by_bias(weights);
     columns.template differentiate<kTermByTerm>(dp, weights, at.delta(place));
     if constexpr (S.alibi) add_slope(n, columns.slope_part(dp), sums.slope);
     if constexpr (S.softcap) columns.pass_softcap(dp);

@@ -121,6 +121,22 @@ struct BackwardOwner {
     if (uniform(!step(n).full_band)) columns.keep_to_band();
   }
 
+  FOVEA_DEVICE bool bias_hides(const Columns& columns, u32 n) const {
+    if constexpr (!S.bias) return false;
+    state.bias.await_full(n);
+    return uniform(meet_any(
+        meeting(), 128,
+        columns.hides_some(at.bias(state.bias.place(n)), fresh(warp_key()), p.bias_by_engine && p.bias.query == 0)));
+  }
+  /// To scores; behind that its place is free.
+  FOVEA_DEVICE void add_bias(const Columns& columns, Entries& s, u32 n) const {
+    if constexpr (S.bias) {
+      state.bias.await_full(n);
+      columns.add_bias(s, at.bias(state.bias.place(n)), fresh(warp_key()), p.bias_by_engine && p.bias.query == 0);
+      state.bias.release(n);
+    }
+  }
+
   /// Where a lane's part of dS lies, [row][key].
   FOVEA_DEVICE u32 part_of_ds(u32 n) const {
     const int lane = fresh(lane_id());

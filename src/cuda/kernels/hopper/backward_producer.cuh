@@ -18,8 +18,11 @@ struct BackwardProducer {
 
   /// By one thread; by two warps where one looks for what a mask leaves and the other has its words copied; by all
   /// where they copy by hand.
+  FOVEA_DEVICE u32 hands() const {
+    return !kByEngine || S.bias && !p.bias_by_engine ? 128 : S.mask ? 2 * kWarp : S.bias ? kWarp : 1;
+  }
   FOVEA_DEVICE void run() {
-    if (kByEngine && threadIdx.x >= (S.mask ? 2 * kWarp : 1)) return;
+    if (kByEngine && threadIdx.x >= hands()) return;
     HopperWalk<S>& walk = state.walk;
     const int rank = rank_of_block<S>();
     load_keys<S.head_dim>(rank, at.k(), state.k, p.k_map, p.k, p.head_dim);
@@ -35,13 +38,14 @@ struct BackwardProducer {
       const int place = state.q.place(n), dout_place = state.dout.place(n);
       Barrier &q = state.q.full[place], &dout = state.dout.full[dout_place];
       state.q.await_empty(n);
-      if (!(kByEngine && !S.mask ? step.exists : uniform(step.exists))) {
+      if (!(kByEngine && !S.mask && !S.bias ? step.exists : uniform(step.exists))) {
         if (leads()) q.arrive();
         if (S.mask && warp_id() == 1) q.arrive();
         return;
       }
       load_rows_of<S.head_dim>(step, at.q(place), at.log2_lse(place), q, p.q_map, p.q, p.log2_lse, p.head_dim);
       if (S.mask && warp_id() == 1) load_words(step, at.words(place), q);
+      if constexpr (S.bias) load_bias(step, n);
       state.dout.await_empty(n);
       load_rows_of<S.head_dim_v>(step, at.dout(dout_place), at.delta(dout_place), dout, p.dout_map, p.dout, p.delta,
                                  p.head_dim_v);
@@ -51,11 +55,7 @@ struct BackwardProducer {
   }
 
   FOVEA_DEVICE void share() const {
-    if constexpr (!kByEngine) {
-      meet(kMeeting, 128);
-    } else if constexpr (S.mask) {
-      meet(kMeeting, 2 * kWarp);
-    }
+    if constexpr (!kByEngine || S.mask || S.bias) meet(kMeeting, hands());
   }
 
   /// Packed sequences are one to the copy engine.
@@ -125,6 +125,53 @@ struct BackwardProducer {
       }
     }
     full.arrive_behind_copies();
+  }
+
+  /// A bias under a tile of rows.  Dimensions of stride 0 are one to the engine.
+  FOVEA_DEVICE void load_bias(const Step& step, u32 n) const {
+    constexpr int kPanel = S.block_m * kPanelRowBytes, kStage = BackwardLayout<S>::kShared.bias_stage;
+    const int place = state.bias.place(n), row = step.tile * S.block_m,
+              key = first_key_of_block(state, rank_of_block<S>());
+    Barrier& full = state.bias.full[place];
+    state.bias.await_empty(n);
+    if (!p.bias_by_engine) {
+      copy_bias(at.bias(place), row, key, step.head);
+      share();
+      if (leads()) full.arrive();
+    } else if (leads()) {
+      full.arrive_with(kStage);
+      const RowPlace from{p.bias.query == 0 ? 0 : row, p.bias.head == 0 ? 0 : step.head,
+                          p.bias.batch == 0 ? 0 : state.walk.sequence.batch};
+#pragma unroll
+      for (int panel = 0; panel < kStage / kPanel; ++panel)
+        load_panel(at.bias(place) + panel * kPanel, p.bias_map, full,
+                   key + panel * (kPanelRowBytes / kBytes<S.bias_type>), from, Keep::kAwhile);
+    }
+  }
+  /// By hand.  Past the last row or key the last one is read: such entries are hidden anyway.
+  FOVEA_DEVICE void copy_bias(u32 to, int row, int key, int head) const {
+    constexpr int kSize = kBytes<S.bias_type>, kOf = 4 / kSize, kWords = keys_of_block(S) / kOf, kTogether = 4;
+    const Sequence& sequence = state.walk.sequence;
+    const int word = static_cast<int>(threadIdx.x) % kWords, j = key + word * kOf, last = sequence.kv_rows - 1;
+    const char* const column = sequence.entry(p.bias, 0, math::smaller(j, last), head);
+    const i64 next = j < last ? p.bias.key : 0;
+#pragma unroll 1
+    for (int r = static_cast<int>(threadIdx.x) / kWords * kTogether; r < S.block_m; r += 128 / kWords * kTogether) {
+      u32 words[kTogether];
+#pragma unroll
+      for (int x = 0; x < kTogether; ++x) {
+        const char* const from = column + math::smaller(row + r + x, sequence.q_rows - 1) * p.bias.query;
+        if constexpr (kSize == 4) {
+          words[x] = *reinterpret_cast<const u32*>(from);
+        } else {
+          words[x] = *reinterpret_cast<const u16*>(from) | u32{*reinterpret_cast<const u16*>(from + next)} << 16;
+        }
+      }
+#pragma unroll
+      for (int x = 0; x < kTogether; ++x)
+        store_shared(swizzled(to + word / 32 * (S.block_m * kPanelRowBytes), r + x, word % 32 / 4) + word % 4 * 4,
+                     words[x]);
+    }
   }
 
   template <int kRows, int kDim>

@@ -42,9 +42,11 @@ struct WeightsConsumer : BackwardOwner<S> {
     Owner::template store_sum<S.head_dim_v>(at.v(), dv[0], S.dropout ? p.keep_scale : 1.0F, p.head_dim_v, p.dv);
   }
 
-  /// kHides: some entry may be hidden; both warpgroups then agree on whether all is finite before they add.
+  /// kHides: some entry may be hidden, as by a bias any; both warpgroups then agree on whether all is finite before
+  /// they add.
   template <bool kHides>
   FOVEA_DEVICE void tile(u32 n, Sum& dv) const {
+    constexpr bool kChecks = kHides || S.bias;
     const Step& now = step(n);
     Entries s;
     Packed weights;
@@ -55,7 +57,8 @@ struct WeightsConsumer : BackwardOwner<S> {
     if constexpr (kHides) see(columns, n);
     await_products<0>();
     pin(s[0]);
-    const float check = columns.template weigh<kHides>(s, at.log2_lse(state.q.place(n)));
+    const float check = columns.template weigh<kHides, kChecks>(s, at.log2_lse(state.q.place(n)),
+                                                                [&] { this->add_bias(columns, s, n); });
     state.q.release(n);
     columns.pack(weights, s);
     state.ds.await_empty(n);
@@ -69,12 +72,13 @@ struct WeightsConsumer : BackwardOwner<S> {
     }
     if constexpr (S.dropout) store_shared(at.kept(n), columns.kept[0]);
     const Agreement<S> agreement{state};
-    if constexpr (kHides) agreement.tell(agreement.kWeights, n, check);
+    if constexpr (kChecks) agreement.tell(agreement.kWeights, n, check);
     state.weights.announce(n);
     if constexpr (S.dropout) columns.drop(weights);
     state.dout.await_full(n);
     const u32 dout = at.dout(state.dout.place(n));
-    if (kHides && agreement.broken(n)) {
+    if (kChecks && agreement.broken(n)) {
+      columns.hide_by_bias(weights);
       state.ds.await_empty(n + 2);  // once dq is made, dS's place is P's again
       put(weights, n);
       __syncwarp();
@@ -119,6 +123,7 @@ struct GradientConsumer : BackwardOwner<S> {
 
   template <bool kHides>
   FOVEA_DEVICE void tile(u32 n, Sums& sums) const {
+    constexpr bool kChecks = kHides || S.bias;
     const Step& now = step(n);
     const int place = state.q.place(n);
     Entries dp;
@@ -132,15 +137,16 @@ struct GradientConsumer : BackwardOwner<S> {
     state.weights.await_full(n);
     take(weights, n);
     if constexpr (S.dropout) columns.kept[0] = load_shared(at.kept(n));
-    const float check = kHides ? Columns::not_finite(dp) : 0.0F;
+    const float check = kChecks ? Columns::not_finite(dp) : 0.0F;
     columns.template differentiate<kHides>(dp, weights, at.delta(state.dout.place(n)));
     const Agreement<S> agreement{state};
-    if constexpr (kHides) agreement.tell(agreement.kGradients, n, check);
+    if constexpr (kChecks) agreement.tell(agreement.kGradients, n, check);
     state.looked.await_empty(n);
     state.looked.announce(n);
     if constexpr (S.alibi) add_slope(n, columns.slope_part(dp), sums.slope);
     columns.pack(ds, dp);
-    if (kHides && agreement.broken(n)) {
+    if (kChecks && agreement.broken(n)) {
+      columns.hide_by_bias(ds);
       put(ds, n);
       fence_engine();
       __syncwarp();

@@ -25,6 +25,7 @@ struct BackwardState {
   HopperWalk<S> walk;  // a step is written before its q is announced
   Barrier other_k;     // of a pair
   int number;          // likewise
+  Ring<BackwardSm90Shared::of(S).bias_places> bias;
 
   FOVEA_DEVICE const Step& step(u32 n) const { return walk.steps[n % 8]; }
 };
@@ -48,6 +49,7 @@ struct BackwardLayout {
   FOVEA_DEVICE u32 v() const { return base + kShared.v; }
   FOVEA_DEVICE u32 q(int place) const { return base + kShared.q + place * kShared.q_stage; }
   FOVEA_DEVICE u32 dout(int place) const { return base + kShared.dout + place * kShared.dout_stage; }
+  FOVEA_DEVICE u32 bias(int place) const { return base + kShared.bias + place * kShared.bias_stage; }
   FOVEA_DEVICE u32 ds(u32 n) const { return base + kShared.ds + (n & 1) * kShared.ds_stage; }
   FOVEA_DEVICE u32 other_k() const { return base + kShared.other_k; }
   FOVEA_DEVICE u32 other_ds(u32 n) const { return base + kShared.other_ds + (n & 1) * kShared.ds_stage; }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cuda/kernels/gradient_tile.cuh"
+#include "cuda/kernels/hopper/tensor_copy.cuh"
 
 // What `gradient_tile.cuh` does with rows of S and dP, done with Sᵀ and dPᵀ, which come out as the A operands of dv and
 // dk.
@@ -23,6 +24,14 @@ FOVEA_DEVICE u32 keep_of_two(u32 two, u32 bits) {
   return two;
 }
 
+/// Of two pairs of 16-bit numbers the lesser ones.
+template <Type kType>
+FOVEA_DEVICE u32 least_of_two(u32 a, u32 b) {
+  if constexpr (kType == Type::kBFloat16) asm("min.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  if constexpr (kType == Type::kFloat16) asm("min.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+
 /// Pᵀ and dSᵀ of a warp's 16 keys and a tile of rows.  A lane has the keys l / 4 and 8 on, of the rows 8j + 2 (l % 4)
 /// and the next.  A hidden entry is −0 in both, a visible one never.
 template <BackwardSpec S>
@@ -31,6 +40,8 @@ struct GradientColumns {
   using Entries = Accumulator[1][kN];
   using Packed = OperandA[S.block_m / 16];
   using Rules = ScoreRules<S, false, AsTheyAre>;
+  /// Of an entry: asked where its weight is chosen, not before.
+  static constexpr bool kAsksLate = kBareScores<S> || S.bias;
   static constexpr bool kDeltaFirst = !S.dropout && S.block_m > 64;  // dP comes with delta taken off
   using Bits = u32[kN / 8];                                          // one an entry
 
@@ -81,23 +92,87 @@ struct GradientColumns {
     }
   }
 
-  /// Sᵀ becomes Pᵀ.  kHides: some entry may be hidden, `seen` says which; returns what `not_finite` does then.
-  template <bool kHides>
-  FOVEA_DEVICE float weigh(Entries& s, u32 log2_lse) {
+  /// S · scale + bias, of the bias that lies [row][key] in panels of as many rows; keys: the warp's first, counted from
+  /// the first panel's.  shared: by all rows, which then read the first one.
+  FOVEA_DEVICE void add_bias(Entries& s, u32 panels, int keys, bool shared) const {
+    const float scale = S.softcap || S.alibi ? 1.0F : rules.p.scale;
+    if constexpr (S.bias_type == Type::kFloat32) {
+      const int lane = fresh(lane_id()), first = lane % 4 * 2;
+      const u32 mine =
+          swizzled(panels + keys / 32 * kPanel, shared ? 0 : first, keys % 32 / 4 + lane / 16) + lane / 4 % 4 * 4;
+      const u32 row = shared ? 0 : kPanelRowBytes, turn = shared ? 0 : 16;
+      each([&](int j, int e) {
+        const u32 from = (mine ^ (e % 2 == 0 ? 0 : turn) ^ e / 2 * 32) + (8 * j + e % 2) * row;
+        s[0][j].x[e] = s[0][j].x[e] * scale + __uint_as_float(load_shared(from));
+      });
+    } else {
+      for_each_sixteen(panels, keys, shared, [&](int k, const u32(&words)[4]) {
+#pragma unroll
+        for (int x = 0; x < 8; ++x) {
+          float& entry = s[0][2 * k + x / 4].x[x % 4];
+          entry = entry * scale + widen_half<S.bias_type>(words[x / 2], x % 2);
+        }
+      });
+    }
+  }
+  /// Whether a bias hides an entry of the lane's; as `add_bias`.
+  FOVEA_DEVICE static bool hides_some(u32 panels, int keys, bool shared) {
+    if constexpr (S.bias_type == Type::kFloat32) {
+      return true;
+    } else {
+      u32 least[4] = {};
+      for_each_sixteen(panels, keys, shared, [&](int, const u32(&words)[4]) {
+#pragma unroll
+        for (int x = 0; x < 4; ++x) least[x] = least_of_two<S.bias_type>(least[x], words[x]);
+      });
+      const u32 two = least_of_two<S.bias_type>(least_of_two<S.bias_type>(least[0], least[1]),
+                                                least_of_two<S.bias_type>(least[2], least[3]));
+      return widen_half<S.bias_type>(two, 0) == -infinity() || widen_half<S.bias_type>(two, 1) == -infinity();
+    }
+  }
+  /// A bias of −infinity hides, whatever the entry has become since: memory is asked again.  Past the last row or key
+  /// all is hidden anyway.
+  FOVEA_DEVICE void hide_by_bias(Packed& entries) const {
+    if constexpr (S.bias) {
+      const Sequence& sequence = rules.sequence;
+#pragma unroll
+      for (int w = 0; w < kN / 8; ++w) {
+        u32 hidden = 0;  // as `seen`
+#pragma unroll 1
+        for (int x = 31; x >= 0; --x) {  // without a branch, which would leave a warp in parts
+          const int i = math::smaller(rules.rows.first + row_of(8 * w + x % 8, x / 8), sequence.q_rows - 1);
+          const int j = math::smaller(key_of(x / 8), sequence.kv_rows - 1);
+          const float of = read<S.bias_type>(sequence.entry(rules.p.bias, i, j, rules.rows.first_head));
+          hidden = 2 * hidden + (of == -infinity() ? 1 : 0);
+        }
+#pragma unroll
+        for (int x = 0; x < 32; ++x) {
+          u32& two = entries[(8 * w + x % 8) / 2].x[x % 2 * 2 + x / 16];
+          if ((hidden >> x & 1) != 0) two = __byte_perm(two, 0x8000, x / 8 % 2 == 0 ? 0x3254 : 0x5410);
+        }
+      }
+    }
+  }
+
+  /// Sᵀ becomes Pᵀ.  kHides: some entry may be hidden, `seen` says which; kChecks: that, or a bias hides some; returns
+  /// what `not_finite` does then.
+  template <bool kHides, bool kChecks, class AddBias>
+  FOVEA_DEVICE float weigh(Entries& s, u32 log2_lse, const AddBias& add_bias) {
     const float unit = (kBareScores<S> ? rules.p.scale : 1.0F) * kLog2E;
-    const float check = kHides ? not_finite(s) : 0.0F;
-    if constexpr (!kBareScores<S>) {
+    const float check = kChecks ? not_finite(s) : 0.0F;
+    if constexpr (S.softcap || S.alibi) {
       for_each_two([&](int j, int e) {
         float t[2];
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
           float& score = s[0][j].x[e + x];
           score = rules.score(score, row_of(j, e + x), key_of(e), 0.0F, &t[x]);
-          if (kHides && !sees(j, e + x)) score = -infinity();  // that takes no register from here on
+          if (kHides && !kAsksLate && !sees(j, e + x)) score = -infinity();  // that takes no register from here on
         }
         if constexpr (S.softcap) slopes[j][e / 2] = cuda::pack<Type::kFloat16>(1.0F - t[0] * t[0], 1.0F - t[1] * t[1]);
       });
     }
+    if constexpr (S.bias) add_bias();
     if constexpr (S.dropout) draw();
     const u32 mine = log2_lse + lane_id() % 4 * 8;
 #pragma unroll
@@ -106,7 +181,7 @@ struct GradientColumns {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float x = s[0][j].x[e], weight = exp2(x * unit - (e % 2 == 0 ? lse.x : lse.y));
-        s[0][j].x[e] = kHides && (kBareScores<S> ? !sees(j, e) : x == -infinity()) ? -0.0F : weight;
+        s[0][j].x[e] = kHides && (kAsksLate ? !sees(j, e) : x == -infinity()) ? -0.0F : weight;
       }
     }
     return check;
@@ -196,10 +271,27 @@ struct GradientColumns {
     return sum;
   }
 
- private:
   template <class F>
   FOVEA_DEVICE static void each(const F& f) {
     for_each_entry<1, kN>([&](int, int j, int e) { f(j, e); });
+  }
+
+ private:
+  static constexpr int kPanel = S.block_m * kPanelRowBytes;  // of a bias
+
+  /// Calls f(k, words) for the lane's 16-bit entries of every 16 rows of a bias, as operand A has them.
+  template <class F>
+  FOVEA_DEVICE static void for_each_sixteen(u32 panels, int keys, bool shared, const F& f) {
+    const int lane = fresh(lane_id());
+    const u32 mine =
+        swizzled(panels + keys / 64 * kPanel, shared ? 0 : lane / 16 * 8 + lane % 8, keys % 64 / 8 + lane / 8 % 2);
+    const u32 step = shared ? 0 : 16 * kPanelRowBytes;
+#pragma unroll
+    for (int k = 0; k < S.block_m / 16; ++k) {
+      u32 words[4];
+      load_matrices_transposed(words, mine + k * step);
+      f(k, words);
+    }
   }
   template <class F>
   FOVEA_DEVICE static void for_each_two(const F& f) {
