@@ -68,7 +68,7 @@ class ForwardSm90Plan final : public PlannedKernel {
  private:
   void make_maps(ForwardSm90Params& p) const {
     const auto& s = shape_.spec;
-    const CallMaps maps{p, CurrentGpu(device_.index), s.type, block_m(s), s.block_n};
+    const CallMaps maps{p, CurrentGpu(device_.index), s.type, q_rows(s), s.block_n};
     p.by_engine = maps.of_rows(p.q, p.head_dim, p.q_map) && maps.of_keys(p.k, p.head_dim, p.k_map) &&
                   maps.of_keys(p.v, p.head_dim_v, p.v_map);
     p.bias_by_engine = s.bias && maps.of_bias(s.bias_type, kGroupRows, p.bias_map);

@@ -93,7 +93,7 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
 
 jit::KernelRequest forward_sm90_request(const ForwardSm90Shape& shape) {
   const ForwardSm90Spec& spec = shape.spec;
-  const std::string products = jit::wgmma_text(spec.type, {spec.block_n, spec.head_dim_v});
+  const std::string products = jit::wgmma_text(spec.type, {spec.block_n, short_n(spec), spec.head_dim_v});
   return jit::render({.function = "forward_sm90",
                       .header = "cuda/kernels/hopper/forward.cuh",
                       .spec = "ForwardSm90Spec",

@@ -41,13 +41,24 @@ inline constexpr int kPanelColumns = 64, kPanelRowBytes = 128, kGroupRows = 64; 
 FOVEA_FN constexpr int panels_of(int dim) { return (dim + kPanelColumns - 1) / kPanelColumns; }
 FOVEA_FN constexpr int tile_bytes(int rows, int dim) { return panels_of(dim) * rows * kPanelRowBytes; }
 
+/// Of a first tile of keys of which a warpgroup sees no more than these, the rest is left out.  With two places for Q
+/// the text that it takes costs more than it saves; with options, and with two head dims, there are no registers.
+FOVEA_FN constexpr int short_n(const ForwardSm90Spec& s) {
+  const bool bare = !s.mask && !s.bias && !s.alibi && !s.softcap && !s.dropout;
+  return s.q_stages == 1 && bare && s.head_dim == s.head_dim_v ? (s.block_n / 2 + 15) / 16 * 16 : s.block_n;
+}
+
 FOVEA_FN constexpr int block_m(const ForwardSm90Spec& s) { return s.warpgroups * kGroupRows; }
 FOVEA_FN constexpr int threads_of(const ForwardSm90Spec& s) { return (s.warpgroups + 1) * 128; }
+
+/// Where there is one place for Q, a warpgroup gives its rows back alone.
+FOVEA_FN constexpr int q_parts(const ForwardSm90Spec& s) { return s.q_stages == 1 ? s.warpgroups : 1; }
+FOVEA_FN constexpr int q_rows(const ForwardSm90Spec& s) { return block_m(s) / q_parts(s); }
 
 /// Shared memory of a block: `q_stages` times Q, in whose place O leaves; then `stages` times K, then V; then, ahead
 /// for each warpgroup, bias and words of a mask; then barriers and what is known of the tiles of rows in flight.
 FOVEA_FN constexpr int q_tile_bytes(const ForwardSm90Spec& s) {
-  return tile_bytes(block_m(s), math::larger(s.head_dim, s.head_dim_v));
+  return q_parts(s) * tile_bytes(q_rows(s), math::larger(s.head_dim, s.head_dim_v));
 }
 inline constexpr int kStateBytes = 1024;
 /// Tiles of a warpgroup whose entries' bias and mask have room.

@@ -27,6 +27,7 @@ struct Consumer {
   u32 fetched = 0;  // and of these, those computed
   Interval full{};  // tiles of keys that these 64 rows see whole, where O leaves registers for it
 
+  static constexpr int kShort = short_n(S);
   static constexpr bool kKnowsFull = S.head_dim_v <= 192;
 
   FOVEA_DEVICE int warp_row() const { return group * kGroupRows + warp_id() % 4 * 16; }
@@ -35,7 +36,7 @@ struct Consumer {
     if (S.turns && group == S.warpgroups - 1) pass_turn();
 #pragma unroll 1
     for (;; ++n) {
-      state.q.await_full(n);
+      state.q_of(group).await_full(n);
       const Work<S>& work = state.work[n % State<S>::kWorks];
       if (work.rows.left() <= 0) break;
       attend(work);
@@ -68,13 +69,13 @@ struct Consumer {
     } else {
       attend_all(work, rules, soft, o, unit);
     }
-    const Epilogue<S> epilogue{p, work, rules, state.q, n, at.q(state.q.place(n)), warp_row()};
+    const Epilogue<S> epilogue{p, work, rules, state.q_of(group), n, at.q(state.q[0].place(n)), warp_row()};
     epilogue.finish(o, soft.reference, soft.sum);
   }
 
   /// All scores are made.
   FOVEA_DEVICE void release_q() {
-    if constexpr (!Epilogue<S>::kThroughQ) state.q.release(n);
+    if constexpr (!Epilogue<S>::kThroughQ) state.q_of(group).release(n);
   }
 
   FOVEA_DEVICE static void clear(Out& o) {
@@ -92,13 +93,19 @@ struct Consumer {
     Scores s;
     Weights weights;
     Step step{own.end - 1, 0};
-    first_tile(work, rules, soft, s, weights, o, unit, step);
+    bool brief = false;  // the tile whose values are due is a short one
+    if constexpr (kShort < S.block_n) brief = uniform(work.reach[group].any_end - step.tile * S.block_n <= kShort);
+    if (brief) {
+      first_tile<kShort>(work, rules, soft, s, weights, o, unit, step);
+    } else {
+      first_tile<S.block_n>(work, rules, soft, s, weights, o, unit, step);
+    }
     int add = 0;
 #pragma unroll 1
-    for (--step.tile; step.tile >= own.begin; --step.tile, add = 1)
-      next_tile(work, rules, soft, s, weights, o, unit, step, add);
+    for (--step.tile; step.tile >= own.begin; --step.tile, add = 1, brief = false)
+      next_tile(work, rules, soft, s, weights, o, unit, step, add, brief);
     release_q();
-    last_values(weights, o, add);
+    last_values(weights, o, add, brief);
     skip(own.begin - work.tiles.begin);
   }
 
@@ -115,16 +122,16 @@ struct Consumer {
       }
       Scores s;
       Weights weights;
-      first_tile(work, rules, soft, s, weights, o, unit, step);
+      first_tile<S.block_n>(work, rules, soft, s, weights, o, unit, step);
 #pragma unroll 1
       while (more) {
         bool another;
         step = await_step(another);
         if (sight_of(work, step).hidden()) break;
         more = another;
-        next_tile(work, rules, soft, s, weights, o, unit, step, 1);
+        next_tile(work, rules, soft, s, weights, o, unit, step, 1, false);
       }
-      last_values(weights, o, 1);
+      last_values(weights, o, 1, false);
     }
   }
   FOVEA_DEVICE Step await_step(bool& more) const {
@@ -148,23 +155,29 @@ struct Consumer {
   }
 
   FOVEA_DEVICE u64 q_matrix() const {
-    return matrix_at(at.q(state.q.place(n)) + group * kGroupRows * kPanelRowBytes, 16);
+    const u32 q = q_parts(S) == 1 ? at.q(state.q[0].place(n)) + group * kGroupRows * kPanelRowBytes : at.q(0, group);
+    return matrix_at(q, 16);
   }
-  FOVEA_DEVICE void issue_scores(Scores& s) const {
+  template <int kPieces>
+  FOVEA_DEVICE void issue_scores(Accumulator (&s)[1][kPieces]) const {
     state.k.await_full(keys);
     pin(s[0]);
     fence_products();
-    multiply_by_rows<S.type, S.head_dim, block_m(S), S.block_n>(s[0], q_matrix(),
-                                                                matrix_at(at.k(state.k.place(keys)), 16));
+    multiply_by_rows<S.type, S.head_dim, q_rows(S), kPieces * 8, S.block_n>(s[0], q_matrix(),
+                                                                            matrix_at(at.k(state.k.place(keys)), 16));
     close_products();
   }
-  FOVEA_DEVICE void issue_values(Out& o, Weights& weights, u32 of, int add) const {
+  FOVEA_DEVICE void issue_values(Out& o, Weights& weights, u32 of, int add, bool brief) const {
     state.v.await_full(of);
     pin(o[0]);
     pin(weights);
     fence_products();
-    multiply_by_columns<S.type, S.block_n, S.head_dim_v>(
-        o[0], weights, matrix_at(at.v(state.v.place(of)), S.block_n * kPanelRowBytes), add);
+    const u64 v = matrix_at(at.v(state.v.place(of)), S.block_n * kPanelRowBytes);
+    if (kShort < S.block_n && uniform(brief)) {
+      multiply_by_columns<S.type, kShort, S.head_dim_v>(o[0], weights, v, add);
+    } else {
+      multiply_by_columns<S.type, S.block_n, S.head_dim_v>(o[0], weights, v, add);
+    }
     close_products();
   }
 
@@ -177,9 +190,11 @@ struct Consumer {
             S.mask ? step.mask(group) : TileState::kFull};
   }
 
-  /// Without values to be added meanwhile.
-  FOVEA_DEVICE void first_tile(const Work<S>& work, const Rules& rules, Soft& soft, Scores& s, Weights& weights, Out& o,
-                               float unit, const Step& step) {
+  /// Without values to be added meanwhile.  Only the first kKeys of the tile are seen.
+  template <int kKeys>
+  FOVEA_DEVICE void first_tile(const Work<S>& work, const Rules& rules, Soft& soft, Scores& all, Weights& weights,
+                               Out& o, float unit, const Step& step) {
+    auto& s = reinterpret_cast<Accumulator(&)[1][kKeys / 8]>(all);
     const int row = warp_row(), key = step.tile * S.block_n;
     await_turn();
     issue_scores(s);
@@ -193,16 +208,18 @@ struct Consumer {
     raise(soft, s, o, unit, entries, S.mask);
     soft.weigh(s, weights, total, unit, rules, row, key, stream_of(work));
     soft.add(total);
+#pragma unroll
+    for (int k = kKeys / 16; k < Soft::kSteps; ++k) weights[k] = {};
     ++keys;
   }
 
   /// S of this tile while P V of the one before is made.
   FOVEA_DEVICE void next_tile(const Work<S>& work, const Rules& rules, Soft& soft, Scores& s, Weights& weights, Out& o,
-                              float unit, const Step& step, int add) {
+                              float unit, const Step& step, int add, bool brief) {
     const int row = warp_row(), key = step.tile * S.block_n;
     await_turn();
     issue_scores(s);
-    issue_values(o, weights, keys - 1, add);
+    issue_values(o, weights, keys - 1, add, brief);
     pass_turn();
     Found entries = entries_of(rules, row, key);
     await_products<1>();
@@ -237,7 +254,8 @@ struct Consumer {
   }
 
   /// A tile's products become scores.
-  FOVEA_DEVICE void finish(const Rules& rules, Scores& s, const Sight& sight, Found& entries) {
+  template <int kPieces>
+  FOVEA_DEVICE void finish(const Rules& rules, Accumulator (&s)[1][kPieces], const Sight& sight, Found& entries) {
     auto& ring = state.entries[group];
     const int place = ring.place(fetched);
     const bool ahead = S.mask || S.bias && p.bias_by_engine;
@@ -248,8 +266,10 @@ struct Consumer {
   }
 
   /// References of a tile's scores; sums and O, where there are any, move on to them.
-  FOVEA_DEVICE void raise(Soft& soft, Scores& s, Out& o, float unit, const Found& entries, bool begun) const {
-    entries.hide_by_bias(s);
+  template <int kPieces>
+  FOVEA_DEVICE void raise(Soft& soft, Accumulator (&s)[1][kPieces], Out& o, float unit, const Found& entries,
+                          bool begun) const {
+    if constexpr (S.bias) entries.hide_by_bias(s);
     float rescale[2];
     soft.raise(s, unit, rescale);
     if (!begun) return;
@@ -265,8 +285,8 @@ struct Consumer {
     state.v.release(keys - 1);
   }
 
-  FOVEA_DEVICE void last_values(Weights& weights, Out& o, int add) {
-    issue_values(o, weights, keys - 1, add);
+  FOVEA_DEVICE void last_values(Weights& weights, Out& o, int add, bool brief) {
+    issue_values(o, weights, keys - 1, add, brief);
     await_products<0>();
     pin(o[0]);
     state.v.release(keys - 1);

@@ -18,13 +18,13 @@ struct Fetcher {
   FOVEA_DEVICE void run() {
 #pragma unroll 1
     for (u32 n = 0;; ++n) {
-      state.q.await_full(n);
+      state.q_of(group).await_full(n);
       const Work<S>& work = state.work[n % State<S>::kWorks];
       if (work.rows.left() <= 0) break;
       state.for_each_step(work, keys, [&](const Step& step) {
         if (!sight_of(work, group, step).hidden()) fetch(work, step.tile * S.block_n);
       });
-      state.q.release(n);
+      state.q_of(group).release(n);
     }
   }
 

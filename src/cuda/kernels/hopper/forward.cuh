@@ -16,14 +16,15 @@ __device__ void forward_sm90(const ForwardSm90Params& p) {
   State<S>& state = *reinterpret_cast<State<S>*>(shared + shared_bytes(S) - kStateBytes);
   if (threadIdx.x == 0) {
     constexpr u32 kWarps = S.warpgroups * 4, kFetchers = State<S>::kFetchers;
-    state.q.begin(kWarps + kFetchers), state.k.begin(kWarps + (S.mask ? kFetchers : 0)), state.v.begin(kWarps);
+    for (auto& ring : state.q) ring.begin((kWarps + kFetchers) / q_parts(S));
+    state.k.begin(kWarps + (S.mask ? kFetchers : 0)), state.v.begin(kWarps);
     for (auto& ring : state.entries) ring.begin(4, kWarp);
     state.known.begin(1), state.late.begin(1);
     fence_barriers();
     fence_engine();
   }
   __syncthreads();
-  const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 128), 0);
+  const int group = static_cast<int>(uniform(threadIdx.x / 128));
   if (group == 0) {
     give_registers<producer_registers(S)>();
     if (threadIdx.x >= State<S>::kHands) {

@@ -49,16 +49,25 @@ struct Producer {
     }
     share();
     const Sequence& sequence = work.sequence;
-    const int place = state.q.place(n);
-    state.q.await_empty(n);
+    const int place = n % S.q_stages;
     if (work.rows.left() <= 0) {
-      if (leads()) state.q.full[place].arrive();
+      for (auto& ring : state.q) {
+        ring.await_empty(n);
+        if (leads()) ring.full[place].arrive();
+      }
       return false;
     }
-    load_tile<block_m(S), S.head_dim>(at.q(place), state.q.full[place], p.q_map,
-                                      {sequence.q_begin + work.rows.first, work.rows.first_head, sequence.batch},
-                                      Keep::kNo, work.rows.left(), p.q,
-                                      [&] { return sequence.q_row(p.q, work.rows.first, work.rows.first_head); });
+#pragma unroll
+    for (int part = 0; part < q_parts(S); ++part) {
+      auto& ring = state.q[part];
+      const int down = part * q_rows(S);
+      ring.await_empty(n);
+      load_tile<q_rows(S), S.head_dim>(
+          at.q(place, part), ring.full[place], p.q_map,
+          {sequence.q_begin + work.rows.first + down, work.rows.first_head, sequence.batch}, Keep::kNo,
+          work.rows.left() - down, p.q,
+          [&] { return sequence.q_row(p.q, work.rows.first + down, work.rows.first_head); });
+    }
     return true;
   }
 

@@ -23,12 +23,13 @@ struct Softmax {
   float reference[2] = {kUnseen, kUnseen};  // of a lane's two rows, in units of log2
   float sum[2] = {};                        // this lane's part
 
-  /// P = 2^(unit·S − reference), its sums, and dropout's share.
-  FOVEA_DEVICE void weigh(const Scores& s, Weights& weights, float (&total)[2], float unit, const Rules& rules, int row,
-                          int key, const math::DropoutStream& stream) const {
+  /// P = 2^(unit·S − reference) of the first keys, its sums, and dropout's share.
+  template <int kPieces>
+  FOVEA_DEVICE void weigh(const Accumulator (&s)[1][kPieces], Weights& weights, float (&total)[2], float unit,
+                          const Rules& rules, int row, int key, const math::DropoutStream& stream) const {
     total[0] = total[1] = 0.0F;
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
+    for (int k = 0; k < kPieces / 2; ++k) {
       Accumulator two[2];
 #pragma unroll
       for (int x = 0; x < 8; ++x) {
@@ -54,12 +55,13 @@ struct Softmax {
   }
 
   /// Raises each row's reference to the largest score of the tile; what sums and O have to be multiplied by.
-  FOVEA_DEVICE void raise(const Scores& s, float unit, float (&rescale)[2]) {
+  template <int kPieces>
+  FOVEA_DEVICE void raise(const Accumulator (&s)[1][kPieces], float unit, float (&rescale)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float top = -infinity();
 #pragma unroll
-      for (int j = 0; j < kN; ++j) top = fmaxf(top, fmaxf(s[0][j].x[2 * h], s[0][j].x[2 * h + 1]));
+      for (int j = 0; j < kPieces; ++j) top = fmaxf(top, fmaxf(s[0][j].x[2 * h], s[0][j].x[2 * h + 1]));
       top = fmaxf(reference[h], quad_max(top) * unit);
       rescale[h] = exp2(reference[h] - top);
       reference[h] = top;

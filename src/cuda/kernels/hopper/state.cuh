@@ -8,13 +8,15 @@ namespace fovea::cuda {
 /// What the threads of a block share.
 template <ForwardSm90Spec S>
 struct State {
-  Ring<S.q_stages> q;
+  Ring<S.q_stages> q[q_parts(S)];
   Ring<S.stages> k, v;
   Barrier known, late;              // the next tile of rows; when to look for the one after
   static constexpr int kWorks = 4;  // the next one is known before Q is given back, and that before out is written
   Work<S> work[kWorks];
   Step steps[S.mask ? S.stages : 1];            // of the tiles of K in the ring
   Ring<entry_places(S)> entries[S.warpgroups];  // of a bias and a mask
+
+  FOVEA_DEVICE Ring<S.q_stages>& q_of(int group) { return q[q_parts(S) == 1 ? 0 : group]; }
 
   /// Warps that read what is known of tiles as well: one for each warpgroup.
   static constexpr u32 kFetchers = S.mask || S.bias ? S.warpgroups : 0;
@@ -45,7 +47,9 @@ template <ForwardSm90Spec S>
 struct Layout {
   static constexpr int kK = tile_bytes(S.block_n, S.head_dim), kV = tile_bytes(S.block_n, S.head_dim_v);
   u32 base;
-  FOVEA_DEVICE u32 q(int place) const { return base + place * q_tile_bytes(S); }
+  FOVEA_DEVICE u32 q(int place, int part = 0) const {
+    return base + (place * q_parts(S) + part) * (q_tile_bytes(S) / q_parts(S));
+  }
   FOVEA_DEVICE u32 k(int place) const { return q(S.q_stages) + place * kK; }
   FOVEA_DEVICE u32 v(int place) const { return k(S.stages) + place * kV; }
   FOVEA_DEVICE u32 bias(int group, int place) const {

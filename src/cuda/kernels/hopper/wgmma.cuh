@@ -54,19 +54,19 @@ FOVEA_DEVICE void move(OperandA (&to)[kN], const OperandA (&from)[kN]) {
 }
 
 /// S = Q Kᵀ, or S += Q Kᵀ where `add` is 1: issued, not awaited.  q: a warpgroup's first row; panels of Q are kQRows
-/// long, those of K kKeys.
-template <Type kType, int kDim, int kQRows, int kKeys>
+/// long, those of K kPanelRows, of which the first kKeys count.
+template <Type kType, int kDim, int kQRows, int kKeys, int kPanelRows = kKeys>
 FOVEA_DEVICE void multiply_by_rows(Accumulator (&s)[kKeys / 8], u64 q, u64 k, int add = 0) {
 #pragma unroll
   for (int c = 0; c < (kDim + 15) / 16; ++c) {
-    constexpr int kQPanel = kQRows * kPanelRowBytes / 16, kKPanel = kKeys * kPanelRowBytes / 16;
+    constexpr int kQPanel = kQRows * kPanelRowBytes / 16, kKPanel = kPanelRows * kPanelRowBytes / 16;
     Wgmma<kType, kKeys>::by_rows(s, q + c / 4 * kQPanel + c % 4 * 2, k + c / 4 * kKPanel + c % 4 * 2, c == 0 ? add : 1);
   }
 }
 
-/// O += P V, or O = P V where `add` is 0: likewise.
-template <Type kType, int kKeys, int kDim>
-FOVEA_DEVICE void multiply_by_columns(Accumulator (&o)[kDim / 8], const OperandA (&p)[kKeys / 16], u64 v, int add) {
+/// O += P V, or O = P V where `add` is 0: likewise, of the first kKeys.
+template <Type kType, int kKeys, int kDim, int kSteps>
+FOVEA_DEVICE void multiply_by_columns(Accumulator (&o)[kDim / 8], const OperandA (&p)[kSteps], u64 v, int add) {
 #pragma unroll
   for (int k = 0; k < kKeys / 16; ++k) {
     constexpr int kSixteenRows = 16 * kPanelRowBytes / 16;
