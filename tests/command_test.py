@@ -182,6 +182,10 @@ class Help(CommandTest):
         self.refuse("precompile", LINE, "--arch", "sm_80", says="--out")
         self.refuse("precompile", LINE, "--arch", "sm_80,sm_8", "--check", says="--arch 'sm_8' is no architecture")
         self.refuse("precompile", "fwd fp64", "--arch", "sm_80", "--check", says="fp64")
+        known = self.folder / "known.txt"
+        self.refuse("precompile", LINE, "--arch", "sm_80", "--check", "--known-spills", known, says="cannot be read")
+        known.write_text("# a comment\nforward_bf16_d64 sm_80\n")
+        self.refuse("precompile", LINE, "--arch", "sm_80", "--check", "--known-spills", known, says="write KERNEL sm_NN BYTES")
 
     def test_a_full_disk_under_standard_output_is_a_failure(self):
         with open("/dev/full", "w") as full:

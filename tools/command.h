@@ -79,6 +79,7 @@ struct PrecompileArguments {
   int jobs = 0;
   std::size_t most = 0;       ///< so many kernels, evenly spread; 0: all
   bool check = false;         ///< exit 1 where one spills, warns or is slow to compile
+  std::string known;          ///< a file of what --check knows to spill: lines of kernel, architecture, bytes
   double median_seconds = 0;  ///< what --check allows; 0: any
   double most_seconds = 0;
 };

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <atomic>
 #include <charconv>
+#include <fstream>
 #include <map>
 #include <mutex>
+#include <sstream>
 
 #include "command.h"
 #include "cpu/threads.h"
@@ -41,9 +43,34 @@ struct Outcome {
   std::string fault;  // of compiling, or against --check
 };
 
+/// Bytes by "kernel sm_NN", of a file in which '#' begins a comment.
+std::map<std::string, int> known_spills(const std::string& file) {
+  std::map<std::string, int> bytes;
+  if (file.empty()) return bytes;
+  std::ifstream stream(file);
+  if (!stream) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--known-spills {} cannot be read; name a file", files::in_quotes(file)));
+  }
+  for (std::string line; std::getline(stream, line);) {
+    std::istringstream words(line.substr(0, line.find('#')));
+    std::string kernel, arch;
+    int spilt = 0;
+    if (!(words >> kernel)) continue;
+    if (!(words >> arch >> spilt) || spilt <= 0) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  fmt::format("{} has a line {}; write KERNEL sm_NN BYTES", file, files::in_quotes(line)));
+    }
+    bytes[kernel + " " + arch] = spilt;
+  }
+  return bytes;
+}
+
 class Precompile {
  public:
-  explicit Precompile(const PrecompileArguments& asked) : asked_(asked) { collect(); }
+  explicit Precompile(const PrecompileArguments& asked) : asked_(asked), known_spills_(known_spills(asked.known)) {
+    collect();
+  }
 
   void compile() {
     outcomes_.resize(requests_.size());
@@ -67,6 +94,7 @@ class Precompile {
   [[nodiscard]] std::string table() const;
 
   const PrecompileArguments& asked_;
+  std::map<std::string, int> known_spills_;
   std::vector<KernelRequest> requests_;
   std::vector<Outcome> outcomes_;
   std::size_t wanted_ = 0;  // before --most
@@ -125,8 +153,11 @@ void Precompile::compile_one(std::size_t index) {
 std::string Precompile::fault_of(const Binary& binary) const {
   std::string faults;
   const auto add = [&](const std::string& fault) { faults += (faults.empty() ? "" : ", ") + fault; };
-  if (binary.spill_bytes > 0) add(fmt::format("spills {} bytes", binary.spill_bytes));
-  if (binary.local_bytes > 0) add(fmt::format("keeps {} bytes in local memory", binary.local_bytes));
+  const auto known = known_spills_.find(fmt::format("{} sm_{}", binary.name, binary.arch));
+  const int most = known == known_spills_.end() ? 0 : known->second;
+  const std::string more = most > 0 ? fmt::format(", more than the {} known", most) : "";
+  if (binary.spill_bytes > most) add(fmt::format("spills {} bytes{}", binary.spill_bytes, more));
+  if (binary.local_bytes > most) add(fmt::format("keeps {} bytes in local memory{}", binary.local_bytes, more));
   if (asked_.most_seconds > 0 && binary.seconds > asked_.most_seconds) {
     add(fmt::format("took {} to compile, more than {} s", seconds_text(binary.seconds), asked_.most_seconds));
   }
