@@ -7,12 +7,15 @@
 // the keys. S, P and the running statistics of one panel stay in L1; nothing of size seqlen_q × seqlen_kv exists.
 namespace fovea::cpu::FOVEA_ISA {
 
-/// Keys that are packed together, and the strips in which a panel goes through them.  As pairs, P of all strips stays
-/// in L1, and O is loaded and stored once for them all.
+/// Keys that may be packed together, and the strips in which a panel goes through them.  As pairs, P of all strips
+/// stays in L1, and O is loaded and stored once for them all.
 template <Word kWord>
-inline constexpr i64 kPackedKeys = kWord == Word::kPair ? 2 * kForwardKeys : kForwardKeys;
+inline constexpr i64 kPackedKeys = kWord == Word::kPair ? 2 * kForwardKeys : 4 * kForwardKeys;
 template <Word kWord>
 inline constexpr i64 kStripKeys = kWord == Word::kPair ? kTileStrip : kForwardKeys;
+/// Keys whose mask is read at a time.
+template <Word kWord>
+inline constexpr i64 kMaskKeys = kWord == Word::kPair ? kPackedKeys<kWord> : kStripKeys<kWord>;
 
 /// What one worker needs, whatever the task.
 template <Word kWord>
@@ -23,9 +26,9 @@ struct ForwardScratch {
   float *reference, *sum_of_p;  // [panel][lane], reference in units of log2
   PackedRows<kWord> k, v;       // of kPackedKeys keys
   PackedColumns<kWord> v_columns;
-  float *s, *extra;  // [key][lane]: scores; bias or dropout
+  float *s, *extra;  // [key][lane]: scores; dropout
   float* pairs;      // [key / 2][lane] of kPackedKeys keys: P
-  float* mask;       // [key / 4][lane]
+  float* mask;       // [key / 4][lane] of kMaskKeys keys
   float* rows;       // of q or out, as they lie
   bool* bad;         // [lane]
 
@@ -43,7 +46,7 @@ struct ForwardScratch {
     s = arena.take<float>(tile);
     extra = arena.take<float>(tile);
     pairs = arena.take<float>(kWord == Word::kPair ? kPackedKeys<kWord> / 2 * kPanelRows : 0);
-    mask = arena.take<float>(tile / 4);
+    mask = arena.take<float>(kMaskKeys<kWord> / 4 * kPanelRows);
     rows = arena.take<float>(kPanelRows * whole(math::larger(call.head_dim, call.head_dim_v), kWidth));
     bad = arena.take<bool>(kPanelRows);
   }
@@ -248,16 +251,23 @@ class Forward {
     Interval keys = context.sequence.band.keys_of_rows({my.panels[0].queries.begin, my.panels[panels - 1].queries.end});
     keys.begin = math::larger(keys.begin, split * shape_.keys_per_split);
     keys.end = math::smaller(keys.end, (split + 1) * shape_.keys_per_split);
-    for (i64 j = keys.begin / kForwardKeys * kForwardKeys; j < keys.end; j += kPackedKeys<kWord>) {
-      const Interval tile{j, math::smaller(j + kPackedKeys<kWord>, keys.end)};
+    for (i64 j = keys.begin / kForwardKeys * kForwardKeys; j < keys.end; j += packed_keys()) {
+      const Interval tile{j, math::smaller(j + packed_keys(), keys.end)};
       if (block.rows <= kWidth && can_stay(tile) && attend_in_place(my, context, tile, block.kv_head)) continue;
       my.k.pack(context, call_.k, tile, block.kv_head);
       my.v.pack(context, call_.v, tile, block.kv_head);
       my.v.clear_bad(tile.end - tile.begin);
       my.v_columns.take(my.v, tile.end - tile.begin);
-      for (i64 p = 0; p < panels; ++p) attend(my, p, context, tile, block.kv_head);
+      for (i64 p = 0; p < panels; ++p) attend(my, {p, panels}, context, tile, block.kv_head);
     }
     for (i64 p = 0; p < panels; ++p) store_panel(my, p, context, block, split);
+  }
+
+  [[nodiscard]] bool has_entries() const { return call_.mask.data != nullptr || call_.bias.data != nullptr; }
+
+  /// Where a mask or a bias is read, it is so in longer pieces of its rows.
+  [[nodiscard]] i64 packed_keys() const {
+    return kWord == Word::kPair || has_entries() ? kPackedKeys<kWord> : kForwardKeys;
   }
 
   /// Whether these keys and values are words where the caller keeps them.
@@ -283,7 +293,7 @@ class Forward {
     const i64 rows = call_.head_dim_v / my.panels[0].parts;
     const V reference = load(my.reference), sum_of_p = load(my.sum_of_p);
     for (i64 r = 0; r < rows; ++r) store(my.rows + r * kWidth, load(my.o + r * kPanelRows));
-    attend(my, 0, context, keys, kv_head);
+    attend(my, {0, 1}, context, keys, kv_head);
     V taint{};  // 0·x is NaN where x is not finite
     for (i64 r = 0; r < rows; ++r) taint += load(my.o + r * kPanelRows) * 0.0F;
     if (!any(taint != V{})) return true;
@@ -293,8 +303,9 @@ class Forward {
     return false;
   }
 
-  /// One panel of queries against the keys that are packed.
-  void attend(ForwardScratch<kWord>& my, i64 p, const Context& context, Interval packed, i64 kv_head) {
+  /// The first of some panels of queries against the keys that are packed.
+  void attend(ForwardScratch<kWord>& my, Interval panels, const Context& context, Interval packed, i64 kv_head) {
+    const i64 p = panels.begin;
     const Panel& panel = my.panels[p];
     const Interval seen = context.sequence.band.keys_of_rows(panel.queries);
     const Interval keys{math::larger(packed.begin, seen.begin / kKeyStep<kWord> * kKeyStep<kWord>),
@@ -311,21 +322,38 @@ class Forward {
             call_.head_dim_v);
       first = end;
     };
+    MaskWords<kMaskKeys<kWord>> masks{my.mask, panel, context, keys};
+    // While keys [from, to) are multiplied: their share of the lanes, of what is read after this span of keys.
+    const auto fetch = [&](const EntryView& view, i64 entry_bytes, i64 span, i64 from, i64 to)
+        __attribute__((always_inline)) {
+      const i64 begin = from - (from - keys.begin) % span, end = math::smaller(begin + span, keys.end);
+      const bool last = end == keys.end;
+      const i64 next = last ? keys.begin : end, share = end - begin;
+      if (!last || p + 1 < panels.end)
+        fetch_entries(my.panels[p + last], context, view, entry_bytes, {next, next + span},
+                      {(from - begin) * kPanelRows / share, (to - begin) * kPanelRows / share});
+    };
     for (i64 j = keys.begin; j < keys.end; j += kStripKeys<kWord>) {
       const Interval strip{j, math::smaller(j + kStripKeys<kWord>, keys.end)};
       const math::TileState state = context.sequence.band.tile(panel.queries, strip);
-      if (state == math::TileState::kHidden ||
-          (call_.mask.data != nullptr && !gather(my.mask, panel, context, call_.mask, 1, strip))) {
+      if (state == math::TileState::kHidden || (call_.mask.data != nullptr && !masks.shows(strip))) {
         add_values(j);
         first = strip.end;
         continue;
       }
       const Tile s{my.s, kPanelRows, strip};
-      product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(  // S = K Qᵀ
-          panel,
-          {my.k.row(j - packed.begin), my.k.stride, my.q + p * my.q_floats, kPanelRows, my.s, kPanelRows, my.k.words},
-          s.rows());
-      const float scale = finish_scores<kWord>(s, panel, context, state, my.mask, my.extra, nullptr);
+      const i64 slice = has_entries() ? kSlice<kWord> : s.rows();
+      for (i64 r = 0; r < s.rows(); r += slice) {
+        const i64 to = j + r + slice;
+        if (call_.mask.data != nullptr) fetch(call_.mask, 1, kMaskKeys<kWord>, j + r, to);
+        if (call_.bias.data != nullptr) fetch(call_.bias, bytes(call_.bias_type), kStripKeys<kWord>, j + r, to);
+        product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(  // S = K Qᵀ
+            panel,
+            {my.k.row(j + r - packed.begin), my.k.stride, my.q + p * my.q_floats, kPanelRows, s.row(r), kPanelRows,
+             my.k.words},
+            math::smaller(slice, s.rows() - r));
+      }
+      const float scale = finish_scores<kWord>(s, panel, context, state, masks.of(strip), my.extra, nullptr);
       const Tile whole = hide_past_end<kWord>(s);
       const bool dropout = call_.keep_threshold < 65536;
       if (dropout) dropout_factors(my.extra, panel, context, whole.keys);

@@ -184,7 +184,7 @@ inline void pack_panel(float* columns, float* rows, bool* bad, const Panel& pane
 /// A block of keys or values as words, [key][stride], up to a whole number of words' depth.
 template <Word kWord>
 struct PackedRows {
-  i64 dim = 0, words = 0, stride = 0;
+  i64 dim = 0, words = 0, stride = 0, count = 0;  // count: of the keys that are packed
   float* data = nullptr;
   bool* bad = nullptr;  // rows that are not finite
   bool any_bad = false;
@@ -215,7 +215,7 @@ struct PackedRows {
       bad[at] = !pack_row<kWord>(row(at), context.kv_row(view, j, head), context.call.type, dim, words);
       any_bad = any_bad || bad[at];
     }
-    const i64 count = keys.end - keys.begin;
+    count = keys.end - keys.begin;
     for (i64 r = count; kWord == Word::kPair && r < whole(count, kKeyStep<kWord>); ++r) clear(r);
   }
 
