@@ -160,6 +160,7 @@ void describe_sequences(const Problem& problem, const Inputs& in, Sequence* sequ
 // How work is cut.  What changes the order of additions (key splits, key blocks) depends on the problem alone, never on
 // the number of threads: the same bits on any number of them.
 constexpr i64 kEnoughTasks = 64;
+constexpr i64 kPieces = 2;       // of a block that is claimed late
 constexpr i64 kCachedFloats = 1 << 17;  // of a block, so that it stays near in L2 with what it meets
 
 bool pairs(const Problem& problem, const FlashKernels& kernels) {
@@ -187,6 +188,9 @@ ForwardShape shape_forward(const Problem& problem, int workers, const FlashKerne
   const i64 splits = std::clamp<i64>(std::min(kEnoughTasks / tasks, key_tiles / 4), 1, kEnoughTasks);
   shape.keys_per_split = std::max<i64>(1, ceil_div(key_tiles, splits)) * kForwardKeys;
   shape.key_splits = std::max<i64>(1, ceil_div(problem.seqlen_kv, shape.keys_per_split));
+  shape.piece_rows = round_up(ceil_div(shape.block_rows, kPieces), kernels.panel_rows);
+  // Under a causal rule the last blocks are short as it is.
+  if (shape.key_splits == 1 && workers > 1 && even) shape.cut_blocks = std::min<i64>(workers, heads * shape.blocks);
   return shape;
 }
 

@@ -187,7 +187,7 @@ class Forward {
   void run() {
     const i64 blocks = heads() * shape_.blocks;
     run_tasks(
-        blocks * shape_.key_splits, shape_.workers,
+        blocks * shape_.key_splits + shape_.cut_blocks * (pieces() - 1), shape_.workers,
         [](void* self, i64 index, int worker) { static_cast<Forward*>(self)->attend_block(index, worker); }, this);
     if (shape_.key_splits == 1) return;
     run_tasks(
@@ -203,11 +203,19 @@ class Forward {
   /// Blocks in the order of claiming: late rows first, which see the most under a causal rule; then heads, which mostly
   /// lie in the same pages.
   [[nodiscard]] Block block(i64 index, i64 splits) const {
-    const i64 first_row = (shape_.blocks - 1 - index / heads() / splits) * shape_.block_rows;
+    const i64 whole = heads() * shape_.blocks * splits - shape_.cut_blocks;
+    i64 first = 0, most = shape_.block_rows;  // of the block's rows
+    if (index >= whole && shape_.cut_blocks > 0) {
+      first = (pieces() - 1 - (index - whole) % pieces()) * shape_.piece_rows;
+      most = math::smaller(shape_.piece_rows, shape_.block_rows - first);
+      index = whole + (index - whole) / pieces();
+    }
+    first += (shape_.blocks - 1 - index / heads() / splits) * shape_.block_rows;
     const i64 head = index % heads(), batch = head / call_.kv_heads;
-    const i64 rows = call_.sequences[batch].q_rows * group() - first_row;
-    return {batch, head % call_.kv_heads, first_row, math::smaller(rows, shape_.block_rows)};
+    const i64 rows = call_.sequences[batch].q_rows * group() - first;
+    return {batch, head % call_.kv_heads, first, math::smaller(rows, most)};
   }
+  [[nodiscard]] i64 pieces() const { return (shape_.block_rows + shape_.piece_rows - 1) / shape_.piece_rows; }
   /// Lanes a row: where few rows are asked in all, as in decoding, they fill a vector together.
   [[nodiscard]] i64 parts() const {
     i64 parts = kWord == Word::kFloat ? kWidth : 1;
