@@ -45,6 +45,8 @@ struct FlashCall {
 struct ForwardShape {
   i64 max_rows = 0, block_rows = 0, blocks = 0, key_splits = 1;
   i64 piece_rows = 0, cut_blocks = 0;
+  bool few_rows = false;   // they share a vector, and keys are taken some at a time
+  i64 heads_a_task = 1;    // more where few threads read: heads mostly lie side by side, so keys are read as they lie
   i64 keys_per_split = 0;  // a multiple of the key block
   int workers = 1;
 };

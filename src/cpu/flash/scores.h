@@ -16,11 +16,11 @@ struct Tile {
   [[nodiscard]] float* row(i64 r) const { return data + r * stride; }
 };
 
-/// Calls f(row, lane offset, vector address) for every vector of a tile.
-template <class F>
+/// Calls f(row, lane offset, vector address) for every vector of a tile, or the first of each row.
+template <int kVectors = kPanelVectors, class F>
 FOVEA_INLINE void for_each_vector(const Tile& tile, F&& f) {
   for (i64 r = 0; r < tile.rows(); ++r) {
-    FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) f(r, n * kWidth, tile.row(r) + n * kWidth);
+    FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) f(r, n * kWidth, tile.row(r) + n * kWidth);
   }
 }
 
