@@ -98,9 +98,9 @@ FOVEA_INLINE void weigh(const Tile& s, const SoftmaxOf& of, bool keep_floats, co
     each([&](V& x, i64 /*row*/, int n) { total[n] += x; });
     if (of.kept != nullptr) each([&](V& x, i64 row, int n) { x *= load(of.kept + row * kPanelRows + n * kWidth); });
     if (keep_floats) each([&](V& x, i64 row, int n) { store(s.row(row) + n * kWidth, x); });
-    if constexpr (kWord == Word::kPair) {
+    if constexpr (kWord == Word::kPair) {  // a NaN is in the total, which makes the row NaN
       FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) {
-        store(of.pairs + r / 2 * kPanelRows + n * kWidth, side_by_side(round_to_pairs(p[n], p[n + kVectors])));
+        store(of.pairs + r / 2 * kPanelRows + n * kWidth, round_side_by_side(p[n], p[n + kVectors]));
       }
     }
   }
@@ -250,6 +250,7 @@ class Forward {
     const Context context{call_, call_.sequences[block.batch], block.batch};
     ForwardScratch<kWord> my = scratch(worker);
     [[maybe_unused]] const Tiles tiles;
+    [[maybe_unused]] const FlushToZero flush;
     const bool joined = shape_.heads_a_task > 1;
     const i64 row_parts = parts();
     const i64 panels = joined ? shape_.heads_a_task : (block.rows + kPanelRows - 1) / kPanelRows;
