@@ -160,6 +160,8 @@ void describe_sequences(const Problem& problem, const Inputs& in, Sequence* sequ
 // How work is cut.  What changes the order of additions (key splits, key blocks) depends on the problem alone, never on
 // the number of threads: the same bits on any number of them.
 constexpr i64 kEnoughTasks = 64;
+constexpr int kFewWorkers = 4;
+constexpr i64 kPieces = 4;              // of a block that is claimed late
 constexpr i64 kCachedFloats = 1 << 17;  // of a block, so that it stays near in L2 with what it meets
 
 bool pairs(const Problem& problem, const FlashKernels& kernels) {
@@ -186,7 +188,18 @@ ForwardShape shape_forward(const Problem& problem, int workers, const FlashKerne
   const i64 key_tiles = ceil_div(problem.seqlen_kv, kForwardKeys);
   const i64 splits = std::clamp<i64>(std::min(kEnoughTasks / tasks, key_tiles / 4), 1, kEnoughTasks);
   shape.keys_per_split = std::max<i64>(1, ceil_div(key_tiles, splits)) * kForwardKeys;
+  // Few rows, which share a vector: all heads of some keys are a task, as a head alone is read in pieces that lie
+  // apart.
+  const i64 of_all_heads = ceil_div(problem.seqlen_kv, ceil_div(kEnoughTasks, problem.batch + 1));
+  if (shape.max_rows <= kernels.panel_rows / 3 && !pairs(problem, kernels) && of_all_heads >= 128) {
+    shape.few_rows = true;
+    if (workers <= kFewWorkers) shape.heads_a_task = problem.num_kv_heads;
+    shape.keys_per_split = round_up(of_all_heads, 32);
+  }
   shape.key_splits = std::max<i64>(1, ceil_div(problem.seqlen_kv, shape.keys_per_split));
+  shape.piece_rows = round_up(ceil_div(shape.block_rows, kPieces), kernels.panel_rows);
+  // Under a causal rule the last blocks are short as it is.
+  if (shape.key_splits == 1 && workers > 1 && even) shape.cut_blocks = std::min<i64>(workers, heads * shape.blocks);
   return shape;
 }
 

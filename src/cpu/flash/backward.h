@@ -154,9 +154,10 @@ class Backward {
     const Sequence& sequence = context.sequence;
     const Interval all{block * shape_.block_keys, math::smaller((block + 1) * shape_.block_keys, sequence.kv_rows)};
     if (all.empty()) return;
-    const Interval keys{all.begin, math::smaller(all.end, sequence.band.seqlen_kv)};
+    const Interval keys{all.begin, math::larger(all.begin, math::smaller(all.end, sequence.band.seqlen_kv))};
     BackwardScratch<kWord> my = scratch(worker);
     [[maybe_unused]] const Tiles tiles;
+    [[maybe_unused]] const FlushToZero flush;
     const i64 padded = my.rows.q.padded, padded_v = my.rows.dout.padded;
     my.k.pack(context, call_.k, keys, kv_head);
     my.v.pack(context, call_.v, keys, kv_head);
@@ -355,6 +356,7 @@ class Backward {
     const bool own_row = call_.dbias.query != 0, own_key = call_.dbias.key != 0;
     BackwardScratch<kWord> my = scratch(worker);
     [[maybe_unused]] const Tiles tiles;
+    [[maybe_unused]] const FlushToZero flush;
     for (i64 x = 0; x < kKeyTile * kGroupRows; ++x) my.tile_sum[x] = 0.0F;
     for (i64 b = batches.begin; b < batches.end; ++b) {
       for (i64 h = heads.begin; h < heads.end; ++h) {

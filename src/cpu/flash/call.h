@@ -41,9 +41,12 @@ struct FlashCall {
 };
 
 /// Sizes of one forward: tasks of block_rows rows (query × head of one kv head's group) by key_splits parts of the
-/// keys.
+/// keys.  Blocks that are claimed last are tasks of piece_rows rows each, so that threads end together.
 struct ForwardShape {
   i64 max_rows = 0, block_rows = 0, blocks = 0, key_splits = 1;
+  i64 piece_rows = 0, cut_blocks = 0;
+  bool few_rows = false;   // they share a vector, and keys are taken some at a time
+  i64 heads_a_task = 1;    // more where few threads read: heads mostly lie side by side, so keys are read as they lie
   i64 keys_per_split = 0;  // a multiple of the key block
   int workers = 1;
 };

@@ -53,6 +53,7 @@ FlashKernels kernels() {
       .multiply_add_pairs = &run_multiply_adds<kBFloat16Word>,
       .exp2 =
           [](float* x, i64 count) {
+            [[maybe_unused]] const FlushToZero flush;
             for (i64 i = 0; i < count; i += kWidth) store(x + i, exp2(load(x + i)));
           },
   };

@@ -7,12 +7,17 @@
 // the keys. S, P and the running statistics of one panel stay in L1; nothing of size seqlen_q × seqlen_kv exists.
 namespace fovea::cpu::FOVEA_ISA {
 
-/// Keys that are packed together, and the strips in which a panel goes through them.  As pairs, P of all strips stays
-/// in L1, and O is loaded and stored once for them all.
+/// Keys that may be packed together, and the strips in which a panel goes through them.  As pairs, P of all strips
+/// stays in L1, and O is loaded and stored once for them all.
 template <Word kWord>
-inline constexpr i64 kPackedKeys = kWord == Word::kPair ? 2 * kForwardKeys : kForwardKeys;
+inline constexpr i64 kPackedKeys = kWord == Word::kPair ? 2 * kForwardKeys : 4 * kForwardKeys;
 template <Word kWord>
 inline constexpr i64 kStripKeys = kWord == Word::kPair ? kTileStrip : kForwardKeys;
+/// Keys of a head before those of the next, where heads are joined: what they hold of all heads has to stay in L2.
+inline constexpr i64 kJoinedKeys = 32;
+/// Keys whose mask is read at a time.
+template <Word kWord>
+inline constexpr i64 kMaskKeys = kWord == Word::kPair ? kPackedKeys<kWord> : kStripKeys<kWord>;
 
 /// What one worker needs, whatever the task.
 template <Word kWord>
@@ -23,15 +28,16 @@ struct ForwardScratch {
   float *reference, *sum_of_p;  // [panel][lane], reference in units of log2
   PackedRows<kWord> k, v;       // of kPackedKeys keys
   PackedColumns<kWord> v_columns;
-  float *s, *extra;  // [key][lane]: scores; bias or dropout
+  float *s, *extra;  // [key][lane]: scores; dropout
   float* pairs;      // [key / 2][lane] of kPackedKeys keys: P
-  float* mask;       // [key / 4][lane]
+  float* mask;       // [key / 4][lane] of kMaskKeys keys
   float* rows;       // of q or out, as they lie
   bool* bad;         // [lane]
 
   ForwardScratch(Arena& arena, const FlashCall& call, const ForwardShape& shape)
       : q_floats(words_of<kWord>(call.head_dim) * kPanelRows), o_floats(whole(call.head_dim_v, kWidth) * kPanelRows) {
-    const i64 count = shape.block_rows / kPanelRows, tile = kStripKeys<kWord> * kPanelRows;
+    const i64 count = math::larger(shape.block_rows / kPanelRows, shape.heads_a_task),
+              tile = kStripKeys<kWord> * kPanelRows;
     panels = arena.take<Panel>(count);
     q = arena.take<float>(count * q_floats);
     o = arena.take<float>(count * o_floats);
@@ -43,7 +49,7 @@ struct ForwardScratch {
     s = arena.take<float>(tile);
     extra = arena.take<float>(tile);
     pairs = arena.take<float>(kWord == Word::kPair ? kPackedKeys<kWord> / 2 * kPanelRows : 0);
-    mask = arena.take<float>(tile / 4);
+    mask = arena.take<float>(kMaskKeys<kWord> / 4 * kPanelRows);
     rows = arena.take<float>(kPanelRows * whole(math::larger(call.head_dim, call.head_dim_v), kWidth));
     bad = arena.take<bool>(kPanelRows);
   }
@@ -77,24 +83,24 @@ struct SoftmaxOf {
   float* pairs;                           // P as pairs of keys, where it is wanted so
 };
 
-/// S becomes P = 2^(S · scale − base), with dropout, and adds up in `total`.
-template <Word kWord>
-FOVEA_INLINE void weigh(const Tile& s, const SoftmaxOf& of, bool keep_floats, const V (&base)[kPanelVectors],
-                        V (&total)[kPanelVectors]) {
+/// S becomes P = 2^(S · scale − base), with dropout, and adds up in `total`: kVectors of a panel's.
+template <Word kWord, int kVectors>
+FOVEA_INLINE void weigh(const Tile& s, const SoftmaxOf& of, bool keep_floats, const V (&base)[kVectors],
+                        V (&total)[kVectors]) {
   constexpr int kRows = kPerWord<kWord>;  // at a time
   for (i64 r = 0; r < s.rows(); r += kRows) {
-    V p[kRows * kPanelVectors];
+    V p[kRows * kVectors];
     const auto each = [&](auto&& f) {
-      FOVEA_UNROLL for (int x = 0; x < kRows * kPanelVectors; ++x) f(p[x], r + x / kPanelVectors, x % kPanelVectors);
+      FOVEA_UNROLL for (int x = 0; x < kRows * kVectors; ++x) f(p[x], r + x / kVectors, x % kVectors);
     };
     each([&](V& x, i64 row, int n) { x = load(s.row(row) + n * kWidth) * of.scale - base[n]; });
     exp2(p);
     each([&](V& x, i64 /*row*/, int n) { total[n] += x; });
     if (of.kept != nullptr) each([&](V& x, i64 row, int n) { x *= load(of.kept + row * kPanelRows + n * kWidth); });
     if (keep_floats) each([&](V& x, i64 row, int n) { store(s.row(row) + n * kWidth, x); });
-    if constexpr (kWord == Word::kPair) {
-      FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) {
-        store(of.pairs + r / 2 * kPanelRows + n * kWidth, side_by_side(round_to_pairs(p[n], p[n + kPanelVectors])));
+    if constexpr (kWord == Word::kPair) {  // a NaN is in the total, which makes the row NaN
+      FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) {
+        store(of.pairs + r / 2 * kPanelRows + n * kWidth, round_side_by_side(p[n], p[n + kVectors]));
       }
     }
   }
@@ -102,33 +108,33 @@ FOVEA_INLINE void weigh(const Tile& s, const SoftmaxOf& of, bool keep_floats, co
 
 /// S becomes P without a look at its largest scores: mostly the reference stays.  False where it has to move, or is not
 /// there yet; then S still is.
-template <Word kWord>
+template <Word kWord, int kVectors>
 inline bool softmax_by_old_reference(const Tile& s, const SoftmaxOf& of) {
-  V base[kPanelVectors], total[kPanelVectors] = {};
-  FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) {
+  V base[kVectors], total[kVectors] = {};
+  FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) {
     base[n] = load(of.reference + n * kWidth);
     if (any(base[n] == splat(-kInfinity))) return false;
   }
   weigh<kWord>(s, of, false, base, total);
   bool stays = true;
   FOVEA_UNROLL for (const V& x : total) stays = stays && !any(~(x <= splat(kMostWeight)));  // NaN does not
-  FOVEA_UNROLL for (int n = 0; n < kPanelVectors && stays; ++n)
+  FOVEA_UNROLL for (int n = 0; n < kVectors && stays; ++n)
       store(of.sum_of_p + n * kWidth, load(of.sum_of_p + n * kWidth) + total[n]);
   return stays;
 }
 
 /// S becomes P with dropout; reference and sum move on.  True where O has to be multiplied by `rescale`.
-template <Word kWord>
+template <Word kWord, int kVectors = kPanelVectors>
 inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats) {
-  if (kWord == Word::kPair && !keep_floats && softmax_by_old_reference<kWord>(s, of)) return false;
-  V top[kPanelVectors], base[kPanelVectors], total[kPanelVectors];
+  if (kWord == Word::kPair && !keep_floats && softmax_by_old_reference<kWord, kVectors>(s, of)) return false;
+  V top[kVectors], base[kVectors], total[kVectors];
   FOVEA_UNROLL for (V& x : top) x = splat(-kInfinity);
-  for_each_vector(s, [&](i64 /*r*/, int lane, const float* at) {
+  for_each_vector<kVectors>(s, [&](i64 /*r*/, int lane, const float* at) {
     V& x = top[lane / kWidth];
     x = larger(load(at), x);
   });
   bool moved = false;
-  FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) {
+  FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) {
     const V highest = top[n] * of.scale, before = load(of.reference + n * kWidth);
     const V after = highest > before + kSlack ? highest : before;
     base[n] = after == splat(-kInfinity) ? V{} : after;  // nothing visible yet: keep −inf − −inf away
@@ -139,7 +145,7 @@ inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats)
     store(of.rescale + n * kWidth, factor);
   }
   weigh<kWord>(s, of, keep_floats, base, total);
-  FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) store(of.sum_of_p + n * kWidth, total[n]);
+  FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) store(of.sum_of_p + n * kWidth, total[n]);
   return moved;
 }
 
@@ -184,7 +190,7 @@ class Forward {
   void run() {
     const i64 blocks = heads() * shape_.blocks;
     run_tasks(
-        blocks * shape_.key_splits, shape_.workers,
+        blocks / shape_.heads_a_task * shape_.key_splits + shape_.cut_blocks * (pieces() - 1), shape_.workers,
         [](void* self, i64 index, int worker) { static_cast<Forward*>(self)->attend_block(index, worker); }, this);
     if (shape_.key_splits == 1) return;
     run_tasks(
@@ -199,12 +205,25 @@ class Forward {
 
   /// Blocks in the order of claiming: late rows first, which see the most under a causal rule; then heads, which mostly
   /// lie in the same pages.
-  [[nodiscard]] Block block(i64 index, i64 splits) const {
-    const i64 first_row = (shape_.blocks - 1 - index / heads() / splits) * shape_.block_rows;
-    const i64 head = index % heads(), batch = head / call_.kv_heads;
-    const i64 rows = call_.sequences[batch].q_rows * group() - first_row;
-    return {batch, head % call_.kv_heads, first_row, math::smaller(rows, shape_.block_rows)};
+  [[nodiscard]] Block block(i64 index, i64 splits, i64 heads_a_task) const {
+    const i64 heads = this->heads() / heads_a_task, whole = heads * shape_.blocks * splits - shape_.cut_blocks;
+    i64 first = 0, most = shape_.block_rows;  // of the block's rows
+    if (index >= whole && shape_.cut_blocks > 0) {
+      first = (pieces() - 1 - (index - whole) % pieces()) * shape_.piece_rows;
+      most = math::smaller(shape_.piece_rows, shape_.block_rows - first);
+      index = whole + (index - whole) / pieces();
+    }
+    first += (shape_.blocks - 1 - index / heads / splits) * shape_.block_rows;
+    const i64 head = index % heads * heads_a_task, batch = head / call_.kv_heads;
+    const i64 rows = call_.sequences[batch].q_rows * group() - first;
+    return {batch, head % call_.kv_heads, first, math::smaller(rows, most)};
   }
+  /// What panel p of a task holds: some of its rows, or a head.
+  [[nodiscard]] Block panel_of(const Block& block, i64 p) const {
+    if (shape_.heads_a_task > 1) return {block.batch, block.kv_head + p, block.first_row, block.rows};
+    return {block.batch, block.kv_head, block.first_row + p * kPanelRows, block.rows - p * kPanelRows};
+  }
+  [[nodiscard]] i64 pieces() const { return (shape_.block_rows + shape_.piece_rows - 1) / shape_.piece_rows; }
   /// Lanes a row: where few rows are asked in all, as in decoding, they fill a vector together.
   [[nodiscard]] i64 parts() const {
     i64 parts = kWord == Word::kFloat ? kWidth : 1;
@@ -225,39 +244,55 @@ class Forward {
 
   /// One block of rows against one part of the keys.
   void attend_block(i64 index, int worker) {
-    const i64 split = index / heads() % shape_.key_splits;
-    const Block block = this->block(index, shape_.key_splits);
+    const i64 split = index / (heads() / shape_.heads_a_task) % shape_.key_splits;
+    const Block block = this->block(index, shape_.key_splits, shape_.heads_a_task);
     if (block.rows <= 0) return;
     const Context context{call_, call_.sequences[block.batch], block.batch};
     ForwardScratch<kWord> my = scratch(worker);
     [[maybe_unused]] const Tiles tiles;
-    const i64 panels = (block.rows + kPanelRows - 1) / kPanelRows;
-    const RowMap map{group(), block.kv_head * group(), block.first_row + block.rows, parts()};
+    [[maybe_unused]] const FlushToZero flush;
+    const bool joined = shape_.heads_a_task > 1;
+    const i64 row_parts = parts();
+    const i64 panels = joined ? shape_.heads_a_task : (block.rows + kPanelRows - 1) / kPanelRows;
     for (i64 p = 0; p < panels; ++p) {
-      set_rows(my.panels[p], context, map, block.first_row + p * kPanelRows);
+      const Block part = panel_of(block, p);
+      set_rows(my.panels[p], context, {group(), part.kv_head * group(), part.first_row + part.rows, row_parts},
+               part.first_row);
       pack_panel<kWord>(my.q + p * my.q_floats, my.rows, my.bad, my.panels[p], context, call_.q, call_.head_dim,
                         context.fold());
+      for (float *o = my.o + p * my.o_floats, *end = o + my.o_floats / row_parts; o < end; o += kWidth) store(o, V{});
     }
     for (i64 x = 0; x < panels * kPanelRows; ++x) {
       my.reference[x] = -kInfinity;
       my.sum_of_p[x] = 0.0F;
     }
-    for (i64 x = 0; x < panels * my.o_floats; ++x) my.o[x] = 0.0F;
     for (i64 x = 0; x < kStripKeys<kWord> * kPanelRows; ++x) my.s[x] = 0.0F;  // lanes that no product reaches
 
     Interval keys = context.sequence.band.keys_of_rows({my.panels[0].queries.begin, my.panels[panels - 1].queries.end});
     keys.begin = math::larger(keys.begin, split * shape_.keys_per_split);
     keys.end = math::smaller(keys.end, (split + 1) * shape_.keys_per_split);
-    for (i64 j = keys.begin / kForwardKeys * kForwardKeys; j < keys.end; j += kPackedKeys<kWord>) {
-      const Interval tile{j, math::smaller(j + kPackedKeys<kWord>, keys.end)};
-      if (block.rows <= kWidth && can_stay(tile) && attend_in_place(my, context, tile, block.kv_head)) continue;
-      my.k.pack(context, call_.k, tile, block.kv_head);
-      my.v.pack(context, call_.v, tile, block.kv_head);
-      my.v.clear_bad(tile.end - tile.begin);
-      my.v_columns.take(my.v, tile.end - tile.begin);
-      for (i64 p = 0; p < panels; ++p) attend(my, p, context, tile, block.kv_head);
+    const i64 step = shape_.few_rows ? kJoinedKeys : packed_keys(),
+              whole = shape_.few_rows ? kJoinedKeys : kForwardKeys;
+    for (i64 j = keys.begin / whole * whole; j < keys.end; j += step) {
+      const Interval tile{j, math::smaller(j + step, keys.end)};
+      for (i64 h = 0; h < shape_.heads_a_task; ++h) {
+        if (block.rows <= kWidth && can_stay(tile) && attend_in_place(my, h, context, tile, block.kv_head)) continue;
+        my.k.pack(context, call_.k, tile, block.kv_head + h);
+        my.v.pack(context, call_.v, tile, block.kv_head + h);
+        my.v.clear_bad(tile.end - tile.begin);
+        my.v_columns.take(my.v, tile.end - tile.begin);
+        const Interval all = joined ? Interval{h, h + 1} : Interval{0, panels};
+        for (i64 p = all.begin; p < all.end; ++p) attend(my, {p, all.end}, context, tile, block.kv_head + h);
+      }
     }
-    for (i64 p = 0; p < panels; ++p) store_panel(my, p, context, block, split);
+    for (i64 p = 0; p < panels; ++p) store_panel(my, p, context, panel_of(block, p), split);
+  }
+
+  [[nodiscard]] bool has_entries() const { return call_.mask.data != nullptr || call_.bias.data != nullptr; }
+
+  /// Where a mask or a bias is read, it is so in longer pieces of its rows.
+  [[nodiscard]] i64 packed_keys() const {
+    return kWord == Word::kPair || has_entries() ? kPackedKeys<kWord> : kForwardKeys;
   }
 
   /// Whether these keys and values are words where the caller keeps them.
@@ -271,30 +306,41 @@ class Forward {
   /// The panel whose rows share a vector against keys and values where the caller keeps them: they are read once, by it
   /// alone, so packing would cost more than it gives.  Values that are not finite show in O, which is then left as it
   /// was, and false returned.
-  bool attend_in_place(const ForwardScratch<kWord>& packed, const Context& context, Interval keys, i64 kv_head) {
+  bool attend_in_place(const ForwardScratch<kWord>& packed, i64 p, const Context& context, Interval keys,
+                       i64 first_head) {
     ForwardScratch<kWord> my = packed;
-    my.k.point_to(context, call_.k, keys.begin, kv_head);
-    my.v.point_to(context, call_.v, keys.begin, kv_head);
+    const auto point = [&](PackedRows<kWord>& rows, const RowView& view) {
+      // The next keys of all heads of the task, in the order in which they lie if that is one piece; or of this head.
+      const bool dense = view.head * shape_.heads_a_task == view.row;
+      const char* later = context.kv_row(view, keys.begin + kJoinedKeys, first_head + (dense ? 0 : p));
+      if (dense) later += p * kJoinedKeys * view.head;
+      rows.point_to(context, view, keys.begin, first_head + p, later, dense ? view.head : view.row);
+    };
+    point(my.k, call_.k);
+    point(my.v, call_.v);
     for (i64 r = 0; kWord == Word::kPair && r < keys.end - keys.begin; ++r) {  // products of floats fetch as they go
       fetch_row(reinterpret_cast<const char*>(my.k.row(r)), call_.type, call_.head_dim);
       fetch_row(reinterpret_cast<const char*>(my.v.row(r)), call_.type, call_.head_dim_v);
     }
     my.v_columns.take(my.v, keys.end - keys.begin);
-    const i64 rows = call_.head_dim_v / my.panels[0].parts;
-    const V reference = load(my.reference), sum_of_p = load(my.sum_of_p);
-    for (i64 r = 0; r < rows; ++r) store(my.rows + r * kWidth, load(my.o + r * kPanelRows));
-    attend(my, 0, context, keys, kv_head);
+    const i64 rows = call_.head_dim_v / my.panels[p].parts;
+    float *o = my.o + p * my.o_floats, *reference = my.reference + p * kPanelRows,
+          *sum_of_p = my.sum_of_p + p * kPanelRows;
+    const V old_reference = load(reference), old_sum = load(sum_of_p);
+    for (i64 r = 0; r < rows; ++r) store(my.rows + r * kWidth, load(o + r * kPanelRows));
+    attend(my, {p, p + 1}, context, keys, first_head + p);
     V taint{};  // 0·x is NaN where x is not finite
-    for (i64 r = 0; r < rows; ++r) taint += load(my.o + r * kPanelRows) * 0.0F;
+    for (i64 r = 0; r < rows; ++r) taint += load(o + r * kPanelRows) * 0.0F;
     if (!any(taint != V{})) return true;
-    for (i64 r = 0; r < rows; ++r) store(my.o + r * kPanelRows, load(my.rows + r * kWidth));
-    store(my.reference, reference);
-    store(my.sum_of_p, sum_of_p);
+    for (i64 r = 0; r < rows; ++r) store(o + r * kPanelRows, load(my.rows + r * kWidth));
+    store(reference, old_reference);
+    store(sum_of_p, old_sum);
     return false;
   }
 
-  /// One panel of queries against the keys that are packed.
-  void attend(ForwardScratch<kWord>& my, i64 p, const Context& context, Interval packed, i64 kv_head) {
+  /// The first of some panels of queries against the keys that are packed.
+  void attend(ForwardScratch<kWord>& my, Interval panels, const Context& context, Interval packed, i64 kv_head) {
+    const i64 p = panels.begin;
     const Panel& panel = my.panels[p];
     const Interval seen = context.sequence.band.keys_of_rows(panel.queries);
     const Interval keys{math::larger(packed.begin, seen.begin / kKeyStep<kWord> * kKeyStep<kWord>),
@@ -307,33 +353,53 @@ class Forward {
         product_of_panel<kWord, PackedColumns<kWord>::kLayout, Init::kAdd>(  // O += Vᵀ P
             panel,
             {my.v_columns.at(first - packed.begin), my.v_columns.stride, weights, kPanelRows, o, kPanelRows,
-             words_of<kWord>(end - first)},
+             words_of<kWord>(end - first), my.v_columns.ahead + (first - packed.begin) * my.v_columns.ahead_stride,
+             my.v_columns.ahead_stride},
             call_.head_dim_v);
       first = end;
+    };
+    MaskWords<kMaskKeys<kWord>> masks{my.mask, panel, context, keys};
+    // While keys [from, to) are multiplied: their share of the lanes, of what is read after this span of keys.
+    const auto fetch = [&](const EntryView& view, i64 entry_bytes, i64 span, i64 from, i64 to)
+        __attribute__((always_inline)) {
+      const i64 begin = from - (from - keys.begin) % span, end = math::smaller(begin + span, keys.end);
+      const bool last = end == keys.end;
+      const i64 next = last ? keys.begin : end, share = end - begin;
+      if (!last || p + 1 < panels.end)
+        fetch_entries(my.panels[p + last], context, view, entry_bytes, {next, next + span},
+                      {(from - begin) * kPanelRows / share, (to - begin) * kPanelRows / share});
     };
     for (i64 j = keys.begin; j < keys.end; j += kStripKeys<kWord>) {
       const Interval strip{j, math::smaller(j + kStripKeys<kWord>, keys.end)};
       const math::TileState state = context.sequence.band.tile(panel.queries, strip);
-      if (state == math::TileState::kHidden ||
-          (call_.mask.data != nullptr && !gather(my.mask, panel, context, call_.mask, 1, strip))) {
+      if (state == math::TileState::kHidden || (call_.mask.data != nullptr && !masks.shows(strip))) {
         add_values(j);
         first = strip.end;
         continue;
       }
       const Tile s{my.s, kPanelRows, strip};
-      product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(  // S = K Qᵀ
-          panel,
-          {my.k.row(j - packed.begin), my.k.stride, my.q + p * my.q_floats, kPanelRows, my.s, kPanelRows, my.k.words},
-          s.rows());
-      const float scale = finish_scores<kWord>(s, panel, context, state, my.mask, my.extra, nullptr);
+      const i64 slice = has_entries() ? kSlice<kWord> : s.rows();
+      for (i64 r = 0; r < s.rows(); r += slice) {
+        const i64 to = j + r + slice;
+        if (call_.mask.data != nullptr) fetch(call_.mask, 1, kMaskKeys<kWord>, j + r, to);
+        if (call_.bias.data != nullptr) fetch(call_.bias, bytes(call_.bias_type), kStripKeys<kWord>, j + r, to);
+        product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(  // S = K Qᵀ
+            panel,
+            {my.k.row(j + r - packed.begin), my.k.stride, my.q + p * my.q_floats, kPanelRows, s.row(r), kPanelRows,
+             my.k.words, my.k.ahead + (j + r - packed.begin) * my.k.ahead_stride, my.k.ahead_stride},
+            math::smaller(slice, s.rows() - r));
+      }
+      const float scale = finish_scores<kWord>(s, panel, context, state, masks.of(strip), my.extra, nullptr);
       const Tile whole = hide_past_end<kWord>(s);
       const bool dropout = call_.keep_threshold < 65536;
       if (dropout) dropout_factors(my.extra, panel, context, whole.keys);
 
-      alignas(64) float rescale[kPanelRows];
+      alignas(64) float rescale[kPanelRows] = {};  // where softmax makes one vector, 0 for the others
       const SoftmaxOf of{scale,   my.reference + p * kPanelRows, my.sum_of_p + p * kPanelRows,
                          rescale, dropout ? my.extra : nullptr,  my.pairs + (j - keys.begin) / 2 * kPanelRows};
-      if (online_softmax<kWord>(whole, of, kWord == Word::kFloat || my.v.any_bad)) {
+      const bool floats = kWord == Word::kFloat || my.v.any_bad;
+      if (panel.lanes <= kWidth ? online_softmax<kWord, 1>(whole, of, floats)
+                                : online_softmax<kWord>(whole, of, floats)) {
         add_values(j);
         for_each_vector({o, kPanelRows, {0, call_.head_dim_v}},
                         [&](i64 /*r*/, int lane, float* at) { store(at, load(at) * load(rescale + lane)); });
@@ -348,7 +414,7 @@ class Forward {
     const Panel& panel = my.panels[p];
     const float* o = my.o + p * my.o_floats;
     const i64 stride = whole(call_.head_dim_v, kWidth), parts = panel.parts;
-    transpose_words<Word::kFloat>(my.rows, stride, o, kPanelRows, stride, kPanelRows, 1.0F);
+    if (parts == 1) transpose_words<Word::kFloat>(my.rows, stride, o, kPanelRows, stride, kPanelRows, 1.0F);
     for (i64 lane = 0; lane < panel.lanes; lane += parts) {
       float* row = my.rows + lane * stride;
       for (i64 c = 0; c < call_.head_dim_v && parts > 1; c += parts) {
@@ -358,7 +424,7 @@ class Forward {
       if (shape_.key_splits == 1) {
         write_row(context, panel.query[lane], panel.head[lane], reference, sum_of_p, row);
       } else {
-        float* part = partial(block, block.first_row + p * kPanelRows + lane / parts, split);
+        float* part = partial(block, block.first_row + lane / parts, split);
         for (i64 c = 0; c < call_.head_dim_v; ++c) part[c] = row[c];
         part[call_.head_dim_v] = reference;
         part[call_.head_dim_v + 1] = sum_of_p;
@@ -368,7 +434,7 @@ class Forward {
 
   /// Puts together what the splits of each row left, in their order.
   void combine_block(i64 index, int worker) {
-    const Block block = this->block(index, 1);
+    const Block block = this->block(index, 1, 1);
     const Context context{call_, call_.sequences[block.batch], block.batch};
     const ForwardScratch<kWord> my = scratch(worker);
     const i64 dim = call_.head_dim_v;

@@ -62,7 +62,7 @@ struct RowGroup {
   float *p_words, *ds_words;  // [kKeyTile][kGroupRows as words]: the same; floats are what `s` and `ds` hold
   float* ds_over_keys = nullptr;                  // [kKeyTile as words][kPanelRows], of pairs
   float *strip_s = nullptr, *strip_ds = nullptr;  // [kTileStrip][kPanelRows], of pairs: S and dP
-  float* extra;                                   // [kKeyTile][kPanelRows]: bias or dropout
+  float* extra;                                   // [kKeyTile][kPanelRows]: dropout
   float* mask;                                    // [kKeyTile / 4][kPanelRows]
 
   RowGroup(Arena& arena, const FlashCall& call)
@@ -116,6 +116,8 @@ struct RowGroup {
                  i64 at, bool floats) {
     constexpr i64 kStrip = kWord == Word::kPair ? kTileStrip : kKeyTile;
     const Panel& panel = panels[p];
+    MaskWords<kKeyTile> masks{mask, panel, context, keys};
+    const bool entries = context.call.mask.data != nullptr || context.call.bias.data != nullptr;
     bool seen = false;
     for (i64 first = 0; first < keys.end - keys.begin; first += kStrip) {
       const Interval strip{keys.begin + first, math::smaller(keys.begin + first + kStrip, keys.end)};
@@ -126,32 +128,51 @@ struct RowGroup {
       const Tile scores = tile(s, strip_s), gradient = tile(ds, strip_ds);
       math::TileState state = math::TileState::kHidden;
       if (panel.lanes > 0) state = context.sequence.band.tile(panel.queries, strip);
-      const EntryView& view = context.call.mask;
-      if (state == math::TileState::kHidden ||
-          (view.data != nullptr && !gather(mask, panel, context, view, 1, strip))) {
+      if (state == math::TileState::kHidden || (context.call.mask.data != nullptr && !masks.shows(strip))) {
         clear_strip(p, strip, first, floats);
         continue;
       }
       seen = true;
       if (panel.lanes < kPanelRows) state = math::TileState::kPartial;  // hides the lanes without a row from NaN keys
-      product<kWord, ALayout::kRowMajor, Init::kZero, kPanelVectors>(   // S = K Qᵀ
-          {k.row(at + first), k.stride, q.column(p), kPanelRows, scores.data, scores.stride, q.words}, scores.rows());
+      const i64 slice = entries ? kSlice<kWord> : scores.rows();
+      for (i64 r = 0; r < scores.rows(); r += slice) {
+        if (entries)
+          fetch_next_tile(panel, context, {keys.begin - at, keys.begin - at + k.count}, keys, first + r,
+                          first + r + slice);
+        product<kWord, ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // S = K Qᵀ
+            {k.row(at + first + r), k.stride, q.column(p), kPanelRows, scores.row(r), scores.stride, q.words},
+            math::smaller(slice, scores.rows() - r));
+      }
       product<kWord, ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // dP = V doutᵀ
           {v.row(at + first), v.stride, dout.column(p), kPanelRows, gradient.data, gradient.stride, dout.words},
           scores.rows());
-      weigh_strip(p, context, scores, gradient, state, first, floats);
+      weigh_strip(p, context, scores, gradient, state, masks.of(strip), first, floats);
     }
     return seen;
   }
 
  private:
+  /// While keys [from, to) of a tile are multiplied: their share of what the panel reads of the block's next tile, or
+  /// the row group after this one of its first.
+  FOVEA_INLINE static void fetch_next_tile(const Panel& panel, const Context& context, Interval block, Interval keys,
+                                           i64 from, i64 to) {
+    const FlashCall& call = context.call;
+    const bool last = keys.end == block.end;
+    const i64 first = last ? block.begin : keys.end, rows = last ? kGroupRows / (call.q_heads / call.kv_heads) : 0;
+    const Interval next{first, math::smaller(first + kKeyTile, block.end)};
+    const i64 all = keys.end - keys.begin;
+    const Interval lanes{from * kPanelRows / all, to * kPanelRows / all};
+    if (call.mask.data != nullptr) fetch_entries(panel, context, call.mask, 1, next, lanes, rows);
+    if (call.bias.data != nullptr) fetch_entries(panel, context, call.bias, bytes(call.bias_type), next, lanes, rows);
+  }
+
   /// P = 2^(S − lse) and dS = P ∘ (dP − delta), from row `first` of the tile on.
   void weigh_strip(i64 p, const Context& context, const Tile& strip, const Tile& gradient, math::TileState state,
-                   i64 first, bool floats) {
+                   const float* words, i64 first, bool floats) {
     constexpr int kRows = kPerWord<kWord>, kVectors = kRows * kPanelVectors;  // at a time
     const FlashCall& call = context.call;
     const Tile tanh_tile = tile_of(tanhs + first * kGroupRows, p, strip.keys);
-    const float scale = finish_scores<kWord>(strip, panels[p], context, state, mask, extra, &tanh_tile);
+    const float scale = finish_scores<kWord>(strip, panels[p], context, state, words, extra, &tanh_tile);
     const Tile scores = hide_past_end<kWord>(strip);
     const Tile weights = tile_of(s + first * kGroupRows, p, scores.keys),
                slopes = tile_of(ds + first * kGroupRows, p, scores.keys);

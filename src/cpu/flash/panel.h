@@ -95,12 +95,13 @@ inline void set_rows(Panel& panel, const Context& context, const RowMap& map, i6
   const i64 left = (map.rows - first_row) * map.parts;
   panel.lanes = math::smaller(math::larger(left, i64{0}), kPanelRows);
   panel.parts = map.parts;
-  i64 stream_head = -1;
+  i64 stream_head = -1, row = first_row, part = 0;
   math::DropoutStream stream{};
   for (i64 lane = 0; lane < kPanelRows; ++lane) {
     const bool real = lane < panel.lanes;
-    const i64 row = first_row + (map.parts == 1 ? lane : lane / map.parts);
-    const i64 query = map.group == 1 ? row : row / map.group;  // a division takes as long as packing the row
+    if (real && part == map.parts) ++row, part = 0;
+    ++part;
+    const i64 query = map.group == 1 || !real ? row : row / map.group;  // a division takes as long as packing the row
     const i64 i = real ? query : kNoQuery;
     const i64 head = map.first_head + (real ? row - query * map.group : 0);
     panel.query[lane] = i;
@@ -162,7 +163,8 @@ template <Word kWord>
 inline void pack_panel(float* columns, float* rows, bool* bad, const Panel& panel, const Context& context,
                        const RowView& view, i64 dim, float factor) {
   const i64 words = row_words<kWord>(dim);
-  for (i64 lane = 0; lane < kPanelRows; ++lane) {
+  const i64 lanes = panel.parts > 1 ? kWidth : kPanelRows;
+  for (i64 lane = 0; lane < lanes; ++lane) {
     float* row = rows + lane * words;
     bad[lane] = false;
     if (panel.query[lane] < context.sequence.band.seqlen_q) {
@@ -184,10 +186,12 @@ inline void pack_panel(float* columns, float* rows, bool* bad, const Panel& pane
 /// A block of keys or values as words, [key][stride], up to a whole number of words' depth.
 template <Word kWord>
 struct PackedRows {
-  i64 dim = 0, words = 0, stride = 0;
+  i64 dim = 0, words = 0, stride = 0, count = 0;  // count: of the keys that are packed
   float* data = nullptr;
   bool* bad = nullptr;  // rows that are not finite
   bool any_bad = false;
+  const float* ahead = nullptr;  // rows to be fetched while these are read
+  i64 ahead_stride = 0;
 
   PackedRows() = default;
   /// An odd number of cache lines a row: a column read down the rows meets every set of the cache.
@@ -200,22 +204,25 @@ struct PackedRows {
 
   [[nodiscard]] float* row(i64 r) const { return data + r * stride; }
 
-  /// Takes words where they lie, whatever they are, instead of packing them.
-  void point_to(const Context& context, const RowView& view, i64 first_key, i64 head) {
+  /// Takes words where they lie, whatever they are, instead of packing them; `later`: of the rows to be fetched.
+  void point_to(const Context& context, const RowView& view, i64 first_key, i64 head, const char* later, i64 bytes) {
     data = reinterpret_cast<float*>(const_cast<char*>(context.kv_row(view, first_key, head)));
     stride = view.row / i64{sizeof(float)};
+    ahead = reinterpret_cast<const float*>(later);
+    ahead_stride = bytes / i64{sizeof(float)};
     any_bad = false;
   }
 
   void pack(const Context& context, const RowView& view, Interval keys, i64 head) {
     any_bad = false;
+    ahead = data;  // nothing: packing fetches
     for (i64 j = keys.begin; j < keys.end; ++j) {
       const i64 at = j - keys.begin;
       fetch_row(context.kv_row(view, j + kRowsAhead, head), context.call.type, dim);
       bad[at] = !pack_row<kWord>(row(at), context.kv_row(view, j, head), context.call.type, dim, words);
       any_bad = any_bad || bad[at];
     }
-    const i64 count = keys.end - keys.begin;
+    count = keys.end - keys.begin;
     for (i64 r = count; kWord == Word::kPair && r < whole(count, kKeyStep<kWord>); ++r) clear(r);
   }
 
@@ -240,6 +247,8 @@ struct PackedColumns {
   static constexpr ALayout kLayout = kWord == Word::kPair ? ALayout::kRowMajor : ALayout::kColumnMajor;
   i64 stride = 0;
   float* data = nullptr;
+  const float* ahead = nullptr;  // as of the rows
+  i64 ahead_stride = 0;
 
   PackedColumns() = default;
   PackedColumns(Arena& arena, i64 rows, i64 dim) {
@@ -253,6 +262,8 @@ struct PackedColumns {
     if constexpr (kWord == Word::kFloat) {
       data = rows.data;
       stride = rows.stride;
+      ahead = rows.ahead;
+      ahead_stride = rows.ahead_stride;
     } else {
       for (i64 r = 0; r < count; r += 2 * kWidth) {
         for (i64 c = 0; c < rows.dim; c += kWidth) {

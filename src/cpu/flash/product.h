@@ -18,7 +18,9 @@ struct ProductArgs {
   i64 b_stride;
   float* c;
   i64 c_stride;
-  i64 depth;  // in words
+  i64 depth;                     // in words
+  const float* ahead = nullptr;  // what lies where A's words of a later product do; fetched if lanes share rows
+  i64 ahead_stride = 0;
 };
 
 // Pairs on AMX come in tiles of 16 rows by 16 words.  Products go over whole ones, whatever the ISA: rows past the last
@@ -49,15 +51,16 @@ FOVEA_INLINE void product_block(const ProductArgs& args, i64 row) {
   constexpr bool kRowMajor = kLayout == ALayout::kRowMajor;
   const float* a = args.a + row * (kRowMajor ? args.a_stride : kParts);
   const float* b = args.b;
-  constexpr i64 kAhead = 32, kSteps = kParts > 1 ? 16 / kParts : 1;  // of a cache line
+  constexpr i64 kSteps = kParts > 1 ? 16 / kParts : 1;  // of a cache line
   for (i64 k = 0; k < args.depth; ++k) {
     if constexpr (kParts > 1 && kRowMajor) {
+      const float* later = args.ahead + (row + k % kSteps) * args.ahead_stride + k * kParts;
       FOVEA_UNROLL for (int m = 0; m + kSteps <= kRows; m += kSteps)
-          __builtin_prefetch(a + (kAhead + m + k % kSteps) * args.a_stride, 0, 2);
+          __builtin_prefetch(later + m * args.ahead_stride, 0, 2);
     }
     if constexpr (kParts > 1 && !kRowMajor) {
-      FOVEA_UNROLL for (int m = 0; m < kRows * kParts; m += 16)
-          __builtin_prefetch(a + kAhead * args.a_stride + m, 0, 2);
+      const float* later = args.ahead + k * args.ahead_stride + row * kParts;
+      FOVEA_UNROLL for (int m = 0; m < kRows * kParts; m += 16) __builtin_prefetch(later + m, 0, 2);
     }
     V bk[kVectors];
     FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) bk[n] = load(b + n * kWidth);

@@ -16,11 +16,11 @@ struct Tile {
   [[nodiscard]] float* row(i64 r) const { return data + r * stride; }
 };
 
-/// Calls f(row, lane offset, vector address) for every vector of a tile.
-template <class F>
+/// Calls f(row, lane offset, vector address) for every vector of a tile, or the first of each row.
+template <int kVectors = kPanelVectors, class F>
 FOVEA_INLINE void for_each_vector(const Tile& tile, F&& f) {
   for (i64 r = 0; r < tile.rows(); ++r) {
-    FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) f(r, n * kWidth, tile.row(r) + n * kWidth);
+    FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) f(r, n * kWidth, tile.row(r) + n * kWidth);
   }
 }
 
@@ -37,12 +37,12 @@ struct Distance {
   FOVEA_INLINE V at(i64 r, int lane) const { return absolute(load(base + lane) - splat(static_cast<float>(r))); }
 };
 
-/// Copies a mask or bias under a tile as words of 4 / entry_bytes keys, lane by lane, to out[word][kPanelRows]; false
-/// if all of it is 0.  Lanes without a row repeat the last that has one.
-inline bool gather(float* out, const Panel& panel, const Context& context, const EntryView& view, i64 entry_bytes,
-                   Interval keys) {
+/// Calls put(word, lane offset, vector) for a mask or bias under a tile as words of 4 / entry_bytes keys, lane by lane.
+/// Lanes without a row repeat the last that has one.
+template <class Put>
+FOVEA_INLINE void gather(const Panel& panel, const Context& context, const EntryView& view, i64 entry_bytes,
+                         Interval keys, Put&& put) {
   const i64 n = keys.end - keys.begin, step = kWidth * 4 / entry_bytes, words = (n * entry_bytes + 3) / 4;
-  VI found{};
   for (i64 first = 0; first < kPanelRows; first += kWidth) {
     const char* from[kWidth];
     for (i64 i = 0; i < kWidth; ++i) {
@@ -64,13 +64,65 @@ inline bool gather(float* out, const Panel& panel, const Context& context, const
       transpose(x);
       FOVEA_UNROLL for (int i = 0; i < kWidth; ++i) {
         if (w + i >= words) break;
-        found |= as_int(x[i]);
-        store(out + (w + i) * kPanelRows + first, x[i]);
+        put(w + i, first, x[i]);
       }
     }
   }
-  return any(found);
 }
+
+/// The mask under some keys of a panel, as words, read kKeys at a time.
+template <i64 kKeys>
+struct MaskWords {
+  float* words;  // [key / 4][kPanelRows]
+  const Panel& panel;
+  const Context& context;
+  Interval keys;
+  i64 read = 0;  // keys
+
+  /// False if all of it is 0.  Strips come one after another, some of them perhaps not at all.
+  [[nodiscard]] bool shows(Interval strip) {
+    const i64 begin = (strip.begin - keys.begin) / kKeys * kKeys;
+    if (read <= begin) {
+      read = begin + kKeys;
+      gather(panel, context, context.call.mask, 1, {keys.begin + begin, math::smaller(keys.begin + read, keys.end)},
+             [&](i64 word, i64 lane, V x) { store(words + word * kPanelRows + lane, x); });
+    }
+    VI found{};
+    for (const float *at = of(strip), *end = at + (strip.end - strip.begin + 3) / 4 * kPanelRows; at < end;
+         at += kWidth)
+      found |= as_int(load(at));
+    return any(found);
+  }
+  [[nodiscard]] const float* of(Interval strip) const {
+    return words + (strip.begin - keys.begin) % kKeys / 4 * kPanelRows;
+  }
+};
+
+inline void add_bias(const Tile& s, const Panel& panel, const Context& context, float* scratch) {
+  const Element type = context.call.bias_type;
+  const i64 size = bytes(type);
+  gather(panel, context, context.call.bias, size, s.keys,
+         [&](i64 word, i64 lane, V x) { store(scratch + word * kPanelRows + lane, x); });
+  for_each_vector(s, [&](i64 r, int lane, float* at) {
+    const V bias = element_of_words(load(scratch + r * size / 4 * kPanelRows + lane), type, r * size % 4 != 0);
+    store(at, bias == splat(-kInfinity) ? bias : load(at) + bias * kLog2E);
+  });
+}
+
+/// Asks memory for what lies in a mask or bias under some lanes of a panel, or so many rows later.  Into L2: rows that
+/// lie a power of two apart would drive each other out of L1.
+FOVEA_INLINE void fetch_entries(const Panel& panel, const Context& context, const EntryView& view, i64 entry_bytes,
+                                Interval keys, Interval lanes, i64 later = 0) {
+  if (view.key != entry_bytes || view.query == 0) return;
+  for (i64 lane = lanes.begin; lane < math::smaller(lanes.end, panel.lanes); ++lane) {
+    const char* from = context.entry(view, panel.query[lane] + later, keys.begin, panel.head[lane]);
+    for (i64 b = 0; b < (keys.end - keys.begin) * entry_bytes; b += 64) __builtin_prefetch(from + b, 0, 2);
+  }
+}
+
+/// Rows of S between two parts of what is fetched.
+template <Word kWord>
+inline constexpr i64 kSlice = kWord == Word::kPair ? 16 : 8;
 
 inline void hide_outside_band(const Tile& s, const Panel& panel, const Context& context) {
   alignas(64) std::int32_t begin[kPanelRows], end[kPanelRows];
@@ -98,8 +150,8 @@ inline Tile hide_past_end(Tile s) {
   return s;
 }
 
-/// S from the product becomes what the softmax sees, but for the factor that is returned.  `mask` is what gather
-/// gave; `scratch` holds a tile; `tanhs`, where the backward wants it, receives softcap's tanh.
+/// S from the product becomes what the softmax sees, but for the factor that is returned.  `mask` is of its
+/// keys; `tanhs`, where the backward wants it, receives softcap's tanh.
 template <Word kWord>
 inline float finish_scores(const Tile& s, const Panel& panel, const Context& context, math::TileState state,
                            const float* mask, float* scratch, const Tile* tanhs) {
@@ -123,15 +175,7 @@ inline float finish_scores(const Tile& s, const Panel& panel, const Context& con
     for_each_vector(
         s, [&](i64 r, int lane, float* at) { store(at, load(at) - load(panel.slope + lane) * distance.at(r, lane)); });
   }
-  if (call.bias.data != nullptr) {
-    const i64 size = bytes(call.bias_type);
-    gather(scratch, panel, context, call.bias, size, s.keys);
-    for_each_vector(s, [&](i64 r, int lane, float* at) {
-      const V words = load(scratch + r * size / 4 * kPanelRows + lane);
-      const V bias = element_of_words(words, call.bias_type, r * size % 4 != 0);
-      store(at, bias == splat(-kInfinity) ? bias : load(at) + bias * kLog2E);
-    });
-  }
+  if (call.bias.data != nullptr) add_bias(s, panel, context, scratch);
   if (call.mask.data != nullptr) {
     for_each_vector(s, [&](i64 r, int lane, float* at) {
       const VU keep = as_unsigned(load(mask + r / 4 * kPanelRows + lane)) & (0xffU << (r % 4 * 8));

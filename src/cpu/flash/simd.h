@@ -201,9 +201,20 @@ FOVEA_INLINE DropoutWords dropout_words(VU x0, VU x1, const DropoutKeys& keys) {
   return {{VU((a & 0xffffffffU) | b << 32), VU((c & 0xffffffffU) | d << 32)}};
 }
 
+/// While this lives results below the smallest normal number are 0.  AVX-512's scaling takes 55 ns for each other one.
+struct FlushToZero {
+#if defined(__AVX512F__)
+  const unsigned before = _mm_getcsr();
+  FlushToZero() { _mm_setcsr(before | _MM_FLUSH_ZERO_ON); }
+  ~FlushToZero() { _mm_setcsr(before); }
+  FlushToZero(const FlushToZero&) = delete;
+  FlushToZero& operator=(const FlushToZero&) = delete;
+#endif
+};
+
 /// 2^x for x below 127 as 2^n · p(f) with f = x − n: off by less than 2^-22 of itself (over all floats 1.9e-7 on
-/// AVX-512, 1.1e-7 elsewhere), exactly 1 at 0, exactly 0 below −126; NaN stays NaN.  Of several vectors at once, step
-/// by step, so that each step has as many instructions that do not wait for each other.
+/// AVX-512, 1.1e-7 elsewhere), exactly 1 at 0, exactly 0 below −126 (under FlushToZero); NaN stays NaN.  Of several
+/// vectors at once, step by step, so that each step has as many instructions that do not wait for each other.
 template <int kCount>
 FOVEA_INLINE void exp2(V (&x)[kCount]) {
 #define FOVEA_EACH FOVEA_UNROLL for (int i = 0; i < kCount; ++i)
@@ -216,8 +227,7 @@ FOVEA_INLINE void exp2(V (&x)[kCount]) {
   FOVEA_EACH p[i] = p[i] * f[i] + 2.401644501528742e-1F;
   FOVEA_EACH p[i] = p[i] * f[i] + 6.931513118048791e-1F;
   FOVEA_EACH p[i] = p[i] * f[i] + 1.0F;
-  FOVEA_EACH x[i] = V(_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(__m512(x[i]), __m512(splat(-126.0F)), _CMP_NLT_UQ),
-                                             __m512(p[i]), __m512(x[i])));
+  FOVEA_EACH x[i] = V(_mm512_maskz_scalef_ps(0xffff, __m512(p[i]), __m512(x[i])));
 #else
   // f in [−1/2, 1/2], p(f) off by at most 2.6e-9.  Adding 1.5·2^23 rounds to an integer, whose bits are then the low
   // ones; with 127 more they are a float's exponent.

@@ -166,6 +166,13 @@ FOVEA_INLINE V side_by_side(V pairs) {
   return V(_mm512_permutexvar_epi16(zip, __m512i(pairs)));
 }
 
+/// Both at once, faster, with halves rounded up; NaN may become 0.
+FOVEA_INLINE V round_side_by_side(V first, V second) {
+  const VU even = as_unsigned(first) + 0x8000U, odd = as_unsigned(second) + 0x8000U;
+  const auto from_high = _mm512_set4_epi32(~0x7f7ff0f1, ~0x7f7ff4f5, ~0x7f7ff8f9, ~0x7f7ffcfd);
+  return V(_mm512_mask_shuffle_epi8(__m512i(odd), 0x3333333333333333U, __m512i(even), from_high));
+}
+
 /// Those two, each to a place of its own.
 FOVEA_INLINE void store_apart(float* first, float* second, V pairs) {
   _mm256_storeu_ps(first, _mm512_castps512_ps256(__m512(pairs)));
@@ -174,6 +181,7 @@ FOVEA_INLINE void store_apart(float* first, float* second, V pairs) {
 #else
 V round_to_pairs(V first, V second);  // of a CPU without, and never called
 V side_by_side(V pairs);
+V round_side_by_side(V first, V second);
 void store_apart(float* first, float* second, V pairs);
 #endif
 
