@@ -158,6 +158,9 @@ std::string Precompile::fault_of(const Binary& binary) const {
   const std::string more = most > 0 ? fmt::format(", more than the {} known", most) : "";
   if (binary.spill_bytes > most) add(fmt::format("spills {} bytes{}", binary.spill_bytes, more));
   if (binary.local_bytes > most) add(fmt::format("keeps {} bytes in local memory{}", binary.local_bytes, more));
+  if (most > 0 && binary.spill_bytes == 0 && binary.local_bytes == 0) {
+    add(fmt::format("spills nothing any more; take its line out of {}", asked_.known));
+  }
   if (asked_.most_seconds > 0 && binary.seconds > asked_.most_seconds) {
     add(fmt::format("took {} to compile, more than {} s", seconds_text(binary.seconds), asked_.most_seconds));
   }

@@ -216,9 +216,8 @@ void add_precompile(CLI::App& fovea, Action& action) {
   command.number("--jobs", said.jobs, 0, kMostThreads, "kernels at once; 0: as many as the process may use threads");
   command.number("--most", said.most, 1, 1'000'000, "so many kernels at most, spread over all")->take_last();
   command.flag("--check", said.check, "exit 1 where a kernel spills, uses local memory, warns or is slow to compile");
-  command
-      .option("--known-spills", said.known, "FILE", "with --check: lines of KERNEL sm_NN BYTES that may spill so much")
-      ->take_last();
+  command.path("--known-spills", said.known, "FILE",
+               "with --check: lines of KERNEL sm_NN BYTES that may spill so much");
   command.option("--median-seconds", said.median_seconds, "S", "with --check: what compiling may take in the median")
       ->take_last();
   command.option("--most-seconds", said.most_seconds, "S", "with --check: what it may take at most")->take_last();

@@ -194,7 +194,7 @@ ForwardShape shape_forward(const Problem& problem, int workers, const FlashKerne
   if (shape.max_rows <= kernels.panel_rows / 3 && !pairs(problem, kernels) && of_all_heads >= 128) {
     shape.few_rows = true;
     if (workers <= kFewWorkers) shape.heads_a_task = problem.num_kv_heads;
-    shape.keys_per_split = round_up(of_all_heads, 32);
+    shape.keys_per_split = round_up(of_all_heads, kJoinedKeys);
   }
   shape.key_splits = std::max<i64>(1, ceil_div(problem.seqlen_kv, shape.keys_per_split));
   shape.piece_rows = round_up(ceil_div(shape.block_rows, kPieces), kernels.panel_rows);

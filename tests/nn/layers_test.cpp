@@ -593,6 +593,7 @@ TEST(Memory, OfTrainingGrowsWithTheLengthAndNotItsSquare) {
   // Not the differences: results of split keys take a GPU as much for each of these lengths.
   EXPECT_LT(most[1], 2.2 * most[0]);
   EXPECT_LT(most[2], 2.2 * most[1]);
+  EXPECT_LT(most[2], 4000.0 * 4000);  // not a byte for each entry
 }
 
 // ---- bounds and errors

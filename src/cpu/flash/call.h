@@ -89,5 +89,7 @@ FlashKernels kernels();
 inline constexpr i64 kKeyTile = 96;      // keys of one tile in the backward
 inline constexpr i64 kForwardKeys = 96;  // keys of one tile in the forward
 inline constexpr i64 kGroupRows = 96;    // rows of one tile in the backward; a multiple of every panel's rows
+/// Where few rows are asked: of a head before those of the next one, so that what all heads hold of them stays in L2.
+inline constexpr i64 kJoinedKeys = 32;
 
 }  // namespace fovea::cpu

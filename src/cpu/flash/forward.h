@@ -13,8 +13,6 @@ template <Word kWord>
 inline constexpr i64 kPackedKeys = kWord == Word::kPair ? 2 * kForwardKeys : 4 * kForwardKeys;
 template <Word kWord>
 inline constexpr i64 kStripKeys = kWord == Word::kPair ? kTileStrip : kForwardKeys;
-/// Keys of a head before those of the next, where heads are joined: what they hold of all heads has to stay in L2.
-inline constexpr i64 kJoinedKeys = 32;
 /// Keys whose mask is read at a time.
 template <Word kWord>
 inline constexpr i64 kMaskKeys = kWord == Word::kPair ? kPackedKeys<kWord> : kStripKeys<kWord>;
