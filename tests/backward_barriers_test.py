@@ -147,6 +147,51 @@ def shared_keys(hides, broken=False, bias=0):
     return Model({**SHARED_KEYS, **ring}, [(weights, []), (gradients, end), (dq, []), (other, other_end), (other_dq, [])])
 
 
+def held(tiles_of_keys):
+    """A block has one tile of keys after the other, each with so many tiles of rows, then a step without any, which has a place in
+    every ring.  Each actor is a list of what it does; how many states there are."""
+    rings = {"q": (2, 1, 2), "dout": (2, 1, 2), "dS": (2, 2, 1), "keys": (1, 1, 3)}
+    producer, owner, dq, n = [], [], [], 0
+    for k, tiles in enumerate(tiles_of_keys):
+        producer += [("wait", "keys", "empty", k), ("copy", "keys", "full", k)]
+        owner += [("wait", "keys", "full", k)]
+        for _ in range(tiles):
+            producer += [("wait", "q", "empty", n), ("copy", "q", "full", n), ("wait", "dout", "empty", n), ("copy", "dout", "full", n)]
+            owner += [("wait", "q", "full", n), ("wait", "dout", "full", n), ("wait", "dS", "empty", n), ("arrive", "dS", "full", n),
+                      ("arrive", "dout", "empty", n), ("arrive", "q", "empty", n)]
+            dq += [("wait", "dS", "full", n), ("arrive", "dS", "empty", n)]
+            n += 1
+        producer += [("wait", "q", "empty", n), ("wait", "dout", "empty", n), ("arrive", "dout", "full", n), ("arrive", "q", "full", n)]
+        owner += [("wait", "q", "full", n), ("arrive", "keys", "empty", k), ("arrive", "q", "empty", n), ("wait", "dout", "full", n),
+                  ("arrive", "dout", "empty", n), ("wait", "dS", "empty", n), ("arrive", "dS", "full", n)]
+        dq += [("wait", "dS", "full", n)]
+        if k + 1 < len(tiles_of_keys):
+            dq += [("arrive", "keys", "empty", k), ("arrive", "dS", "empty", n)]
+        n += 1
+    model, scripts = Model(rings, [([], [])]), (producer, owner, owner, dq)
+    start = (((0, 0),) * len(model.index), (0,) * len(scripts), frozenset())
+    seen, todo = {start}, collections.deque([start])
+    while todo:
+        barriers, at, copies = state = todo.popleft()
+        following = [(model.arrive(barriers, *copy), at, copies - {copy}) for copy in copies]
+        for who, script in enumerate(scripts):
+            if at[who] == len(script):
+                continue
+            act, *of = script[at[who]]
+            then = at[:who] + (at[who] + 1,) + at[who + 1:]
+            if act == "arrive":
+                following.append((model.arrive(barriers, *of), then, copies))
+            elif act == "copy":
+                following.append((barriers, then, copies | {tuple(of)}))
+            elif model.passes(barriers, *of):
+                following.append((barriers, then, copies))
+        assert following or at == tuple(map(len, scripts)), f"with {tiles_of_keys} tiles all wait: {state}"
+        fresh = set(following) - seen
+        seen |= fresh
+        todo.extend(fresh)
+    return len(seen)
+
+
 def take_turns(blocks, key_blocks, row_tiles, heads, abreast, resident, causal):
     """Deterministic: clusters of `blocks` begin in the order of their tickets, `resident` of them at once, add to dq of a tile from
     the last key block that sees it to the first, and each block passes a step's turn when it is at the next step.  One of a pair
@@ -184,6 +229,8 @@ if __name__ == "__main__":
     for blocks, key_blocks, row_tiles, abreast, resident, causal in cases:
         take_turns(blocks, key_blocks, row_tiles, 8, abreast, resident, causal)
     print(f"turns: {len(cases)} grids, nobody waits for ever")
+    counts = [held(tiles) for tiles in itertools.chain.from_iterable(itertools.product(range(4 - keys // 2), repeat=keys) for keys in (1, 2, 3))]
+    print(f"all keys of a block, dq held: {sum(counts)} states of {len(counts)} walks, nobody waits for ever")
     for name, model, most in (("keys of their own", own_keys(), 6), ("keys of their own, a bias with one place", own_keys(1), 5),
                               ("keys of their own, a bias with two", own_keys(2), 4), ("shared keys, a bias", shared_keys(True, bias=1), 2),
                               ("shared keys", shared_keys(False), 3),

@@ -126,6 +126,24 @@ TEST(HopperBackward, HeadsTakeTurnsUnderABandOrWhereDqDoesAndInWholeGroups) {
   EXPECT_EQ(shape_of("bwd bf16 b4 hq16 hkv16 sq512 d256 deterministic").heads_abreast, 16) << "likewise, of pairs";
 }
 
+TEST(HopperBackward, HoldsDqWhereBlocksOfAllKeysFillTheGpu) {
+  const auto held = [](const std::string& line) { return shape_of(line).spec.holds_dq; };
+  EXPECT_TRUE(held("bwd bf16 b32 hq32 sq512 d64"));
+  EXPECT_TRUE(held("bwd bf16 b32 hq32 hkv8 sq128 d64 causal=top_left dropout=0.1")) << "512 rows read a kv head";
+  EXPECT_TRUE(held("bwd bf16 b32 hq16 sq512 skv4096 d64 dropout=0.1")) << "by the tile it would have anyway";
+  EXPECT_FALSE(held("bwd bf16 b32 hq16 sq512 skv4096 d64")) << "by a smaller one";
+  EXPECT_FALSE(held("bwd bf16 b32 hq32 sq513 d64")) << "no room";
+  EXPECT_FALSE(held("bwd bf16 b32 hq32 sq128 d72")) << "more than a panel";
+  EXPECT_FALSE(held("bwd bf16 b8 hq12 sq512 d64")) << "96 blocks for 132 multiprocessors";
+  EXPECT_FALSE(held("bwd bf16 b8 hq18 sq512 d64")) << "144 of them, which leave most idle in the end";
+  const BackwardShape plain = shape_of("bwd bf16 b32 hq32 sq512 d64"),
+                      ordered = shape_of("bwd bf16 b32 hq32 sq512 d64 deterministic");
+  EXPECT_EQ(plain.spec, ordered.spec) << "dq has one order anyway";
+  EXPECT_EQ(plain.workspace_bytes, 2U * 32 * 32 * 512 * 4) << "log2_lse and delta alone";
+  EXPECT_EQ(requests(parse_problem("bwd bf16 b32 hq32 sq512 d64"), Direction::kBackward, 90).size(), 5U)
+      << "rows and main; and the portable kernels' three";
+}
+
 TEST(HopperBackward, PrecompilesItsOwnMainKernelAndThePortableOnesAroundIt) {
   const Problem problem = parse_problem("bwd bf16 b1 hq2 sq300 d128 causal=top_left sink");
   const auto all = requests(problem, Direction::kBackward, 90);

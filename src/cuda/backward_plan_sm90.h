@@ -43,6 +43,10 @@ FOVEA_FN constexpr int dq_piece_bytes(const BackwardSpec& s) { return 16 * dq_co
 /// Panels of dq that a block of a pair makes of a tile, at most: of an odd number, both make the middle one by turns.
 FOVEA_FN constexpr int dq_panels(const BackwardSpec& s) { return (panels_of(s.head_dim) + 1) / 2; }
 
+/// Bytes of dq of a tile of rows, as accumulators lie in warps, where it is held.
+FOVEA_FN constexpr int held_bytes(const BackwardSpec& s) { return s.block_m * dq_columns(s) * 4; }
+inline constexpr int kMostHeld = 32;  // tiles of rows
+
 inline constexpr int kKeptBytes = 128 * 4;  // of what dropout keeps of a tile
 
 /// Where things lie in its shared memory, in bytes.
@@ -60,7 +64,9 @@ struct BackwardSm90Shared {
   int words, words_stage;  // a mask's, of each stage: word by word of 32 keys, row by row
   int state;               // cuda::BackwardState
   int bias, bias_stage;    // tiles of a bias, [row][key] in panels, two where there is room
-  int bias_places, total;
+  int bias_places;
+  int held, held_tiles;  // of rows whose dq is held: as many as there is room for
+  int total;
 
   FOVEA_FN static constexpr BackwardSm90Shared of(const BackwardSpec& s) {
     BackwardSm90Shared at{};
@@ -76,15 +82,17 @@ struct BackwardSm90Shared {
     at.other_ds = at.ds + 2 * at.ds_stage;
     at.kept = at.other_ds + (shares_keys(s) ? 2 * at.ds_stage : 0);
     at.dq = at.kept + (shares_keys(s) && s.dropout ? 2 * kKeptBytes : 0);
-    at.statistics = at.dq + (shares_keys(s) ? 0 : 4 * kDqStages * dq_piece_bytes(s));
+    at.statistics = at.dq + (shares_keys(s) || s.holds_dq ? 0 : 4 * kDqStages * dq_piece_bytes(s));
     at.statistics_of_tile = 4 * s.block_m;
     at.words = at.statistics + 2 * s.stages * at.statistics_of_tile;
     at.words_stage = s.mask ? s.block_m * keys / 8 : 0;
     at.state = at.words + s.stages * at.words_stage;
     at.bias = at.state + kStateBytes;
     at.bias_stage = s.bias ? s.block_m * keys * bytes_of(s.bias_type) : 0;
-    at.bias_places = at.bias + 2 * at.bias_stage <= kMostShared ? 2 : 1;
-    at.total = at.bias + at.bias_places * at.bias_stage;
+    at.bias_places = at.bias + 2 * at.bias_stage <= kMostShared && !s.holds_dq ? 2 : 1;
+    at.held = at.bias + at.bias_places * at.bias_stage;
+    at.held_tiles = s.holds_dq ? math::smaller((kMostShared - at.held) / held_bytes(s), kMostHeld) : 0;
+    at.total = at.held + at.held_tiles * held_bytes(s);
     return at;
   }
 };

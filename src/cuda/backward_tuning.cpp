@@ -160,7 +160,7 @@ void share_out(const Problem& problem, BackwardShape& shape) {
   };
   shape.log2_lse = take(heads * slots * spec.block_m);
   shape.delta = take(heads * slots * spec.block_m);
-  shape.dq_sum = take(heads * slots * spec.block_m * spec.head_dim);
+  shape.dq_sum = take(spec.holds_dq ? 0 : heads * slots * spec.block_m * spec.head_dim);
   shape.tickets = take(spec.deterministic ? heads * slots + 1 : 0);
   shape.sink_parts = take(problem.sink ? heads * slots : 0);
   shape.slope_parts = take(spec.alibi ? batch * heads * shape.key_blocks * spec.warps : 0);
@@ -188,7 +188,7 @@ jit::KernelRequest backward_request(const BackwardShape& shape, int arch) {
 jit::KernelRequest bias_gradient_request(const BackwardShape& shape, int arch) {
   BackwardSpec spec = shape.spec;
   spec.stages = 1;
-  spec.deterministic = false;
+  spec.deterministic = spec.holds_dq = false;
   spec.block_n = bias_gradient_keys(spec);
   return jit::render({.function = "bias_gradient",
                       .header = "cuda/kernels/bias_gradient.cuh",

@@ -19,12 +19,14 @@ constexpr std::int64_t kMostAbreast = 4;     // more of them do not fit into L2
 constexpr std::int64_t kInTurnsAbreast = 8;  // where dq is added up in turns, so that fewer of a head's blocks wait
 constexpr std::int64_t kMultiprocessors = 132;
 constexpr int kBiasGradientTile = 128;
-constexpr int kAtOnce = 128;  // columns of dk and dv that a product makes
+constexpr int kAtOnce = 128;              // columns of dk and dv that a product makes
+constexpr std::int64_t kShortRows = 512;  // up to which dq is rather held by smaller tiles than added to by larger ones
 
 struct Tile {
   std::int64_t widest;  // head dim that it serves
   int block_m, block_n;
-  int most_options;  // see `weight_of`
+  int most_options;              // see `weight_of`
+  std::int64_t widest_held = 0;  // head dim up to which a block may hold dq
 
   static constexpr int kAnyOptions = 99;
 };
@@ -34,9 +36,19 @@ int weight_of(const BackwardSpec& s) {
   return s.bias + 4 * (s.mask + s.dropout) + 6 * (s.alibi + s.softcap + (s.mask && s.deterministic));
 }
 
+/// Of the rows that read a kv head.
+std::int64_t tiles_of_rows(const Problem& problem, int block_m) {
+  return problem.num_q_heads / problem.num_kv_heads * ceil_div(problem.seqlen_q, block_m);
+}
+/// Where a block has a kv head of a sequence: whether so many of them leave little of the GPU idle, the last ones too.
+bool fill_the_gpu(std::int64_t blocks) {
+  const std::int64_t waves = ceil_div(blocks, kMultiprocessors);
+  return blocks > 0 && blocks * 5 >= waves * kMultiprocessors * 4;
+}
+
 // Measured on an H100 where nothing is hidden, else only run there (docs/notes).  The first that fits is taken.
 constexpr std::array kTiles{
-    Tile{64, 128, 128, 1}, Tile{64, 64, 128, Tile::kAnyOptions}, Tile{96, 64, 128, 13}, Tile{128, 64, 128, 9},
+    Tile{64, 128, 128, 1, 48}, Tile{64, 64, 128, Tile::kAnyOptions, 64}, Tile{96, 64, 128, 13}, Tile{128, 64, 128, 9},
     Tile{256, 64, 128, 9},
 };
 
@@ -67,7 +79,7 @@ class BackwardSm90Plan final : public PlannedKernel {
     const BackwardSpec& spec = call_.shape().spec;
     make_maps(p, spec.block_m, keys_of_block(spec));
     call_.before(p, workspace, stream);
-    launch(main_, BackwardCall::main_blocks(p) * blocks_of_cluster(call_.shape().spec), p, stream);
+    launch(main_, call_.main_blocks(p) * blocks_of_cluster(call_.shape().spec), p, stream);
     if (p.dbias.data != nullptr && bias_gradient_ && p.by_engine && p.bias_by_engine && shared_alike(p)) {
       make_maps(p, kBiasGradientTile, kBiasGradientTile);
       const auto tiles = [](int of) { return ceil_div(of, kBiasGradientTile); };
@@ -119,6 +131,17 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
            BackwardSm90Shared::of(spec).total <= kMostShared;
   };
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
+  if (fill_the_gpu(problem.batch * problem.num_kv_heads)) {
+    const BackwardSpec otherwise = spec;
+    const bool short_rows = std::max(problem.seqlen_q, problem.seqlen_kv) <= kShortRows;
+    spec.holds_dq = true;
+    spec.deterministic = false;  // dq has one order anyway
+    const auto holds = [&](const Tile& tile) {
+      return widest <= tile.widest_held && (tile.block_m == otherwise.block_m || short_rows) && fits(tile) &&
+             tiles_of_rows(problem, tile.block_m) <= BackwardSm90Shared::of(spec).held_tiles;
+    };
+    if (std::ranges::none_of(kTiles, holds)) spec = otherwise;
+  }
   share_out(problem, shape);
   shape.most_blocks *= blocks_of_cluster(spec);
   if (spec.deterministic && shape.key_blocks > 0) {  // blocks that begin together are then of one turn
@@ -157,7 +180,7 @@ jit::KernelRequest backward_sm90_request(const BackwardShape& shape) {
 std::optional<jit::KernelRequest> bias_gradient_sm90_request(const Problem& problem, const BackwardShape& shape) {
   BackwardSpec spec = shape.spec;
   spec.block_m = spec.block_n = kBiasGradientTile;
-  spec.deterministic = false;
+  spec.deterministic = spec.holds_dq = false;
   const int shared_bytes = BiasGradientSm90Shared::of(spec).total;
   if (!problem.bias || !problem.bias->queries || !problem.bias->keys || spec.mask || shared_bytes > kMostShared)
     return std::nullopt;

@@ -10,8 +10,8 @@ using dispatch::entry_view, dispatch::row_view, dispatch::head_view, dispatch::s
 BackwardCall::BackwardCall(const Problem& problem, const BackwardShape& shape, const Device& device, int arch)
     : shape_(shape),
       mask_words_(problem, shape.workspace_bytes, device, arch),
-      rows_(backward_rows_request(shape, arch), device),
-      queries_(backward_queries_request(shape, arch), device) {
+      rows_(backward_rows_request(shape, arch), device) {
+  if (!shape.spec.holds_dq) queries_.emplace(backward_queries_request(shape, arch), device);
   if (shape.spec.alibi || problem.sink) sums_.emplace(backward_sums_request(shape, arch), device);
   if (shape.spec.bias) bias_.emplace(bias_gradient_request(shape, arch), device);
   describe_call(problem, params_);
@@ -23,7 +23,7 @@ BackwardCall::BackwardCall(const Problem& problem, const BackwardShape& shape, c
 }
 
 std::vector<std::pair<std::string, std::string>> BackwardCall::details() const {
-  return {{"rows", rows_.describe()}, {"queries", queries_.describe()}};
+  return {{"rows", rows_.describe()}, {"queries", queries_ ? queries_->describe() : "none: dq stays in shared memory"}};
 }
 
 BackwardParams BackwardCall::params(const Inputs& inputs, const Outputs& outputs, void* workspace) const {
@@ -55,7 +55,7 @@ void BackwardCall::before(BackwardParams& p, void* workspace, void* stream) cons
 }
 
 void BackwardCall::after(BackwardParams p, const Outputs& outputs, void* stream) const {
-  launch(queries_, p.row_blocks * p.q_heads * p.batch, p, stream);
+  if (queries_) launch(*queries_, p.row_blocks * p.q_heads * p.batch, p, stream);
   if (p.dslopes.data != nullptr || p.dsink != nullptr)
     launch(*sums_, p.q_heads * (p.slopes.per_batch ? p.batch : 1), p, stream);
   if (p.dbias.data == nullptr) return;

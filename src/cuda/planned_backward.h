@@ -24,13 +24,15 @@ class BackwardCall {
   void before(BackwardParams& p, void* workspace, void* stream) const;
   void after(BackwardParams p, const Outputs& outputs, void* stream) const;
   /// Blocks of the main kernel, which may be none.
-  [[nodiscard]] static int main_blocks(const BackwardParams& p) { return p.key_blocks * p.kv_heads * p.batch; }
+  [[nodiscard]] int main_blocks(const BackwardParams& p) const {
+    return (shape_.spec.holds_dq ? 1 : p.key_blocks) * p.kv_heads * p.batch;
+  }
 
  private:
   BackwardShape shape_;
   MaskWords mask_words_;
-  PlannedLaunch rows_, queries_;
-  std::optional<PlannedLaunch> sums_, bias_;
+  PlannedLaunch rows_;
+  std::optional<PlannedLaunch> queries_, sums_, bias_;
   BackwardParams params_{};
 };
 

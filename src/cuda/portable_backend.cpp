@@ -94,7 +94,7 @@ class BackwardPlan final : public PlannedKernel {
     require_gpu(main_, device_);
     BackwardParams p = call_.params(inputs, outputs, workspace);
     call_.before(p, workspace, stream);
-    launch(main_, BackwardCall::main_blocks(p), p, stream);
+    launch(main_, call_.main_blocks(p), p, stream);
     call_.after(p, outputs, stream);
   }
 
@@ -165,7 +165,7 @@ std::vector<jit::KernelRequest> requests(const Problem& problem, Direction direc
     const auto add = [&](const BackwardShape& shape, jit::KernelRequest main) {
       all.push_back(backward_rows_request(shape, arch));
       all.push_back(std::move(main));
-      all.push_back(backward_queries_request(shape, arch));
+      if (!shape.spec.holds_dq) all.push_back(backward_queries_request(shape, arch));
       if (shape.spec.alibi || problem.sink) all.push_back(backward_sums_request(shape, arch));
       if (shape.spec.bias) all.push_back(bias_gradient_request(shape, arch));
     };

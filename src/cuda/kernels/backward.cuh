@@ -32,7 +32,7 @@ struct Step {
   i64 slot;
   int head, tile;
   int stage;  // its place in the ring
-  int turn;   // key blocks that add to its dq before this one, where their order matters
+  int turn;   // key blocks that add to its dq before this one, where their order matters; all, where dq is held
   TileState mask;
   bool exists, full_band;  // every row sees every key, as far as the band goes
   math::DropoutStream stream;
@@ -60,15 +60,16 @@ struct Walk {
   /// Blocks: heads abreast × key blocks × the rest of kv heads × batch.  Early keys, which most rows see under a causal
   /// rule, come first; where dq is added up in order they come last, so that a block's first tile waits for nobody.
   FOVEA_DEVICE Walk(const BackwardParams& p, int block) {
-    const int line = block / p.heads_abreast, head = line / p.key_blocks * p.heads_abreast + block % p.heads_abreast;
+    const int key_blocks = S.holds_dq ? 1 : p.key_blocks, line = block / p.heads_abreast,
+              head = line / key_blocks * p.heads_abreast + block % p.heads_abreast;
     const bool batch_inside = S.bias && p.batch_inside;
     sequence = Sequence::of(p, batch_inside ? head % p.batch : head / p.kv_heads);
     kv_head = batch_inside ? head / p.batch : head % p.kv_heads;
-    key_block = S.deterministic ? p.key_blocks - 1 - line % p.key_blocks : line % p.key_blocks;
+    key_block = S.deterministic ? key_blocks - 1 - line % key_blocks : line % key_blocks;
   }
 
-  /// The first step.
-  FOVEA_DEVICE void begin(const BackwardParams& p) {
+  /// The first step of a block's keys, as step n.
+  FOVEA_DEVICE void begin(const BackwardParams& p, int n = 0) {
     const Band& band = sequence.band;
     const Interval keys{key_block * S.block_n, (key_block + 1) * S.block_n};
     const Interval rows = band.rows_of_keys(keys), seers = band.rows_that_see_all(keys);
@@ -83,7 +84,7 @@ struct Walk {
     }
     if constexpr (S.mask) __syncwarp();
     const Seen next = seek(p, first_head, first);
-    write(p, 0, moved(p, first_of_head(p, next.head, 0), next));
+    write(p, n, moved(p, first_of_head(p, next.head, 0), next));
   }
   /// Step n + 1 from step n.
   FOVEA_DEVICE void write_next(const BackwardParams& p, int n) {
@@ -124,6 +125,7 @@ struct Walk {
   FOVEA_DEVICE void write(const BackwardParams& p, int n, Step step) {
     step.full_band = step.tile >= first_full && step.tile < end_full;
     if (S.deterministic && step.exists) step.turn = turn_at(p, step.head, step.tile);
+    if constexpr (S.holds_dq) step.turn = key_block;
     if (!S.mask || lane_id() == 0) steps[n % kSteps] = step;
   }
   /// Without pointers little, for then few registers have it.

@@ -74,7 +74,8 @@ FOVEA_DEVICE T sum_of_block(T x) {
   return x;
 }
 
-/// Blocks: row blocks × heads × batch.  Writes log2_lse, delta and the sink's parts, clears dq_sum and the tickets.
+/// Blocks: row blocks × heads × batch.  Writes log2_lse, delta and the sink's parts, clears the tickets and what is
+/// added to of dq_sum.
 template <BackwardSpec S>
 __device__ void backward_rows(const BackwardParams& p) {
   constexpr int kLanes = math::larger(kSideThreads / S.block_m, 4);  // that share a row
@@ -84,8 +85,10 @@ __device__ void backward_rows(const BackwardParams& p) {
   if (tile * S.block_m >= sequence.q_rows) return;
   const i64 slot = RowSlots(p, sequence, S.block_m).at(head, tile);
 
-  auto* sums = reinterpret_cast<float4*>(p.dq_sum + slot * (S.block_m * S.head_dim));
-  for (int x = static_cast<int>(threadIdx.x); x < S.block_m * S.head_dim / 4; x += kSideThreads) sums[x] = {};
+  if constexpr (!S.holds_dq) {
+    auto* sums = reinterpret_cast<float4*>(p.dq_sum + slot * (S.block_m * S.head_dim));
+    for (int x = static_cast<int>(threadIdx.x); x < S.block_m * S.head_dim / 4; x += kSideThreads) sums[x] = {};
+  }
   if (S.deterministic && threadIdx.x == 0) p.tickets[slot] = 0;
 
   const int lane = static_cast<int>(threadIdx.x) % kLanes;

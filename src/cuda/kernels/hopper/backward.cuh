@@ -7,7 +7,8 @@
 
 // The backward on Hopper (FlashAttention-3, 2407.08608, section 3 and appendix B): a block owns 128 keys of a kv head;
 // one warpgroup has the rows of all heads that read them copied, two make the scores of 64 keys each, dk and dv, and
-// one makes dq.  Where head dims are wide, two blocks own 64 keys each and share the work on dq.
+// one makes dq.  Where head dims are wide, two blocks own 64 keys each and share the work on dq.  Where rows are few, a
+// block has all keys that they read, 128 after the other, and dq stays in its shared memory.
 namespace fovea::cuda {
 
 /// What a warpgroup does.
@@ -50,6 +51,7 @@ __device__ void backward_sm90(const BackwardSm90Params& p) {
     state.q.begin(S.warps, S.mask ? 1 + kWarp : 1), state.dout.begin(kPairs ? 4 : S.warps);
     state.ds.begin(kPairs ? 8 : 4, kPairs ? 1 : S.warps * kArrivals);
     if constexpr (S.bias) state.bias.begin(kPairs ? 4 : S.warps);
+    if constexpr (S.holds_dq) state.keys_read.begin((S.warps + 4) * kArrivals);
     state.weights.begin(4, 4 * kArrivals), state.looked.begin(4, 4 * kArrivals);
     state.spoiled[0] = state.spoiled[1] = false;
     for (auto& of : state.strange) of[0] = of[1] = 0;
@@ -65,7 +67,7 @@ __device__ void backward_sm90(const BackwardSm90Params& p) {
     if (threadIdx.x == 0) state.walk = HopperWalk<S>(p, load_of_first(state.number));
   }
   __syncthreads();
-  if (state.walk.key_block * S.block_n < state.walk.sequence.kv_rows)
+  if (S.holds_dq || state.walk.key_block * S.block_n < state.walk.sequence.kv_rows)
     backward_role<S>(p, state, {shared_address(shared)});
   if constexpr (kPairs) meet_cluster();  // the other one has sent all that it sends here
 }

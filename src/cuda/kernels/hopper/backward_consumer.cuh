@@ -23,18 +23,57 @@ struct BackwardConsumer : BackwardOwner<S> {
   };
 
   FOVEA_DEVICE void run() const {
+    if constexpr (S.holds_dq) {
+      u32 n = 0;
+#pragma unroll 1
+      for (int block = 0;; ++block, ++n) {
+        n = gather_keys(block, n);
+        if (uniform(state.last_keys(block))) return;
+      }
+    }
     Sums sums;
-    clear(sums.dk), clear(sums.dv);
-    pin(sums.dk[0]), pin(sums.dv[0]);
-    if constexpr (S.alibi) clear_slope_parts();
-    state.k.wait(0);
-    state.v.wait(0);
+    begin(sums, 0);
     const u32 tiles = this->gather(*this, sums);
     this->end_walk(tiles);
     meet(meeting(), 128);
-    store_dv(sums);  // while the last dq is made
+    store_dv(sums, at.v());  // while the last dq is made
     this->await_end(tiles);
-    store_dk(sums);
+    store_dk(sums, at.k());
+  }
+
+  /// Of the block's tile of keys that has this number.
+  FOVEA_DEVICE void begin(Sums& sums, int block) const {
+    clear(sums.dk), clear(sums.dv);
+    pin(sums.dk[0]), pin(sums.dv[0]);
+    if constexpr (S.alibi && !S.holds_dq) clear_slope_parts();
+    state.k.wait(block & 1);
+    state.v.wait(block & 1);
+  }
+  /// One tile of keys of many, from step n on; the step behind its last one.  dv and dk leave by way of its place for
+  /// dS, in which each warpgroup has a part of its own, while the next keys are copied.
+  FOVEA_DEVICE u32 gather_keys(int block, u32 n) const {
+    Sums sums;
+    begin(sums, block);
+    if constexpr (S.alibi) {
+      state.q.await_full(n);
+      clear_slope_parts(n);
+    }
+    n = this->gather(*this, sums, n);
+    state.leave_keys();
+    state.q.release(n);
+    state.dout.await_full(n);  // with nothing in it
+    state.dout.release(n);
+    if constexpr (S.bias) {
+      state.bias.await_full(n);
+      state.bias.release(n);
+    }
+    this->end_walk(n);
+    const u32 mine = at.ds(n) + this->first_key / kPanelColumns * (Owner::kRowPanel - kGroupRows * kPanelRowBytes);
+    store_dv(sums, mine, n);
+    __syncwarp();
+    store_dk(sums, mine, n);
+    meet(meeting(), 128);  // the next dS there is everybody's
+    return n;
   }
 
   // ---- a tile of rows
@@ -49,7 +88,7 @@ struct BackwardConsumer : BackwardOwner<S> {
     issue_scores(s, n);
     const RowMap<false> rows = rows_of(now);
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
-    Columns columns{rules, lane_key(), S.dropout ? uniform(now.stream) : math::DropoutStream{}, {}, {}, {}};
+    Columns columns{rules, lane_key(n), S.dropout ? uniform(now.stream) : math::DropoutStream{}, {}, {}, {}};
     if constexpr (kHides) see(columns, n);
     const bool hides = kHides || bias_hides(columns, n);
     await_products<0>();
@@ -141,13 +180,13 @@ struct BackwardConsumer : BackwardOwner<S> {
     __syncwarp();
   }
 
-  // ---- the end, through shared memory, in the place of k and v, which nobody still reads, by each warp for its keys
+  // ---- the end, through shared memory that nobody still reads, by each warp for its keys
 
-  FOVEA_DEVICE void store_dv(const Sums& sums) const {
-    Owner::template store_sum<S.head_dim_v>(at.v(), sums.dv[0], S.dropout ? p.keep_scale : 1.0F, p.head_dim_v, p.dv);
+  FOVEA_DEVICE void store_dv(const Sums& sums, u32 by, u32 n = 0) const {
+    Owner::template store_sum<S.head_dim_v>(by, sums.dv[0], S.dropout ? p.keep_scale : 1.0F, p.head_dim_v, p.dv, n);
   }
-  FOVEA_DEVICE void store_dk(const Sums& sums) const {
-    Owner::template store_sum<S.head_dim>(at.k(), sums.dk[0], p.scale, p.head_dim, p.dk);
+  FOVEA_DEVICE void store_dk(const Sums& sums, u32 by, u32 n = 0) const {
+    Owner::template store_sum<S.head_dim>(by, sums.dk[0], p.scale, p.head_dim, p.dk, n);
   }
 };
 

@@ -1,10 +1,13 @@
 #pragma once
 
+#include "cuda/kernels/backward_queries.cuh"
 #include "cuda/kernels/hopper/backward_state.cuh"
 #include "cuda/kernels/hopper/wgmma.cuh"
 
 // The warpgroup of the backward that makes dq = dS K of what the others leave of dS: a panel of columns at a time for
 // 64 rows, which each warp adds to dq_sum.  In a pair of blocks each makes half of the panels, for the keys of both.
+// Where a block has all keys of its rows, each thread keeps its own part of dq in shared memory until they have been
+// walked.
 namespace fovea::cuda {
 
 template <BackwardSpec S>
@@ -30,6 +33,10 @@ struct BackwardDq {
   FOVEA_DEVICE const Step& step(u32 n) const { return state.step(n); }
 
   FOVEA_DEVICE void run() const {
+    if constexpr (S.holds_dq) {
+      hold();
+      return;
+    }
     u32 n = 0, sent = 0;
     if constexpr (kPairs) state.other_k.wait(0);
 #pragma unroll 1
@@ -67,6 +74,86 @@ struct BackwardDq {
 
  private:
   using Sum = Accumulator[1][kColumns / 8];
+
+  // ---- where it is held
+
+  FOVEA_DEVICE void hold() const {
+    u32 begun = 0;  // tiles of rows, a bit each
+#pragma unroll 1
+    for (u32 n = 0;; ++n) {
+      state.ds.await_full(n);
+      if (!uniform(step(n).exists)) {
+        if (uniform(state.last_keys(step(n).turn))) break;
+        state.leave_keys();
+        state.ds.release(n);
+        continue;
+      }
+      const int tile = tile_of(step(n).head, step(n).tile);
+      const bool spoiled = uniform(state.spoiled[n & 1]);
+#pragma unroll 1
+      for (int row = 0; row < S.block_m; row += kGroupRows) {
+        Sum dq;
+        make(dq, n, row, 0, spoiled, false);
+        add(dq[0], part(tile, row), (begun >> tile & 1) != 0);
+      }
+      begun |= 1U << tile;
+      if (spoiled) {
+        meet(kMeeting, 128);
+        state.spoiled[n & 1] = false;
+      }
+      state.ds.release(n);
+    }
+    write(begun);
+  }
+
+  FOVEA_DEVICE int tile_of(int head, int tile) const {
+    return (head - state.walk.kv_head * p.group) * p.row_blocks + tile;
+  }
+  /// Of a warp's 16 rows, piece by piece as accumulators lie.
+  FOVEA_DEVICE u32 part(int tile, int row) const { return at.held(tile) + (row / 16 + warp()) * dq_piece_bytes(S); }
+
+  FOVEA_DEVICE static void add(Accumulator (&dq)[kColumns / 8], u32 part, bool begun) {
+    const u32 mine = part + lane_id() * 16;
+    if (begun) {
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; ++j) {
+        const uint4 sum = load_shared_16(mine + j * 512);
+        dq[j].x[0] += __uint_as_float(sum.x), dq[j].x[1] += __uint_as_float(sum.y);
+        dq[j].x[2] += __uint_as_float(sum.z), dq[j].x[3] += __uint_as_float(sum.w);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j) store_shared_four(mine + j * 512, dq[j]);
+  }
+
+  /// All rows; of those that see no key, zeros.
+  FOVEA_DEVICE void write(u32 begun) const {
+    __syncwarp();
+    const Sequence& sequence = state.walk.sequence;
+#pragma unroll 1
+    for (int h = 0; h < p.group; ++h) {
+#pragma unroll 1
+      for (int row = warp() * 16; row < sequence.q_rows; row += kGroupRows) {
+        const int tile = h * p.row_blocks + row / S.block_m;
+        const u32 part = at.held(tile) + row % S.block_m / 16 * dq_piece_bytes(S);
+        const bool there = (begun >> tile & 1) != 0;
+#pragma unroll 1
+        for (int i = lane_id(); i < kColumns; i += kWarp) {
+          float4 sums[4] = {};
+#pragma unroll
+          for (int a = 0; a < 4 && there; ++a) {
+            const uint4 four = load_shared_16(part + i / 8 * 512 + i % 8 * 64 + a * 16);
+            sums[a] = {__uint_as_float(four.x), __uint_as_float(four.y), __uint_as_float(four.z),
+                       __uint_as_float(four.w)};
+          }
+          if (i / 8 * 8 < p.head_dim)
+            write_dq<S, true>(p, sequence, row + i % 8, state.walk.kv_head * p.group + h, i / 8 * 8, sums);
+        }
+      }
+    }
+  }
+
+  // ---- where it is added to others' parts
 
   /// Of a step whose additions are done but for the kOpen last pieces.  The copy engine has the next step's first piece
   /// by then, so that it is never idle.

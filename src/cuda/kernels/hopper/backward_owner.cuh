@@ -28,7 +28,7 @@ struct BackwardOwner {
   const int first_key;  // of the warpgroup, in the block
 
   FOVEA_DEVICE const Step& step(u32 n) const { return state.step(n); }
-  FOVEA_DEVICE int key() const { return first_key_of_block(state, rank_of_block<S>()); }
+  FOVEA_DEVICE int key(u32 n) const { return first_key_of_block<S>(state.key_block(n), rank_of_block<S>()); }
   FOVEA_DEVICE int warp_key() const { return first_key + warp_id() % 4 * 16; }
   FOVEA_DEVICE u32 meeting() const { return kMeetings + static_cast<u32>(first_key / kGroupRows); }
 
@@ -36,11 +36,9 @@ struct BackwardOwner {
 
   // ---- the walk
 
-  /// Has `self` gather tile after tile, as tile<kHides>(n, sums), kHides: some entry may be hidden; how many there
-  /// were.
+  /// Has `self` gather tile after tile from n on, as tile<kHides>(n, sums), kHides: some entry may be hidden; the end.
   template <class Self, class Sums>
-  FOVEA_DEVICE u32 gather(const Self& self, Sums& sums) const {
-    u32 n = 0;
+  FOVEA_DEVICE u32 gather(const Self& self, Sums& sums, u32 n = 0) const {
 #pragma unroll 1
     for (;; ++n) {
       state.q.await_full(n);
@@ -109,7 +107,7 @@ struct BackwardOwner {
   FOVEA_DEVICE RowMap<false> rows_of(const Step& at) const {
     return {at.tile * S.block_m, state.walk.sequence.q_rows, at.head, 1};
   }
-  FOVEA_DEVICE int lane_key() const { return key() + warp_key() + lane_id() / 4; }
+  FOVEA_DEVICE int lane_key(u32 n) const { return key(n) + warp_key() + lane_id() / 4; }
 
   /// While the scores are made: which entries are seen.
   FOVEA_DEVICE void see(Columns& columns, u32 n) const {
@@ -163,15 +161,15 @@ struct BackwardOwner {
 
   // ---- slopes
 
-  FOVEA_DEVICE float* slope_part(int head) const {
+  FOVEA_DEVICE float* slope_part(int head, u32 n) const {
     const HopperWalk<S>& walk = state.walk;
     const int warp = shares_keys(S) ? rank_of_block<S>() * 4 + warp_id() % 4 : warp_id() - 8;
-    return p.slope_parts + ((i64{walk.sequence.batch} * p.q_heads + head) * p.key_blocks + walk.key_block) * S.warps +
-           warp;
+    return p.slope_parts +
+           ((i64{walk.sequence.batch} * p.q_heads + head) * p.key_blocks + state.key_block(n)) * S.warps + warp;
   }
-  FOVEA_DEVICE void clear_slope_parts() const {
+  FOVEA_DEVICE void clear_slope_parts(u32 n = 0) const {
     if (lane_id() != 0) return;
-    for (int h = 0; h < p.group; ++h) *slope_part(state.walk.kv_head * p.group + h) = 0.0F;
+    for (int h = 0; h < p.group; ++h) *slope_part(state.walk.kv_head * p.group + h, n) = 0.0F;
   }
   /// The next step is known here once its q has arrived.
   FOVEA_DEVICE void add_slope(u32 n, float part, float& sum) const {
@@ -180,7 +178,7 @@ struct BackwardOwner {
     const Step &now = step(n), &next = step(n + 1);
     if (next.exists && next.head == now.head) return;
     for (int lane = 1; lane < kWarp; lane *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lane);
-    if (lane_id() == 0) *slope_part(now.head) = sum;
+    if (lane_id() == 0) *slope_part(now.head, n) = sum;
     sum = 0.0F;
   }
 
@@ -188,12 +186,12 @@ struct BackwardOwner {
 
   /// Through shared memory, where nobody still reads, by each warp for its keys.
   template <int kDim>
-  FOVEA_DEVICE void store_sum(u32 tile, const Accumulator (&sum)[kDim / 8], float factor, int dim,
-                              const RowView& view) const {
+  FOVEA_DEVICE void store_sum(u32 tile, const Accumulator (&sum)[kDim / 8], float factor, int dim, const RowView& view,
+                              u32 n = 0) const {
     const Sequence& sequence = state.walk.sequence;
     place(tile, sum, factor);
     __syncwarp();
-    const int first = key() + warp_key();
+    const int first = key(n) + warp_key();
     write_rows<kDim>(tile, sequence.kv_rows - first, dim, view, sequence.kv_row(view, first, state.walk.kv_head));
   }
   template <int kPieces>

@@ -24,12 +24,7 @@ struct BackwardProducer {
   FOVEA_DEVICE void run() {
     if (kByEngine && threadIdx.x >= hands()) return;
     HopperWalk<S>& walk = state.walk;
-    const int rank = rank_of_block<S>();
-    load_keys<S.head_dim>(rank, at.k(), state.k, p.k_map, p.k, p.head_dim);
-    load_keys<S.head_dim_v>(rank, at.v(), state.v, p.v_map, p.v, p.head_dim_v);
-    if constexpr (shares_keys(S))
-      load_keys<dq_panels(S) * kPanelColumns>(1 - rank, at.other_k(), state.other_k, p.k_map, p.k, p.head_dim,
-                                              rank * (panels_of(S.head_dim) / 2) * kPanelColumns);
+    load_keys_of_block();
     if (walk.keeps()) walk.begin(p);  // meanwhile
     share();
 #pragma unroll 1
@@ -39,9 +34,12 @@ struct BackwardProducer {
       Barrier &q = state.q.full[place], &dout = state.dout.full[dout_place];
       state.q.await_empty(n);
       if (!(kByEngine && !S.mask && !S.bias ? step.exists : uniform(step.exists))) {
+        if constexpr (S.holds_dq) pass_places(n);
         if (leads()) q.arrive();
         if (S.mask && warp_id() == 1) q.arrive();
-        return;
+        if (!S.holds_dq || state.last_keys(walk.key_block)) return;
+        go_on_to_next_keys(n);
+        continue;
       }
       load_rows_of<S.head_dim>(step, at.q(place), at.log2_lse(place), q, p.q_map, p.q, p.log2_lse, p.head_dim);
       if (S.mask && warp_id() == 1) load_words(step, at.words(place), q);
@@ -52,6 +50,38 @@ struct BackwardProducer {
       if (walk.keeps()) walk.write_next(p, static_cast<int>(n));
       share();
     }
+  }
+
+  /// Step n has no rows, but a place in every ring.  Who has keys gives them back once q is announced, and not before
+  /// they have been awaited here.
+  FOVEA_DEVICE void pass_places(u32 n) const {
+    state.dout.await_empty(n);
+    if (leads()) state.dout.full[state.dout.place(n)].arrive();
+    if constexpr (S.bias) {
+      state.bias.await_empty(n);
+      if (leads()) state.bias.full[state.bias.place(n)].arrive();
+    }
+    share();
+  }
+  /// Behind step n.
+  FOVEA_DEVICE void go_on_to_next_keys(u32 n) const {
+    HopperWalk<S>& walk = state.walk;
+    state.keys_read.wait(walk.key_block & 1);
+    share();
+    if (leads()) ++walk.key_block;
+    share();
+    load_keys_of_block();
+    if (walk.keeps()) walk.begin(p, static_cast<int>(n) + 1);
+    share();
+  }
+
+  FOVEA_DEVICE void load_keys_of_block() const {
+    const int rank = rank_of_block<S>();
+    load_keys<S.head_dim>(rank, at.k(), state.k, p.k_map, p.k, p.head_dim);
+    load_keys<S.head_dim_v>(rank, at.v(), state.v, p.v_map, p.v, p.head_dim_v);
+    if constexpr (shares_keys(S))
+      load_keys<dq_panels(S) * kPanelColumns>(1 - rank, at.other_k(), state.other_k, p.k_map, p.k, p.head_dim,
+                                              rank * (panels_of(S.head_dim) / 2) * kPanelColumns);
   }
 
   FOVEA_DEVICE void share() const {
@@ -68,7 +98,7 @@ struct BackwardProducer {
     constexpr int kKeys = keys_of_block(S);
     const HopperWalk<S>& walk = state.walk;
     const Sequence& sequence = walk.sequence;
-    const int key = first_key_of_block(state, rank);
+    const int key = first_key_of_block<S>(walk.key_block, rank);
     if constexpr (kByEngine) {
       if (leads())
         load_panels<kKeys, kDim>(to, map, full, {sequence.kv_begin + key, walk.kv_head, batch()}, Keep::kNo, 0,
@@ -131,7 +161,7 @@ struct BackwardProducer {
   FOVEA_DEVICE void load_bias(const Step& step, u32 n) const {
     constexpr int kPanel = S.block_m * kPanelRowBytes, kStage = BackwardLayout<S>::kShared.bias_stage;
     const int place = state.bias.place(n), row = step.tile * S.block_m,
-              key = first_key_of_block(state, rank_of_block<S>());
+              key = first_key_of_block<S>(state.walk.key_block, rank_of_block<S>());
     Barrier& full = state.bias.full[place];
     state.bias.await_empty(n);
     if (!p.bias_by_engine) {

@@ -53,7 +53,7 @@ struct WeightsConsumer : BackwardOwner<S> {
     issue_scores(s, n);
     const RowMap<false> rows = rows_of(now);
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
-    Columns columns{rules, lane_key(), S.dropout ? uniform(now.stream) : math::DropoutStream{}, {}, {}, {}};
+    Columns columns{rules, lane_key(n), S.dropout ? uniform(now.stream) : math::DropoutStream{}, {}, {}, {}};
     if constexpr (kHides) see(columns, n);
     await_products<0>();
     pin(s[0]);
@@ -131,7 +131,7 @@ struct GradientConsumer : BackwardOwner<S> {
     issue_dp(dp, n);
     const RowMap<false> rows = rows_of(now);
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
-    Columns columns{rules, lane_key(), {}, {}, {}, {}};
+    Columns columns{rules, lane_key(n), {}, {}, {}, {}};
     await_products<0>();
     pin(dp[0]);
     state.weights.await_full(n);

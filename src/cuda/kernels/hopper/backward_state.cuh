@@ -26,8 +26,17 @@ struct BackwardState {
   Barrier other_k;     // of a pair
   int number;          // likewise
   Ring<BackwardSm90Shared::of(S).bias_places> bias;
+  Barrier keys_read;  // by all, where a block has one tile of keys after the other
 
   FOVEA_DEVICE const Step& step(u32 n) const { return walk.steps[n % 8]; }
+  /// Of the keys of step n.
+  FOVEA_DEVICE int key_block(u32 n) const { return S.holds_dq ? step(n).turn : walk.key_block; }
+  FOVEA_DEVICE bool last_keys(int key_block) const { return (key_block + 1) * S.block_n >= walk.sequence.kv_rows; }
+  /// Once a warp, which then waits for nothing of them.
+  FOVEA_DEVICE void leave_keys() {
+    __syncwarp();
+    if (static_cast<u32>(lane_id()) < kArrivals) keys_read.arrive();
+  }
 };
 
 template <BackwardSpec S>
@@ -36,8 +45,8 @@ FOVEA_DEVICE int rank_of_block() {
 }
 /// Of a block of the cluster.
 template <BackwardSpec S>
-FOVEA_DEVICE int first_key_of_block(const BackwardState<S>& state, int rank) {
-  return state.walk.key_block * S.block_n + rank * keys_of_block(S);
+FOVEA_DEVICE int first_key_of_block(int key_block, int rank) {
+  return key_block * S.block_n + rank * keys_of_block(S);
 }
 
 /// Where everything lies in shared memory.
@@ -54,6 +63,7 @@ struct BackwardLayout {
   FOVEA_DEVICE u32 other_k() const { return base + kShared.other_k; }
   FOVEA_DEVICE u32 other_ds(u32 n) const { return base + kShared.other_ds + (n & 1) * kShared.ds_stage; }
   FOVEA_DEVICE u32 kept(u32 n) const { return base + kShared.kept + (n & 1) * kKeptBytes + threadIdx.x % 128 * 4; }
+  FOVEA_DEVICE u32 held(int tile) const { return base + kShared.held + tile * held_bytes(S); }
   FOVEA_DEVICE u32 dq(int warp, u32 n) const {
     return base + kShared.dq + (warp * kDqStages + n % kDqStages) * dq_piece_bytes(S);
   }
