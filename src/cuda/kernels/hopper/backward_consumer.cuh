@@ -28,17 +28,18 @@ struct BackwardConsumer : BackwardOwner<S> {
 #pragma unroll 1
       for (int block = 0;; ++block, ++n) {
         n = gather_keys(block, n);
-        if (uniform(state.last_keys(block))) return;
+        if (uniform(state.last_keys(block))) break;
       }
+    } else {
+      Sums sums;
+      begin(sums, 0);
+      const u32 tiles = this->gather(*this, sums);
+      this->end_walk(tiles);
+      meet(meeting(), 128);
+      store_dv(sums, at.v());  // while the last dq is made
+      this->await_end(tiles);
+      store_dk(sums, at.k());
     }
-    Sums sums;
-    begin(sums, 0);
-    const u32 tiles = this->gather(*this, sums);
-    this->end_walk(tiles);
-    meet(meeting(), 128);
-    store_dv(sums, at.v());  // while the last dq is made
-    this->await_end(tiles);
-    store_dk(sums, at.k());
   }
 
   /// Of the block's tile of keys that has this number.

@@ -35,8 +35,15 @@ struct BackwardDq {
   FOVEA_DEVICE void run() const {
     if constexpr (S.holds_dq) {
       hold();
-      return;
+    } else {
+      add_all();
     }
+  }
+
+ private:
+  using Sum = Accumulator[1][kColumns / 8];
+
+  FOVEA_DEVICE void add_all() const {
     u32 n = 0, sent = 0;
     if constexpr (kPairs) state.other_k.wait(0);
 #pragma unroll 1
@@ -71,9 +78,6 @@ struct BackwardDq {
       await_additions<0>();
     }
   }
-
- private:
-  using Sum = Accumulator[1][kColumns / 8];
 
   // ---- where it is held
 
