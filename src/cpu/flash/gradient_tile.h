@@ -110,7 +110,7 @@ struct RowGroup {
     return {data + panel * kPanelRows, kGroupRows, keys};
   }
 
-  /// Keys of a tile that are multiplied, or hidden, together.
+  /// Keys of a tile that a band may hide together.
   static constexpr i64 kStrip = kWord == Word::kPair ? kTileStrip : kKeyTile / 2;
 
   /// One panel against keys [keys), which are the rows of k and v from `at`.  Returns the strips of them that the panel
@@ -122,8 +122,11 @@ struct RowGroup {
     MaskWords<kKeyTile> masks{mask, panel, context, keys};
     const bool entries = context.call.mask.data != nullptr || context.call.bias.data != nullptr;
     Interval seen{0, 0};
-    for (i64 first = 0; first < keys.end - keys.begin; first += kStrip) {
-      const Interval strip{keys.begin + first, math::smaller(keys.begin + first + kStrip, keys.end)};
+    const bool whole =
+        kWord == Word::kFloat && context.sequence.band.tile(panel.queries, keys) == math::TileState::kFull;
+    const i64 step = whole ? kKeyTile : kStrip;
+    for (i64 first = 0; first < keys.end - keys.begin; first += step) {
+      const Interval strip{keys.begin + first, math::smaller(keys.begin + first + step, keys.end)};
       const auto tile = [&](float* all, float* own) -> Tile {
         if (kWord == Word::kPair) return {own, kPanelRows, strip};
         return tile_of(all + first * kGroupRows, p, strip);
