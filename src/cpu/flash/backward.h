@@ -224,12 +224,11 @@ class Backward {
     RowGroup<kWord>& rows = my.rows;
     const i64 count = keys.end - keys.begin;
     const bool any_bad = rows.any_bad || my.k.any_bad, floats = kWord == Word::kFloat || any_bad || call_.alibi;
-    i64 first = rows.kPanels, last = -1;  // panels that see something
+    Interval seen[RowGroup<kWord>::kPanels];  // of the tile's keys
     for (i64 p = 0; p < rows.kPanels; ++p) {
       const Tile ds = rows.tile_of(rows.ds, p, keys);
-      if (!rows.recompute(p, context, keys, my.k, my.v, at, floats)) continue;
-      first = math::smaller(first, p);
-      last = p;
+      const auto [first, end] = seen[p] = rows.recompute(p, context, keys, my.k, my.v, at, floats);
+      if (seen[p].empty()) continue;
       if (call_.alibi) add_slope_gradient(my, context, ds, rows.panels[p]);
       if (call_.softcap > 0 && floats) {
         const Tile tanhs = rows.tile_of(rows.tanhs, p, keys);
@@ -237,23 +236,43 @@ class Backward {
       }
       const Tile over_keys = kWord == Word::kPair ? Tile{rows.ds_over_keys, kPanelRows, keys} : ds;
       product<kWord, PackedColumns<kWord>::kLayout, Init::kAdd, kPanelVectors>(  // dqᵀ += Kᵀ dSᵀ
-          {my.k_columns.at(at), my.k_columns.stride, over_keys.data, over_keys.stride, dq_of(my, p), kPanelRows,
-           words_of<kWord>(count)},
+          {my.k_columns.at(at + first), my.k_columns.stride, over_keys.row(first / kPerWord<kWord>), over_keys.stride,
+           dq_of(my, p), kPanelRows, words_of<kWord>(end - first)},
           call_.head_dim);
     }
-    if (last < 0) return;
-    // The lanes of the panels from first to last, as whole words' depth.
-    constexpr i64 kStep = kDepthStep<kWord> * kPerWord<kWord>;
-    const i64 lane = first * kPanelRows / kStep * kStep, depth = words_of<kWord>((last + 1) * kPanelRows - lane);
-    product_wide<kWord, ALayout::kRowMajor, Init::kAdd>(  // dv += Pᵀ dout
-        {rows.p_words + lane / kPerWord<kWord>, rows.kWordStride, rows.dout.from_row(lane), rows.dout.padded,
-         my.dv + at * rows.dout.padded, rows.dout.padded, depth},
-        count, rows.dout.padded / kWidth);
-    product_wide<kWord, ALayout::kRowMajor, Init::kAdd>(  // dk += dSᵀ q
-        {rows.ds_words + lane / kPerWord<kWord>, rows.kWordStride, rows.q.from_row(lane), rows.q.padded,
-         my.dk + at * rows.q.padded, rows.q.padded, depth},
-        count, rows.q.padded / kWidth);
+    // The panels from the first to the last that see some keys.
+    const auto panels_of = [&seen](i64 key) {
+      Interval panels{0, 0};
+      for (i64 p = 0; p < RowGroup<kWord>::kPanels; ++p) {
+        if (seen[p].begin <= key && key < seen[p].end) panels = {panels.empty() ? p : panels.begin, p + 1};
+      }
+      return panels;
+    };
+    for (i64 first = 0, end = 0; first < count; first = end) {
+      const Interval panels = panels_of(first);
+      for (end = first; end < count; end += rows.kStrip) {
+        const Interval others = panels_of(end);
+        if (others.begin != panels.begin || others.end != panels.end) break;
+      }
+      end = math::smaller(end, count);
+      if (!panels.empty()) add_to_keys(my, panels, first, end - first, at);
+    }
     if (any_bad) add_bad_rows(my, context, keys, at);
+  }
+
+  /// dv += Pᵀ dout and dk += dSᵀ q of `count` keys of a tile, from `first` on, and some panels.
+  void add_to_keys(BackwardScratch<kWord>& my, Interval panels, i64 first, i64 count, i64 at) const {
+    const RowGroup<kWord>& rows = my.rows;
+    constexpr i64 kStep = kDepthStep<kWord> * kPerWord<kWord>;  // the panels' lanes, as whole words' depth
+    const i64 lane = panels.begin * kPanelRows / kStep * kStep, depth = words_of<kWord>(panels.end * kPanelRows - lane);
+    const auto add = [&](const float* words, const PackedGroup<kWord>& group, float* to) {
+      product_wide<kWord, ALayout::kRowMajor, Init::kAdd>(
+          {words + first * rows.kWordStride + lane / kPerWord<kWord>, rows.kWordStride, group.from_row(lane),
+           group.padded, to + (at + first) * group.padded, group.padded, depth},
+          count, group.padded / kWidth);
+    };
+    add(rows.p_words, rows.dout, my.dv);
+    add(rows.ds_words, rows.q, my.dk);
   }
 
   /// The entries whose row of q, k or dout is not finite, which the products saw as 0: only visible ones count.
@@ -394,7 +413,7 @@ class Backward {
       my.k.pack(context, call_.k, tile, kv_head);
       my.v.pack(context, call_.v, tile, kv_head);
       for (i64 p = 0; p < my.rows.kPanels; ++p) {
-        if (!my.rows.recompute(p, context, tile, my.k, my.v, 0, true)) continue;
+        if (my.rows.recompute(p, context, tile, my.k, my.v, 0, true).empty()) continue;
         const Tile sum = my.rows.tile_of(my.tile_sum, p, tile);
         for_each_vector(my.rows.tile_of(my.rows.ds, p, tile), [&](i64 r, int lane, const float* x) {
           store(sum.row(r) + lane, load(sum.row(r) + lane) + load(x));

@@ -110,17 +110,23 @@ struct RowGroup {
     return {data + panel * kPanelRows, kGroupRows, keys};
   }
 
-  /// One panel against keys [keys), which are the rows of k and v from `at`.  False where the panel sees none of them,
-  /// and P and dS are 0.  dS is the gradient of the scores after softcap in `ds`, and in the words of pairs before it.
-  bool recompute(i64 p, const Context& context, Interval keys, const PackedRows<kWord>& k, const PackedRows<kWord>& v,
-                 i64 at, bool floats) {
-    constexpr i64 kStrip = kWord == Word::kPair ? kTileStrip : kKeyTile;
+  /// Keys of a tile that a band may hide together.
+  static constexpr i64 kStrip = kWord == Word::kPair ? kTileStrip : kKeyTile / 2;
+
+  /// One panel against keys [keys), which are the rows of k and v from `at`.  Returns the strips of them that the panel
+  /// may see; of the others P and dS are 0.  dS is the gradient of the scores after softcap in `ds`, and in the words
+  /// of pairs before it.
+  Interval recompute(i64 p, const Context& context, Interval keys, const PackedRows<kWord>& k,
+                     const PackedRows<kWord>& v, i64 at, bool floats) {
     const Panel& panel = panels[p];
     MaskWords<kKeyTile> masks{mask, panel, context, keys};
     const bool entries = context.call.mask.data != nullptr || context.call.bias.data != nullptr;
-    bool seen = false;
-    for (i64 first = 0; first < keys.end - keys.begin; first += kStrip) {
-      const Interval strip{keys.begin + first, math::smaller(keys.begin + first + kStrip, keys.end)};
+    Interval seen{0, 0};
+    const bool whole =
+        kWord == Word::kFloat && context.sequence.band.tile(panel.queries, keys) == math::TileState::kFull;
+    const i64 step = whole ? kKeyTile : kStrip;
+    for (i64 first = 0; first < keys.end - keys.begin; first += step) {
+      const Interval strip{keys.begin + first, math::smaller(keys.begin + first + step, keys.end)};
       const auto tile = [&](float* all, float* own) -> Tile {
         if (kWord == Word::kPair) return {own, kPanelRows, strip};
         return tile_of(all + first * kGroupRows, p, strip);
@@ -132,7 +138,7 @@ struct RowGroup {
         clear_strip(p, strip, first, floats);
         continue;
       }
-      seen = true;
+      seen = {seen.empty() ? first : seen.begin, first + scores.rows()};
       if (panel.lanes < kPanelRows) state = math::TileState::kPartial;  // hides the lanes without a row from NaN keys
       const i64 slice = entries ? kSlice<kWord> : scores.rows();
       for (i64 r = 0; r < scores.rows(); r += slice) {
