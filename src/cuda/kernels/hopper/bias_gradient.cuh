@@ -108,10 +108,8 @@ struct BiasGradientSm90 {
   FOVEA_DEVICE void load_bias(const BiasTile& at, u32 t) const {
     state.bias.await_empty(t);
     state.bias.full[0].arrive_with(kShared.ring);
-#pragma unroll
-    for (int panel = 0; panel < kShared.ring / kPanel; ++panel)
-      load_panel(base + panel * kPanel, p.bias_map, state.bias.full[0],
-                 at.key + panel * (kPanelRowBytes / kBytes<S.bias_type>), {at.row, at.head, at.batch}, Keep::kNo);
+    load_bias_panels<kTile, kTile, S.bias_type>(base, p, state.bias.full[0], at.key, {at.row, at.head, at.batch},
+                                                Keep::kNo);
   }
   template <int kDim>
   FOVEA_DEVICE void load(u32 n, const BiasTile& at, const Sequence& sequence, int h, const TensorMap& keys,
