@@ -80,7 +80,8 @@ class BackwardSm90Plan final : public PlannedKernel {
     make_maps(p, spec.block_m, keys_of_block(spec));
     call_.before(p, workspace, stream);
     launch(main_, call_.main_blocks(p) * blocks_of_cluster(call_.shape().spec), p, stream);
-    if (p.dbias.data != nullptr && bias_gradient_ && p.by_engine && p.bias_by_engine && shared_alike(p)) {
+    const bool own_rows = p.bias.query != 0 || p.dbias.query == 0;  // a bias may be expanded by strides of 0
+    if (p.dbias.data != nullptr && bias_gradient_ && p.by_engine && p.bias_by_engine && own_rows) {
       make_maps(p, kBiasGradientTile, kBiasGradientTile);
       const auto tiles = [](int of) { return ceil_div(of, kBiasGradientTile); };
       const auto count = [](std::int64_t stride, int many) { return stride == 0 ? 1 : many; };
@@ -95,11 +96,6 @@ class BackwardSm90Plan final : public PlannedKernel {
   }
 
  private:
-  /// A bias may be expanded by strides of 0; its gradient then is not.
-  static bool shared_alike(const BackwardParams& p) {
-    return (p.bias.batch == 0) == (p.dbias.batch == 0) && (p.bias.head == 0) == (p.dbias.head == 0) &&
-           (p.bias.query == 0) == (p.dbias.query == 0);
-  }
   void make_maps(BackwardSm90Params& p, int box_rows, int box_keys) const {
     const auto& s = call_.shape().spec;
     const CallMaps maps{p, CurrentGpu(device_.index), s.type, box_rows, box_keys};

@@ -169,6 +169,13 @@ TEST_F(Memory, AWorkspaceThatIsMissingOrMisalignedIsRefused) {
   EXPECT_TRUE(contains(refused(static_cast<std::byte*>(workspace.data()) + 8), "not aligned"));
 }
 
+/// With other inputs than the task's own.
+void run(const Task& task, const Plan& plan, const Inputs& in) {
+  const tools::Workspace workspace(task.place(), plan.workspace_bytes());
+  plan.execute(in, task.call().outputs(), workspace.data(), task.place().stream());
+  task.place().synchronize();
+}
+
 TEST_F(Memory, AMaskExpandedByStride0GivesTheBitsOfOneThatIsNot) {
   for (const char* whole : {"fwd+bwd bf16 b2 hq4 hkv2 sq303 skv384 d64 mask=bhqk deterministic",
                             "fwd bf16 b2 hq8 hkv2 sq1 skv3000 d64 mask=bhqk"}) {
@@ -185,13 +192,30 @@ TEST_F(Memory, AMaskExpandedByStride0GivesTheBitsOfOneThatIsNot) {
       for (int axis = 0; axis < 4; ++axis) {
         if (in.mask.shape[axis] != full[axis]) in.mask.shape[axis] = full[axis], in.mask.strides[axis] = 0;
       }
-      const auto run = [&](const Plan& plan) {
-        const tools::Workspace workspace(task.place(), plan.workspace_bytes());
-        plan.execute(in, task.call().outputs(), workspace.data(), task.place().stream());
-        task.place().synchronize();
-      };
-      run(plan_forward(problem, kGpu));
-      if (problem.backward()) run(plan_backward(problem, kGpu));
+      run(task, plan_forward(problem, kGpu), in);
+      if (problem.backward()) run(task, plan_backward(problem, kGpu), in);
+      EXPECT_EQ(task.results(), expected);
+    }
+  }
+}
+
+TEST_F(Memory, ABiasExpandedByStride0HasTheGradientOfOneThatIsNot) {
+  for (const char* line : {"bwd bf16 b2 hq2 sq300 skv264 d128 bias=bhqk deterministic",
+                           "bwd fp16 b2 hq2 sq130 skv400 d64 bias=bhqk:fp32 causal=top_left deterministic"}) {
+    for (const int axis : {0, 1}) {
+      SCOPED_TRACE(std::string(line) + " along " + std::to_string(axis));
+      Task task(line);
+      const Tensor& bias = task.work().inputs().bias;
+      const std::int64_t size = size_bytes(bias.dtype), part = bias.strides[axis] * size;
+      for (int other = 0; other < 2; ++other) {
+        std::byte* const first = static_cast<std::byte*>(bias.data) + other * bias.strides[1 - axis] * size;
+        std::copy_n(first, bias.strides[1] * size, first + part);
+      }
+      const Bits expected = task.run();
+      task.prepare();
+      Inputs in = task.call().inputs();
+      in.bias.strides[axis] = 0;
+      run(task, plan_backward(task.work().problem(), kGpu), in);
       EXPECT_EQ(task.results(), expected);
     }
   }

@@ -157,9 +157,8 @@ struct BackwardProducer {
     full.arrive_behind_copies();
   }
 
-  /// A bias under a tile of rows.  Dimensions of stride 0 are one to the engine.
+  /// A bias under a tile of rows.
   FOVEA_DEVICE void load_bias(const Step& step, u32 n) const {
-    constexpr int kPanel = S.block_m * kPanelRowBytes, kStage = BackwardLayout<S>::kShared.bias_stage;
     const int place = state.bias.place(n), row = step.tile * S.block_m,
               key = first_key_of_block<S>(state.walk.key_block, rank_of_block<S>());
     Barrier& full = state.bias.full[place];
@@ -169,13 +168,9 @@ struct BackwardProducer {
       share();
       if (leads()) full.arrive();
     } else if (leads()) {
-      full.arrive_with(kStage);
-      const RowPlace from{p.bias.query == 0 ? 0 : row, p.bias.head == 0 ? 0 : step.head,
-                          p.bias.batch == 0 ? 0 : state.walk.sequence.batch};
-#pragma unroll
-      for (int panel = 0; panel < kStage / kPanel; ++panel)
-        load_panel(at.bias(place) + panel * kPanel, p.bias_map, full,
-                   key + panel * (kPanelRowBytes / kBytes<S.bias_type>), from, Keep::kAwhile);
+      full.arrive_with(BackwardLayout<S>::kShared.bias_stage);
+      load_bias_panels<S.block_m, keys_of_block(S), S.bias_type>(
+          at.bias(place), p, full, key, {row, step.head, state.walk.sequence.batch}, Keep::kAwhile);
     }
   }
   /// By hand.  Past the last row or key the last one is read: such entries are hidden anyway.

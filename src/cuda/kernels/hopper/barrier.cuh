@@ -40,9 +40,9 @@ struct Barrier {
   FOVEA_DEVICE void expect(u32 bytes) {
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
   }
+  /// Of who has read, and written nothing: for that `release.cluster` would be a fence of the whole GPU.
   FOVEA_DEVICE void arrive_in_other() {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_in_other(address()))
-                 : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in_other(address())) : "memory");
   }
   /// Once all copies that this thread has asked for (cp.async) are there.
   FOVEA_DEVICE void arrive_behind_copies() {

@@ -108,10 +108,8 @@ struct BiasGradientSm90 {
   FOVEA_DEVICE void load_bias(const BiasTile& at, u32 t) const {
     state.bias.await_empty(t);
     state.bias.full[0].arrive_with(kShared.ring);
-#pragma unroll
-    for (int panel = 0; panel < kShared.ring / kPanel; ++panel)
-      load_panel(base + panel * kPanel, p.bias_map, state.bias.full[0],
-                 at.key + panel * (kPanelRowBytes / kBytes<S.bias_type>), {at.row, at.head, at.batch}, Keep::kNo);
+    load_bias_panels<kTile, kTile, S.bias_type>(base, p, state.bias.full[0], at.key, {at.row, at.head, at.batch},
+                                                Keep::kNo);
   }
   template <int kDim>
   FOVEA_DEVICE void load(u32 n, const BiasTile& at, const Sequence& sequence, int h, const TensorMap& keys,
@@ -162,13 +160,18 @@ struct BiasGradientSm90 {
     }
   }
   FOVEA_DEVICE void store(const Entries& sum, const BiasTile& at) const {
-    const int first = at.key + warp_key() + lane_id() / 4;
-    char* const to = p.dbias.data + at.batch * p.dbias.batch + at.head * p.dbias.head;
-    Columns::each([&](int j, int e) {
-      const int i = at.row + Columns::row_of(j, e), k = first + e / 2 * 8;
-      if (i < p.seqlen_q && k < p.seqlen_kv)
-        write<S.bias_type>(to + i * p.dbias.query + k * p.dbias.key, sum[0][j].x[e]);
-    });
+    const int row = at.row + Columns::row_of(0, 0), key = at.key + warp_key() + lane_id() / 4;
+    const EntryView& view = p.dbias;
+    char* to = view.data + at.batch * view.batch + at.head * view.head + row * view.query + key * view.key;
+#pragma unroll
+    for (int j = 0; j < Columns::kN; ++j, to += 6 * view.query) {  // from row to row, for addresses take the most
+#pragma unroll
+      for (int e = 0; e < 2; ++e, to += view.query) {
+        const int keys = row + 8 * j + e < p.seqlen_q ? p.seqlen_kv - key : 0;
+        if (keys > 0) write<S.bias_type>(to, sum[0][j].x[e]);
+        if (keys > 8) write<S.bias_type>(to + 8 * view.key, sum[0][j].x[e + 2]);
+      }
+    }
   }
 
   /// dS of a sharer; kHides: band and ends may hide an entry; kChecks: that, or the bias does.  Where something that is
@@ -239,10 +242,10 @@ __device__ void bias_gradient_sm90(const BackwardSm90Params& p) {
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 128), 0);
   const Gradient gradient{p, state, shared_address(shared), (group - 1) * kGroupRows};
   if (group == 0) {
-    give_registers<24>();
+    give_registers<40>();
     if (threadIdx.x == 0) gradient.load_all();
   } else {
-    take_registers<240>();
+    take_registers<232>();
     gradient.gather();
   }
 }

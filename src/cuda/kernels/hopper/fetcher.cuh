@@ -35,22 +35,16 @@ struct Fetcher {
     ring.await_empty(fetched);
     Barrier& full = ring.full[place];
     if constexpr (S.bias) {
-      if (p.bias_by_engine && lane_id() == 0) fetch_bias(work, at.bias(group, place), key, full);
+      if (p.bias_by_engine && lane_id() == 0) {
+        full.expect(bias_bytes(S));
+        load_bias_panels<kGroupRows, S.block_n, S.bias_type>(
+            at.bias(group, place), p, full, key,
+            {work.rows.first + group * kGroupRows, work.rows.first_head, work.sequence.batch}, Keep::kAwhile);
+      }
     }
     if constexpr (S.mask) fetch_words(work, at.words(group, place), key);
     full.arrive_behind_copies();
     ++fetched;
-  }
-
-  /// Dimensions of stride 0 are one to the engine.
-  FOVEA_DEVICE void fetch_bias(const Work<S>& work, u32 to, int key, Barrier& full) const {
-    const RowPlace from{p.bias.query == 0 ? 0 : work.rows.first + group * kGroupRows,
-                        p.bias.head == 0 ? 0 : work.rows.first_head, p.bias.batch == 0 ? 0 : work.sequence.batch};
-    full.expect(bias_bytes(S));
-#pragma unroll
-    for (int panel = 0; panel < bias_panels(S); ++panel)
-      load_panel(to + panel * kGroupRows * kPanelRowBytes, p.bias_map, full,
-                 key + panel * kPanelRowBytes / kBytes<S.bias_type>, from, Keep::kAwhile);
   }
 
   /// Row by row.  Past the last row or key the last one is read: such entries are hidden anyway.

@@ -36,6 +36,17 @@ FOVEA_DEVICE void load_panels(u32 to, const TensorMap& map, Barrier& full, const
     load_panel(to + panel * kRows * kPanelRowBytes, map, full, first_column + panel * kPanelColumns, at, keep);
 }
 
+/// A tile of a bias, kRows rows by kKeys keys in panels, by one thread.  Dimensions of stride 0 are one to the engine.
+template <int kRows, int kKeys, Type kType, class Params>
+FOVEA_DEVICE void load_bias_panels(u32 to, const Params& p, const Barrier& full, int key, const RowPlace& at,
+                                   Keep keep) {
+  constexpr int kOfPanel = kPanelRowBytes / kBytes<kType>;
+  const RowPlace from{p.bias.query == 0 ? 0 : at.row, p.bias.head == 0 ? 0 : at.head, p.bias.batch == 0 ? 0 : at.batch};
+#pragma unroll
+  for (int panel = 0; panel < (kKeys + kOfPanel - 1) / kOfPanel; ++panel)
+    load_panel(to + panel * kRows * kPanelRowBytes, p.bias_map, full, key + panel * kOfPanel, from, keep);
+}
+
 /// Some bytes, in steps of 16, as they are.
 FOVEA_DEVICE void load_bytes(u32 to, const void* from, u32 bytes, const Barrier& barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
