@@ -1,7 +1,7 @@
 # fovea_add_isas(PREFIX SOURCE OBJECTS ISA...): SOURCE compiled as the library PREFIX_ISA for each instruction set that this
 # kind of processor may have; OBJECTS brings them along.
 function(fovea_add_isas prefix source objects)
-  set(flags_avx2 -mavx2 -mfma -mf16c)
+  set(flags_avx2 -mavx2 -mfma -mf16c -falign-loops=64)  # 5% of the backward hangs on where a product's loop lies
   set(flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512
     $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)  # g++ 12 warns inside its own avx512fintrin.h
   set(flags_avx512_bf16 ${flags_avx512} -mavx512bf16)
