@@ -32,7 +32,7 @@ struct BackwardState {
   /// Of the keys of step n.
   FOVEA_DEVICE int key_block(u32 n) const { return S.holds_dq ? step(n).turn : walk.key_block; }
   FOVEA_DEVICE bool last_keys(int key_block) const { return (key_block + 1) * S.block_n >= walk.sequence.kv_rows; }
-  /// Once a warp, which then waits for nothing of them.
+  /// Once a warp, when it reads nothing of these keys any more.
   FOVEA_DEVICE void leave_keys() {
     __syncwarp();
     if (static_cast<u32>(lane_id()) < kArrivals) keys_read.arrive();

@@ -30,7 +30,7 @@ struct BiasTile {
 template <BackwardSpec S>
 struct BiasGradientSm90 {
   static constexpr BiasGradientSm90Shared kShared = BiasGradientSm90Shared::of(S);
-  static constexpr int kTile = S.block_m, kPanel = kTile * kPanelRowBytes, kStatistics = 4 * kTile;
+  static constexpr int kTile = S.block_m, kStatistics = 4 * kTile;
   static constexpr u32 kMeetings = 1;  // the warpgroups' barriers, but for the first one's, from this one on
   using Columns = GradientColumns<S>;
   using Entries = typename Columns::Entries;
