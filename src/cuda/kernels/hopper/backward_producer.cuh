@@ -59,7 +59,11 @@ struct BackwardProducer {
     if (leads()) state.dout.full[state.dout.place(n)].arrive();
     if constexpr (S.bias) {
       state.bias.await_empty(n);
-      if (leads()) state.bias.full[state.bias.place(n)].arrive();
+      if (!p.bias_by_engine) {
+        state.bias.announce(n);
+      } else if (leads()) {
+        state.bias.full[state.bias.place(n)].arrive();
+      }
     }
     share();
   }
@@ -165,8 +169,7 @@ struct BackwardProducer {
     state.bias.await_empty(n);
     if (!p.bias_by_engine) {
       copy_bias(at.bias(place), row, key, step.head);
-      share();
-      if (leads()) full.arrive();
+      state.bias.announce(n);  // by each warp for its part
     } else if (leads()) {
       full.arrive_with(BackwardLayout<S>::kShared.bias_stage);
       load_bias_panels<S.block_m, keys_of_block(S), S.bias_type>(
