@@ -120,9 +120,11 @@ def with_bias(places, readers, tile):
     return {"bias": (places, 1, readers)}, [tile[0], ("wait", "bias", "full"), ("free", "bias"), *tile[1:]]
 
 
-def own_keys(bias=0):
-    tile = [("wait", "q", "full"), ("wait", "dout", "full"), ("wait", "dS", "empty"), ("write", "dS"), ("fill", "dS"), ("free", "dout"),
-            ("free", "q")]
+def own_keys(bias=0, ahead=True):
+    """ahead: a warpgroup looks at the next tile before it gives this one's rows back."""
+    look = [("wait", "q", "full", 1)] if ahead else []
+    tile = [("wait", "q", "full"), ("wait", "dout", "full"), ("wait", "dS", "empty"), ("write", "dS"), ("fill", "dS"), *look,
+            ("free", "dout"), ("free", "q")]
     end = [("wait", "dS", "empty"), ("fill", "dS"), ("wait", "dS", "empty", 1)]
     ring, tile = with_bias(bias, 2, tile)
     return Model({**OWN_KEYS, **ring}, [(tile, end), (tile, end), ([("wait", "dS", "full"), ("free", "dS")], [])])
@@ -158,7 +160,7 @@ def held(tiles_of_keys):
         for _ in range(tiles):
             producer += [("wait", "q", "empty", n), ("copy", "q", "full", n), ("wait", "dout", "empty", n), ("copy", "dout", "full", n)]
             owner += [("wait", "q", "full", n), ("wait", "dout", "full", n), ("wait", "dS", "empty", n), ("arrive", "dS", "full", n),
-                      ("arrive", "dout", "empty", n), ("arrive", "q", "empty", n)]
+                      ("wait", "q", "full", n + 1), ("arrive", "dout", "empty", n), ("arrive", "q", "empty", n)]
             dq += [("wait", "dS", "full", n), ("arrive", "dS", "empty", n)]
             n += 1
         producer += [("wait", "q", "empty", n), ("wait", "dout", "empty", n), ("arrive", "dout", "full", n), ("arrive", "q", "full", n)]
@@ -231,7 +233,7 @@ if __name__ == "__main__":
     print(f"turns: {len(cases)} grids, nobody waits for ever")
     counts = [held(tiles) for tiles in itertools.chain.from_iterable(itertools.product(range(4 - keys // 2), repeat=keys) for keys in (1, 2, 3))]
     print(f"all keys of a block, dq held: {sum(counts)} states of {len(counts)} walks, nobody waits for ever")
-    for name, model, most in (("keys of their own", own_keys(), 6), ("keys of their own, a bias with one place", own_keys(1), 5),
+    for name, model, most in (("keys of their own", own_keys(ahead=False), 6), ("keys of their own, looking ahead", own_keys(), 6), ("keys of their own, a bias with one place", own_keys(1), 5),
                               ("keys of their own, a bias with two", own_keys(2), 4), ("shared keys, a bias", shared_keys(True, bias=1), 2),
                               ("shared keys", shared_keys(False), 3),
                               ("shared keys, hidden entries", shared_keys(True), 3),

@@ -26,17 +26,22 @@ FOVEA_FN constexpr int dout_stages(const BackwardSpec& s) { return shares_keys(s
 FOVEA_FN constexpr bool is_wide(const BackwardSpec& s) {
   return s.block_m > kGroupRows || math::larger(s.head_dim, s.head_dim_v) > 96;
 }
+/// Columns of dq that are made at once: all, where there is room for them, else a panel, so that no product begins
+/// within one.
+FOVEA_FN constexpr int dq_columns(const BackwardSpec& s) {
+  const int most = is_wide(s) || s.bias ? kPanelColumns : s.mask ? 80 : 96;
+  return s.head_dim <= most ? s.head_dim : math::smaller(s.head_dim, kPanelColumns);
+}
+/// For dq, besides what is made of it at once.
+FOVEA_FN constexpr int dq_registers(const BackwardSpec& s) { return is_wide(s) ? 64 : dq_columns(s) > 80 ? 80 : 72; }
 /// A mask's walk wants 56; where it spills, it does so once a tile and beside the products.
 FOVEA_FN constexpr int producer_registers(const BackwardSpec& s) {
-  return is_wide(s) ? 32 : !s.mask ? 40 : s.deterministic ? 72 : 56;
+  return is_wide(s) || dq_registers(s) > 72 ? 32 : !s.mask ? 40 : s.deterministic ? 72 : 56;
 }
-FOVEA_FN constexpr int dq_registers(const BackwardSpec& s) { return is_wide(s) ? 64 : 72; }
 FOVEA_FN constexpr int consumer_registers(const BackwardSpec& s) {
   return (4 * 128 - producer_registers(s) - dq_registers(s)) / 16 * 8;
 }
 
-/// Columns of dq that are made at once: a panel, so that no product begins within one.
-FOVEA_FN constexpr int dq_columns(const BackwardSpec& s) { return math::smaller(s.head_dim, kPanelColumns); }
 inline constexpr int kDqStages = 2;  // pieces of a warp that wait to be added
 /// Bytes of 16 rows of those columns.
 FOVEA_FN constexpr int dq_piece_bytes(const BackwardSpec& s) { return 16 * dq_columns(s) * 4; }

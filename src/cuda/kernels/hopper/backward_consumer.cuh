@@ -13,7 +13,10 @@ struct BackwardConsumer : BackwardOwner<S> {
   using Owner::p, Owner::state, Owner::at, Owner::step, Owner::meeting, Owner::warp_key, Owner::lane_key;
   using Owner::rows_of, Owner::see, Owner::issue_scores, Owner::issue_dp, Owner::put, Owner::add_bias,
       Owner::bias_hides;
-  using typename Owner::Columns, typename Owner::Entries, typename Owner::Packed;
+  using typename Owner::Columns, typename Owner::Entries, typename Owner::Packed, typename Owner::Ahead;
+
+  /// While the products of the tile before are made; where sums are wide that gains nothing.
+  static constexpr bool kLooksAhead = S.block_m > kGroupRows || S.head_dim <= 96;
 
   /// What a warpgroup gathers.
   struct Sums {
@@ -82,7 +85,7 @@ struct BackwardConsumer : BackwardOwner<S> {
   /// kHides: some entry may be hidden.  Where all of S and dP is finite, so are q, dout and K, and weights of 0 add
   /// zeros: then the tile goes on as if nothing were hidden.  A bias may hide any entry.
   template <bool kHides>
-  FOVEA_DEVICE void tile(u32 n, Sums& sums) const {
+  FOVEA_DEVICE void tile(u32 n, Ahead& ahead, Sums& sums) const {
     const Step& now = step(n);
     const int place = state.q.place(n);
     Entries s;
@@ -95,16 +98,16 @@ struct BackwardConsumer : BackwardOwner<S> {
     await_products<0>();
     pin(s[0]);
     if constexpr (!S.bias || kHides) {
-      go_on<kHides, kHides>(n, place, columns, s, sums);
+      go_on<kHides, kHides>(n, place, columns, s, ahead, sums);
     } else if (hides) {
-      go_on<false, true>(n, place, columns, s, sums);
+      go_on<false, true>(n, place, columns, s, ahead, sums);
     } else {
-      go_on<false, false>(n, place, columns, s, sums);
+      go_on<false, false>(n, place, columns, s, ahead, sums);
     }
   }
 
   template <bool kHides, bool kChecks>
-  FOVEA_DEVICE void go_on(u32 n, int place, Columns& columns, Entries& s, Sums& sums) const {
+  FOVEA_DEVICE void go_on(u32 n, int place, Columns& columns, Entries& s, Ahead& ahead, Sums& sums) const {
     Entries dp;
     Packed weights;
     float check = columns.template weigh<kHides, kChecks>(s, at.log2_lse(place), [&] { add_bias(columns, s, n); });
@@ -117,12 +120,12 @@ struct BackwardConsumer : BackwardOwner<S> {
     if constexpr (kChecks) {
       check += columns.not_finite_gradients(dp, at.delta(place));
       if (uniform(meet_any(meeting(), 128, !(check == 0.0F)))) {
-        add<true>(fresh(n), columns, dp, weights, sums);  // whose addresses take no registers before
+        add<true>(fresh(n), columns, dp, weights, ahead, sums);  // whose addresses take no registers before
         return;
       }
       if constexpr (!S.dropout) issue_dv(weights, place, sums);
     }
-    add<false>(n, columns, dp, weights, sums);
+    add<false>(n, columns, dp, weights, ahead, sums);
   }
 
   FOVEA_DEVICE void issue_dv(Packed& weights, int place, Sums& sums) const {
@@ -131,7 +134,7 @@ struct BackwardConsumer : BackwardOwner<S> {
 
   /// Of P and dP: dS, for who makes dq, and dk; dv where it is not under way yet.  kTermByTerm: of what is seen alone.
   template <bool kTermByTerm>
-  FOVEA_DEVICE void add(u32 n, Columns& columns, Entries& dp, Packed& weights, Sums& sums) const {
+  FOVEA_DEVICE void add(u32 n, Columns& columns, Entries& dp, Packed& weights, Ahead& ahead, Sums& sums) const {
     const int place = state.q.place(n);
     Packed ds;
     if constexpr (kTermByTerm) columns.hide_by_bias(weights);
@@ -147,7 +150,9 @@ struct BackwardConsumer : BackwardOwner<S> {
     share<kTermByTerm>(ds, n);
     if constexpr (kTermByTerm) {
       add_seen(n, place, weights, sums);
+      if constexpr (kLooksAhead) this->look_ahead(ahead, fresh(n) + 1);
     } else {
+      if constexpr (kLooksAhead) this->look_ahead(ahead, fresh(n) + 1);
       await_products<0>();
       pin(sums.dv[0]), pin(sums.dk[0]), pin(weights), pin(ds);
     }

@@ -15,14 +15,19 @@ struct BackwardDq {
   using Pieces = typename Backward<S>::Dq;
   static constexpr bool kPairs = shares_keys(S);
   static constexpr int kBlocks = blocks_of_cluster(S), kKeys = keys_of_block(S);
-  static constexpr int kColumns = dq_columns(S), kPanels = panels_of(S.head_dim), kKeyPanel = kKeys * kPanelRowBytes;
-  /// Pieces of 16 rows that lie in a row: where a warp has more rows, as many as begin nowhere else.
-  static constexpr int kRun = Pieces::kM == 1 ? kColumns / 8 : math::smaller(Pieces::kN & -Pieces::kN, kColumns / 8);
+  static constexpr int kColumns = dq_columns(S), kPanels = (S.head_dim + kColumns - 1) / kColumns,
+                       kKeyPanel = kKeys * kPanelRowBytes;
+  static constexpr int kPieces = kColumns / 8;  // of 16 rows of a product
   /// Of a step's two products the first one is added from registers: the next one can begin sooner, and half as much
   /// waits for the copy engine, which adds the other while products are made.  Not in turns, for who passes one awaits
   /// the engine alone, and not where the second one is narrow.
   static constexpr bool kBothWays =
       !kPairs && !S.deterministic && (kPanels == 1 ? S.block_m > kGroupRows : S.head_dim % kPanelColumns == 0);
+  /// Of the second, or only one these pieces are.
+  static constexpr int kDirect = kBothWays ? 2 : kPanels == 1 && kPieces > 8 && !S.deterministic ? 4 : 0;
+  /// Pieces of 16 rows that lie in a row: where a warp has more rows, as many as begin nowhere else.
+  static constexpr int kRun =
+      Pieces::kM == 1 ? kPieces : math::smaller(Pieces::kN & -Pieces::kN, kDirect > 0 ? kDirect : kPieces);
   static constexpr u32 kMeeting = 4;  // this warpgroup's barrier
 
   const BackwardSm90Params& p;
@@ -41,7 +46,7 @@ struct BackwardDq {
   }
 
  private:
-  using Sum = Accumulator[1][kColumns / 8];
+  using Sum = Accumulator[1][kPieces];
 
   FOVEA_DEVICE void add_all() const {
     u32 n = 0, sent = 0;
@@ -59,9 +64,9 @@ struct BackwardDq {
           Sum dq;
           make(dq, n, row, panel, spoiled, row + panel == 0);
           if (kBothWays && row + panel == 0) {
-            add(dq[0], step(n).slot, row + warp() * 16, panel);
+            add<kPieces>(dq[0], step(n).slot, row + warp() * 16, panel);
           } else {
-            add(dq[0], step(n).slot, row + warp() * 16, panel, kBothWays ? n : sent);
+            add<kDirect>(dq[0], step(n).slot, row + warp() * 16, panel, kBothWays ? n : sent);
           }
           if (S.deterministic && n > 0 && row + panel == 0) pass_turn<1>(n - 1);
         }
@@ -116,18 +121,18 @@ struct BackwardDq {
   /// Of a warp's 16 rows, piece by piece as accumulators lie.
   FOVEA_DEVICE u32 part(int tile, int row) const { return at.held(tile) + (row / 16 + warp()) * dq_piece_bytes(S); }
 
-  FOVEA_DEVICE static void add(Accumulator (&dq)[kColumns / 8], u32 part, bool begun) {
+  FOVEA_DEVICE static void add(Accumulator (&dq)[kPieces], u32 part, bool begun) {
     const u32 mine = part + lane_id() * 16;
     if (begun) {
 #pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j) {
+      for (int j = 0; j < kPieces; ++j) {
         const uint4 sum = load_shared_16(mine + j * 512);
         dq[j].x[0] += __uint_as_float(sum.x), dq[j].x[1] += __uint_as_float(sum.y);
         dq[j].x[2] += __uint_as_float(sum.z), dq[j].x[3] += __uint_as_float(sum.w);
       }
     }
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) store_shared_four(mine + j * 512, dq[j]);
+    for (int j = 0; j < kPieces; ++j) store_shared_four(mine + j * 512, dq[j]);
   }
 
   /// All rows; of those that see no key, zeros.
@@ -191,7 +196,7 @@ struct BackwardDq {
       Sum dq;
       make(dq, n, 0, panel, false, panel == first);
       if (panel + 1 == end) state.ds.template release<true>(n);
-      add(dq[0], step(n).slot, warp() * 16, panel);
+      add<kPieces>(dq[0], step(n).slot, warp() * 16, panel);
     }
   }
 
@@ -218,7 +223,7 @@ struct BackwardDq {
   }
 
   /// A pair tells by dq itself whether what is hidden may not have been finite: one knows of its own keys alone.
-  FOVEA_DEVICE static bool all_finite(const Accumulator (&dq)[kColumns / 8]) {
+  FOVEA_DEVICE static bool all_finite(const Accumulator (&dq)[kPieces]) {
     float sum = 0.0F;
 #pragma unroll
     for (const Accumulator& c : dq) {
@@ -228,9 +233,9 @@ struct BackwardDq {
     return !__any_sync(kAllLanes, !(sum == 0.0F));
   }
   /// Term by term of what is seen.
-  FOVEA_DEVICE void make_seen(Accumulator (&dq)[kColumns / 8], u32 n, int row, int panel) const {
+  FOVEA_DEVICE void make_seen(Accumulator (&dq)[kPieces], u32 n, int row, int panel) const {
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
+    for (int j = 0; j < kPieces; ++j) {
       Accumulator one[1][1] = {};
 #pragma unroll 1
       for (int other = 0; other < kBlocks; ++other) {
@@ -243,36 +248,37 @@ struct BackwardDq {
     }
   }
 
-  /// From registers.
-  FOVEA_DEVICE void add(const Accumulator (&dq)[kColumns / 8], i64 slot, int row, int panel) const {
-    float* const sum = p.dq_sum + slot * (S.block_m * S.head_dim);
-    const int pieces = S.head_dim % kPanelColumns == 0
-                           ? kColumns / 8
-                           : math::smaller(kColumns, S.head_dim - panel * kPanelColumns) / 8;
-#pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
-      if (j < pieces) reduce(sum + Pieces::piece(row / 16, panel * (kPanelColumns / 8) + j), dq[j]);
-    }
+  /// The first piece of 16 rows of a tile.
+  FOVEA_DEVICE float* sum_of(i64 slot, int row) const {
+    return p.dq_sum + slot * (S.block_m * S.head_dim) + Pieces::piece(row / 16, 0);
   }
-  /// Through shared memory by the copy engine.
-  FOVEA_DEVICE void add(const Accumulator (&dq)[kColumns / 8], i64 slot, int row, int panel, u32 sent) const {
-    float* const sum = p.dq_sum + slot * (S.block_m * S.head_dim);
-    const int pieces = math::smaller(kColumns, S.head_dim - panel * kPanelColumns) / 8;
-    const u32 from = at.dq(warp(), sent);
-    if (lane_id() == 0) await_additions_read<kDqStages - 1>();
-    __syncwarp();
+  /// The first pieces of a product from registers, the others through shared memory by the copy engine.
+  template <int kFromRegisters>
+  FOVEA_DEVICE void add(const Accumulator (&dq)[kPieces], i64 slot, int row, int panel, u32 sent = 0) const {
+    float* const sum = sum_of(slot, row);
+    const int first = kPanels == 1 ? 0 : panel * kPieces;
+    const int pieces =
+        S.head_dim % kColumns == 0 ? kPieces : math::smaller(kColumns, S.head_dim - panel * kPanelColumns) / 8;
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) store_shared_four(from + j * 512 + lane_id() * 16, dq[j]);
-    fence_engine();
-    __syncwarp();
-    if (lane_id() != 0) return;
-#pragma unroll
-    for (int j = 0; j < kColumns / 8; j += kRun) {
-      if (j < pieces)
-        add_floats(sum + Pieces::piece(row / 16, panel * (kPanelColumns / 8) + j), from + j * 512,
-                   math::smaller(kRun, pieces - j) * 512);
+    for (int j = 0; j < kFromRegisters; ++j) {
+      if (j < pieces) reduce(sum + Pieces::piece(0, first + j), dq[j]);
     }
-    close_additions();
+    if constexpr (kFromRegisters < kPieces) {
+      const u32 from = at.dq(warp(), sent);
+      if (lane_id() == 0) await_additions_read<kDqStages - 1>();
+      __syncwarp();
+#pragma unroll
+      for (int j = kFromRegisters; j < kPieces; ++j) store_shared_four(from + j * 512 + lane_id() * 16, dq[j]);
+      fence_engine();
+      __syncwarp();
+      if (lane_id() != 0) return;
+#pragma unroll
+      for (int j = kFromRegisters; j < kPieces; j += kRun) {
+        if (j < pieces)
+          add_floats(sum + Pieces::piece(0, first + j), from + j * 512, math::smaller(kRun, pieces - j) * 512);
+      }
+      close_additions();
+    }
   }
 
   FOVEA_DEVICE static void store_shared_four(u32 address, const Accumulator& c) {

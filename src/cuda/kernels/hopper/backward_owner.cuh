@@ -36,17 +36,32 @@ struct BackwardOwner {
 
   // ---- the walk
 
-  /// Has `self` gather tile after tile from n on, as tile<kHides>(n, sums), kHides: some entry may be hidden; the end.
+  /// Whether there is a tile, and whether all of it is seen.
+  struct Ahead {
+    bool exists, full;
+  };
+  FOVEA_DEVICE void look_ahead(Ahead& ahead, u32 n) const {
+    state.q.await_full(n);
+    ahead.exists = uniform(step(n).exists);
+    ahead.full = full(n);
+  }
+  /// Has `self` gather tile after tile from n on, as tile<kHides>(n, ahead, sums), kHides: some entry may be hidden;
+  /// the end.  Who looks ahead leaves what it has seen of the next tile.
   template <class Self, class Sums>
   FOVEA_DEVICE u32 gather(const Self& self, Sums& sums, u32 n = 0) const {
+    Ahead ahead;
+    if constexpr (Self::kLooksAhead) look_ahead(ahead, n);
 #pragma unroll 1
     for (;; ++n) {
-      state.q.await_full(n);
-      if (!uniform(step(n).exists)) break;
-      if (full(n)) {
-        self.template tile<false>(n, sums);
+      if constexpr (!Self::kLooksAhead) {
+        state.q.await_full(n);
+        ahead.exists = uniform(step(n).exists);
+      }
+      if (!ahead.exists) break;
+      if (Self::kLooksAhead ? ahead.full : full(n)) {
+        self.template tile<false>(n, ahead, sums);
       } else {
-        self.template tile<true>(n, sums);
+        self.template tile<true>(n, ahead, sums);
       }
     }
     return n;

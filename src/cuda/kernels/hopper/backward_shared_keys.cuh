@@ -32,6 +32,7 @@ struct WeightsConsumer : BackwardOwner<S> {
   using Owner::rows_of, Owner::see, Owner::issue_scores, Owner::put;
   using typename Owner::Columns, typename Owner::Entries, typename Owner::Packed;
   using Sum = Accumulator[1][S.head_dim_v / 8];
+  static constexpr bool kLooksAhead = false;
 
   FOVEA_DEVICE void run() const {
     Sum dv;
@@ -45,7 +46,7 @@ struct WeightsConsumer : BackwardOwner<S> {
   /// kHides: some entry may be hidden, as by a bias any; both warpgroups then agree on whether all is finite before
   /// they add.
   template <bool kHides>
-  FOVEA_DEVICE void tile(u32 n, Sum& dv) const {
+  FOVEA_DEVICE void tile(u32 n, typename Owner::Ahead& /*ahead*/, Sum& dv) const {
     constexpr bool kChecks = kHides || S.bias;
     const Step& now = step(n);
     Entries s;
@@ -104,6 +105,8 @@ struct GradientConsumer : BackwardOwner<S> {
   using Owner::rows_of, Owner::issue_dp, Owner::put, Owner::meeting, Owner::clear_slope_parts, Owner::add_slope;
   using typename Owner::Columns, typename Owner::Entries, typename Owner::Packed;
 
+  static constexpr bool kLooksAhead = false;
+
   struct Sums {
     Accumulator dk[1][S.head_dim / 8];
     float slope = 0.0F;  // a thread's part, of the head at hand
@@ -122,7 +125,7 @@ struct GradientConsumer : BackwardOwner<S> {
   }
 
   template <bool kHides>
-  FOVEA_DEVICE void tile(u32 n, Sums& sums) const {
+  FOVEA_DEVICE void tile(u32 n, typename Owner::Ahead& /*ahead*/, Sums& sums) const {
     constexpr bool kChecks = kHides || S.bias;
     const Step& now = step(n);
     const int place = state.q.place(n);

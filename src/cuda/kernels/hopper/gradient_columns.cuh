@@ -189,7 +189,7 @@ struct GradientColumns {
 
   /// −delta, for dPᵀ to be added to.
   FOVEA_DEVICE static void begin_with_delta(Entries& dp, u32 delta) {
-    const u32 mine = delta + lane_id() % 4 * 8;
+    const u32 mine = delta + fresh(lane_id()) % 4 * 8;
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       const float2 two = load_shared_two(mine + 32 * j);
