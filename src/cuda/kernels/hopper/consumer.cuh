@@ -28,6 +28,7 @@ struct Consumer {
   Interval full{};  // tiles of keys that these 64 rows see whole, where O leaves registers for it
 
   static constexpr int kShort = short_n(S);
+  static constexpr bool kEndsEarly = S.turns && !S.mask;  // sums, while the last values are added
   static constexpr bool kKnowsFull = S.head_dim_v <= 192;
 
   FOVEA_DEVICE int warp_row() const { return group * kGroupRows + warp_id() % 4 * 16; }
@@ -63,14 +64,20 @@ struct Consumer {
     full = {(reach.all_begin + S.block_n - 1) / S.block_n, reach.all_end / S.block_n};
     Soft soft;
     Out o;
+    const auto epilogue = [&] {  // nothing of it is kept over the loops
+      return Epilogue<S>{p, work, rules, state, n, at.q(state.q[0].place(n)), group, warp_row()};
+    };
+    float factors[2];
     if constexpr (S.mask) {
       attend_steps(work, rules, soft, o, unit);
       release_q();
     } else {
-      attend_all(work, rules, soft, o, unit);
+      attend_all(work, rules, soft, o, unit, [&] {
+        if constexpr (kEndsEarly) epilogue().end_rows(soft.reference, soft.sum, factors);
+      });
     }
-    const Epilogue<S> epilogue{p, work, rules, state.q_of(group), n, at.q(state.q[0].place(n)), warp_row()};
-    epilogue.finish(o, soft.reference, soft.sum);
+    if constexpr (!kEndsEarly) epilogue().end_rows(soft.reference, soft.sum, factors);
+    epilogue().finish(o, soft.reference, factors);
   }
 
   /// All scores are made.
@@ -83,12 +90,16 @@ struct Consumer {
     for (int x = 0; x < 4 * Epilogue<S>::kD; ++x) o[0][x / 4].x[x % 4] = 0.0F;
   }
 
-  FOVEA_DEVICE void attend_all(const Work<S>& work, const Rules& rules, Soft& soft, Out& o, float unit) {
+  /// Calls end() for the sums while the last values are added.
+  template <class End>
+  FOVEA_DEVICE void attend_all(const Work<S>& work, const Rules& rules, Soft& soft, Out& o, float unit,
+                               const End& end) {
     const Interval own = work.tiles_of(group);
     skip(work.tiles.end - own.end);
     if (own.empty()) {
       release_q();
-      return clear(o);
+      clear(o);
+      return end();
     }
     Scores s;
     Weights weights;
@@ -105,7 +116,7 @@ struct Consumer {
     for (--step.tile; step.tile >= own.begin; --step.tile, add = 1, brief = false)
       next_tile(work, rules, soft, s, weights, o, unit, step, add, brief);
     release_q();
-    last_values(weights, o, add, brief);
+    last_values(weights, o, add, brief, end);
     skip(own.begin - work.tiles.begin);
   }
 
@@ -131,7 +142,7 @@ struct Consumer {
         more = another;
         next_tile(work, rules, soft, s, weights, o, unit, step, 1, false);
       }
-      last_values(weights, o, 1, false);
+      last_values(weights, o, 1, false, [] {});
     }
   }
   FOVEA_DEVICE Step await_step(bool& more) const {
@@ -285,8 +296,10 @@ struct Consumer {
     state.v.release(keys - 1);
   }
 
-  FOVEA_DEVICE void last_values(Weights& weights, Out& o, int add, bool brief) {
+  template <class Meanwhile>
+  FOVEA_DEVICE void last_values(Weights& weights, Out& o, int add, bool brief, const Meanwhile& meanwhile) {
     issue_values(o, weights, keys - 1, add, brief);
+    meanwhile();
     await_products<0>();
     pin(o[0]);
     state.v.release(keys - 1);

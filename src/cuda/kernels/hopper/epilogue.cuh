@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cuda/kernels/hopper/scheduler.cuh"
+#include "cuda/kernels/hopper/state.cuh"
 #include "cuda/kernels/row_end.cuh"
 
 // From sums to out and lse, by each warp for its 16 rows.
@@ -26,6 +26,13 @@ FOVEA_DEVICE void store_two_matrices(u32 address, u32 a, u32 b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
 }
 
+/// What was 0 stays so unless one of a word's two halves is not finite.
+template <Type kType>
+FOVEA_DEVICE void note_broken(u32& broken, u32 word) {
+  if constexpr (kType == Type::kBFloat16) asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(broken) : "r"(word), "r"(0));
+  if constexpr (kType == Type::kFloat16) asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(broken) : "r"(word), "r"(0));
+}
+
 template <ForwardSm90Spec S>
 struct Epilogue {
   static constexpr int kD = S.head_dim_v / 8;
@@ -35,22 +42,17 @@ struct Epilogue {
   const ForwardSm90Params& p;
   const Work<S>& work;
   const Rules& rules;
-  Ring<S.q_stages>& ring;  // of Q, and which place of it is this tile's
-  u32 use;
-  u32 q;    // that place
+  State<S>& state;
+  u32 use;  // of Q's ring
+  u32 q;    // its place
+  int group;
   int row;  // the warp's first, of the block
 
   /// Where there is one place for Q, that is given back as soon as all scores are made.
   static constexpr bool kThroughQ = S.q_stages > 1;
 
-  /// Divides by the sums, adds sinks, writes out and lse.
-  FOVEA_DEVICE void finish(Out& o, const float (&reference)[2], float (&sum)[2]) const {
-    sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
-    float factors[2];
-    end_rows(reference, sum, factors);
-    float check[2] = {};
-#pragma unroll
-    for (int x = 0; x < 4 * kD; ++x) check[x % 4 / 2] += o[0][x / 4].x[x % 4] * 0.0F;
+  /// Divides by the sums, writes out.
+  FOVEA_DEVICE void finish(Out& o, const float (&reference)[2], const float (&factors)[2]) const {
     if (__any_sync(kAllLanes, factors[0] == 0.0F || factors[1] == 0.0F)) {  // NaN may stand where nothing was seen
 #pragma unroll
       for (int x = 0; x < 4 * kD; ++x) {
@@ -58,19 +60,21 @@ struct Epilogue {
         value = factors[x % 4 / 2] == 0.0F ? 0.0F : value;
       }
     }
+    u32 broken[2] = {};
     if constexpr (kThroughQ) {
-      store_through_q(o, factors);
+      store_through_q(o, factors, broken);
     } else {
-      store(o, factors);
+      store(o, factors, broken);
     }
     __syncwarp();
-    check[0] = quad_sum(check[0]), check[1] = quad_sum(check[1]);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) mend(h, factors[h] != 0.0F && check[h] != 0.0F, reference[h], factors[h]);
+    for (int h = 0; h < 2; ++h) mend(h, broken[h] != 0, reference[h], factors[h]);
   }
 
-  /// Of the four lanes that share two rows, two end one each; the others do the same for nothing.
-  FOVEA_DEVICE void end_rows(const float (&reference)[2], const float (&sum)[2], float (&factors)[2]) const {
+  /// What weighs O, which may still be under way: adds sinks, writes lse.  Of the four lanes that share two rows, two
+  /// end one each; the others do the same for nothing.
+  FOVEA_DEVICE void end_rows(const float (&reference)[2], float (&sum)[2], float (&factors)[2]) const {
+    sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
     const int lane = lane_id(), h = lane % 2, mine = row + lane / 4 + 8 * h, head = work.rows.first_head;
     float factor = 0.0F;
     if (mine < work.rows.left()) {
@@ -84,22 +88,24 @@ struct Epilogue {
   }
 
   /// Two neighbours of out as a word: entries of piece c and of row h of a lane's two.
-  FOVEA_DEVICE static u32 word(const Out& o, const float (&factors)[2], int c, int h) {
-    return pack<S.type>(o[0][c].x[2 * h] * factors[h], o[0][c].x[2 * h + 1] * factors[h]);
+  FOVEA_DEVICE static u32 word(const Out& o, const float (&factors)[2], int c, int h, u32 (&broken)[2]) {
+    const u32 word = pack<S.type>(o[0][c].x[2 * h] * factors[h], o[0][c].x[2 * h + 1] * factors[h]);
+    note_broken<S.type>(broken[h], word);
+    return word;
   }
 
   /// Through shared memory, so that whole rows leave; Q's place is given back.
-  FOVEA_DEVICE void store_through_q(const Out& o, const float (&factors)[2]) const {
+  FOVEA_DEVICE void store_through_q(const Out& o, const float (&factors)[2], u32 (&broken)[2]) const {
     constexpr int kPanel = block_m(S) * kPanelRowBytes, kPieces = (16 * kD + kWarp - 1) / kWarp;  // of a lane
     const int lane = lane_id();
 #pragma unroll
     for (int c = 0; c < kD; c += 2) {
       const u32 at = swizzled(q + c / 8 * kPanel, row + lane % 16, c % 8 + (c + 1 < kD ? lane / 16 : 0));
+      const u32 low = word(o, factors, c, 0, broken), high = word(o, factors, c, 1, broken);
       if (c + 1 < kD) {
-        store_matrices(at, word(o, factors, c, 0), word(o, factors, c, 1), word(o, factors, c + 1, 0),
-                       word(o, factors, c + 1, 1));
+        store_matrices(at, low, high, word(o, factors, c + 1, 0, broken), word(o, factors, c + 1, 1, broken));
       } else {
-        store_two_matrices(at, word(o, factors, c, 0), word(o, factors, c, 1));
+        store_two_matrices(at, low, high);
       }
     }
     __syncwarp();
@@ -111,7 +117,7 @@ struct Epilogue {
     }
     fence_engine();
     __syncwarp();
-    ring.release(use);
+    state.q_of(group).release(use);
     char* const to = work.sequence.q_row(p.out, work.rows.query(row), work.rows.first_head);
 #pragma unroll
     for (int n = 0; n < kPieces; ++n) {
@@ -122,7 +128,7 @@ struct Epilogue {
   }
 
   /// Straight from registers: four lanes trade words for pieces of 16 bytes.
-  FOVEA_DEVICE void store(const Out& o, const float (&factors)[2]) const {
+  FOVEA_DEVICE void store(const Out& o, const float (&factors)[2], u32 (&broken)[2]) const {
     const int lane = lane_id();
     char* const to = work.sequence.q_row(p.out, work.rows.query(row) + lane / 4, work.rows.first_head) + lane % 4 * 16;
 #pragma unroll
@@ -133,13 +139,13 @@ struct Epilogue {
       for (int c = 0; c < kD / 4 * 4; c += 4) {
         u32 w[4];
 #pragma unroll
-        for (int x = 0; x < 4; ++x) w[x] = word(o, factors, c + x, h);
+        for (int x = 0; x < 4; ++x) w[x] = word(o, factors, c + x, h, broken);
         transpose_quad(w);
         if (there) write_piece(mine + c * 16, {w[0], w[1], w[2], w[3]}, 16, p.out.aligned);
       }
 #pragma unroll
       for (int c = kD / 4 * 4; c < kD; ++c) {  // 4 bytes a lane
-        const u32 w = word(o, factors, c, h);
+        const u32 w = word(o, factors, c, h, broken);
         u16* const at = reinterpret_cast<u16*>(mine + c * 16 - lane % 4 * 12);
         if (there) at[0] = static_cast<u16>(w), at[1] = static_cast<u16>(w >> 16);
       }
@@ -148,7 +154,9 @@ struct Epilogue {
 
   FOVEA_DEVICE void mend(int h, bool broken, float reference, float factor) const {
     const Interval keys{work.tiles.begin * S.block_n, work.tiles.end * S.block_n};
-    for (u32 left = __ballot_sync(kAllLanes, broken) & 0x11111111U; left != 0; left &= left - 1) {
+    u32 left = __ballot_sync(kAllLanes, broken);
+    left |= left >> 1, left |= left >> 2;
+    for (left &= 0x11111111U; left != 0; left &= left - 1) {
       const int lane = __ffs(static_cast<int>(left)) - 1, r = row + lane / 4 + 8 * h;
       char* const to = work.sequence.q_row(p.out, work.rows.query(r), work.rows.first_head);
       mend_row<S, S.head_dim_v>(rules, keys, work.kv_head, r, __shfl_sync(kAllLanes, reference, lane),
