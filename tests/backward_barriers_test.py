@@ -170,28 +170,90 @@ def held(tiles_of_keys):
         if k + 1 < len(tiles_of_keys):
             dq += [("arrive", "keys", "empty", k), ("arrive", "dS", "empty", n)]
         n += 1
-    model, scripts = Model(rings, [([], [])]), (producer, owner, owner, dq)
-    start = (((0, 0),) * len(model.index), (0,) * len(scripts), frozenset())
+    return explore(rings, (producer, owner, owner, dq), f"{tiles_of_keys} tiles")
+
+
+def explore(rings, scripts, what, places=None):
+    """Each actor is a list of what it does; how many states there are.  places: of what is written and read as use n of it; a read
+    is as late as it may be, a copy is there as soon as it is asked for."""
+    model, places = Model(rings, [([], [])]), places or {}
+    names = [(name, place) for name in places for place in range(places[name])]
+    index = {name: at for at, name in enumerate(names)}
+    start = (((0, 0),) * len(model.index), (0,) * len(scripts), frozenset(), (None,) * len(names))
     seen, todo = {start}, collections.deque([start])
     while todo:
-        barriers, at, copies = state = todo.popleft()
-        following = [(model.arrive(barriers, *copy), at, copies - {copy}) for copy in copies]
+        barriers, at, copies, lies = state = todo.popleft()
+        following = [(model.arrive(barriers, *copy), at, copies - {copy}, lies) for copy in copies]
         for who, script in enumerate(scripts):
-            if at[who] == len(script):
+            does = at[who]
+            while does < len(script) and script[does][0] == "read":
+                does += 1
+            if does == len(script):
+                following += [(barriers, at[:who] + (does,) + at[who + 1:], copies, lies)] if does > at[who] else []
                 continue
-            act, *of = script[at[who]]
-            then = at[:who] + (at[who] + 1,) + at[who + 1:]
+            act, *of = script[does]
+            if act == "wait" and not model.passes(barriers, *of):
+                continue
+            for _, name, n in script[at[who]:does]:
+                assert lies[index[name, n % places[name]]] == n, f"with {what} {name} is overwritten"
+            then = at[:who] + (does + 1,) + at[who + 1:]
             if act == "arrive":
-                following.append((model.arrive(barriers, *of), then, copies))
+                following.append((model.arrive(barriers, *of), then, copies, lies))
+            elif act == "wait":
+                following.append((barriers, then, copies, lies))
             elif act == "copy":
-                following.append((barriers, then, copies | {tuple(of)}))
-            elif model.passes(barriers, *of):
-                following.append((barriers, then, copies))
-        assert following or at == tuple(map(len, scripts)), f"with {tiles_of_keys} tiles all wait: {state}"
+                ring, side, n, *parts = of
+                for name in parts:
+                    lies = lies[:index[name, n % places[name]]] + (n,) + lies[index[name, n % places[name]] + 1:]
+                following.append((barriers, then, copies | {(ring, side, n)}, lies))
+            elif act == "write":
+                name, n, *as_what = of
+                place = index[name, n % places[name]]
+                following.append((barriers, then, copies, lies[:place] + (as_what[0] if as_what else n,) + lies[place + 1:]))
+        assert following or at == tuple(map(len, scripts)), f"with {what} all wait: {state}"
         fresh = set(following) - seen
         seen |= fresh
         todo.extend(fresh)
     return len(seen)
+
+
+def bias_gradient(key_panels, panels, places, bias_places, sharers):
+    """bias_gradient.cuh: tiles with so many sharers each.  Who copies panels, who brings biases and has sums stored, who looks at a
+    bias, and two warpgroups, each with its half of a bias's place."""
+    steps = 2
+    while steps * panels < places + key_panels:
+        steps *= 2
+    rings = {"panel": (places, 1, 2), "bias": (bias_places, 1, 2), "known": (bias_places, 1, 1)}
+    load, exchange, look, groups, step = [], [], [], ([], []), 0
+    for t, count in enumerate([*sharers, 1]):
+        for sharer in range(count):
+            first = step * panels
+            for n in range(first, first + panels):
+                load += [("wait", "panel", "empty", n), *([("write", "step", step)] if n == first else []), ("copy", "panel", "full", n, "panel")]
+            for g, group in enumerate(groups):
+                leave = [("write", f"bias {g}", t - 1, ("sum", t - 1)), ("arrive", "bias", "empty", t - 1)] if t > 0 and sharer == 0 else []
+                group += [("wait", "panel", "full", first), ("read", "step", step)]
+                if t == len(sharers):
+                    group += leave
+                    continue
+                known = [("wait", "known", "full", t), ("read", "known", t)] if sharer == 0 else []
+                group += [*leave, *known] if bias_places == 1 else known
+                group += [("wait", "panel", "full", n) for n in range(first + 1, first + key_panels)]
+                group += leave if bias_places > 1 else []
+                group += [("wait", "panel", "full", n) for n in range(first + key_panels, first + panels)]
+                group += [("read", "panel", n) for n in range(first, first + key_panels)]
+                group += [("arrive", "panel", "empty", n) for n in range(first, first + key_panels)]
+                group += [("read", "step", step), ("read", f"bias {g}", t)]
+                group += [("read", "panel", n) for n in range(first + key_panels, first + panels)]
+                group += [("arrive", "panel", "empty", n) for n in range(first + key_panels, first + panels)]
+            step += 1
+    for t in range(len(sharers) + bias_places):
+        exchange += [("wait", "bias", "empty", t)]
+        if t < len(sharers):
+            exchange += [("copy", "bias", "full", t, "bias 0", "bias 1")]
+            look += [("wait", "bias", "full", t), ("read", "bias 0", t), ("write", "known", t), ("arrive", "known", "full", t)]
+    return explore(rings, (load, exchange, look, *groups), f"{sharers} sharers",
+                   {"panel": places, "step": steps, "bias 0": bias_places, "bias 1": bias_places, "known": bias_places})
 
 
 def take_turns(blocks, key_blocks, row_tiles, heads, abreast, resident, causal):
@@ -233,6 +295,9 @@ if __name__ == "__main__":
     print(f"turns: {len(cases)} grids, nobody waits for ever")
     counts = [held(tiles) for tiles in itertools.chain.from_iterable(itertools.product(range(4 - keys // 2), repeat=keys) for keys in (1, 2, 3))]
     print(f"all keys of a block, dq held: {sum(counts)} states of {len(counts)} walks, nobody waits for ever")
+    for name, *of in (("d 128", 2, 4, 5, 2), ("d 128, an fp32 bias", 2, 4, 5, 1), ("d 64", 1, 2, 4, 2), ("d 64, dv 128", 1, 3, 5, 2)):
+        counts = [bias_gradient(*of, sharers) for sharers in ((1,), (3,), (1, 1), (2, 1), (1, 1, 1))]
+        print(f"a bias's gradient, {name}: {sum(counts)} states of {len(counts)} walks, nobody waits for ever")
     for name, model, most in (("keys of their own", own_keys(ahead=False), 6), ("keys of their own, looking ahead", own_keys(), 6), ("keys of their own, a bias with one place", own_keys(1), 5),
                               ("keys of their own, a bias with two", own_keys(2), 4), ("shared keys, a bias", shared_keys(True, bias=1), 2),
                               ("shared keys", shared_keys(False), 3),

@@ -102,18 +102,36 @@ struct BackwardSm90Shared {
   }
 };
 
-/// Where things lie in the shared memory of the bias's gradient, of which a block has 128 × 128 entries: their bias;
-/// then places of 128 keys and as many rows, in turns K and q, and V and dout; then statistics of these rows.
+/// Where things lie in the shared memory of the bias's gradient, of which a block has 128 × 128 entries: places of
+/// their bias, then of their sum; a ring of panels, of K and as many rows of q, then of V and dout; what is known of a
+/// step.
 struct BiasGradientSm90Shared {
-  static constexpr int kPlaces = 3;
-  int ring, place, statistics, state, total;
+  int bias_places, bias_stage;
+  int ring, places, place;
+  int key_panels, panels;  // of a step: of K and q, and all
+  int statistics, steps;   // log2_lse and delta of as many steps
+  int state, total;
 
+  /// As many places as there is room for, at best two of the bias and five panels.
   FOVEA_FN static constexpr BiasGradientSm90Shared of(const BackwardSpec& s) {
     BiasGradientSm90Shared at{};
-    at.ring = s.block_m * s.block_n * bytes_of(s.bias_type);
-    at.place = 2 * tile_bytes(s.block_m, math::larger(s.head_dim, s.head_dim_v));
-    at.statistics = at.ring + kPlaces * at.place;
-    at.state = at.statistics + kPlaces * 4 * s.block_m;
+    for (const int layout : {25, 24, 15, 14}) {
+      at = with(s, layout / 10, layout % 10);
+      if (at.total <= kMostShared) break;
+    }
+    return at;
+  }
+  FOVEA_FN static constexpr BiasGradientSm90Shared with(const BackwardSpec& s, int bias_places, int places) {
+    BiasGradientSm90Shared at{};
+    at.bias_places = bias_places, at.places = places;
+    at.bias_stage = s.block_m * s.block_n * bytes_of(s.bias_type);
+    at.ring = bias_places * at.bias_stage;
+    at.place = (s.block_m + s.block_n) * kPanelRowBytes;
+    at.key_panels = panels_of(s.head_dim), at.panels = at.key_panels + panels_of(s.head_dim_v);
+    at.statistics = at.ring + places * at.place;
+    at.steps = 2;  // who has given back V of one has left it behind
+    while (at.steps * at.panels < places + at.key_panels) at.steps *= 2;
+    at.state = at.statistics + at.steps * 2 * 4 * s.block_m;
     at.total = at.state + kStateBytes;
     return at;
   }

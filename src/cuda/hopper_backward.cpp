@@ -75,7 +75,7 @@ class BackwardSm90Plan final : public PlannedKernel {
 
   void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const override {
     require_gpu(main_, device_);
-    BackwardSm90Params p{call_.params(inputs, outputs, workspace), {}, {}, {}, {}, false, false, {}, 0, 0};
+    BackwardSm90Params p{call_.params(inputs, outputs, workspace), {}, {}, {}, {}, false, false, {}, 0, 0, {}, false};
     const BackwardSpec& spec = call_.shape().spec;
     make_maps(p, spec.block_m, keys_of_block(spec));
     call_.before(p, workspace, stream);
@@ -86,9 +86,10 @@ class BackwardSm90Plan final : public PlannedKernel {
       const auto tiles = [](int of) { return ceil_div(of, kBiasGradientTile); };
       const auto count = [](std::int64_t stride, int many) { return stride == 0 ? 1 : many; };
       p.slot_rows = spec.block_m;
-      p.bias_tiles =
+      const std::int64_t tiles_in_all =
           tiles(p.seqlen_q) * tiles(p.seqlen_kv) * count(p.dbias.batch, p.batch) * count(p.dbias.head, p.q_heads);
-      launch(*bias_gradient_, static_cast<int>(std::min<std::int64_t>(p.bias_tiles, multiprocessors_)), p, stream);
+      p.bias_tiles = static_cast<u32>(tiles_in_all);
+      launch(*bias_gradient_, static_cast<int>(std::min<std::int64_t>(tiles_in_all, multiprocessors_)), p, stream);
       p.dbias.data = nullptr;
     }
     const BackwardParams& common = p;
@@ -101,7 +102,8 @@ class BackwardSm90Plan final : public PlannedKernel {
     const CallMaps maps{p, CurrentGpu(device_.index), s.type, box_rows, box_keys};
     p.by_engine = maps.of_rows(p.q, p.head_dim, p.q_map) && maps.of_rows(p.dout, p.head_dim_v, p.dout_map) &&
                   maps.of_keys(p.k, p.head_dim, p.k_map) && maps.of_keys(p.v, p.head_dim_v, p.v_map);
-    p.bias_by_engine = s.bias && maps.of_bias(s.bias_type, box_rows, p.bias_map);
+    p.bias_by_engine = s.bias && maps.of_entries(p.bias, s.bias_type, box_rows, p.bias_map);
+    p.dbias_by_engine = p.bias_by_engine && maps.of_entries(p.dbias, s.bias_type, box_rows, p.dbias_map);
   }
 
   Device device_;
@@ -177,15 +179,16 @@ std::optional<jit::KernelRequest> bias_gradient_sm90_request(const Problem& prob
   BackwardSpec spec = shape.spec;
   spec.block_m = spec.block_n = kBiasGradientTile;
   spec.deterministic = spec.holds_dq = false;
-  const int shared_bytes = BiasGradientSm90Shared::of(spec).total;
-  if (!problem.bias || !problem.bias->queries || !problem.bias->keys || spec.mask || shared_bytes > kMostShared)
+  const auto shared = BiasGradientSm90Shared::of(spec);
+  if (!problem.bias || !problem.bias->queries || !problem.bias->keys || spec.mask || shared.total > kMostShared ||
+      shared.panels > shared.places)
     return std::nullopt;
   return jit::render({.function = "bias_gradient_sm90",
                       .header = "cuda/kernels/hopper/bias_gradient.cuh",
                       .spec = "BackwardSpec",
                       .params = "BackwardSm90Params",
                       .threads = (kBackwardConsumers + 1) * 128,
-                      .shared_bytes = shared_bytes,
+                      .shared_bytes = shared.total,
                       .text = jit::wgmma_text(spec.type, {kBiasGradientTile}),
                       .own = true},
                      spec, kHopper);

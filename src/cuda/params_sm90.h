@@ -30,7 +30,9 @@ struct BackwardSm90Params : BackwardParams {
   bool bias_by_engine;
   TensorMap bias_map;  // as the forward's
   int slot_rows;       // of a slot
-  i64 bias_tiles;      // of dbias, which its gradient's blocks share out
+  u32 bias_tiles;      // of dbias, which its gradient's blocks share out
+  TensorMap dbias_map;
+  bool dbias_by_engine;
 };
 
 }  // namespace fovea::cuda

@@ -43,15 +43,14 @@ bool make_tensor_map(const RowView& view, Type type, const TensorExtent& extent,
                         kZeroFill) == 0;
 }
 
-bool CallMaps::of_bias(Type of, int rows, TensorMap& map) const {
-  const EntryView& bias = p.bias;
-  if (bias.key != bytes_of(of)) return false;
+bool CallMaps::of_entries(const EntryView& view, Type of, int rows, TensorMap& map) const {
+  if (view.key != bytes_of(of)) return false;
   const auto extent = [](std::int64_t stride, int n) { return stride == 0 ? std::int64_t{1} : n; };
-  const bool aligned = reinterpret_cast<std::uintptr_t>(bias.data) % 16 == 0 && bias.batch % 16 == 0 &&
-                       bias.head % 16 == 0 && bias.query % 16 == 0;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 && view.batch % 16 == 0 &&
+                       view.head % 16 == 0 && view.query % 16 == 0;
   return make_tensor_map(
-      {bias.data, bias.batch, bias.query, bias.head, aligned}, of,
-      {p.seqlen_kv, extent(bias.query, p.seqlen_q), extent(bias.head, p.q_heads), extent(bias.batch, p.batch)}, rows,
+      {view.data, view.batch, view.query, view.head, aligned}, of,
+      {p.seqlen_kv, extent(view.query, p.seqlen_q), extent(view.head, p.q_heads), extent(view.batch, p.batch)}, rows,
       map);
 }
 

@@ -35,7 +35,7 @@ struct CallMaps {
     return make_tensor_map(view, type, {columns, packed ? p.total_kv : p.seqlen_kv, p.kv_heads, batch}, box_keys, map);
   }
   /// Where keys are neighbours.  What is broadcast is one to the engine.
-  [[nodiscard]] bool of_bias(Type of, int rows, TensorMap& map) const;
+  [[nodiscard]] bool of_entries(const EntryView& view, Type of, int rows, TensorMap& map) const;
 };
 
 }  // namespace fovea::cuda

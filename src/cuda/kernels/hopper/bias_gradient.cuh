@@ -2,25 +2,13 @@
 
 #include "cuda/backward_plan_sm90.h"
 #include "cuda/kernels/backward.cuh"
-#include "cuda/kernels/hopper/gradient_columns.cuh"
+#include "cuda/kernels/hopper/backward_owner.cuh"
 #include "cuda/kernels/hopper/wgmma.cuh"
 
 // dbias where neither its rows nor its keys are summed: a block takes tiles of 128 × 128 entries, whose bias lies in
 // shared memory, has the heads and sequences that share them copied one after the other, and keeps the sum of their dS
-// in registers.
+// in registers, until it leaves by the bias's place.
 namespace fovea::cuda {
-
-struct BiasGradientState {
-  static constexpr int kPlaces = BiasGradientSm90Shared::kPlaces;
-  Ring<kPlaces> ring;  // K and q, then V and dout, of one sharer after the other
-  Ring<1> bias;        // of a tile
-  struct Sharer {
-    Sequence sequence;
-    int head;
-    bool exists, first;  // first: of its tile
-    TileState sight;     // kHidden: nobody sees anything of the tile
-  } sharers[kPlaces];    // where K and q are
-};
 
 /// Of dbias and of the bias alike.
 struct BiasTile {
@@ -28,25 +16,53 @@ struct BiasTile {
 };
 
 template <BackwardSpec S>
-struct BiasGradientSm90 {
+struct BiasGradientState {
   static constexpr BiasGradientSm90Shared kShared = BiasGradientSm90Shared::of(S);
+  Ring<kShared.places> ring;        // panels of K and q, then of V and dout, of one sharer after the other
+  Ring<kShared.bias_places> bias;   // of a tile, given back with its sum in it
+  Ring<kShared.bias_places> known;  // whether it hides something: never given back
+  struct Sharer {
+    Sequence sequence;
+    int head;
+    u32 marks;
+  } sharers[kShared.steps];
+  static constexpr u32 kFirst = 1, kEnd = 2;       // of its tile; behind the last one
+  static constexpr u32 kHidden = 4, kPartial = 8;  // what is seen of the tile
+  BiasTile tiles[kShared.bias_places];
+  bool hides[kShared.bias_places];
+  BiasTile at;  // whose K, q, V and dout are being copied, and of whom
+  Sequence sequence;
+};
+
+template <BackwardSpec S>
+struct BiasGradientSm90 {
+  using State = BiasGradientState<S>;
+  using Sharer = typename State::Sharer;
+  static constexpr BiasGradientSm90Shared kShared = State::kShared;
   static constexpr int kTile = S.block_m, kStatistics = 4 * kTile;
-  static constexpr u32 kMeetings = 1;  // the warpgroups' barriers, but for the first one's, from this one on
+  static constexpr u32 kPanels = kShared.panels, kKeyPanels = kShared.key_panels;
+  static constexpr bool kAhead = kShared.bias_places > 1;  // a bias is there before the sum of the last tile leaves
   using Columns = GradientColumns<S>;
   using Entries = typename Columns::Entries;
 
   const BackwardSm90Params& p;
-  BiasGradientState& state;
+  State& state;
   const u32 base;
   const int first_key;  // of the warpgroup, in the tile
 
+  FOVEA_DEVICE u32 bias_at(u32 t) const { return base + state.bias.place(t) * kShared.bias_stage; }
   FOVEA_DEVICE u32 keys_at(u32 n) const { return base + kShared.ring + state.ring.place(n) * kShared.place; }
-  FOVEA_DEVICE u32 rows_at(u32 n) const { return keys_at(n) + kShared.place / 2; }
-  FOVEA_DEVICE u32 statistics_at(u32 n) const { return base + kShared.statistics + state.ring.place(n) * kStatistics; }
+  FOVEA_DEVICE u32 rows_at(u32 n) const { return keys_at(n) + kTile * kPanelRowBytes; }
+  FOVEA_DEVICE BiasTile& tile_in(u32 t) const { return state.tiles[state.bias.place(t)]; }
+  FOVEA_DEVICE Sharer& sharer(u32 step) const { return state.sharers[step % kShared.steps]; }
+  FOVEA_DEVICE u32 log2_lse_at(u32 step) const {
+    return base + kShared.statistics + step % kShared.steps * 2 * kStatistics;
+  }
+  FOVEA_DEVICE u32 delta_at(u32 step) const { return log2_lse_at(step) + kStatistics; }
 
   /// Tiles: of keys × rows × heads × batch; 1 where dbias is broadcast.
-  FOVEA_DEVICE BiasTile tile(i64 number) const {
-    const auto take = [&number](int count) {
+  FOVEA_DEVICE BiasTile tile(u32 number) const {
+    const auto take = [&number](u32 count) {
       const int part = static_cast<int>(number % count);
       number /= count;
       return part;
@@ -62,63 +78,104 @@ struct BiasGradientSm90 {
   // ---- by one thread
 
   FOVEA_DEVICE void load_all() const {
-    u32 n = 0, t = 0;
+    u32 step = 0;
 #pragma unroll 1
-    for (i64 number = blockIdx.x; number < p.bias_tiles; number += gridDim.x, ++t) load_tile(tile(number), t, n);
-    begin_sharer(n, {{}, 0, false, true, TileState::kHidden});
-    announce(n);
+    for (u32 number = blockIdx.x; number < p.bias_tiles; number += gridDim.x) load_tile(state.at = tile(number), step);
+    load_nothing(step, State::kFirst | State::kEnd);
   }
-  FOVEA_DEVICE void load_tile(const BiasTile& at, u32 t, u32& n) const {
-    const auto range = [](i64 stride, int place, int count) {
-      return stride == 0 ? Interval{0, count} : Interval{place, place + 1};
-    };
-    const Interval batches = range(p.dbias.batch, at.batch, p.batch), heads = range(p.dbias.head, at.head, p.q_heads);
-    bool first = true;
+  FOVEA_DEVICE void load_tile(const BiasTile& at, u32& step) const {
+    const auto end = [](i64 stride, int place, int count) { return stride == 0 ? count : place + 1; };
+    u32 first = State::kFirst;
 #pragma unroll 1
-    for (int b = batches.begin; b < batches.end; ++b) {
-      const Sequence sequence = Sequence::of(p, b);
-      const TileState sight = sequence.band.tile({at.row, at.row + kTile}, {at.key, at.key + kTile});
+    for (int b = at.batch; b < end(p.dbias.batch, at.batch, p.batch); ++b) {
+      state.sequence = Sequence::of(p, b);
+      const TileState sight = state.sequence.band.tile({at.row, at.row + kTile}, {at.key, at.key + kTile});
 #pragma unroll 1
-      for (int h = heads.begin; h < heads.end && sight != TileState::kHidden; ++h, n += 2) {
-        const i64 slot = RowSlots(p, sequence, p.slot_rows).at(h, at.row / p.slot_rows) * p.slot_rows;
-        begin_sharer(n, {sequence, h, true, first, sight});
-        load<S.head_dim>(n, at, sequence, h, p.k_map, p.q_map, p.log2_lse + slot);
-        state.ring.await_empty(n + 1);
-        load<S.head_dim_v>(n + 1, at, sequence, h, p.v_map, p.dout_map, p.delta + slot);
-        if (first) load_bias(at, t);  // behind what is there sooner
-        first = false;
-      }
+      for (int h = at.head; h < end(p.dbias.head, at.head, p.q_heads) && sight != TileState::kHidden; ++h, first = 0)
+        load(step++, at, h, first | (sight == TileState::kPartial ? State::kPartial : 0));
     }
-    if (!first) return;
-    begin_sharer(n, {{}, 0, true, true, TileState::kHidden});
-    announce(n);
-    state.ring.await_empty(n + 1);
-    announce(n + 1);
-    n += 2;
-    load_bias(at, t);
+    if (first != 0) load_nothing(step++, State::kFirst | State::kHidden);
   }
-  FOVEA_DEVICE void begin_sharer(u32 n, const BiasGradientState::Sharer& sharer) const {
+  FOVEA_DEVICE void load_nothing(u32 step, u32 marks) const {
+#pragma unroll 1
+    for (u32 n = step * kPanels; n < (step + 1) * kPanels; ++n) {
+      state.ring.await_empty(n);
+      if (n == step * kPanels) sharer(step).marks = marks;
+      state.ring.full[state.ring.place(n)].arrive();
+    }
+  }
+  FOVEA_DEVICE void load(u32 step, const BiasTile& at, int head, u32 marks) const {
+    const Sequence& sequence = state.sequence;
+    const int batch = p.cu_seqlens_q.data != nullptr ? 0 : sequence.batch;  // packed sequences are one to the engine
+    const RowPlace keys{sequence.kv_begin + at.key, head / p.group, batch};
+    const RowPlace rows{sequence.q_begin + at.row, head, batch};
+    const u32 n = step * kPanels;
     state.ring.await_empty(n);
-    state.sharers[state.ring.place(n)] = sharer;
-  }
-  FOVEA_DEVICE void announce(u32 n) const {
+    sharer(step) = {sequence, head, marks};
     Barrier& full = state.ring.full[state.ring.place(n)];
-    full.arrive(), full.arrive();
+    full.expect(2 * kStatistics);
+    const i64 slot = RowSlots(p, sequence, p.slot_rows).at(head, at.row / p.slot_rows) * p.slot_rows;
+    load_bytes(log2_lse_at(step), p.log2_lse + slot, kStatistics, full);
+    load_bytes(delta_at(step), p.delta + slot, kStatistics, full);
+    load_factors(n, kKeyPanels, p.k_map, keys, p.q_map, rows);
+    load_factors(n + kKeyPanels, kPanels - kKeyPanels, p.v_map, keys, p.dout_map, rows);
   }
-  FOVEA_DEVICE void load_bias(const BiasTile& at, u32 t) const {
-    state.bias.await_empty(t);
-    state.bias.full[0].arrive_with(kShared.ring);
-    load_bias_panels<kTile, kTile, S.bias_type>(base, p, state.bias.full[0], at.key, {at.row, at.head, at.batch},
-                                                Keep::kNo);
+  FOVEA_DEVICE void load_factors(u32 n, u32 panels, const TensorMap& of_keys, const RowPlace& keys,
+                                 const TensorMap& of_rows, const RowPlace& rows) const {
+    const int end = static_cast<int>(panels) * kPanelColumns;
+#pragma unroll 1
+    for (int column = 0; column < end; column += kPanelColumns, ++n) {
+      Barrier& full = state.ring.full[state.ring.place(n)];
+      state.ring.await_empty(n);
+      full.arrive_with(kShared.place);
+      load_panel(keys_at(n), of_keys, full, column, keys, Keep::kYes);
+      load_panel(rows_at(n), of_rows, full, column, rows, Keep::kYes);
+    }
   }
-  template <int kDim>
-  FOVEA_DEVICE void load(u32 n, const BiasTile& at, const Sequence& sequence, int h, const TensorMap& keys,
-                         const TensorMap& rows, const float* statistics) const {
-    const int b = p.cu_seqlens_q.data != nullptr ? 0 : sequence.batch;  // packed sequences are one to the engine
-    Barrier& full = state.ring.full[state.ring.place(n)];
-    load_panels<kTile, kDim>(keys_at(n), keys, full, {sequence.kv_begin + at.key, h / p.group, b}, Keep::kYes);
-    load_panels<kTile, kDim>(rows_at(n), rows, full, {sequence.q_begin + at.row, h, b}, Keep::kYes, kStatistics);
-    load_bytes(statistics_at(n), statistics, kStatistics, full);
+
+  /// Brings the bias of a tile, and has the sum stored that is left in its place.
+  FOVEA_DEVICE void exchange_all() const {
+    u32 number = blockIdx.x;
+#pragma unroll 1
+    for (u32 t = 0; number < p.bias_tiles + kShared.bias_places * gridDim.x; ++t, number += gridDim.x) {
+      state.bias.await_empty(t);
+      if (kAhead && t >= kShared.bias_places && p.dbias_by_engine) {
+        const BiasTile at = tile_in(t);
+        constexpr int kColumns = kPanelRowBytes / kBytes<S.bias_type>;
+#pragma unroll
+        for (int panel = 0; panel < kTile / kColumns; ++panel)
+          store_panel(p.dbias_map, bias_at(t) + panel * kTile * kPanelRowBytes, at.key + panel * kColumns,
+                      {at.row, at.head, at.batch});
+        close_additions();
+        await_additions_read<0>();
+      }
+      if (number >= p.bias_tiles) continue;
+      const BiasTile at = tile_in(t) = tile(number);
+      state.bias.full[state.bias.place(t)].arrive_with(kShared.bias_stage);
+      load_bias_panels<kTile, kTile, S.bias_type>(bias_at(t), p, state.bias.full[state.bias.place(t)], at.key,
+                                                  {at.row, at.head, at.batch}, Keep::kNo);
+    }
+  }
+
+  /// By a warp: whether a tile's bias hides something.
+  FOVEA_DEVICE void look_all() const {
+    u32 t = 0;
+#pragma unroll 1
+    for (u32 number = blockIdx.x; number < p.bias_tiles; number += gridDim.x, ++t) {
+      state.bias.await_full(t);
+      u32 least = 0;
+#pragma unroll 4
+      for (u32 at = lane_id() * 16; at < kShared.bias_stage && S.bias_type != Type::kFloat32; at += kWarp * 16) {
+        const uint4 entries = load_shared_16(bias_at(t) + at);
+        least = least_of_two<S.bias_type>(least,
+                                          least_of_two<S.bias_type>(least_of_two<S.bias_type>(entries.x, entries.y),
+                                                                    least_of_two<S.bias_type>(entries.z, entries.w)));
+      }
+      const bool hides =
+          widen_half<S.bias_type>(least, 0) == -infinity() || widen_half<S.bias_type>(least, 1) == -infinity();
+      state.hides[state.bias.place(t)] = __any_sync(kAllLanes, hides);
+      state.known.announce(t);
+    }
   }
 
   // ---- by a warpgroup for its 64 keys
@@ -127,40 +184,65 @@ struct BiasGradientSm90 {
 
   FOVEA_DEVICE void gather() const {
     Entries sum;
-    BiasTile at{};
     bool checks = false;
-    u32 t = 0;
+    u32 t = ~0U;
 #pragma unroll 1
-    for (u32 n = 0;; n += 2) {
-      state.ring.await_full(n);
-      const auto& sharer = state.sharers[state.ring.place(n)];
-      if (uniform(sharer.first)) {
-        if (n > 0) {
-          state.bias.release(t++);
-          store(sum, at);
-        }
-        if (!uniform(sharer.exists)) break;
-        at = tile(blockIdx.x + i64{t} * gridDim.x);
+    for (u32 step = 0;; ++step) {
+      state.ring.await_full(step * kPanels);
+      const u32 marks = uniform(sharer(step).marks);
+      if ((marks & State::kFirst) != 0) {
+        if (step > 0) leave(sum, t);
+        if ((marks & State::kEnd) != 0) break;
+        ++t;
         Columns::each([&](int j, int e) { sum[0][j].x[e] = 0.0F; });
-        state.bias.await_full(t);
-        checks = uniform(
-            meet_any(kMeetings + first_key / kGroupRows, 128, Columns::hides_some(base, fresh(warp_key()), false)));
+        state.known.await_full(t);
+        checks = uniform(state.hides[state.bias.place(t)]);
       }
-      if (uniform(sharer.sight == TileState::kHidden)) {
-        state.ring.release(n);
-        state.ring.await_full(n + 1);
-        state.ring.release(n + 1);
-      } else if (uniform(sharer.sight == TileState::kPartial)) {
-        add<true, true>(sum, at, sharer, n);
-      } else if (checks) {
-        add<false, true>(sum, at, sharer, n);
+      if (S.bias_type != Type::kFloat32 && !checks && marks <= State::kFirst) {
+        add<false, false>(sum, step, t);
+      } else if ((marks & State::kHidden) != 0) {
+#pragma unroll
+        for (u32 n = step * kPanels; n < (step + 1) * kPanels; ++n) state.ring.await_full(n), state.ring.release(n);
+      } else if ((marks & State::kPartial) != 0) {
+        add<true, true>(sum, step, t);
       } else {
-        add<false, false>(sum, at, sharer, n);
+        add<false, true>(sum, step, t);
       }
     }
   }
+  /// A step's panels from the first one up to the last.
+  FOVEA_DEVICE void release(u32 step, u32 first, u32 last) const {
+#pragma unroll
+    for (u32 panel = first; panel < last; ++panel) state.ring.release(step * kPanels + panel);
+  }
+
+  /// The sum of tile t: by the place of the bias that this warp has read, or, where the next one waits for it, by hand.
+  FOVEA_DEVICE void leave(const Entries& sum, u32 t) const {
+    const BiasTile at = tile_in(t);
+    const bool by_engine = kAhead && p.dbias_by_engine;
+    if (by_engine) put(sum, bias_at(t)), fence_engine();
+    state.bias.release(t);
+    if (!by_engine) store(sum, at);
+  }
+  FOVEA_DEVICE void put(const Entries& sum, u32 panels) const {
+    const int key = fresh(warp_key()), lane = fresh(lane_id());
+    if constexpr (S.bias_type == Type::kFloat32) {
+      const u32 mine = swizzled(panels + key / 32 * kTile * kPanelRowBytes, lane % 4 * 2, key % 32 / 4 + lane / 16) +
+                       lane / 4 % 4 * 4;
+      Columns::each([&](int j, int e) {
+        store_shared((mine ^ e % 2 * 16 ^ e / 2 * 32) + (8 * j + e % 2) * kPanelRowBytes,
+                     __float_as_uint(sum[0][j].x[e]));
+      });
+    } else {
+      const u32 mine =
+          swizzled(panels + key / 64 * kTile * kPanelRowBytes, lane / 16 * 8 + lane % 8, key % 64 / 8 + lane / 8 % 2);
+#pragma unroll
+      for (int k = 0; k < kTile / 16; ++k)
+        store_matrices_transposed(mine + k * 16 * kPanelRowBytes, operand_a<S.bias_type>(sum[0], k));
+    }
+  }
   FOVEA_DEVICE void store(const Entries& sum, const BiasTile& at) const {
-    const int row = at.row + Columns::row_of(0, 0), key = at.key + warp_key() + lane_id() / 4;
+    const int row = at.row + fresh(Columns::row_of(0, 0)), key = at.key + fresh(warp_key() + lane_id() / 4);
     const EntryView& view = p.dbias;
     char* to = view.data + at.batch * view.batch + at.head * view.head + row * view.query + key * view.key;
 #pragma unroll
@@ -175,54 +257,68 @@ struct BiasGradientSm90 {
   }
 
   /// dS of a sharer; kHides: band and ends may hide an entry; kChecks: that, or the bias does.  Where something that is
-  /// not finite was met each entry is then asked.
+  /// not finite was met each entry is then asked.  Where nothing is asked, dP is under way while S becomes P.
   template <bool kHides, bool kChecks>
-  FOVEA_DEVICE void add(Entries& sum, const BiasTile& at, const BiasGradientState::Sharer& sharer, u32 n) const {
-    const RowMap<false> rows{at.row, sharer.sequence.q_rows, sharer.head, 1};
-    const typename Columns::Rules rules{p, sharer.sequence, rows};
-    Columns columns{rules, at.key + warp_key() + lane_id() / 4, {}, {}, {}, {}};
-    if constexpr (S.dropout) columns.stream = uniform(rules.stream(sharer.head));
-    Entries c;
-    typename Columns::Packed weights;
-    multiply<S.head_dim>(c, n, 0);
+  FOVEA_DEVICE void add(Entries& sum, u32 step, u32 t) const {
+    constexpr bool kAtOnce = !kChecks && Columns::kDeltaFirst && !S.softcap && !S.alibi;
+    const BiasTile& at = tile_in(t);
+    const Sharer& what = sharer(step);
+    const RowMap<false> rows{at.row, what.sequence.q_rows, what.head, 1};
+    const typename Columns::Rules rules{p, what.sequence, rows};
+    Columns columns{rules, at.key + fresh(warp_key() + lane_id() / 4), {}, {}, {}, {}};
+    if constexpr (S.dropout) columns.stream = uniform(rules.stream(what.head));
+    Entries c, d;  // S and P, dP and dS
+    if constexpr (kAtOnce) Columns::begin_with_delta(d, delta_at(step));
+    multiply<S.head_dim>(c, step * kPanels, 0);
     if constexpr (kHides) columns.see_all(), columns.keep_to_band();
-    await_products<0>();
+    if constexpr (kAtOnce) multiply<S.head_dim_v>(d, step * kPanels + kKeyPanels, 1);
+    await_products<kAtOnce ? 1 : 0>();
     pin(c[0]);
-    float check = columns.template weigh<kHides, kChecks>(c, statistics_at(n),
-                                                          [&] { columns.add_bias(c, base, fresh(warp_key()), false); });
-    state.ring.release(n);
-    columns.pack(weights, c);
-    state.ring.await_full(n + 1);
-    if constexpr (Columns::kDeltaFirst) Columns::begin_with_delta(c, statistics_at(n + 1));
-    multiply<S.head_dim_v>(c, n + 1, Columns::kDeltaFirst ? 1 : 0);
-    await_products<0>();
-    pin(c[0]);
-    if constexpr (kChecks) {
-      check += columns.not_finite_gradients(c, statistics_at(n + 1));
-      if (__any_sync(kAllLanes, !(check == 0.0F))) {
-        columns.hide_by_bias(weights);
-        columns.template differentiate<true>(c, weights, statistics_at(n + 1));
-        Columns::each([&](int j, int e) { sum[0][j].x[e] += c[0][j].x[e]; });
-        state.ring.release(n + 1);
-        return;
-      }
-    }
-    if constexpr (Columns::kDeltaFirst) {
-      Columns::each([&](int j, int e) { sum[0][j].x[e] += Columns::unpacked(weights, j, e) * c[0][j].x[e]; });
+    release(step, 0, kKeyPanels);
+    float check = columns.template weigh<kHides, kChecks>(
+        c, log2_lse_at(step), [&] { columns.add_bias(c, bias_at(t), fresh(warp_key()), false); });
+    if constexpr (kAtOnce) {
+      state.ring.await_full(step * kPanels + kKeyPanels);  // known, but a branch: else dP is awaited before S is P
+      await_products<0>();
+      pin(d[0]);
+      release(step, kKeyPanels, kPanels);
+      Columns::each([&](int j, int e) { sum[0][j].x[e] += c[0][j].x[e] * d[0][j].x[e]; });
     } else {
-      columns.template differentiate<false>(c, weights, statistics_at(n + 1));
-      Columns::each([&](int j, int e) { sum[0][j].x[e] += c[0][j].x[e]; });
+      typename Columns::Packed weights;
+      columns.pack(weights, c);
+      if constexpr (Columns::kDeltaFirst) Columns::begin_with_delta(d, delta_at(step));
+      multiply<S.head_dim_v>(d, step * kPanels + kKeyPanels, Columns::kDeltaFirst ? 1 : 0);
+      await_products<0>();
+      pin(d[0]);
+      if constexpr (kChecks) check += columns.not_finite_gradients(d, delta_at(step));
+      if (kChecks && __any_sync(kAllLanes, !(check == 0.0F))) {
+        columns.hide_by_bias(weights);
+        columns.template differentiate<true>(d, weights, delta_at(step));
+      } else {
+        columns.template differentiate<false>(d, weights, delta_at(step));
+      }
+      release(step, kKeyPanels, kPanels);
+      Columns::each([&](int j, int e) { sum[0][j].x[e] += d[0][j].x[e]; });
     }
-    state.ring.release(n + 1);
   }
-  /// Keys by rows, issued and not awaited.
+  /// Keys by rows, issued and not awaited; n: the first panel's place in the ring.
   template <int kDim>
   FOVEA_DEVICE void multiply(Entries& c, u32 n, int add) const {
+#pragma unroll
+    for (u32 panel = 0; panel < panels_of(kDim); ++panel) state.ring.await_full(n + panel);
     pin(c[0]);
     fence_products();
-    multiply_by_rows<S.type, kDim, kTile, kTile>(c[0], matrix_at(keys_at(n) + first_key * kPanelRowBytes, 16),
-                                                 matrix_at(rows_at(n), 16), add);
+#pragma unroll
+    for (int panel = 0; panel < kDim / kPanelColumns; ++panel)
+      multiply_panel<kPanelColumns>(c, n + panel, panel == 0 ? add : 1);
+    constexpr int kRest = kDim % kPanelColumns;
+    if constexpr (kRest != 0) multiply_panel<kRest>(c, n + kDim / kPanelColumns, kDim < kPanelColumns ? add : 1);
     close_products();
+  }
+  template <int kColumns>
+  FOVEA_DEVICE void multiply_panel(Entries& c, u32 n, int add) const {
+    multiply_by_rows<S.type, kColumns, kTile, kTile>(c[0], matrix_at(keys_at(n) + first_key * kPanelRowBytes, 16),
+                                                     matrix_at(rows_at(n), 16), add);
   }
 };
 
@@ -231,10 +327,11 @@ template <BackwardSpec S>
 __device__ void bias_gradient_sm90(const BackwardSm90Params& p) {
   extern __shared__ __align__(1024) char shared[];
   using Gradient = BiasGradientSm90<S>;
-  static_assert(sizeof(BiasGradientState) <= kStateBytes);
-  BiasGradientState& state = *reinterpret_cast<BiasGradientState*>(shared + Gradient::kShared.state);
+  using State = BiasGradientState<S>;
+  static_assert(sizeof(State) <= kStateBytes);
+  State& state = *reinterpret_cast<State*>(shared + Gradient::kShared.state);
   if (threadIdx.x == 0) {
-    state.ring.begin(S.warps, 2), state.bias.begin(S.warps);
+    state.ring.begin(S.warps), state.bias.begin(S.warps), state.known.begin(1, kArrivals);
     fence_barriers();
     fence_engine();
   }
@@ -244,6 +341,8 @@ __device__ void bias_gradient_sm90(const BackwardSm90Params& p) {
   if (group == 0) {
     give_registers<40>();
     if (threadIdx.x == 0) gradient.load_all();
+    if (threadIdx.x == kWarp) gradient.exchange_all();
+    if (warp_id() == 2) gradient.look_all();
   } else {
     take_registers<232>();
     gradient.gather();

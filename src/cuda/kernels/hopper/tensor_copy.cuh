@@ -26,6 +26,13 @@ FOVEA_DEVICE void load_panel(u32 to, const TensorMap& map, const Barrier& barrie
       : "memory");
 }
 
+/// One panel back, of which what lies outside the tensor is left out; of the thread's open group, as `add_floats`.
+FOVEA_DEVICE void store_panel(const TensorMap& map, u32 from, int column, const RowPlace& at) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+               "r"(from), "r"(column), "r"(at.row), "r"(at.head), "r"(at.batch)
+               : "memory");
+}
+
 /// A tile of kRows rows, by one thread; `more`: bytes that come to the same barrier.
 template <int kRows, int kDim>
 FOVEA_DEVICE void load_panels(u32 to, const TensorMap& map, Barrier& full, const RowPlace& at, Keep keep, u32 more = 0,
