@@ -237,10 +237,8 @@ def bias_gradient(key_panels, panels, places, bias_places, sharers):
                     group += leave
                     continue
                 known = [("wait", "known", "full", t), ("read", "known", t)] if sharer == 0 else []
-                group += [*leave, *known] if bias_places == 1 else known
-                group += [("wait", "panel", "full", n) for n in range(first + 1, first + key_panels)]
-                group += leave if bias_places > 1 else []
-                group += [("wait", "panel", "full", n) for n in range(first + key_panels, first + panels)]
+                group += [*leave, *known]
+                group += [("wait", "panel", "full", n) for n in range(first + 1, first + panels)]
                 group += [("read", "panel", n) for n in range(first, first + key_panels)]
                 group += [("arrive", "panel", "empty", n) for n in range(first, first + key_panels)]
                 group += [("read", "step", step), ("read", f"bias {g}", t)]
