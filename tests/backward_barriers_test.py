@@ -120,7 +120,7 @@ def with_bias(places, readers, tile):
     return {"bias": (places, 1, readers)}, [tile[0], ("wait", "bias", "full"), ("free", "bias"), *tile[1:]]
 
 
-def own_keys(bias=0, ahead=True):
+def own_keys(bias, ahead):
     """ahead: a warpgroup looks at the next tile before it gives this one's rows back."""
     look = [("wait", "q", "full", 1)] if ahead else []
     tile = [("wait", "q", "full"), ("wait", "dout", "full"), ("wait", "dS", "empty"), ("write", "dS"), ("fill", "dS"), *look,
@@ -296,8 +296,9 @@ if __name__ == "__main__":
     for name, *of in (("d 128", 2, 4, 5, 2), ("d 128, an fp32 bias", 2, 4, 5, 1), ("d 64", 1, 2, 4, 2), ("d 64, dv 128", 1, 3, 5, 2)):
         counts = [bias_gradient(*of, sharers) for sharers in ((1,), (3,), (1, 1), (2, 1), (1, 1, 1))]
         print(f"a bias's gradient, {name}: {sum(counts)} states of {len(counts)} walks, nobody waits for ever")
-    for name, model, most in (("keys of their own", own_keys(ahead=False), 6), ("keys of their own, looking ahead", own_keys(), 6), ("keys of their own, a bias with one place", own_keys(1), 5),
-                              ("keys of their own, a bias with two", own_keys(2), 4), ("shared keys, a bias", shared_keys(True, bias=1), 2),
+    own = [(f"keys of their own{', looking ahead' if ahead else ''}{bias}", own_keys(places, ahead), most) for ahead in (False, True)
+           for bias, places, most in (("", 0, 6), (", a bias with one place", 1, 5), (", a bias with two", 2, 4))]
+    for name, model, most in (*own, ("shared keys, a bias", shared_keys(True, bias=1), 2),
                               ("shared keys", shared_keys(False), 3),
                               ("shared keys, hidden entries", shared_keys(True), 3),
                               ("shared keys, hidden entries that are not finite", shared_keys(True, True), 5)):

@@ -115,9 +115,11 @@ struct BiasGradientSm90Shared {
   /// As many places as there is room for, at best two of the bias and five panels.
   FOVEA_FN static constexpr BiasGradientSm90Shared of(const BackwardSpec& s) {
     BiasGradientSm90Shared at{};
-    for (const int layout : {25, 24, 15, 14}) {
-      at = with(s, layout / 10, layout % 10);
-      if (at.total <= kMostShared) break;
+    for (int bias_places = 2; bias_places > 0; --bias_places) {
+      for (int places = 5; places > 3; --places) {
+        at = with(s, bias_places, places);
+        if (at.total <= kMostShared) return at;
+      }
     }
     return at;
   }

@@ -88,7 +88,7 @@ class BackwardSm90Plan final : public PlannedKernel {
       p.slot_rows = spec.block_m;
       const std::int64_t tiles_in_all =
           tiles(p.seqlen_q) * tiles(p.seqlen_kv) * count(p.dbias.batch, p.batch) * count(p.dbias.head, p.q_heads);
-      p.bias_tiles = static_cast<u32>(tiles_in_all);
+      p.bias_tiles = static_cast<u32>(tiles_in_all);  // of 32 KB each: no GPU holds as many as do not fit
       launch(*bias_gradient_, static_cast<int>(std::min<std::int64_t>(tiles_in_all, multiprocessors_)), p, stream);
       p.dbias.data = nullptr;
     }

@@ -148,11 +148,9 @@ struct BackwardConsumer : BackwardOwner<S> {
       Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));
     }
     share<kTermByTerm>(ds, n);
-    if constexpr (kTermByTerm) {
-      add_seen(n, place, weights, sums);
-      if constexpr (kLooksAhead) this->look_ahead(ahead, fresh(n) + 1);
-    } else {
-      if constexpr (kLooksAhead) this->look_ahead(ahead, fresh(n) + 1);
+    if constexpr (kTermByTerm) add_seen(n, place, weights, sums);
+    if constexpr (kLooksAhead) this->look_ahead(ahead, fresh(n) + 1);
+    if constexpr (!kTermByTerm) {
       await_products<0>();
       pin(sums.dv[0]), pin(sums.dk[0]), pin(weights), pin(ds);
     }

@@ -4,10 +4,10 @@
 #include "cuda/kernels/hopper/backward_state.cuh"
 #include "cuda/kernels/hopper/wgmma.cuh"
 
-// The warpgroup of the backward that makes dq = dS K of what the others leave of dS: a panel of columns at a time for
-// 64 rows, which each warp adds to dq_sum.  In a pair of blocks each makes half of the panels, for the keys of both.
-// Where a block has all keys of its rows, each thread keeps its own part of dq in shared memory until they have been
-// walked.
+// The warpgroup of the backward that makes dq = dS K of what the others leave of dS: all columns for 64 rows, or a
+// panel of them at a time, which each warp adds to dq_sum.  In a pair of blocks each makes half of the panels, for the
+// keys of both. Where a block has all keys of its rows, each thread keeps its own part of dq in shared memory until
+// they have been walked.
 namespace fovea::cuda {
 
 template <BackwardSpec S>

@@ -7,12 +7,6 @@
 // What the backward's warpgroups that have 64 keys do alike, whether each has its own or both share them.
 namespace fovea::cuda {
 
-FOVEA_DEVICE void store_matrices_transposed(u32 address, const OperandA& a) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a.x[0]),
-               "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3])
-               : "memory");
-}
-
 template <BackwardSpec S>
 struct BackwardOwner {
   using Columns = GradientColumns<S>;
@@ -58,7 +52,7 @@ struct BackwardOwner {
         ahead.exists = uniform(step(n).exists);
       }
       if (!ahead.exists) break;
-      if (Self::kLooksAhead ? ahead.full : full(n)) {
+      if (Self::kLooksAhead ? ahead.full : full(n)) {  // who does not look ahead asks now
         self.template tile<false>(n, ahead, sums);
       } else {
         self.template tile<true>(n, ahead, sums);

@@ -2,7 +2,7 @@
 
 #include "cuda/backward_plan_sm90.h"
 #include "cuda/kernels/backward.cuh"
-#include "cuda/kernels/hopper/backward_owner.cuh"
+#include "cuda/kernels/hopper/gradient_columns.cuh"
 #include "cuda/kernels/hopper/wgmma.cuh"
 
 // dbias where neither its rows nor its keys are summed: a block takes tiles of 128 × 128 entries, whose bias lies in

@@ -14,6 +14,12 @@ FOVEA_DEVICE float2 load_shared_two(u32 address) {
   return two;
 }
 
+FOVEA_DEVICE void store_matrices_transposed(u32 address, const OperandA& a) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a.x[0]),
+               "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3])
+               : "memory");
+}
+
 /// Of two 16-bit numbers those whose bit is set, the others times 0: NaN stays NaN, and −0 stays −0.
 template <Type kType>
 FOVEA_DEVICE u32 keep_of_two(u32 two, u32 bits) {
@@ -189,7 +195,7 @@ struct GradientColumns {
 
   /// −delta, for dPᵀ to be added to.
   FOVEA_DEVICE static void begin_with_delta(Entries& dp, u32 delta) {
-    const u32 mine = delta + fresh(lane_id()) % 4 * 8;
+    const u32 mine = delta + fresh(lane_id()) % 4 * 8;  // anew, or d64 spills
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       const float2 two = load_shared_two(mine + 32 * j);
