@@ -99,7 +99,7 @@ BackwardSpec plain(const BackwardSpec& from) {
 BackwardSpec backward_spec(const Problem& problem, int sm) {
   BackwardSpec spec;
   spec.type = type_of(problem.dtype);
-  spec.mma = mma_of(spec.type, sm);
+  spec.mma = mma_of(problem, sm);
   spec.async_copy = sm >= 80;
   spec.head_dim = whole_products(problem.head_dim);
   spec.head_dim_v = whole_products(problem.head_dim_v);

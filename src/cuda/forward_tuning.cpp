@@ -114,16 +114,17 @@ Type type_of(DType dtype) {
   return dtype == DType::kBFloat16 ? Type::kBFloat16 : Type::kFloat32;
 }
 
-Mma mma_of(Type type, int sm) {
-  if (sm < 80) return type == Type::kFloat16 ? Mma::kHalf8 : Mma::kShuffles;
-  return type == Type::kFloat32 ? Mma::kTf32x3 : Mma::kHalf16;
+Mma mma_of(const Problem& problem, int sm) {
+  if (sm < 80) return problem.dtype == DType::kFloat16 ? Mma::kHalf8 : Mma::kShuffles;
+  if (problem.dtype != DType::kFloat32) return Mma::kHalf16;
+  return std::min(problem.head_dim, problem.head_dim_v) <= 8 ? Mma::kTf32x6 : Mma::kTf32x3;
 }
 
 std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuModel& gpu) {
   ForwardShape shape;
   ForwardSpec& spec = shape.spec;
   spec.type = type_of(problem.dtype);
-  spec.mma = mma_of(spec.type, gpu.sm);
+  spec.mma = mma_of(problem, gpu.sm);
   spec.async_copy = gpu.sm >= 80;
   shape.v_chunks = static_cast<int>(std::max<std::int64_t>(1, ceil_div(problem.head_dim_v, widest_v(spec.type))));
   spec.head_dim = round_up(problem.head_dim, 16);

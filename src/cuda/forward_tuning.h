@@ -37,7 +37,7 @@ struct ForwardShape {
 
 /// A problem's element type and how a GPU multiplies it.
 [[nodiscard]] Type type_of(DType dtype);
-[[nodiscard]] Mma mma_of(Type type, int sm);
+[[nodiscard]] Mma mma_of(const Problem& problem, int sm);
 
 /// What a problem's options ask of a kernel's spec, whatever the family and the pass.
 template <class Spec>

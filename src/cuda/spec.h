@@ -20,8 +20,11 @@ enum class Mma : int {
   kHalf16,    // m16n8k16 of fp16 or bf16 (sm_80)
   kHalf8,     // two m16n8k8 of fp16 (sm_75)
   kTf32x3,    // fp32 as three products of TF32 halves (sm_80)
+  kTf32x6,    // as six of thirds, which leave nothing out, where so few are added up that it would show (sm_80)
   kShuffles,  // fp32 multiply-adds between lanes, for what a GPU has no unit for: bf16 and fp32 on sm_75
 };
+
+FOVEA_FN constexpr bool is_tf32(Mma mma) { return mma == Mma::kTf32x3 || mma == Mma::kTf32x6; }
 
 struct ForwardSpec {
   Type type = Type::kBFloat16;

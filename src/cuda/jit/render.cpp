@@ -9,8 +9,11 @@ namespace {
 
 constexpr std::array<std::pair<const char*, const char*>, 3> kTypes{
     {{"kFloat32", "fp32"}, {"kFloat16", "fp16"}, {"kBFloat16", "bf16"}}};
-constexpr std::array<std::pair<const char*, const char*>, 4> kMmas{
-    {{"kHalf16", "half16"}, {"kHalf8", "half8"}, {"kTf32x3", "tf32x3"}, {"kShuffles", "shuffles"}}};
+constexpr std::array<std::pair<const char*, const char*>, 5> kMmas{{{"kHalf16", "half16"},
+                                                                    {"kHalf8", "half8"},
+                                                                    {"kTf32x3", "tf32x3"},
+                                                                    {"kTf32x6", "tf32x6"},
+                                                                    {"kShuffles", "shuffles"}}};
 constexpr std::array<std::pair<std::string_view, std::string_view>, 9> kShort{{{"head_dim", "d"},
                                                                                {"head_dim_v", "dv"},
                                                                                {"block_m", "m"},

@@ -238,7 +238,7 @@ template <auto S, int kSteps, bool kAtOnce = false, int kM, int kN, class A, cla
           class Between = Nothing>
 FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start,
                                  const Between& between = {}) {
-  constexpr bool kOnTop = kIsOnTop<Start>, kHalves = S.mma == Mma::kTf32x3;
+  constexpr bool kOnTop = kIsOnTop<Start>, kHalves = is_tf32(S.mma);
   constexpr int kChain = kHalves ? math::smaller(kSteps, 16) : kSteps;
   constexpr bool kApart = (kOnTop && S.type == Type::kFloat32) || kChain < kSteps;
   constexpr bool kTwoSums = kHalves && !(kOnTop && 3 * kSteps <= 16);
