@@ -210,7 +210,8 @@ jit::KernelRequest mask_words_request(int arch) {
                       .header = "cuda/kernels/mask_words.cuh",
                       .spec = "ForwardSpec",
                       .params = "CallParams",
-                      .threads = kMaskThreads},
+                      .threads = kMaskThreads,
+                      .min_blocks = 4},
                      ForwardSpec{}, arch);
 }
 

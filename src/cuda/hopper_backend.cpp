@@ -25,7 +25,7 @@ class ForwardSm90Plan final : public PlannedKernel {
       : shape_(shape),
         device_(device),
         multiprocessors_(model_of_device(device).multiprocessors),
-        mask_words_(problem, kTicketBytes, device, kHopper),
+        mask_words_(problem, kTicketBytes, device, kHopper, true),
         forward_(forward_sm90_request(shape), device) {
     describe_call(problem, params_);
     params_.row_blocks = static_cast<int>(shape.row_blocks);

@@ -7,16 +7,18 @@
 namespace fovea::cuda {
 
 /// A mask as words of 32 keys, [batch][head][word][row], and behind each head's what they come to, two words for each
-/// 32 words of 32 rows (`MaskTiles`); strides in words, 0 where broadcast.
+/// 32 words of 32 rows (`MaskTiles`); strides in words, 0 where broadcast.  By lanes: [batch][head][128 keys][row][4],
+/// a word for what each of the four lanes that share rows of an accumulator has of them, as it counts its entries.
 struct WordView {
   u32* data;
   i64 batch, head, row;
   int rows, count;    // count: words of a row
   int heads, planes;  // heads, and sequences × heads, that have words of their own
+  bool by_lanes;
 
   FOVEA_FN constexpr int groups() const { return (rows + 31) / 32; }
   FOVEA_FN constexpr int spans() const { return (count + 31) / 32; }
-  FOVEA_FN constexpr i64 plane() const { return i64{rows} * count + i64{2} * groups() * spans(); }
+  FOVEA_FN constexpr i64 plane() const { return (i64{rows} * count + i64{2} * groups() * spans() + 3) / 4 * 4; }
 };
 
 inline constexpr int kMaskThreads = 256;  // of a block that makes them

@@ -51,7 +51,7 @@ void launch(const PlannedLaunch& what, int blocks, const Params& params, void* s
 /// The words that a boolean mask becomes before a pass, at the end of its workspace.
 class MaskWords {
  public:
-  MaskWords(const Problem& problem, std::size_t workspace_bytes, const Device& device, int arch);
+  MaskWords(const Problem& problem, std::size_t workspace_bytes, const Device& device, int arch, bool by_lanes = false);
 
   /// Of the workspace, with what comes before.
   [[nodiscard]] std::size_t workspace_bytes() const { return bytes_; }
@@ -60,6 +60,7 @@ class MaskWords {
 
  private:
   std::size_t begin_, bytes_;
+  bool by_lanes_;
   std::optional<PlannedLaunch> launch_;
 };
 

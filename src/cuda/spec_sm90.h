@@ -67,7 +67,9 @@ FOVEA_FN constexpr int bias_panels(const ForwardSm90Spec& s) {
   return s.bias ? (s.block_n * bytes_of(s.bias_type) + kPanelRowBytes - 1) / kPanelRowBytes : 0;
 }
 FOVEA_FN constexpr int bias_bytes(const ForwardSm90Spec& s) { return bias_panels(s) * kGroupRows * kPanelRowBytes; }
-FOVEA_FN constexpr int words_bytes(const ForwardSm90Spec& s) { return s.mask ? kGroupRows * s.block_n / 8 : 0; }
+/// Groups of 128 keys that a tile lies in.
+FOVEA_FN constexpr int mask_groups(const ForwardSm90Spec& s) { return 128 % s.block_n == 0 ? 1 : 2; }
+FOVEA_FN constexpr int words_bytes(const ForwardSm90Spec& s) { return s.mask ? kGroupRows * mask_groups(s) * 16 : 0; }
 FOVEA_FN constexpr int shared_bytes(const ForwardSm90Spec& s) {
   return s.q_stages * q_tile_bytes(s) +
          s.stages * (tile_bytes(s.block_n, s.head_dim) + tile_bytes(s.block_n, s.head_dim_v)) +

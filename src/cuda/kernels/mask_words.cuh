@@ -25,6 +25,15 @@ FOVEA_DEVICE u32 seen_keys(const char* row, i64 stride, int key, int keys) {
   return seen;
 }
 
+/// What lane t of four has of 128 keys: of each of their words two neighbouring bits of every eight, which a product
+/// brings together.
+FOVEA_DEVICE u32 word_of_lane(const u32 (&words)[4], int t) {
+  u32 all = 0;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) all |= ((words[w] >> 2 * t & 0x03030303U) * 0x01041040U) >> 24 << 8 * w;
+  return all;
+}
+
 /// Blocks: x: 32 words of 32 rows; y: sequences × heads that have a mask of their own, some of them at once.
 template <ForwardSpec S>
 __device__ void mask_words(const CallParams& p) {
@@ -55,9 +64,17 @@ __device__ void mask_words(const CallParams& p) {
       const int keys = p.seqlen_kv - (first_word + w) * 32;  // that exist; only these and rows that exist count
       const u32 most = keys >= 32 ? ~0U : keys > 0 ? (1U << keys) - 1 : 0;
       const bool exists = first_row + lane < to.rows;
-      if (exists && keys > 0) out[i64{first_word + w} * to.rows + first_row + lane] = word;
+      if (!to.by_lanes && exists && keys > 0) out[i64{first_word + w} * to.rows + first_row + lane] = word;
       const bool any = __any_sync(kAllLanes, word != 0), all = __all_sync(kAllLanes, word == most || !exists);
       if (lane < 2 && (lane == 0 ? any : all)) atomicOr(&facts[lane], 1U << w);
+    }
+    if (to.by_lanes && first_row + lane < to.rows) {
+      const int w = 4 * warp_id();
+      static_assert(4 * kWarps == kWarp);
+      const u32 of[] = {words[w][lane], words[w + 1][lane], words[w + 2][lane], words[w + 3][lane]};
+      uint4* const to_lanes = reinterpret_cast<uint4*>(out) + i64{(first_word + w) / 4} * to.rows + first_row + lane;
+      if (first_word + w < to.count)
+        *to_lanes = {word_of_lane(of, 0), word_of_lane(of, 1), word_of_lane(of, 2), word_of_lane(of, 3)};
     }
     __syncthreads();
     if (threadIdx.x < 2) {

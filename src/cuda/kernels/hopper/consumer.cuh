@@ -28,7 +28,8 @@ struct Consumer {
   Interval full{};  // tiles of keys that these 64 rows see whole, where O leaves registers for it
 
   static constexpr int kShort = short_n(S);
-  static constexpr bool kEndsEarly = S.turns && !S.mask;  // sums, while the last values are added
+  static constexpr bool kEndsEarly = S.turns;    // sums, while the last values are added
+  static constexpr int kSteps = S.mask ? 0 : 1;  // tiles on; what a mask leaves the producer tells
   static constexpr bool kKnowsFull = S.head_dim_v <= 192;
 
   FOVEA_DEVICE int warp_row() const { return group * kGroupRows + warp_id() % 4 * 16; }
@@ -68,14 +69,9 @@ struct Consumer {
       return Epilogue<S>{p, work, rules, state, n, at.q(state.q[0].place(n)), group, warp_row()};
     };
     float factors[2];
-    if constexpr (S.mask) {
-      attend_steps(work, rules, soft, o, unit);
-      release_q();
-    } else {
-      attend_all(work, rules, soft, o, unit, [&] {
-        if constexpr (kEndsEarly) epilogue().end_rows(soft.reference, soft.sum, factors);
-      });
-    }
+    attend_all(work, rules, soft, o, unit, [&] {
+      if constexpr (kEndsEarly) epilogue().end_rows(soft.reference, soft.sum, factors);
+    });
     if constexpr (!kEndsEarly) epilogue().end_rows(soft.reference, soft.sum, factors);
     epilogue().finish(o, soft.reference, factors);
   }
@@ -95,15 +91,19 @@ struct Consumer {
   FOVEA_DEVICE void attend_all(const Work<S>& work, const Rules& rules, Soft& soft, Out& o, float unit,
                                const End& end) {
     const Interval own = work.tiles_of(group);
-    skip(work.tiles.end - own.end);
-    if (own.empty()) {
+    Step step{own.end - 1, 0};
+    if constexpr (S.mask) {
+      step = first_step(work);
+    } else {
+      skip(work.tiles.end - own.end);
+    }
+    if (S.mask ? hidden(work, step) : own.empty()) {
       release_q();
       clear(o);
       return end();
     }
     Scores s;
     Weights weights;
-    Step step{own.end - 1, 0};
     bool brief = false;  // the tile whose values are due is a short one
     if constexpr (kShort < S.block_n) brief = uniform(work.reach[group].any_end - step.tile * S.block_n <= kShort);
     if (brief) {
@@ -113,43 +113,29 @@ struct Consumer {
     }
     int add = 0;
 #pragma unroll 1
-    for (--step.tile; step.tile >= own.begin; --step.tile, add = 1, brief = false)
+    for (step.tile -= kSteps; S.mask ? !step.last() : step.tile >= own.begin;
+         step.tile -= kSteps, add = 1, brief = false)
       next_tile(work, rules, soft, s, weights, o, unit, step, add, brief);
     release_q();
     last_values(weights, o, add, brief, end);
-    skip(own.begin - work.tiles.begin);
+    if constexpr (!S.mask) skip(own.begin - work.tiles.begin);
   }
 
-  /// What the producer has found for a mask, in runs of tiles that these 64 rows see.
-  FOVEA_DEVICE void attend_steps(const Work<S>& work, const Rules& rules, Soft& soft, Out& o, float unit) {
-    clear(o);
-    bool more = !work.tiles.empty();
-#pragma unroll 1
-    while (more) {
-      Step step = await_step(more);
-      if (sight_of(work, step).hidden()) {
-        skip(1);
-        continue;
-      }
-      Scores s;
-      Weights weights;
-      first_tile<S.block_n>(work, rules, soft, s, weights, o, unit, step);
-#pragma unroll 1
-      while (more) {
-        bool another;
-        step = await_step(another);
-        if (sight_of(work, step).hidden()) break;
-        more = another;
-        next_tile(work, rules, soft, s, weights, o, unit, step, 1, false);
-      }
-      last_values(weights, o, 1, false, [] {});
+  /// The first one of which these 64 rows see something, or else the last one, of what the producer has found for a
+  /// mask.
+  FOVEA_DEVICE Step first_step(const Work<S>& work) {
+    if (work.tiles.empty()) return {0, Step::kLast};
+    for (;;) {
+      state.k.await_full(keys);
+      const Step step = step_of();
+      if (!hidden(work, step)) return step;
+      skip(1);
+      if (step.last()) return step;
     }
   }
-  FOVEA_DEVICE Step await_step(bool& more) const {
-    state.k.await_full(keys);
+  FOVEA_DEVICE Step step_of() const {
     const Step step = state.steps[state.k.place(keys)];
-    more = (step.seen & Step::kLast) == 0;
-    return step;
+    return S.turns ? step : Step{step.tile, uniform(step.seen)};
   }
 
   /// Tiles that only others see.
@@ -201,6 +187,11 @@ struct Consumer {
             S.mask ? step.mask(group) : TileState::kFull};
   }
 
+  FOVEA_DEVICE bool hidden(const Work<S>& work, const Step& step) const {
+    const bool nothing = sight_of(work, step).hidden();
+    return S.turns ? nothing : uniform(nothing);
+  }
+
   /// Without values to be added meanwhile.  Only the first kKeys of the tile are seen.
   template <int kKeys>
   FOVEA_DEVICE void first_tile(const Work<S>& work, const Rules& rules, Soft& soft, Scores& all, Weights& weights,
@@ -216,7 +207,7 @@ struct Consumer {
     state.k.release(keys);
     finish(rules, s, sight_of(work, step), entries);
     float total[2];
-    raise(soft, s, o, unit, entries, S.mask);
+    raise(soft, s, o, unit, entries, false);
     soft.weigh(s, weights, total, unit, rules, row, key, stream_of(work));
     soft.add(total);
 #pragma unroll
@@ -224,14 +215,17 @@ struct Consumer {
     ++keys;
   }
 
-  /// S of this tile while P V of the one before is made.
+  /// S of this tile while P V of the one before is made.  What a mask leaves of the tile is asked for behind that, so
+  /// that products wait for nothing; where these rows see nothing of it, their weights are 0.
   FOVEA_DEVICE void next_tile(const Work<S>& work, const Rules& rules, Soft& soft, Scores& s, Weights& weights, Out& o,
-                              float unit, const Step& step, int add, bool brief) {
-    const int row = warp_row(), key = step.tile * S.block_n;
+                              float unit, Step& step, int add, bool brief) {
     await_turn();
     issue_scores(s);
     issue_values(o, weights, keys - 1, add, brief);
     pass_turn();
+    if constexpr (S.mask) step = step_of();
+    if (S.mask && hidden(work, step)) return pass_over(o, weights);
+    const int row = warp_row(), key = step.tile * S.block_n;
     Found entries = entries_of(rules, row, key);
     await_products<1>();
     pin(s[0]);
@@ -255,11 +249,22 @@ struct Consumer {
     ++keys;
   }
 
+  FOVEA_DEVICE void pass_over(Out& o, Weights& weights) {
+    values_done(o, weights);
+    state.k.release(keys++);
+#pragma unroll
+    for (OperandA& none : weights) none = {};
+  }
+
   /// Of the next tile computed.
   FOVEA_DEVICE Found entries_of(const Rules& rules, int row, int key) const {
     Found entries{p, rules, row, key, S.bias ? at.bias(group, state.entries[group].place(fetched)) : 0};
     if constexpr (S.bias) {
       if (!p.bias_by_engine) entries.copy_bias();
+    }
+    if constexpr (S.mask) {
+      state.entries[group].await_full(fetched);
+      entries.read_words(at.words(group, state.entries[group].place(fetched)));
     }
     return entries;
   }
@@ -268,10 +273,8 @@ struct Consumer {
   template <int kPieces>
   FOVEA_DEVICE void finish(const Rules& rules, Accumulator (&s)[1][kPieces], const Sight& sight, Found& entries) {
     auto& ring = state.entries[group];
-    const int place = ring.place(fetched);
     const bool ahead = S.mask || S.bias && p.bias_by_engine;
-    if (ahead) ring.await_full(fetched);
-    if constexpr (S.mask) entries.read_words(at.words(group, place));
+    if (!S.mask && ahead) ring.await_full(fetched);
     rules.finish(s, entries.row, entries.key, sight, entries);
     if (ahead) ring.release(fetched++);
   }

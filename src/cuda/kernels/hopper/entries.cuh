@@ -8,7 +8,7 @@ namespace fovea::cuda {
 
 template <ForwardSm90Spec S>
 struct TileEntries {
-  static constexpr int kN = S.block_n / 8, kWords = S.block_n / 32, kPanel = kGroupRows * kPanelRowBytes;
+  static constexpr int kN = S.block_n / 8, kPanel = kGroupRows * kPanelRowBytes;
   static constexpr bool kNarrows = false;  // ptxas has no registers for the band beside what is seen
   using Scores = Accumulator[1][kN];
   using Rules = ScoreRules<S, false, AsTheyAre, true>;
@@ -23,21 +23,19 @@ struct TileEntries {
 
   template <class Order>
   FOVEA_DEVICE bool sees(int /*i*/, int j, int e) const {
-    constexpr u32 kBit = 1;
-    return (seen[e / 2] & kBit << (2 * j + e % 2)) != 0;
+    return (seen[e / 2] >> (2 * j + e % 2) & 1) != 0;
   }
 
-  /// A lane has two bits of every eight of a word: a product brings them together.
+  /// The tile's bits of the lane's words (`WordView`).
   FOVEA_DEVICE void read_words(u32 words) {
+    constexpr int kGroups = mask_groups(S);
     const int first = warp_row() + lane_id() / 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      seen[h] = 0;
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        const u32 word = load_shared(words + ((first + 8 * h) * kWords + w) * 4) >> AsTheyAre::of_lane(lane_id() % 4);
-        seen[h] |= ((word & 0x03030303U) * 0x01041040U) >> 24 << 8 * w;
-      }
+      const u32 mine = words + ((first + 8 * h) * kGroups * 4 + lane_id() % 4) * 4;
+      seen[h] = load_shared(mine);
+      if constexpr (S.block_n < 128)
+        seen[h] = __funnelshift_r(seen[h], kGroups == 1 ? 0 : load_shared(mine + 16), static_cast<u32>(key) % 128 / 4);
     }
   }
 

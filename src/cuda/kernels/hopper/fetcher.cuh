@@ -49,17 +49,17 @@ struct Fetcher {
 
   /// Row by row.  Past the last row or key the last one is read: such entries are hidden anyway.
   FOVEA_DEVICE void fetch_words(const Work<S>& work, u32 to, int key) const {
-    static_assert(S.block_n % 32 == 0);
-    constexpr int kWords = S.block_n / 32;
+    constexpr int kGroups = mask_groups(S);
     const WordView& view = p.mask_words;
     const u32* const from = view.data + work.sequence.batch * view.batch + work.rows.first_head * view.head;
 #pragma unroll
     for (int r = lane_id(); r < kGroupRows; r += kWarp) {
       const int row = work.rows.query(math::smaller(group * kGroupRows + r, work.rows.left() - 1));
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        copy_word(to + (r * kWords + w) * 4,
-                  from + row * view.row + i64{math::smaller(key / 32 + w, view.count - 1)} * view.rows);
+      for (int g = 0; g < kGroups; ++g) {
+        const int keys = math::smaller(key / 128 + g, view.count / 4 - 1);
+        copy_or_clear<true>(to + (r * kGroups + g) * 16,
+                            reinterpret_cast<const char*>(from + 4 * (i64{keys} * view.rows + row * view.row)), true);
       }
     }
   }

@@ -11,6 +11,7 @@ struct Step {
   u32 seen;
   static constexpr u32 kLast = 1U << 31;  // no other tile follows
 
+  FOVEA_DEVICE bool last() const { return (seen & kLast) != 0; }
   FOVEA_DEVICE TileState mask(int group) const {
     if ((seen >> group & 1) == 0) return TileState::kHidden;
     return (seen >> (8 + group) & 1) != 0 ? TileState::kFull : TileState::kPartial;
