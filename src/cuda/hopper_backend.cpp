@@ -71,6 +71,7 @@ class ForwardSm90Plan final : public PlannedKernel {
     const CallMaps maps{p, CurrentGpu(device_.index), s.type, q_rows(s), s.block_n};
     p.by_engine = maps.of_rows(p.q, p.head_dim, p.q_map) && maps.of_keys(p.k, p.head_dim, p.k_map) &&
                   maps.of_keys(p.v, p.head_dim_v, p.v_map);
+    p.out_by_engine = leaves_through_q(s) && maps.of_rows(p.out, p.head_dim_v, kWarpRows, p.out_map);
     p.bias_by_engine = s.bias && maps.of_entries(p.bias, s.bias_type, kGroupRows, p.bias_map);
   }
 

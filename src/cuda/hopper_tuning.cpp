@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 
 #include "cuda/jit/wgmma_text.h"
 #include "math/band.h"
@@ -13,43 +14,73 @@ constexpr int kSm90 = 90;
 
 struct Tile {
   int widest;  // head dim that it serves
-  int warpgroups, block_n, q_stages;
+  int warpgroups, block_n, stages, q_stages;
   bool hold, turns;
-  int most_options;   // see `weight_of`
-  bool masks = true;  // looking for what they leave takes registers, too
-  bool draws = true;  // so does dropout
+  int most_options;                               // see `weight_of`
+  bool masks = true;                              // looking for what they leave takes registers, too
+  bool draws = true;                              // so does dropout
+  int most_idle = kAny;                           // see `idle`
+  std::int64_t least_keys = 0, most_keys = kAny;  // see `most_keys_of_row`
+  int narrowest = 8;                              // head dim
 
-  static constexpr int kAnyOptions = 99;
+  static constexpr int kAny = std::numeric_limits<int>::max();
 };
 
 /// What options want of registers.
 int weight_of(const ForwardSm90Spec& s) { return s.mask + s.alibi + 2 * s.dropout + 3 * s.softcap + 8 * s.bias; }
 
+constexpr std::int64_t kLong = 1500;  // keys
+
 // Measured on an H100 (docs/notes).  The first that fits is taken.
 constexpr std::array kTiles{
     // As they are.
-    Tile{64, 3, 128, 2, false, true, 0},
-    Tile{128, 2, 128, 2, true, true, 0},
-    Tile{192, 2, 112, 1, false, false, 0},
-    Tile{256, 2, 80, 1, false, true, 0},
+    Tile{64, 4, 64, 6, 2, false, true, 0, true, true, 10, 0, kLong},
+    Tile{64, 3, 128, 4, 2, false, true, 0},
+    Tile{96, 3, 96, 2, 2, false, true, 0, true, true, 17, kLong},
+    Tile{128, 3, 64, 4, 2, false, true, 0, true, true, 10, kLong, Tile::kAny, 128},
+    Tile{128, 2, 128, 2, 2, true, true, 0},
+    Tile{192, 2, 112, 2, 1, false, false, 0},
+    Tile{256, 2, 80, 2, 1, false, true, 0},
     // With options.
-    Tile{128, 2, 128, 2, true, true, 3, true, false},
-    Tile{128, 2, 128, 2, false, false, 2},
-    Tile{128, 2, 96, 2, false, false, 7},
-    Tile{192, 2, 96, 1, false, false, 3, false},
-    Tile{192, 2, 64, 1, false, false, 7},
-    Tile{256, 2, 64, 1, false, false, 2, false},
-    Tile{256, 2, 32, 1, false, false, 7},
+    Tile{64, 4, 64, 6, 2, false, true, 3, false, false, 10},
+    Tile{128, 2, 128, 2, 2, true, true, 2, true, false},
+    Tile{128, 3, 80, 3, 2, false, true, 3, false, false, 10, kLong, Tile::kAny, 128},
+    Tile{128, 2, 128, 2, 2, true, true, 3, true, false},
+    Tile{128, 2, 128, 2, 2, false, false, 2},
+    Tile{128, 2, 96, 2, 2, false, false, 7},
+    Tile{192, 2, 96, 2, 1, false, false, 3, false},
+    Tile{192, 2, 64, 2, 1, false, false, 7},
+    Tile{256, 2, 64, 2, 1, false, false, 2, false},
+    Tile{256, 2, 32, 2, 1, false, false, 7},
     // With a bias.
-    Tile{128, 2, 128, 2, true, true, 9},
-    Tile{128, 2, 96, 2, true, true, 8},
-    Tile{128, 2, 96, 2, false, true, 9},
-    Tile{128, 2, 64, 2, false, false, Tile::kAnyOptions},
-    Tile{192, 2, 64, 1, false, false, 8},
-    Tile{192, 2, 32, 1, false, false, Tile::kAnyOptions},
-    Tile{256, 2, 64, 1, false, false, 8},
-    Tile{256, 2, 32, 1, false, false, 8},
+    Tile{128, 2, 128, 2, 2, true, true, 9},
+    Tile{128, 2, 96, 2, 2, true, true, 8},
+    Tile{128, 2, 96, 2, 2, false, true, 9},
+    Tile{128, 2, 64, 2, 2, false, false, Tile::kAny},
+    Tile{192, 2, 64, 2, 1, false, false, 8},
+    Tile{192, 2, 32, 2, 1, false, false, Tile::kAny},
+    Tile{256, 2, 64, 2, 1, false, false, 8},
+    Tile{256, 2, 32, 2, 1, false, false, 8},
 };
+
+/// Keys that the row sees that sees the most, of the first, the middle and the last one of a longest sequence.
+std::int64_t most_keys_of_row(const Problem& problem) {
+  const auto band = math::Band::of(math::BandRule::of(problem), problem.seqlen_q, problem.seqlen_kv);
+  std::int64_t most = 0;
+  for (const std::int64_t row : {std::int64_t{0}, problem.seqlen_q / 2, problem.seqlen_q - 1}) {
+    const auto keys = band.keys_of_row(row);
+    most = std::max<std::int64_t>(most, keys.end - keys.begin);
+  }
+  return most;
+}
+
+/// Percent of the rows asked for that multiprocessors could compute besides, while the last tiles of rows are under way
+/// and where these are taller than what is left.
+std::int64_t idle(const Problem& problem, int block_m) {
+  const std::int64_t heads = problem.num_q_heads * problem.batch, at_once = model_of(kSm90).multiprocessors;
+  const std::int64_t waves = ceil_div(ceil_div(problem.seqlen_q, block_m) * heads, at_once);
+  return waves * at_once * block_m * 100 / std::max<std::int64_t>(1, problem.seqlen_q * heads) - 100;
+}
 
 /// Heads that take turns; where all see as many keys those that share a bias, which is then read from memory once.
 std::int64_t heads_abreast_sm90(const Problem& problem) {
@@ -77,11 +108,15 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
   spec.head_dim_v = static_cast<int>(problem.head_dim_v);
   take_options(problem, spec);
 
+  const std::int64_t keys = most_keys_of_row(problem);
   const auto fits = [&](const Tile& tile) {
-    spec.warpgroups = tile.warpgroups, spec.block_n = tile.block_n, spec.q_stages = tile.q_stages;
+    spec.warpgroups = tile.warpgroups, spec.block_n = tile.block_n;
+    spec.stages = tile.stages, spec.q_stages = tile.q_stages;
     spec.hold = tile.hold, spec.turns = tile.turns;
-    return widest <= tile.widest && weight_of(spec) <= tile.most_options && (tile.masks || !spec.mask) &&
-           (tile.draws || !spec.dropout) && shared_bytes(spec) <= model_of(kSm90).shared_bytes;
+    return tile.narrowest <= widest && widest <= tile.widest && weight_of(spec) <= tile.most_options &&
+           (tile.masks || !spec.mask) && (tile.draws || !spec.dropout) && tile.least_keys <= keys &&
+           keys <= tile.most_keys && idle(problem, block_m(spec)) <= tile.most_idle &&
+           shared_bytes(spec) <= model_of(kSm90).shared_bytes;
   };
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
   shape.row_blocks = ceil_div(problem.seqlen_q, block_m(spec));

@@ -13,10 +13,12 @@ struct alignas(64) TensorMap {
 struct ForwardSm90Params : CallParams {
   TensorMap q_map, k_map, v_map;  // [batch][head][row][column]
   TensorMap bias_map;             // [batch][head][query][key], any but the last one long where broadcast
+  TensorMap out_map;              // as q's, in boxes of a warp's rows
   RowView out;
   StatView lse;
   bool by_engine;  // the copy engine can read q, k and v
   bool bias_by_engine;
+  bool out_by_engine;
   int row_blocks;     // of the longest sequence
   int tiles;          // of rows: row_blocks × q_heads × batch
   int heads_abreast;  // heads, of any sequences, whose tiles take turns

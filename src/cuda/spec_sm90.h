@@ -38,6 +38,7 @@ FOVEA_FN constexpr void each_field(const ForwardSm90Spec& s, F&& f) {
 
 // A tile lies in panels of 64 columns: rows of 128 bytes, swizzled, a panel after the other.
 inline constexpr int kPanelColumns = 64, kPanelRowBytes = 128, kGroupRows = 64;  // kGroupRows: of a warpgroup
+inline constexpr int kWarpRows = kGroupRows / 4;
 FOVEA_FN constexpr int panels_of(int dim) { return (dim + kPanelColumns - 1) / kPanelColumns; }
 FOVEA_FN constexpr int tile_bytes(int rows, int dim) { return panels_of(dim) * rows * kPanelRowBytes; }
 
@@ -50,6 +51,9 @@ FOVEA_FN constexpr int short_n(const ForwardSm90Spec& s) {
 
 FOVEA_FN constexpr int block_m(const ForwardSm90Spec& s) { return s.warpgroups * kGroupRows; }
 FOVEA_FN constexpr int threads_of(const ForwardSm90Spec& s) { return (s.warpgroups + 1) * 128; }
+
+/// Where there is one place for Q, that is given back as soon as all scores are made, and O leaves registers otherwise.
+FOVEA_FN constexpr bool leaves_through_q(const ForwardSm90Spec& s) { return s.q_stages > 1; }
 
 /// Where there is one place for Q, a warpgroup gives its rows back alone.
 FOVEA_FN constexpr int q_parts(const ForwardSm90Spec& s) { return s.q_stages == 1 ? s.warpgroups : 1; }

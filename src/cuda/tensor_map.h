@@ -29,7 +29,10 @@ struct CallMaps {
   int batch = packed ? 1 : p.batch;
 
   [[nodiscard]] bool of_rows(const RowView& view, int columns, TensorMap& map) const {
-    return make_tensor_map(view, type, {columns, packed ? p.total_q : p.seqlen_q, p.q_heads, batch}, box_rows, map);
+    return of_rows(view, columns, box_rows, map);
+  }
+  [[nodiscard]] bool of_rows(const RowView& view, int columns, int rows, TensorMap& map) const {
+    return make_tensor_map(view, type, {columns, packed ? p.total_q : p.seqlen_q, p.q_heads, batch}, rows, map);
   }
   [[nodiscard]] bool of_keys(const RowView& view, int columns, TensorMap& map) const {
     return make_tensor_map(view, type, {columns, packed ? p.total_kv : p.seqlen_kv, p.kv_heads, batch}, box_keys, map);

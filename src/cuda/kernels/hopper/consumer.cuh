@@ -25,6 +25,7 @@ struct Consumer {
   u32 n = 0;        // tiles of rows so far
   u32 keys = 0;     // and of keys
   u32 fetched = 0;  // and of these, those computed
+  u32 left = 0;     // tiles of rows whose O has left Q's place
   Interval full{};  // tiles of keys that these 64 rows see whole, where O leaves registers for it
 
   static constexpr int kShort = short_n(S);
@@ -42,7 +43,9 @@ struct Consumer {
       const Work<S>& work = state.work[n % State<S>::kWorks];
       if (work.rows.left() <= 0) break;
       attend(work);
+      release_left();
     }
+    release_left();
   }
 
   // ---- turns: a warpgroup has its products issued before the next one issues its own
@@ -66,7 +69,7 @@ struct Consumer {
     Soft soft;
     Out o;
     const auto epilogue = [&] {  // nothing of it is kept over the loops
-      return Epilogue<S>{p, work, rules, state, n, at.q(state.q[0].place(n)), group, warp_row()};
+      return Epilogue<S>{p, work, rules, at.q(state.q[0].place(n)), warp_row()};
     };
     float factors[2];
     attend_all(work, rules, soft, o, unit, [&] {
@@ -78,7 +81,14 @@ struct Consumer {
 
   /// All scores are made.
   FOVEA_DEVICE void release_q() {
-    if constexpr (!Epilogue<S>::kThroughQ) state.q_of(group).release(n);
+    if constexpr (!leaves_through_q(S)) state.q_of(group).release(n);
+  }
+
+  /// Where O of the tile of rows before left through Q's place, and nobody has given that back yet.
+  FOVEA_DEVICE void release_left() {
+    if (!leaves_through_q(S) || left == n) return;
+    await_additions_read<0>();
+    state.q_of(group).release(left++);
   }
 
   FOVEA_DEVICE static void clear(Out& o) {
@@ -201,6 +211,7 @@ struct Consumer {
     await_turn();
     issue_scores(s);
     pass_turn();
+    release_left();
     Found entries = entries_of(rules, row, key);
     await_products<0>();
     pin(s[0]);

@@ -35,21 +35,15 @@ FOVEA_DEVICE void note_broken(u32& broken, u32 word) {
 
 template <ForwardSm90Spec S>
 struct Epilogue {
-  static constexpr int kD = S.head_dim_v / 8;
+  static constexpr int kD = S.head_dim_v / 8, kPanel = block_m(S) * kPanelRowBytes;
   using Out = Accumulator[1][kD];
   using Rules = ScoreRules<S, false, AsTheyAre, true>;
 
   const ForwardSm90Params& p;
   const Work<S>& work;
   const Rules& rules;
-  State<S>& state;
-  u32 use;  // of Q's ring
   u32 q;    // its place
-  int group;
   int row;  // the warp's first, of the block
-
-  /// Where there is one place for Q, that is given back as soon as all scores are made.
-  static constexpr bool kThroughQ = S.q_stages > 1;
 
   /// Divides by the sums, writes out.
   FOVEA_DEVICE void finish(Out& o, const float (&reference)[2], const float (&factors)[2]) const {
@@ -61,7 +55,7 @@ struct Epilogue {
       }
     }
     u32 broken[2] = {};
-    if constexpr (kThroughQ) {
+    if constexpr (leaves_through_q(S)) {
       store_through_q(o, factors, broken);
     } else {
       store(o, factors, broken);
@@ -94,9 +88,8 @@ struct Epilogue {
     return word;
   }
 
-  /// Through shared memory, so that whole rows leave; Q's place is given back.
+  /// Through Q's place, so that whole rows leave; it can be given back when the copy engine has read them.
   FOVEA_DEVICE void store_through_q(const Out& o, const float (&factors)[2], u32 (&broken)[2]) const {
-    constexpr int kPanel = block_m(S) * kPanelRowBytes, kPieces = (16 * kD + kWarp - 1) / kWarp;  // of a lane
     const int lane = lane_id();
 #pragma unroll
     for (int c = 0; c < kD; c += 2) {
@@ -108,22 +101,35 @@ struct Epilogue {
         store_two_matrices(at, low, high);
       }
     }
-    __syncwarp();
-    uint4 pieces[kPieces];
-#pragma unroll
-    for (int n = 0; n < kPieces; ++n) {
-      const int x = math::smaller(lane + n * kWarp, 16 * kD - 1);
-      pieces[n] = load_shared_16(swizzled(q + x % kD / 8 * kPanel, row + x / kD, x % kD % 8));
+    if (uniform(p.out_by_engine && (p.cu_seqlens_q.data == nullptr || row + kWarpRows <= work.rows.left()))) {
+      fence_engine();
+      __syncwarp();
+      if (lane == 0) leave();
+    } else {
+      __syncwarp();
+      write_out();
+      fence_engine();
     }
-    fence_engine();
-    __syncwarp();
-    state.q_of(group).release(use);
-    char* const to = work.sequence.q_row(p.out, work.rows.query(row), work.rows.first_head);
+  }
+
+  /// By the copy engine, which leaves out what lies past the tensor; of packed sequences another's rows lie there.
+  FOVEA_DEVICE void leave() const {
+    const RowPlace to{work.sequence.q_begin + work.rows.query(row), work.rows.first_head,
+                      p.cu_seqlens_q.data == nullptr ? work.sequence.batch : 0};
 #pragma unroll
-    for (int n = 0; n < kPieces; ++n) {
-      const int x = lane + n * kWarp;
-      if (x < 16 * kD && row + x / kD < work.rows.left())
-        write_piece(to + x / kD * p.out.row + x % kD * 16, pieces[n], 16, p.out.aligned);
+    for (int panel = 0; panel < panels_of(S.head_dim_v); ++panel)
+      store_panel(p.out_map, q + panel * kPanel + row * kPanelRowBytes, panel * kPanelColumns, to);
+    close_additions();
+  }
+
+  FOVEA_DEVICE void write_out() const {
+    char* const to = work.sequence.q_row(p.out, work.rows.query(row), work.rows.first_head);
+#pragma unroll 1
+    for (int n = 0; n < kWarpRows * kD; n += kWarp) {
+      const int x = n + lane_id(), r = x / kD, piece = x % kD;
+      if (x < kWarpRows * kD && row + r < work.rows.left())
+        write_piece(to + r * p.out.row + piece * 16,
+                    load_shared_16(swizzled(q + piece / 8 * kPanel, row + r, piece % 8)), 16, p.out.aligned);
     }
   }
 
@@ -156,7 +162,9 @@ struct Epilogue {
     const Interval keys{work.tiles.begin * S.block_n, work.tiles.end * S.block_n};
     u32 left = __ballot_sync(kAllLanes, broken);
     left |= left >> 1, left |= left >> 2;
-    for (left &= 0x11111111U; left != 0; left &= left - 1) {
+    left &= 0x11111111U;
+    if (leaves_through_q(S) && left != 0) await_additions<0>(), __syncwarp();  // what is written now comes last
+    for (; left != 0; left &= left - 1) {
       const int lane = __ffs(static_cast<int>(left)) - 1, r = row + lane / 4 + 8 * h;
       char* const to = work.sequence.q_row(p.out, work.rows.query(r), work.rows.first_head);
       mend_row<S, S.head_dim_v>(rules, keys, work.kv_head, r, __shfl_sync(kAllLanes, reference, lane),
