@@ -164,13 +164,9 @@ constexpr int kFewWorkers = 4;
 constexpr i64 kPieces = 4;              // of a block that is claimed late
 constexpr i64 kCachedFloats = 1 << 17;  // of a block, so that it stays near in L2 with what it meets
 
-bool pairs(const Problem& problem, const FlashKernels& kernels) {
-  return kernels.pairs && problem.dtype == DType::kBFloat16;
-}
-
 /// Products of pairs are so fast that fetching rows again and again costs more than a block that outgrows the cache.
-i64 cached_floats(const Problem& problem, const FlashKernels& kernels) {
-  return pairs(problem, kernels) ? 2 * kCachedFloats : kCachedFloats;
+i64 cached_rows(const Problem& problem, bool pairs) {
+  return (pairs ? 2 : 1) * kCachedFloats / (problem.head_dim + problem.head_dim_v);
 }
 
 ForwardShape shape_forward(const Problem& problem, int workers, const FlashKernels& kernels) {
@@ -178,9 +174,11 @@ ForwardShape shape_forward(const Problem& problem, int workers, const FlashKerne
   shape.workers = workers;
   shape.max_rows = problem.seqlen_q * (problem.num_q_heads / problem.num_kv_heads);
   const i64 heads = problem.batch * problem.num_kv_heads;
-  const i64 cached = cached_floats(problem, kernels) / (problem.head_dim + problem.head_dim_v);
+  // Rows that share half a vector are so few that making pairs of values costs more than what their products spare.
+  shape.pairs = kernels.pairs && problem.dtype == DType::kBFloat16 && shape.max_rows > kernels.panel_rows / 6;
+  const i64 cached = cached_rows(problem, shape.pairs);
   const bool even = !math::BandRule::of(problem).bounded();
-  const i64 tasks_a_worker = pairs(problem, kernels) && even ? 2 : 4;  // even out their ends
+  const i64 tasks_a_worker = shape.pairs && even ? 2 : 4;  // even out their ends
   const i64 shared = ceil_div(heads * shape.max_rows, tasks_a_worker * workers);
   shape.block_rows = round_up(std::max<i64>(1, std::min({cached, shared, shape.max_rows})), kernels.panel_rows);
   shape.blocks = ceil_div(shape.max_rows, shape.block_rows);
@@ -191,7 +189,7 @@ ForwardShape shape_forward(const Problem& problem, int workers, const FlashKerne
   // Few rows, which share a vector: all heads of some keys are a task, as a head alone is read in pieces that lie
   // apart.
   const i64 of_all_heads = ceil_div(problem.seqlen_kv, ceil_div(kEnoughTasks, problem.batch + 1));
-  if (shape.max_rows <= kernels.panel_rows / 3 && !pairs(problem, kernels) && of_all_heads >= 128) {
+  if (shape.max_rows <= kernels.panel_rows / 3 && !shape.pairs && of_all_heads >= 128) {
     shape.few_rows = true;
     if (workers <= kFewWorkers) shape.heads_a_task = problem.num_kv_heads;
     shape.keys_per_split = round_up(of_all_heads, kJoinedKeys);
@@ -209,7 +207,8 @@ BackwardShape shape_backward(const Problem& problem, int workers, const FlashKer
   shape.max_queries = problem.seqlen_q;
   shape.max_keys = problem.seqlen_kv;
   const i64 heads = problem.batch * problem.num_kv_heads, group = problem.num_q_heads / problem.num_kv_heads;
-  const i64 cached = cached_floats(problem, kernels) / 2 / (problem.head_dim + problem.head_dim_v);
+  shape.pairs = kernels.pairs && problem.dtype == DType::kBFloat16;
+  const i64 cached = cached_rows(problem, shape.pairs) / 2;
   const i64 shared = ceil_div(heads * shape.max_keys, kEnoughTasks);
   const auto whole_tiles = [](i64 keys) { return std::max(kKeyTile, round_up(keys, kKeyTile)); };
   shape.blocks = ceil_div(shape.max_keys, whole_tiles(std::min(cached, shared)));

@@ -45,6 +45,7 @@ struct FlashCall {
 struct ForwardShape {
   i64 max_rows = 0, block_rows = 0, blocks = 0, key_splits = 1;
   i64 piece_rows = 0, cut_blocks = 0;
+  bool pairs = false;      // bf16 is multiplied as pairs
   bool few_rows = false;   // they share a vector, and keys are taken some at a time
   i64 heads_a_task = 1;    // more where few threads read: heads mostly lie side by side, so keys are read as they lie
   i64 keys_per_split = 0;  // a multiple of the key block
@@ -54,6 +55,7 @@ struct ForwardShape {
 /// Sizes of one backward: tasks of block_keys keys walk row groups of kGroupRows.
 struct BackwardShape {
   i64 max_queries = 0, max_keys = 0, block_keys = 0, blocks = 0, max_groups = 0, total_groups = 0;
+  bool pairs = false;  // bf16 is multiplied as pairs
   int workers = 1;
 };
 
@@ -61,7 +63,7 @@ struct BackwardShape {
 /// it they need.
 struct FlashKernels {
   int panel_rows;  // rows that one panel of vectors holds
-  bool pairs;      // whether bf16 is multiplied as it is, in pairs; all else is multiplied as floats
+  bool pairs;      // whether bf16 can be multiplied as it is, in pairs; all else is multiplied as floats
   std::size_t (*forward)(const FlashCall&, const ForwardShape&, std::byte* workspace);
   std::size_t (*backward)(const FlashCall&, const BackwardShape&, std::byte* workspace);
   double (*multiply_add)(i64 rounds);        // runs independent FMAs, returns how many FLOPs that was

@@ -37,7 +37,7 @@ std::size_t run(const FlashCall& call, const Shape& shape, std::byte* workspace)
     if (workspace != nullptr) run.run();
     return run.workspace_bytes();
   };
-  if (call.type == Element::kBFloat16) return pass.template operator()<kBFloat16Word>();
+  if (shape.pairs) return pass.template operator()<kBFloat16Word>();
   return pass.template operator()<Word::kFloat>();
 }
 

@@ -249,41 +249,59 @@ class Forward {
     ForwardScratch<kWord> my = scratch(worker);
     [[maybe_unused]] const Tiles tiles;
     [[maybe_unused]] const FlushToZero flush;
-    const bool joined = shape_.heads_a_task > 1;
-    const i64 row_parts = parts();
-    const i64 panels = joined ? shape_.heads_a_task : (block.rows + kPanelRows - 1) / kPanelRows;
+    const i64 panels = shape_.heads_a_task > 1 ? shape_.heads_a_task : (block.rows + kPanelRows - 1) / kPanelRows;
     for (i64 p = 0; p < panels; ++p) {
       const Block part = panel_of(block, p);
-      set_rows(my.panels[p], context, {group(), part.kv_head * group(), part.first_row + part.rows, row_parts},
+      set_rows(my.panels[p], context, {group(), part.kv_head * group(), part.first_row + part.rows, parts()},
                part.first_row);
       pack_panel<kWord>(my.q + p * my.q_floats, my.rows, my.bad, my.panels[p], context, call_.q, call_.head_dim,
                         context.fold());
-      for (float *o = my.o + p * my.o_floats, *end = o + my.o_floats / row_parts; o < end; o += kWidth) store(o, V{});
+    }
+    const i64 scores = (shape_.few_rows ? kJoinedKeys : kStripKeys<kWord>)*kPanelRows;
+    for (i64 x = 0; x < scores; x += kWidth) store(my.s + x, V{});  // lanes that no product reaches
+
+    Interval keys = context.sequence.band.keys_of_rows({my.panels[0].queries.begin, my.panels[panels - 1].queries.end});
+    keys.begin = math::larger(keys.begin, split * shape_.keys_per_split);
+    keys.end = math::smaller(keys.end, (split + 1) * shape_.keys_per_split);
+    if (!can_stay(block) || !attend_keys(my, context, block, panels, keys, true))
+      attend_keys(my, context, block, panels, keys, false);
+    for (i64 p = 0; p < panels; ++p) store_panel(my, p, context, panel_of(block, p), split);
+  }
+
+  /// All panels of a task against its keys, either where the caller keeps these or packed.  False if O is not finite.
+  bool attend_keys(ForwardScratch<kWord> my, const Context& context, const Block& block, i64 panels, Interval keys,
+                   bool in_place) {
+    const i64 o_floats = my.o_floats / parts(), o_step = parts() > 1 ? kPanelRows : kWidth;
+    for (float *o = my.o, *end = o + panels * my.o_floats; o < end; o += my.o_floats) {
+      for (i64 x = 0; x < o_floats; x += o_step) store(o + x, V{});
     }
     for (i64 x = 0; x < panels * kPanelRows; ++x) {
       my.reference[x] = -kInfinity;
       my.sum_of_p[x] = 0.0F;
     }
-    for (i64 x = 0; x < kStripKeys<kWord> * kPanelRows; ++x) my.s[x] = 0.0F;  // lanes that no product reaches
-
-    Interval keys = context.sequence.band.keys_of_rows({my.panels[0].queries.begin, my.panels[panels - 1].queries.end});
-    keys.begin = math::larger(keys.begin, split * shape_.keys_per_split);
-    keys.end = math::smaller(keys.end, (split + 1) * shape_.keys_per_split);
     const i64 step = shape_.few_rows ? kJoinedKeys : packed_keys(),
-              whole = shape_.few_rows ? kJoinedKeys : kForwardKeys;
-    for (i64 j = keys.begin / whole * whole; j < keys.end; j += step) {
+              first = shape_.few_rows ? kJoinedKeys : kForwardKeys;
+    for (i64 j = keys.begin / first * first; j < keys.end; j += step) {
       const Interval tile{j, math::smaller(j + step, keys.end)};
       for (i64 h = 0; h < shape_.heads_a_task; ++h) {
-        if (block.rows <= kWidth && can_stay(tile) && attend_in_place(my, h, context, tile, block.kv_head)) continue;
-        my.k.pack(context, call_.k, tile, block.kv_head + h);
-        my.v.pack(context, call_.v, tile, block.kv_head + h);
-        my.v.clear_bad(tile.end - tile.begin);
+        if (in_place) {
+          point_to(my.k, call_.k, context, tile, block.kv_head, h);
+          point_to(my.v, call_.v, context, tile, block.kv_head, h);
+        } else {
+          my.k.pack(context, call_.k, tile, block.kv_head + h);
+          my.v.pack(context, call_.v, tile, block.kv_head + h);
+          my.v.clear_bad(tile.end - tile.begin);
+        }
         my.v_columns.take(my.v, tile.end - tile.begin);
-        const Interval all = joined ? Interval{h, h + 1} : Interval{0, panels};
+        const Interval all = shape_.heads_a_task > 1 ? Interval{h, h + 1} : Interval{0, panels};
         for (i64 p = all.begin; p < all.end; ++p) attend(my, {p, all.end}, context, tile, block.kv_head + h);
       }
     }
-    for (i64 p = 0; p < panels; ++p) store_panel(my, p, context, panel_of(block, p), split);
+    V taint{};  // 0·x is NaN where x is not finite
+    for (float *o = my.o, *end = o + panels * my.o_floats; o < end && in_place; o += my.o_floats) {
+      for (i64 x = 0; x < o_floats; x += kPanelRows) taint += load(o + x) * 0.0F;
+    }
+    return !any(taint != V{});
   }
 
   [[nodiscard]] bool has_entries() const { return call_.mask.data != nullptr || call_.bias.data != nullptr; }
@@ -293,47 +311,23 @@ class Forward {
     return kWord == Word::kPair || has_entries() ? kPackedKeys<kWord> : kForwardKeys;
   }
 
-  /// Whether these keys and values are words where the caller keeps them.
-  [[nodiscard]] bool can_stay(Interval keys) const {
-    if constexpr (kWord == Word::kFloat) return call_.type == Element::kFloat32;
-    constexpr i64 kStep = kDepthStep<kWord> * kPerWord<kWord>;
-    return ((keys.end - keys.begin) | call_.head_dim | call_.head_dim_v) % kStep == 0 &&
+  /// Whether keys and values are multiplied where the caller keeps them: the rows of the block share a vector, so each
+  /// is read once, and packing would cost more than it gives.  Values that are not finite show in O.
+  [[nodiscard]] bool can_stay(const Block& block) const {
+    return kWord == Word::kFloat && block.rows <= kWidth && (call_.type == Element::kFloat32 || parts() > 1) &&
            (call_.k.row | call_.v.row) % i64{sizeof(float)} == 0;
   }
 
-  /// The panel whose rows share a vector against keys and values where the caller keeps them: they are read once, by it
-  /// alone, so packing would cost more than it gives.  Values that are not finite show in O, which is then left as it
-  /// was, and false returned.
-  bool attend_in_place(const ForwardScratch<kWord>& packed, i64 p, const Context& context, Interval keys,
-                       i64 first_head) {
-    ForwardScratch<kWord> my = packed;
-    const auto point = [&](PackedRows<kWord>& rows, const RowView& view) {
-      // The next keys of all heads of the task, in the order in which they lie if that is one piece; or of this head.
-      const bool dense = view.head * shape_.heads_a_task == view.row;
-      const char* later = context.kv_row(view, keys.begin + kJoinedKeys, first_head + (dense ? 0 : p));
-      if (dense) later += p * kJoinedKeys * view.head;
-      rows.point_to(context, view, keys.begin, first_head + p, later, dense ? view.head : view.row);
-    };
-    point(my.k, call_.k);
-    point(my.v, call_.v);
-    for (i64 r = 0; kWord == Word::kPair && r < keys.end - keys.begin; ++r) {  // products of floats fetch as they go
-      fetch_row(reinterpret_cast<const char*>(my.k.row(r)), call_.type, call_.head_dim);
-      fetch_row(reinterpret_cast<const char*>(my.v.row(r)), call_.type, call_.head_dim_v);
-    }
-    my.v_columns.take(my.v, keys.end - keys.begin);
-    const i64 rows = call_.head_dim_v / my.panels[p].parts;
-    float *o = my.o + p * my.o_floats, *reference = my.reference + p * kPanelRows,
-          *sum_of_p = my.sum_of_p + p * kPanelRows;
-    const V old_reference = load(reference), old_sum = load(sum_of_p);
-    for (i64 r = 0; r < rows; ++r) store(my.rows + r * kWidth, load(o + r * kPanelRows));
-    attend(my, {p, p + 1}, context, keys, first_head + p);
-    V taint{};  // 0·x is NaN where x is not finite
-    for (i64 r = 0; r < rows; ++r) taint += load(o + r * kPanelRows) * 0.0F;
-    if (!any(taint != V{})) return true;
-    for (i64 r = 0; r < rows; ++r) store(o + r * kPanelRows, load(my.rows + r * kWidth));
-    store(reference, old_reference);
-    store(sum_of_p, old_sum);
-    return false;
+  void point_to(PackedRows<kWord>& rows, const RowView& view, const Context& context, Interval keys, i64 first_head,
+                i64 head) const {
+    // The next keys of all heads of the task, in the order in which they lie if that is one piece; or of this head.
+    const bool dense = view.head * shape_.heads_a_task == view.row;
+    rows.ahead = context.kv_row(view, keys.begin + kJoinedKeys, first_head + (dense ? 0 : head));
+    if (dense) rows.ahead += head * kJoinedKeys * view.head;
+    rows.ahead_stride = dense ? view.head : view.row;
+    rows.data = reinterpret_cast<float*>(const_cast<char*>(context.kv_row(view, keys.begin, first_head + head)));
+    rows.stride = view.row / i64{sizeof(float)};
+    rows.type = call_.type;
   }
 
   /// The first of some panels of queries against the keys that are packed.
@@ -351,8 +345,8 @@ class Forward {
         product_of_panel<kWord, PackedColumns<kWord>::kLayout, Init::kAdd>(  // O += Vᵀ P
             panel,
             {my.v_columns.at(first - packed.begin), my.v_columns.stride, weights, kPanelRows, o, kPanelRows,
-             words_of<kWord>(end - first), my.v_columns.ahead + (first - packed.begin) * my.v_columns.ahead_stride,
-             my.v_columns.ahead_stride},
+             words_of<kWord>(end - first), my.v_columns.type,
+             my.v_columns.ahead + (first - packed.begin) * my.v_columns.ahead_stride, my.v_columns.ahead_stride},
             call_.head_dim_v);
       first = end;
     };
@@ -384,7 +378,7 @@ class Forward {
         product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(  // S = K Qᵀ
             panel,
             {my.k.row(j + r - packed.begin), my.k.stride, my.q + p * my.q_floats, kPanelRows, s.row(r), kPanelRows,
-             my.k.words, my.k.ahead + (j + r - packed.begin) * my.k.ahead_stride, my.k.ahead_stride},
+             my.k.words, my.k.type, my.k.ahead + (j + r - packed.begin) * my.k.ahead_stride, my.k.ahead_stride},
             math::smaller(slice, s.rows() - r));
       }
       const float scale = finish_scores<kWord>(s, panel, context, state, masks.of(strip), my.extra, nullptr);
@@ -415,9 +409,11 @@ class Forward {
     if (parts == 1) transpose_words<Word::kFloat>(my.rows, stride, o, kPanelRows, stride, kPanelRows, 1.0F);
     for (i64 lane = 0; lane < panel.lanes; lane += parts) {
       float* row = my.rows + lane * stride;
-      for (i64 c = 0; c < call_.head_dim_v && parts > 1; c += parts) {
-        for (i64 x = 0; x < parts; ++x) row[c + x] = o[c / parts * kPanelRows + lane + x];
-      }
+      const auto join = [&]<int kParts>() {
+        for (i64 c = 0; c < call_.head_dim_v; c += kParts)
+          __builtin_memcpy(row + c, o + c / kParts * kPanelRows + lane, kParts * sizeof(float));
+      };
+      if (parts > 1) with_parts(parts, join);
       const float reference = my.reference[p * kPanelRows + lane], sum_of_p = my.sum_of_p[p * kPanelRows + lane];
       if (shape_.key_splits == 1) {
         write_row(context, panel.query[lane], panel.head[lane], reference, sum_of_p, row);

@@ -121,26 +121,37 @@ inline void set_rows(Panel& panel, const Context& context, const RowMap& map, i6
   panel.queries = panel.lanes == 0 ? Interval{0, 0} : Interval{panel.query[0], panel.query[panel.lanes - 1] + 1};
 }
 
-/// C is a vector wide, and the rows of the panel lie in kParts lanes or fewer each.
-template <ALayout kLayout, Init kInit, int kParts = kWidth>
-inline void product_of_parts(const Panel& panel, ProductArgs args, i64 rows) {
+/// Calls f with the lanes of a row, more than one, as a constant.
+template <int kParts = kWidth, class F>
+FOVEA_INLINE void with_parts(i64 parts, F&& f) {
   if constexpr (kParts > 2) {
-    if (panel.parts < kParts) return product_of_parts<kLayout, kInit, kParts / 2>(panel, args, rows);
+    if (parts < kParts) return with_parts<kParts / 2>(parts, f);
   }
-  if constexpr (kLayout == ALayout::kColumnMajor)
-    return product<Word::kFloat, kLayout, kInit, 1, kParts>(args, rows / kParts);
-  args.depth /= kParts;
-  product<Word::kFloat, kLayout, kInit, 1, kParts>(args, rows);
-  for (float* c = args.c; c < args.c + rows * args.c_stride; c += args.c_stride)
-    store(c, sum_of_group<kParts>(load(c)));
+  f.template operator()<kParts>();
+}
+
+/// C is a vector wide, and lanes share rows.
+template <ALayout kLayout, Init kInit>
+inline void product_of_parts(const Panel& panel, ProductArgs args, i64 rows) {
+  constexpr bool kSums = kLayout == ALayout::kRowMajor;  // each lane of a row has a part of the sum
+  with_parts(panel.parts, [&]<int kParts>() {
+    if (kSums) args.depth /= kParts;
+    const i64 count = kSums ? rows : rows / kParts;
+    const auto multiply = [&]<Element kType>() {
+      product<Word::kFloat, kLayout, kInit, 1, kParts, kType>(args, count);
+    };
+    if (args.type == Element::kFloat32) multiply.template operator()<Element::kFloat32>();
+    if (args.type == Element::kFloat16) multiply.template operator()<Element::kFloat16>();
+    if (args.type == Element::kBFloat16) multiply.template operator()<Element::kBFloat16>();
+    for (float* c = args.c; kSums && c < args.c + rows * args.c_stride; c += args.c_stride)
+      store(c, sum_of_group<kParts>(load(c)));
+  });
 }
 
 /// C is as wide as a panel; only its first vector is made where no more rows are real, as when one query is asked.
 template <Word kWord, ALayout kLayout, Init kInit>
 inline void product_of_panel(const Panel& panel, const ProductArgs& args, i64 rows) {
-  if constexpr (kWord == Word::kFloat) {
-    if (panel.parts > 1) return product_of_parts<kLayout, kInit>(panel, args, rows);
-  }
+  if (kWord == Word::kFloat && panel.parts > 1) return product_of_parts<kLayout, kInit>(panel, args, rows);
   if (panel.lanes <= kWidth) return product<kWord, kLayout, kInit, 1>(args, rows);
   product<kWord, kLayout, kInit, kPanelVectors>(args, rows);
 }
@@ -162,9 +173,8 @@ FOVEA_INLINE i64 row_words(i64 dim) {
 template <Word kWord>
 inline void pack_panel(float* columns, float* rows, bool* bad, const Panel& panel, const Context& context,
                        const RowView& view, i64 dim, float factor) {
-  const i64 words = row_words<kWord>(dim);
-  const i64 lanes = panel.parts > 1 ? kWidth : kPanelRows;
-  for (i64 lane = 0; lane < lanes; ++lane) {
+  const i64 words = row_words<kWord>(dim), parts = panel.parts;
+  for (i64 lane = 0; lane < (parts > 1 ? i64{kWidth} : kPanelRows); lane += parts) {
     float* row = rows + lane * words;
     bad[lane] = false;
     if (panel.query[lane] < context.sequence.band.seqlen_q) {
@@ -174,48 +184,45 @@ inline void pack_panel(float* columns, float* rows, bool* bad, const Panel& pane
     } else {
       for (i64 w = 0; w < words; ++w) row[w] = 0.0F;
     }
+    if (parts == 1) continue;
+    with_parts(parts, [&]<int kParts>() {
+      for (i64 c = 0; c < dim; c += kParts) {
+        FOVEA_UNROLL for (int x = 0; x < kParts; ++x) columns[c / kParts * kPanelRows + lane + x] = row[c + x] * factor;
+      }
+    });
   }
-  if (panel.parts == 1)
-    return transpose_words<kWord>(columns, kPanelRows, rows, words, kPanelRows, words_of<kWord>(dim), factor);
-  for (i64 c = 0; c < dim; c += panel.parts, columns += kPanelRows) {
-    for (i64 lane = 0; lane < kWidth; ++lane)
-      columns[lane] = rows[lane * words + c + (lane & (panel.parts - 1))] * factor;
-  }
+  if (parts == 1) transpose_words<kWord>(columns, kPanelRows, rows, words, kPanelRows, words_of<kWord>(dim), factor);
 }
+
+/// Rows of words; or of elements where the caller keeps them, words or not.
+struct Rows {
+  float* data = nullptr;
+  i64 stride = 0;
+  Element type = Element::kFloat32;
+  const char* ahead = nullptr;  // rows to be fetched while these are read
+  i64 ahead_stride = 0;         // in bytes
+};
 
 /// A block of keys or values as words, [key][stride], up to a whole number of words' depth.
 template <Word kWord>
-struct PackedRows {
-  i64 dim = 0, words = 0, stride = 0, count = 0;  // count: of the keys that are packed
-  float* data = nullptr;
-  bool* bad = nullptr;  // rows that are not finite
+struct PackedRows : Rows {
+  i64 dim = 0, words = 0, count = 0;  // count: of the keys that are packed
+  bool* bad = nullptr;                // rows that are not finite
   bool any_bad = false;
-  const float* ahead = nullptr;  // rows to be fetched while these are read
-  i64 ahead_stride = 0;
 
   PackedRows() = default;
   /// An odd number of cache lines a row: a column read down the rows meets every set of the cache.
   PackedRows(Arena& arena, i64 rows, i64 dim)
-      : dim(dim),
-        words(words_of<kWord>(dim)),
-        stride((((words + 15) / 16) | 1) * 16),
-        data(arena.take<float>(rows * stride)),
-        bad(arena.take<bool>(rows)) {}
+      : Rows{.stride = (((words_of<kWord>(dim) + 15) / 16) | 1) * 16}, dim(dim), words(words_of<kWord>(dim)) {
+    data = arena.take<float>(rows * stride);
+    bad = arena.take<bool>(rows);
+  }
 
   [[nodiscard]] float* row(i64 r) const { return data + r * stride; }
 
-  /// Takes words where they lie, whatever they are, instead of packing them; `later`: of the rows to be fetched.
-  void point_to(const Context& context, const RowView& view, i64 first_key, i64 head, const char* later, i64 bytes) {
-    data = reinterpret_cast<float*>(const_cast<char*>(context.kv_row(view, first_key, head)));
-    stride = view.row / i64{sizeof(float)};
-    ahead = reinterpret_cast<const float*>(later);
-    ahead_stride = bytes / i64{sizeof(float)};
-    any_bad = false;
-  }
-
   void pack(const Context& context, const RowView& view, Interval keys, i64 head) {
     any_bad = false;
-    ahead = data;  // nothing: packing fetches
+    ahead = reinterpret_cast<const char*>(data);  // nothing: packing fetches
     for (i64 j = keys.begin; j < keys.end; ++j) {
       const i64 at = j - keys.begin;
       fetch_row(context.kv_row(view, j + kRowsAhead, head), context.call.type, dim);
@@ -243,12 +250,8 @@ struct PackedRows {
 /// Packed rows as the A of a product that sums over them: C[dim] += Σ A(dim, row) B[row].  Floats are read down the
 /// rows where they lie; pairs of rows have to be put side by side.
 template <Word kWord>
-struct PackedColumns {
+struct PackedColumns : Rows {
   static constexpr ALayout kLayout = kWord == Word::kPair ? ALayout::kRowMajor : ALayout::kColumnMajor;
-  i64 stride = 0;
-  float* data = nullptr;
-  const float* ahead = nullptr;  // as of the rows
-  i64 ahead_stride = 0;
 
   PackedColumns() = default;
   PackedColumns(Arena& arena, i64 rows, i64 dim) {
@@ -260,10 +263,7 @@ struct PackedColumns {
   /// What follows sees the first `count` of these rows.
   void take(const PackedRows<kWord>& rows, i64 count) {
     if constexpr (kWord == Word::kFloat) {
-      data = rows.data;
-      stride = rows.stride;
-      ahead = rows.ahead;
-      ahead_stride = rows.ahead_stride;
+      static_cast<Rows&>(*this) = rows;
     } else {
       for (i64 r = 0; r < count; r += 2 * kWidth) {
         for (i64 c = 0; c < rows.dim; c += kWidth) {

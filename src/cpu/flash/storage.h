@@ -6,7 +6,7 @@
 // Rows of elements as the caller keeps them, and as the words that products read.
 namespace fovea::cpu::FOVEA_ISA {
 
-FOVEA_INLINE i64 bytes(Element type) { return type == Element::kFloat32 ? 4 : 2; }
+FOVEA_INLINE constexpr i64 bytes(Element type) { return type == Element::kFloat32 ? 4 : 2; }
 
 FOVEA_INLINE float widen(const char* p, Element type) {
   if (type == Element::kFloat32) return *reinterpret_cast<const float*>(p);
@@ -26,8 +26,7 @@ using Short = std::uint16_t __attribute__((vector_size(kWidth * 2)));
 using LooseShort __attribute__((aligned(2), may_alias)) = Short;
 
 // Conversions of whole vectors for which GCC's __builtin_convertvector goes element by element.
-FOVEA_INLINE VU widen_shorts(const char* p) {
-  const Short x = *reinterpret_cast<const LooseShort*>(p);
+FOVEA_INLINE VU widen_shorts(Short x) {
 #if defined(__AVX512F__)
   return VU(_mm512_cvtepu16_epi32(__m256i(x)));
 #elif defined(__AVX2__)
@@ -48,10 +47,46 @@ FOVEA_INLINE V widen_halves(Short x) {
 #endif
 }
 
+FOVEA_INLINE V widen_elements(Short x, Element type) {
+  return type == Element::kBFloat16 ? as_float(widen_shorts(x) << 16) : widen_halves(x);
+}
+
+FOVEA_INLINE Short load_shorts(const char* p) { return *reinterpret_cast<const LooseShort*>(p); }
 FOVEA_INLINE V widen_vector(const char* p, Element type) {
-  if (type == Element::kFloat32) return load(reinterpret_cast<const float*>(p));
-  if (type == Element::kBFloat16) return as_float(widen_shorts(p) << 16);
-  return widen_halves(*reinterpret_cast<const LooseShort*>(p));
+  return type == Element::kFloat32 ? load(reinterpret_cast<const float*>(p)) : widen_elements(load_shorts(p), type);
+}
+
+/// kCount elements from p on, again and again.
+template <int kCount, Element kType>
+FOVEA_INLINE V splat_elements(const char* p) {
+  using Halves = std::uint32_t __attribute__((vector_size(kWidth * 2)));
+  using Quarters = std::uint64_t __attribute__((vector_size(kWidth * 2)));
+  if constexpr (kType == Element::kFloat32) {
+    return splat<kCount>(reinterpret_cast<const float*>(p));
+  } else if constexpr (kCount == kWidth) {
+    return widen_vector(p, kType);
+  } else {
+    std::uint64_t four = 0;
+    __builtin_memcpy(&four, p, math::smaller(kCount * 2, 8));
+    const auto two = static_cast<std::uint32_t>(four);
+#if defined(__AVX2__)
+    if constexpr (kType == Element::kBFloat16) {  // one shuffle of bytes costs less than widening
+      VU words = kCount == 2 ? VU{} + two : VU(VQ{} + four), from{};
+      if constexpr (kCount == 8) words = as_unsigned(splat<4>(reinterpret_cast<const float*>(p)));
+      for (unsigned i = 0; i < kWidth; ++i) from[i] = 0x01008080U + 0x02020000U * (i % kCount);
+#if defined(__AVX512F__)
+      return V(_mm512_shuffle_epi8(__m512i(words), __m512i(from)));
+#else
+      return V(_mm256_shuffle_epi8(__m256i(words), __m256i(from)));
+#endif
+    }
+#endif
+    Short repeated = kCount == 2 ? Short(Halves{} + two) : Short(Quarters{} + four);
+#if defined(__AVX512F__)
+    if constexpr (kCount == 8) repeated = Short(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)));
+#endif
+    return widen_elements(repeated, kType);
+  }
 }
 
 /// The fp32 elements that words are, or the first or second of the 16-bit ones that they hold.
@@ -150,7 +185,7 @@ inline void transpose_words(float* to, i64 to_stride, const float* from, i64 fro
 /// Elements of two rows of bf16 as pairs.
 FOVEA_INLINE V pair_of_rows(const float* first, const float* second, i64 element) {
   const auto at = [element](const float* row) {
-    return widen_shorts(reinterpret_cast<const char*>(row) + 2 * element);
+    return widen_shorts(load_shorts(reinterpret_cast<const char*>(row) + 2 * element));
   };
   return as_float(at(first) | (at(second) << 16));
 }
