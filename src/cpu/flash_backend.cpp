@@ -174,8 +174,7 @@ ForwardShape shape_forward(const Problem& problem, int workers, const FlashKerne
   shape.workers = workers;
   shape.max_rows = problem.seqlen_q * (problem.num_q_heads / problem.num_kv_heads);
   const i64 heads = problem.batch * problem.num_kv_heads;
-  // Rows that share half a vector are so few that making pairs of values costs more than what their products spare.
-  shape.pairs = kernels.pairs && problem.dtype == DType::kBFloat16 && shape.max_rows > kernels.panel_rows / 6;
+  shape.pairs = kernels.pairs && problem.dtype == DType::kBFloat16 && shape.max_rows > kernels.float_rows;
   const i64 cached = cached_rows(problem, shape.pairs);
   const bool even = !math::BandRule::of(problem).bounded();
   const i64 tasks_a_worker = shape.pairs && even ? 2 : 4;  // even out their ends

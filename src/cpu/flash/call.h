@@ -64,6 +64,7 @@ struct BackwardShape {
 struct FlashKernels {
   int panel_rows;  // rows that one panel of vectors holds
   bool pairs;      // whether bf16 can be multiplied as it is, in pairs; all else is multiplied as floats
+  i64 float_rows;  // so few rows of bf16 are faster as floats than in pairs, which have to be put side by side
   std::size_t (*forward)(const FlashCall&, const ForwardShape&, std::byte* workspace);
   std::size_t (*backward)(const FlashCall&, const BackwardShape&, std::byte* workspace);
   double (*multiply_add)(i64 rounds);        // runs independent FMAs, returns how many FLOPs that was

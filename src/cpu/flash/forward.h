@@ -263,7 +263,7 @@ class Forward {
     Interval keys = context.sequence.band.keys_of_rows({my.panels[0].queries.begin, my.panels[panels - 1].queries.end});
     keys.begin = math::larger(keys.begin, split * shape_.keys_per_split);
     keys.end = math::smaller(keys.end, (split + 1) * shape_.keys_per_split);
-    if (!can_stay(block) || !attend_keys(my, context, block, panels, keys, true))
+    if (!can_stay(block, keys) || !attend_keys(my, context, block, panels, keys, true))
       attend_keys(my, context, block, panels, keys, false);
     for (i64 p = 0; p < panels; ++p) store_panel(my, p, context, panel_of(block, p), split);
   }
@@ -313,9 +313,11 @@ class Forward {
 
   /// Whether keys and values are multiplied where the caller keeps them: the rows of the block share a vector, so each
   /// is read once, and packing would cost more than it gives.  Values that are not finite show in O.
-  [[nodiscard]] bool can_stay(const Block& block) const {
-    return kWord == Word::kFloat && block.rows <= kWidth && (call_.type == Element::kFloat32 || parts() > 1) &&
-           (call_.k.row | call_.v.row) % i64{sizeof(float)} == 0;
+  [[nodiscard]] bool can_stay(const Block& block, Interval keys) const {
+    constexpr i64 kStep = kDepthStep<kWord> * kPerWord<kWord>;  // of pairs
+    const bool words = kWord == Word::kPair ? (keys.end | call_.head_dim | call_.head_dim_v) % kStep == 0
+                                            : call_.type == Element::kFloat32 || parts() > 1;
+    return words && block.rows <= kWidth && (call_.k.row | call_.v.row) % i64{sizeof(float)} == 0;
   }
 
   void point_to(PackedRows<kWord>& rows, const RowView& view, const Context& context, Interval keys, i64 first_head,
@@ -328,6 +330,8 @@ class Forward {
     rows.data = reinterpret_cast<float*>(const_cast<char*>(context.kv_row(view, keys.begin, first_head + head)));
     rows.stride = view.row / i64{sizeof(float)};
     rows.type = call_.type;
+    for (i64 j = keys.begin; kWord == Word::kPair && j < keys.end; ++j)  // products of floats fetch as they go
+      fetch_row(context.kv_row(view, j, first_head + head), call_.type, rows.dim);
   }
 
   /// The first of some panels of queries against the keys that are packed.

@@ -133,18 +133,12 @@ FOVEA_INLINE void with_parts(i64 parts, F&& f) {
 /// C is a vector wide, and lanes share rows.
 template <ALayout kLayout, Init kInit>
 inline void product_of_parts(const Panel& panel, ProductArgs args, i64 rows) {
-  constexpr bool kSums = kLayout == ALayout::kRowMajor;  // each lane of a row has a part of the sum
   with_parts(panel.parts, [&]<int kParts>() {
-    if (kSums) args.depth /= kParts;
-    const i64 count = kSums ? rows : rows / kParts;
-    const auto multiply = [&]<Element kType>() {
-      product<Word::kFloat, kLayout, kInit, 1, kParts, kType>(args, count);
-    };
+    (kLayout == ALayout::kRowMajor ? args.depth : rows) /= kParts;
+    const auto multiply = [&]<Element kType>() { product<Word::kFloat, kLayout, kInit, 1, kParts, kType>(args, rows); };
     if (args.type == Element::kFloat32) multiply.template operator()<Element::kFloat32>();
     if (args.type == Element::kFloat16) multiply.template operator()<Element::kFloat16>();
     if (args.type == Element::kBFloat16) multiply.template operator()<Element::kBFloat16>();
-    for (float* c = args.c; kSums && c < args.c + rows * args.c_stride; c += args.c_stride)
-      store(c, sum_of_group<kParts>(load(c)));
   });
 }
 

@@ -59,7 +59,7 @@ FOVEA_INLINE void product_block(const ProductArgs& args, i64 row) {
       constexpr i64 kSteps = kRowMajor ? math::smaller(math::larger(kLine / kBytes, i64{1}), i64{kRows}) : 1;
       const i64 key = kRowMajor ? row + k % kSteps : k, next = kRowMajor ? kSteps * args.ahead_stride : kLine;
       const char* later = args.ahead + key * args.ahead_stride + (kRowMajor ? k : row) * kBytes;
-      FOVEA_UNROLL for (i64 x = 0; x * kLine < kRows * kBytes; ++x) __builtin_prefetch(later + x * next, 0, 3);
+      FOVEA_UNROLL for (i64 x = 0; x * kLine < kRows * kBytes; ++x) __builtin_prefetch(later + x * next, 0, 2);
     }
     V bk[kVectors];
     FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) bk[n] = load(b + n * kWidth);
@@ -71,7 +71,9 @@ FOVEA_INLINE void product_block(const ProductArgs& args, i64 row) {
     b += args.b_stride;
   }
   FOVEA_UNROLL for (int m = 0; m < kRows; ++m) {
-    FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) store(c + m * args.c_stride + n * kWidth, acc[m][n]);
+    FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) {  // where lanes share a row, each has a part of the sum over it
+      store(c + m * args.c_stride + n * kWidth, kRowMajor ? sum_of_group<kParts>(acc[m][n]) : acc[m][n]);
+    }
   }
 }
 

@@ -68,10 +68,9 @@ FOVEA_INLINE V splat_elements(const char* p) {
   } else {
     std::uint64_t four = 0;
     __builtin_memcpy(&four, p, math::smaller(kCount * 2, 8));
-    const auto two = static_cast<std::uint32_t>(four);
 #if defined(__AVX2__)
     if constexpr (kType == Element::kBFloat16) {  // one shuffle of bytes costs less than widening
-      VU words = kCount == 2 ? VU{} + two : VU(VQ{} + four), from{};
+      VU words = kCount == 2 ? VU{} + static_cast<std::uint32_t>(four) : VU(VQ{} + four), from{};
       if constexpr (kCount == 8) words = as_unsigned(splat<4>(reinterpret_cast<const float*>(p)));
       for (unsigned i = 0; i < kWidth; ++i) from[i] = 0x01008080U + 0x02020000U * (i % kCount);
 #if defined(__AVX512F__)
@@ -81,7 +80,7 @@ FOVEA_INLINE V splat_elements(const char* p) {
 #endif
     }
 #endif
-    Short repeated = kCount == 2 ? Short(Halves{} + two) : Short(Quarters{} + four);
+    Short repeated = kCount == 2 ? Short(Halves{} + static_cast<std::uint32_t>(four)) : Short(Quarters{} + four);
 #if defined(__AVX512F__)
     if constexpr (kCount == 8) repeated = Short(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)));
 #endif
