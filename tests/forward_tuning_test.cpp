@@ -3,8 +3,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <string>
 
+#include "cuda/params.h"
 #include "cuda/spec.h"
 #include "fovea/problem.h"
 
@@ -22,7 +24,9 @@ TEST(ForwardTuning, EveryWarpHasPairsOfWholeProducts) {
     for (const char* line_but_dim :
          {"fwd fp32 b1 hq1 sq9", "fwd fp32 b1 hq1 sq2000", "fwd bf16 b1 hq1 sq9", "fwd bf16 b1 hq1 sq500 mask=1hqk",
           "fwd bf16 b1 hq1 sq2000", "fwd fp16 b1 hq1 sq2000 causal=top_left",
-          "fwd fp16 b1 hq1 sq2000 bias=1hqk softcap=2 dropout=0.1"}) {
+          "fwd fp16 b1 hq1 sq2000 bias=1hqk softcap=2 dropout=0.1", "fwd fp32 b1 hq1 sq9 skv2000",
+          "fwd bf16 b1 hq1 sq16 skv2000", "fwd bf16 b1 hq8 hkv1 sq4 skv2000 mask=b11k",
+          "fwd fp16 b1 hq1 sq64 skv700"}) {
       for (int dim = 1; dim <= 512; dim += dim < 128 ? 7 : 8) {
         const std::string line = line_but_dim + (" d" + std::to_string(dim));
         const auto shape = choose_forward(parse_problem(line), model_of(sm));
@@ -31,7 +35,9 @@ TEST(ForwardTuning, EveryWarpHasPairsOfWholeProducts) {
           continue;
         }
         const ForwardSpec& s = shape->spec;
-        ASSERT_EQ(s.head_dim_v % (16 * s.across), 0) << line << " on sm_" << sm;
+        ASSERT_EQ(s.head_dim_v % std::max(16 * s.across, 8 * s.slices), 0) << line << " on sm_" << sm;
+        ASSERT_TRUE(s.slices == 1 || s.across == 1) << line << " on sm_" << sm;
+        ASSERT_EQ(s.block_m % s.slices, 0) << line << " on sm_" << sm;
         ASSERT_EQ(s.block_n % (16 * s.across), 0) << line << " on sm_" << sm;
         ASSERT_EQ(s.block_m % (16 * s.warps / s.across), 0) << line << " on sm_" << sm;
         ASSERT_GE(std::int64_t{shape->v_chunks} * s.head_dim_v, dim) << line << " on sm_" << sm;
@@ -52,7 +58,15 @@ TEST(ForwardTuning, PartsOfSharedOutColumnsHaveRoomForTheirOwnReferences) {
   const ForwardShape shape = shape_of("fwd bf16 b1 hq1 sq64 skv512 d64 dv512", 90);
   ASSERT_EQ(shape.v_chunks, 2);
   ASSERT_GT(shape.splits, 1);
-  EXPECT_EQ(shape.partial_bytes, std::size_t{64} * 2 * shape.splits * (256 + 2) * sizeof(float));
+  EXPECT_EQ(shape.partial_bytes, std::size_t{64} * 2 * shape.splits * (256 + kPartFacts) * sizeof(float));
+}
+
+TEST(ForwardTuning, KeysOfFewRowsAreSplitIntoEvenTurnsOfTheMultiprocessors) {
+  EXPECT_EQ(shape_of("fwd bf16 b1 hq32 hkv8 sq1 skv65536 d128", 90).splits, 16);  // 128 blocks of 132
+  EXPECT_EQ(shape_of("fwd bf16 b16 hq32 hkv8 sq1 skv8192 d128", 90).splits, 1);
+  EXPECT_EQ(shape_of("fwd bf16 b20 hq32 hkv8 sq1 skv8192 d128", 90).splits, 4);  // 640 of 660
+  EXPECT_EQ(shape_of("fwd bf16 b64 hq32 hkv8 sq1 skv4096 d128", 90).splits, 1);
+  EXPECT_EQ(shape_of("fwd bf16 b1 hq8 hkv1 sq1 skv512 d128", 90).spec.slices, 4);
 }
 
 TEST(ForwardTuning, NothingIsLaunchedForNoRows) {

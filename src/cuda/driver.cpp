@@ -21,6 +21,20 @@ constexpr int kStaticSharedBytes = 1, kMaxDynamicSharedBytes = 8;  // CUfunction
 constexpr unsigned kNonBlocking = 1;                               // CUstream_flags
 constexpr int kThreadLocalCapture = 1;                             // CUstreamCaptureMode
 
+constexpr int kProgrammaticSerialization = 6;  // CUlaunchAttributeID
+constexpr int kCapturesEarlyLaunches = 12030;  // first version that does
+
+struct LaunchAttribute {  // CUlaunchAttribute
+  int id;
+  alignas(8) int value[16];
+};
+struct LaunchConfig {  // CUlaunchConfig
+  unsigned grid[3], block[3], shared_bytes;
+  void* stream;
+  const LaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+
 /// What we use of cuda.h.
 struct Functions {
   template <class Signature>
@@ -30,7 +44,7 @@ struct Functions {
   using U32 = unsigned;
   using U64 = unsigned long long;
 
-  Library library{kLibrary};
+  Library library{kLibrary}, newer{kLibrary};  // what every driver has, and what is asked for by its version
   Call<int(U32)> init{library, "cuInit"};
   Call<int(int*)> version{library, "cuDriverGetVersion"};
   Call<int(int, const char**)> error_name{library, "cuGetErrorName"};
@@ -49,6 +63,7 @@ struct Functions {
   Call<int(int*, int, void*)> function_attribute{library, "cuFuncGetAttribute"};
   Call<int(void*, int, int)> set_function_attribute{library, "cuFuncSetAttribute"};
   Call<int(void*, U32, U32, U32, U32, U32, U32, U32, void*, void**, void**)> launch{library, "cuLaunchKernel"};
+  Call<int(const LaunchConfig*, void*, void**, void**)> launch_with{newer, "cuLaunchKernelEx"};
   Call<int(void**, Size)> allocate{library, "cuMemAlloc_v2"};
   Call<int(void*)> free{library, "cuMemFree_v2"};
   Call<int(void*, const void*, Size)> to_device{library, "cuMemcpyHtoD_v2"};
@@ -303,14 +318,19 @@ void* load_function(int gpu, const std::string& cubin, const char* name, std::st
 void launch(int gpu, void* function, std::string_view title, const Grid& grid, const void* params, void* stream) {
   const CurrentGpu current(gpu);
   std::array<void*, 1> parameters{const_cast<void*>(params)};
-  const int status = driver().call.launch(function, grid.x, grid.y, grid.z, grid.threads, 1U, 1U, grid.shared_bytes,
-                                          stream, parameters.data(), nullptr);
+  const LaunchAttribute early{.id = kProgrammaticSerialization, .value = {1}};
+  const LaunchConfig config{
+      {grid.x, grid.y, grid.z}, {grid.threads, grid.threads_y, 1}, grid.shared_bytes, stream, &early, 1};
+  const int status = grid.early && driver().version >= kCapturesEarlyLaunches
+                         ? driver().call.launch_with(&config, function, parameters.data(), nullptr)
+                         : driver().call.launch(function, grid.x, grid.y, grid.z, grid.threads, grid.threads_y, 1U,
+                                                grid.shared_bytes, stream, parameters.data(), nullptr);
   if (status == 0) return;  // before any text is made
   const auto text = [](unsigned number) { return std::to_string(number); };
   check(status,
         "cuLaunchKernel of " + std::string(title) + " with " + text(grid.x) + " × " + text(grid.y) + " × " +
-            text(grid.z) + " blocks of " + text(grid.threads) + " threads and " + text(grid.shared_bytes) +
-            " dynamic shared bytes",
+            text(grid.z) + " blocks of " + text(grid.threads * grid.threads_y) + " threads and " +
+            text(grid.shared_bytes) + " dynamic shared bytes",
         gpu);
 }
 

@@ -119,8 +119,9 @@ FOVEA_API void copy_async(int gpu, void* to, const void* from, std::size_t bytes
 
 struct Grid {
   unsigned x = 1, y = 1, z = 1;
-  unsigned threads = 128;
+  unsigned threads = 128, threads_y = 1;
   unsigned shared_bytes = 0;  ///< dynamic
+  bool early = false;         ///< may begin before the kernel ahead of it has ended: it waits by itself (sm_90)
 };
 
 /// `params` is the kernel's one parameter, copied before this returns.

@@ -22,8 +22,9 @@ struct Tile {
   int least_keys = 0;              // fewer are not worth its start
   enum { kAnyBand, kNoBand, kBand } band = kAnyBand;
   bool halved_q = false;  // see ForwardSpec
+  int slices = 1, most_rows = kAnyRows;
 
-  static constexpr int kAnyOptions = 99;
+  static constexpr int kAnyOptions = 99, kAnyRows = 1 << 30;
 };
 
 /// What options want of a forward's registers.
@@ -73,8 +74,43 @@ constexpr std::array kTiles32{
     Tile{512, 16, 16, 1, 1, 1, 1},
 };
 
+// Few rows and many keys wait for memory alone: warps that share out the keys among them need nobody else's, and what
+// they have under way, all of shared memory, is never drained.  Of 64 rows options are work that would show.
+constexpr Tile sliced(int widest, int block_m, int block_n, int warps, int slices, int stages, int min_blocks) {
+  Tile tile{widest, block_m, block_n, warps, 1, stages, min_blocks};
+  tile.slices = slices, tile.most_rows = block_m, tile.least_keys = 4 * slices * block_n;
+  if (block_m > 32) tile.most_options = 0;
+  return tile;
+}
+constexpr std::array kSlicedTiles16{
+    sliced(64, 16, 32, 1, 4, 3, 2),  sliced(64, 16, 32, 1, 4, 2, 2),  sliced(64, 32, 32, 1, 4, 3, 2),
+    sliced(64, 32, 32, 1, 4, 2, 2),  sliced(64, 64, 32, 2, 2, 4, 2),  sliced(64, 64, 32, 2, 2, 2, 2),
+    sliced(128, 16, 16, 1, 4, 3, 2), sliced(128, 16, 16, 1, 4, 2, 2), sliced(128, 16, 16, 1, 4, 2, 1),
+    sliced(128, 32, 16, 1, 4, 3, 2), sliced(128, 32, 16, 1, 4, 2, 2), sliced(128, 32, 16, 1, 4, 2, 1),
+    sliced(256, 16, 16, 1, 4, 3, 1), sliced(256, 16, 16, 1, 4, 2, 1), sliced(256, 16, 16, 1, 2, 2, 1),
+    sliced(256, 32, 16, 2, 4, 3, 1), sliced(256, 32, 16, 2, 2, 3, 1), sliced(256, 64, 16, 4, 2, 4, 1),
+    sliced(512, 16, 16, 1, 4, 2, 1), sliced(512, 16, 16, 1, 2, 2, 1),
+};
+constexpr std::array kSlicedTiles32{
+    sliced(64, 16, 16, 1, 4, 3, 2),  sliced(64, 16, 16, 1, 4, 2, 2),  sliced(64, 16, 16, 1, 4, 2, 1),
+    sliced(128, 16, 16, 1, 4, 3, 1), sliced(128, 16, 16, 1, 4, 2, 1), sliced(128, 16, 16, 1, 2, 2, 1),
+    sliced(512, 16, 16, 1, 2, 2, 1),
+};
+
 // Without a unit for products, short code matters more than reuse.
 constexpr std::array kTilesByShuffles{Tile{256, 64, 16, 4, 1, 1, 1}, Tile{512, 16, 16, 1, 1, 1, 1}};
+
+/// Into how many parts, `most` of them, to split the keys of each of so many blocks, of which `slots` run at a time.  A
+/// block's begin and end take as long as two steps of keys, and what combines the parts one and a half.
+std::int64_t choose_splits(std::int64_t blocks, std::int64_t steps, std::int64_t slots, std::int64_t most) {
+  std::int64_t best = 1, least = 0;
+  for (std::int64_t splits = 1; splits <= std::clamp<std::int64_t>(most, 1, kMostSplits); ++splits) {
+    const std::int64_t turns = ceil_div(blocks * splits, slots);
+    const std::int64_t cost = 2 * turns * (ceil_div(steps, splits) + 2) + (splits > 1 ? 3 : 0);
+    if (splits == 1 || cost < least) best = splits, least = cost;
+  }
+  return best;
+}
 
 }  // namespace
 
@@ -141,23 +177,24 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   const auto try_tiles = [&](const auto& tiles) {
     for (const Tile& tile : tiles) {
       spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.across = tile.across,
-      spec.stages = tile.stages;
-      spec.head_dim_v = round_up(columns, 16 * tile.across);
+      spec.slices = tile.slices, spec.stages = tile.stages;
+      spec.head_dim_v = round_up(columns, std::max(16 * tile.across, 8 * tile.slices));
       spec.spread_copies = tile.spread, spec.halved_q = tile.halved_q, shape.min_blocks = tile.min_blocks;
       if (!spec.async_copy) spec.stages = 1, spec.spread_copies = false;
       fits = tile.widest >= widest && shared_bytes(spec) <= shared_room(gpu, tile.min_blocks) &&
-             !(tile.block_m > kFewRows && rows <= kFewRows) && problem.seqlen_kv >= tile.least_keys &&
-             weight_of(spec) <= tile.most_options &&
+             !(tile.block_m > kFewRows && rows <= kFewRows) && rows <= tile.most_rows &&
+             problem.seqlen_kv >= tile.least_keys && weight_of(spec) <= tile.most_options &&
              (tile.band == Tile::kAnyBand || (tile.band == Tile::kBand) == spec.band);
-      if (fits) return;
+      if (fits) break;
     }
+    return fits;
   };
   if (spec.mma == Mma::kShuffles) {
     try_tiles(kTilesByShuffles);
   } else if (spec.type == Type::kFloat32) {
-    try_tiles(kTiles32);
+    if (!try_tiles(kSlicedTiles32)) try_tiles(kTiles32);
   } else {
-    try_tiles(kTiles16);
+    if (!try_tiles(kSlicedTiles16)) try_tiles(kTiles16);
   }
   if (!fits) return std::nullopt;
 
@@ -165,17 +202,19 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   const std::int64_t heads = spec.pack_gqa ? problem.num_kv_heads : problem.num_q_heads;
   const std::int64_t blocks = problem.batch * heads * shape.row_blocks * shape.v_chunks;
   shape.heads_abreast = std::max<std::int64_t>(1, heads_abreast(problem, gpu) / (spec.pack_gqa ? group : 1));
-  const std::int64_t key_tiles = ceil_div(problem.seqlen_kv, spec.block_n);
-  const std::int64_t wanted = std::int64_t{gpu.multiprocessors} * shape.min_blocks / std::max<std::int64_t>(1, blocks);
-  shape.splits = static_cast<int>(std::clamp<std::int64_t>(std::min(wanted, key_tiles / 4), 1, 128));
-  const std::int64_t tiles_per_split = std::max<std::int64_t>(1, ceil_div(key_tiles, shape.splits));
-  shape.keys_per_split = static_cast<int>(tiles_per_split * spec.block_n);
+  const std::int64_t step = std::int64_t{spec.block_n} * spec.slices, steps = ceil_div(problem.seqlen_kv, step);
+  // A block with a ring has enough under way for a multiprocessor of its own; of others as many as fit make one turn.
+  const std::int64_t slots = gpu.multiprocessors * (spec.slices > 1 ? 1 : shape.min_blocks);
+  const std::int64_t most =
+      spec.slices > 1 ? steps / 2 : std::min(slots / std::max<std::int64_t>(1, blocks), steps / 4);
+  const std::int64_t splits = choose_splits(blocks, steps, slots, most);
+  shape.keys_per_split = static_cast<int>(std::max<std::int64_t>(1, ceil_div(steps, splits)) * step);
   shape.splits = static_cast<int>(std::max<std::int64_t>(1, ceil_div(problem.seqlen_kv, shape.keys_per_split)));
   spec.split = shape.splits > 1;
   shape.most_blocks = blocks * shape.splits;
   if (spec.split) {
     shape.partial_bytes = static_cast<std::size_t>(problem.batch * problem.num_q_heads * problem.seqlen_q *
-                                                   shape.v_chunks * shape.splits * (spec.head_dim_v + 2)) *
+                                                   shape.v_chunks * shape.splits * (spec.head_dim_v + kPartFacts)) *
                           sizeof(float);
   }
   return shape;
@@ -186,7 +225,7 @@ jit::KernelRequest forward_request(const ForwardShape& shape, int arch) {
                       .header = "cuda/kernels/forward.cuh",
                       .spec = "ForwardSpec",
                       .params = "ForwardParams",
-                      .threads = shape.spec.warps * 32,
+                      .threads = shape.spec.warps * shape.spec.slices * 32,
                       .min_blocks = shape.min_blocks,
                       .shared_bytes = shared_bytes(shape.spec)},
                      shape.spec, arch);
@@ -201,7 +240,7 @@ jit::KernelRequest combine_request(const ForwardShape& shape, int arch) {
                       .header = "cuda/kernels/combine.cuh",
                       .spec = "ForwardSpec",
                       .params = "ForwardParams",
-                      .threads = 128},
+                      .threads = kMostSplits},
                      spec, arch);
 }
 

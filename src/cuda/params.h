@@ -59,10 +59,11 @@ struct ForwardParams : CallParams {
   int v_columns;       // of such a block
   int splits;          // parts of the keys
   int keys_per_split;  // a multiple of block_n
-  float* partials;     // [batch][head][row][chunk][split][v_columns + 2]: O, its reference in units of log2, sum
+  float* partials;     // [batch][head][row][chunk][split][v_columns + kPartFacts]: O, its reference in units of log2
 };
 
-inline constexpr int kCombineRows = 4;  // of a block that combines, a warp each
+inline constexpr int kMostSplits = 128;  // and threads of a block that combines a row
+inline constexpr int kPartFacts = 4;     // floats behind O in a part of a row: reference, sum, and up to 16 bytes
 
 struct BackwardParams : CallParams {
   RowView out, dout, dq, dk, dv;

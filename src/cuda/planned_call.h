@@ -36,14 +36,13 @@ struct PlannedLaunch {
 /// Throws Error where the plan's device is only a description.
 void require_gpu(const PlannedLaunch& launch, const Device& device);
 
-/// Nothing where there are no blocks.
+/// Nothing where there are no blocks.  `threads_y`: of a block's threads.
 template <class Params>
-void launch(const PlannedLaunch& what, int blocks, const Params& params, void* stream) {
+void launch(const PlannedLaunch& what, int blocks, const Params& params, void* stream, int threads_y = 1) {
   if (blocks == 0) return;
   what.kernel->launch({.x = static_cast<unsigned>(blocks),
-                       .y = 1,
-                       .z = 1,
-                       .threads = static_cast<unsigned>(what.request.threads),
+                       .threads = static_cast<unsigned>(what.request.threads / threads_y),
+                       .threads_y = static_cast<unsigned>(threads_y),
                        .shared_bytes = static_cast<unsigned>(what.request.shared_bytes)},
                       params, stream);
 }

@@ -42,7 +42,8 @@ class ForwardPlan final : public PlannedKernel {
     std::vector<std::pair<std::string, std::string>> list{
         {"kernel", forward_.describe()},
         {"tile", std::to_string(s.block_m) + " rows × " + std::to_string(s.block_n) + " keys, " +
-                     std::to_string(s.stages) + (s.stages == 1 ? " stage" : " stages")},
+                     std::to_string(s.stages) + (s.stages == 1 ? " stage" : " stages") +
+                     (s.slices == 1 ? "" : ", " + std::to_string(s.slices) + " slices")},
         {"key splits", std::to_string(shape_.splits)}};
     if (combine_) list.emplace_back("combine", combine_->describe());
     return list;
@@ -57,13 +58,12 @@ class ForwardPlan final : public PlannedKernel {
     params.partials = static_cast<float*>(workspace);
     if (shape_.most_blocks == 0) return;
     mask_words_.make(params, workspace, stream);
-    launch(forward_, static_cast<int>(shape_.most_blocks), params, stream);
+    launch(forward_, static_cast<int>(shape_.most_blocks), params, stream, shape_.spec.slices);
     if (!combine_) return;
-    combine_->kernel->launch({.x = static_cast<unsigned>((params.seqlen_q + kCombineRows - 1) / kCombineRows),
-                              .y = static_cast<unsigned>(params.batch * params.q_heads),  // few, or keys were not split
-                              .z = static_cast<unsigned>(params.v_chunks),
+    combine_->kernel->launch({.x = static_cast<unsigned>(params.batch * params.q_heads * params.seqlen_q),
+                              .y = static_cast<unsigned>(params.v_chunks),
                               .threads = static_cast<unsigned>(combine_->request.threads),
-                              .shared_bytes = 0},
+                              .early = combine_->request.arch >= 90},
                              params, stream);
   }
 

@@ -36,6 +36,7 @@ struct ForwardSpec {
   int block_n = 64;        // keys
   int warps = 4;
   int across = 1;              // warps that share rows, each with its part of a tile's keys and of v's columns
+  int slices = 1;              // times `warps`, all with the same rows, each with tiles of keys of its own
   int stages = 2;              // tiles of keys in flight
   bool spread_copies = false;  // they leave between the steps of a product
   bool halved_q = false;       // Q lies as the halves of TF32, and need not be halved for each tile of keys
@@ -52,18 +53,23 @@ struct ForwardSpec {
   FOVEA_FN friend constexpr bool operator==(const ForwardSpec&, const ForwardSpec&) = default;
 };
 
-/// Shared memory of a block: Q, in whose place O leaves; then `stages` times K and V; then P, where warps share rows.
+/// Shared memory of a block: Q, in whose place O leaves; then of each slice `stages` times K and V, in whose place it
+/// leaves O, references and sums for the others; then P, where warps share rows.
 FOVEA_FN constexpr int q_bytes(const ForwardSpec& s) {
   return s.block_m * math::larger(pitch_of(s.type, s.head_dim) * (s.halved_q ? 2 : 1), pitch_of(s.type, s.head_dim_v));
 }
 FOVEA_FN constexpr int stage_bytes(const ForwardSpec& s) {
   return s.block_n * (pitch_of(s.type, s.head_dim) + pitch_of(s.type, s.head_dim_v));
 }
+FOVEA_FN constexpr int left_pitch(const ForwardSpec& s) { return 4 * s.head_dim_v + 32; }  // rows meet other banks
+FOVEA_FN constexpr int slice_bytes(const ForwardSpec& s) {
+  return math::larger(s.stages * stage_bytes(s), s.slices > 1 ? s.block_m * left_pitch(s) : 0);
+}
 FOVEA_FN constexpr int block_bytes(const ForwardSpec& s) {  // and what the threads of a block share
-  return 256 + 16 * s.warps * (32 + 1) + 4 * s.block_m * s.across + (s.mask ? 512 : 0);
+  return 256 + 16 * s.warps * (32 * s.slices + 1) + 4 * s.block_m * s.across + s.slices * (s.mask ? 512 : 0);
 }
 FOVEA_FN constexpr int shared_bytes(const ForwardSpec& s) {
-  return q_bytes(s) + s.stages * stage_bytes(s) + (s.across > 1 ? s.block_m * pitch_of(s.type, s.block_n) : 0) +
+  return q_bytes(s) + s.slices * slice_bytes(s) + (s.across > 1 ? s.block_m * pitch_of(s.type, s.block_n) : 0) +
          block_bytes(s);
 }
 
@@ -95,7 +101,8 @@ template <class F>
 FOVEA_FN constexpr void each_field(const ForwardSpec& s, F&& f) {
   f("type", s.type), f("mma", s.mma), f("async_copy", s.async_copy);
   f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
-  f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("across", s.across), f("stages", s.stages);
+  f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("across", s.across);
+  f("slices", s.slices), f("stages", s.stages);
   f("spread_copies", s.spread_copies), f("halved_q", s.halved_q), f("pack_gqa", s.pack_gqa), f("split", s.split);
   f("band", s.band), f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
   f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);

@@ -173,6 +173,9 @@ TEST_F(KernelTest, LaunchesWithWhatItIsGiven) {
   EXPECT_EQ(fake().launch, (std::vector<unsigned>{3, 4, 5, 256, 1, 1, 7000}));
   EXPECT_EQ(fake().launched_with, 42);
   EXPECT_EQ(fake().launch_contexts.size(), 1U);
+  kernel.launch({.x = 7, .threads = 32, .threads_y = 4, .early = true}, Params{.first = 43}, nullptr);
+  EXPECT_EQ(fake().launch, (std::vector<unsigned>{7, 1, 1, 32, 4, 1, 0}));
+  EXPECT_EQ(fake().launched_with, 43);
   fake().faults["cuLaunchKernel"] = 701;
   EXPECT_EQ(
       words(ErrorCode::kDevice, [&] { kernel.launch({.x = 2, .threads = 64}, Params{}, nullptr); }),

@@ -78,6 +78,10 @@ FAKE int cuLaunchKernel(void*, unsigned x, unsigned y, unsigned z, unsigned bx, 
   std::memcpy(&fake_driver.launched_with, params[0], sizeof(int));
   return status("cuLaunchKernel");
 }
+FAKE int cuLaunchKernelEx(const unsigned* config, void* function, void** params, void** extra) {
+  return cuLaunchKernel(function, config[0], config[1], config[2], config[3], config[4], config[5], config[6], nullptr,
+                        params, extra);
+}
 FAKE int cuMemAlloc_v2(void** memory, std::size_t bytes) {
   if (const int fault = status("cuMemAlloc_v2")) return fault;
   ++fake_driver.allocations;

@@ -2,40 +2,62 @@
 
 #include "cuda/kernels/forward.cuh"
 
-// Puts together what the splits of each row left (flash decoding): each part scaled to the common reference, in order.
+// Puts together what the splits of each row left (flash decoding): each part scaled to the common reference.
 namespace fovea::cuda {
 
-/// Blocks: x: kCombineRows rows; y: sequences × heads; z: chunks of v's columns.
+/// Blocks: x: rows of sequences × heads; y: chunks of v's columns.  A thread weighs a split, a warp adds up every 4th.
 template <ForwardSpec S>
 __device__ void combine(const ForwardParams& p) {
-  const int line = static_cast<int>(blockIdx.y), head = line % p.q_heads, chunk = static_cast<int>(blockIdx.z);
+  constexpr int kWarps = kMostSplits / kWarp;
+  __shared__ float tops[kWarps], sums[kWarps], weights[kMostSplits];
+  __shared__ float4 shares[kWarps][kWarp];
+  const int thread = static_cast<int>(threadIdx.x), chunk = static_cast<int>(blockIdx.y);
+  const int line = static_cast<int>(blockIdx.x) / p.seqlen_q, query = static_cast<int>(blockIdx.x) - line * p.seqlen_q;
+  const int head = line % p.q_heads, width = p.v_columns, begin = chunk * width, stride = width + kPartFacts;
   const Sequence sequence = Sequence::of(p, line / p.q_heads);
-  const int query = static_cast<int>(blockIdx.x) * kCombineRows + warp_id();
   if (query >= sequence.q_rows) return;
-  const int width = p.v_columns, begin = chunk * width, stride = width + 2;
-  const i64 row = (i64{sequence.batch} * p.q_heads + head) * p.seqlen_q + query;
-  const float* const parts = p.partials + (row * p.v_chunks + chunk) * p.splits * stride;
+  const float* const parts = p.partials + (i64{blockIdx.x} * p.v_chunks + chunk) * p.splits * stride;
 
-  float reference = -infinity(), sum = 0.0F;
-  for (int split = 0; split < p.splits; ++split) {
-    const float* part = parts + split * stride;
-    if (part[width + 1] != 0.0F) reference = fmaxf(reference, part[width]);
-  }
-  for (int split = 0; split < p.splits; ++split) {
-    const float* part = parts + split * stride;
-    if (part[width + 1] != 0.0F) sum += part[width + 1] * exp2(part[width] - reference);
-  }
-  const RowEnd end = end_of_row<S>(p, head, reference, sum);
-  for (int column = lane_id(); column < math::smaller(width, p.head_dim_v - begin); column += kWarp) {
-    float o = 0.0F;
-    for (int split = 0; split < p.splits; ++split) {
-      const float* part = parts + split * stride;
-      if (part[width + 1] != 0.0F) o += part[column] * exp2(part[width] - reference);
+  await_kernel_ahead();
+  const float2 facts = *reinterpret_cast<const float2*>(parts + math::smaller(thread, p.splits - 1) * stride + width);
+  const bool there = thread < p.splits && facts.y != 0.0F;
+  float reference = there ? facts.x : -infinity(), total = 0.0F;
+  for (int lane = 1; lane < kWarp; lane *= 2) reference = fmaxf(reference, __shfl_xor_sync(kAllLanes, reference, lane));
+  tops[warp_id()] = reference;
+  __syncthreads();
+  for (int w = 0; w < kWarps; ++w) reference = fmaxf(reference, tops[w]);
+  const float weight = exp2(facts.x - reference);
+  weights[thread] = there ? weight : -1.0F;
+  float sum = there ? facts.y * weight : 0.0F;
+  for (int lane = 1; lane < kWarp; lane *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lane);
+  sums[warp_id()] = sum;
+  __syncthreads();
+  for (int w = 0; w < kWarps; ++w) total += sums[w];
+  const RowEnd end = end_of_row<S>(p, head, reference, total);
+
+#pragma unroll 1
+  for (int first = 0; first < width; first += 4 * kWarp) {
+    const int mine = math::smaller(first + 4 * lane_id(), width - 4);
+    float4 o{};
+#pragma unroll 8
+    for (int split = warp_id(); split < p.splits; split += kWarps) {
+      const float4 part = *reinterpret_cast<const float4*>(parts + split * stride + mine);
+      const float w = weights[split];
+      if (w < 0.0F) continue;
+      o.x += w * part.x, o.y += w * part.y, o.z += w * part.z, o.w += w * part.w;
     }
-    write<S.type>(sequence.q_row(p.out, query, head) + (begin + column) * kBytes<S.type>,
-                  end.empty ? 0.0F : o * end.factor);
+    shares[warp_id()][lane_id()] = o;
+    __syncthreads();
+    const int column = first + thread;
+    if (column < math::smaller(width, p.head_dim_v - begin)) {
+      float x = 0.0F;
+      for (int w = 0; w < kWarps; ++w) x += reinterpret_cast<const float*>(shares[w])[thread];
+      write<S.type>(sequence.q_row(p.out, query, head) + (begin + column) * kBytes<S.type>,
+                    end.empty ? 0.0F : x * end.factor);
+    }
+    __syncthreads();
   }
-  if (p.lse.data != nullptr && chunk == 0 && lane_id() == 0) *sequence.statistic(p.lse, query, head) = end.lse;
+  if (p.lse.data != nullptr && chunk == 0 && thread == 0) *sequence.statistic(p.lse, query, head) = end.lse;
 }
 
 }  // namespace fovea::cuda

@@ -62,6 +62,18 @@ FOVEA_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
+/// In a kernel launched early, until the one ahead has ended; in that one, the next may begin once all blocks have.
+FOVEA_DEVICE void await_kernel_ahead() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+FOVEA_DEVICE void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // ---- shared memory, by address in its own space
 
 FOVEA_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
@@ -104,6 +116,9 @@ FOVEA_DEVICE uint2 load_shared_8(u32 address) {
   uint2 x;
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
   return x;
+}
+FOVEA_DEVICE void store_shared_8(u32 address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 FOVEA_DEVICE uint4 load_shared_16(u32 address) {
   uint4 x;

@@ -15,13 +15,15 @@ struct MaskStep {
 
 template <ForwardSpec S>
 struct Forward {
-  static constexpr int kThreads = S.warps * kWarp;
+  static constexpr int kThreads = S.warps * kWarp;        // of a slice
   static constexpr int kDown = S.warps / S.across;        // groups of warps, each with rows of its own
   static constexpr int kM = S.block_m / kDown / 16;       // pieces of 16 rows of a warp
   static constexpr int kN = S.block_n / S.across / 8;     // pieces of 8 keys of its scores
   static constexpr int kD = S.head_dim_v / S.across / 8;  // pieces of 8 columns of its out
+  static constexpr int kEnd = kD / S.slices;              // of these that it has in the end
   static constexpr int kK = kStep<S.type>;
   static_assert(kN % 2 == 0 && kD % 2 == 0);  // operands come two pieces at a time
+  static_assert(S.slices == 1 || (S.across == 1 && !S.halved_q && kD % S.slices == 0));
 
   using QTile = SharedTile<S.type, S.block_m, S.head_dim>;
   using KTile = SharedTile<S.type, S.block_n, S.head_dim>;
@@ -34,6 +36,7 @@ struct Forward {
   using Rules = ScoreRules<S, S.pack_gqa, Order>;
   using Scores = Accumulator[kM][kN];
   using Out = Accumulator[kM][kD];
+  using Share = Accumulator[kM][kEnd];
 
   static constexpr bool kHidesValues = S.band || S.mask || S.bias;  // of keys that other rows see
 
@@ -58,15 +61,15 @@ struct Forward {
     Sequence sequence;
     Rows rows;
     int kv_head, v_begin, split;
-    const char *k, *v;                                  // the sequence's, of the block's head and columns
-    const char *first_k[kThreads], *first_v[kThreads];  // what a thread copies first, of tile 0
-    Interval keys;                                      // that the block walks
-    Interval full;                                      // tiles of keys that all rows see whole
-    bool careful;                                       // references follow the maximum
+    const char *k, *v;  // the sequence's, of the block's head and columns
+    const char *first_k[S.slices][kThreads], *first_v[S.slices][kThreads];  // what a thread copies first, of tile 0
+    Interval keys;                                                          // that the block walks
+    Interval full;                                                          // tiles of keys that all rows see whole
+    bool careful;                                                           // references follow the maximum
     math::DropoutStream stream;
     Band::Reach reach[kDown];
-    MaskStep steps[S.mask ? kSteps : 1];                     // a ring
-    int steps_found, next_tile;                              // what was not looked at begins there
+    MaskStep steps[S.slices][S.mask ? kSteps : 1];           // a ring
+    int steps_found[S.slices], next_tile[S.slices];          // what was not looked at begins there
     float exchange[S.across > 1 ? S.block_m : 1][S.across];  // between the warps that share rows
   };
 
@@ -80,22 +83,46 @@ struct Forward {
   FOVEA_DEVICE QTile q_tile() const { return {shared}; }
   FOVEA_DEVICE QTile q_rests() const { return {shared + QTile::kSize}; }  // where Q is halved
   FOVEA_DEVICE OutTile out_tile() const { return {shared}; }
-  FOVEA_DEVICE KTile k_tile(int stage) const { return {shared + q_bytes(S) + stage * stage_bytes(S)}; }
+  FOVEA_DEVICE KTile k_tile(int stage) const { return {ring_of(slice()) + stage * stage_bytes(S)}; }
   FOVEA_DEVICE VTile v_tile(int stage) const { return {k_tile(stage).base + KTile::kSize}; }
-  FOVEA_DEVICE WeightTile weight_tile() const { return {k_tile(S.stages).base}; }
+  FOVEA_DEVICE WeightTile weight_tile() const { return {ring_of(S.slices)}; }
+  FOVEA_DEVICE u32 ring_of(int slice) const { return shared + q_bytes(S) + slice * slice_bytes(S); }
+  FOVEA_DEVICE static int slice() { return S.slices == 1 ? 0 : static_cast<int>(threadIdx.y); }
+  /// A barrier of the warps that share a ring.
+  FOVEA_DEVICE static void meet() {
+    if constexpr (S.slices == 1) {
+      __syncthreads();
+    } else if constexpr (S.warps == 1) {
+      __syncwarp();
+    } else {
+      asm volatile("barrier.sync %0, %1;" ::"r"(1 + slice()), "n"(kThreads) : "memory");
+    }
+  }
   FOVEA_DEVICE static int warp_row() { return warp_id() / S.across * kM * 16; }
   FOVEA_DEVICE static int warp_key() { return warp_id() % S.across * kN * 8; }
   FOVEA_DEVICE static int warp_column() { return warp_id() % S.across * kD * 8; }
 
+  /// Each slice a part of the rows.
   FOVEA_DEVICE void load_q() const {
-    const int bytes = p.head_dim * kBytes<S.type>;
+    using Part = SharedTile<S.type, S.block_m / S.slices, S.head_dim>;
+    const int bytes = p.head_dim * kBytes<S.type>, begin = slice() * Part::kRows;
+    const Part part{q_tile().at(begin, 0)};
     if constexpr (S.pack_gqa) {
-      load_scattered_rows<S.async_copy, kThreads>(q_tile(), rows.left(), bytes, p.q.aligned, [&](int r) {
-        return sequence.q_row(p.q, rows.query(r), rows.head(r));
+      load_scattered_rows<S.async_copy, kThreads>(part, rows.left() - begin, bytes, p.q.aligned, [&](int r) {
+        return sequence.q_row(p.q, rows.query(begin + r), rows.head(begin + r));
       });
     } else {
-      load_rows<S.async_copy, kThreads>(q_tile(), rows.left(), bytes, p.q.aligned,
-                                        sequence.q_row(p.q, rows.first, rows.first_head), p.q.row);
+      load_rows<S.async_copy, kThreads>(part, rows.left() - begin, bytes, p.q.aligned,
+                                        sequence.q_row(p.q, rows.first + begin, rows.first_head), p.q.row);
+    }
+    if constexpr (S.slices > 1) close_copies<S.async_copy>();
+  }
+  /// Behind it all slices have all of Q; `kOpen`: groups of copies begun since.
+  template <int kOpen>
+  FOVEA_DEVICE void meet_for_q() const {
+    if constexpr (S.slices > 1) {
+      await_copies<S.async_copy, kOpen>();
+      __syncthreads();
     }
   }
   /// Waits for Q; behind a barrier its halves are there for others.
@@ -121,13 +148,13 @@ struct Forward {
   FOVEA_DEVICE Copies<kParts, KTile> k_copies(int tile, int stage) const {
     const u32 stride = static_cast<u32>(p.k.row);
     return {k_tile(stage), keys_from(tile), p.head_dim * kBytes<S.type>,
-            block.first_k[threadIdx.x] + u64{static_cast<u32>(tile * S.block_n)} * stride, stride};
+            block.first_k[slice()][threadIdx.x] + u64{static_cast<u32>(tile * S.block_n)} * stride, stride};
   }
   template <int kParts>
   FOVEA_DEVICE Copies<kParts, VTile> v_copies(int tile, int stage) const {
     const u32 stride = static_cast<u32>(p.v.row);
     return {v_tile(stage), keys_from(tile), v_bytes(),
-            block.first_v[threadIdx.x] + u64{static_cast<u32>(tile * S.block_n)} * stride, stride};
+            block.first_v[slice()][threadIdx.x] + u64{static_cast<u32>(tile * S.block_n)} * stride, stride};
   }
   /// Of a tile's copies, four a thread in each, that leave within `span` places of a product: ptxas puts three
   /// instructions before the first of neighbours.
@@ -305,16 +332,16 @@ struct Forward {
     }
   }
 
-  // ---- tiles that a mask hides are not walked: warp 0 looks for the next ones, many at a time
+  // ---- tiles that a mask hides are not walked: a slice's first warp looks for the next ones, many at a time
 
   /// Starts the walk at tile `last`; a barrier.
   FOVEA_DEVICE void find_first_steps(int first, int last) const {
     if (warp_id() == 0) {
-      if (lane_id() == 0) block.steps_found = 0, block.next_tile = last;
+      if (lane_id() == 0) block.steps_found[slice()] = 0, block.next_tile[slice()] = last;
       __syncwarp();
       find_steps(S.stages, first);
     }
-    __syncthreads();
+    meet();
   }
   /// Before step n is walked.
   FOVEA_DEVICE void find_later_steps(int n, int first) const {
@@ -322,17 +349,17 @@ struct Forward {
   }
   /// Until step n is known; tiles below `first` say that there is none.
   FOVEA_DEVICE void find_steps(int n, int first) const {
-    static_assert(!S.mask || (S.stages < 4 && kDown <= 16 && kWarp % kDown == 0));
+    static_assert(!S.mask || (S.stages <= 4 && kDown <= 16 && kWarp % kDown == 0));
     constexpr u32 kGroup = (1U << kDown) - 1;
     constexpr int kTiles = kWarp / kDown, kAtOnce = math::larger(16 / kTiles, 1);  // of a look; looks
     const int lane = lane_id(), rows_at = lane % kDown * 16 * kM;
-    int found = block.steps_found, tile = block.next_tile;
+    int found = block.steps_found[slice()], tile = block.next_tile[slice()];
 #pragma unroll 1
     while (found <= n) {
       TileState states[kAtOnce];
 #pragma unroll
       for (int look = 0; look < kAtOnce; ++look) {
-        const int mine = tile - look * kTiles - lane / kDown;
+        const int mine = tile - (look * kTiles + lane / kDown) * S.slices;
         states[look] =
             mask_tile<S.block_n>(p, sequence, {rows.first_head, rows.first_head + rows.group},
                                  rows.queries(rows_at, rows_at + 16 * kM), math::larger(mine, 0) * S.block_n);
@@ -345,28 +372,28 @@ struct Forward {
         const bool told = lane % kDown == 0 && (some != 0 || tile < first);
         const u32 all_told = __ballot_sync(kAllLanes, told);
         if (told)
-          block.steps[(found + __popc(all_told & ((1U << lane) - 1))) % kSteps] = {tile - lane / kDown,
-                                                                                   some | full << 16};
+          block.steps[slice()][(found + __popc(all_told & ((1U << lane) - 1))) % kSteps] = {
+              tile - lane / kDown * S.slices, some | full << 16};
         found += __popc(all_told);
-        tile = math::larger(tile - kTiles, first - 1);
+        tile = math::larger(tile - kTiles * S.slices, first - 1);
       }
     }
     __syncwarp();
-    if (lane == 0) block.steps_found = found, block.next_tile = tile;
+    if (lane == 0) block.steps_found[slice()] = found, block.next_tile[slice()] = tile;
     __syncwarp();
   }
 
   FOVEA_DEVICE int tile_of(int step, int without_mask) const {
-    return S.mask ? block.steps[step % kSteps].tile : without_mask;
+    return S.mask ? block.steps[slice()][step % kSteps].tile : without_mask;
   }
   /// What the mask makes of a tile for the warp's rows.
   FOVEA_DEVICE TileState mask_of(int n) const {
     if constexpr (!S.mask) return TileState::kFull;
-    const u32 seen = block.steps[n % kSteps].seen >> warp_id() / S.across;
+    const u32 seen = block.steps[slice()][n % kSteps].seen >> warp_id() / S.across;
     return (seen & 1) == 0 ? TileState::kHidden : (seen >> 16 & 1) != 0 ? TileState::kFull : TileState::kPartial;
   }
 
-  /// Tiles of keys arrive stages − 1 ahead, last ones first.
+  /// A slice's tiles of keys arrive stages − 1 ahead, last ones first.
   FOVEA_DEVICE void walk_ahead(Out& o, Running& running, int first, int last, float unit) const {
     // K, then V, leave while half of S is made, if it has halves.
     constexpr bool kSpread = S.spread_copies && S.head_dim / kK >= 2;
@@ -375,15 +402,18 @@ struct Forward {
     const auto load = [&](int tile, int stage) { load_k(tile, stage), load_v(tile, stage); };
 #pragma unroll
     for (int ahead = 0; ahead < S.stages - 1; ++ahead) {
-      if (tile_of(ahead, last - ahead) >= first) load(tile_of(ahead, last - ahead), ahead);
+      const int tile = tile_of(ahead, last - ahead * S.slices);
+      if (tile >= first) load(tile, ahead);
       close_copies<S.async_copy>();
     }
+    meet_for_q<S.stages - 1>();
     int stage = 0, n = 0;
 #pragma unroll 1
-    for (int tile = tile_of(0, last); tile >= first; tile = tile_of(++n, tile - 1)) {
+    for (int tile = tile_of(0, last); tile >= first; tile = tile_of(++n, tile - S.slices)) {
       await_copies<S.async_copy, math::larger(S.stages - 2, 0)>();
-      __syncthreads();  // this tile is there for all, and all are done with the one whose place comes next
-      const int ahead = tile_of(n + S.stages - 1, tile - (S.stages - 1)), free = stage == 0 ? S.stages - 1 : stage - 1;
+      meet();  // this tile is there for all, and all are done with the one whose place comes next
+      const int ahead = tile_of(n + S.stages - 1, tile - (S.stages - 1) * S.slices);
+      const int free = stage == 0 ? S.stages - 1 : stage - 1;
       bool copy = ahead >= first;
       if (copy && !(kSpread && p.in_pieces)) {
         load(ahead, free);
@@ -418,15 +448,16 @@ struct Forward {
     close_copies<S.async_copy>();
     if (begin >= first) load_v(begin, 0);
     close_copies<S.async_copy>();
+    meet_for_q<2>();
     int n = 0;
 #pragma unroll 1
-    for (int tile = begin; tile >= first; tile = tile_of(++n, tile - 1)) {
+    for (int tile = begin; tile >= first; tile = tile_of(++n, tile - S.slices)) {
       if (tile == begin) {
         await_copies<S.async_copy, 1>();
       } else {
         await_copies<S.async_copy, 0>();
       }
-      __syncthreads();  // K is there for all, and all are done with V
+      meet();  // K is there for all, and all are done with V
       if (tile < begin && !p.in_pieces) load_v(tile, 0);
       const auto v = v_copies<kVParts>(tile, 0);
       const bool copy_v = tile < begin && p.in_pieces;
@@ -438,8 +469,8 @@ struct Forward {
       if (!seen && copy_v) v.all();
       close_copies<S.async_copy>();
       await_copies<S.async_copy, 0>();
-      __syncthreads();  // V is there for all, and all are done with K
-      const int next = tile_of(n + 1, tile - 1);
+      meet();  // V is there for all, and all are done with K
+      const int next = tile_of(n + 1, tile - S.slices);
       if (next >= first && !p.in_pieces) load_k(next, 0);
       const auto k = k_copies<kKParts>(next, 0);
       const bool copy_k = next >= first && p.in_pieces;
@@ -470,11 +501,11 @@ struct Forward {
       for (int x = 0; x < 2 * kM; ++x) running.reference[x / 2][x % 2] = kUnseen, running.sum[x / 2][x % 2] = 0.0F;
       running.settled = false;
       if (first <= last) {
-        if constexpr (S.mask) find_first_steps(first, last);
+        if constexpr (S.mask) find_first_steps(first, last - slice());
         if constexpr (S.stages == 1) {
-          walk_in_turns(o, running, first, last, unit);
+          walk_in_turns(o, running, first, last - slice(), unit);
         } else {
-          walk_ahead(o, running, first, last, unit);
+          walk_ahead(o, running, first, last - slice(), unit);
         }
       }
       await_copies<S.async_copy, 0>();
@@ -482,7 +513,51 @@ struct Forward {
       block.careful = true;
       __syncthreads();
     }
-    finish(o, running);
+    each_row([&](int i, int h, int) { running.sum[i][h] = quad_sum(running.sum[i][h]); });
+    share_rows(running.sum, [](float a, float b) { return a + b; });
+    if constexpr (S.slices == 1) {
+      finish(o, running);
+    } else {
+      Share share;
+      join_slices(share, o, running);
+      finish(share, running);
+    }
+  }
+
+  /// References, sums and O of all slices become those of the block; of O each slice gets a share of the columns.
+  FOVEA_DEVICE void join_slices(Share& share, const Out& o, Running& running) const {
+    constexpr int kFacts = 4 * S.head_dim_v;  // behind a row
+    const auto left_by = [&](int slice, int r) { return ring_of(slice) + r * left_pitch(S); };
+    const u32 lane_column = lane_id() % 4 * 2;
+    each_row([&](int i, int h, int r) {
+      const u32 mine = left_by(slice(), r);
+#pragma unroll
+      for (int c = 0; c < kD; ++c)
+        store_shared_8(mine + 4 * (8 * c + lane_column), o[i][c].x[2 * h], o[i][c].x[2 * h + 1]);
+      if (lane_column == 0) store_shared_8(mine + kFacts, running.reference[i][h], running.sum[i][h]);
+    });
+    clear(share);
+    __syncthreads();
+    each_row([&](int i, int h, int r) {
+      float &top = running.reference[i][h], &sum = running.sum[i][h];
+      top = kUnseen, sum = 0.0F;
+#pragma unroll
+      for (int s = 0; s < S.slices; ++s) top = fmaxf(top, __uint_as_float(load_shared(left_by(s, r) + kFacts)));
+#pragma unroll
+      for (int s = 0; s < S.slices; ++s) {
+        const u32 row = left_by(s, r);
+        const uint2 facts = load_shared_8(row + kFacts);
+        const float weight = exp2(__uint_as_float(facts.x) - top);
+        sum += weight * __uint_as_float(facts.y);
+#pragma unroll
+        for (int c = 0; c < kEnd; ++c) {
+          const uint2 x = load_shared_8(row + 4 * (8 * (slice() * kEnd + c) + lane_column));
+          share[i][c].x[2 * h] += weight * __uint_as_float(x.x);
+          share[i][c].x[2 * h + 1] += weight * __uint_as_float(x.y);
+        }
+      }
+    });
+    __syncthreads();  // rings may be written again
   }
 
   /// Whether no weight has grown so large that the distance to its reference cost digits: below 2^32 an exponent is
@@ -499,9 +574,7 @@ struct Forward {
   }
 
   /// Divides by the sums and writes O and lse, or this split's part of them.
-  FOVEA_DEVICE void finish(Out& o, Running& running) const {
-    each_row([&](int i, int h, int) { running.sum[i][h] = quad_sum(running.sum[i][h]); });
-    share_rows(running.sum, [](float a, float b) { return a + b; });
+  FOVEA_DEVICE void finish(Share& o, Running& running) const {
     float factors[kM][2];
     if constexpr (S.split) {
       each_row([&](int i, int h, int r) {
@@ -516,7 +589,7 @@ struct Forward {
     if constexpr (!S.split) {
       each_row([&](int i, int h, int) {
 #pragma unroll
-        for (int c = 0; c < kD; ++c) {
+        for (int c = 0; c < kEnd; ++c) {
           o[i][c].x[2 * h] = factors[i][h] == 0.0F ? 0.0F : o[i][c].x[2 * h] * factors[i][h];
           o[i][c].x[2 * h + 1] = factors[i][h] == 0.0F ? 0.0F : o[i][c].x[2 * h + 1] * factors[i][h];
         }
@@ -560,10 +633,10 @@ struct Forward {
     return k_tile(0).base + static_cast<u32>(r * S.across + warp_id() % S.across) * 16;
   }
 
-  FOVEA_DEVICE void keep_row_facts(const Accumulator (&o)[kD], int h, int r, float reference, float factor) const {
+  FOVEA_DEVICE void keep_row_facts(const Accumulator (&o)[kEnd], int h, int r, float reference, float factor) const {
     float check = 0.0F;
 #pragma unroll
-    for (int c = 0; c < kD; ++c) check += o[c].x[2 * h] * 0.0F + o[c].x[2 * h + 1] * 0.0F;
+    for (int c = 0; c < kEnd; ++c) check += o[c].x[2 * h] * 0.0F + o[c].x[2 * h + 1] * 0.0F;
     const bool finite = quad_sum(check) == 0.0F;
     if (lane_id() % 4 == 0)
       store_shared_16(facts_at(r), {__float_as_uint(reference), __float_as_uint(factor), finite ? 0U : 1U, 0U});
@@ -579,17 +652,18 @@ struct Forward {
 
   FOVEA_DEVICE void mend_row(int r, float reference, float factor) const {
     const int head = rows.head(r), query = rows.query(r), begin = first_column();
-    cuda::mend_row<S, 8 * kD>(rules, block.keys, block.kv_head, r, reference, factor, begin,
-                              math::smaller(begin + 8 * kD, p.head_dim_v), [&](int column, float x) {
-                                if constexpr (S.split) {
-                                  part_of(query, head)[column - block.v_begin] = x;
-                                } else {
-                                  write<S.type>(sequence.q_row(p.out, query, head) + column * kBytes<S.type>, x);
-                                }
-                              });
+    cuda::mend_row<S, 8 * kEnd>(rules, block.keys, block.kv_head, r, reference, factor, begin,
+                                math::smaller(begin + 8 * kEnd, p.head_dim_v), [&](int column, float x) {
+                                  if constexpr (S.split) {
+                                    part_of(query, head)[column - block.v_begin] = x;
+                                  } else {
+                                    write<S.type>(sequence.q_row(p.out, query, head) + column * kBytes<S.type>, x);
+                                  }
+                                });
   }
 
-  FOVEA_DEVICE int first_column() const { return block.v_begin + warp_column(); }  // of v, of this warp
+  FOVEA_DEVICE static int end_column() { return warp_column() + slice() * kEnd * 8; }  // of O, of this warp's share
+  FOVEA_DEVICE int first_column() const { return block.v_begin + end_column(); }       // of v
   /// Calls f(i, h, r) for each of a lane's rows, r of the block.
   template <class F>
   FOVEA_DEVICE static void each_row(const F& f) {
@@ -601,34 +675,28 @@ struct Forward {
   FOVEA_DEVICE float* part_of(int query, int head) const {
     const i64 row = (i64{sequence.batch} * p.q_heads + head) * p.seqlen_q + query;
     const int chunk = block.v_begin / S.head_dim_v;
-    return p.partials + ((row * p.v_chunks + chunk) * p.splits + block.split) * (S.head_dim_v + 2);
+    return p.partials + ((row * p.v_chunks + chunk) * p.splits + block.split) * (S.head_dim_v + kPartFacts);
   }
-  FOVEA_DEVICE void store_part(const Accumulator (&o)[kD], int h, int r, float reference, float sum) const {
+  FOVEA_DEVICE void store_part(const Accumulator (&o)[kEnd], int h, int r, float reference, float sum) const {
     float* part = part_of(rows.query(r), rows.head(r));
 #pragma unroll
-    for (int c = 0; c < kD; ++c) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int column = warp_column() + 8 * c + lane_id() % 4 * 2 + e;
-        if (block.v_begin + column < p.head_dim_v) part[column] = o[c].x[2 * h + e];
-      }
+    for (int c = 0; c < kEnd; ++c) {
+      const int column = end_column() + 8 * c + lane_id() % 4 * 2;
+      *reinterpret_cast<float2*>(part + column) = {o[c].x[2 * h], o[c].x[2 * h + 1]};
     }
-    if (warp_column() == 0 && lane_id() % 4 == 0) {
-      part[S.head_dim_v] = reference;
-      part[S.head_dim_v + 1] = sum;
-    }
+    if (end_column() == 0 && lane_id() % 4 == 0) *reinterpret_cast<float2*>(part + S.head_dim_v) = {reference, sum};
   }
 
   /// Through shared memory, so that rows leave in whole pieces of 16 bytes.
-  FOVEA_DEVICE void store_out(const Out& o) const {
+  FOVEA_DEVICE void store_out(const Share& o) const {
     const OutTile tile = out_tile();
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
-      for (int c = 0; c < kD; ++c) {
+      for (int c = 0; c < kEnd; ++c) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const u32 at = tile.at(warp_row() + entry_row(i, 2 * h), warp_column() + 8 * c + lane_id() % 4 * 2);
+          const u32 at = tile.at(warp_row() + entry_row(i, 2 * h), end_column() + 8 * c + lane_id() % 4 * 2);
           const float x = o[i][c].x[2 * h], y = o[i][c].x[2 * h + 1];
           if constexpr (S.type == Type::kFloat32) {
             store_shared(at, __float_as_uint(x));
@@ -640,8 +708,8 @@ struct Forward {
       }
     }
     __syncwarp();  // a warp stores what it has put there
-    constexpr int kPieces = OutTile::kPieces / S.across, kLanes = kPieces >= 8 ? 8 : kPieces >= 4 ? 4 : 2;
-    const int bytes = math::smaller(p.head_dim_v - first_column(), 8 * kD) * kBytes<S.type>;
+    constexpr int kPieces = OutTile::kPieces / S.across / S.slices, kLanes = kPieces >= 8 ? 8 : kPieces >= 4 ? 4 : 2;
+    const int bytes = math::smaller(p.head_dim_v - first_column(), 8 * kEnd) * kBytes<S.type>;
 #pragma unroll 4
     for (int row = lane_id() / kLanes; row < 16 * kM; row += kWarp / kLanes) {
       const int r = warp_row() + row;
@@ -650,7 +718,7 @@ struct Forward {
 #pragma unroll
       for (int at = lane_id() % kLanes * 16; at < kPieces * 16; at += kLanes * 16) {
         if (at >= bytes) break;
-        const uint4 x = load_shared_16(tile.at(r, warp_column()) + at);
+        const uint4 x = load_shared_16(tile.at(r, end_column()) + at);
         if (p.out.aligned && at + 16 <= bytes) {
           *reinterpret_cast<uint4*>(to + at) = x;
         } else {
@@ -667,6 +735,7 @@ template <ForwardSpec S>
 __device__ void forward(const ForwardParams& p) {
   using Kernel = Forward<S>;
   extern __shared__ __align__(128) char shared[];
+  if constexpr (S.split) let_next_kernel_begin();
   static_assert(sizeof(typename Kernel::Block) <= block_bytes(S));
   typename Kernel::Block& me = *reinterpret_cast<typename Kernel::Block*>(shared + shared_bytes(S) - block_bytes(S));
   if (lane_id() == 0) {  // of each warp: what has to be known, shared out
@@ -678,7 +747,8 @@ __device__ void forward(const ForwardParams& p) {
     const typename Kernel::Rows rows{(p.row_blocks - 1 - row_block) * S.block_m, sequence.q_rows * group, head * group,
                                      group};
     constexpr int kRows = 16 * Kernel::kM;
-    const int warp = warp_id();
+    constexpr int kWarps = S.slices * S.warps;
+    const int warp = Kernel::slice() * S.warps + warp_id();
     if (warp < Kernel::kDown) me.reach[warp] = sequence.band.reach(rows.queries(warp * kRows, (warp + 1) * kRows));
     if (warp == 0) {
       me.sequence = sequence;
@@ -692,13 +762,13 @@ __device__ void forward(const ForwardParams& p) {
       v_begin = part % p.v_chunks * S.head_dim_v;
       split = part / p.v_chunks;
     }
-    if (warp == S.warps - 1) {
+    if (warp == kWarps - 1) {
       const int kv_head = S.pack_gqa || p.group == 1 ? head : head / p.group;
       me.kv_head = kv_head, me.v_begin = v_begin, me.split = split;
       me.k = sequence.kv_row(p.k, 0, kv_head);
       me.v = sequence.kv_row(p.v, 0, kv_head) + v_begin * kBytes<S.type>;
     }
-    if (warp == S.warps / 2) {
+    if (warp == kWarps / 2) {
       const Interval queries = rows.queries(0, S.block_m);
       const Band::Reach reach = sequence.band.reach(queries);
       me.full = {(reach.all_begin + S.block_n - 1) / S.block_n, reach.all_end / S.block_n};
@@ -710,9 +780,9 @@ __device__ void forward(const ForwardParams& p) {
     }
   }
   __syncthreads();
-  me.first_k[threadIdx.x] =
+  me.first_k[Kernel::slice()][threadIdx.x] =
       me.k + Kernel::template Copies<1, typename Kernel::KTile>::first_byte(static_cast<u32>(p.k.row));
-  me.first_v[threadIdx.x] =
+  me.first_v[Kernel::slice()][threadIdx.x] =
       me.v + Kernel::template Copies<1, typename Kernel::VTile>::first_byte(static_cast<u32>(p.v.row));
   if (me.rows.left() > 0) Kernel{p, me, shared_address(shared)}.run();
 }
