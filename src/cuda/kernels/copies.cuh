@@ -12,7 +12,7 @@ FOVEA_DEVICE void copy_or_clear(u32 to, const char* from, bool real) {
   if constexpr (kAsync) {
     asm volatile(
         "{\n.reg .pred clear;\nsetp.eq.s32 clear, %2, 0;\n"
-        "cp.async.cg.shared.global [%0], [%1], 16, clear;\n}" ::"r"(to),
+        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, clear;\n}" ::"r"(to),
         "l"(from), "r"(static_cast<int>(real))
         : "memory");
   } else {
