@@ -7,19 +7,18 @@
 // tiles that are hidden or visible are found on the way.
 namespace fovea::cuda {
 
-/// Which of four bytes are not 0, in the low four bits.
-FOVEA_DEVICE u32 bits_of_bytes(u32 x) {
-  const u32 tops = (((x & 0x7f7f7f7fU) + 0x7f7f7f7fU) | x) & 0x80808080U;
-  return (tops >> 7) * 0x01020408U >> 24;  // a byte's bit moves to 24 and on; what else comes about falls below or out
+/// Which of eight bytes are not 0.
+FOVEA_DEVICE u32 bits_of_bytes(u32 low, u32 high) {
+  const auto tops = [](u32 x) { return (((x & 0x7f7f7f7fU) + 0x7f7f7f7fU) | x) & 0x80808080U; };
+  // A byte's bit moves to 24 and on, or to 28 and on; what else comes about falls below or out, and nowhere meet two.
+  return (tops(low) >> 7 | tops(high) >> 3) * 0x01020408U >> 24;
 }
 
-/// Which of 16 keys are seen; past the last one none.
-FOVEA_DEVICE u32 seen_keys(const char* row, i64 stride, int key, int keys) {
+/// Which of 16 keys are seen.
+FOVEA_DEVICE u32 seen_of_bytes(const uint4& x) { return bits_of_bytes(x.x, x.y) | bits_of_bytes(x.z, x.w) << 8; }
+/// Past the last one none.
+FOVEA_DEVICE u32 seen_one_by_one(const char* row, i64 stride, int key, int keys) {
   const char* const from = row + key * stride;
-  if (stride == 1 && key + 16 <= keys && reinterpret_cast<u64>(from) % 16 == 0) {
-    const uint4 x = *reinterpret_cast<const uint4*>(from);
-    return bits_of_bytes(x.x) | bits_of_bytes(x.y) << 4 | bits_of_bytes(x.z) << 8 | bits_of_bytes(x.w) << 12;
-  }
   u32 seen = 0;
   for (int x = 0; x < math::smaller(16, keys - key); ++x) seen |= (from[x * stride] != 0 ? 1U : 0U) << x;
   return seen;
@@ -46,16 +45,28 @@ __device__ void mask_words(const CallParams& p) {
   if (threadIdx.x < 2) facts[threadIdx.x] = 0;
   for (int plane = static_cast<int>(blockIdx.y); plane < to.planes; plane += static_cast<int>(gridDim.y)) {
     const char* const from = p.mask.data + plane / to.heads * p.mask.batch + plane % to.heads * p.mask.head;
-    u32 seen[2 * kTurns];  // asked for all at once
-#pragma unroll
-    for (int x = 0; x < 2 * kTurns; ++x) {
-      const int row = first_row + warp_id() + x / 2 * kWarps, key = first_word * 32 + (x % 2 * kWarp + lane) * 16;
-      seen[x] = row < to.rows ? seen_keys(from + row * p.mask.query, p.mask.key, key, p.seqlen_kv) : 0;
-    }
-#pragma unroll
-    for (int x = 0; x < 2 * kTurns; ++x) {
-      const u32 word = seen[x] | __shfl_down_sync(kAllLanes, seen[x], 1) << 16;
+    const auto row_of = [&](int x) { return first_row + warp_id() + x / 2 * kWarps; };
+    const auto key_of = [&](int x) { return first_word * 32 + (x % 2 * kWarp + lane) * 16; };
+    const auto keep = [&](int x, u32 half) {
+      const u32 word = half | __shfl_down_sync(kAllLanes, half, 1) << 16;
       if (lane % 2 == 0) words[x % 2 * kWarp / 2 + lane / 2][warp_id() + x / 2 * kWarps] = word;
+    };
+    if (p.mask.key == 1 && (reinterpret_cast<u64>(from) | p.mask.query) % 16 == 0 && p.seqlen_kv % 16 == 0) {
+      uint4 bytes[2 * kTurns];  // asked for all at once
+#pragma unroll
+      for (int x = 0; x < 2 * kTurns; ++x) {
+        bytes[x] = {};
+        if (row_of(x) < to.rows && key_of(x) < p.seqlen_kv)
+          bytes[x] = __ldcs(reinterpret_cast<const uint4*>(from + row_of(x) * p.mask.query + key_of(x)));
+      }
+#pragma unroll
+      for (int x = 0; x < 2 * kTurns; ++x) keep(x, seen_of_bytes(bytes[x]));
+    } else {
+#pragma unroll 1
+      for (int x = 0; x < 2 * kTurns; ++x) {
+        const char* const row = from + row_of(x) * p.mask.query;
+        keep(x, row_of(x) < to.rows ? seen_one_by_one(row, p.mask.key, key_of(x), p.seqlen_kv) : 0);
+      }
     }
     __syncthreads();
     u32* const out = to.data + plane * to.plane();
