@@ -2,7 +2,7 @@
 # The ladder's kernels compiled with no GPU: spills, local memory and warnings fail.  Usage: ladder_kernels.sh FOVEA
 set -euo pipefail
 fovea=$1
-if "$fovea" doctor --json | grep -q '"nvrtc": null'; then
+if [[ $("$fovea" doctor --json) == *'"nvrtc": null'* ]]; then
   echo "skipped: there is no NVRTC (fovea doctor says why)"
   exit 77
 fi
