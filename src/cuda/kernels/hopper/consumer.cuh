@@ -29,8 +29,8 @@ struct Consumer {
   Interval full{};  // tiles of keys that these 64 rows see whole, where O leaves registers for it
 
   static constexpr int kShort = short_n(S);
-  static constexpr bool kEndsEarly = S.turns;    // sums, while the last values are added
-  static constexpr int kSteps = S.mask ? 0 : 1;  // tiles on; what a mask leaves the producer tells
+  static constexpr bool kEndsEarly = S.turns;     // sums, while the last values are added
+  static constexpr int kStride = S.mask ? 0 : 1;  // to the next tile; with a mask the producer says which
   static constexpr bool kKnowsFull = S.head_dim_v <= 192;
 
   FOVEA_DEVICE int warp_row() const { return group * kGroupRows + warp_id() % 4 * 16; }
@@ -123,8 +123,8 @@ struct Consumer {
     }
     int add = 0;
 #pragma unroll 1
-    for (step.tile -= kSteps; S.mask ? !step.last() : step.tile >= own.begin;
-         step.tile -= kSteps, add = 1, brief = false)
+    for (step.tile -= kStride; S.mask ? !step.last() : step.tile >= own.begin;
+         step.tile -= kStride, add = 1, brief = false)
       next_tile(work, rules, soft, s, weights, o, unit, step, add, brief);
     release_q();
     last_values(weights, o, add, brief, end);
@@ -143,6 +143,7 @@ struct Consumer {
       if (step.last()) return step;
     }
   }
+  /// Of the tile whose K is next.  Where there are no turns, ptxas has to be told that a warp agrees on it.
   FOVEA_DEVICE Step step_of() const {
     const Step step = state.steps[state.k.place(keys)];
     return S.turns ? step : Step{step.tile, uniform(step.seen)};
@@ -197,6 +198,7 @@ struct Consumer {
             S.mask ? step.mask(group) : TileState::kFull};
   }
 
+  /// These rows see nothing of it.
   FOVEA_DEVICE bool hidden(const Work<S>& work, const Step& step) const {
     const bool nothing = sight_of(work, step).hidden();
     return S.turns ? nothing : uniform(nothing);
@@ -260,6 +262,7 @@ struct Consumer {
     ++keys;
   }
 
+  /// A tile that is hidden.
   FOVEA_DEVICE void pass_over(Out& o, Weights& weights) {
     values_done(o, weights);
     state.k.release(keys++);
