@@ -206,8 +206,8 @@ struct PackedRows : Rows {
 
   PackedRows() = default;
   /// An odd number of cache lines a row: a column read down the rows meets every set of the cache.
-  PackedRows(Arena& arena, i64 rows, i64 dim)
-      : Rows{.stride = (((words_of<kWord>(dim) + 15) / 16) | 1) * 16}, dim(dim), words(words_of<kWord>(dim)) {
+  PackedRows(Arena& arena, i64 rows, i64 dim) : dim(dim), words(words_of<kWord>(dim)) {
+    stride = (((words + 15) / 16) | 1) * 16;
     data = arena.take<float>(rows * stride);
     bad = arena.take<bool>(rows);
   }
@@ -257,7 +257,7 @@ struct PackedColumns : Rows {
   /// What follows sees the first `count` of these rows.
   void take(const PackedRows<kWord>& rows, i64 count) {
     if constexpr (kWord == Word::kFloat) {
-      static_cast<Rows&>(*this) = rows;
+      static_cast<Rows&>(*this) = static_cast<const Rows&>(rows);
     } else {
       for (i64 r = 0; r < count; r += 2 * kWidth) {
         for (i64 c = 0; c < rows.dim; c += kWidth) {
