@@ -63,7 +63,7 @@ struct Functions {
   Call<int(int*, int, void*)> function_attribute{library, "cuFuncGetAttribute"};
   Call<int(void*, int, int)> set_function_attribute{library, "cuFuncSetAttribute"};
   Call<int(void*, U32, U32, U32, U32, U32, U32, U32, void*, void**, void**)> launch{library, "cuLaunchKernel"};
-  Call<int(const LaunchConfig*, void*, void**, void**)> launch_with{newer, "cuLaunchKernelEx"};
+  Call<int(const void*, void*, void**, void**)> launch_with{newer, "cuLaunchKernelEx"};  // a LaunchConfig
   Call<int(void**, Size)> allocate{library, "cuMemAlloc_v2"};
   Call<int(void*)> free{library, "cuMemFree_v2"};
   Call<int(void*, const void*, Size)> to_device{library, "cuMemcpyHtoD_v2"};

@@ -78,9 +78,10 @@ FAKE int cuLaunchKernel(void*, unsigned x, unsigned y, unsigned z, unsigned bx, 
   std::memcpy(&fake_driver.launched_with, params[0], sizeof(int));
   return status("cuLaunchKernel");
 }
-FAKE int cuLaunchKernelEx(const unsigned* config, void* function, void** params, void** extra) {
-  return cuLaunchKernel(function, config[0], config[1], config[2], config[3], config[4], config[5], config[6], nullptr,
-                        params, extra);
+FAKE int cuLaunchKernelEx(const void* config, void* function, void** params, void** extra) {
+  const auto* sizes = static_cast<const unsigned*>(config);
+  return cuLaunchKernel(function, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], nullptr, params,
+                        extra);
 }
 FAKE int cuMemAlloc_v2(void** memory, std::size_t bytes) {
   if (const int fault = status("cuMemAlloc_v2")) return fault;
