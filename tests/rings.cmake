@@ -6,7 +6,7 @@ find_package(Python3 3.11 REQUIRED COMPONENTS Interpreter)
 
 function(fovea_add_ring name labels)
   add_test(NAME ${name} COMMAND ${ARGN})
-  set_tests_properties(${name} PROPERTIES LABELS "${labels}" TIMEOUT 400 SKIP_RETURN_CODE 77)
+  set_tests_properties(${name} PROPERTIES LABELS "${labels}" TIMEOUT 900 SKIP_RETURN_CODE 77)
 endfunction()
 
 # Every list of problems, and random ones, against the double reference.
