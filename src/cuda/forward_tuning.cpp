@@ -179,7 +179,8 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
       spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.across = tile.across,
       spec.slices = tile.slices, spec.stages = tile.stages;
       spec.head_dim_v = round_up(columns, std::max(16 * tile.across, 8 * tile.slices));
-      spec.spread_copies = tile.spread, spec.halved_q = tile.halved_q, shape.min_blocks = tile.min_blocks;
+      spec.spread_copies = tile.spread, spec.halved_q = tile.halved_q && spec.mma == Mma::kTf32x3,
+      shape.min_blocks = tile.min_blocks;
       if (!spec.async_copy) spec.stages = 1, spec.spread_copies = false;
       fits = tile.widest >= widest && shared_bytes(spec) <= shared_room(gpu, tile.min_blocks) &&
              !(tile.block_m > kFewRows && rows <= kFewRows) && rows <= tile.most_rows &&

@@ -51,7 +51,8 @@ __device__ void mask_words(const CallParams& p) {
       const u32 word = half | __shfl_down_sync(kAllLanes, half, 1) << 16;
       if (lane % 2 == 0) words[x % 2 * kWarp / 2 + lane / 2][warp_id() + x / 2 * kWarps] = word;
     };
-    if (p.mask.key == 1 && (reinterpret_cast<u64>(from) | p.mask.query) % 16 == 0 && p.seqlen_kv % 16 == 0) {
+    if (p.mask.key == 1 && (reinterpret_cast<u64>(from) | p.mask.query) % 16 == 0 &&
+        (p.seqlen_kv % 16 == 0 || (first_word + kWarp) * 32 <= p.seqlen_kv)) {
       uint4 bytes[2 * kTurns];  // asked for all at once
 #pragma unroll
       for (int x = 0; x < 2 * kTurns; ++x) {

@@ -98,13 +98,6 @@ FOVEA_DEVICE HalvedA halved(const OperandA& a) {
   return {{{x0.high, x1.high, x2.high, x3.high}}, {{x0.low, x1.low, x2.low, x3.low}}};
 }
 FOVEA_DEVICE const HalvedA& halved(const HalvedA& a) { return a; }
-FOVEA_DEVICE const OperandA& whole(const OperandA& a) { return a; }
-FOVEA_DEVICE OperandA whole(const HalvedA& a) {
-  OperandA sum;
-#pragma unroll
-  for (int x = 0; x < 4; ++x) sum.x[x] = __float_as_uint(__uint_as_float(a.high.x[x]) + __uint_as_float(a.low.x[x]));
-  return sum;
-}
 
 /// An operand in fp32 as three in TF32 that together are all of it.  Of A the first has 6 bits, so that products with
 /// 11 bits of B leave 7 to the sum; of B it is the nearest.
@@ -189,8 +182,7 @@ FOVEA_DEVICE void multiply_add(Accumulator& c, Accumulator& small, const A& a, c
     multiply_add_tf32(c, both.high.x, b_high);
   }
   if constexpr (kMma == Mma::kTf32x6) {
-    const OperandA all = whole(a);
-    const Tf32Thirds<true, 4> of_a(all.x);
+    const Tf32Thirds<true, 4> of_a(a.x);
     const Tf32Thirds<false, 2> of_b(b.x);
     multiply_add_tf32(small, of_a.third, of_b.first);
     multiply_add_tf32(small, of_a.first, of_b.third);
