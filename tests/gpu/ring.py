@@ -100,9 +100,9 @@ class Ring:
         self.step("layers", [layers] if layers.exists() else None, "carried without layers", summary=r"PASSED|FAILED  \] \d",
                   variables={"FOVEA_LAYERS_DEVICE": "cuda", "FOVEA_TORCH_CASES": str(HERE / "torch_cases.safetensors")})
         for file in sorted((HERE / "problems").glob("*.txt")):
-            self.step(f"check {file.stem}", [FOVEA, "check", f"@{file}", *DEVICE], summary="violations")
-            self.step(f"portable {file.stem}", [FOVEA, "check", f"@{file}", *DEVICE, "--backend", "cuda_portable"],
-                      summary="violations")
+            listed = [FOVEA, "check", f"@{file}", "--seed", said.seed, *DEVICE]
+            self.step(f"check {file.stem}", listed, summary="violations")
+            self.step(f"portable {file.stem}", [*listed, "--backend", "cuda_portable"], summary="violations")
         self.step("ladder", [FOVEA, "ladder", "--check", "--dtype", "bf16,fp16", "--dim", "64,128", *DEVICE],
                   summary=r"wrong in|right in")
         count = said.random if said.random is not None else (300 if quick else 5000)
@@ -141,7 +141,7 @@ def main():
     parser.add_argument("--random", type=int, help="random problems; 5000 where left out, 0: none")
     parser.add_argument("--kinds", type=int, default=made()["random_kinds"],
                         help="kinds of random problems: those whose kernels were carried where left out, 0: any")
-    parser.add_argument("--seed", type=int, default=1, help="of the random problems")
+    parser.add_argument("--seed", type=int, default=1, help="of all numbers, and of the random problems")
     parser.add_argument("--only", nargs="+", choices=["tests", "check", "portable", "ladder", "random", "sanitizer", "times"], help="these steps")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for GPU-DATE.json; here where left out")
     parser.add_argument("--logs", action="store_true", help="keep what the steps print, beside it")

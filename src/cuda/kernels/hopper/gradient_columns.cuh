@@ -209,8 +209,8 @@ struct GradientColumns {
     each([&](int j, int e) { sums[e] += c[0][j].x[e] * margin; });
     return (sums[0] + sums[1] + sums[2] + sums[3]) * 0.0F;
   }
-  /// Likewise of dP and delta, and of what `differentiate` makes of them: 0 times that is 0.
-  FOVEA_DEVICE float not_finite_gradients(const Entries& dp, u32 delta) const {
+  /// Likewise of delta.
+  FOVEA_DEVICE static float not_finite_delta(u32 delta) {
     float sum = 0.0F;
     const u32 mine = delta + lane_id() % 4 * 8;
 #pragma unroll
@@ -218,7 +218,11 @@ struct GradientColumns {
       const float2 two = load_shared_two(mine + 32 * j);
       sum += two.x * 2.0F + two.y * 2.0F;
     }
-    return sum * 0.0F + not_finite(dp, S.dropout ? rules.p.keep_scale * 2.0F : 2.0F);
+    return sum * 0.0F;
+  }
+  /// Likewise of dP and delta, and of what `differentiate` makes of them: 0 times that is 0.
+  FOVEA_DEVICE float not_finite_gradients(const Entries& dp, u32 delta) const {
+    return not_finite_delta(delta) + not_finite(dp, S.dropout ? rules.p.keep_scale * 2.0F : 2.0F);
   }
 
   /// dPᵀ becomes dSᵀ; of a visible entry never −0.  Weights are read from where they are packed: there are no registers
