@@ -11,6 +11,7 @@
 #endif
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 
 #include "cpu/threads.h"
@@ -185,13 +186,15 @@ ForwardShape shape_forward(const Problem& problem, int workers, const FlashKerne
   const i64 key_tiles = ceil_div(problem.seqlen_kv, kForwardKeys);
   const i64 splits = std::clamp<i64>(std::min(kEnoughTasks / tasks, key_tiles / 4), 1, kEnoughTasks);
   shape.keys_per_split = std::max<i64>(1, ceil_div(key_tiles, splits)) * kForwardKeys;
-  // Few rows, which share a vector: all heads of some keys are a task, as a head alone is read in pieces that lie
-  // apart.
-  const i64 of_all_heads = ceil_div(problem.seqlen_kv, ceil_div(kEnoughTasks, problem.batch + 1));
-  if (shape.max_rows <= kernels.panel_rows / 3 && !shape.pairs && of_all_heads >= 128) {
-    shape.few_rows = true;
-    if (workers <= kFewWorkers) shape.heads_a_task = problem.num_kv_heads;
-    shape.keys_per_split = round_up(of_all_heads, kJoinedKeys);
+  const i64 vector = kernels.panel_rows / 3, rows = std::bit_ceil(static_cast<std::uint64_t>(shape.max_rows));
+  if (rows <= vector && !shape.pairs) {
+    shape.row_lanes = vector / std::max<i64>(rows, 1);
+    // All heads of some keys are a task, as a head alone is read in pieces that lie apart.
+    const i64 of_all_heads = ceil_div(problem.seqlen_kv, ceil_div(kEnoughTasks, problem.batch + 1));
+    if (of_all_heads >= 128) {
+      if (workers <= kFewWorkers) shape.heads_a_task = problem.num_kv_heads;
+      shape.keys_per_split = round_up(of_all_heads, kJoinedKeys);
+    }
   }
   shape.key_splits = std::max<i64>(1, ceil_div(problem.seqlen_kv, shape.keys_per_split));
   shape.piece_rows = round_up(ceil_div(shape.block_rows, kPieces), kernels.panel_rows);

@@ -46,7 +46,7 @@ struct ForwardShape {
   i64 max_rows = 0, block_rows = 0, blocks = 0, key_splits = 1;
   i64 piece_rows = 0, cut_blocks = 0;
   bool pairs = false;      // bf16 is multiplied as pairs
-  bool few_rows = false;   // they share a vector, and keys are taken some at a time
+  i64 row_lanes = 0;       // of few rows, which share a vector: the lanes that have a row's scores
   i64 heads_a_task = 1;    // more where few threads read: heads mostly lie side by side, so keys are read as they lie
   i64 keys_per_split = 0;  // a multiple of the key block
   int workers = 1;
@@ -92,7 +92,7 @@ FlashKernels kernels();
 inline constexpr i64 kKeyTile = 96;      // keys of one tile in the backward
 inline constexpr i64 kForwardKeys = 96;  // keys of one tile in the forward
 inline constexpr i64 kGroupRows = 96;    // rows of one tile in the backward; a multiple of every panel's rows
-/// Where few rows are asked: of a head before those of the next one, so that what all heads hold of them stays in L2.
+/// Where few rows are asked: keys whose scores are made before their values are read, of all heads of a task.
 inline constexpr i64 kJoinedKeys = 32;
 
 }  // namespace fovea::cpu

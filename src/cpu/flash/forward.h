@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cpu/flash/few_rows.h"
 #include "cpu/flash/scores.h"
 #include "cpu/threads.h"
 
@@ -22,11 +23,11 @@ template <Word kWord>
 struct ForwardScratch {
   i64 q_floats, o_floats;  // of a panel
   Panel* panels;
-  float *q, *o;                 // [panel][word or dim][lane]
+  float *q, *o;                 // [panel][word or dim][lane], of few rows [head][row][vector]
   float *reference, *sum_of_p;  // [panel][lane], reference in units of log2
   PackedRows<kWord> k, v;       // of kPackedKeys keys
   PackedColumns<kWord> v_columns;
-  float *s, *extra;  // [key][lane]: scores; dropout
+  float *s, *extra;  // [key][lane], S of few rows for all heads: scores; dropout
   float* pairs;      // [key / 2][lane] of kPackedKeys keys: P
   float* mask;       // [key / 4][lane] of kMaskKeys keys
   float* rows;       // of q or out, as they lie
@@ -34,8 +35,14 @@ struct ForwardScratch {
 
   ForwardScratch(Arena& arena, const FlashCall& call, const ForwardShape& shape)
       : q_floats(words_of<kWord>(call.head_dim) * kPanelRows), o_floats(whole(call.head_dim_v, kWidth) * kPanelRows) {
-    const i64 count = math::larger(shape.block_rows / kPanelRows, shape.heads_a_task),
-              tile = kStripKeys<kWord> * kPanelRows;
+    const i64 count = math::larger(shape.block_rows / kPanelRows, shape.heads_a_task);
+    i64 tile = kStripKeys<kWord> * kPanelRows, all = tile;
+    if (shape.row_lanes > 0) {
+      const i64 rows = kWidth / shape.row_lanes;  // all that is kept of them lies side by side, and so in L1
+      q_floats = rows * RowVectors(call.head_dim).floats;
+      o_floats = rows * RowVectors(call.head_dim_v).floats;
+      all = math::larger(tile, shape.heads_a_task * kJoinedKeys * kPanelRows);
+    }
     panels = arena.take<Panel>(count);
     q = arena.take<float>(count * q_floats);
     o = arena.take<float>(count * o_floats);
@@ -44,7 +51,7 @@ struct ForwardScratch {
     k = {arena, kPackedKeys<kWord>, call.head_dim};
     v = {arena, kPackedKeys<kWord>, call.head_dim_v};
     v_columns = {arena, kPackedKeys<kWord>, call.head_dim_v};
-    s = arena.take<float>(tile);
+    s = arena.take<float>(all);
     extra = arena.take<float>(tile);
     pairs = arena.take<float>(kWord == Word::kPair ? kPackedKeys<kWord> / 2 * kPanelRows : 0);
     mask = arena.take<float>(kMaskKeys<kWord> / 4 * kPanelRows);
@@ -54,17 +61,17 @@ struct ForwardScratch {
 };
 
 /// P V for values that are not finite: only rows that see them take part, so that 0 · NaN of a hidden entry never
-/// happens.
+/// happens.  `at` says where O has an element of a lane's row.
+template <class At>
 inline void add_bad_values(float* o, const Tile& p, const bool* bad, const Panel& panel, const Context& context,
-                           i64 kv_head) {
+                           i64 kv_head, At&& at) {
   const FlashCall& call = context.call;
   for (i64 r = 0; r < p.rows(); ++r) {
     const char* value = context.kv_row(call.v, p.keys.begin + r, kv_head);
-    for (i64 lane = 0; bad[r] && lane < panel.lanes; ++lane) {
+    for (i64 lane = 0; bad[r] && lane < panel.lanes; lane += panel.parts) {
       if (!context.visible(panel.query[lane], p.keys.begin + r, panel.head[lane])) continue;
-      for (i64 c = lane % panel.parts; c < call.head_dim_v; c += panel.parts) {
-        o[c / panel.parts * kPanelRows + lane] += p.row(r)[lane] * widen(value + c * bytes(call.type), call.type);
-      }
+      for (i64 c = 0; c < call.head_dim_v; ++c)
+        o[at(c, lane)] += p.row(r)[lane] * widen(value + c * bytes(call.type), call.type);
     }
   }
 }
@@ -222,13 +229,7 @@ class Forward {
     return {block.batch, block.kv_head, block.first_row + p * kPanelRows, block.rows - p * kPanelRows};
   }
   [[nodiscard]] i64 pieces() const { return (shape_.block_rows + shape_.piece_rows - 1) / shape_.piece_rows; }
-  /// Lanes a row: where few rows are asked in all, as in decoding, they fill a vector together.
-  [[nodiscard]] i64 parts() const {
-    i64 parts = kWord == Word::kFloat ? kWidth : 1;
-    while (parts * shape_.max_rows > kWidth && parts > 1) parts /= 2;
-    while ((call_.head_dim | call_.head_dim_v) % parts != 0) parts /= 2;
-    return parts;
-  }
+  [[nodiscard]] bool few_rows() const { return shape_.row_lanes > 0; }
   [[nodiscard]] i64 heads() const { return call_.batch * call_.kv_heads; }
   [[nodiscard]] i64 group() const { return call_.q_heads / call_.kv_heads; }
   [[nodiscard]] ForwardScratch<kWord> scratch(int worker) const {
@@ -252,12 +253,17 @@ class Forward {
     const i64 panels = shape_.heads_a_task > 1 ? shape_.heads_a_task : (block.rows + kPanelRows - 1) / kPanelRows;
     for (i64 p = 0; p < panels; ++p) {
       const Block part = panel_of(block, p);
-      set_rows(my.panels[p], context, {group(), part.kv_head * group(), part.first_row + part.rows, parts()},
+      set_rows(my.panels[p], context,
+               {group(), part.kv_head * group(), part.first_row + part.rows, math::larger(shape_.row_lanes, i64{1})},
                part.first_row);
-      pack_panel<kWord>(my.q + p * my.q_floats, my.rows, my.bad, my.panels[p], context, call_.q, call_.head_dim,
-                        context.fold());
+      if (few_rows()) {
+        pack_few_rows(my, p, context);
+      } else {
+        pack_panel<kWord>(my.q + p * my.q_floats, my.rows, my.bad, my.panels[p], context, call_.q, call_.head_dim,
+                          context.fold());
+      }
     }
-    const i64 scores = (shape_.few_rows ? kJoinedKeys : kStripKeys<kWord>)*kPanelRows;
+    const i64 scores = (few_rows() ? panels * kJoinedKeys : kStripKeys<kWord>)*kPanelRows;
     for (i64 x = 0; x < scores; x += kWidth) store(my.s + x, V{});  // lanes that no product reaches
 
     Interval keys = context.sequence.band.keys_of_rows({my.panels[0].queries.begin, my.panels[panels - 1].queries.end});
@@ -271,36 +277,34 @@ class Forward {
   /// All panels of a task against its keys, either where the caller keeps these or packed.  False if O is not finite.
   bool attend_keys(ForwardScratch<kWord> my, const Context& context, const Block& block, i64 panels, Interval keys,
                    bool in_place) {
-    const i64 o_floats = my.o_floats / parts(), o_step = parts() > 1 ? kPanelRows : kWidth;
-    for (float *o = my.o, *end = o + panels * my.o_floats; o < end; o += my.o_floats) {
-      for (i64 x = 0; x < o_floats; x += o_step) store(o + x, V{});
-    }
+    for (i64 x = 0; x < panels * my.o_floats; x += kWidth) store(my.o + x, V{});
     for (i64 x = 0; x < panels * kPanelRows; ++x) {
       my.reference[x] = -kInfinity;
       my.sum_of_p[x] = 0.0F;
     }
-    const i64 step = shape_.few_rows ? kJoinedKeys : packed_keys(),
-              first = shape_.few_rows ? kJoinedKeys : kForwardKeys;
+    const i64 step = few_rows() ? kJoinedKeys : packed_keys(), first = few_rows() ? kJoinedKeys : kForwardKeys;
     for (i64 j = keys.begin / first * first; j < keys.end; j += step) {
       const Interval tile{j, math::smaller(j + step, keys.end)};
-      for (i64 h = 0; h < shape_.heads_a_task; ++h) {
-        if (in_place) {
-          point_to(my.k, call_.k, context, tile, block.kv_head, h);
-          point_to(my.v, call_.v, context, tile, block.kv_head, h);
-        } else {
-          my.k.pack(context, call_.k, tile, block.kv_head + h);
-          my.v.pack(context, call_.v, tile, block.kv_head + h);
-          my.v.clear_bad(tile.end - tile.begin);
-        }
-        my.v_columns.take(my.v, tile.end - tile.begin);
-        const Interval all = shape_.heads_a_task > 1 ? Interval{h, h + 1} : Interval{0, panels};
-        for (i64 p = all.begin; p < all.end; ++p) attend(my, {p, all.end}, context, tile, block.kv_head + h);
+      if (few_rows()) {
+        // Heads between whose keys others lie are read together.
+        const i64 together = in_place && call_.k.head < call_.k.row && call_.v.head < call_.v.row ? panels : 1;
+        for (i64 h = 0; h < panels; h += together)
+          attend_few(my, {h, h + together}, context, tile, block.kv_head, in_place);
+        continue;
       }
+      if (in_place) {
+        point_to(my.k, call_.k, context, tile, block.kv_head);
+        point_to(my.v, call_.v, context, tile, block.kv_head);
+      } else {
+        my.k.pack(context, call_.k, tile, block.kv_head);
+        my.v.pack(context, call_.v, tile, block.kv_head);
+        my.v.clear_bad(tile.end - tile.begin);
+      }
+      my.v_columns.take(my.v, tile.end - tile.begin);
+      for (i64 p = 0; p < panels; ++p) attend(my, {p, panels}, context, tile, block.kv_head);
     }
     V taint{};  // 0·x is NaN where x is not finite
-    for (float *o = my.o, *end = o + panels * my.o_floats; o < end && in_place; o += my.o_floats) {
-      for (i64 x = 0; x < o_floats; x += kPanelRows) taint += load(o + x) * 0.0F;
-    }
+    for (i64 x = 0; x < panels * my.o_floats && in_place; x += kWidth) taint += load(my.o + x) * 0.0F;
     return !any(taint != V{});
   }
 
@@ -314,24 +318,105 @@ class Forward {
   /// Whether keys and values are multiplied where the caller keeps them: the rows of the block share a vector, so each
   /// is read once, and packing would cost more than it gives.  Values that are not finite show in O.
   [[nodiscard]] bool can_stay(const Block& block, Interval keys) const {
-    constexpr i64 kStep = kDepthStep<kWord> * kPerWord<kWord>;  // of pairs
-    const bool words = kWord == Word::kPair ? (keys.end | call_.head_dim | call_.head_dim_v) % kStep == 0
-                                            : call_.type == Element::kFloat32 || parts() > 1;
-    return words && block.rows <= kWidth && (call_.k.row | call_.v.row) % i64{sizeof(float)} == 0;
+    if (few_rows()) return call_.head_dim >= kWidth && call_.head_dim_v >= kWidth;
+    constexpr i64 kStep = kDepthStep<kWord> * kPerWord<kWord>;
+    return kWord == Word::kPair && (keys.end | call_.head_dim | call_.head_dim_v) % kStep == 0 &&
+           block.rows <= kWidth && (call_.k.row | call_.v.row) % i64{sizeof(float)} == 0;
   }
 
-  void point_to(PackedRows<kWord>& rows, const RowView& view, const Context& context, Interval keys, i64 first_head,
-                i64 head) const {
-    // The next keys of all heads of the task, in the order in which they lie if that is one piece; or of this head.
-    const bool dense = view.head * shape_.heads_a_task == view.row;
-    rows.ahead = context.kv_row(view, keys.begin + kJoinedKeys, first_head + (dense ? 0 : head));
-    if (dense) rows.ahead += head * kJoinedKeys * view.head;
-    rows.ahead_stride = dense ? view.head : view.row;
-    rows.data = reinterpret_cast<float*>(const_cast<char*>(context.kv_row(view, keys.begin, first_head + head)));
+  void point_to(PackedRows<kWord>& rows, const RowView& view, const Context& context, Interval keys, i64 head) const {
+    rows.data = reinterpret_cast<float*>(const_cast<char*>(context.kv_row(view, keys.begin, head)));
     rows.stride = view.row / i64{sizeof(float)};
-    rows.type = call_.type;
-    for (i64 j = keys.begin; kWord == Word::kPair && j < keys.end; ++j)  // products of floats fetch as they go
-      fetch_row(context.kv_row(view, j, first_head + head), call_.type, rows.dim);
+    for (i64 j = keys.begin; j < keys.end; ++j) fetch_row(context.kv_row(view, j, head), call_.type, rows.dim);
+  }
+
+  void pack_few_rows(ForwardScratch<kWord>& my, i64 p, const Context& context) const {
+    const RowVectors vectors(call_.head_dim);
+    const Panel& panel = my.panels[p];
+    float* q = my.q + p * my.q_floats;
+    for (i64 x = 0; x < my.q_floats; x += kWidth) store(q + x, V{});
+    for (i64 lane = 0; lane < panel.lanes; lane += panel.parts, q += vectors.floats) {
+      if (panel.query[lane] >= context.sequence.band.seqlen_q) continue;
+      widen_row(my.rows, context.q_row(call_.q, panel.query[lane], panel.head[lane]), call_.type, vectors.dim,
+                vectors.floats);
+      vectors.split(q, my.rows, context.fold());
+    }
+  }
+
+  /// Keys or values of some heads of a task for its few rows, where the caller keeps them or packed.
+  [[nodiscard]] FewRows few_rows_of(const ForwardScratch<kWord>& my, const RowView& view,
+                                    const PackedRows<kWord>& packed, const Context& context, Interval heads,
+                                    Interval keys, i64 first_head, bool in_place) const {
+    constexpr i64 kBytesAhead = 8192;  // of what is read
+    const i64 count = heads.end - heads.begin, key_bytes = count * packed.dim * bytes(call_.type);
+    FewRows few{context.kv_row(view, keys.begin, first_head + heads.begin),
+                view.row,
+                view.head,
+                call_.type,
+                RowVectors(packed.dim),
+                (kBytesAhead + key_bytes - 1) / key_bytes * view.row,
+                keys.end - keys.begin,
+                count,
+                my.s + heads.begin * kJoinedKeys * kPanelRows,
+                nullptr};
+    if (!in_place) {
+      few.data = reinterpret_cast<const char*>(packed.data);
+      few.row = packed.stride * i64{sizeof(float)};
+      few.type = Element::kFloat32;
+      few.ahead = 0;
+    }
+    return few;
+  }
+
+  /// Few rows of some heads against some keys, all of them or one head whose keys and values are packed.
+  void attend_few(ForwardScratch<kWord>& my, Interval heads, const Context& context, Interval keys, i64 first_head,
+                  bool in_place) {
+    const Panel& first = my.panels[heads.begin];
+    const math::TileState state = context.sequence.band.tile(first.queries, keys);
+    if (state == math::TileState::kHidden) return;
+    if (!in_place) {
+      my.k.pack(context, call_.k, keys, first_head + heads.begin);
+      my.v.pack(context, call_.v, keys, first_head + heads.begin);
+      my.v.clear_bad(keys.end - keys.begin);
+    }
+    FewRows k = few_rows_of(my, call_.k, my.k, context, heads, keys, first_head, in_place);
+    FewRows v = few_rows_of(my, call_.v, my.v, context, heads, keys, first_head, in_place);
+    k.rows = my.q + heads.begin * my.q_floats;
+    v.rows = my.o + heads.begin * my.o_floats;
+    with_rows(kWidth / first.parts, k.type, [&]<int kRows, Element kType>() { score_few<kRows, kType>(k); });
+    for (i64 h = heads.begin; h < heads.end; ++h) {
+      const Panel& panel = my.panels[h];
+      const Tile s{my.s + h * kJoinedKeys * kPanelRows, kPanelRows, keys};
+      if (call_.mask.data != nullptr) read_mask(my.mask, panel, context, keys);
+      alignas(64) float rescale[kPanelRows] = {};
+      float* o = my.o + h * my.o_floats;
+      if (make_weights(my, h, context, s, state, my.mask, nullptr, rescale)) {
+        for (i64 lane = 0; lane < panel.lanes; lane += panel.parts) {
+          float* row = o + lane / panel.parts * v.vectors.floats;
+          for (i64 x = 0; x < v.vectors.floats; x += kWidth) store(row + x, load(row + x) * rescale[lane]);
+        }
+      }
+      if (!in_place && my.v.any_bad) {
+        add_bad_values(o, s, my.v.bad, panel, context, first_head + h,
+                       [&](i64 c, i64 lane) { return lane / panel.parts * v.vectors.floats + v.vectors.at(c); });
+      }
+    }
+    with_rows(kWidth / first.parts, v.type, [&]<int kRows, Element kType>() { add_values_of_few<kRows, kType>(v); });
+  }
+
+  /// S of a strip becomes P.  True where O has to be multiplied by `rescale`.
+  bool make_weights(ForwardScratch<kWord>& my, i64 p, const Context& context, const Tile& s, math::TileState state,
+                    const float* mask, float* pairs, float* rescale) const {
+    const Panel& panel = my.panels[p];
+    const float scale = finish_scores<kWord>(s, panel, context, state, mask, my.extra, nullptr);
+    const Tile whole = hide_past_end<kWord>(s);
+    const bool dropout = call_.keep_threshold < 65536;
+    if (dropout) dropout_factors(my.extra, panel, context, whole.keys);
+    const SoftmaxOf of{scale,   my.reference + p * kPanelRows, my.sum_of_p + p * kPanelRows,
+                       rescale, dropout ? my.extra : nullptr,  pairs};
+    const bool floats = kWord == Word::kFloat || my.v.any_bad;
+    return panel.lanes <= kWidth ? online_softmax<kWord, 1>(whole, of, floats)
+                                 : online_softmax<kWord>(whole, of, floats);
   }
 
   /// The first of some panels of queries against the keys that are packed.
@@ -349,8 +434,7 @@ class Forward {
         product_of_panel<kWord, PackedColumns<kWord>::kLayout, Init::kAdd>(  // O += Vᵀ P
             panel,
             {my.v_columns.at(first - packed.begin), my.v_columns.stride, weights, kPanelRows, o, kPanelRows,
-             words_of<kWord>(end - first), my.v_columns.type,
-             my.v_columns.ahead + (first - packed.begin) * my.v_columns.ahead_stride, my.v_columns.ahead_stride},
+             words_of<kWord>(end - first)},
             call_.head_dim_v);
       first = end;
     };
@@ -382,25 +466,20 @@ class Forward {
         product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(  // S = K Qᵀ
             panel,
             {my.k.row(j + r - packed.begin), my.k.stride, my.q + p * my.q_floats, kPanelRows, s.row(r), kPanelRows,
-             my.k.words, my.k.type, my.k.ahead + (j + r - packed.begin) * my.k.ahead_stride, my.k.ahead_stride},
+             my.k.words},
             math::smaller(slice, s.rows() - r));
       }
-      const float scale = finish_scores<kWord>(s, panel, context, state, masks.of(strip), my.extra, nullptr);
-      const Tile whole = hide_past_end<kWord>(s);
-      const bool dropout = call_.keep_threshold < 65536;
-      if (dropout) dropout_factors(my.extra, panel, context, whole.keys);
-
       alignas(64) float rescale[kPanelRows] = {};  // where softmax makes one vector, 0 for the others
-      const SoftmaxOf of{scale,   my.reference + p * kPanelRows, my.sum_of_p + p * kPanelRows,
-                         rescale, dropout ? my.extra : nullptr,  my.pairs + (j - keys.begin) / 2 * kPanelRows};
-      const bool floats = kWord == Word::kFloat || my.v.any_bad;
-      if (panel.lanes <= kWidth ? online_softmax<kWord, 1>(whole, of, floats)
-                                : online_softmax<kWord>(whole, of, floats)) {
+      if (make_weights(my, p, context, s, state, masks.of(strip), my.pairs + (j - keys.begin) / 2 * kPanelRows,
+                       rescale)) {
         add_values(j);
         for_each_vector({o, kPanelRows, {0, call_.head_dim_v}},
                         [&](i64 /*r*/, int lane, float* at) { store(at, load(at) * load(rescale + lane)); });
       }
-      if (my.v.any_bad) add_bad_values(o, s, my.v.bad + (j - packed.begin), panel, context, kv_head);
+      if (my.v.any_bad) {
+        add_bad_values(o, s, my.v.bad + (j - packed.begin), panel, context, kv_head,
+                       [](i64 c, i64 lane) { return c * kPanelRows + lane; });
+      }
       if (kWord == Word::kFloat) add_values(strip.end);
     }
     add_values(keys.end);
@@ -409,15 +488,12 @@ class Forward {
   void store_panel(ForwardScratch<kWord>& my, i64 p, const Context& context, const Block& block, i64 split) {
     const Panel& panel = my.panels[p];
     const float* o = my.o + p * my.o_floats;
-    const i64 stride = whole(call_.head_dim_v, kWidth), parts = panel.parts;
-    if (parts == 1) transpose_words<Word::kFloat>(my.rows, stride, o, kPanelRows, stride, kPanelRows, 1.0F);
+    const RowVectors vectors(call_.head_dim_v);
+    const i64 stride = vectors.floats, parts = panel.parts;
+    if (!few_rows()) transpose_words<Word::kFloat>(my.rows, stride, o, kPanelRows, stride, kPanelRows, 1.0F);
     for (i64 lane = 0; lane < panel.lanes; lane += parts) {
       float* row = my.rows + lane * stride;
-      const auto join = [&]<int kParts>() {
-        for (i64 c = 0; c < call_.head_dim_v; c += kParts)
-          __builtin_memcpy(row + c, o + c / kParts * kPanelRows + lane, kParts * sizeof(float));
-      };
-      if (parts > 1) with_parts(parts, join);
+      if (few_rows()) vectors.join(row, o + lane / parts * stride);
       const float reference = my.reference[p * kPanelRows + lane], sum_of_p = my.sum_of_p[p * kPanelRows + lane];
       if (shape_.key_splits == 1) {
         write_row(context, panel.query[lane], panel.head[lane], reference, sum_of_p, row);

@@ -41,7 +41,7 @@ class Arena {
 };
 
 /// Row r is query r / group of head first_head + r % group.  `parts` lanes next to each other hold a row: its scores in
-/// each of them, its q and O shared out among them, element c to lane c % parts.
+/// each of them.
 struct RowMap {
   i64 group, first_head, rows, parts = 1;
 };
@@ -121,31 +121,9 @@ inline void set_rows(Panel& panel, const Context& context, const RowMap& map, i6
   panel.queries = panel.lanes == 0 ? Interval{0, 0} : Interval{panel.query[0], panel.query[panel.lanes - 1] + 1};
 }
 
-/// Calls f with the lanes of a row, more than one, as a constant.
-template <int kParts = kWidth, class F>
-FOVEA_INLINE void with_parts(i64 parts, F&& f) {
-  if constexpr (kParts > 2) {
-    if (parts < kParts) return with_parts<kParts / 2>(parts, f);
-  }
-  f.template operator()<kParts>();
-}
-
-/// C is a vector wide, and lanes share rows.
-template <ALayout kLayout, Init kInit>
-inline void product_of_parts(const Panel& panel, ProductArgs args, i64 rows) {
-  with_parts(panel.parts, [&]<int kParts>() {
-    (kLayout == ALayout::kRowMajor ? args.depth : rows) /= kParts;
-    const auto multiply = [&]<Element kType>() { product<Word::kFloat, kLayout, kInit, 1, kParts, kType>(args, rows); };
-    if (args.type == Element::kFloat32) multiply.template operator()<Element::kFloat32>();
-    if (args.type == Element::kFloat16) multiply.template operator()<Element::kFloat16>();
-    if (args.type == Element::kBFloat16) multiply.template operator()<Element::kBFloat16>();
-  });
-}
-
 /// C is as wide as a panel; only its first vector is made where no more rows are real, as when one query is asked.
 template <Word kWord, ALayout kLayout, Init kInit>
 inline void product_of_panel(const Panel& panel, const ProductArgs& args, i64 rows) {
-  if (kWord == Word::kFloat && panel.parts > 1) return product_of_parts<kLayout, kInit>(panel, args, rows);
   if (panel.lanes <= kWidth) return product<kWord, kLayout, kInit, 1>(args, rows);
   product<kWord, kLayout, kInit, kPanelVectors>(args, rows);
 }
@@ -167,8 +145,8 @@ FOVEA_INLINE i64 row_words(i64 dim) {
 template <Word kWord>
 inline void pack_panel(float* columns, float* rows, bool* bad, const Panel& panel, const Context& context,
                        const RowView& view, i64 dim, float factor) {
-  const i64 words = row_words<kWord>(dim), parts = panel.parts;
-  for (i64 lane = 0; lane < (parts > 1 ? i64{kWidth} : kPanelRows); lane += parts) {
+  const i64 words = row_words<kWord>(dim);
+  for (i64 lane = 0; lane < kPanelRows; ++lane) {
     float* row = rows + lane * words;
     bad[lane] = false;
     if (panel.query[lane] < context.sequence.band.seqlen_q) {
@@ -178,23 +156,14 @@ inline void pack_panel(float* columns, float* rows, bool* bad, const Panel& pane
     } else {
       for (i64 w = 0; w < words; ++w) row[w] = 0.0F;
     }
-    if (parts == 1) continue;
-    with_parts(parts, [&]<int kParts>() {
-      for (i64 c = 0; c < dim; c += kParts) {
-        FOVEA_UNROLL for (int x = 0; x < kParts; ++x) columns[c / kParts * kPanelRows + lane + x] = row[c + x] * factor;
-      }
-    });
   }
-  if (parts == 1) transpose_words<kWord>(columns, kPanelRows, rows, words, kPanelRows, words_of<kWord>(dim), factor);
+  transpose_words<kWord>(columns, kPanelRows, rows, words, kPanelRows, words_of<kWord>(dim), factor);
 }
 
-/// Rows of words; or of elements where the caller keeps them, words or not.
+/// Rows of words.
 struct Rows {
   float* data = nullptr;
   i64 stride = 0;
-  Element type = Element::kFloat32;
-  const char* ahead = nullptr;  // rows to be fetched while these are read
-  i64 ahead_stride = 0;         // in bytes
 };
 
 /// A block of keys or values as words, [key][stride], up to a whole number of words' depth.
@@ -216,11 +185,10 @@ struct PackedRows : Rows {
 
   void pack(const Context& context, const RowView& view, Interval keys, i64 head) {
     any_bad = false;
-    ahead = reinterpret_cast<const char*>(data);  // nothing: packing fetches
     for (i64 j = keys.begin; j < keys.end; ++j) {
       const i64 at = j - keys.begin;
       fetch_row(context.kv_row(view, j + kRowsAhead, head), context.call.type, dim);
-      bad[at] = !pack_row<kWord>(row(at), context.kv_row(view, j, head), context.call.type, dim, words);
+      bad[at] = !pack_row<kWord>(row(at), context.kv_row(view, j, head), context.call.type, dim, row_words<kWord>(dim));
       any_bad = any_bad || bad[at];
     }
     count = keys.end - keys.begin;

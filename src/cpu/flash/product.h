@@ -18,10 +18,7 @@ struct ProductArgs {
   i64 b_stride;
   float* c;
   i64 c_stride;
-  i64 depth;                         // in words
-  Element type = Element::kFloat32;  // of A, as the caller keeps it, where lanes share rows
-  const char* ahead = nullptr;       // what lies where A of a later product does; fetched if lanes share rows
-  i64 ahead_stride = 0;              // in bytes
+  i64 depth;  // in words
 };
 
 // Pairs on AMX come in tiles of 16 rows by 16 words.  Products go over whole ones, whatever the ISA: rows past the last
@@ -38,9 +35,8 @@ FOVEA_INLINE i64 words_of(i64 n) {
   return whole((n + kPerWord<kWord> - 1) / kPerWord<kWord>, kDepthStep<kWord>);
 }
 
-/// kRows rows of C, kVectors vectors wide.  With kParts > 1 every word of A is that many elements, which groups of as
-/// many lanes take one by one.
-template <Word kWord, ALayout kLayout, Init kInit, int kRows, int kVectors, int kParts, Element kType>
+/// kRows rows of C, kVectors vectors wide.
+template <Word kWord, ALayout kLayout, Init kInit, int kRows, int kVectors>
 FOVEA_INLINE void product_block(const ProductArgs& args, i64 row) {
   V acc[kRows][kVectors];
   float* c = args.c + row * args.c_stride;
@@ -50,30 +46,21 @@ FOVEA_INLINE void product_block(const ProductArgs& args, i64 row) {
     }
   }
   constexpr bool kRowMajor = kLayout == ALayout::kRowMajor;
-  constexpr i64 kBytes = kParts * bytes(kType), kLine = 64;
-  const i64 a_stride = args.a_stride * i64{sizeof(float)}, a_row = kRowMajor ? a_stride : kBytes;
-  const char* a = reinterpret_cast<const char*>(args.a) + row * a_row;
+  const i64 a_row = kRowMajor ? args.a_stride : 1, a_step = kRowMajor ? 1 : args.a_stride;
+  const float* a = args.a + row * a_row;
   const float* b = args.b;
   for (i64 k = 0; k < args.depth; ++k) {
-    if constexpr (kParts > 1) {  // every line of what lies ahead once: a column of blocks of rows, or a part of a row
-      constexpr i64 kSteps = kRowMajor ? math::smaller(math::larger(kLine / kBytes, i64{1}), i64{kRows}) : 1;
-      const i64 key = kRowMajor ? row + k % kSteps : k, next = kRowMajor ? kSteps * args.ahead_stride : kLine;
-      const char* later = args.ahead + key * args.ahead_stride + (kRowMajor ? k : row) * kBytes;
-      FOVEA_UNROLL for (i64 x = 0; x * kLine < kRows * kBytes; ++x) __builtin_prefetch(later + x * next, 0, 2);
-    }
     V bk[kVectors];
     FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) bk[n] = load(b + n * kWidth);
     FOVEA_UNROLL for (int m = 0; m < kRows; ++m) {
-      const V am = splat_elements<kParts, kType>(a + m * a_row);
+      const V am = splat(a[m * a_row]);
       FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) acc[m][n] = multiply_add<kWord>(am, bk[n], acc[m][n]);
     }
-    a += kRowMajor ? kBytes : a_stride;
+    a += a_step;
     b += args.b_stride;
   }
   FOVEA_UNROLL for (int m = 0; m < kRows; ++m) {
-    FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) {  // where lanes share a row, each has a part of the sum over it
-      store(c + m * args.c_stride + n * kWidth, kRowMajor ? sum_of_group<kParts>(acc[m][n]) : acc[m][n]);
-    }
+    FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) store(c + m * args.c_stride + n * kWidth, acc[m][n]);
   }
 }
 
@@ -158,17 +145,16 @@ struct Tiles {};  // of a CPU without
 #endif
 
 /// Rows [row, rows), kRows at a time, then by halves.
-template <Word kWord, ALayout kLayout, Init kInit, int kRows, int kVectors, int kParts, Element kType>
+template <Word kWord, ALayout kLayout, Init kInit, int kRows, int kVectors>
 inline void product_rows(const ProductArgs& args, i64 row, i64 rows) {
-  for (; row + kRows <= rows; row += kRows)
-    product_block<kWord, kLayout, kInit, kRows, kVectors, kParts, kType>(args, row);
+  for (; row + kRows <= rows; row += kRows) product_block<kWord, kLayout, kInit, kRows, kVectors>(args, row);
   if constexpr (kRows > 1) {
-    if (row < rows) product_rows<kWord, kLayout, kInit, kRows / 2, kVectors, kParts, kType>(args, row, rows);
+    if (row < rows) product_rows<kWord, kLayout, kInit, kRows / 2, kVectors>(args, row, rows);
   }
 }
 
 /// C is kVectors vectors wide.
-template <Word kWord, ALayout kLayout, Init kInit, int kVectors, int kParts = 1, Element kType = Element::kFloat32>
+template <Word kWord, ALayout kLayout, Init kInit, int kVectors>
 [[gnu::noinline]] void product(const ProductArgs& args, i64 rows) {
   rows = whole(rows, kRowStep<kWord>);
 #if defined(__AMX_BF16__)
@@ -179,10 +165,7 @@ template <Word kWord, ALayout kLayout, Init kInit, int kVectors, int kParts = 1,
     return;
   }
 #endif
-  // As many as registers allow; of rows where the caller keeps them, which may all lie in the same set of L1, 8.
-  constexpr int kRows =
-      kParts > 1 ? (kLayout == ALayout::kRowMajor ? 8 : kAccumulators * 2 / 3) : kAccumulators / kVectors;
-  product_rows<kWord, kLayout, kInit, kRows, kVectors, kParts, kType>(args, 0, rows);
+  product_rows<kWord, kLayout, kInit, kAccumulators / kVectors, kVectors>(args, 0, rows);
 }
 
 /// C is `vectors` vectors wide, any number: four at a time (two where tiles hold C), then what is left.

@@ -70,7 +70,13 @@ FOVEA_INLINE void gather(const Panel& panel, const Context& context, const Entry
   }
 }
 
-/// The mask under some keys of a panel, as words, read kKeys at a time.
+/// The mask under some keys of a panel, as words, [key / 4][kPanelRows].
+inline void read_mask(float* words, const Panel& panel, const Context& context, Interval keys) {
+  gather(panel, context, context.call.mask, 1, keys,
+         [&](i64 word, i64 lane, V x) { store(words + word * kPanelRows + lane, x); });
+}
+
+/// The same, read kKeys at a time.
 template <i64 kKeys>
 struct MaskWords {
   float* words;  // [key / 4][kPanelRows]
@@ -84,8 +90,7 @@ struct MaskWords {
     const i64 begin = (strip.begin - keys.begin) / kKeys * kKeys;
     if (read <= begin) {
       read = begin + kKeys;
-      gather(panel, context, context.call.mask, 1, {keys.begin + begin, math::smaller(keys.begin + read, keys.end)},
-             [&](i64 word, i64 lane, V x) { store(words + word * kPanelRows + lane, x); });
+      read_mask(words, panel, context, {keys.begin + begin, math::smaller(keys.begin + read, keys.end)});
     }
     VI found{};
     for (const float *at = of(strip), *end = at + (strip.end - strip.begin + 3) / 4 * kPanelRows; at < end;

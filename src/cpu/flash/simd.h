@@ -67,24 +67,6 @@ FOVEA_INLINE V splat(float x) {
 #endif
 }
 
-/// kCount floats from p on, again and again.
-template <int kCount>
-FOVEA_INLINE V splat(const float* p) {
-  if constexpr (kCount == 1) return splat(*p);
-  if constexpr (kCount == kWidth) return load(p);
-  V r{};
-#if defined(__AVX512F__)
-  if constexpr (kCount == 2) r = V(_mm512_castsi512_ps(_mm512_broadcastq_epi64(_mm_loadu_si64(p))));
-  if constexpr (kCount == 4) r = V(_mm512_broadcast_f32x4(_mm_loadu_ps(p)));
-  if constexpr (kCount == 8) r = V(_mm512_broadcast_f32x8(_mm256_loadu_ps(p)));
-#elif defined(__AVX2__)
-  if constexpr (kCount == 2) r = V(_mm256_castsi256_ps(_mm256_broadcastq_epi64(_mm_loadu_si64(p))));
-  if constexpr (kCount == 4) r = V(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)));
-#else
-  for (int i = 0; i < kWidth; ++i) r[i] = p[i % kCount];
-#endif
-  return r;
-}
 FOVEA_INLINE VI splat(std::int32_t x) { return VI{} + x; }
 FOVEA_INLINE VU splat(std::uint32_t x) { return VU{} + x; }
 
@@ -139,8 +121,26 @@ FOVEA_INLINE V flip_halves(V x, Lanes<kLane...> /*all*/) {
 }
 template <int kCount>
 FOVEA_INLINE V sum_of_group(V x) {
-  if constexpr (kCount == 1) return x;
-  return sum_of_group<kCount / 2>(x + flip_halves<kCount / 2>(x, AllLanes{}));
+  if constexpr (kCount == 1) {
+    return x;
+  } else {
+    return sum_of_group<kCount / 2>(x + flip_halves<kCount / 2>(x, AllLanes{}));
+  }
+}
+
+/// The lanes in as many groups as there are vectors, a power of two, each of them the sum of its vector's lanes.
+template <int kGroup = kWidth, int kCount>
+FOVEA_INLINE V sums_in_groups(V (&x)[kCount]) {
+  if constexpr (kCount == 1) {
+    return sum_of_group<kGroup>(x[0]);
+  } else {
+    V halves[kCount / 2];
+    FOVEA_UNROLL for (int i = 0; i < kCount / 2; ++i) {
+      swap_halves<kGroup / 2>(x[i], x[i + kCount / 2], AllLanes{});
+      halves[i] = x[i] + x[i + kCount / 2];
+    }
+    return sums_in_groups<kGroup / 2>(halves);
+  }
 }
 
 /// Of what a comparison gave.

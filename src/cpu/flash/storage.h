@@ -56,38 +56,6 @@ FOVEA_INLINE V widen_vector(const char* p, Element type) {
   return type == Element::kFloat32 ? load(reinterpret_cast<const float*>(p)) : widen_elements(load_shorts(p), type);
 }
 
-/// kCount elements from p on, again and again.
-template <int kCount, Element kType>
-FOVEA_INLINE V splat_elements(const char* p) {
-  using Halves = std::uint32_t __attribute__((vector_size(kWidth * 2)));
-  using Quarters = std::uint64_t __attribute__((vector_size(kWidth * 2)));
-  if constexpr (kType == Element::kFloat32) {
-    return splat<kCount>(reinterpret_cast<const float*>(p));
-  } else if constexpr (kCount == kWidth) {
-    return widen_vector(p, kType);
-  } else {
-    std::uint64_t four = 0;
-    __builtin_memcpy(&four, p, math::smaller(kCount * 2, 8));
-#if defined(__AVX2__)
-    if constexpr (kType == Element::kBFloat16) {  // one shuffle of bytes costs less than widening
-      VU words = kCount == 2 ? VU{} + static_cast<std::uint32_t>(four) : VU(VQ{} + four), from{};
-      if constexpr (kCount == 8) words = as_unsigned(splat<4>(reinterpret_cast<const float*>(p)));
-      for (unsigned i = 0; i < kWidth; ++i) from[i] = 0x01008080U + 0x02020000U * (i % kCount);
-#if defined(__AVX512F__)
-      return V(_mm512_shuffle_epi8(__m512i(words), __m512i(from)));
-#else
-      return V(_mm256_shuffle_epi8(__m256i(words), __m256i(from)));
-#endif
-    }
-#endif
-    Short repeated = kCount == 2 ? Short(Halves{} + static_cast<std::uint32_t>(four)) : Short(Quarters{} + four);
-#if defined(__AVX512F__)
-    if constexpr (kCount == 8) repeated = Short(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)));
-#endif
-    return widen_elements(repeated, kType);
-  }
-}
-
 /// The fp32 elements that words are, or the first or second of the 16-bit ones that they hold.
 FOVEA_INLINE V element_of_words(V words, Element type, bool second) {
   if (type == Element::kFloat32) return words;

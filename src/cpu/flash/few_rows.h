@@ -1,0 +1,152 @@
+#pragma once
+
+#include "cpu/flash/panel.h"
+
+// Few rows, as in decoding: their scores share a vector, and what takes time is reading keys and values.  So these are
+// read once, where the caller keeps them and in the order in which they lie, and q and O are rows of vectors as well.
+namespace fovea::cpu::FOVEA_ISA {
+
+/// A row of elements as vectors.  The last one ends where the row does: it repeats elements of the one before it.
+struct RowVectors {
+  i64 dim, floats, last, repeated;  // floats: of all vectors; last: the element with which the last one begins
+
+  explicit RowVectors(i64 dim)
+      : dim(dim),
+        floats(whole(dim, kWidth)),
+        last(math::larger(dim - kWidth, i64{0})),
+        repeated(floats - kWidth - last) {}
+
+  /// Elements from which the vector at `x` is.
+  [[nodiscard]] FOVEA_INLINE i64 begin(i64 x) const { return math::smaller(x, last); }
+  /// Where element c is that counts.
+  [[nodiscard]] FOVEA_INLINE i64 at(i64 c) const { return c < last ? c : c + repeated; }
+
+  /// Of a row padded to whole vectors, times `factor`; what is repeated is 0, so that a sum over the row has it once.
+  void split(float* vectors, const float* row, float factor) const {
+    for (i64 x = 0; x < floats; x += kWidth) store(vectors + x, load(row + begin(x)) * factor);
+    for (i64 x = 0; x < repeated; ++x) vectors[floats - kWidth + x] = 0.0F;
+  }
+  void join(float* row, const float* vectors) const {
+    for (i64 x = 0; x < floats; x += kWidth) store(row + begin(x), load(vectors + x));
+  }
+};
+
+/// Keys or values of some heads, and what few rows make of them.
+struct FewRows {
+  const char* data;
+  i64 row, head;  // bytes from a key to the next, and from a head to the next
+  Element type;
+  RowVectors vectors;
+  i64 ahead;  // bytes from what is read to what is fetched meanwhile
+  i64 keys, heads;
+  float* scores;  // S or P, [head][kJoinedKeys][kPanelRows]
+  float* rows;    // q or O, [head][row][vector]
+
+  [[nodiscard]] FOVEA_INLINE const char* at(i64 key, i64 h) const { return data + key * row + h * head; }
+  [[nodiscard]] FOVEA_INLINE float* scores_of(i64 key, i64 h) const {
+    return scores + (h * kJoinedKeys + key) * kPanelRows;
+  }
+};
+
+/// Calls f(x, begin) for each vector of a row, and fetch(begin) for each line of memory that it takes, roughly.
+template <Element kType, class Fetch, class F>
+FOVEA_INLINE void for_each_of_row(const RowVectors& vectors, Fetch&& fetch, F&& f) {
+  constexpr i64 kLine = math::larger(i64{64} / bytes(kType), i64{kWidth});
+  i64 x = 0;
+  for (; x + kLine <= vectors.last; x += kLine) {
+    fetch(x);
+    FOVEA_UNROLL for (i64 y = x; y < x + kLine; y += kWidth) f(y, y);
+  }
+  fetch(x);
+  for (; x < vectors.last; x += kWidth) f(x, x);
+  fetch(vectors.last);
+  f(vectors.floats - kWidth, vectors.last);
+}
+
+/// S = K Qᵀ of kHeads heads from h on: as many lanes as there are for each row have its score.
+template <int kRows, int kHeads, Element kType>
+FOVEA_INLINE void score_few(const FewRows& my, i64 key, i64 h) {
+  const char* from[kHeads];
+  const float* q[kHeads];
+  FOVEA_UNROLL for (int i = 0; i < kHeads; ++i) {
+    from[i] = my.at(key, h + i);
+    q[i] = my.rows + (h + i) * kRows * my.vectors.floats;
+  }
+  V sums[kHeads][kRows] = {};
+  const i64 ahead = my.ahead, stride = my.vectors.floats;
+  for_each_of_row<kType>(
+      my.vectors,
+      [&](i64 begin) __attribute__((always_inline)) {
+        FOVEA_UNROLL for (int i = 0; i < kHeads; ++i) __builtin_prefetch(from[i] + begin * bytes(kType) + ahead);
+      },
+      [&](i64 x, i64 begin) {
+        FOVEA_UNROLL for (int i = 0; i < kHeads; ++i) {
+          const V k = widen_vector(from[i] + begin * bytes(kType), kType);
+          FOVEA_UNROLL for (int r = 0; r < kRows; ++r) sums[i][r] += k * load(q[i] + r * stride + x);
+        }
+      });
+  FOVEA_UNROLL for (int i = 0; i < kHeads; ++i) store(my.scores_of(key, h + i), sums_in_groups(sums[i]));
+}
+template <int kRows, Element kType>
+[[gnu::noinline]] void score_few(const FewRows& my) {
+  constexpr int kHeads = math::larger(4 / kRows, 1);  // for sums enough that do not wait for each other
+  for (i64 key = 0; key < my.keys; ++key) {
+    i64 h = 0;
+    for (; h + kHeads <= my.heads; h += kHeads) score_few<kRows, kHeads, kType>(my, key, h);
+    for (; h < my.heads; ++h) score_few<kRows, 1, kType>(my, key, h);
+  }
+}
+
+/// O += Pᵀ V of kKeys keys.
+template <int kRows, int kKeys, Element kType>
+FOVEA_INLINE void add_values_of_few(const FewRows& my, i64 key) {
+  constexpr int kBlock = math::smaller(kRows, kAccumulators / 3);  // rows whose weights are in registers
+  const i64 ahead = my.ahead, stride = my.vectors.floats;
+  for (i64 h = 0; h < my.heads; ++h) {
+    const char* from[kKeys];
+    FOVEA_UNROLL for (int k = 0; k < kKeys; ++k) from[k] = my.at(key + k, h);
+    for (int first = 0; first < kRows; first += kBlock) {
+      V weights[kKeys][kBlock];
+      FOVEA_UNROLL for (int k = 0; k < kKeys; ++k) {
+        FOVEA_UNROLL for (int r = 0; r < kBlock; ++r) weights[k][r] =
+            splat(my.scores_of(key + k, h)[(first + r) * (kWidth / kRows)]);
+      }
+      float* o = my.rows + (h * kRows + first) * stride;
+      for_each_of_row<kType>(
+          my.vectors,
+          [&](i64 begin) __attribute__((always_inline)) {
+            FOVEA_UNROLL for (int k = 0; k < kKeys; ++k) __builtin_prefetch(from[k] + begin * bytes(kType) + ahead);
+          },
+          [&](i64 x, i64 begin) {
+            V values[kKeys];
+            FOVEA_UNROLL for (int k = 0; k < kKeys; ++k) values[k] =
+                widen_vector(from[k] + begin * bytes(kType), kType);
+            FOVEA_UNROLL for (int r = 0; r < kBlock; ++r) {
+              V sum = load(o + r * stride + x);
+              FOVEA_UNROLL for (int k = 0; k < kKeys; ++k) sum += values[k] * weights[k][r];
+              store(o + r * stride + x, sum);
+            }
+          });
+    }
+  }
+}
+template <int kRows, Element kType>
+[[gnu::noinline]] void add_values_of_few(const FewRows& my) {
+  constexpr int kKeys = 2;  // more would be read in too many places at once
+  i64 key = 0;
+  for (; key + kKeys <= my.keys; key += kKeys) add_values_of_few<kRows, kKeys, kType>(my, key);
+  for (; key < my.keys; ++key) add_values_of_few<kRows, 1, kType>(my, key);
+}
+
+/// Calls f with the number of rows, up to a power of two, and the type of elements as constants.
+template <int kRows = 1, class F>
+FOVEA_INLINE void with_rows(i64 rows, Element type, F&& f) {
+  if constexpr (kRows < kWidth) {
+    if (rows > kRows) return with_rows<2 * kRows>(rows, type, f);
+  }
+  if (type == Element::kFloat32) f.template operator()<kRows, Element::kFloat32>();
+  if (type == Element::kFloat16) f.template operator()<kRows, Element::kFloat16>();
+  if (type == Element::kBFloat16) f.template operator()<kRows, Element::kBFloat16>();
+}
+
+}  // namespace fovea::cpu::FOVEA_ISA
