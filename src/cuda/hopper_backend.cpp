@@ -18,6 +18,7 @@ namespace {
 constexpr int kHopper = 90;
 constexpr std::int64_t kMostTiles = std::int64_t{1} << 23;  // the kernel counts them in 24 bits
 constexpr std::size_t kTicketBytes = 64;
+constexpr float kLeastScale = 1e-4F;  // with slopes
 
 class ForwardSm90Plan final : public PlannedKernel {
  public:
@@ -115,6 +116,9 @@ class HopperBackend final : public Backend {
     if (has_few_rows(problem)) {
       reasons.emplace_back("seqlen_q (" + std::to_string(problem.seqlen_q) +
                            ") is short, and it does not share out keys");
+    }
+    if (problem.alibi != Alibi::kNone && !(problem.scale() >= kLeastScale)) {
+      reasons.emplace_back("softmax_scale is too small for products that begin with slopes over it");
     }
     if (!reasons.empty()) return verdict;
     const auto shape = choose_forward_sm90(problem);

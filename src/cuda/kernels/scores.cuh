@@ -308,6 +308,39 @@ struct ScoreRules {
     }
   }
 
+  /// What a product of 16 rows begins from, so that slopes are in it: −slope · distance over the scale, `steep` being
+  /// slope over scale.  Where all keys lie on one side it is counted from the nearest one, the same for all rows, and
+  /// `beside` is what each row lacks, in units of log2.
+  template <int kN>
+  FOVEA_DEVICE void begin_with_slopes(Accumulator (&s)[1][kN], float steep, int row, int key,
+                                      float (&beside)[2]) const {
+    const int to_key = static_cast<int>(sequence.band.offset) - key, last = 8 * kN - 1;
+    const bool after = rows.query(row) + to_key >= last, before = rows.query(row + 15) + to_key <= 0;
+    const auto keys = [](int y) { return static_cast<float>(Order::of_entry(y / 2, y % 2)); };
+    if (after || before) {
+      const float a_key = after ? steep : -steep;
+      const float first = a_key * static_cast<float>(key_of(0, 0) - (after ? last : 0));
+#pragma unroll
+      for (int y = 0; y < 2 * kN; ++y) {
+        const float x = __fmaf_rn(a_key, keys(y), first);
+        s[0][y / 2].x[y % 2] = x, s[0][y / 2].x[2 + y % 2] = x;
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int far = rows.query(row + row_of(0, 2 * h)) + to_key - (after ? last : 0);
+        beside[h] = -a_key * (p.scale * kLog2E) * static_cast<float>(far);
+      }
+    } else {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float first = static_cast<float>(rows.query(row + row_of(0, 2 * h)) + to_key - key_of(0, 0));
+#pragma unroll
+        for (int y = 0; y < 2 * kN; ++y) s[0][y / 2].x[2 * h + y % 2] = -steep * fabsf(first - keys(y));
+        beside[h] = 0.0F;
+      }
+    }
+  }
+
   template <int kM, int kN, class Found>
   FOVEA_DEVICE void hide(Accumulator (&s)[kM][kN], int row, int key, const Sight& sight, const Found& entries) const {
     bool partial = sight.band == TileState::kPartial;

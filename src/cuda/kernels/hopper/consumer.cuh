@@ -21,14 +21,16 @@ struct Consumer {
   const ForwardSm90Params& p;
   State<S>& state;
   const Layout<S> at;
-  const int group;  // of warps: which 64 rows
-  u32 n = 0;        // tiles of rows so far
-  u32 keys = 0;     // and of keys
-  u32 fetched = 0;  // and of these, those computed
-  u32 left = 0;     // tiles of rows whose O has left Q's place
-  Interval full{};  // tiles of keys that these 64 rows see whole, where O leaves registers for it
+  const int group;     // of warps: which 64 rows
+  u32 n = 0;           // tiles of rows so far
+  u32 keys = 0;        // and of keys
+  u32 fetched = 0;     // and of these, those computed
+  u32 left = 0;        // tiles of rows whose O has left Q's place
+  float steep = 0.0F;  // slope over scale
+  Interval full{};     // tiles of keys that these 64 rows see whole, where O leaves registers for it
 
   static constexpr int kShort = short_n(S);
+  static constexpr bool kBeginsWithSlopes = Soft::kBeginsWithSlopes;
   static constexpr bool kEndsEarly = S.turns;     // sums, while the last values are added
   static constexpr int kStride = S.mask ? 0 : 1;  // to the next tile; with a mask the producer says which
   static constexpr bool kKnowsFull = S.head_dim_v <= 192;
@@ -63,7 +65,8 @@ struct Consumer {
   FOVEA_DEVICE void attend(const Work<S>& work) {
     const float slope = S.alibi ? Rules::slope_of(p, work.sequence, work.rows.first_head) : 0.0F;
     const Rules rules{p, work.sequence, work.rows, slope};
-    const float unit = score_unit<S>(p);
+    const float unit = kBeginsWithSlopes && !S.bias ? p.scale * kLog2E : score_unit<S>(p);
+    if constexpr (kBeginsWithSlopes) steep = slope / p.scale;
     const Band::Reach& reach = work.reach[group];
     full = {(reach.all_begin + S.block_n - 1) / S.block_n, reach.all_end / S.block_n};
     Soft soft;
@@ -171,8 +174,8 @@ struct Consumer {
     state.k.await_full(keys);
     pin(s[0]);
     fence_products();
-    multiply_by_rows<S.type, S.head_dim, q_rows(S), kPieces * 8, S.block_n>(s[0], q_matrix(),
-                                                                            matrix_at(at.k(state.k.place(keys)), 16));
+    multiply_by_rows<S.type, S.head_dim, q_rows(S), kPieces * 8, S.block_n>(
+        s[0], q_matrix(), matrix_at(at.k(state.k.place(keys)), 16), kBeginsWithSlopes ? 1 : 0);
     close_products();
   }
   FOVEA_DEVICE void issue_values(Out& o, Weights& weights, u32 of, int add, bool brief) const {
@@ -210,6 +213,7 @@ struct Consumer {
                                Out& o, float unit, const Step& step) {
     auto& s = reinterpret_cast<Accumulator(&)[1][kKeys / 8]>(all);
     const int row = warp_row(), key = step.tile * S.block_n;
+    if constexpr (kBeginsWithSlopes) rules.begin_with_slopes(s, steep, row, key, soft.beside);
     await_turn();
     issue_scores(s);
     pass_turn();
@@ -232,6 +236,7 @@ struct Consumer {
   /// that products wait for nothing; where these rows see nothing of it, their weights are 0.
   FOVEA_DEVICE void next_tile(const Work<S>& work, const Rules& rules, Soft& soft, Scores& s, Weights& weights, Out& o,
                               float unit, Step& step, int add, bool brief) {
+    if constexpr (kBeginsWithSlopes) rules.begin_with_slopes(s, steep, warp_row(), step.tile * S.block_n, soft.beside);
     await_turn();
     issue_scores(s);
     issue_values(o, weights, keys - 1, add, brief);
@@ -289,7 +294,12 @@ struct Consumer {
     auto& ring = state.entries[group];
     const bool ahead = S.mask || S.bias && p.bias_by_engine;
     if (!S.mask && ahead) ring.await_full(fetched);
-    rules.finish(s, entries.row, entries.key, sight, entries);
+    if constexpr (kBeginsWithSlopes) {
+      if constexpr (S.bias) entries.add_bias(s, p.scale);
+      rules.hide(s, entries.row, entries.key, sight, entries);
+    } else {
+      rules.finish(s, entries.row, entries.key, sight, entries);
+    }
     if (ahead) ring.release(fetched++);
   }
 

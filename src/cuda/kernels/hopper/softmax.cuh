@@ -14,6 +14,8 @@ struct Softmax {
   using Scores = Accumulator[1][kN];
   using Weights = OperandA[kSteps];
   using Rules = ScoreRules<S, false, AsTheyAre, true>;
+  /// Products are added to what slopes make of scores.  With a mask a tile is known only when its product is asked for.
+  static constexpr bool kBeginsWithSlopes = S.alibi && !S.softcap && !S.mask;
 
   /// Below every score but −infinity, whose distance from it still is −infinity.
   static constexpr float kUnseen = -3.40282347e38F;
@@ -22,6 +24,7 @@ struct Softmax {
 
   float reference[2] = {kUnseen, kUnseen};  // of a lane's two rows, in units of log2
   float sum[2] = {};                        // this lane's part
+  float beside[2] = {};                     // what slopes leave out of a tile's scores, likewise
 
   /// P = 2^(unit·S − reference) of the first keys, its sums, and dropout's share.
   template <int kPieces>
@@ -33,7 +36,7 @@ struct Softmax {
       Accumulator two[2];
 #pragma unroll
       for (int x = 0; x < 8; ++x) {
-        const float w = exp2(__fmaf_rn(s[0][2 * k + x / 4].x[x % 4], unit, -reference[x % 4 / 2]));
+        const float w = exp2(__fmaf_rn(s[0][2 * k + x / 4].x[x % 4], unit, from(x % 4 / 2)));
         two[x / 4].x[x % 4] = w;
         total[x % 4 / 2] += w;
       }
@@ -62,11 +65,14 @@ struct Softmax {
       float top = -infinity();
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) top = fmaxf(top, fmaxf(s[0][j].x[2 * h], s[0][j].x[2 * h + 1]));
-      top = fmaxf(reference[h], quad_max(top) * unit);
+      top = quad_max(top);
+      top = fmaxf(reference[h], kBeginsWithSlopes ? __fmaf_rn(top, unit, beside[h]) : top * unit);
       rescale[h] = exp2(reference[h] - top);
       reference[h] = top;
     }
   }
+  /// What a row's scores are weighed from.
+  FOVEA_DEVICE float from(int h) const { return kBeginsWithSlopes ? beside[h] - reference[h] : -reference[h]; }
   FOVEA_DEVICE void add(const float (&total)[2]) { sum[0] += total[0], sum[1] += total[1]; }
 };
 
