@@ -39,9 +39,10 @@ constexpr std::array kTiles{
     Tile{96, 3, 96, 2, 2, false, true, 0, true, true, 17, kLong},
     Tile{128, 3, 64, 4, 2, false, true, 0, true, true, 10, kLong, Tile::kAny, 128},
     Tile{128, 2, 128, 2, 2, true, true, 0},
-    Tile{192, 2, 112, 2, 1, false, false, 0},
+    Tile{192, 2, 80, 2, 2, true, true, 0},
     Tile{256, 2, 80, 2, 1, false, true, 0},
     // With options.
+    Tile{64, 3, 128, 4, 2, false, true, 1, false, false, Tile::kAny, kLong},
     Tile{64, 4, 64, 6, 2, false, true, 3, false, false, 10},
     Tile{128, 2, 128, 2, 2, true, true, 2, true, false},
     Tile{128, 3, 80, 3, 2, false, true, 3, false, false, 10, kLong, Tile::kAny, 128},
