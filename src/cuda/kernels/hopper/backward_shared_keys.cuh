@@ -148,10 +148,11 @@ struct GradientConsumer : BackwardOwner<S> {
     if constexpr (kChecks) agreement.tell(agreement.kGradients, n, check);
     state.looked.await_empty(n);
     state.looked.announce(n);
-    if constexpr (S.alibi) add_slope(n, columns.slope_part(dp), sums.slope);
     columns.pack(ds, dp);
     if (kChecks && agreement.broken(n)) {
       columns.hide_by_bias(ds);
+      if constexpr (S.alibi && S.bias) columns.hide_as(dp, ds);
+      if constexpr (S.alibi) add_slope(n, columns.slope_part(dp), sums.slope);
       put(ds, n);
       fence_engine();
       __syncwarp();
@@ -160,6 +161,7 @@ struct GradientConsumer : BackwardOwner<S> {
           [&](int row, u32 column) { return element<S.block_m>(at.q(place), row, column); });
       hand_out(n);  // P takes its place then
     } else {
+      if constexpr (S.alibi) add_slope(n, columns.slope_part(dp), sums.slope);
       Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));  // hides what a shared dS costs
       put(ds, n);
       fence_engine();
