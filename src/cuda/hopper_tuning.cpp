@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <limits>
 
 #include "cuda/jit/wgmma_text.h"
@@ -83,9 +84,19 @@ std::int64_t idle(const Problem& problem, int block_m) {
   return waves * at_once * block_m * 100 / std::max<std::int64_t>(1, problem.seqlen_q * heads) - 100;
 }
 
+/// A row sees a small part of the keys: tiles of few keys then compute fewer in vain.
+bool is_narrow(const Problem& problem, std::int64_t keys_of_row) { return keys_of_row <= problem.seqlen_kv / 7; }
+
 /// Heads that take turns; where all see as many keys those that share a bias, which is then read from memory once.
-std::int64_t heads_abreast_sm90(const Problem& problem) {
+std::int64_t heads_abreast_sm90(const Problem& problem, std::int64_t keys_of_row) {
   const GpuModel gpu = model_of(kSm90);
+  if (is_narrow(problem, keys_of_row)) {  // what rows near each other see
+    constexpr std::uint64_t kRoom = 8 << 20, kMost = 64;
+    const std::int64_t bytes = keys_of_row * (problem.head_dim + problem.head_dim_v) * size_bytes(problem.dtype);
+    const std::uint64_t heads = std::bit_ceil(kRoom / static_cast<std::uint64_t>(std::max<std::int64_t>(1, bytes)));
+    return std::clamp<std::int64_t>(problem.num_q_heads * problem.batch, 1,
+                                    static_cast<std::int64_t>(std::min(heads, kMost)));
+  }
   if (!problem.bias || !see_alike(problem)) return heads_abreast(problem, gpu);
   const std::int64_t sharing =
       (problem.bias->batch ? 1 : problem.batch) * (problem.bias->heads ? 1 : problem.num_q_heads);
@@ -115,15 +126,15 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
     spec.stages = tile.stages, spec.q_stages = tile.q_stages;
     spec.hold = tile.hold, spec.turns = tile.turns;
     return tile.narrowest <= widest && widest <= tile.widest && weight_of(spec) <= tile.most_options &&
-           (tile.masks || !spec.mask) && (tile.draws || !spec.dropout) && tile.least_keys <= keys &&
-           keys <= tile.most_keys && idle(problem, block_m(spec)) <= tile.most_idle &&
-           shared_bytes(spec) <= model_of(kSm90).shared_bytes;
+           (tile.masks || !spec.mask) && (tile.draws || !spec.dropout) &&
+           (tile.least_keys <= keys || (tile.block_n <= 64 && is_narrow(problem, keys))) && keys <= tile.most_keys &&
+           idle(problem, block_m(spec)) <= tile.most_idle && shared_bytes(spec) <= model_of(kSm90).shared_bytes;
   };
   if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
   shape.row_blocks = ceil_div(problem.seqlen_q, block_m(spec));
   shape.tiles = shape.row_blocks * problem.num_q_heads * problem.batch;
   shape.batch_inside = problem.bias && !problem.bias->batch;
-  shape.heads_abreast = heads_abreast_sm90(problem);
+  shape.heads_abreast = heads_abreast_sm90(problem, keys);
   return shape;
 }
 
