@@ -347,14 +347,14 @@ class Forward {
   [[nodiscard]] FewRows few_rows_of(const ForwardScratch<kWord>& my, const RowView& view,
                                     const PackedRows<kWord>& packed, const Context& context, Interval heads,
                                     Interval keys, i64 first_head, bool in_place) const {
-    constexpr i64 kBytesAhead = 8192;  // of what is read
     const i64 count = heads.end - heads.begin, key_bytes = count * packed.dim * bytes(call_.type);
+    const i64 ahead = count > 1 ? 8192 : 16384;  // bytes of what is read; one head lies in pieces
     FewRows few{context.kv_row(view, keys.begin, first_head + heads.begin),
                 view.row,
                 view.head,
                 call_.type,
                 RowVectors(packed.dim),
-                (kBytesAhead + key_bytes - 1) / key_bytes * view.row,
+                (ahead + key_bytes - 1) / key_bytes * view.row,
                 keys.end - keys.begin,
                 count,
                 my.s + heads.begin * kJoinedKeys * kPanelRows,
