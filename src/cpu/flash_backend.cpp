@@ -186,7 +186,8 @@ ForwardShape shape_forward(const Problem& problem, int workers, const FlashKerne
   const i64 key_tiles = ceil_div(problem.seqlen_kv, kForwardKeys);
   const i64 splits = std::clamp<i64>(std::min(kEnoughTasks / tasks, key_tiles / 4), 1, kEnoughTasks);
   shape.keys_per_split = std::max<i64>(1, ceil_div(key_tiles, splits)) * kForwardKeys;
-  const i64 vector = kernels.panel_rows / 3, rows = std::bit_ceil(static_cast<std::uint64_t>(shape.max_rows));
+  const i64 vector = kernels.panel_rows / 3,
+            rows = static_cast<i64>(std::bit_ceil(static_cast<std::uint64_t>(shape.max_rows)));
   if (rows <= vector && !shape.pairs) {
     shape.row_lanes = vector / std::max<i64>(rows, 1);
     // All heads of some keys are a task, as a head alone is read in pieces that lie apart.
