@@ -18,7 +18,7 @@ namespace {
 constexpr int kHopper = 90;
 constexpr std::int64_t kMostTiles = std::int64_t{1} << 23;  // the kernel counts them in 24 bits
 constexpr std::size_t kTicketBytes = 64;
-constexpr float kLeastScale = 1e-4F;  // with slopes
+constexpr float kLeastScale = 1e-4F;  // that slopes are divided by
 
 class ForwardSm90Plan final : public PlannedKernel {
  public:
@@ -117,9 +117,6 @@ class HopperBackend final : public Backend {
       reasons.emplace_back("seqlen_q (" + std::to_string(problem.seqlen_q) +
                            ") is short, and it does not share out keys");
     }
-    if (problem.alibi != Alibi::kNone && !(problem.scale() >= kLeastScale)) {
-      reasons.emplace_back("softmax_scale is too small for products that begin with slopes over it");
-    }
     if (!reasons.empty()) return verdict;
     const auto shape = choose_forward_sm90(problem);
     if (!shape) {
@@ -127,6 +124,10 @@ class HopperBackend final : public Backend {
                            std::to_string(problem.head_dim_v) + " fits with these options");
     } else {
       limit(verdict, "the number of tiles", shape->tiles, kMostTiles);
+      if (begins_with_slopes(shape->spec) && !(problem.scale() >= kLeastScale)) {
+        reasons.emplace_back("softmax_scale (" + std::to_string(problem.scale()) +
+                             ") is below 0.0001, and slopes are divided by it");
+      }
     }
     return verdict;
   }

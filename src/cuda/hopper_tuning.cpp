@@ -84,13 +84,13 @@ std::int64_t idle(const Problem& problem, int block_m) {
   return waves * at_once * block_m * 100 / std::max<std::int64_t>(1, problem.seqlen_q * heads) - 100;
 }
 
-/// A row sees a small part of the keys: tiles of few keys then compute fewer in vain.
+/// A row sees a small part of the keys: tiles of few keys then compute fewer in vain.  Measured, as what follows of it.
 bool is_narrow(const Problem& problem, std::int64_t keys_of_row) { return keys_of_row <= problem.seqlen_kv / 7; }
 
 /// Heads that take turns; where all see as many keys those that share a bias, which is then read from memory once.
 std::int64_t heads_abreast_sm90(const Problem& problem, std::int64_t keys_of_row) {
   const GpuModel gpu = model_of(kSm90);
-  if (is_narrow(problem, keys_of_row)) {  // what rows near each other see
+  if (is_narrow(problem, keys_of_row)) {  // by what rows near each other see, not by all keys
     constexpr std::uint64_t kRoom = 8 << 20, kMost = 64;
     const std::int64_t bytes = keys_of_row * (problem.head_dim + problem.head_dim_v) * size_bytes(problem.dtype);
     const std::uint64_t heads = std::bit_ceil(kRoom / static_cast<std::uint64_t>(std::max<std::int64_t>(1, bytes)));

@@ -50,6 +50,8 @@ FOVEA_FN constexpr int short_n(const ForwardSm90Spec& s) {
 }
 
 FOVEA_FN constexpr int block_m(const ForwardSm90Spec& s) { return s.warpgroups * kGroupRows; }
+/// Products are added to what slopes make of scores.  With a mask a tile is known only when its product is asked for.
+FOVEA_FN constexpr bool begins_with_slopes(const ForwardSm90Spec& s) { return s.alibi && !s.softcap && !s.mask; }
 FOVEA_FN constexpr int threads_of(const ForwardSm90Spec& s) { return (s.warpgroups + 1) * 128; }
 
 /// Where there is one place for Q, that is given back as soon as all scores are made, and O leaves registers otherwise.

@@ -135,14 +135,14 @@ struct GradientConsumer : BackwardOwner<S> {
     const RowMap<false> rows = rows_of(now);
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
     Columns columns{rules, lane_key(n), {}, {}, {}, {}};
-    // Of a row that sees a NaN, which a bias hides from it elsewhere.
-    const float strange = S.bias ? Columns::not_finite_delta(at.delta(state.dout.place(n))) : 0.0F;
+    // A row that sees a NaN weighs by it what a bias hides from it, too, and only delta tells.
+    const float of_delta = S.bias ? Columns::not_finite_delta(at.delta(state.dout.place(n))) : 0.0F;
     await_products<0>();
     pin(dp[0]);
     state.weights.await_full(n);
     take(weights, n);
     if constexpr (S.dropout) columns.kept[0] = load_shared(at.kept(n));
-    const float check = kChecks ? strange + Columns::not_finite(dp) : 0.0F;
+    const float check = kChecks ? of_delta + Columns::not_finite(dp) : 0.0F;
     columns.template differentiate<kHides>(dp, weights, at.delta(state.dout.place(n)));
     const Agreement<S> agreement{state};
     if constexpr (kChecks) agreement.tell(agreement.kGradients, n, check);

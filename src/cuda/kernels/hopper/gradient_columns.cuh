@@ -274,12 +274,13 @@ struct GradientColumns {
     });
   }
 
-  /// What is hidden there, here too.
+  /// Hides what is hidden of the same entries once packed.
   FOVEA_DEVICE static void hide_as(Entries& entries, const Packed& packed) {
     each([&](int j, int e) {
       if (is_hidden(unpacked(packed, j, e))) entries[0][j].x[e] = -0.0F;
     });
   }
+
   /// Of a lane, its part of the gradient of the head's slope.
   FOVEA_DEVICE float slope_part(const Entries& ds) const {
     float sum = 0.0F;

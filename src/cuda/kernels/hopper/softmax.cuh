@@ -14,8 +14,7 @@ struct Softmax {
   using Scores = Accumulator[1][kN];
   using Weights = OperandA[kSteps];
   using Rules = ScoreRules<S, false, AsTheyAre, true>;
-  /// Products are added to what slopes make of scores.  With a mask a tile is known only when its product is asked for.
-  static constexpr bool kBeginsWithSlopes = S.alibi && !S.softcap && !S.mask;
+  static constexpr bool kBeginsWithSlopes = begins_with_slopes(S);
 
   /// Below every score but −infinity, whose distance from it still is −infinity.
   static constexpr float kUnseen = -3.40282347e38F;
