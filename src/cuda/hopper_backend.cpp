@@ -19,6 +19,8 @@ constexpr int kHopper = 90;
 constexpr std::int64_t kMostTiles = std::int64_t{1} << 23;  // the kernel counts them in 24 bits
 constexpr std::size_t kTicketBytes = 64;
 constexpr float kLeastScale = 1e-4F;  // that slopes are divided by
+constexpr int kManyTiles = 8;         // of a multiprocessor, from which on blocks begin apart
+constexpr int kClocksApart = 4096;    // the first and the last: half of what a tile of 512 keys takes (docs/notes)
 
 class ForwardSm90Plan final : public PlannedKernel {
  public:
@@ -58,6 +60,7 @@ class ForwardSm90Plan final : public PlannedKernel {
     make_maps(params);
     params.ticket = static_cast<u64*>(workspace);
     mask_words_.make(params, workspace, stream);
+    if (shape_.tiles >= kManyTiles * multiprocessors_) params.clocks_apart = kClocksApart / multiprocessors_;
     forward_.kernel->launch({.x = static_cast<unsigned>(std::min<std::int64_t>(shape_.tiles, multiprocessors_)),
                              .y = 1,
                              .z = 1,

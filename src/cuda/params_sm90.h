@@ -23,6 +23,7 @@ struct ForwardSm90Params : CallParams {
   int tiles;          // of rows: row_blocks × q_heads × batch
   int heads_abreast;  // heads, of any sequences, whose tiles take turns
   bool batch_inside;  // they are one head's of all sequences, then the next one's
+  u32 clocks_apart;   // from a block's beginning to the next one's
   u64* ticket;        // `Tickets`
 };
 

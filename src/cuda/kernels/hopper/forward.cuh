@@ -8,6 +8,17 @@
 // compute.
 namespace fovea::cuda {
 
+/// Blocks begin one after the other, so that not all of them wait for memory at once.
+FOVEA_DEVICE void begin_apart(u32 clocks) {
+  const auto now = [] {
+    u32 x;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(x)::"memory");
+    return x;
+  };
+  for (const u32 start = now(); now() - start < blockIdx.x * clocks;) {
+  }
+}
+
 /// Blocks: one a multiprocessor.
 template <ForwardSm90Spec S>
 __device__ void forward_sm90(const ForwardSm90Params& p) {
@@ -27,6 +38,7 @@ __device__ void forward_sm90(const ForwardSm90Params& p) {
   const int group = static_cast<int>(uniform(threadIdx.x / 128));
   if (group == 0) {
     give_registers<producer_registers(S)>();
+    begin_apart(p.clocks_apart);
     if (threadIdx.x >= State<S>::kHands) {
       if constexpr (State<S>::kFetchers != 0) {
         const int of = warp_id() - State<S>::kHands / kWarp;
