@@ -38,13 +38,7 @@ FOVEA_INLINE i64 words_of(i64 n) {
 /// kRows rows of C, kVectors vectors wide.
 template <Word kWord, ALayout kLayout, Init kInit, int kRows, int kVectors>
 FOVEA_INLINE void product_block(const ProductArgs& args, i64 row) {
-  V acc[kRows][kVectors];
-  float* c = args.c + row * args.c_stride;
-  FOVEA_UNROLL for (int m = 0; m < kRows; ++m) {
-    FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) {
-      acc[m][n] = kInit == Init::kZero ? V{} : load(c + m * args.c_stride + n * kWidth);
-    }
-  }
+  V acc[kRows][kVectors] = {};
   constexpr bool kRowMajor = kLayout == ALayout::kRowMajor;
   const i64 a_row = kRowMajor ? args.a_stride : 1, a_step = kRowMajor ? 1 : args.a_stride;
   const float* a = args.a + row * a_row;
@@ -59,8 +53,12 @@ FOVEA_INLINE void product_block(const ProductArgs& args, i64 row) {
     a += a_step;
     b += args.b_stride;
   }
+  // C is added last: read first, it would keep every multiply-add waiting.
   FOVEA_UNROLL for (int m = 0; m < kRows; ++m) {
-    FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) store(c + m * args.c_stride + n * kWidth, acc[m][n]);
+    FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) {
+      float* c = args.c + (row + m) * args.c_stride + n * kWidth;
+      store(c, kInit == Init::kZero ? acc[m][n] : load(c) + acc[m][n]);
+    }
   }
 }
 
