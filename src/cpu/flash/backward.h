@@ -183,8 +183,8 @@ class Backward {
     for (i64 j = all.begin; j < all.end; ++j) {
       float *dk = my.dk + (j - all.begin) * padded, *dv = my.dv + (j - all.begin) * padded_v;
       for (i64 c = 0; c < call_.head_dim; ++c) dk[c] *= call_.scale;
-      narrow_row(const_cast<char*>(context.kv_row(call_.dk, j, kv_head)), dk, call_.type, call_.head_dim);
-      narrow_row(const_cast<char*>(context.kv_row(call_.dv, j, kv_head)), dv, call_.type, call_.head_dim_v);
+      context.write_row(call_.dk, context.kv_row(call_.dk, j, kv_head), dk, call_.head_dim);
+      context.write_row(call_.dv, context.kv_row(call_.dv, j, kv_head), dv, call_.head_dim_v);
     }
     for (i64 g = 0; g < group_size() && call_.alibi; ++g) {
       dslopes_[(batch * call_.q_heads + kv_head * group_size() + g) * shape_.blocks + block] = my.dslopes[g];
@@ -322,7 +322,7 @@ class Backward {
       for (i64 lane = 0; lane < math::smaller(kPanelRows, group.rows - p * kPanelRows); ++lane) {
         const i64 r = group.first_row + p * kPanelRows + lane;
         const char* to = context.q_row(call_.dq, r / group_size(), group.kv_head * group_size() + r % group_size());
-        narrow_row(const_cast<char*>(to), my.rows.q.rows + lane * padded, call_.type, call_.head_dim);
+        context.write_row(call_.dq, to, my.rows.q.rows + lane * padded, call_.head_dim);
       }
     }
   }

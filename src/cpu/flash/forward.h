@@ -168,7 +168,7 @@ inline void write_row(const Context& context, i64 i, i64 head, float reference, 
   }
   const float normalise = empty ? 0.0F : factor / sum_of_p;
   for (i64 c = 0; c < call.head_dim_v; ++c) o[c] = empty ? 0.0F : o[c] * normalise;
-  narrow_row(const_cast<char*>(context.q_row(call.out, i, head)), o, call.type, call.head_dim_v);
+  context.write_row(call.out, context.q_row(call.out, i, head), o, call.head_dim_v);
   if (call.lse.data != nullptr) {
     *context.statistic(call.lse, i, head) = empty ? -kInfinity : kLn2 * (reference + __builtin_log2f(sum_of_p));
   }

@@ -56,6 +56,12 @@ struct alignas(64) Panel {
   i64 parts;
 };
 
+/// Asks memory for a row of elements; it may be one past the last.  Inlined: GCC drops calls of what only fetches.
+inline constexpr i64 kRowsAhead = 16;
+FOVEA_INLINE void fetch_row(const char* row, Element type, i64 dim) {
+  for (i64 b = 0; b < dim * bytes(type); b += 64) __builtin_prefetch(row + b);
+}
+
 /// One sequence of one call: what score and mask rules need to know.
 struct Context {
   const FlashCall& call;
@@ -76,6 +82,12 @@ struct Context {
   }
   [[nodiscard]] const char* entry(const EntryView& view, i64 i, i64 j, i64 head) const {
     return view.data + batch * view.batch + head * view.head + i * view.query + j * view.key;
+  }
+
+  /// Writes one of a view's rows, and fetches a later one: a write waits for its lines of memory as a read does.
+  void write_row(const RowView& view, const char* row, const float* from, i64 dim) const {
+    fetch_row(row + kRowsAhead * view.row, call.type, dim);
+    narrow_row(const_cast<char*>(row), from, call.type, dim);
   }
 
   /// What makes S = K Qᵀ scores in units of log2, or the argument of softcap's tanh.  Floats of Q are multiplied by it
@@ -126,12 +138,6 @@ template <Word kWord, ALayout kLayout, Init kInit>
 inline void product_of_panel(const Panel& panel, const ProductArgs& args, i64 rows) {
   if (panel.lanes <= kWidth) return product<kWord, kLayout, kInit, 1>(args, rows);
   product<kWord, kLayout, kInit, kPanelVectors>(args, rows);
-}
-
-/// Asks memory for a row of elements; it may be one past the last.  Inlined: GCC drops calls of what only fetches.
-inline constexpr i64 kRowsAhead = 16;
-FOVEA_INLINE void fetch_row(const char* row, Element type, i64 dim) {
-  for (i64 b = 0; b < dim * bytes(type); b += 64) __builtin_prefetch(row + b);
 }
 
 /// Words of a row in memory: whole vectors, so that rows can be transposed.
