@@ -162,13 +162,11 @@ void describe_sequences(const Problem& problem, const Inputs& in, Sequence* sequ
 // the number of threads: the same bits on any number of them.
 constexpr i64 kEnoughTasks = 64;
 constexpr int kFewWorkers = 4;
-constexpr i64 kPieces = 4;              // of a block that is claimed late
-constexpr i64 kCachedFloats = 1 << 17;  // of a block, so that it stays near in L2 with what it meets
+constexpr i64 kPieces = 4;             // of a block that is claimed late
+constexpr i64 kBlockFloats = 1 << 18;  // of two tensors; a cache of 1 MiB
 
-/// Products of pairs are so fast that fetching rows again and again costs more than a block that outgrows the cache.
-i64 cached_rows(const Problem& problem, bool pairs) {
-  return (pairs ? 2 : 1) * kCachedFloats / (problem.head_dim + problem.head_dim_v);
-}
+/// Rows of a block at most.  Larger ones outgrow L2; smaller ones pack and fetch again and again what they meet.
+i64 most_rows(const Problem& problem) { return kBlockFloats / (problem.head_dim + problem.head_dim_v); }
 
 ForwardShape shape_forward(const Problem& problem, int workers, const FlashKernels& kernels) {
   ForwardShape shape;
@@ -176,11 +174,11 @@ ForwardShape shape_forward(const Problem& problem, int workers, const FlashKerne
   shape.max_rows = problem.seqlen_q * (problem.num_q_heads / problem.num_kv_heads);
   const i64 heads = problem.batch * problem.num_kv_heads;
   shape.pairs = kernels.pairs && problem.dtype == DType::kBFloat16 && shape.max_rows > kernels.float_rows;
-  const i64 cached = cached_rows(problem, shape.pairs);
   const bool even = !math::BandRule::of(problem).bounded();
   const i64 tasks_a_worker = shape.pairs && even ? 2 : 4;  // even out their ends
   const i64 shared = ceil_div(heads * shape.max_rows, tasks_a_worker * workers);
-  shape.block_rows = round_up(std::max<i64>(1, std::min({cached, shared, shape.max_rows})), kernels.panel_rows);
+  shape.block_rows =
+      round_up(std::max<i64>(1, std::min({most_rows(problem), shared, shape.max_rows})), kernels.panel_rows);
   shape.blocks = ceil_div(shape.max_rows, shape.block_rows);
   const i64 tasks = std::max<i64>(1, heads * ceil_div(shape.max_rows, kGroupRows));
   const i64 key_tiles = ceil_div(problem.seqlen_kv, kForwardKeys);
@@ -211,10 +209,9 @@ BackwardShape shape_backward(const Problem& problem, int workers, const FlashKer
   shape.max_keys = problem.seqlen_kv;
   const i64 heads = problem.batch * problem.num_kv_heads, group = problem.num_q_heads / problem.num_kv_heads;
   shape.pairs = kernels.pairs && problem.dtype == DType::kBFloat16;
-  const i64 cached = cached_rows(problem, shape.pairs) / 2;
   const i64 shared = ceil_div(heads * shape.max_keys, kEnoughTasks);
   const auto whole_tiles = [](i64 keys) { return std::max(kKeyTile, round_up(keys, kKeyTile)); };
-  shape.blocks = ceil_div(shape.max_keys, whole_tiles(std::min(cached, shared)));
+  shape.blocks = ceil_div(shape.max_keys, whole_tiles(std::min(most_rows(problem) / 2, shared)));
   shape.block_keys = whole_tiles(ceil_div(shape.max_keys, std::max<i64>(1, shape.blocks)));  // as even as can be
   shape.blocks = ceil_div(shape.max_keys, shape.block_keys);
   shape.max_groups = ceil_div(problem.seqlen_q * group, kGroupRows);
