@@ -235,7 +235,8 @@ class Backward {
         for_each_vector(ds, [&](i64 r, int lane, float* x) { store(x, before_softcap(load(x), tanhs.row(r) + lane)); });
       }
       const Tile over_keys = kWord == Word::kPair ? Tile{rows.ds_over_keys, kPanelRows, keys} : ds;
-      product<kWord, PackedColumns<kWord>::kLayout, Init::kAdd, kPanelVectors>(  // dqᵀ += Kᵀ dSᵀ
+      product_of_panel<kWord, PackedColumns<kWord>::kLayout, Init::kAdd>(  // dqᵀ += Kᵀ dSᵀ
+          rows.panels[p],
           {my.k_columns.at(at + first), my.k_columns.stride, over_keys.row(first / kPerWord<kWord>), over_keys.stride,
            dq_of(my, p), kPanelRows, words_of<kWord>(end - first)},
           call_.head_dim);
@@ -264,7 +265,8 @@ class Backward {
   void add_to_keys(BackwardScratch<kWord>& my, Interval panels, i64 first, i64 count, i64 at) const {
     const RowGroup<kWord>& rows = my.rows;
     constexpr i64 kStep = kDepthStep<kWord> * kPerWord<kWord>;  // the panels' lanes, as whole words' depth
-    const i64 lane = panels.begin * kPanelRows / kStep * kStep, depth = words_of<kWord>(panels.end * kPanelRows - lane);
+    const i64 lane = panels.begin * kPanelRows / kStep * kStep, last = panels.end - 1;
+    const i64 depth = words_of<kWord>(last * kPanelRows + rows.panels[last].lanes - lane);
     const auto add = [&](const float* words, const PackedGroup<kWord>& group, float* to) {
       product_wide<kWord, ALayout::kRowMajor, Init::kAdd>(
           {words + first * rows.kWordStride + lane / kPerWord<kWord>, rows.kWordStride, group.from_row(lane),

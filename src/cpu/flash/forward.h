@@ -129,7 +129,7 @@ inline bool softmax_by_old_reference(const Tile& s, const SoftmaxOf& of) {
 }
 
 /// S becomes P with dropout; reference and sum move on.  True where O has to be multiplied by `rescale`.
-template <Word kWord, int kVectors = kPanelVectors>
+template <Word kWord, int kVectors>
 inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats) {
   if (kWord == Word::kPair && !keep_floats && softmax_by_old_reference<kWord, kVectors>(s, of)) return false;
   V top[kVectors], base[kVectors], total[kVectors];
@@ -415,8 +415,7 @@ class Forward {
     const SoftmaxOf of{scale,   my.reference + p * kPanelRows, my.sum_of_p + p * kPanelRows,
                        rescale, dropout ? my.extra : nullptr,  pairs};
     const bool floats = kWord == Word::kFloat || my.v.any_bad;
-    return panel.lanes <= kWidth ? online_softmax<kWord, 1>(whole, of, floats)
-                                 : online_softmax<kWord>(whole, of, floats);
+    return with_vectors(panel, [&]<int kVectors>() { return online_softmax<kWord, kVectors>(whole, of, floats); });
   }
 
   /// The first of some panels of queries against the keys that are packed.
@@ -469,7 +468,7 @@ class Forward {
              my.k.words},
             math::smaller(slice, s.rows() - r));
       }
-      alignas(64) float rescale[kPanelRows] = {};  // where softmax makes one vector, 0 for the others
+      alignas(64) float rescale[kPanelRows] = {};  // 0 for the vectors that softmax does not make
       if (make_weights(my, p, context, s, state, masks.of(strip), my.pairs + (j - keys.begin) / 2 * kPanelRows,
                        rescale)) {
         add_values(j);

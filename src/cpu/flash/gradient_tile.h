@@ -145,12 +145,12 @@ struct RowGroup {
         if (entries)
           fetch_next_tile(panel, context, {keys.begin - at, keys.begin - at + k.count}, keys, first + r,
                           first + r + slice);
-        product<kWord, ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // S = K Qᵀ
-            {k.row(at + first + r), k.stride, q.column(p), kPanelRows, scores.row(r), scores.stride, q.words},
+        product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(  // S = K Qᵀ
+            panel, {k.row(at + first + r), k.stride, q.column(p), kPanelRows, scores.row(r), scores.stride, q.words},
             math::smaller(slice, scores.rows() - r));
       }
-      product<kWord, ALayout::kRowMajor, Init::kZero, kPanelVectors>(  // dP = V doutᵀ
-          {v.row(at + first), v.stride, dout.column(p), kPanelRows, gradient.data, gradient.stride, dout.words},
+      product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(  // dP = V doutᵀ
+          panel, {v.row(at + first), v.stride, dout.column(p), kPanelRows, gradient.data, gradient.stride, dout.words},
           scores.rows());
       weigh_strip(p, context, scores, gradient, state, masks.of(strip), first, floats);
     }

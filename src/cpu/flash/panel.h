@@ -133,11 +133,19 @@ inline void set_rows(Panel& panel, const Context& context, const RowMap& map, i6
   panel.queries = panel.lanes == 0 ? Interval{0, 0} : Interval{panel.query[0], panel.query[panel.lanes - 1] + 1};
 }
 
-/// C is as wide as a panel; only its first vector is made where no more rows are real, as when one query is asked.
+/// Calls f with the number of a panel's vectors that hold real rows, at least one.
+template <int kVectors = 1, class F>
+FOVEA_INLINE auto with_vectors(const Panel& panel, F&& f) {
+  if constexpr (kVectors < kPanelVectors) {
+    if (panel.lanes > kVectors * kWidth) return with_vectors<kVectors + 1>(panel, f);
+  }
+  return f.template operator()<kVectors>();
+}
+
+/// C is as wide as a panel; vectors that hold no real row are not made.
 template <Word kWord, ALayout kLayout, Init kInit>
 inline void product_of_panel(const Panel& panel, const ProductArgs& args, i64 rows) {
-  if (panel.lanes <= kWidth) return product<kWord, kLayout, kInit, 1>(args, rows);
-  product<kWord, kLayout, kInit, kPanelVectors>(args, rows);
+  with_vectors(panel, [&]<int kVectors>() { product<kWord, kLayout, kInit, kVectors>(args, rows); });
 }
 
 /// Words of a row in memory: whole vectors, so that rows can be transposed.
