@@ -128,6 +128,27 @@ inline bool softmax_by_old_reference(const Tile& s, const SoftmaxOf& of) {
   return stays;
 }
 
+/// The same for a strip of floats whose softmax sees S = K Qᵀ as it is: S becomes P while it is in registers.  Where it
+/// is false, S is not there.
+template <int kVectors>
+[[gnu::noinline]] bool weigh_product(const ProductArgs& args, i64 rows, const float* reference, float* sum_of_p) {
+  V base[kVectors], top[kVectors] = {}, total[kVectors] = {};
+  FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) {
+    base[n] = load(reference + n * kWidth);
+    if (any(base[n] == splat(-kInfinity))) return false;
+  }
+  product_rows<Word::kFloat, ALayout::kRowMajor, kVectors>(args, 0, rows, [&](float* to, V(&x)[kVectors]) {
+    FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) top[n] = larger(x[n] -= base[n], top[n]);
+    exp2(x);
+    FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) store(to + n * kWidth, x[n]), total[n] += x[n];
+  });
+  bool stays = true;
+  FOVEA_UNROLL for (const V& x : top) stays = stays && !any(x > splat(kSlack));
+  FOVEA_UNROLL for (int n = 0; n < kVectors && stays; ++n)
+      store(sum_of_p + n * kWidth, load(sum_of_p + n * kWidth) + total[n]);
+  return stays;
+}
+
 /// S becomes P with dropout; reference and sum move on.  True where O has to be multiplied by `rescale`.
 template <Word kWord, int kVectors>
 inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats) {
@@ -310,6 +331,12 @@ class Forward {
 
   [[nodiscard]] bool has_entries() const { return call_.mask.data != nullptr || call_.bias.data != nullptr; }
 
+  /// Whether S needs nothing but its softmax where a strip is full.
+  [[nodiscard]] bool plain() const {
+    return kWord == Word::kFloat && !has_entries() && !(call_.softcap > 0) && !call_.alibi &&
+           call_.keep_threshold == 65536;
+  }
+
   /// Where a mask or a bias is read, it is so in longer pieces of its rows.
   [[nodiscard]] i64 packed_keys() const {
     return kWord == Word::kPair || has_entries() ? kPackedKeys<kWord> : kForwardKeys;
@@ -457,20 +484,30 @@ class Forward {
         continue;
       }
       const Tile s{my.s, kPanelRows, strip};
+      const auto product_from = [&](i64 r) -> ProductArgs {  // S = K Qᵀ
+        return {my.k.row(j + r - packed.begin),
+                my.k.stride,
+                my.q + p * my.q_floats,
+                kPanelRows,
+                s.row(r),
+                kPanelRows,
+                my.k.words};
+      };
+      const bool weighed = plain() && state == math::TileState::kFull && with_vectors(panel, [&]<int kVectors>() {
+                             return weigh_product<kVectors>(product_from(0), s.rows(), my.reference + p * kPanelRows,
+                                                            my.sum_of_p + p * kPanelRows);
+                           });
       const i64 slice = has_entries() ? kSlice<kWord> : s.rows();
-      for (i64 r = 0; r < s.rows(); r += slice) {
+      for (i64 r = 0; r < s.rows() && !weighed; r += slice) {
         const i64 to = j + r + slice;
         if (call_.mask.data != nullptr) fetch(call_.mask, 1, kMaskKeys<kWord>, j + r, to);
         if (call_.bias.data != nullptr) fetch(call_.bias, bytes(call_.bias_type), kStripKeys<kWord>, j + r, to);
-        product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(  // S = K Qᵀ
-            panel,
-            {my.k.row(j + r - packed.begin), my.k.stride, my.q + p * my.q_floats, kPanelRows, s.row(r), kPanelRows,
-             my.k.words},
-            math::smaller(slice, s.rows() - r));
+        product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(panel, product_from(r),
+                                                                 math::smaller(slice, s.rows() - r));
       }
       alignas(64) float rescale[kPanelRows] = {};  // 0 for the vectors that softmax does not make
-      if (make_weights(my, p, context, s, state, masks.of(strip), my.pairs + (j - keys.begin) / 2 * kPanelRows,
-                       rescale)) {
+      if (!weighed && make_weights(my, p, context, s, state, masks.of(strip),
+                                   my.pairs + (j - keys.begin) / 2 * kPanelRows, rescale)) {
         add_values(j);
         for_each_vector({o, kPanelRows, {0, call_.head_dim_v}},
                         [&](i64 /*r*/, int lane, float* at) { store(at, load(at) * load(rescale + lane)); });

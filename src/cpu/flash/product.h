@@ -35,9 +35,9 @@ FOVEA_INLINE i64 words_of(i64 n) {
   return whole((n + kPerWord<kWord> - 1) / kPerWord<kWord>, kDepthStep<kWord>);
 }
 
-/// kRows rows of C, kVectors vectors wide.
-template <Word kWord, ALayout kLayout, Init kInit, int kRows, int kVectors>
-FOVEA_INLINE void product_block(const ProductArgs& args, i64 row) {
+/// kRows rows of AB, kVectors vectors wide.  Calls put(place in C, vectors) for each.
+template <Word kWord, ALayout kLayout, int kRows, int kVectors, class Put>
+FOVEA_INLINE void product_block(const ProductArgs& args, i64 row, Put& put) {
   V acc[kRows][kVectors] = {};
   constexpr bool kRowMajor = kLayout == ALayout::kRowMajor;
   const i64 a_row = kRowMajor ? args.a_stride : 1, a_step = kRowMajor ? 1 : args.a_stride;
@@ -53,13 +53,7 @@ FOVEA_INLINE void product_block(const ProductArgs& args, i64 row) {
     a += a_step;
     b += args.b_stride;
   }
-  // C is added last: read first, it would keep every multiply-add waiting.
-  FOVEA_UNROLL for (int m = 0; m < kRows; ++m) {
-    FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) {
-      float* c = args.c + (row + m) * args.c_stride + n * kWidth;
-      store(c, kInit == Init::kZero ? acc[m][n] : load(c) + acc[m][n]);
-    }
-  }
+  FOVEA_UNROLL for (int m = 0; m < kRows; ++m) put(args.c + (row + m) * args.c_stride, acc[m]);
 }
 
 #if defined(__AMX_BF16__)
@@ -143,11 +137,11 @@ struct Tiles {};  // of a CPU without
 #endif
 
 /// Rows [row, rows), kRows at a time, then by halves.
-template <Word kWord, ALayout kLayout, Init kInit, int kRows, int kVectors>
-inline void product_rows(const ProductArgs& args, i64 row, i64 rows) {
-  for (; row + kRows <= rows; row += kRows) product_block<kWord, kLayout, kInit, kRows, kVectors>(args, row);
+template <Word kWord, ALayout kLayout, int kVectors, int kRows = kAccumulators / kVectors, class Put>
+FOVEA_INLINE void product_rows(const ProductArgs& args, i64 row, i64 rows, Put&& put) {
+  for (; row + kRows <= rows; row += kRows) product_block<kWord, kLayout, kRows, kVectors>(args, row, put);
   if constexpr (kRows > 1) {
-    if (row < rows) product_rows<kWord, kLayout, kInit, kRows / 2, kVectors>(args, row, rows);
+    if (row < rows) product_rows<kWord, kLayout, kVectors, kRows / 2>(args, row, rows, put);
   }
 }
 
@@ -163,7 +157,11 @@ template <Word kWord, ALayout kLayout, Init kInit, int kVectors>
     return;
   }
 #endif
-  product_rows<kWord, kLayout, kInit, kAccumulators / kVectors, kVectors>(args, 0, rows);
+  product_rows<kWord, kLayout, kVectors>(args, 0, rows, [](float* c, const V(&ab)[kVectors]) {
+    FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) {  // C is added last: read first, it would keep all of AB waiting
+      store(c + n * kWidth, kInit == Init::kZero ? ab[n] : load(c + n * kWidth) + ab[n]);
+    }
+  });
 }
 
 /// C is `vectors` vectors wide, any number: four at a time (two where tiles hold C), then what is left.
