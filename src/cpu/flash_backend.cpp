@@ -163,7 +163,7 @@ void describe_sequences(const Problem& problem, const Inputs& in, Sequence* sequ
 constexpr i64 kEnoughTasks = 64;
 constexpr int kFewWorkers = 4;
 constexpr i64 kPieces = 4;             // of a block that is claimed late
-constexpr i64 kBlockFloats = 1 << 18;  // of two tensors; a cache of 1 MiB
+constexpr i64 kBlockFloats = 1 << 18;  // of its rows of both tensors: 1 MiB of L2
 
 /// Rows of a block at most.  Larger ones outgrow L2; smaller ones pack and fetch again and again what they meet.
 i64 most_rows(const Problem& problem) { return kBlockFloats / (problem.head_dim + problem.head_dim_v); }

@@ -19,8 +19,8 @@ constexpr int kHopper = 90;
 constexpr std::int64_t kMostTiles = std::int64_t{1} << 23;  // the kernel counts them in 24 bits
 constexpr std::size_t kTicketBytes = 64;
 constexpr float kLeastScale = 1e-4F;  // that slopes are divided by
-constexpr int kManyTiles = 8;         // of a multiprocessor, from which on blocks begin apart
-constexpr int kClocksApart = 4096;    // the first and the last: half of what a tile of 512 keys takes (docs/notes)
+constexpr int kManyTiles = 8;         // a multiprocessor: from so many on blocks begin apart
+constexpr int kClocksApart = 4096;    // from the first block's beginning to the last one's; measured (docs/notes)
 
 class ForwardSm90Plan final : public PlannedKernel {
  public:

@@ -8,7 +8,7 @@
 // compute.
 namespace fovea::cuda {
 
-/// Blocks begin one after the other, so that not all of them wait for memory at once.
+/// Blocks begin one after the other, so many clocks apart, so that not all of them wait for memory at once.
 FOVEA_DEVICE void begin_apart(u32 clocks) {
   const auto now = [] {
     u32 x;
