@@ -9,6 +9,7 @@ changes it here first.
 import collections
 import functools
 import itertools
+import random
 
 STEPS = 8  # that the walk keeps
 ENDED = 9  # what the producer does behind the last tile
@@ -286,7 +287,38 @@ def take_turns(blocks, key_blocks, row_tiles, heads, abreast, resident, causal):
         assert running != before, f"all wait for turns: {running}"
 
 
+def end_dq(key_blocks, parts, heads, abreast, lag, places, resident, seed):
+    """Blocks end dq: they begin in the order of their tickets, `resident` of them at once, and each goes on when it may, in any order.
+    One with keys adds once its head's place has been cleared for it; one that ends a head's dq waits until all have added to it."""
+    order, counted, open_to = random.Random(seed), collections.Counter(), {}
+    tasks = []
+    for ticket in range((heads + lag) * (key_blocks + parts)):
+        row, line = ticket // abreast, ticket // abreast % (key_blocks + parts)
+        turn = row // (key_blocks + parts) * abreast + ticket % abreast - (lag if line < parts else 0)
+        if 0 <= turn < heads:
+            tasks.append((turn, line < parts))
+    running, tasks = tasks[:resident], tasks[resident:]
+    while running:
+        ready = [task for task in running if (counted[task[0]] >= key_blocks if task[1] else
+                                              task[0] < places or counted[task[0] - places] == key_blocks + parts)]
+        assert ready, f"all wait: {running}"
+        turn, ends = task = order.choice(ready)
+        if not ends:
+            assert open_to.setdefault(turn % places, turn) == turn, f"head {turn} adds to the sums of head {open_to[turn % places]}"
+        counted[turn] += 1
+        if counted[turn] == key_blocks + parts:
+            del open_to[turn % places]
+        running.remove(task)
+        running += tasks[:1]
+        del tasks[:1]
+    assert all(counted[turn] == key_blocks + parts for turn in range(heads))
+
+
 if __name__ == "__main__":
+    cases = list(itertools.product((1, 3), (1, 2), (1, 2, 4), (1, 2), (0, 1, 3), (1, 2, 7), range(5)))
+    for key_blocks, parts, abreast, lag, more, resident, seed in cases:
+        end_dq(key_blocks, parts, 12, abreast, lag * abreast, (lag + more) * abreast, resident, seed)
+    print(f"dq ended by blocks: {len(cases)} grids, nobody waits for ever, no sums are mixed")
     cases = list(itertools.product((1, 2), (1, 3, 5), (5, 8), (1, 2, 4), (1, 2, 3, 7), (False, True)))
     for blocks, key_blocks, row_tiles, abreast, resident, causal in cases:
         take_turns(blocks, key_blocks, row_tiles, 8, abreast, resident, causal)

@@ -144,11 +144,35 @@ TEST(HopperBackward, HoldsDqWhereBlocksOfAllKeysFillTheGpu) {
       << "rows and main; and the portable kernels' three";
 }
 
+TEST(HopperBackward, EndsDqInPlacesThatHeadsTakeOneAfterTheOther) {
+  const BackwardShape many = shape_of("bwd bf16 b32 hq16 sq512 d128");
+  EXPECT_TRUE(many.spec.ends_dq);
+  EXPECT_EQ(many.dq_lag, 34) << "132 blocks of 4 a head, and a head";
+  EXPECT_EQ(many.dq_places, 34 + 10);
+  EXPECT_EQ(many.dq_parts, 1);
+  EXPECT_LT(many.workspace_bytes, 16U << 20);
+  EXPECT_EQ(shape_of("bwd bf16 b4 hq16 sq4096 d128").dq_parts, 4);
+  EXPECT_EQ(shape_of("bwd bf16 b4 hq16 sq4096 d128 causal=top_left").dq_lag % 4, 0) << "whole groups of heads";
+  EXPECT_TRUE(shape_of("bwd bf16 b102 hq1 sq512 d128").spec.ends_dq);
+  EXPECT_FALSE(shape_of("bwd bf16 b101 hq1 sq512 d128").spec.ends_dq) << "fewer than three times 34 heads";
+  for (const char* ragged : {"bwd bf16 b32 hq16 sq512 d128 kvlen=random", "bwd bf16 b32 hq16 sq512 d128 qlen=random",
+                             "bwd bf16 hq200 d128 packed=512+512"}) {
+    EXPECT_FALSE(shape_of(ragged).spec.ends_dq) << ragged;
+  }
+  EXPECT_FALSE(shape_of("bwd bf16 b32 hq32 sq512 d64").spec.ends_dq) << "it is held";
+  EXPECT_FALSE(shape_of("bwd bf16 b1 hq2 sq0 skv300 d128").spec.ends_dq) << "nothing is cleared without rows";
+  for (const char* line :
+       {"bwd bf16 b40 hq4 sq9 skv260 d128", "bwd fp16 b50 hq4 sq9 skv260 d136 causal=bottom_right deterministic",
+        "bwd fp16 b40 hq4 hkv4 sq33 skv260 d64 causal=bottom_right"}) {
+    EXPECT_TRUE(shape_of(line).spec.ends_dq) << line << ", of the problem list";
+  }
+}
+
 TEST(HopperBackward, PrecompilesItsOwnMainKernelAndThePortableOnesAroundIt) {
-  const Problem problem = parse_problem("bwd bf16 b1 hq2 sq300 d128 causal=top_left sink");
+  const Problem problem = parse_problem("bwd bf16 b40 hq4 sq300 d128 causal=top_left sink");
   const auto all = requests(problem, Direction::kBackward, 90);
-  ASSERT_EQ(all.size(), 8U) << "rows, main, queries and sums, for both families";
-  EXPECT_EQ(all[1].name, "backward_sm90_bf16_d128_band");
+  ASSERT_EQ(all.size(), 7U) << "rows, main and sums, for both families, and queries for the portable one";
+  EXPECT_EQ(all[1].name, "backward_sm90_bf16_d128_ends_dq_band");
   EXPECT_EQ(jit::target_of(all[1]), "sm_90a");
   EXPECT_EQ(all[1].threads, 512);
   EXPECT_TRUE(contains(all[1].unit, "m64n128k16")) << "dv and dk";

@@ -102,6 +102,13 @@ struct BackwardSm90Shared {
   }
 };
 
+/// Where a block ends dq, each warp has some runs of so many pieces of 16 × 8 sums under way.  They lie in front of the
+/// state, behind the bytes of zeros that clear one, and the warps' barriers.
+inline constexpr int kDqRun = 8, kDqRunBytes = kDqRun * 512, kDqRunsBegin = kDqRunBytes + 1024;
+FOVEA_FN constexpr int dq_runs_at_once(const BackwardSpec& s) {
+  return math::smaller((BackwardSm90Shared::of(s).state - kDqRunsBegin) / (kBackwardThreads / 32 * kDqRunBytes), 4);
+}
+
 /// Where things lie in the shared memory of the bias's gradient, of which a block has 128 × 128 entries: places of
 /// their bias, then of their sum; a ring of panels, of K and as many rows of q, then of V and dout; what is known of a
 /// step.

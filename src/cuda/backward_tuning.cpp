@@ -134,9 +134,10 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
   }
   if (!fits) return std::nullopt;
 
-  share_out(problem, shape);
+  cut_up(problem, shape);
   if (spec.band && !spec.deterministic && shape.key_blocks > 0)
     shape.heads_abreast = kv_heads_abreast(problem, std::int64_t{2} * gpu.multiprocessors / shape.key_blocks);
+  share_out(problem, shape);
   return shape;
 }
 
@@ -144,7 +145,7 @@ int kv_heads_abreast(const Problem& problem, std::int64_t most) {
   return largest_divisor(problem.batch * problem.num_kv_heads, most);
 }
 
-void share_out(const Problem& problem, BackwardShape& shape) {
+void cut_up(const Problem& problem, BackwardShape& shape) {
   const BackwardSpec& spec = shape.spec;
   const std::int64_t batch = problem.batch, heads = problem.num_q_heads;
   shape.row_blocks = static_cast<int>(ceil_div(problem.seqlen_q, spec.block_m));
@@ -153,6 +154,14 @@ void share_out(const Problem& problem, BackwardShape& shape) {
   shape.most_blocks = std::max({slots * heads, std::int64_t{shape.row_blocks} * heads * batch,
                                 std::int64_t{shape.key_blocks} * problem.num_kv_heads * batch});
   shape.row_slots = static_cast<int>(slots);
+}
+
+void share_out(const Problem& problem, BackwardShape& shape) {
+  const BackwardSpec& spec = shape.spec;
+  const std::int64_t batch = problem.batch, heads = problem.num_q_heads, slots = shape.row_slots,
+                     tiles = spec.ends_dq    ? shape.dq_places * heads / problem.num_kv_heads * shape.row_blocks
+                             : spec.holds_dq ? 0
+                                             : heads * slots;
   const auto take = [&shape](std::int64_t words) {
     const std::size_t at = shape.workspace_bytes;
     shape.workspace_bytes += static_cast<std::size_t>(ceil_div(words * 4, 128) * 128);
@@ -160,8 +169,10 @@ void share_out(const Problem& problem, BackwardShape& shape) {
   };
   shape.log2_lse = take(heads * slots * spec.block_m);
   shape.delta = take(heads * slots * spec.block_m);
-  shape.dq_sum = take(spec.holds_dq ? 0 : heads * slots * spec.block_m * spec.head_dim);
-  shape.tickets = take(spec.deterministic ? heads * slots + 1 : 0);
+  shape.dq_sum = take(tiles * spec.block_m * spec.head_dim);
+  shape.tickets = take(spec.deterministic ? heads * slots : 0);
+  shape.begun = take(spec.deterministic || spec.ends_dq ? 1 : 0);
+  shape.added = take(spec.ends_dq ? batch * problem.num_kv_heads : 0);
   shape.sink_parts = take(problem.sink ? heads * slots : 0);
   shape.slope_parts = take(spec.alibi ? batch * heads * shape.key_blocks * spec.warps : 0);
 }
@@ -188,7 +199,7 @@ jit::KernelRequest backward_request(const BackwardShape& shape, int arch) {
 jit::KernelRequest bias_gradient_request(const BackwardShape& shape, int arch) {
   BackwardSpec spec = shape.spec;
   spec.stages = 1;
-  spec.deterministic = spec.holds_dq = false;
+  spec.deterministic = spec.holds_dq = spec.ends_dq = false;
   spec.block_n = bias_gradient_keys(spec);
   return jit::render({.function = "bias_gradient",
                       .header = "cuda/kernels/bias_gradient.cuh",

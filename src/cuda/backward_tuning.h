@@ -13,20 +13,23 @@ namespace fovea::cuda {
 /// How a backward is cut, what its kernels are compiled for, and how its workspace is shared out.
 struct BackwardShape {
   BackwardSpec spec;
-  int min_blocks = 1;                  ///< on a multiprocessor at once
-  int row_blocks = 0, key_blocks = 0;  ///< of the longest sequence
-  int row_slots = 0;                   ///< of blocks of rows, all sequences together
-  std::int64_t most_blocks = 0;        ///< of any launch: a grid and an int hold 2^31 − 1
-  int heads_abreast = 1;               ///< see BackwardParams
-  bool batch_inside = false;           ///< likewise
+  int min_blocks = 1;                           ///< on a multiprocessor at once
+  int row_blocks = 0, key_blocks = 0;           ///< of the longest sequence
+  int row_slots = 0;                            ///< of blocks of rows, all sequences together
+  std::int64_t most_blocks = 0;                 ///< of any launch: a grid and an int hold 2^31 − 1
+  int heads_abreast = 1;                        ///< see BackwardParams
+  bool batch_inside = false;                    ///< likewise
+  int dq_places = 0, dq_parts = 0, dq_lag = 0;  ///< likewise
   /// Offsets in bytes, in the order of BackwardParams.
-  std::size_t log2_lse = 0, delta = 0, dq_sum = 0, tickets = 0, sink_parts = 0, slope_parts = 0;
+  std::size_t log2_lse = 0, delta = 0, dq_sum = 0, tickets = 0, begun = 0, added = 0, sink_parts = 0, slope_parts = 0;
   std::size_t workspace_bytes = 0;
 };
 
 /// All of a spec but the tile.
 [[nodiscard]] BackwardSpec backward_spec(const Problem& problem, int sm);
-/// Blocks and workspace, where the tile is known.
+/// Blocks, where the tile is known.
+void cut_up(const Problem& problem, BackwardShape& shape);
+/// The workspace, where all else is.
 void share_out(const Problem& problem, BackwardShape& shape);
 /// At most `most`, of which there is a whole number.
 [[nodiscard]] int kv_heads_abreast(const Problem& problem, std::int64_t most);

@@ -18,6 +18,8 @@ constexpr int kWarps = 8, kStages = 2;
 constexpr std::int64_t kMostAbreast = 4;     // more of them do not fit into L2
 constexpr std::int64_t kInTurnsAbreast = 8;  // where dq is added up in turns, so that fewer of a head's blocks wait
 constexpr std::int64_t kMultiprocessors = 132;
+constexpr std::int64_t kPartOfDq = 512 * 1024;  // bytes of sums that a block, or a pair, ends
+constexpr std::int64_t kFewHeads = 3;           // times as many as are at work, of which blocks rather end no dq
 constexpr int kBiasGradientTile = 128;
 constexpr int kAtOnce = 128;              // columns of dk and dv that a product makes
 constexpr std::int64_t kShortRows = 512;  // up to which dq is rather held by smaller tiles than added to by larger ones
@@ -44,6 +46,30 @@ std::int64_t tiles_of_rows(const Problem& problem, int block_m) {
 bool fill_the_gpu(std::int64_t blocks) {
   const std::int64_t waves = ceil_div(blocks, kMultiprocessors);
   return blocks > 0 && blocks * 5 >= waves * kMultiprocessors * 4;
+}
+
+/// Whether blocks end dq, and which ones.  They begin behind as many others as are at work at once and a group of
+/// heads, so that few wait for what they end; a place is taken again soon after, while L2 still has it.  Not where
+/// lengths differ, for then as many heads may be little work; nor where heads are few, for the last ones' sums are
+/// ended when nobody adds any more.
+void end_dq(const Problem& problem, BackwardShape& shape) {
+  BackwardSpec& spec = shape.spec;
+  const bool ragged = problem.packed() || problem.q_lengths.present || problem.kv_lengths.present;
+  if (spec.holds_dq || ragged || shape.row_blocks == 0 || shape.key_blocks == 0) return;
+  const std::int64_t heads = problem.batch * problem.num_kv_heads, abreast = shape.heads_abreast,
+                     at_work = kMultiprocessors / blocks_of_cluster(spec);
+  const auto heads_of = [&](std::int64_t blocks) {
+    return abreast * (ceil_div(blocks, abreast * shape.key_blocks) + 1);
+  };
+  const std::int64_t lag = heads_of(at_work), places = lag + heads_of(at_work / 4);
+  if (heads < kFewHeads * lag) return;
+  const std::int64_t tiles = problem.num_q_heads / problem.num_kv_heads * shape.row_blocks;
+  spec.ends_dq = true;
+  shape.dq_places = static_cast<int>(places);
+  shape.dq_lag = static_cast<int>(lag);
+  shape.dq_parts = static_cast<int>(ceil_div(tiles * spec.block_m * spec.head_dim * 4, kPartOfDq));
+  shape.most_blocks =
+      std::max(shape.most_blocks, (heads + lag) * (shape.key_blocks + shape.dq_parts) * blocks_of_cluster(spec));
 }
 
 // Measured on an H100 where nothing is hidden, else only run there (docs/notes).  The first that fits is taken.
@@ -140,7 +166,7 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
     };
     if (std::ranges::none_of(kTiles, holds)) spec = otherwise;
   }
-  share_out(problem, shape);
+  cut_up(problem, shape);
   shape.most_blocks *= blocks_of_cluster(spec);
   if (spec.deterministic && shape.key_blocks > 0) {  // blocks that begin together are then of one turn
     const std::int64_t at_once = kMultiprocessors / blocks_of_cluster(spec);
@@ -153,6 +179,8 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
     shape.heads_abreast = kv_heads_abreast(problem, std::min(sharing, kMostAbreast));
   }
   shape.batch_inside = problem.bias && !problem.bias->batch;  // sequences that share it read it at a time
+  end_dq(problem, shape);
+  share_out(problem, shape);
   return shape;
 }
 
@@ -178,7 +206,7 @@ jit::KernelRequest backward_sm90_request(const BackwardShape& shape) {
 std::optional<jit::KernelRequest> bias_gradient_sm90_request(const Problem& problem, const BackwardShape& shape) {
   BackwardSpec spec = shape.spec;
   spec.block_m = spec.block_n = kBiasGradientTile;
-  spec.deterministic = spec.holds_dq = false;
+  spec.deterministic = spec.holds_dq = spec.ends_dq = false;
   const auto shared = BiasGradientSm90Shared::of(spec);
   if (!problem.bias || !problem.bias->queries || !problem.bias->keys || spec.mask || shared.total > kMostShared ||
       shared.panels > shared.places)

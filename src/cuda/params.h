@@ -74,11 +74,17 @@ struct BackwardParams : CallParams {
   int row_blocks, key_blocks;  // of the longest sequence
   int row_slots;               // of blocks of rows, all sequences together
   int heads_abreast;           // kv heads, of any sequences, whose blocks take turns in the grid
+  // Where blocks end dq:
+  int dq_places;  // of kv heads in dq_sum
+  int dq_parts;   // blocks that share the end of one's dq
+  int dq_lag;     // turns between a kv head and the one beside whose blocks they begin
   // In the workspace; slots: `RowSlots`.
-  float* log2_lse;     // [head][slot][row of block_m]; +infinity where a row sees nothing
-  float* delta;        // likewise: Σ dout·out − dlse
-  float* dq_sum;       // [head][slot][block_m × head_dim, as accumulators lie in warps]
-  int* tickets;        // [head][slot] key blocks that have added to dq, where their order matters; then blocks begun
+  float* log2_lse;  // [head][slot][row of block_m]; +infinity where a row sees nothing
+  float* delta;     // likewise: Σ dout·out − dlse
+  float* dq_sum;    // [head][slot][block_m × head_dim, as accumulators lie in warps]; where blocks end dq `DqPlaces`
+  int* tickets;     // [head][slot] key blocks that have added to dq, where their order matters
+  int* begun;       // blocks that have, where one waits for others
+  int* added;       // [turn of a kv head] blocks that have added all that they add to its dq, then those that ended it
   float* sink_parts;   // [head][slot]
   float* slope_parts;  // [batch][head][key block][warp]
   bool batch_inside;   // those abreast are one head's of all sequences, then the next one's

@@ -11,7 +11,7 @@ BackwardCall::BackwardCall(const Problem& problem, const BackwardShape& shape, c
     : shape_(shape),
       mask_words_(problem, shape.workspace_bytes, device, arch),
       rows_(backward_rows_request(shape, arch), device) {
-  if (!shape.spec.holds_dq) queries_.emplace(backward_queries_request(shape, arch), device);
+  if (!shape.spec.holds_dq && !shape.spec.ends_dq) queries_.emplace(backward_queries_request(shape, arch), device);
   if (shape.spec.alibi || problem.sink) sums_.emplace(backward_sums_request(shape, arch), device);
   if (shape.spec.bias) bias_.emplace(bias_gradient_request(shape, arch), device);
   describe_call(problem, params_);
@@ -20,10 +20,16 @@ BackwardCall::BackwardCall(const Problem& problem, const BackwardShape& shape, c
   params_.row_slots = shape.row_slots;
   params_.heads_abreast = shape.heads_abreast;
   params_.batch_inside = shape.batch_inside;
+  params_.dq_places = shape.dq_places;
+  params_.dq_parts = shape.dq_parts;
+  params_.dq_lag = shape.dq_lag;
 }
 
 std::vector<std::pair<std::string, std::string>> BackwardCall::details() const {
-  return {{"rows", rows_.describe()}, {"queries", queries_ ? queries_->describe() : "none: dq stays in shared memory"}};
+  return {{"rows", rows_.describe()},
+          {"queries", queries_               ? queries_->describe()
+                      : shape_.spec.holds_dq ? "none: dq stays in shared memory"
+                                             : "none: blocks of the main kernel end dq"}};
 }
 
 BackwardParams BackwardCall::params(const Inputs& inputs, const Outputs& outputs, void* workspace) const {
@@ -44,6 +50,8 @@ BackwardParams BackwardCall::params(const Inputs& inputs, const Outputs& outputs
   p.delta = reinterpret_cast<float*>(memory + shape_.delta);
   p.dq_sum = reinterpret_cast<float*>(memory + shape_.dq_sum);
   p.tickets = reinterpret_cast<int*>(memory + shape_.tickets);
+  p.begun = reinterpret_cast<int*>(memory + shape_.begun);
+  p.added = reinterpret_cast<int*>(memory + shape_.added);
   p.sink_parts = reinterpret_cast<float*>(memory + shape_.sink_parts);
   p.slope_parts = reinterpret_cast<float*>(memory + shape_.slope_parts);
   return p;

@@ -165,7 +165,7 @@ std::vector<jit::KernelRequest> requests(const Problem& problem, Direction direc
     const auto add = [&](const BackwardShape& shape, jit::KernelRequest main) {
       all.push_back(backward_rows_request(shape, arch));
       all.push_back(std::move(main));
-      if (!shape.spec.holds_dq) all.push_back(backward_queries_request(shape, arch));
+      if (!shape.spec.holds_dq && !shape.spec.ends_dq) all.push_back(backward_queries_request(shape, arch));
       if (shape.spec.alibi || problem.sink) all.push_back(backward_sums_request(shape, arch));
       if (shape.spec.bias) all.push_back(bias_gradient_request(shape, arch));
     };

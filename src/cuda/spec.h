@@ -85,6 +85,7 @@ struct BackwardSpec {
   int stages = 2;              // tiles of rows in flight: 1 or 2, or 3 for the leapfrog
   bool deterministic = false;  // dq is added up in one order of the key blocks
   bool holds_dq = false;       // a block has all keys of its rows, and their dq in shared memory
+  bool ends_dq = false;        // some blocks turn the sums of dq into dq while others add those of later heads
   bool band = false;
   bool mask = false;
   bool bias = false;
@@ -112,7 +113,7 @@ FOVEA_FN constexpr void each_field(const BackwardSpec& s, F&& f) {
   f("type", s.type), f("mma", s.mma), f("async_copy", s.async_copy);
   f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
   f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("stages", s.stages);
-  f("deterministic", s.deterministic), f("holds_dq", s.holds_dq);
+  f("deterministic", s.deterministic), f("holds_dq", s.holds_dq), f("ends_dq", s.ends_dq);
   f("band", s.band), f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
   f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);
 }

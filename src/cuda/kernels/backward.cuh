@@ -15,11 +15,20 @@ inline constexpr bool kVectorReduction = true;
 inline constexpr bool kVectorReduction = false;
 #endif
 
+/// kKeep: L2 is to keep it before all else.
+template <bool kKeep = false>
 FOVEA_DEVICE void reduce(float* piece, const Accumulator& c) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(piece + 4 * lane_id()), "f"(c.x[0]),
-               "f"(c.x[1]), "f"(c.x[2]), "f"(c.x[3])
-               : "memory");
+  if constexpr (kKeep) {
+    asm volatile(
+        "red.relaxed.gpu.global.add.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(piece + 4 * lane_id()),
+        "f"(c.x[0]), "f"(c.x[1]), "f"(c.x[2]), "f"(c.x[3]), "l"(static_cast<u64>(Keep::kYes))
+        : "memory");
+  } else {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(piece + 4 * lane_id()), "f"(c.x[0]),
+                 "f"(c.x[1]), "f"(c.x[2]), "f"(c.x[3])
+                 : "memory");
+  }
 #else
 #pragma unroll
   for (int e = 0; e < 4; ++e) atomicAdd(piece + 32 * e + lane_id(), c.x[e]);
@@ -43,6 +52,30 @@ struct Step {
   }
 };
 
+/// What a block is for.  Blocks: heads abreast × lines × the rest of kv heads × batch.  Lines are a kv head's key
+/// blocks, and before them, where blocks end dq, those that end that of the kv head p.dq_lag turns before; so many
+/// turns more have no kv head of their own.  Early keys, which most rows see under a causal rule, come first; where dq
+/// is added up in order they come last, so that a block's first tile waits for nobody.
+struct BlockTask {
+  int turn;  // of the kv head among those of all sequences
+  int batch, kv_head;
+  int key_block, part;  // of its keys, or of its dq; the other one is −1
+
+  template <BackwardSpec S>
+  FOVEA_DEVICE static BlockTask of(const BackwardParams& p, int block) {
+    const int key_blocks = S.holds_dq ? 1 : p.key_blocks, parts = S.ends_dq ? p.dq_parts : 0,
+              lines = key_blocks + parts, row = block / p.heads_abreast, line = row % lines - parts;
+    const bool ends = S.ends_dq && line < 0, batch_inside = S.bias && p.batch_inside;
+    const int turn = row / lines * p.heads_abreast + block % p.heads_abreast - (ends ? p.dq_lag : 0);
+    return {turn, batch_inside ? turn % p.batch : turn / p.kv_heads, batch_inside ? turn / p.batch : turn % p.kv_heads,
+            ends              ? -1
+            : S.deterministic ? key_blocks - 1 - line
+                              : line,
+            ends ? line + parts : -1};
+  }
+  FOVEA_DEVICE bool exists(const BackwardParams& p) const { return turn >= 0 && turn < p.batch * p.kv_heads; }
+};
+
 /// Which keys a block has, and the tiles of rows that see them, head by head.  It lies in shared memory and is kept by
 /// a few (`keeps`): asked a few times a tile, it is not worth the registers of all.  kSteps: it writes so many before
 /// it takes the first one's place again.  kPoints: a step says where its rows are.
@@ -56,16 +89,13 @@ struct Walk {
   Step steps[kSteps];
   int window_head, window;  // tiles that were looked up in the mask: 32 of a head
   u32 some, whole;          // those of which something is seen, and everything
+  // Of dq_sum, where blocks end dq: the first one of the kv head, and each step's.
+  int first_dq_tile, dq_tiles[S.ends_dq ? kSteps : 1];
 
-  /// Blocks: heads abreast × key blocks × the rest of kv heads × batch.  Early keys, which most rows see under a causal
-  /// rule, come first; where dq is added up in order they come last, so that a block's first tile waits for nobody.
-  FOVEA_DEVICE Walk(const BackwardParams& p, int block) {
-    const int key_blocks = S.holds_dq ? 1 : p.key_blocks, line = block / p.heads_abreast,
-              head = line / key_blocks * p.heads_abreast + block % p.heads_abreast;
-    const bool batch_inside = S.bias && p.batch_inside;
-    sequence = Sequence::of(p, batch_inside ? head % p.batch : head / p.kv_heads);
-    kv_head = batch_inside ? head / p.batch : head % p.kv_heads;
-    key_block = S.deterministic ? key_blocks - 1 - line % key_blocks : line % key_blocks;
+  FOVEA_DEVICE void take(const BackwardParams& p, const BlockTask& task) {
+    sequence = Sequence::of(p, task.batch);
+    key_block = task.key_block, kv_head = task.kv_head;
+    if constexpr (S.ends_dq) first_dq_tile = DqPlaces{p}.first_tile(task.turn);
   }
 
   /// The first step of a block's keys, as step n.
@@ -126,7 +156,11 @@ struct Walk {
     step.full_band = step.tile >= first_full && step.tile < end_full;
     if (S.deterministic && step.exists) step.turn = turn_at(p, step.head, step.tile);
     if constexpr (S.holds_dq) step.turn = key_block;
-    if (!S.mask || lane_id() == 0) steps[n % kSteps] = step;
+    if (!S.mask || lane_id() == 0) {
+      steps[n % kSteps] = step;
+      if constexpr (S.ends_dq)
+        dq_tiles[n % kSteps] = first_dq_tile + (step.head - first_head) * p.row_blocks + step.tile;
+    }
   }
   /// Without pointers little, for then few registers have it.
   FOVEA_DEVICE static Step carried_on(const Step& step) {
@@ -254,6 +288,9 @@ struct Backward {
     FOVEA_DEVICE static int piece(int i, int j) {
       return (((i / kM * Dq::kGrid.across + j / kN) * kM + i % kM) * kN + j % kN) * 128;
     }
+    /// Of the n-th piece there.
+    FOVEA_DEVICE static int row_of(int n) { return n / (kM * kN * Dq::kGrid.across) * kM + n / kN % kM; }
+    FOVEA_DEVICE static int column_of(int n) { return n / (kM * kN) % Dq::kGrid.across * kN + n % kN; }
   };
 
   /// What a block gathers.
@@ -549,17 +586,17 @@ struct Backward {
 /// those have begun.
 template <BackwardSpec S, int kBlocks = 1>
 FOVEA_DEVICE int number_of_block(const BackwardParams& p) {
-  const bool turns = S.deterministic && p.row_blocks > 0;  // without rows nobody has cleared the tickets
-  return turns ? atomicAdd(p.tickets + i64{p.q_heads} * p.row_slots, 1) : static_cast<int>(blockIdx.x) / kBlocks;
+  const bool waits = (S.deterministic || S.ends_dq) && p.row_blocks > 0;  // without rows nobody has cleared the count
+  return waits ? atomicAdd(p.begun, 1) : static_cast<int>(blockIdx.x) / kBlocks;
 }
 
-/// Blocks are numbered as `Walk` says.
+/// Blocks are numbered as `BlockTask` says.
 template <BackwardSpec S>
 __device__ void backward(const BackwardParams& p) {
   static_assert(sizeof(Walk<S>) <= kWalkBytes);
   extern __shared__ __align__(128) char shared[];
   Walk<S>& walk = *reinterpret_cast<Walk<S>*>(shared + BackwardShared::of(S).walk);
-  if (threadIdx.x == 0) walk = Walk<S>(p, number_of_block<S>(p));
+  if (threadIdx.x == 0) walk.take(p, BlockTask::of<S>(p, number_of_block<S>(p)));
   __syncthreads();
   if (walk.key_block * S.block_n >= walk.sequence.kv_rows) return;
   Backward<S>{p, walk, walk.sequence, shared_address(shared)}.run();

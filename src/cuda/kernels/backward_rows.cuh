@@ -74,6 +74,12 @@ FOVEA_DEVICE T sum_of_block(T x) {
   return x;
 }
 
+template <BackwardSpec S>
+FOVEA_DEVICE void clear_sums(const BackwardParams& p, i64 tile) {
+  auto* sums = reinterpret_cast<float4*>(p.dq_sum + tile * (S.block_m * S.head_dim));
+  for (int x = static_cast<int>(threadIdx.x); x < S.block_m * S.head_dim / 4; x += kSideThreads) sums[x] = {};
+}
+
 /// Blocks: row blocks × heads × batch.  Writes log2_lse, delta and the sink's parts, clears the tickets and what is
 /// added to of dq_sum.
 template <BackwardSpec S>
@@ -81,14 +87,16 @@ __device__ void backward_rows(const BackwardParams& p) {
   constexpr int kLanes = math::larger(kSideThreads / S.block_m, 4);  // that share a row
   const int block = static_cast<int>(blockIdx.x), tile = block % p.row_blocks, head = block / p.row_blocks % p.q_heads;
   const Sequence sequence = Sequence::of(p, block / p.row_blocks / p.q_heads);
-  if (S.deterministic && block == 0 && threadIdx.x == 0) p.tickets[i64{p.q_heads} * p.row_slots] = 0;
+  if ((S.deterministic || S.ends_dq) && block == 0 && threadIdx.x == 0) *p.begun = 0;
+  if constexpr (S.ends_dq) {
+    const DqPlaces places{p};
+    const int turn = places.turn(sequence.batch, head / p.group), of_group = head % p.group;
+    if (of_group + tile == 0 && threadIdx.x == 0) p.added[turn] = 0;
+    if (turn < p.dq_places) clear_sums<S>(p, places.first_tile(turn) + of_group * p.row_blocks + tile);
+  }
   if (tile * S.block_m >= sequence.q_rows) return;
   const i64 slot = RowSlots(p, sequence, S.block_m).at(head, tile);
-
-  if constexpr (!S.holds_dq) {
-    auto* sums = reinterpret_cast<float4*>(p.dq_sum + slot * (S.block_m * S.head_dim));
-    for (int x = static_cast<int>(threadIdx.x); x < S.block_m * S.head_dim / 4; x += kSideThreads) sums[x] = {};
-  }
+  if constexpr (!S.holds_dq && !S.ends_dq) clear_sums<S>(p, slot);
   if (S.deterministic && threadIdx.x == 0) p.tickets[slot] = 0;
 
   const int lane = static_cast<int>(threadIdx.x) % kLanes;

@@ -6,6 +6,9 @@
 // Tiles of rows that lie a stride apart, from global to shared memory and back.
 namespace fovea::cuda {
 
+/// What L2 keeps: what is read once; what a few share; what is read or added to again and again.
+enum class Keep : u64 { kNo = 0x12f0000000000000UL, kAwhile = 0x1000000000000000UL, kYes = 0x14f0000000000000UL };
+
 /// 16 bytes, or zeros.
 template <bool kAsync>
 FOVEA_DEVICE void copy_or_clear(u32 to, const char* from, bool real) {

@@ -62,6 +62,21 @@ FOVEA_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
+/// Lane t of a quad gets word t of each of its lanes, in their order.
+FOVEA_DEVICE void transpose_quad(u32 (&w)[4]) {
+  const u32 lane = threadIdx.x;
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool high = (lane & bit) != 0;
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      u32 &low_word = w[bit == 1 ? 2 * x : x], &high_word = w[bit == 1 ? 2 * x + 1 : x + 2];
+      const u32 other = __shfl_xor_sync(kAllLanes, high ? low_word : high_word, bit);
+      (high ? low_word : high_word) = other;
+    }
+  }
+}
+
 /// In a kernel launched early, until the one ahead has ended; in that one, the next may begin once all blocks have.
 FOVEA_DEVICE void await_kernel_ahead() {
 #if __CUDA_ARCH__ >= 900

@@ -17,6 +17,18 @@ struct RowSlots {
   FOVEA_DEVICE i64 at(int head, int tile) const { return i64{head} * count + first + tile; }
 };
 
+/// Where blocks end dq, dq_sum has p.dq_places places for the rows that read a kv head of a sequence, which those heads
+/// take one after the other, in the order of their blocks: `turn`.
+struct DqPlaces {
+  const BackwardParams& p;
+
+  FOVEA_DEVICE int turn(int batch, int kv_head) const {
+    return p.batch_inside ? kv_head * p.batch + batch : batch * p.kv_heads + kv_head;
+  }
+  /// The first tile of a turn's place; its heads have p.row_blocks each.
+  FOVEA_DEVICE int first_tile(int turn) const { return turn % p.dq_places * p.group * p.row_blocks; }
+};
+
 /// A hidden entry is −0 in P and in dS, a visible one never.
 FOVEA_DEVICE bool is_hidden(float x) { return __float_as_uint(x) == 0x80000000U; }
 

@@ -37,16 +37,16 @@ FOVEA_DEVICE void backward_role(const BackwardSm90Params& p, BackwardState<S>& s
   }
 }
 
-/// Blocks, or pairs of them, are numbered as `Walk` says.
+/// Blocks, or pairs of them, are numbered as `BlockTask` says.
 template <BackwardSpec S>
-__device__ void backward_sm90(const BackwardSm90Params& p) {
+FOVEA_DEVICE void backward_sm90(const BackwardSm90Params& p) {
   extern __shared__ __align__(1024) char shared[];
   constexpr BackwardSm90Shared kShared = BackwardSm90Shared::of(S);
   constexpr bool kPairs = shares_keys(S);
   static_assert(sizeof(BackwardState<S>) <= kStateBytes);
   BackwardState<S>& state = *reinterpret_cast<BackwardState<S>*>(shared + kShared.state);
   if (threadIdx.x == 0) {
-    if constexpr (!kPairs) state.walk = HopperWalk<S>(p, number_of_block<S>(p));
+    const int number = kPairs ? 0 : number_of_block<S>(p);
     state.k.begin(1), state.v.begin(1);
     state.q.begin(S.warps, S.mask ? 1 + kWarp : 1), state.dout.begin(kPairs ? 4 : S.warps);
     state.ds.begin(kPairs ? 8 : 4, kPairs ? 1 : S.warps * kArrivals);
@@ -61,14 +61,18 @@ __device__ void backward_sm90(const BackwardSm90Params& p) {
     }
     fence_barriers();
     fence_engine();
+    if constexpr (!kPairs) state.begin(p, number);
   }
   if constexpr (kPairs) {
     meet_cluster();
-    if (threadIdx.x == 0) state.walk = HopperWalk<S>(p, load_of_first(state.number));
+    if (threadIdx.x == 0) state.begin(p, load_of_first(state.number));
   }
   __syncthreads();
-  if (S.holds_dq || state.walk.key_block * S.block_n < state.walk.sequence.kv_rows)
+  if (state.has_keys) {
     backward_role<S>(p, state, {shared_address(shared)});
+  } else if constexpr (S.ends_dq) {
+    if (state.task.exists(p)) BackwardEnd<S>{p}.run(state.task, shared);
+  }
   if constexpr (kPairs) meet_cluster();  // the other one has sent all that it sends here
 }
 

@@ -1,7 +1,6 @@
 #pragma once
 
-#include "cuda/kernels/backward_queries.cuh"
-#include "cuda/kernels/hopper/backward_state.cuh"
+#include "cuda/kernels/hopper/backward_end.cuh"
 #include "cuda/kernels/hopper/wgmma.cuh"
 
 // The warpgroup of the backward that makes dq = dS K of what the others leave of dS: all columns for 64 rows, or a
@@ -50,6 +49,7 @@ struct BackwardDq {
 
   FOVEA_DEVICE void add_all() const {
     u32 n = 0, sent = 0;
+    if constexpr (S.ends_dq) BackwardEnd<S>{p}.await_place(state.task.turn);
     if constexpr (kPairs) state.other_k.wait(0);
 #pragma unroll 1
     for (;; ++n) {
@@ -64,9 +64,9 @@ struct BackwardDq {
           Sum dq;
           make(dq, n, row, panel, spoiled, row + panel == 0);
           if (kBothWays && row + panel == 0) {
-            add<kPieces>(dq[0], step(n).slot, row + warp() * 16, panel);
+            add<kPieces>(dq[0], state.dq_tile(n), row + warp() * 16, panel);
           } else {
-            add<kDirect>(dq[0], step(n).slot, row + warp() * 16, panel, kBothWays ? n : sent);
+            add<kDirect>(dq[0], state.dq_tile(n), row + warp() * 16, panel, kBothWays ? n : sent);
           }
           if (S.deterministic && n > 0 && row + panel == 0) pass_turn<1>(n - 1);
         }
@@ -81,6 +81,10 @@ struct BackwardDq {
       pass_turn<0>(n - 1);
     } else if (!kPairs && lane_id() == 0) {
       await_additions<0>();
+    }
+    if constexpr (S.ends_dq) {
+      meet(kMeeting, 128);
+      if (threadIdx.x % 128 == 0) BackwardEnd<S>{p}.count(state.task.turn);
     }
   }
 
@@ -196,7 +200,7 @@ struct BackwardDq {
       Sum dq;
       make(dq, n, 0, panel, false, panel == first);
       if (panel + 1 == end) state.ds.template release<true>(n);
-      add<kPieces>(dq[0], step(n).slot, warp() * 16, panel);
+      add<kPieces>(dq[0], state.dq_tile(n), warp() * 16, panel);
     }
   }
 
@@ -261,7 +265,7 @@ struct BackwardDq {
         S.head_dim % kColumns == 0 ? kPieces : math::smaller(kColumns, S.head_dim - panel * kPanelColumns) / 8;
 #pragma unroll
     for (int j = 0; j < kFromRegisters; ++j) {
-      if (j < pieces) reduce(sum + Pieces::piece(0, first + j), dq[j]);
+      if (j < pieces) reduce<S.ends_dq>(sum + Pieces::piece(0, first + j), dq[j]);
     }
     if constexpr (kFromRegisters < kPieces) {
       const u32 from = at.dq(warp(), sent);
@@ -275,7 +279,8 @@ struct BackwardDq {
 #pragma unroll
       for (int j = kFromRegisters; j < kPieces; j += kRun) {
         if (j < pieces)
-          add_floats(sum + Pieces::piece(0, first + j), from + j * 512, math::smaller(kRun, pieces - j) * 512);
+          add_floats(sum + Pieces::piece(0, first + j), from + j * 512, math::smaller(kRun, pieces - j) * 512,
+                     S.ends_dq ? Keep::kYes : Keep::kAwhile);
       }
       close_additions();
     }

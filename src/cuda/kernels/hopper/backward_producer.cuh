@@ -13,7 +13,8 @@ struct BackwardProducer {
   BackwardState<S>& state;
   const BackwardLayout<S> at;
 
-  static constexpr u32 kMeeting = 1;  // the producers' barrier
+  static constexpr u32 kMeeting = 1;                                         // the producers' barrier
+  static constexpr Keep kKeepRows = S.ends_dq ? Keep::kAwhile : Keep::kYes;  // else all of dq_sum passes through L2
   FOVEA_DEVICE static bool leads() { return threadIdx.x == 0; }
 
   /// By one thread; by two warps where one looks for what a mask leaves and the other has its words copied; by all
@@ -125,7 +126,7 @@ struct BackwardProducer {
     const Sequence& sequence = state.walk.sequence;
     if constexpr (kByEngine) {
       if (!leads()) return;
-      load_panels<S.block_m, kDim>(to, map, full, {sequence.q_begin + row, step.head, batch()}, Keep::kYes,
+      load_panels<S.block_m, kDim>(to, map, full, {sequence.q_begin + row, step.head, batch()}, kKeepRows,
                                    kBytesOfStatistics);
     } else {
       copy<S.block_m, kDim>(to, sequence.band.seqlen_q - row, dim, view, sequence.q_row(view, row, step.head));

@@ -27,8 +27,18 @@ struct BackwardState {
   int number;          // likewise
   Ring<BackwardSm90Shared::of(S).bias_places> bias;
   Barrier keys_read;  // by all, where a block has one tile of keys after the other
+  BlockTask task;
+  bool has_keys;  // the block has, of the task's sequence
 
   FOVEA_DEVICE const Step& step(u32 n) const { return walk.steps[n % 8]; }
+  FOVEA_DEVICE void begin(const BackwardParams& p, int block) {
+    task = BlockTask::of<S>(p, block);
+    has_keys = task.part < 0 && task.exists(p);
+    if (has_keys) walk.take(p, task);
+    has_keys = S.holds_dq || (has_keys && walk.key_block * S.block_n < walk.sequence.kv_rows);
+  }
+  /// The tile of dq_sum that step n adds to.
+  FOVEA_DEVICE i64 dq_tile(u32 n) const { return S.ends_dq ? walk.dq_tiles[n % 8] : step(n).slot; }
   /// Of the keys of step n.
   FOVEA_DEVICE int key_block(u32 n) const { return S.holds_dq ? step(n).turn : walk.key_block; }
   FOVEA_DEVICE bool last_keys(int key_block) const { return (key_block + 1) * S.block_n >= walk.sequence.kv_rows; }

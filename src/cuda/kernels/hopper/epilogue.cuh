@@ -6,21 +6,6 @@
 // From sums to out and lse, by each warp for its 16 rows.
 namespace fovea::cuda {
 
-/// Lane t of a quad gets word t of each of its lanes, in their order.
-FOVEA_DEVICE void transpose_quad(u32 (&w)[4]) {
-  const u32 lane = threadIdx.x;
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool high = (lane & bit) != 0;
-#pragma unroll
-    for (int x = 0; x < 2; ++x) {
-      u32 &low_word = w[bit == 1 ? 2 * x : x], &high_word = w[bit == 1 ? 2 * x + 1 : x + 2];
-      const u32 other = __shfl_xor_sync(kAllLanes, high ? low_word : high_word, bit);
-      (high ? low_word : high_word) = other;
-    }
-  }
-}
-
 /// Two of what `store_matrices` stores four of.
 FOVEA_DEVICE void store_two_matrices(u32 address, u32 a, u32 b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");

@@ -8,9 +8,6 @@
 // Rows of q, k and v become panels in shared memory: by the copy engine, or by hand where it cannot read a tensor.
 namespace fovea::cuda {
 
-/// What L2 keeps: rows of q are read once, keys and values again and again, a bias by those who share it.
-enum class Keep : u64 { kNo = 0x12f0000000000000UL, kAwhile = 0x1000000000000000UL, kYes = 0x14f0000000000000UL };
-
 struct RowPlace {
   int row, head, batch;
 };
@@ -75,9 +72,16 @@ FOVEA_DEVICE void send_bytes(u32 to, u32 from, u32 bytes, const Barrier& barrier
 }
 
 /// Has some bytes, in steps of 16, added to floats in global memory; one of the thread's open group of such additions.
-FOVEA_DEVICE void add_floats(float* to, u32 from, u32 bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
-               "r"(bytes)
+FOVEA_DEVICE void add_floats(float* to, u32 from, u32 bytes, Keep keep) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;" ::"l"(to),
+      "r"(from), "r"(bytes), "l"(static_cast<u64>(keep))
+      : "memory");
+}
+/// Has them written there.
+FOVEA_DEVICE void store_bytes(float* to, u32 from, u32 bytes, Keep keep) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(to), "r"(from),
+               "r"(bytes), "l"(static_cast<u64>(keep))
                : "memory");
 }
 FOVEA_DEVICE void close_additions() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

@@ -1,0 +1,126 @@
+#pragma once
+
+#include "cuda/kernels/backward_queries.cuh"
+#include "cuda/kernels/hopper/backward_state.cuh"
+
+// Where blocks end dq: dq_sum has places for the kv heads at work.  When a head's key blocks have all added to its
+// place, other blocks of the same launch make dq of the sums and clear them for the head that takes the place next.  So
+// no kernel clears or reads as many sums as there are rows.  Who waits, waits for blocks of smaller numbers, which have
+// begun.
+namespace fovea::cuda {
+
+template <BackwardSpec S>
+struct BackwardEnd {
+  const BackwardSm90Params& p;
+
+  static constexpr int kBlocks = blocks_of_cluster(S);
+
+  /// By a whole warp, until so many of a turn's have been counted: its own, which add, then those that end it.
+  FOVEA_DEVICE void await(int turn, int blocks) const {
+    int now;
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(p.added + turn) : "memory");
+    } while (uniform(now < blocks * kBlocks));
+  }
+  /// By one thread, behind a barrier that all it tells of came before.
+  FOVEA_DEVICE void count(int turn) const {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(p.added + turn) : "memory");
+  }
+
+  /// By a whole warp, before it adds to the turn's place: until that has been cleared.
+  FOVEA_DEVICE void await_place(int turn) const {
+    if (uniform(turn < p.dq_places)) return;
+    await(turn - p.dq_places, p.key_blocks + p.dq_parts);
+    asm volatile("fence.proxy.async.global;" ::: "memory");  // the copy engine adds to it, too
+  }
+
+  /// By a block whose task is a part of a turn's dq.  Each warp takes every so many-th run of pieces; the copy engine
+  /// brings some of them at a time, and clears what they were.
+  FOVEA_DEVICE void run(const BlockTask& task, char* shared) const {
+    const int warp = static_cast<int>(uniform(threadIdx.x / kWarp)), lane = fresh(lane_id());
+    const Sequence sequence = Sequence::of(p, task.batch);
+    const int parts = p.dq_parts * kBlocks, part = task.part * kBlocks + rank_of_block<S>();
+    const int tiles = (sequence.q_rows + S.block_m - 1) / S.block_m, all = tiles * p.group;
+    const int each = (all + parts - 1) / parts, first = math::smaller(part * each, all),
+              runs = math::smaller(each, all - first) * kRuns;
+    const bool leads = lane == 0, taken_again = task.turn + p.dq_places < p.batch * p.kv_heads;
+    Barrier* const arrived = reinterpret_cast<Barrier*>(shared + kDqRunBytes) + warp * kAtOnce;
+    const u32 zeros = shared_address(shared), places = zeros + kDqRunsBegin + warp * kAtOnce * kDqRunBytes;
+    const auto sums = [&](int x) {
+      const int at = first + x / kRuns;
+      return p.dq_sum +
+             i64{DqPlaces{p}.first_tile(task.turn) + at / tiles * p.row_blocks + at % tiles} * (kTileBytes / 4) +
+             x % kRuns * (kDqRunBytes / 4);
+    };
+    const auto bytes = [](int x) { return math::smaller(kDqRunBytes, kTileBytes - x % kRuns * kDqRunBytes); };
+    const auto load = [&](int x, int n) {
+      arrived[n % kAtOnce].arrive_with(bytes(x));
+      load_bytes(places + n % kAtOnce * kDqRunBytes, sums(x), bytes(x), arrived[n % kAtOnce]);
+    };
+    if (leads) {
+      for (int n = 0; n < kAtOnce; ++n) arrived[n].begin(1);
+      fence_barriers();
+    }
+    for (int x = static_cast<int>(threadIdx.x); x < kDqRunBytes / 16; x += kBackwardThreads)
+      store_shared_16(zeros + x * 16, {});
+    fence_engine();
+    if (warp == 0) await(task.turn, p.key_blocks);
+    __syncthreads();
+    if (leads) {
+      asm volatile("fence.proxy.async.global;" ::: "memory");
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int x = warp + n * kWarps;
+        if (x < runs) load(x, n);
+      }
+    }
+    int n = 0;
+#pragma unroll 1
+    for (int x = warp; x < runs; x += kWarps, ++n) {
+      arrived[n % kAtOnce].wait(n / kAtOnce & 1);
+      if (leads && taken_again) store_bytes(sums(x), zeros, bytes(x), Keep::kYes);
+      const int at = first + x / kRuns;
+      end_run(sequence, lane, task.kv_head * p.group + at / tiles, at % tiles, x % kRuns * kDqRun,
+              places + n % kAtOnce * kDqRunBytes);
+      __syncwarp();
+      if (leads && x + kAtOnce * kWarps < runs) load(x + kAtOnce * kWarps, n + kAtOnce);
+    }
+    if (leads) {
+      close_additions();
+      await_additions<0>();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) count(task.turn);
+  }
+
+ private:
+  using Pieces = typename Backward<S>::Dq;
+  static constexpr int kWarps = kBackwardThreads / kWarp;
+  static constexpr int kTileBytes = S.block_m * S.head_dim * 4, kPieces = kTileBytes / 512;  // of a tile
+  static constexpr int kRuns = (kPieces + kDqRun - 1) / kDqRun, kAtOnce = dq_runs_at_once(S);
+  static_assert(kAtOnce > 0 && kWarps * kAtOnce * static_cast<int>(sizeof(Barrier)) <= kDqRunsBegin - kDqRunBytes);
+
+  /// Four pieces at a time, of which each lane has four numbers; lanes trade words for pieces of 16 bytes.
+  FOVEA_DEVICE void end_run(const Sequence& sequence, int lane, int head, int tile, int first, u32 sums) const {
+#pragma unroll
+    for (int of = 0; of < kDqRun; of += 4) {
+      u32 w[2][4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const uint4 four = load_shared_16(sums + (of + c) * 512 + lane * 16);
+        w[0][c] = pack<S.type>(__uint_as_float(four.x) * p.scale, __uint_as_float(four.y) * p.scale);
+        w[1][c] = pack<S.type>(__uint_as_float(four.z) * p.scale, __uint_as_float(four.w) * p.scale);
+      }
+      const int mine = first + of + lane % 4, column = Pieces::column_of(mine) * 8;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        transpose_quad(w[h]);
+        const int row = tile * S.block_m + Pieces::row_of(mine) * 16 + lane / 4 + 8 * h;
+        if (mine < kPieces && row < sequence.q_rows && column < p.head_dim)
+          write_piece(sequence.q_row(p.dq, row, head) + column * kBytes<S.type>, {w[h][0], w[h][1], w[h][2], w[h][3]},
+                      (p.head_dim - column) * kBytes<S.type>, p.dq.aligned);
+      }
+    }
+  }
+};
+
+}  // namespace fovea::cuda
