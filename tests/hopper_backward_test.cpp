@@ -163,7 +163,7 @@ TEST(HopperBackward, EndsDqInPlacesThatHeadsTakeOneAfterTheOther) {
   EXPECT_FALSE(shape_of("bwd bf16 b1 hq2 sq0 skv300 d128").spec.ends_dq) << "nothing is cleared without rows";
   for (const char* line :
        {"bwd bf16 b40 hq4 sq9 skv260 d128", "bwd fp16 b50 hq4 sq9 skv260 d136 causal=bottom_right deterministic",
-        "bwd fp16 b40 hq4 hkv4 sq33 skv260 d64 causal=bottom_right"}) {
+        "bwd fp16 b40 hq4 hkv4 sq9 skv260 d64 causal=bottom_right"}) {
     EXPECT_TRUE(shape_of(line).spec.ends_dq) << line << ", of the problem list";
   }
 }
