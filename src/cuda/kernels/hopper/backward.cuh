@@ -71,7 +71,7 @@ FOVEA_DEVICE void backward_sm90(const BackwardSm90Params& p) {
   if (state.has_keys) {
     backward_role<S>(p, state, {shared_address(shared)});
   } else if constexpr (S.ends_dq) {
-    if (state.task.exists(p)) BackwardEnd<S>{p}.run(state.task, shared);
+    if (state.task.exists(p)) BackwardEnd<S>{p}.run(state.task, shared);  // as lengths do not differ, a part of dq
   }
   if constexpr (kPairs) meet_cluster();  // the other one has sent all that it sends here
 }

@@ -14,7 +14,7 @@ struct BackwardProducer {
   const BackwardLayout<S> at;
 
   static constexpr u32 kMeeting = 1;                                         // the producers' barrier
-  static constexpr Keep kKeepRows = S.ends_dq ? Keep::kAwhile : Keep::kYes;  // else all of dq_sum passes through L2
+  static constexpr Keep kKeepRows = S.ends_dq ? Keep::kAwhile : Keep::kYes;  // dq_sum comes first where L2 can hold it
   FOVEA_DEVICE static bool leads() { return threadIdx.x == 0; }
 
   /// By one thread; by two warps where one looks for what a mask leaves and the other has its words copied; by all
