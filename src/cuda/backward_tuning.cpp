@@ -136,24 +136,28 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
 
   cut_up(problem, shape);
   if (spec.band && !spec.deterministic && shape.key_blocks > 0)
-    shape.heads_abreast = kv_heads_abreast(problem, std::int64_t{2} * gpu.multiprocessors / shape.key_blocks);
+    shape.heads_abreast = kv_heads_abreast(shape, std::int64_t{2} * gpu.multiprocessors / shape.key_blocks);
   share_out(problem, shape);
   return shape;
 }
 
-int kv_heads_abreast(const Problem& problem, std::int64_t most) {
-  return largest_divisor(problem.batch * problem.num_kv_heads, most);
-}
+int kv_heads_abreast(const BackwardShape& shape, std::int64_t most) { return largest_divisor(shape.turns, most); }
 
 void cut_up(const Problem& problem, BackwardShape& shape) {
   const BackwardSpec& spec = shape.spec;
   const std::int64_t batch = problem.batch, heads = problem.num_q_heads;
   shape.row_blocks = static_cast<int>(ceil_div(problem.seqlen_q, spec.block_m));
   shape.key_blocks = static_cast<int>(ceil_div(problem.seqlen_kv, spec.block_n));
-  const std::int64_t slots = problem.packed() ? problem.total_q / spec.block_m + batch : batch * shape.row_blocks;
-  shape.most_blocks = std::max({slots * heads, std::int64_t{shape.row_blocks} * heads * batch,
-                                std::int64_t{shape.key_blocks} * problem.num_kv_heads * batch});
+  const std::int64_t slots =
+      problem.packed() ? packed_slots<std::int64_t>(problem.total_q, spec.block_m, batch) : batch * shape.row_blocks;
+  const bool share_lines = problem.packed() && !spec.holds_dq;
+  const std::int64_t key_lines = spec.holds_dq ? 1
+                                 : share_lines ? packed_slots<std::int64_t>(problem.total_kv, spec.block_n, batch)
+                                               : shape.key_blocks,
+                     turns = problem.num_kv_heads * (share_lines ? 1 : batch);
+  shape.most_blocks = std::max(slots * heads, key_lines * turns);
   shape.row_slots = static_cast<int>(slots);
+  shape.key_lines = static_cast<int>(key_lines), shape.turns = static_cast<int>(turns);
 }
 
 void share_out(const Problem& problem, BackwardShape& shape) {

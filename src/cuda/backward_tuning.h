@@ -16,6 +16,7 @@ struct BackwardShape {
   int min_blocks = 1;                           ///< on a multiprocessor at once
   int row_blocks = 0, key_blocks = 0;           ///< of the longest sequence
   int row_slots = 0;                            ///< of blocks of rows, all sequences together
+  int key_lines = 0, turns = 0;                 ///< of blocks of a kv head, and such heads: `BlockTask`
   std::int64_t most_blocks = 0;                 ///< of any launch: a grid and an int hold 2^31 − 1
   int heads_abreast = 1;                        ///< see BackwardParams
   bool batch_inside = false;                    ///< likewise
@@ -32,7 +33,7 @@ void cut_up(const Problem& problem, BackwardShape& shape);
 /// The workspace, where all else is.
 void share_out(const Problem& problem, BackwardShape& shape);
 /// At most `most`, of which there is a whole number.
-[[nodiscard]] int kv_heads_abreast(const Problem& problem, std::int64_t most);
+[[nodiscard]] int kv_heads_abreast(const BackwardShape& shape, std::int64_t most);
 
 /// Nothing where no tile of it fits this GPU's shared memory.
 [[nodiscard]] std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuModel& gpu);

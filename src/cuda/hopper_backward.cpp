@@ -170,13 +170,13 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
   shape.most_blocks *= blocks_of_cluster(spec);
   if (spec.deterministic && shape.key_blocks > 0) {  // blocks that begin together are then of one turn
     const std::int64_t at_once = kMultiprocessors / blocks_of_cluster(spec);
-    shape.heads_abreast = kv_heads_abreast(problem, std::max(kInTurnsAbreast, at_once / shape.key_blocks));
+    shape.heads_abreast = kv_heads_abreast(shape, std::max(kInTurnsAbreast, at_once / shape.key_blocks));
   } else if (spec.band) {
-    shape.heads_abreast = kv_heads_abreast(problem, kMostAbreast);
+    shape.heads_abreast = kv_heads_abreast(shape, kMostAbreast);
   } else if (spec.bias) {
     const std::int64_t sharing =
         (problem.bias->batch ? 1 : problem.batch) * (problem.bias->heads ? 1 : problem.num_kv_heads);
-    shape.heads_abreast = kv_heads_abreast(problem, std::min(sharing, kMostAbreast));
+    shape.heads_abreast = kv_heads_abreast(shape, std::min(sharing, kMostAbreast));
   }
   shape.batch_inside = problem.bias && !problem.bias->batch;  // sequences that share it read it at a time
   end_dq(problem, shape);

@@ -72,7 +72,8 @@ struct BackwardParams : CallParams {
   HeadView dslopes;
   float* dsink;
   int row_blocks, key_blocks;  // of the longest sequence
-  int row_slots;               // of blocks of rows, all sequences together
+  int row_slots;               // of blocks of rows, all sequences together; of packed ones `PackedBlock`
+  int key_lines;               // of blocks of a kv head: `BlockTask`
   int heads_abreast;           // kv heads, of any sequences, whose blocks take turns in the grid
   // Where blocks end dq:
   int dq_places;  // of kv heads in dq_sum

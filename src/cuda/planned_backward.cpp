@@ -18,6 +18,7 @@ BackwardCall::BackwardCall(const Problem& problem, const BackwardShape& shape, c
   params_.row_blocks = shape.row_blocks;
   params_.key_blocks = shape.key_blocks;
   params_.row_slots = shape.row_slots;
+  params_.key_lines = shape.key_lines;
   params_.heads_abreast = shape.heads_abreast;
   params_.batch_inside = shape.batch_inside;
   params_.dq_places = shape.dq_places;
@@ -59,11 +60,11 @@ BackwardParams BackwardCall::params(const Inputs& inputs, const Outputs& outputs
 
 void BackwardCall::before(BackwardParams& p, void* workspace, void* stream) const {
   mask_words_.make(p, workspace, stream);
-  launch(rows_, p.row_blocks * p.q_heads * p.batch, p, stream);
+  launch(rows_, p.row_slots * p.q_heads, p, stream);
 }
 
 void BackwardCall::after(BackwardParams p, const Outputs& outputs, void* stream) const {
-  if (queries_) launch(*queries_, p.row_blocks * p.q_heads * p.batch, p, stream);
+  if (queries_) launch(*queries_, p.row_slots * p.q_heads, p, stream);
   if (p.dslopes.data != nullptr || p.dsink != nullptr)
     launch(*sums_, p.q_heads * (p.slopes.per_batch ? p.batch : 1), p, stream);
   if (p.dbias.data == nullptr) return;

@@ -25,7 +25,7 @@ class BackwardCall {
   void after(BackwardParams p, const Outputs& outputs, void* stream) const;
   /// Blocks of the main kernel, which may be none.
   [[nodiscard]] int main_blocks(const BackwardParams& p) const {
-    return ((shape_.spec.holds_dq ? 1 : p.key_blocks) + p.dq_parts) * (p.kv_heads * p.batch + p.dq_lag);
+    return (p.key_lines + p.dq_parts) * (shape_.turns + p.dq_lag);
   }
 
  private:

@@ -54,8 +54,9 @@ struct Step {
 
 /// What a block is for.  Blocks: heads abreast × lines × the rest of kv heads × batch.  Lines are a kv head's key
 /// blocks, and before them, where blocks end dq, those that end that of the kv head p.dq_lag turns before; so many
-/// turns more have no kv head of their own.  Early keys, which most rows see under a causal rule, come first; where dq
-/// is added up in order they come last, so that a block's first tile waits for nobody.
+/// turns more have no kv head of their own.  Of packed sequences a kv head's turn has the slots of all (`PackedBlock`).
+/// Early keys, which most rows see under a causal rule, come first; where dq is added up in order they come last, so
+/// that a block's first tile waits for nobody.
 struct BlockTask {
   int turn;  // of the kv head among those of all sequences
   int batch, kv_head;
@@ -63,15 +64,16 @@ struct BlockTask {
 
   template <BackwardSpec S>
   FOVEA_DEVICE static BlockTask of(const BackwardParams& p, int block) {
-    const int key_blocks = S.holds_dq ? 1 : p.key_blocks, parts = S.ends_dq ? p.dq_parts : 0,
-              lines = key_blocks + parts, row = block / p.heads_abreast, line = row % lines - parts;
+    const int parts = S.ends_dq ? p.dq_parts : 0, lines = p.key_lines + parts, row = block / p.heads_abreast,
+              line = row % lines - parts, key_line = S.deterministic ? p.key_lines - 1 - line : line;
     const bool ends = S.ends_dq && line < 0, batch_inside = S.bias && p.batch_inside;
     const int turn = row / lines * p.heads_abreast + block % p.heads_abreast - (ends ? p.dq_lag : 0);
+    if (!S.holds_dq && !S.ends_dq && p.cu_seqlens_kv.data != nullptr) {
+      const auto [batch, key_block] = packed_block(p, p.cu_seqlens_kv, p.total_kv, S.block_n, key_line);
+      return {turn, batch, turn, key_block, -1};
+    }
     return {turn, batch_inside ? turn % p.batch : turn / p.kv_heads, batch_inside ? turn / p.batch : turn % p.kv_heads,
-            ends              ? -1
-            : S.deterministic ? key_blocks - 1 - line
-                              : line,
-            ends ? line + parts : -1};
+            ends ? -1 : key_line, ends ? line + parts : -1};
   }
   FOVEA_DEVICE bool exists(const BackwardParams& p) const { return turn >= 0 && turn < p.batch * p.kv_heads; }
 };

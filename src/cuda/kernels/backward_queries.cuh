@@ -37,12 +37,12 @@ FOVEA_DEVICE void write_dq(const BackwardParams& p, const Sequence& sequence, in
   }
 }
 
-/// Blocks: row blocks × heads × batch.  A thread takes 8 columns of the rows r and r + 8 of a piece of 16 × 8, which
-/// are 64 bytes in a row.
+/// Blocks: `RowBlock`.  A thread takes 8 columns of the rows r and r + 8 of a piece of 16 × 8, which are 64 bytes in a
+/// row.
 template <BackwardSpec S>
 __device__ void backward_queries(const BackwardParams& p) {
-  const int block = static_cast<int>(blockIdx.x), tile = block % p.row_blocks, head = block / p.row_blocks % p.q_heads;
-  const Sequence sequence = Sequence::of(p, block / p.row_blocks / p.q_heads);
+  const auto [batch, head, tile] = RowBlock::of(p, S.block_m);
+  const Sequence sequence = Sequence::of(p, batch);
   const float* sum = p.dq_sum + RowSlots(p, sequence, S.block_m).at(head, tile) * (S.block_m * S.head_dim);
   constexpr int kAcross = S.head_dim / 8;
   for (int at = static_cast<int>(threadIdx.x); at < S.block_m / 16 * kAcross * 8; at += kSideThreads) {

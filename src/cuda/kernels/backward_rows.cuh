@@ -80,14 +80,13 @@ FOVEA_DEVICE void clear_sums(const BackwardParams& p, i64 tile) {
   for (int x = static_cast<int>(threadIdx.x); x < S.block_m * S.head_dim / 4; x += kSideThreads) sums[x] = {};
 }
 
-/// Blocks: row blocks × heads × batch.  Writes log2_lse, delta and the sink's parts, clears the tickets and what is
-/// added to of dq_sum.
+/// Blocks: `RowBlock`.  Writes log2_lse, delta and the sink's parts, clears the tickets and what is added to of dq_sum.
 template <BackwardSpec S>
 __device__ void backward_rows(const BackwardParams& p) {
   constexpr int kLanes = math::larger(kSideThreads / S.block_m, 4);  // that share a row
-  const int block = static_cast<int>(blockIdx.x), tile = block % p.row_blocks, head = block / p.row_blocks % p.q_heads;
-  const Sequence sequence = Sequence::of(p, block / p.row_blocks / p.q_heads);
-  if ((S.deterministic || S.ends_dq) && block == 0 && threadIdx.x == 0) *p.begun = 0;
+  const auto [batch, head, tile] = RowBlock::of(p, S.block_m);
+  const Sequence sequence = Sequence::of(p, batch);
+  if ((S.deterministic || S.ends_dq) && blockIdx.x + threadIdx.x == 0) *p.begun = 0;
   if constexpr (S.ends_dq) {
     const DqPlaces places{p};
     const int turn = places.turn(sequence.batch, head / p.group), of_group = head % p.group;

@@ -12,9 +12,28 @@ struct RowSlots {
   int first, count;  // of this sequence, of all
   FOVEA_DEVICE RowSlots(const BackwardParams& p, const Sequence& sequence, int block_m)
       : first(p.cu_seqlens_q.data == nullptr ? sequence.batch * p.row_blocks
-                                             : sequence.q_begin / block_m + sequence.batch),
+                                             : first_slot(sequence.q_begin, block_m, sequence.batch)),
         count(p.row_slots) {}
   FOVEA_DEVICE i64 at(int head, int tile) const { return i64{head} * count + first + tile; }
+};
+
+/// The block of rows or keys in a slot; `begins`: p.cu_seqlens_q or p.cu_seqlens_kv.
+FOVEA_DEVICE PackedBlock packed_block(const BackwardParams& p, const IndexView& begins, int total, int size, int slot) {
+  return PackedBlock::of([&](int b) { return Sequence::number(begins, b, total); }, p.batch, size, slot);
+}
+
+/// A block of rows of a head.
+struct RowBlock {
+  int batch, head, tile;
+
+  /// Blocks: row blocks × heads × batch, or, of packed sequences, heads × slots.
+  FOVEA_DEVICE static RowBlock of(const BackwardParams& p, int block_m) {
+    const int block = static_cast<int>(blockIdx.x);
+    if (p.cu_seqlens_q.data == nullptr)
+      return {block / p.row_blocks / p.q_heads, block / p.row_blocks % p.q_heads, block % p.row_blocks};
+    const auto [batch, tile] = packed_block(p, p.cu_seqlens_q, p.total_q, block_m, block / p.q_heads);
+    return {batch, block % p.q_heads, tile};
+  }
 };
 
 /// Where blocks end dq, dq_sum has p.dq_places places for the rows that read a kv head of a sequence, which those heads

@@ -11,12 +11,12 @@ struct Sequence {
   int kv_begin, kv_rows;  // rows of dk and dv to be written; band.seqlen_kv of them are real
   Band band;
 
+  /// The host cannot see these numbers: whatever they are, nothing outside the tensors is touched.
+  FOVEA_DEVICE static int number(const IndexView& view, int i, int most) {
+    return math::smaller(math::larger(view.data[i * view.stride], 0), most);
+  }
   FOVEA_DEVICE static Sequence of(const CallParams& p, int b) {
     Sequence s{b, 0, p.seqlen_q, 0, p.seqlen_kv, {}};
-    // The host cannot see these numbers: whatever they are, nothing outside the tensors is touched.
-    const auto number = [](const IndexView& view, int i, int most) {
-      return math::smaller(math::larger(view.data[i * view.stride], 0), most);
-    };
     if (p.cu_seqlens_q.data != nullptr) {
       s.q_begin = number(p.cu_seqlens_q, b, p.total_q);
       s.q_rows = math::smaller(math::larger(number(p.cu_seqlens_q, b + 1, p.total_q) - s.q_begin, 0), p.seqlen_q);

@@ -40,16 +40,14 @@ struct BackwardEnd {
     const int warp = static_cast<int>(uniform(threadIdx.x / kWarp)), lane = fresh(lane_id());
     const Sequence sequence = Sequence::of(p, task.batch);
     const int parts = p.dq_parts * kBlocks, part = task.part * kBlocks + rank_of_block<S>();
-    const int tiles = (sequence.q_rows + S.block_m - 1) / S.block_m, all = tiles * p.group;
+    const int all = p.row_blocks * p.group;  // as lengths do not differ
     const int each = (all + parts - 1) / parts, first = math::smaller(part * each, all),
               runs = math::smaller(each, all - first) * kRuns;
     const bool leads = lane == 0, taken_again = task.turn + p.dq_places < p.batch * p.kv_heads;
     Barrier* const arrived = reinterpret_cast<Barrier*>(shared + kDqRunBytes) + warp * kAtOnce;
     const u32 zeros = shared_address(shared), places = zeros + kDqRunsBegin + warp * kAtOnce * kDqRunBytes;
     const auto sums = [&](int x) {
-      const int at = first + x / kRuns;
-      return p.dq_sum +
-             i64{DqPlaces{p}.first_tile(task.turn) + at / tiles * p.row_blocks + at % tiles} * (kTileBytes / 4) +
+      return p.dq_sum + i64{DqPlaces{p}.first_tile(task.turn) + first + x / kRuns} * (kTileBytes / 4) +
              x % kRuns * (kDqRunBytes / 4);
     };
     const auto bytes = [](int x) { return math::smaller(kDqRunBytes, kTileBytes - x % kRuns * kDqRunBytes); };
@@ -79,7 +77,7 @@ struct BackwardEnd {
       arrived[n % kAtOnce].wait(n / kAtOnce & 1);
       if (leads && taken_again) store_bytes(sums(x), zeros, bytes(x), Keep::kYes);
       const int at = first + x / kRuns;
-      end_run(sequence, lane, task.kv_head * p.group + at / tiles, at % tiles, x % kRuns * kDqRun,
+      end_run(sequence, lane, task.kv_head * p.group + at / p.row_blocks, at % p.row_blocks, x % kRuns * kDqRun,
               places + n % kAtOnce * kDqRunBytes);
       __syncwarp();
       if (leads && x + kAtOnce * kWarps < runs) load(x + kAtOnce * kWarps, n + kAtOnce);

@@ -31,6 +31,7 @@ __device__ void forward_sm90(const ForwardSm90Params& p) {
     state.k.begin(kWarps + (S.mask ? kFetchers : 0)), state.v.begin(kWarps);
     for (auto& ring : state.entries) ring.begin(4, kWarp);
     state.known.begin(1), state.late.begin(1);
+    state.packed = {};
     fence_barriers();
     fence_engine();
   }

@@ -40,11 +40,10 @@ struct Producer {
     Work<S>& work = work_of(n);
     if (leads()) {
       if (n > 0) tile = Tickets::next(p, tile);
-      for (; tile < p.tiles; tile = Tickets::next(p, tile)) {
-        work.find(p, tile);
-        if (work.rows.left() > 0) break;
+      if (!work.find(p, tile, state.packed)) {
+        work.rows = {};
+        Tickets::end(p, tile, p.cu_seqlens_q.data == nullptr ? p.tiles : state.packed.first);
       }
-      if (tile >= p.tiles) work.rows = {};
       if constexpr (kByEngine) state.known.arrive();
     }
     share();

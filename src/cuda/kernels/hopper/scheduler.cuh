@@ -7,9 +7,9 @@
 // with the tile of its number and then draws the next one, late.
 namespace fovea::cuda {
 
-/// The next tile to be had.  The word is in a workspace that may hold anything, so whoever comes first begins it;
-/// whoever is the last to find nothing left clears it, so that the next launch, or the next replay of a graph, begins
-/// it anew.
+/// The number of the next tile to be had.  The word is in a workspace that may hold anything, so whoever comes first
+/// begins it; whoever is the last to find nothing left clears it, so that the next launch, or the next replay of a
+/// graph, begins it anew.
 struct Tickets {
   static constexpr int kBits = 24;
   static constexpr u64 kBegun = 0x9e3779b97fUL << kBits;  // above the number
@@ -21,9 +21,28 @@ struct Tickets {
       const u64 now = *static_cast<volatile u64*>(p.ticket);
       if (now >> kBits != kBegun >> kBits) atomicCAS(word, now, kBegun | gridDim.x);
     }
-    const u32 drawn = static_cast<u32>(atomicAdd(word, 1ULL)) & ((1U << kBits) - 1);
-    if (drawn == static_cast<u32>(p.tiles) + gridDim.x - 1) *static_cast<volatile u64*>(p.ticket) = 0;
-    return static_cast<int>(drawn);
+    return static_cast<int>(static_cast<u32>(atomicAdd(word, 1ULL)) & ((1U << kBits) - 1));
+  }
+  /// By who has drawn `tile`, where there are only `tiles`.
+  FOVEA_DEVICE static void end(const ForwardSm90Params& p, int tile, int tiles) {
+    if (tile == tiles + static_cast<int>(gridDim.x) - 1) *static_cast<volatile u64*>(p.ticket) = 0;
+  }
+};
+
+/// Packed sequences have their tiles one after the other, as many as their rows fill.  Where a thread is among them,
+/// whose numbers only grow.
+struct PackedTiles {
+  int batch, first;  // a sequence, and the number of its first tile; behind the last one, how many tiles there are
+  int row_blocks;    // of it
+
+  template <ForwardSm90Spec S>
+  FOVEA_DEVICE bool find(const ForwardSm90Params& p, int tile) {
+    for (; batch < p.batch; ++batch) {
+      row_blocks = (Sequence::of(p, batch).q_rows + block_m(S) - 1) / block_m(S);
+      if (tile < first + row_blocks * p.q_heads) return true;
+      first += row_blocks * p.q_heads;
+    }
+    return false;
   }
 };
 
@@ -47,14 +66,17 @@ struct Work {
     return reach[group].tile({tile * S.block_n, tile * S.block_n + S.block_n});
   }
 
-  /// The rows that see the most under a causal rule come first.
-  FOVEA_DEVICE void find(const ForwardSm90Params& p, int tile) {
-    const int inside = p.batch_inside ? p.batch : p.q_heads, outside = p.batch_inside ? p.q_heads : p.batch;
-    const auto [outer, inner, turn] = HeadTurn::of(tile, p.heads_abreast, p.row_blocks, inside, outside);
-    const int batch = p.batch_inside ? inner : outer, head = p.batch_inside ? outer : inner;
+  /// The tile of this number, if there is one.  The rows that see the most under a causal rule come first.
+  FOVEA_DEVICE bool find(const ForwardSm90Params& p, int tile, PackedTiles& packed) {
+    const bool is_packed = p.cu_seqlens_q.data != nullptr, batch_inside = p.batch_inside && !is_packed;
+    if (is_packed ? !packed.find<S>(p, tile) : tile >= p.tiles) return false;
+    const int inside = batch_inside ? p.batch : p.q_heads, outside = batch_inside ? p.q_heads : p.batch;
+    const int row_blocks = is_packed ? packed.row_blocks : p.row_blocks;
+    const auto [outer, inner, turn] =
+        HeadTurn::of(tile - packed.first, p.heads_abreast, row_blocks, inside, is_packed ? 1 : outside);
+    const int batch = batch_inside ? inner : outer + packed.batch, head = batch_inside ? outer : inner;
     sequence = Sequence::of(p, batch);
-    rows = {(p.row_blocks - 1 - turn) * block_m(S), sequence.q_rows, head, 1};
-    if (rows.left() <= 0) return;
+    rows = {(row_blocks - 1 - turn) * block_m(S), sequence.q_rows, head, 1};
     asm volatile("" ::: "memory");  // what is known lies in shared memory: registers are few
     kv_head = head / p.group;
     const Interval keys = sequence.band.keys_of_rows(rows.queries(0, block_m(S)));
@@ -67,6 +89,7 @@ struct Work {
     }
     if constexpr (S.dropout)
       stream = math::dropout_stream(p.seed, p.offset, static_cast<u32>(batch * p.q_heads + head));
+    return true;
   }
 };
 

@@ -13,6 +13,7 @@ struct State {
   Barrier known, late;              // the next tile of rows; when to look for the one after
   static constexpr int kWorks = 4;  // the next one is known before Q is given back, and that before out is written
   Work<S> work[kWorks];
+  PackedTiles packed;                           // for who claims tiles
   Step steps[S.mask ? S.stages : 1];            // of the tiles of K in the ring
   Ring<entry_places(S)> entries[S.warpgroups];  // of a bias and a mask
 
