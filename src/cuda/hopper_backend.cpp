@@ -26,6 +26,7 @@ class ForwardSm90Plan final : public PlannedKernel {
  public:
   ForwardSm90Plan(const Problem& problem, const ForwardSm90Shape& shape, const Device& device)
       : shape_(shape),
+        packed_(problem.packed()),
         device_(device),
         multiprocessors_(model_of_device(device).multiprocessors),
         mask_words_(problem, kTicketBytes, device, kHopper, true),
@@ -46,8 +47,9 @@ class ForwardSm90Plan final : public PlannedKernel {
                          std::to_string(s.stages) + " stages, " + std::to_string(s.warpgroups) + " warpgroups of " +
                          std::to_string(consumer_registers(s)) + " registers and one of " +
                          std::to_string(producer_registers(s))},
-            {"order", std::to_string(shape_.tiles) + " tiles, " + std::to_string(shape_.heads_abreast) +
-                          (shape_.heads_abreast == 1 ? " head" : " heads") + " in turns"}};
+            {"order", (packed_ ? "at most " : "") + std::to_string(shape_.tiles) + " tiles, " +
+                          std::to_string(shape_.heads_abreast) + (shape_.heads_abreast == 1 ? " head" : " heads") +
+                          " in turns"}};
   }
 
   void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const override {
@@ -80,6 +82,7 @@ class ForwardSm90Plan final : public PlannedKernel {
   }
 
   ForwardSm90Shape shape_;
+  bool packed_;  // then sequences may have fewer tiles
   Device device_;
   int multiprocessors_;
   MaskWords mask_words_;

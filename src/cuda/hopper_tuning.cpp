@@ -135,6 +135,7 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
   shape.tiles = shape.row_blocks * problem.num_q_heads * problem.batch;
   shape.batch_inside = problem.bias && !problem.bias->batch;
   shape.heads_abreast = heads_abreast_sm90(problem, keys);
+  if (problem.packed()) shape.heads_abreast = std::min(shape.heads_abreast, problem.num_q_heads);  // of one sequence
   return shape;
 }
 
