@@ -269,7 +269,7 @@ class Bookkeeper {
   [[nodiscard]] Rounded score_gradient(const Rounded& p, double dp, double dp_error, double delta, double dlse) const {
     const double difference = dp - delta, sum = difference + dlse;
     const double sum_error = (p.value + kLost) * together({dp_error, difference, sum});
-    return {p.value * sum, together({p.computed * sum, sum_error, p.value * sum}) + kLost,
+    return {p.value * sum, together({p.computed * sum, sum_error, p.value * sum}),
             p.stored * std::abs(sum) + smallest_};
   }
 

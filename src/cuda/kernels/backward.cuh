@@ -58,7 +58,7 @@ struct Step {
 /// Early keys, which most rows see under a causal rule, come first; where dq is added up in order they come last, so
 /// that a block's first tile waits for nobody.
 struct BlockTask {
-  int turn;  // of the kv head among those of all sequences
+  int turn;  // of the kv head among those of all sequences, of which packed ones are one
   int batch, kv_head;
   int key_block, part;  // of its keys, or of its dq; the other one is −1
 
