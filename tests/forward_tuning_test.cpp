@@ -4,8 +4,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <random>
+#include <set>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "cuda/packed_blocks.h"
 #include "cuda/params.h"
 #include "cuda/spec.h"
 #include "fovea/problem.h"
@@ -72,6 +77,40 @@ TEST(ForwardTuning, KeysOfFewRowsAreSplitIntoEvenTurnsOfTheMultiprocessors) {
 TEST(ForwardTuning, NothingIsLaunchedForNoRows) {
   EXPECT_EQ(shape_of("fwd bf16 b2 hq2 sq0 skv8 d64", 90).most_blocks, 0);
   EXPECT_GT(shape_of("fwd bf16 b2 hq2 sq1 skv0 d64", 90).most_blocks, 0);
+}
+
+TEST(ForwardTuning, PackedSequencesShareTheBlocksOfAHead) {
+  const ForwardShape packed = shape_of("fwd fp32 hq8 hkv2 d64 packed=100+3000+0+7", 90);
+  EXPECT_EQ(packed.row_blocks, 3107 / packed.spec.block_m + 4);
+  EXPECT_EQ(packed.most_blocks, 8 * packed.row_blocks);
+  const ForwardShape one_each = shape_of("fwd bf16 hq32 hkv8 d128 packed_q=1+1+1+1 packed_kv=8192+8192+8192+8192", 90);
+  EXPECT_EQ(one_each.splits, shape_of("fwd bf16 b4 hq32 hkv8 sq1 skv8192 d128", 90).splits)
+      << "empty blocks are not busy";
+  EXPECT_EQ(one_each.row_blocks, 16 / one_each.spec.block_m + 4);
+}
+
+/// Random sequences, many of them empty: each block has a slot of its own, and what else there is lies past an end.
+TEST(PackedBlock, EachBlockOfPackedSequencesHasASlot) {
+  std::mt19937 random(28);
+  for (const int size : {32, 64, 128}) {
+    for (int batch = 1; batch <= 40; ++batch) {
+      std::vector<int> begins{0};
+      for (int b = 0; b < batch; ++b)
+        begins.push_back(begins.back() + (random() % 3 == 0 ? 0 : static_cast<int>(random() % (3U * size))));
+      std::set<std::pair<int, int>> found;
+      int empty = 0;
+      for (int slot = 0; slot < packed_slots(begins.back(), size, batch); ++slot) {
+        const auto [b, block] = PackedBlock::of([&](int i) { return begins[i]; }, batch, size, slot);
+        const bool there = begins[b] + block * size < begins[b + 1];
+        empty += there ? 0 : 1;
+        EXPECT_TRUE(!there || found.emplace(b, block).second) << "slot " << slot << " of " << batch << " sequences";
+      }
+      std::size_t blocks = 0;
+      for (int b = 0; b < batch; ++b) blocks += (begins[b + 1] - begins[b] + size - 1) / size;
+      EXPECT_EQ(found.size(), blocks) << batch << " sequences in blocks of " << size;
+      EXPECT_LE(empty, batch);
+    }
+  }
 }
 
 }  // namespace

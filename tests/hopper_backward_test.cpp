@@ -1,9 +1,6 @@
 // How the Hopper family cuts up a backward pass: what its kernel takes for granted.
 #include <gtest/gtest.h>
 
-#include <random>
-#include <set>
-
 #include "cuda/backward_plan_sm90.h"
 #include "cuda/hopper_backend.h"
 #include "cuda/hopper_backward.h"
@@ -138,30 +135,6 @@ TEST(HopperBackward, PackedSequencesShareTheLinesOfAKvHead) {
   const BackwardShape batch = shape_of("bwd bf16 b3 hq8 hkv2 sq300 d128");
   EXPECT_EQ(batch.key_lines, batch.key_blocks);
   EXPECT_EQ(batch.turns, 6);
-}
-
-/// Random sequences, many of them empty: each block has a slot of its own, and what else there is lies past an end.
-TEST(HopperBackward, EachBlockOfPackedSequencesHasASlot) {
-  std::mt19937 random(28);
-  for (const int size : {32, 64, 128}) {
-    for (int batch = 1; batch <= 40; ++batch) {
-      std::vector<int> begins{0};
-      for (int b = 0; b < batch; ++b)
-        begins.push_back(begins.back() + (random() % 3 == 0 ? 0 : static_cast<int>(random() % (3U * size))));
-      std::set<std::pair<int, int>> found;
-      int empty = 0;
-      for (int slot = 0; slot < packed_slots(begins.back(), size, batch); ++slot) {
-        const auto [b, block] = PackedBlock::of([&](int i) { return begins[i]; }, batch, size, slot);
-        const bool there = begins[b] + block * size < begins[b + 1];
-        empty += there ? 0 : 1;
-        EXPECT_TRUE(!there || found.emplace(b, block).second) << "slot " << slot << " of " << batch << " sequences";
-      }
-      std::size_t blocks = 0;
-      for (int b = 0; b < batch; ++b) blocks += (begins[b + 1] - begins[b] + size - 1) / size;
-      EXPECT_EQ(found.size(), blocks) << batch << " sequences in blocks of " << size;
-      EXPECT_LE(empty, batch);
-    }
-  }
 }
 
 TEST(HopperBackward, HoldsDqWhereBlocksOfAllKeysFillTheGpu) {

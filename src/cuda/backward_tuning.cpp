@@ -4,6 +4,7 @@
 #include <array>
 
 #include "cuda/backward_plan.h"
+#include "cuda/packed_blocks.h"
 #include "math/band.h"
 
 namespace fovea::cuda {

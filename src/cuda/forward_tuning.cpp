@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 
+#include "cuda/packed_blocks.h"
 #include "cuda/params.h"
 #include "math/band.h"
 
@@ -170,7 +171,7 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
 
   const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
   spec.pack_gqa = group > 1 && problem.seqlen_q * group <= kFewRows;
-  const std::int64_t rows = problem.seqlen_q * (spec.pack_gqa ? group : 1);
+  const std::int64_t of_a_query = spec.pack_gqa ? group : 1, rows = problem.seqlen_q * of_a_query;
 
   const int widest = std::max(spec.head_dim, round_up(columns, 16));
   bool fits = false;
@@ -199,10 +200,15 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   }
   if (!fits) return std::nullopt;
 
-  shape.row_blocks = static_cast<int>(ceil_div(rows, spec.block_m));
-  const std::int64_t heads = spec.pack_gqa ? problem.num_kv_heads : problem.num_q_heads;
-  const std::int64_t blocks = problem.batch * heads * shape.row_blocks * shape.v_chunks;
-  shape.heads_abreast = std::max<std::int64_t>(1, heads_abreast(problem, gpu) / (spec.pack_gqa ? group : 1));
+  // Sequences that are packed are one to the grid, with some empty blocks among theirs.
+  const std::int64_t lines = problem.num_q_heads / of_a_query * (problem.packed() ? 1 : problem.batch);
+  const std::int64_t longest = ceil_div(rows, spec.block_m);
+  const std::int64_t row_blocks =
+      problem.packed() ? packed_slots<std::int64_t>(problem.total_q * of_a_query, spec.block_m, problem.batch)
+                       : longest;
+  const std::int64_t blocks = lines * std::min(row_blocks, longest * problem.batch) * shape.v_chunks;
+  shape.row_blocks = static_cast<int>(row_blocks);
+  shape.heads_abreast = std::max<std::int64_t>(1, std::min(heads_abreast(problem, gpu) / of_a_query, lines));
   const std::int64_t step = std::int64_t{spec.block_n} * spec.slices, steps = ceil_div(problem.seqlen_kv, step);
   // A block with a ring has enough under way for a multiprocessor of its own; of others as many as fit make one turn.
   const std::int64_t slots = gpu.multiprocessors * (spec.slices > 1 ? 1 : shape.min_blocks);
@@ -212,7 +218,7 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   shape.keys_per_split = static_cast<int>(std::max<std::int64_t>(1, ceil_div(steps, splits)) * step);
   shape.splits = static_cast<int>(std::max<std::int64_t>(1, ceil_div(problem.seqlen_kv, shape.keys_per_split)));
   spec.split = shape.splits > 1;
-  shape.most_blocks = blocks * shape.splits;
+  shape.most_blocks = lines * row_blocks * shape.v_chunks * shape.splits;
   if (spec.split) {
     shape.partial_bytes = static_cast<std::size_t>(problem.batch * problem.num_q_heads * problem.seqlen_q *
                                                    shape.v_chunks * shape.splits * (spec.head_dim_v + kPartFacts)) *

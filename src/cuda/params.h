@@ -53,7 +53,7 @@ struct CallParams {
 struct ForwardParams : CallParams {
   RowView out;
   StatView lse;
-  int row_blocks;      // of the longest sequence
+  int row_blocks;      // of a sequence; of packed ones, together, as in `PackedBlock`
   int heads_abreast;   // heads, of any sequences, whose blocks take turns in the grid
   int v_chunks;        // blocks that share out the columns of v
   int v_columns;       // of such a block

@@ -729,8 +729,8 @@ struct Forward {
   }
 };
 
-/// Blocks: `HeadTurn`s, row blocks (late ones, which see the most under a causal rule, first) × columns of v ×
-/// parts of the keys.
+/// Blocks: `HeadTurn`s, row blocks (late ones, which see the most under a causal rule, first; of packed sequences all
+/// together) × columns of v × parts of the keys.
 template <ForwardSpec S>
 __device__ void forward(const ForwardParams& p) {
   using Kernel = Forward<S>;
@@ -739,13 +739,16 @@ __device__ void forward(const ForwardParams& p) {
   static_assert(sizeof(typename Kernel::Block) <= block_bytes(S));
   typename Kernel::Block& me = *reinterpret_cast<typename Kernel::Block*>(shared + shared_bytes(S) - block_bytes(S));
   if (lane_id() == 0) {  // of each warp: what has to be known, shared out
-    const auto [batch, head, turn] =
+    const bool packed = p.cu_seqlens_q.data != nullptr;
+    const auto [outer, head, turn] =
         HeadTurn::of(static_cast<int>(blockIdx.x), p.heads_abreast, p.row_blocks * p.v_chunks * p.splits,
-                     S.pack_gqa ? p.kv_heads : p.q_heads, p.batch);
-    const int part = turn / p.row_blocks, row_block = turn - part * p.row_blocks, group = S.pack_gqa ? p.group : 1;
+                     S.pack_gqa ? p.kv_heads : p.q_heads, packed ? 1 : p.batch);
+    const int part = turn / p.row_blocks, late = p.row_blocks - 1 - (turn - part * p.row_blocks);
+    const int group = S.pack_gqa ? p.group : 1;
+    const auto [batch, row_block] =
+        packed ? packed_block(p, p.cu_seqlens_q, p.total_q, S.block_m, late, group) : PackedBlock{outer, late};
     const Sequence sequence = Sequence::of(p, batch);
-    const typename Kernel::Rows rows{(p.row_blocks - 1 - row_block) * S.block_m, sequence.q_rows * group, head * group,
-                                     group};
+    const typename Kernel::Rows rows{row_block * S.block_m, sequence.q_rows * group, head * group, group};
     constexpr int kRows = 16 * Kernel::kM;
     constexpr int kWarps = S.slices * S.warps;
     const int warp = Kernel::slice() * S.warps + warp_id();

@@ -17,11 +17,6 @@ struct RowSlots {
   FOVEA_DEVICE i64 at(int head, int tile) const { return i64{head} * count + first + tile; }
 };
 
-/// The block of rows or keys in a slot; `begins`: p.cu_seqlens_q or p.cu_seqlens_kv.
-FOVEA_DEVICE PackedBlock packed_block(const BackwardParams& p, const IndexView& begins, int total, int size, int slot) {
-  return PackedBlock::of([&](int b) { return Sequence::number(begins, b, total); }, p.batch, size, slot);
-}
-
 /// A block of rows of a head.
 struct RowBlock {
   int batch, head, tile;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cuda/kernels/copies.cuh"
+#include "cuda/packed_blocks.h"
 
 // Where the rows and keys of one sequence lie, and what they may see.
 namespace fovea::cuda {
@@ -41,6 +42,12 @@ struct Sequence {
     return view.data + batch * view.batch + head * view.head + i * view.query + j * view.key;
   }
 };
+
+/// The block in a slot of rows, `group` a query, or of keys; `begins`: p.cu_seqlens_q or p.cu_seqlens_kv.
+FOVEA_DEVICE PackedBlock packed_block(const CallParams& p, const IndexView& begins, int total, int size, int slot,
+                                      int group = 1) {
+  return PackedBlock::of([&](int b) { return Sequence::number(begins, b, total) * group; }, p.batch, size, slot);
+}
 
 /// Whose turn it is, of `turns` for each head.  Heads take turns in groups that L2 has room for.
 struct HeadTurn {
