@@ -30,11 +30,13 @@ struct Tile {
 /// What options want of registers.
 int weight_of(const ForwardSm90Spec& s) { return s.mask + s.alibi + 2 * s.dropout + 3 * s.softcap + 8 * s.bias; }
 
-constexpr std::int64_t kLong = 1500;  // keys
+constexpr std::int64_t kLong = 1500, kFew = 600;  // keys
 
 // Measured on an H100 (docs/notes).  The first that fits is taken.
 constexpr std::array kTiles{
-    // As they are.
+    // As they are.  Where rows see few of many keys (`is_narrow`), warpgroups gain nothing by turns.
+    Tile{64, 4, 64, 6, 2, false, false, 0, true, true, 10, kLong, kFew, 64},
+    Tile{128, 3, 64, 4, 2, true, false, 0, true, true, 10, kLong, kFew, 128},
     Tile{64, 4, 64, 6, 2, false, true, 0, true, true, 10, 0, kLong},
     Tile{64, 3, 128, 4, 2, false, true, 0},
     Tile{96, 3, 96, 2, 2, false, true, 0, true, true, 17, kLong},
