@@ -191,7 +191,7 @@ class Workload::Maker {
     poison_unused(in.dout, row_used, p_.head_dim_v);
     if (in.bias.defined()) {
       std::vector<char> keep = bias_used;
-      for (std::size_t i = 0; i < keep.size(); ++i) keep[i] |= x.bias.values[i] == -kInfinity ? 1 : 0;
+      for (std::size_t i = 0; i < keep.size(); ++i) keep[i] |= x.bias.values[i] < -2e38 ? 1 : 0;
       if (!broadcast_in_memory(in.bias)) poison_unused(in.bias, keep, 1);
     }
     if (in.dlse.defined()) {
@@ -364,10 +364,11 @@ class Workload::Maker {
   void make_bias(Tensor& bias, Draw& habits) {
     bias = make_matrix(p_.bias_dtype, *p_.bias);
     const bool hides = habits.chance(0.5);
+    const double hiding = habits.chance(0.5) ? -kInfinity : -0x1.fep127;  // bfloat16's lowest number hides, too
     // Far below 0, lse loses digits and exp of it underflows; only fp32 has the digits to be judged there.
     const double level = hostile_ && p_.dtype == DType::kFloat32 && habits.chance(0.1) ? -1000.0 : 0.0;
     fill(bias, [&, random = Random(seed_, kBias), hidden = Random(seed_, kHiddenBias)](std::int64_t i) {
-      return hides && hidden.uniform(i) < 0.05 ? -kInfinity : level + random.normal(i);
+      return hides && hidden.uniform(i) < 0.05 ? hiding : level + random.normal(i);
     });
   }
 

@@ -34,6 +34,7 @@ std::array<std::uint32_t, 2> philox2x32_7(std::array<std::uint32_t, 2> c, std::u
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kLowestBias = -2.3586e38;  // below it a bias hides
 
 std::vector<std::int64_t> load_integers(const Tensor& t) {
   const std::vector<double> values = load_all(t);
@@ -120,7 +121,7 @@ bool Operands::visible(std::int64_t b, std::int64_t h, std::int64_t i, std::int6
   if (problem.window_right && after > *problem.window_right) return false;
   if (problem.window_left && -after > *problem.window_left) return false;
   if (mask.present && mask.values[mask.at(b, h, i, j)] == 0.0) return false;
-  return !(bias.present && bias.values[bias.at(b, h, i, j)] == -kInfinity);
+  return !(bias.present && bias.values[bias.at(b, h, i, j)] < kLowestBias);
 }
 
 double Operands::distance(std::int64_t b, std::int64_t i, std::int64_t j) const {
@@ -222,9 +223,8 @@ class Oracle {
     for (const Entry& e : entries_) max = std::max(max, e.logit);
     double sum = p_.sink ? std::exp(sink - max) : 0.0;
     for (const Entry& e : entries_) sum += std::exp(e.logit - max);
-    const double lse = max + std::log(sum);
-    for (Entry& e : entries_) e.p = std::exp(e.logit - lse);
-    return lse;
+    for (Entry& e : entries_) e.p = std::exp(e.logit - max) / sum;  // where lse is large, the sum is lost in it
+    return max + std::log(sum);
   }
 
   void backward(std::int64_t b, std::int64_t h, std::int64_t i, double lse) {

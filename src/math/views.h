@@ -28,6 +28,8 @@ struct EntryView {
   char* data = nullptr;
   i64 batch = 0, head = 0, query = 0, key = 0;
 };
+/// A bias below this is −infinity in units of log2, and hides; the lowest numbers of float32 and bfloat16 are below it.
+inline constexpr float kLowestBias = -2.3586575e38F;
 
 /// One fp32 value a head: ALiBi slopes, sinks, their gradients; `batch` is the stride where each batch has its own.
 struct HeadView {

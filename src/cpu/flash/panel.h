@@ -98,7 +98,7 @@ struct Context {
   [[nodiscard]] bool visible(i64 i, i64 j, i64 head) const {
     if (!sequence.band.visible(i, j)) return false;
     if (call.mask.data != nullptr && *entry(call.mask, i, j, head) == 0) return false;
-    return call.bias.data == nullptr || widen(entry(call.bias, i, j, head), call.bias_type) != -kInfinity;
+    return call.bias.data == nullptr || widen(entry(call.bias, i, j, head), call.bias_type) >= kLowestBias;
   }
 };
 

@@ -110,7 +110,7 @@ inline void add_bias(const Tile& s, const Panel& panel, const Context& context, 
          [&](i64 word, i64 lane, V x) { store(scratch + word * kPanelRows + lane, x); });
   for_each_vector(s, [&](i64 r, int lane, float* at) {
     const V bias = element_of_words(load(scratch + r * size / 4 * kPanelRows + lane), type, r * size % 4 != 0);
-    store(at, bias == splat(-kInfinity) ? bias : load(at) + bias * kLog2E);
+    store(at, bias < splat(kLowestBias) ? splat(-kInfinity) : load(at) + bias * kLog2E);
   });
 }
 

@@ -147,7 +147,7 @@ struct GradientTile {
     each([&](int i, int j, int e) {
       const float s = p[i][j].x[e];
       const float weight = exp2(s * unit - statistic[i][e / 2]);
-      p[i][j].x[e] = kHides && s == -infinity() ? -0.0F : weight;
+      p[i][j].x[e] = kHides && is_hidden_score<S>(s) ? -0.0F : weight;
     });
   }
 

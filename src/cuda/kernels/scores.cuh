@@ -43,6 +43,11 @@ FOVEA_DEVICE void for_each_entry(const F& f) {
 /// Nothing comes between the product and the softmax, which then applies the scale as well.
 template <auto S>
 inline constexpr bool kBareScores = !S.softcap && !S.alibi && !S.bias;
+/// Of what `hide` has seen to; a bias may have hidden besides.
+template <auto S>
+FOVEA_DEVICE bool is_hidden_score(float s) {
+  return S.bias ? s < kLowestBias : s == -infinity();
+}
 
 /// What the softmax multiplies finished scores by to have them in units of log2.
 template <auto S>
@@ -161,7 +166,7 @@ struct ScoreRules {
     if constexpr (S.mask) {
       if (masked(r, j)) return false;
     }
-    return bias_at(r, j) != -infinity();
+    return !(bias_at(r, j) < kLowestBias);
   }
 
   /// Row and key of an entry of a piece, counted from its corner.
@@ -391,7 +396,7 @@ struct ScoreRules {
   FOVEA_DEVICE static void hide_by_bias(Accumulator (&s)[kM][kN], const Found& entries) {
     if constexpr (S.bias) {
       for_each_entry<kM, kN>([&](int i, int j, int e) {
-        if (entries.bias_of(i, j, e) == -infinity()) s[i][j].x[e] = -infinity();
+        if (entries.bias_of(i, j, e) < kLowestBias) s[i][j].x[e] = -infinity();
       });
     }
   }

@@ -172,7 +172,7 @@ struct BiasGradientSm90 {
                                                                     least_of_two<S.bias_type>(entries.z, entries.w)));
       }
       const bool hides =
-          widen_half<S.bias_type>(least, 0) == -infinity() || widen_half<S.bias_type>(least, 1) == -infinity();
+          widen_half<S.bias_type>(least, 0) < kLowestBias || widen_half<S.bias_type>(least, 1) < kLowestBias;
       state.hides[state.bias.place(t)] = __any_sync(kAllLanes, hides);
       state.known.announce(t);
     }

@@ -125,7 +125,7 @@ struct TileEntries {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const float of = rules.bias_at(row + Rules::row_of(0, 2 * h), key + Rules::key_of(x / 2, x));
-          hidden[h] = 2 * hidden[h] + (of == -infinity() ? 1 : 0);
+          hidden[h] = 2 * hidden[h] + (of < kLowestBias ? 1 : 0);
         }
       }
       for_each_entry<1, kN>([&](int i, int j, int e) {

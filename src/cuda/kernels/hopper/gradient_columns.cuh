@@ -133,7 +133,7 @@ struct GradientColumns {
       });
       const u32 two = least_of_two<S.bias_type>(least_of_two<S.bias_type>(least[0], least[1]),
                                                 least_of_two<S.bias_type>(least[2], least[3]));
-      return widen_half<S.bias_type>(two, 0) == -infinity() || widen_half<S.bias_type>(two, 1) == -infinity();
+      return widen_half<S.bias_type>(two, 0) < kLowestBias || widen_half<S.bias_type>(two, 1) < kLowestBias;
     }
   }
   /// A bias of −infinity hides, whatever the entry has become since: memory is asked again.  Past the last row or key
@@ -149,7 +149,7 @@ struct GradientColumns {
           const int i = math::smaller(rules.rows.first + row_of(8 * w + x % 8, x / 8), sequence.q_rows - 1);
           const int j = math::smaller(key_of(x / 8), sequence.kv_rows - 1);
           const float of = read<S.bias_type>(sequence.entry(rules.p.bias, i, j, rules.rows.first_head));
-          hidden = 2 * hidden + (of == -infinity() ? 1 : 0);
+          hidden = 2 * hidden + (of < kLowestBias ? 1 : 0);
         }
 #pragma unroll
         for (int x = 0; x < 32; ++x) {
@@ -187,7 +187,7 @@ struct GradientColumns {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float x = s[0][j].x[e], weight = exp2(x * unit - (e % 2 == 0 ? lse.x : lse.y));
-        s[0][j].x[e] = kHides && (kAsksLate ? !sees(j, e) : x == -infinity()) ? -0.0F : weight;
+        s[0][j].x[e] = kHides && (kAsksLate ? !sees(j, e) : is_hidden_score<S>(x)) ? -0.0F : weight;
       }
     }
     return check;
