@@ -10,6 +10,7 @@
 #include "cpu/elements.h"
 #include "cpu/reference.h"
 #include "tests/kernel_under_test.h"
+#include "tests/support.h"
 #include "tools/random_problem.h"
 #include "tools/workload.h"
 
@@ -323,14 +324,33 @@ TEST(RunCheck, PrintsALineEachInOrderAndHowToRepeatAFailure) {
   }
   EXPECT_NE(text.find("3 problems, 0 violations"), std::string::npos) << text;
 
-  run.options.backend = "nobody";
+  run.options.backend = "cuda_portable";
   testing::internal::CaptureStdout();
   EXPECT_EQ(run_check(run), 1);
   text = testing::internal::GetCapturedStdout();
-  EXPECT_NE(text.find("fovea check \"" + to_string(parse_problem(run.lines[1])) + "\" --seed 5 --backend nobody"),
-            std::string::npos)
+  EXPECT_NE(
+      text.find("fovea check \"" + to_string(parse_problem(run.lines[1])) + "\" --seed 5 --backend cuda_portable"),
+      std::string::npos)
       << text;
   EXPECT_NE(text.find("3 problems, 3 violations"), std::string::npos) << text;
+}
+
+TEST(RunCheck, TellsWhatIsWrongWithTheAskingFromAViolation) {
+  CheckRun run;
+  run.lines = {"fwd fp32 b1 hq1 sq3 d4"};
+  run.options.backend = "nobody";
+  EXPECT_TRUE(test::contains(test::refusal([&] { (void)run_check(run); }), "backend 'nobody' is unknown"));
+
+  run = {};
+  run.lines = {"fwd fp32 b1024 hq1024 sq1048576 d128"};  // valid, and more than any memory
+  try {
+    (void)run_check(run);
+    ADD_FAILURE() << "nothing was thrown";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kOutOfMemory);
+    EXPECT_TRUE(test::contains(error.what(), "hq1024"));
+    EXPECT_TRUE(test::contains(error.what(), "memory ran out"));
+  }
 }
 
 TEST(RunCheck, GivesTheSameRandomProblemsForTheSameSeed) {

@@ -5,6 +5,8 @@ import math
 import os
 import pty
 import random
+import re
+import resource
 import struct
 import subprocess
 import sys
@@ -162,6 +164,11 @@ class Help(CommandTest):
         text = self.fovea("--help")
         for word in ("run", "explain", "check", "bench", "ladder", "precompile", "doctor", "FOVEA_CPU_ISA", "FOVEA_JIT", "NO_COLOR", "Exit codes"):
             self.assertIn(word, text)
+        contract = (Path(__file__).resolve().parent.parent / "docs" / "contract.md").read_text(encoding="utf-8")
+        variables = re.findall(r"^\| `([A-Z_]+)` \|", contract, re.MULTILINE)
+        self.assertGreater(len(variables), 7)
+        for variable in variables:
+            self.assertIn(f"\n  {variable} ", text)
         for command in ("run", "explain", "check", "bench", "ladder", "precompile", "doctor"):
             self.assertIn("--help", self.fovea(command, "--help"))
         self.assertRegex(self.fovea("--version"), r"^fovea \d+\.\d+\.\d+\n$")
@@ -178,9 +185,14 @@ class Help(CommandTest):
         self.refuse("bench", LINE, "--repeat", "0", says="--repeat")
         self.refuse("bench", LINE, "--seconds", "nan", says="--seconds")
         self.refuse("check", "--random", "-5", says="--random")
+        for command in (("run", SAMPLE), ("check", LINE), ("bench", LINE)):
+            for seed in ("-1", "18446744073709551616", "99999999999999999999", "1.5", "0x1", ""):
+                self.refuse(*command, "--seed", seed, says=f"--seed: '{seed}' is no whole number from 0 to 18446744073709551615")
+        self.fovea("check", LINE, "--seed", "18446744073709551615")
         self.refuse("precompile", LINE, says="--arch")
         self.refuse("precompile", LINE, "--arch", "sm_80", says="--out")
-        self.refuse("precompile", LINE, "--arch", "sm_80,sm_8", "--check", says="--arch 'sm_8' is no architecture")
+        for arch in ("sm_8", "sm_80a", "sm_a", "sm_90aa", "90a"):
+            self.refuse("precompile", LINE, "--arch", f"sm_80,{arch}", "--check", says="--arch")
         self.refuse("precompile", "fwd fp64", "--arch", "sm_80", "--check", says="fp64")
         known = self.folder / "known.txt"
         self.refuse("precompile", LINE, "--arch", "sm_80", "--check", "--known-spills", known, says="cannot be read")
@@ -371,6 +383,11 @@ class Run(CommandTest):
         self.refuse("run", says="no tensors")
         self.refuse("run", good, "--problem", LINE, says="one place")
         self.refuse("run", good, "--q", good, says="one place")
+        self.refuse("run", "--q", "", says="--q: the path is empty")
+        self.refuse("check", "@", says="path of a file to read is empty")
+        self.refuse("run", "--problem", "", says="--problem: the line is empty")
+        self.refuse("run", good, "--heads", "0", says="--heads requires --plot")
+        self.refuse("run", good, "--sequence", "0", says="--sequence requires --plot")
         self.refuse("run", "--problem", LINE, "--options", "causal=top_left", says="--options")
         self.refuse("run", "--problem", "fwd fp32 b1 sq8 d8", says="hq")
         self.refuse("run", self.path("absent.safetensors"), says="absent.safetensors")
@@ -422,7 +439,8 @@ class Run(CommandTest):
             else:
                 self.refuse(*command, "--device", "cuda:0", says="driver", code=3)
         self.refuse("run", source, "--device", "tpu", says="'tpu'")
-        self.refuse("explain", LINE, "--device", "sm_", says="'sm_'")
+        for device in ("sm_", "sm_0", "sm_a", "sm_80a", "sm_90b", "sm_90aa"):
+            self.refuse("explain", LINE, "--device", device, says=f"'{device}'")
 
     def test_files_cut_short_or_hostile_are_refused(self):
         whole = Path(self.file(self.tensors(batch=1, sq=1, skv=1, hq=1, hkv=1, d=1, dv=1))).read_bytes()
@@ -449,8 +467,22 @@ class Run(CommandTest):
             self.refuse("bench", TOO_LARGE, option, self.path("no/such/folder"), says="no/such/folder")
 
 
+    def test_outputs_never_replace_the_inputs(self):
+        source = self.file(self.tensors())
+        os.symlink(source, self.path("link"))
+        whole = Path(source).read_bytes()
+        for option in ("--out", "--plot"):
+            for name in (source, self.path("link"), self.path("./in.safetensors")):
+                self.refuse("run", source, option, name, says=f"{option} '{name}' is where tensors are read from")
+        words = []
+        for name, (_, values) in self.tensors().items():
+            write_npy(self.path(name + ".npy"), "<f4", values)
+            words += ["--" + name, self.path(name + ".npy")]
+        self.refuse("run", *words, "--out", self.path("k.npy"), says="k.npy' is where tensors are read from")
+        self.assertEqual(Path(source).read_bytes(), whole)
+
     def test_memory_that_is_not_there_is_a_failure_of_the_system(self):
-        for command in (("run", "--problem"), ("bench",)):
+        for command in (("run", "--problem"), ("bench",), ("check",)):
             self.refuse(*command, TOO_LARGE, code=3)
 
 
@@ -467,9 +499,9 @@ class Explain(CommandTest):
         self.assertEqual(len(json.loads(self.fovea("explain", LINE, "--json"))), 1)
 
     def test_a_gpu_needs_not_be_there(self):
-        for device in ("sm_90", "sm_80"):
+        for device in ("sm_90", "sm_90a", "sm_80", "sm_120a"):
             (report,) = json.loads(self.fovea("explain", LINE, "--device", device, "--json"))
-            self.assertEqual(report["device"], device)
+            self.assertEqual(report["device"], device.removesuffix("a"))
             self.assertEqual(report["backend"], "cuda_portable")
             self.assertIn("forward_fp32", report["details"]["kernel"])
             self.assertRegex(report["details"]["tile"], r"^\d+ rows × \d+ keys")
@@ -512,6 +544,18 @@ class Check(CommandTest):
     def test_what_does_not_run_is_a_failed_check(self):
         self.fovea("check", LINE, "--backend", "cpu_portable", code=1, env={"FOVEA_CPU_ISA": "avx2"})
 
+    def test_names_that_nobody_knows_are_refused(self):
+        self.refuse("check", LINE, "--backend", "foo", says="backend 'foo' is unknown")
+        self.refuse("check", LINE, env={"FOVEA_CPU_ISA": "foo"}, says="FOVEA_CPU_ISA ('foo')")
+
+    def test_memory_that_runs_out_is_a_failure_of_the_system(self):
+        limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+        line = "fwd fp32 b1 hq16 sq1 skv1000000 d64"
+        for jobs in ("1", "2"):
+            done = subprocess.run([FOVEA, "check", line, "--jobs", jobs], preexec_fn=limit, capture_output=True, text=True, timeout=60)
+            self.assertEqual((done.returncode, done.stdout), (3, ""))
+            self.assertRegex(done.stderr, r"^fovea: fwd fp32 b1 hq16 .*: memory ran out; .*\n$")
+
     def test_nothing_to_check_is_refused(self):
         self.refuse("check", says="nothing to check")
         self.refuse("check", "fwd fp32 b1 sq8 d8", says="hq")
@@ -548,6 +592,17 @@ class Bench(CommandTest):
 
     def test_nothing_is_measured_where_a_line_is_wrong(self):
         self.refuse("bench", LINE, "fwd fp32 b1 sq8 d8", says="hq")
+
+
+class Precompile(CommandTest):
+    def test_what_is_wrong_around_kernels_is_no_fault_of_theirs(self):
+        for words in (("--out", self.path("k.pack")), ("--check",)):
+            words = ("precompile", LINE, "--arch", "sm_90a", *words)
+            with tempfile.TemporaryDirectory() as folder:
+                env = {"FOVEA_CACHE_DIR": folder, "FOVEA_NVRTC": "/nonexistent", "FOVEA_JIT": "on"}
+                self.refuse(*words, env={**env, "FOVEA_JIT": "foo"}, says="FOVEA_JIT ('foo') must be on, cache or off")
+                self.refuse(*words, env={**env, "FOVEA_JIT": "cache"}, says="FOVEA_JIT=cache forbids compiling it")
+                self.refuse(*words, env=env, says="FOVEA_NVRTC names '/nonexistent'", code=3)
 
 
 class Doctor(CommandTest):
@@ -618,7 +673,7 @@ class Ladder(CommandTest):
     def test_refusals(self):
         self.refuse("ladder", "--rungs", "0,3", "--dtype", "bf16", says="on a CPU the ladder takes fp32")
         self.refuse("ladder", "--mask", "diagonal", says="--mask 'diagonal' is unknown; use full, causal or both")
-        self.refuse("ladder", "--dtype", "fp8", says="fp8")
+        self.refuse("ladder", "--dtype", "fp8", says="--dtype 'fp8' is unknown; use fp32, fp16 or bf16")
         self.refuse("ladder", "--rungs", "6", says="6")
         self.refuse("ladder", "--device", "sm_90", says="sm_90")
         self.refuse("ladder", "--seconds", "0", says="--seconds (0)")

@@ -7,6 +7,7 @@
 
 #include "cpu/flash_backend.h"
 #include "dispatch/backend.h"
+#include "support.h"
 
 namespace fovea {
 namespace {
@@ -134,6 +135,33 @@ TEST(Workspace, GrowsWithTheLengthsAndNotWithTheirProduct) {
                large = bytes(direction + " fp32 b1 hq1 sq65536 d64");
     EXPECT_LE(large, 5 * small);
     EXPECT_LE(large, std::size_t{64} << 20);
+  }
+}
+
+TEST(Workspace, ThatNoMemoryHoldsIsRefusedBeforeItsSizeWrapsAround) {
+  for (const char* sizes : {"b1 hq1 sqN skv1 d1", "bN hq1 sq1 skv1 d1", "b1 hqN hkv1 sq1 skv1 d1", "b1 hqN sq1 skv1 d1",
+                            "b1 hqN sq1 skv1 d1 alibi sink", "b1 hq1 sqN skv1 d512", "b4096 hq4096 hkv1 sq1 skvN d1"}) {
+    for (const std::string direction : {"fwd", "bwd"}) {
+      std::size_t before = 0;
+      for (int power = 20; power <= 58; ++power) {
+        std::string line = direction + " fp32 " + sizes;
+        line.replace(line.find('N'), 1, std::to_string(std::int64_t{1} << power));
+        Report report;
+        try {
+          report = explain(parse_problem(line));
+        } catch (const Error& error) {  // its tensors alone are beyond 2^58 elements
+          EXPECT_TRUE(test::contains(error.what(), "2^58"));
+          break;
+        }
+        if (report.backend.empty()) {
+          EXPECT_TRUE(test::contains(to_string(report), "more than 2^44 rows")) << line;
+          continue;
+        }
+        EXPECT_GE(report.workspace_bytes, before) << line;
+        EXPECT_LT(report.workspace_bytes, std::size_t{1} << 63) << line;
+        before = report.workspace_bytes;
+      }
+    }
   }
 }
 

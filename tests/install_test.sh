@@ -10,18 +10,32 @@ command -v pkg-config >/dev/null || { echo "no pkg-config here: skipped"; exit 7
 
 fail() { echo "install_test: $*" >&2; exit 1; }
 
+# by_find_package PREFIX SOURCE NAME: builds and runs the example NAME.
+by_find_package() {
+  local prefix=$1 source=$2 name=$3
+  cmake -S "$source" -B "$work/$name" -G Ninja --fresh -DCMAKE_PREFIX_PATH="$prefix" >"$work/log" ||
+    { cat "$work/log"; fail "find_package(fovea) failed for $source"; }
+  cmake --build "$work/$name" >"$work/log" || { cat "$work/log"; fail "$source does not build"; }
+  "$work/$name/$name" | tee "$work/out"
+  grep -q 'on cpu: ' "$work/out" || fail "$source printed no report"
+}
+
 # use_installed PREFIX: both examples, both ways.
 use_installed() {
-  local prefix=$1 example language compiler
+  local prefix=$1 example language compiler layers
   local -x PKG_CONFIG_PATH
   PKG_CONFIG_PATH=$(dirname "$(find "$prefix" -name fovea.pc)")
   for example in cpp_minimal c_minimal; do
-    cmake -S "$source_dir/examples/$example" -B "$work/$example" -G Ninja --fresh -DCMAKE_PREFIX_PATH="$prefix" >"$work/log" ||
-      { cat "$work/log"; fail "find_package(fovea) failed for $example"; }
-    cmake --build "$work/$example" >"$work/log" || { cat "$work/log"; fail "$example does not build"; }
-    "$work/$example/$example" | tee "$work/out"
-    grep -q 'on cpu: ' "$work/out" || fail "$example printed no report"
+    by_find_package "$prefix" "$source_dir/examples/$example" "$example"
   done
+  if [[ -n $(find "$prefix" -name libfovea.so) ]]; then
+    mkdir -p "$work/c_alone"  # a shared fovea asks for no C++ compiler
+    cp "$source_dir/examples/c_minimal/main.c" "$work/c_alone"
+    sed 's/LANGUAGES C CXX.*/LANGUAGES C)/' "$source_dir/examples/c_minimal/CMakeLists.txt" >"$work/c_alone/CMakeLists.txt"
+    by_find_package "$prefix" "$work/c_alone" c_minimal
+    layers=$(find "$prefix" -name libfovea_nn.so)
+    [[ -z $layers || $(ldd "$layers") != *'libfovea.so'*'not found'* ]] || fail "libfovea_nn does not find libfovea beside it"
+  fi
   for language in c cpp; do
     compiler=cc example=$source_dir/examples/c_minimal/main.c
     [[ $language == c ]] || compiler="c++ -std=c++20" example=$source_dir/examples/cpp_minimal/main.cpp

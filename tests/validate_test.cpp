@@ -139,6 +139,14 @@ TEST(Tensors, OfNoElementsNeedNoData) {
   EXPECT_NO_THROW(check_both(p, call));
 }
 
+TEST(Tensors, OfTheCpuMayNameAnyIndexOfIt) {
+  const Problem p = parse_problem(kEverything);
+  Call call(p);
+  call.in.k.device.index = 3;
+  EXPECT_NO_THROW(check_both(p, call));
+  EXPECT_NO_THROW(validate_forward(p, Device{.index = 3}, call.in, call.out));
+}
+
 struct Fault {
   const char* tensor;
   std::function<void(Call&)> break_it;

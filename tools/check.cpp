@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -14,6 +15,10 @@
 
 #include "cpu/elements.h"
 #include "cpu/threads.h"
+#include "cuda/jit/cache.h"
+#include "dispatch/backend.h"
+#include "files/tensor_data.h"
+#include "problem/refuse.h"
 #include "random.h"
 #include "random_problem.h"
 #include "terminal.h"
@@ -265,9 +270,12 @@ void print_pairs(const std::vector<Case>& cases) {
 
 CheckResult check_problem(const Problem& problem, std::uint64_t seed, const CheckOptions& options) {
   try {
-    return Check(problem, seed, options).run();
+    return or_out_of_memory([&] { return Check(problem, seed, options).run(); });
   } catch (const GpuLost& lost) {
     return {{}, {}, {lost.what()}, false};
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kOutOfMemory) throw;
+    return {{}, {}, {error.what()}, true};
   } catch (const std::exception& error) {
     return {{}, {}, {error.what()}, true};
   }
@@ -280,20 +288,32 @@ int run_check(const CheckRun& run) {
     for (const Case& c : cases) out.line(to_string(c.problem));
     return 0;
   }
+  // A name that nobody knows, of a backend or in a variable, is refused before anything is checked.
+  (void)dispatch::choose(cases.front().problem, run.options.device, {.backend = run.options.backend});
+  if (run.options.device.kind == DeviceKind::kCuda) (void)cuda::jit::Cache::shared();
   Printer printer(run, cases);
   Place place(run.options.device);  // a GPU takes the problems in turns; data and oracle are made by all threads
   CheckOptions options = run.options;
   options.place = &place;
   std::atomic<std::size_t> next{0};
+  std::exception_ptr ended;  // the check, before its end
+  std::once_flag first;
   const auto work = [&] {
-    for (std::size_t i = next++; i < cases.size(); i = next++) {
-      printer.done(i, check_problem(cases[i].problem, cases[i].seed, options));
+    try {
+      for (std::size_t i = next++; i < cases.size(); i = next++) {
+        printer.done(i, files::in_context(to_string(cases[i].problem),
+                                          [&] { return check_problem(cases[i].problem, cases[i].seed, options); }));
+      }
+    } catch (...) {
+      next = cases.size();
+      std::call_once(first, [&] { ended = std::current_exception(); });
     }
   };
   std::vector<std::jthread> helpers;
   for (int i = 1; i < cpu::worker_count(run.jobs); ++i) helpers.emplace_back(work);
   work();
   helpers.clear();
+  if (ended) std::rethrow_exception(ended);
   const std::size_t failed = printer.finish();
   if (run.pairs) print_pairs(cases);
   return failed == 0 ? 0 : 1;

@@ -34,7 +34,7 @@ struct CheckResult {
 /// Runs a problem on hostile data (tools/workload.h) and judges every result by the error rule.  Also: gaps and inputs
 /// are left alone, on a GPU what lies around outputs and workspace too, the workspace's content does not matter, and a
 /// second run gives the same bits where the contract promises it.  A refusal or failure of the library is a failure of
-/// the check.
+/// the check; memory that ran out is not, and throws Error(kOutOfMemory).
 [[nodiscard]] CheckResult check_problem(const Problem& problem, std::uint64_t seed, const CheckOptions& options = {});
 
 /// What `fovea check` was asked for.
@@ -50,7 +50,7 @@ struct CheckRun {
 };
 
 /// Prints one line a problem and a summary.  0, or 1 where a problem failed.  Throws Error for a line that is not
-/// understood.
+/// understood, for a backend or a variable of the environment that is wrong, and where memory runs out.
 [[nodiscard]] int run_check(const CheckRun& run);
 
 }  // namespace fovea::tools

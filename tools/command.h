@@ -2,7 +2,9 @@
 
 #include <fovea/plan.h>
 
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "attention_call.h"
@@ -26,6 +28,9 @@ struct Runner {
   /// The device named, which is there; `architectures` allows "sm_90" and GPUs that need not be there.
   [[nodiscard]] Device parsed_device(bool architectures) const;
 };
+
+/// 90 for "sm_90", and for "sm_90a", as NVIDIA calls what no later architecture runs; nothing where it is neither.
+[[nodiscard]] std::optional<int> parsed_architecture(std::string_view text);
 
 /// Problem lines as given, those of a file for each "@FILE": blank lines and what follows a '#' are left out.
 [[nodiscard]] std::vector<std::string> problem_lines(const std::vector<std::string>& arguments);

@@ -31,6 +31,7 @@ using nlohmann::ordered_json;
 constexpr int kRungs = ladder::kRungs + 2;  // and the library's own: portable, and the best that the device has
 constexpr Direction kPasses[] = {Direction::kForward, Direction::kBackward};
 constexpr std::string_view kMasks[] = {"full", "causal"};
+constexpr std::string_view kDTypes[] = {"fp32", "fp16", "bf16"};
 
 const char* name_of(Direction pass) { return pass == Direction::kForward ? "forward" : "backward"; }
 
@@ -70,6 +71,11 @@ class LadderRun {
     for (const std::int64_t rung : asked_.rungs) rungs_.push_back(static_cast<int>(rung));
     if (asked_.batch == 0) asked_.batch = place_.on_gpu() ? 4 : 1;
     if (asked_.heads == 0) asked_.heads = place_.on_gpu() ? 16 : 4;
+    for (const std::string& dtype : asked_.dtypes) {
+      if (std::ranges::find(kDTypes, dtype) == std::end(kDTypes))
+        throw Error(ErrorCode::kInvalidArgument,
+                    fmt::format("--dtype {} is unknown; use fp32, fp16 or bf16", files::in_quotes(dtype)));
+    }
     for (const std::string& mask : asked_.masks) {
       if (std::ranges::find(kMasks, mask) == std::end(kMasks))
         throw Error(

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <charconv>
-#include <optional>
 
 #include "command.h"
 #include "cuda/driver.h"
@@ -24,13 +23,21 @@ std::optional<int> number_after(std::string_view text, std::string_view prefix) 
 
 }  // namespace
 
+std::optional<int> parsed_architecture(std::string_view text) {
+  constexpr int kFirstWithOwn = 90;
+  const bool own = text.ends_with('a');
+  if (own) text.remove_suffix(1);
+  const std::optional<int> capability = number_after(text, "sm_");
+  return capability.value_or(0) >= (own ? kFirstWithOwn : 1) ? capability : std::nullopt;
+}
+
 Device Runner::parsed_device(bool architectures) const {
   if (device == "cpu") return {};
   if (const auto index = device == "cuda" ? 0 : number_after(device, "cuda:")) {
     if (!architectures) (void)cuda::gpu(*index);  // refuses the one that is not there
     return {.kind = DeviceKind::kCuda, .index = *index};
   }
-  if (const auto capability = number_after(device, "sm_"); capability && *capability > 0) {
+  if (const auto capability = parsed_architecture(device)) {
     if (architectures) return {.kind = DeviceKind::kCuda, .compute_capability = *capability};
     throw Error(
         ErrorCode::kInvalidArgument,

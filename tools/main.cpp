@@ -4,6 +4,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <charconv>
 #include <cstdio>
 #include <exception>
 #include <functional>
@@ -27,6 +28,7 @@ Environment:
   FOVEA_CACHE_DIR  where compiled kernels are kept, instead of ~/.cache/fovea
   FOVEA_PACK       the pack of kernels to use, instead of fovea.pack beside the program
   FOVEA_NVRTC      the libnvrtc.so to compile with
+  FOVEA_CUBLASLT   the libcublasLt.so for products of layers
   FOVEA_RACECHECK  set: GPU kernels that compute-sanitizer's racecheck can follow, somewhat slower
   NO_COLOR         set and not empty: no colours
 
@@ -63,6 +65,10 @@ std::string sentence_of(const CLI::ParseError& error, const CLI::App& app) {
 /// What the words ask for; run once they are all understood.
 using Action = std::function<ExitCode()>;
 
+CLI::Validator filled(const char* complaint) {
+  return {[complaint](const std::string& given) { return std::string(given.empty() ? complaint : ""); }, ""};
+}
+
 /// A command and its arguments, which live as long as the action does.
 template <typename Arguments>
 struct Command {
@@ -82,8 +88,18 @@ struct Command {
   }
   /// An option that names a file: an empty name is a slip.
   CLI::Option* path(const char* name, std::string& value, const char* type, const char* help) const {
-    const auto fault = [](const std::string& given) { return std::string(given.empty() ? "the path is empty" : ""); };
-    return option(name, value, type, help)->check(CLI::Validator(fault, ""));
+    return option(name, value, type, help)->check(filled("the path is empty"));
+  }
+  CLI::Option* seed(std::uint64_t& value, const char* type, const char* help) const {
+    const auto fault = [](const std::string& given) {
+      std::uint64_t number = 0;
+      const char* end = given.data() + given.size();
+      const auto [read, error] = std::from_chars(given.data(), end, number);
+      return error == std::errc{} && read == end
+                 ? std::string()
+                 : fmt::format("{} is no whole number from 0 to 18446744073709551615", files::in_quotes(given));
+    };
+    return option("--seed", value, type, help)->capture_default_str()->check(CLI::Validator(fault, ""));
   }
   CLI::Option* flag(const char* name, bool& value, const char* help) const { return app->add_flag(name, value, help); }
 
@@ -107,15 +123,21 @@ void add_run(CLI::App& fovea, Action& action) {
                                       command_run, action);
   RunArguments& said = *command.said;
   command.path("file", said.source.file, "FILE.safetensors", "q, k, v and what the call needs, by name");
-  command.path("--problem", said.source.problem, "\"LINE\"", "random tensors for a problem line instead");
-  command.option("--seed", said.source.seed, "N", "of the random tensors")->capture_default_str();
+  command.option("--problem", said.source.problem, "\"LINE\"", "random tensors for a problem line instead")
+      ->check(filled("the line is empty; write one, as in 'fwd fp32 b1 hq8 sq1024 d64'"));
+  command.seed(said.source.seed, "N", "of the random tensors");
   command.option("--options", said.source.options, "\"TOKENS\"",
                  "tokens of a problem line: \"causal=top_left dropout=0.1\"");
   command.flag("--grad", said.source.gradients, "the gradients too; the tensors must hold dout");
   command.path("--out", said.out, "OUT.safetensors", "write the results");
-  command.path("--plot", said.plot, "FILE.html", "draw the attention weights as one self-contained page");
-  command.option("--heads", said.heads, "LIST", "heads to draw, as in 0,3,5; all where left out")->delimiter(',');
-  command.option("--sequence", said.sequence, "N", "batch element or packed sequence to draw")->capture_default_str();
+  CLI::Option* plot =
+      command.path("--plot", said.plot, "FILE.html", "draw the attention weights as one self-contained page");
+  command.option("--heads", said.heads, "LIST", "heads to draw, as in 0,3,5; all where left out")
+      ->delimiter(',')
+      ->needs(plot);
+  command.option("--sequence", said.sequence, "N", "batch element or packed sequence to draw")
+      ->capture_default_str()
+      ->needs(plot);
   command.runner(false);
   command.strict();
   command.flag("--check", said.check, "hold the results against the double reference; exit 1 where one is wrong");
@@ -127,6 +149,7 @@ void add_run(CLI::App& fovea, Action& action) {
         ->add_option_function<std::string>(
             flag, [said = command.said, name = name](const std::string& path) { said->source.arrays[name] = path; },
             fmt::format("{} from a NumPy file", name))
+        ->check(filled("the path is empty"))
         ->type_name("FILE.npy")
         ->group("Tensors one by one");
   }
@@ -148,7 +171,7 @@ void add_check(CLI::App& fovea, Action& action) {
   CheckRun& run = command.said->run;
   command.lines();
   command.number("--random", run.random, 1, 1'000'000'000, "so many random problems, out of the whole option space");
-  command.option("--seed", run.seed, "S", "of the random problems and tensors")->capture_default_str();
+  command.seed(run.seed, "S", "of the random problems and tensors");
   command.number("--kinds", run.kinds, 1, 1'000'000'000,
                  "with --random: of so many kinds, so that a GPU needs few kernels; any where left out");
   command.flag("--list", run.list, "print the problem lines, and check nothing");
@@ -170,7 +193,7 @@ void add_bench(CLI::App& fovea, Action& action) {
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   command.number("--repeat", said.effort.repeats, 1, 1'000'000, "executions of each pass");
   command.option("--seconds", said.effort.seconds, "S", "or: time for each pass")->capture_default_str();
-  command.option("--seed", said.seed, "N", "of the random tensors")->capture_default_str();
+  command.seed(said.seed, "N", "of the random tensors");
   command.path("--json", said.json, "FILE", "write the numbers; '-' prints them instead of the table");
   command.path("--html", said.html, "FILE", "write one self-contained page");
 }

@@ -21,7 +21,7 @@ enum class DeviceKind : std::uint8_t { kCpu, kCuda };
 /// Where tensors live.  `compute_capability` (90 for sm_90) matters to a dry run without the GPU; 0 asks the driver.
 struct Device {
   DeviceKind kind = DeviceKind::kCpu;
-  int index = 0;
+  int index = 0;  ///< of the GPU; there is one CPU
   int compute_capability = 0;
   friend bool operator==(const Device&, const Device&) = default;
 };

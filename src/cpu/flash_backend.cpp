@@ -285,7 +285,7 @@ class FlashBackend final : public Backend {
 
   [[nodiscard]] std::string name() const override { return std::string("cpu_") + isa_.name; }
 
-  [[nodiscard]] Verdict judge(const Problem& /*problem*/, const Device& device) const override {
+  [[nodiscard]] Verdict judge(const Problem& problem, const Device& device) const override {
     Verdict verdict{.backend = name()};
     if (device.kind != DeviceKind::kCpu)
       verdict.reasons.push_back("it runs on CPUs only, and the tensors are on " + fovea::name(device));
@@ -295,6 +295,9 @@ class FlashBackend final : public Backend {
       verdict.reasons.push_back("FOVEA_CPU_ISA=" + pinned + " pins another instruction set");
     }
     verdict.available = verdict.reasons.empty();
+    const i64 length = std::max(problem.seqlen_q, problem.seqlen_kv) + 1, most = i64{1} << 44;
+    if (problem.batch * length > most / problem.num_q_heads)  // the size of its workspace might not fit 64 bits
+      verdict.reasons.emplace_back("sequences of all heads hold more than 2^44 rows, which no memory does");
     return verdict;
   }
 

@@ -123,6 +123,7 @@ std::string in_quotes(std::string_view text) {
 }
 
 InputFile::InputFile(const std::string& path) {
+  if (path.empty()) refuse("the path of a file to read is empty");
   std::error_code problem;
   const auto status = std::filesystem::status(path, problem);
   if (problem || !std::filesystem::exists(status)) {

@@ -17,7 +17,7 @@ void check_features(const char* name, const Tensor& x, std::int64_t features, DT
            Tensor::kMaxRank, " dimensions");
   }
   if (x.dtype != dtype) refuse(name, " is ", fovea::name(x.dtype), " but the layer is ", fovea::name(dtype));
-  if (x.device.kind != device.kind || x.device.index != device.index) {
+  if (x.device.kind != device.kind || (x.device.kind == DeviceKind::kCuda && x.device.index != device.index)) {
     refuse(name, " is on ", fovea::name(x.device), " but the layer is on ", fovea::name(device));
   }
   std::int64_t elements = 1;
@@ -83,7 +83,7 @@ Sequences Sequences::of(const char* name, const Tensor& x, const Tensor& cu_seql
   s.cu_seqlens = cu_seqlens;
   if (cu_seqlens.defined()) {
     if (x.rank != 2) refuse(name, " is ", shape_text(x), " but packed sequences are [total, features]");
-    if (cu_seqlens.dtype != DType::kInt32 || cu_seqlens.rank != 1 || cu_seqlens.shape[0] < 2 ||
+    if (cu_seqlens.dtype != DType::kInt32 || cu_seqlens.rank != 1 || cu_seqlens.shape[0] < 1 ||
         cu_seqlens.data == nullptr) {
       refuse(name, "'s cu_seqlens is ", fovea::name(cu_seqlens.dtype), " ", shape_text(cu_seqlens),
              " but must be int32 [batch + 1]");

@@ -124,7 +124,8 @@ class Ops {
 /// The device's.  Throws Error where the GPU is not there, or what its products need.
 [[nodiscard]] const Ops& ops_of(const Device& device);
 
-/// attention_forward and attention_backward, with a workspace that the device's Ops allocate.
+/// attention_forward and attention_backward, with a workspace that the device's Ops allocate; nothing where all that
+/// they write is empty.
 void attend(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options, const Tensor& out,
             const Tensor& lse);
 void attend_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,

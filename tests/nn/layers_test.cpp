@@ -608,6 +608,44 @@ TEST(Layers, OfNoRowsGiveNoRows) {
   EXPECT_EQ(layer.backward(*result.state, result.out.view()).view().shape[2], 24);
 }
 
+TEST(Layers, OfAnEmptyBatchGiveAnEmptyBatch) {
+  const Array x(DType::kFloat32, {0, 3, 24}, kDevice), padding(DType::kBool, {0, 3}, kDevice);
+  const Array mask(DType::kFloat32, {3, 3}, kDevice), rows(DType::kFloat32, {0, 24}, kDevice), no_ends = ints({0});
+  for (const bool norm_first : {false, true}) {
+    TransformerEncoderLayer::Options options = dropping();
+    options.norm_first = norm_first;
+    TransformerEncoder stack({.layer = options, .num_layers = 2, .norm = true});
+    for (const AttentionCall& given : {AttentionCall{}, AttentionCall{.key_padding_mask = padding.view()},
+                                       AttentionCall{.key_padding_mask = padding.view(), .attn_mask = mask.view()},
+                                       AttentionCall{.cu_seqlens_q = no_ends.view()}}) {
+      AttentionCall call = given;
+      call.training = true;
+      const Array& empty = call.cu_seqlens_q.defined() ? rows : x;
+      const auto result = stack.forward(empty.view(), call);
+      EXPECT_EQ(result.out.view().shape, empty.view().shape);
+      EXPECT_EQ(stack.backward(*result.state, result.out.view()).view().shape, empty.view().shape);
+    }
+    stack.visit("", [](const std::string& name, Parameter& p) {
+      if (!p.gradient.defined()) return;
+      for (const double d : values(p.gradient)) ASSERT_EQ(d, 0.0) << name;
+    });
+  }
+  MultiheadAttention layer({.embed_dim = 24,
+                            .num_heads = 4,
+                            .add_bias_kv = true,
+                            .add_zero_attn = true,
+                            .batch_first = true,
+                            .device = kDevice});
+  for (const bool average : {false, true}) {
+    const auto result = layer.forward(
+        x.view(), x.view(), x.view(),
+        {.key_padding_mask = padding.view(), .training = true, .need_weights = true, .average_attn_weights = average});
+    EXPECT_EQ(result.weights.view().shape[0], 0);
+    EXPECT_EQ(result.weights.view().shape[result.weights.view().rank - 1], 5);
+    EXPECT_EQ(layer.backward(*result.state, x.view()).query.view().shape, x.view().shape);
+  }
+}
+
 TEST(Layers, RefuseWhatCannotBeInOneSentence) {
   const auto attention = [](MultiheadAttention::Options o) {
     return refusal([&] { const MultiheadAttention layer(o); });

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <filesystem>
 
+#include "cpu/elements.h"
 #include "cuda/jit/pack.h"
 #include "nn/cuda/kernels.h"
 #include "nn/ops.h"
@@ -31,11 +32,13 @@ AttentionOptions on_cpu(AttentionOptions options) {
 // In place of src/nn/attend.cpp.
 void attend(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options, const Tensor& out,
             const Tensor& lse) {
+  if (cpu::element_count(out) == 0) return;
   attention_forward(on_cpu(q), on_cpu(k), on_cpu(v), on_cpu(options), on_cpu(out), on_cpu(lse));
 }
 
 void attend_gradient(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                      const Tensor& dout, const AttentionOptions& options, const Gradients& gradients) {
+  if (cpu::element_count(q) + cpu::element_count(k) == 0) return;
   attention_backward(on_cpu(q), on_cpu(k), on_cpu(v), on_cpu(out), on_cpu(lse), on_cpu(dout), on_cpu(options),
                      {.dq = on_cpu(gradients.dq), .dk = on_cpu(gradients.dk), .dv = on_cpu(gradients.dv)});
 }
