@@ -136,12 +136,20 @@ def test_one_node_under_autocast_gives_what_operators_give(masked):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
-def test_gradients_of_one_node_are_not_differentiable_again():
-    layer = fovea.nn.MultiheadAttention(32, 4, batch_first=True)
-    x = batch()[0].requires_grad_()
-    (gradient,) = torch.autograd.grad(layer(x, x, x, need_weights=False)[0].square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("weights, packs", [(False, False), (False, True), (True, False)])
+def test_gradients_are_not_differentiable_again(weights, packs, frozen):
+    layer = fovea.nn.MultiheadAttention(32, 4, batch_first=True).requires_grad_(not frozen)
+    layer.pack_padding = packs
+    x, padding = batch()
+    x.requires_grad_()
+    out, _ = layer(x, x, x, padding, need_weights=weights)
+    (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        (out.square().mean() + gradient.square().sum()).backward(retain_graph=True)
+    for source in (x,) if frozen else (x, layer.in_proj_weight, layer.out_proj.weight):
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            torch.autograd.grad(gradient.sum(), source, allow_unused=True, retain_graph=True)
 
 
 def test_explain_names_what_stands_against_one_node():

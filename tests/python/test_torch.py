@@ -36,11 +36,59 @@ def test_gradients_through_lse_alone_and_through_out_alone():
     torch.testing.assert_close(both, dq_lse + torch.autograd.grad(out.sum(), q)[0])
 
 
-def test_a_second_derivative_is_refused_and_not_wrong():
+class Subclass(torch.Tensor):
+    pass
+
+
+def heads_first(attend):
+    return lambda q, k, v: attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def replaced(q, k, v):
+    with fovea.torch.replace_sdpa() as report:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert report.replaced.total() == 1
+    return out
+
+
+DOORS = {
+    "attention": fovea.attention,
+    "attention, everything given": lambda q, k, v: fovea.attention(
+        q, k, v, bias=torch.zeros(9, 9, requires_grad=True), sink=torch.zeros(4, requires_grad=True), dropout_p=0.1
+    ),
+    "lse": lambda q, k, v: fovea.attention(q, k, v, return_lse=True)[1],
+    "the operator": lambda q, k, v: fovea.attention(q.as_subclass(Subclass), k, v),
+    "scaled_dot_product_attention": heads_first(fovea.torch.scaled_dot_product_attention),
+    "replace_sdpa": heads_first(replaced),
+    "flash_attn": fovea.flash_attn.flash_attn_func,
+}
+
+
+@pytest.mark.parametrize("attend", DOORS.values(), ids=DOORS)
+def test_a_second_derivative_is_refused_and_not_wrong(attend):
+    q, k, v = tensors(seqlen_q=9, seqlen_kv=9, kv_heads=4)
+    out = attend(q, k, v)
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)  # what comes in wants no gradient
+    assert dq.requires_grad
+    again = "no second derivatives.*create_graph=True"
+    with pytest.raises(RuntimeError, match=again):
+        (out.square().mean() + dq.square().sum()).backward()
+    (dq,) = torch.autograd.grad(attend(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=again):
+        torch.autograd.grad(dq.sum(), k, allow_unused=True)
+    with pytest.raises(RuntimeError, match=again):
+        torch.autograd.functional.hessian(lambda q: attend(q, k.detach(), v.detach()).sum(), q.detach())
+
+
+def test_a_graph_of_gradients_that_nobody_differentiates_changes_no_gradient():
     q, k, v = tensors()
-    (dq,) = torch.autograd.grad(fovea.attention(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
+    expected = torch.autograd.grad(fovea.attention(q, k, v).square().sum(), (q, k, v))
+    assert not any(gradient.requires_grad for gradient in expected)
+    assert same(torch.autograd.grad(fovea.attention(q, k, v).square().sum(), (q, k, v), create_graph=True), expected)
+    optimiser = torch.optim.SGD([q], 1.0)
+    fovea.attention(q, k, v).sum().backward(create_graph=True)
+    optimiser.zero_grad(set_to_none=False)
+    assert q.grad.eq(0).all() and not q.grad.requires_grad
 
 
 def test_out_is_written_without_gradients_and_refused_with_them():
@@ -127,6 +175,18 @@ def test_vmap_is_refused_in_a_sentence():
     q, k, v = tensors(grad=False)
     with pytest.raises(RuntimeError, match="does not run under vmap.*give q, k and v the batch dimension"):
         torch.vmap(lambda q: fovea.attention(q, k, v))(q[None])
+
+
+def test_batches_of_gradients_are_refused_in_a_sentence():
+    q, k, v = tensors()
+    out = fovea.attention(q, k, v)
+    with pytest.raises(RuntimeError, match="does not run under vmap.*one gradient at a time"):
+        torch.autograd.grad(out, q, torch.ones(3, *out.shape), is_grads_batched=True)
+    layer = fovea.nn.MultiheadAttention(8, 2, batch_first=True)
+    with pytest.raises(RuntimeError, match="does not run under vmap"):
+        torch.autograd.functional.jacobian(
+            lambda x: layer(x, x, x, need_weights=False)[0], torch.randn(2, 3, 8), vectorize=True
+        )
 
 
 def test_tensors_negated_by_a_bit_are_read_with_their_sign():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +19,38 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 any_autocast = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
+_of_old_vmap = torch._C._functorch.is_legacy_batchedtensor
+
+
+class _Once(torch.autograd.Function):
+    """Gradients, tied to all that they were computed from, so that nobody differentiates them by mistake."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: tuple[Tensor | None, ...], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if gradient is None else gradient.detach() for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(_ops.ONCE)
+
+
+def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A node's backward(ctx, saved, *gradients) whose results refuse to be differentiated again.
+
+    The first saved tensor must be an output of the node: its place in the graph is what all inputs lead to.
+    """
+
+    @functools.wraps(backward)
+    def refusing(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        _refuse_transforms(*gradients)
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return backward(ctx, saved, *gradients)
+        with torch.no_grad():
+            results = backward(ctx, saved, *gradients)
+        return _Once.apply(results, saved[0], *gradients)
+
+    return refusing
 
 
 class _Attention(torch.autograd.Function):
@@ -38,22 +72,24 @@ class _Attention(torch.autograd.Function):
         out, lse = _core.forward(q, k, v, others, call_rules, seed, offset, True, None)
         ctx.call = (call_rules, seed, offset)
         if others is None:
-            ctx.save_for_backward(q, k, v, out, lse)
+            ctx.save_for_backward(out, lse, q, k, v)
         else:
             *arrays, ctx.max_seqlen_q, ctx.max_seqlen_kv = others
-            ctx.save_for_backward(q, k, v, out, lse, *arrays)
+            ctx.save_for_backward(out, lse, q, k, v, *arrays)
         if not return_lse:
             return out
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    @once
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], dout: Tensor | None, dlse: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
         if dout is None and dlse is None:
             return (None,) * len(needed)
-        q, k, v, out, lse, *arrays = ctx.saved_tensors
+        out, lse, q, k, v, *arrays = saved
         others = (*arrays, ctx.max_seqlen_q, ctx.max_seqlen_kv) if arrays else None
         dout = torch.zeros_like(out) if dout is None else _ops.in_rows(dout)
         wanted = needed[8] + 2 * needed[9] + 4 * needed[10] if arrays else 0
@@ -204,12 +240,17 @@ def _ordinary(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for name, tensor in (("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is a {type(tensor).__name__}, but q a PyTorch tensor; give PyTorch tensors")
-    if _transforms() is not None:
+    _refuse_transforms()
+    return q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
+
+
+def _refuse_transforms(*gradients: Tensor | None) -> None:
+    """Transforms of functorch and the vmap of is_grads_batched, which came before them."""
+    if _transforms() is not None or any(x is not None and _of_old_vmap(x) for x in gradients):
         raise RuntimeError(
             "fovea.attention does not run under vmap, grad and the other transforms of torch.func; give q, k and v the"
-            " batch dimension in place of vmap, and use torch.autograd in place of grad"
+            " batch dimension in place of vmap, and use torch.autograd, one gradient at a time, in place of grad"
         )
-    return q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
 
 
 def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
