@@ -339,6 +339,33 @@ def test_no_keys_at_all_and_no_queries():
     assert out.shape == (2, 0, 8) and weights.shape == (2, 0, 5)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("weights, packs", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"add_bias_kv": True, "add_zero_attn": True}])
+def test_an_empty_batch_gives_an_empty_result_and_gradients(batch_first, weights, packs, options):
+    layer = fovea.nn.MultiheadAttention(8, 2, batch_first=batch_first, **options)
+    layer.pack_padding = packs
+    x = torch.randn((0, 3, 8) if batch_first else (3, 0, 8), requires_grad=True)
+    padding = torch.zeros(0, 3, dtype=torch.bool)
+    for mask in (None, torch.zeros(3, 3)):
+        out, given = layer(x, x, x, padding, weights, mask)
+        assert out.shape == x.shape and (given is not None) == weights
+        gradients = torch.autograd.grad(out.sum(), [x, *layer.parameters()])
+        assert gradients[0].shape == x.shape and all(gradient.eq(0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("training, packs", itertools.product([True, False], repeat=2))
+def test_encoders_take_an_empty_batch(training, packs):
+    x, padding = torch.randn(0, 9, 32, requires_grad=True), torch.zeros(0, 9, dtype=torch.bool)
+    model = fovea.nn.convert(encoder().train(training), pack_padding=packs)
+    for given in (None, padding):
+        for each in (model, model.layers[0]):
+            out = each(x, src_key_padding_mask=given)
+            assert out.shape == x.shape and torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+            with torch.no_grad():
+                assert each(x, src_key_padding_mask=given).shape == x.shape
+
+
 def test_hidden_nan_touches_nothing():
     layer = fovea.nn.MultiheadAttention(8, 2, batch_first=True)
     x = torch.randn(2, 6, 8)
