@@ -59,8 +59,7 @@ def why_composed(
 
 def why_torch_multiplies(query: Tensor) -> str:
     """Why the one node is made of PyTorch's products; "" where one call of the compiled half makes them as well."""
-    autocast = _door.any_autocast() and torch.is_autocast_enabled(query.device.type)
-    dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype
+    dtype = _door.dtype_under_autocast(query)
     if not query.is_cuda:
         return f"the tensors are on {query.device}, not on a GPU"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -98,9 +97,8 @@ def attention(
     )
     if _door.any_autocast() and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
-        tensors = tuple(None if x is None else x.to(dtype) for x in tensors)
-        if others is not None and others[1] is not None and others[1].dtype != torch.float32:
-            others = (others[0], others[1].to(dtype), *others[2:])
+        tensors = tuple(None if x is None else _door.as_autocast(x, dtype) for x in tensors)
+        others = _door.cast_bias(others, dtype)
     return _Attention.apply((layer.num_heads, batch_first, others, call_rules, draws, packing), *tensors)[0]
 
 
