@@ -172,4 +172,5 @@ def _irregular(
 
 def _with_rank(tensor: Tensor, rank: int) -> Tensor:
     """With leading ones."""
-    return tensor[(None,) * (rank - tensor.dim())]
+    missing = rank - tensor.dim()
+    return tensor[(None,) * missing] if missing > 0 else tensor
