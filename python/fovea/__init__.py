@@ -155,6 +155,8 @@ def explain(
     sink: Any = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    seed: int | None = None,
+    offset: int = 0,
     q_lengths: Any = None,
     kv_lengths: Any = None,
     cu_seqlens_q: Any = None,
@@ -163,13 +165,16 @@ def explain(
     max_seqlen_kv: int | None = None,
     deterministic: bool = False,
     layout: str = "bshd",
+    return_lse: bool = False,
+    out: Any = None,
     backend: str | None = None,
     strict: bool = False,
 ) -> Report:
     """Who would run this call of :func:`attention`, how, and for each backend that would not, why; nothing is computed.
 
     Args:
-        q: [batch, seqlen_q, num_q_heads, head_dim], and all others, as attention takes them.
+        q: [batch, seqlen_q, num_q_heads, head_dim], and all others, as attention takes them; seed, offset, return_lse
+            and out decide nothing.
         backward: ask for the pass of the gradients.
 
     Returns:
@@ -191,10 +196,15 @@ def explain(
         max_seqlen_q,
         max_seqlen_kv,
     )
-    call_rules = _rules(
-        softmax_scale, causal, window_left, window_right, softcap, dropout_p, deterministic, layout, backend, strict
+    options = (
+        *(softmax_scale, causal, window_left, window_right, softcap, dropout_p, deterministic),
+        *(layout, backend, strict),
     )
-    return _core.explain(bool(backward), q, k, v, others, call_rules)
+    if hasattr(q, "__torch_function__"):
+        from fovea.torch._door import explain as of_torch
+
+        return of_torch(bool(backward), q, k, v, others, options, out)
+    return _core.explain(bool(backward), q, k, v, others, _rules(*options))
 
 
 def _load_torch() -> Callable[..., Any]:

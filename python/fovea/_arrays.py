@@ -38,6 +38,10 @@ def attention(
     strict: bool,
 ) -> Any:
     """fovea.attention, whose defaults have been filled in."""
+    arrays = {"k": k, "v": v, "bias": bias, "alibi_slopes": alibi_slopes, "sink": sink, "out": out}
+    for name, array in arrays.items():
+        if getattr(array, "requires_grad", False):
+            _refuse_gradients(name, q)
     call_rules = rules(
         softmax_scale, causal, window_left, window_right, softcap, dropout_p, deterministic, layout, backend, strict
     )
@@ -59,3 +63,12 @@ def attention(
         max_seqlen_kv,
     )
     return _core.forward(q, k, v, others, call_rules, seed, offset, bool(return_lse), out)
+
+
+def _refuse_gradients(name: str, q: Any) -> None:
+    """For a tensor of PyTorch's beside q of another framework, which would lose its gradient."""
+    import torch
+
+    if torch.is_grad_enabled():
+        kind = type(q).__name__
+        raise ValueError(f"{name} wants gradients, but q is a {kind}, which has none; give q as a PyTorch tensor, too")

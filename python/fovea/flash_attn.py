@@ -7,6 +7,7 @@ from PyTorch's default generator.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -189,12 +190,22 @@ def flash_attn_varlen_qkvpacked_func(
 
 def _parts(name: str, packed: Tensor, rank: int, count: int) -> tuple[Tensor, ...]:
     """q, k and v out of one tensor, as views."""
+    _door.only_tensors(**{name: packed})
     if packed.dim() != rank or packed.shape[-3] != count:
         shape = "batch, seqlen" if rank == 5 else "total"
         raise ValueError(
             f"{name} has the shape {list(packed.shape)} but must be [{shape}, {count}, num_heads, head_dim]"
         )
     return packed.unbind(-3)
+
+
+def _sides(window_size: _Window) -> list[int | None]:
+    """window_left and window_right of fovea.attention."""
+    try:
+        left, right = (operator.index(side) for side in window_size)
+    except (TypeError, ValueError):
+        raise ValueError(f"window_size ({window_size!r}) must be (left, right), two whole numbers") from None
+    return [None if side < 0 else side for side in (left, right)]
 
 
 def _attend(
@@ -214,9 +225,8 @@ def _attend(
     deterministic: bool,
     return_attn_probs: bool,
 ) -> Any:
-    if len(window_size) != 2:
-        raise ValueError(f"window_size ({window_size}) must be (left, right)")
-    left, right = (None if int(side) < 0 else int(side) for side in window_size)
+    _door.only_tensors(q=q, k=k, v=v)
+    left, right = _sides(window_size)
     result = _door.attention(
         in_rows(q),
         in_rows(k),

@@ -12,6 +12,11 @@ namespace {
 
 [[noreturn]] void refuse(const std::string& sentence) { throw nb::value_error(sentence.c_str()); }
 
+[[noreturn]] void refuse_unreadable(const char* name, const nb::python_error& error) {
+  const std::string why = nb::str(error.value()).c_str();
+  refuse(std::string(name) + " cannot be read by DLPack: " + why.substr(0, why.find('\n')));
+}
+
 std::string dtype_name(const dlpack::DataType& type) {
   constexpr const char* kCodes[] = {"int", "uint", "fp", "opaque", "bf", "complex", "bool"};
   std::string name = type.code < std::size(kCodes) ? kCodes[type.code] : "code " + std::to_string(type.code) + " of ";
@@ -90,11 +95,7 @@ class ExchangeFramework final : public Framework {
 
   [[nodiscard]] Borrowed borrow(nb::handle array, const char* name, bool /*written*/) const override {
     dlpack::Tensor tensor{};
-    if (api_.borrow(array.ptr(), &tensor) != 0) {
-      const nb::python_error error;
-      const std::string why = nb::str(error.value()).c_str();
-      refuse(std::string(name) + " cannot be read by DLPack: " + why.substr(0, why.find('\n')));
-    }
+    if (api_.borrow(array.ptr(), &tensor) != 0) refuse_unreadable(name, nb::python_error());
     return {to_view(tensor, name), {}};
   }
 
@@ -141,7 +142,7 @@ class PythonFramework final : public Framework {
   explicit PythonFramework(nb::object adapter) : adapter_(std::move(adapter)) {}
 
   [[nodiscard]] Borrowed borrow(nb::handle array, const char* name, bool written) const override {
-    nb::object capsule = adapter_.attr("export")(array);
+    nb::object capsule = exported(array, name);
     const dlpack::Tensor* tensor = nullptr;
     if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned") != 0) {
       const auto* managed = pointer<dlpack::ManagedVersioned>(capsule, "dltensor_versioned");
@@ -180,6 +181,15 @@ class PythonFramework final : public Framework {
   }
 
  private:
+  [[nodiscard]] nb::object exported(nb::handle array, const char* name) const {
+    try {
+      return adapter_.attr("export")(array);
+    } catch (const nb::python_error& error) {
+      if (!error.matches(PyExc_BufferError)) throw;
+      refuse_unreadable(name, error);
+    }
+  }
+
   template <typename T>
   static T* pointer(const nb::object& capsule, const char* name) {
     void* pointer = PyCapsule_GetPointer(capsule.ptr(), name);

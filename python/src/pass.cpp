@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -66,6 +67,14 @@ class Pass {
     return seen(take(array, name, written));
   }
   Tensor take(nb::handle array, const char* name, bool written = false) {
+    const Tensor view = take_any(array, name, written);
+    // To the library a tensor of no dimensions is one that is not there.
+    if (!array.is_none() && !view.defined()) {
+      throw nb::value_error((std::string(name) + " has no dimensions; give an array that has some").c_str());
+    }
+    return view;
+  }
+  Tensor take_any(nb::handle array, const char* name, bool written = false) {
     if (array.is_none()) return {};
     Borrowed borrowed = Framework::of(array).borrow(array, name, written);
     if (borrowed.capsule.is_valid()) capsules_.push_back(std::move(borrowed.capsule));
@@ -141,7 +150,7 @@ class Pass {
     if (!nb::handle(extras[9]).is_none()) call_.max_seqlen_kv = to_int64(extras[9], "max_seqlen_kv");
   }
   Tensor take_entries(nb::handle array, const char* name) {
-    return array.is_none() ? Tensor{} : padded(take(array, name));
+    return array.is_none() ? Tensor{} : padded(take_any(array, name));
   }
 
   [[nodiscard]] bool heads_first() const { return call_rules_.heads_first; }
@@ -249,7 +258,7 @@ nb::tuple backward(nb::handle dout, nb::handle dlse, nb::handle q, nb::handle k,
     const auto optional = [&](Wanted bit, const Tensor& given, int extra, Tensor& written) -> nb::object {
       if ((wanted & bit) == 0 || !given.defined()) return nb::none();
       // In the shape that the caller gave, which may have fewer dimensions than the library sees.
-      Made made = pass.make_like(pass.take(nb::cast<nb::tuple>(extras)[extra], "an input with a gradient"));
+      Made made = pass.make_like(pass.take_any(nb::cast<nb::tuple>(extras)[extra], "an input with a gradient"));
       written = bit == kBias ? padded(made.view) : made.view;
       return std::move(made.object);
     };

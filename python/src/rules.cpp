@@ -1,6 +1,7 @@
 #include "rules.h"
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 
 namespace fovea::python {
@@ -16,7 +17,11 @@ namespace {
 float to_float(nb::handle value, const char* name) {
   double number = 0.0;
   if (PyBool_Check(value.ptr()) != 0 || !nb::try_cast(value, number)) refuse(name, value, "a number");
-  return static_cast<float>(number);
+  const float rounded = static_cast<float>(number);
+  if (std::isfinite(number) && (!std::isfinite(rounded) || (rounded == 0.0F && number != 0.0))) {
+    refuse(name, value, "0 or of a size that fp32 holds, 1e-45 to 3.4e38");
+  }
+  return rounded;
 }
 
 bool to_bool(nb::handle value, const char* name) {
@@ -25,9 +30,9 @@ bool to_bool(nb::handle value, const char* name) {
   return truth;
 }
 
-std::string to_word(nb::handle value, const char* name) {
+std::string to_word(nb::handle value, const char* name, const char* rule) {
   const char* word = nullptr;
-  if (!nb::try_cast(value, word)) refuse(name, value, "a word or None");
+  if (value.is_none() || !nb::try_cast(value, word)) refuse(name, value, rule);
   return word;
 }
 
@@ -57,8 +62,9 @@ CallRules::CallRules(nb::handle scale, nb::handle corner, nb::handle left, nb::h
                      nb::handle strictly) {
   if (!scale.is_none()) softmax_scale = to_float(scale, "softmax_scale");
   if (!corner.is_none()) {
-    const std::string word = to_word(corner, "causal");
-    if (word != "top_left" && word != "bottom_right") refuse("causal", corner, "'top_left', 'bottom_right' or None");
+    constexpr const char* kCorners = "'top_left', 'bottom_right' or None";
+    const std::string word = to_word(corner, "causal", kCorners);
+    if (word != "top_left" && word != "bottom_right") refuse("causal", corner, kCorners);
     causal = word == "top_left" ? Causal::kTopLeft : Causal::kBottomRight;
   }
   if (!left.is_none()) window_left = to_int64(left, "window_left");
@@ -66,10 +72,11 @@ CallRules::CallRules(nb::handle scale, nb::handle corner, nb::handle left, nb::h
   softcap = to_float(cap, "softcap");
   dropout.probability = to_float(dropout_p, "dropout_p");
   deterministic = to_bool(same_bits, "deterministic");
-  const std::string order = to_word(layout, "layout");
-  if (order != "bshd" && order != "bhsd") refuse("layout", layout, "'bshd' or 'bhsd'");
+  constexpr const char* kLayouts = "'bshd' or 'bhsd'";
+  const std::string order = to_word(layout, "layout", kLayouts);
+  if (order != "bshd" && order != "bhsd") refuse("layout", layout, kLayouts);
   heads_first = order == "bhsd";
-  if (!backend_name.is_none()) backend = to_word(backend_name, "backend");
+  if (!backend_name.is_none()) backend = to_word(backend_name, "backend", "a backend's name or None");
   strict = to_bool(strictly, "strict");
 }
 

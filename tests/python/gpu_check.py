@@ -133,7 +133,7 @@ def gradients_of(
     return [out, *torch.autograd.grad(out, leaves, dout.to(out.device))]
 
 
-def moved(value: Any) -> Any:
+def taken_to_cpu(value: Any) -> Any:
     return value.detach().cpu().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
 
 
@@ -157,8 +157,8 @@ def random_composed_problems_are_as_right_as_the_formula() -> str:
         dtype = given[0].dtype
         ours = gradients_of(fovea.attention, given, options, dout)
         plain = gradients_of(formula, given, options, dout)
-        on_cpu = {name: moved(value) for name, value in options.items()} | {"backend": "reference"}
-        exact = gradients_of(fovea.attention, tuple(moved(x) for x in given), on_cpu, dout)
+        on_cpu = {name: taken_to_cpu(value) for name, value in options.items()} | {"backend": "reference"}
+        exact = gradients_of(fovea.attention, tuple(taken_to_cpu(x) for x in given), on_cpu, dout)
         for name, x, y, z in zip(("out", "dq", "dk", "dv", "d1", "d2", "d3"), ours, plain, exact):
             assert x.shape == z.shape and x.dtype == z.dtype and x.isfinite().all(), (seed, name)
             x, y, z = x.cpu().double(), y.cpu().double(), z.double()

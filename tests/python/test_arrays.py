@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -84,7 +86,11 @@ def test_the_report_names_the_backend_that_runs_and_says_why_others_do_not():
 q, k, v = arrays()
 REFUSED = {
     "causal ('lower') must be 'top_left', 'bottom_right' or None": dict(causal="lower"),
-    "causal (True) must be a word or None": dict(causal=True),
+    "causal (True) must be 'top_left', 'bottom_right' or None": dict(causal=True),
+    "layout (None) must be 'bshd' or 'bhsd'": dict(layout=None),
+    "backend (3) must be a backend's name or None": dict(backend=3),
+    "softcap (1e-50) must be 0 or of a size that fp32 holds": dict(softcap=1e-50),
+    "softcap (1e+50) must be 0 or of a size that fp32 holds": dict(softcap=1e50),
     "window_left (1.5) must be a whole number of 64 bits": dict(window_left=1.5),
     "window_right (-3) must be at least 0": dict(window_right=-3),
     "softmax_scale ('big') must be a number": dict(softmax_scale="big"),
@@ -96,6 +102,9 @@ REFUSED = {
     "layout ('hsbd') must be 'bshd' or 'bhsd'": dict(layout="hsbd"),
     "backend 'warp' is unknown; name one of": dict(backend="warp"),
     "deterministic ('no') must be True or False": dict(deterministic="no"),
+    "sink has no dimensions": dict(sink=np.float32(1.0)[...]),
+    "float is no array": dict(bias=1.0),
+    "bias cannot be read by DLPack: DLPack only supports native byte order": dict(bias=np.ones((5, 7), ">f4")),
     "mask is fp32": dict(mask=np.ones((5, 7), np.float32)),
     "mask has the shape [1, 1, 3, 7] but must have [1, 1, 5, 7]": dict(mask=np.ones((3, 7), bool)),
     "kv_lengths is int64, which Fovea does not read": dict(kv_lengths=np.array([1, 2])),
@@ -126,6 +135,10 @@ def test_a_refusal_is_one_sentence_with_the_value(sentence):
         "list is no array: give one that speaks DLPack": (q.tolist(), k, v),
         "NoneType is no array": (None, k, v),
         "k is missing": (q, None, v),
+        "q has no dimensions": (np.array(1.0, np.float32), k, v),
+        "q cannot be read by DLPack: DLPack only supports native byte order": (q.astype(">f4"), k, v),
+        "v cannot be read by DLPack": (q, k, v.astype(object)),
+        "k wants gradients, but q is a ndarray": (q, torch.from_numpy(k.copy()).requires_grad_(), v),
         "q has 3 dimensions but must be [batch, seqlen_q, num_q_heads, head_dim]": (q[0], k, v),
         "q, k and v must share one dtype, but are fp32, fp16 and fp32": (q, k.astype(np.float16), v),
         "q's last dimension": (np.ascontiguousarray(q.swapaxes(2, 3)).swapaxes(2, 3), k, v),
@@ -135,6 +148,20 @@ def test_bad_tensors_are_refused(sentence, bad):
     with pytest.raises(ValueError) as refusal:
         fovea.attention(*bad)
     assert sentence in str(refusal.value)
+
+
+def test_tensors_without_gradients_may_stand_beside_arrays():
+    leaf = torch.from_numpy(k.copy()).requires_grad_()
+    with torch.no_grad():
+        np.testing.assert_array_equal(fovea.attention(q, leaf, v), fovea.attention(q, k, v))
+
+
+def test_explain_takes_the_arguments_of_attention():
+    named = inspect.signature(fovea.explain).parameters
+    assert set(named) == {*inspect.signature(fovea.attention).parameters, "backward"}
+    everything = {name: parameter.default for name, parameter in named.items() if name not in ("q", "k", "v")}
+    everything |= dict(dropout_p=0.1, seed=3, offset=4, return_lse=True, out=np.empty((2, 5, 4, 6), np.float32))
+    assert fovea.explain(q, k, v, **everything).problem == "fwd fp32 b2 hq4 hkv2 sq5 skv7 d8 dv6 dropout=0.1"
 
 
 def test_a_read_only_out_is_refused():

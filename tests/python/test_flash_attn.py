@@ -114,8 +114,13 @@ def test_refusals():
     q = torch.randn(2, 5, 4, 16)
     with pytest.raises(ValueError, match=r"qkv has the shape \[2, 5, 4, 16\] but must be \[batch, seqlen, 3"):
         flash_attn.flash_attn_qkvpacked_func(q)
-    with pytest.raises(ValueError, match="window_size .* must be"):
-        flash_attn.flash_attn_func(q, q, q, window_size=(1, 2, 3))
+    for window in ((1, 2, 3), (1,), (1.5, 2), (None, 1), "ab", 3, None):
+        with pytest.raises(ValueError, match="window_size .* must be .left, right., two whole numbers"):
+            flash_attn.flash_attn_func(q, q, q, window_size=window)
+    with pytest.raises(ValueError, match="k is a ndarray, which is no PyTorch tensor"):
+        flash_attn.flash_attn_func(q, q.numpy(), q)
+    with pytest.raises(ValueError, match="qkv is a ndarray, which is no PyTorch tensor"):
+        flash_attn.flash_attn_qkvpacked_func(q.numpy())
     with pytest.raises(NotImplementedError, match="block_table"):
         flash_attn.flash_attn_varlen_func(q[0], q[0], q[0], None, None, 5, 5, block_table=torch.zeros(1))
     with pytest.raises(ValueError, match="num_q_heads"):

@@ -136,12 +136,20 @@ def test_one_node_under_autocast_gives_what_operators_give(masked):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
-def test_gradients_of_one_node_are_not_differentiable_again():
-    layer = fovea.nn.MultiheadAttention(32, 4, batch_first=True)
-    x = batch()[0].requires_grad_()
-    (gradient,) = torch.autograd.grad(layer(x, x, x, need_weights=False)[0].square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("weights, packs", [(False, False), (False, True), (True, False)])
+def test_gradients_are_not_differentiable_again(weights, packs, frozen):
+    layer = fovea.nn.MultiheadAttention(32, 4, batch_first=True).requires_grad_(not frozen)
+    layer.pack_padding = packs
+    x, padding = batch()
+    x.requires_grad_()
+    out, _ = layer(x, x, x, padding, need_weights=weights)
+    (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        (out.square().mean() + gradient.square().sum()).backward(retain_graph=True)
+    for source in (x,) if frozen else (x, layer.in_proj_weight, layer.out_proj.weight):
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            torch.autograd.grad(gradient.sum(), source, allow_unused=True, retain_graph=True)
 
 
 def test_explain_names_what_stands_against_one_node():
@@ -329,6 +337,33 @@ def test_no_keys_at_all_and_no_queries():
     assert torch.equal(out, layer.out_proj.bias.expand(2, 5, 8)) and weights.shape == (2, 5, 0)
     out, weights = layer(none, x, x)
     assert out.shape == (2, 0, 8) and weights.shape == (2, 0, 5)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("weights, packs", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"add_bias_kv": True, "add_zero_attn": True}])
+def test_an_empty_batch_gives_an_empty_result_and_gradients(batch_first, weights, packs, options):
+    layer = fovea.nn.MultiheadAttention(8, 2, batch_first=batch_first, **options)
+    layer.pack_padding = packs
+    x = torch.randn((0, 3, 8) if batch_first else (3, 0, 8), requires_grad=True)
+    padding = torch.zeros(0, 3, dtype=torch.bool)
+    for mask in (None, torch.zeros(3, 3)):
+        out, given = layer(x, x, x, padding, weights, mask)
+        assert out.shape == x.shape and (given is not None) == weights
+        gradients = torch.autograd.grad(out.sum(), [x, *layer.parameters()])
+        assert gradients[0].shape == x.shape and all(gradient.eq(0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("training, packs", itertools.product([True, False], repeat=2))
+def test_encoders_take_an_empty_batch(training, packs):
+    x, padding = torch.randn(0, 9, 32, requires_grad=True), torch.zeros(0, 9, dtype=torch.bool)
+    model = fovea.nn.convert(encoder().train(training), pack_padding=packs)
+    for given in (None, padding):
+        for each in (model, model.layers[0]):
+            out = each(x, src_key_padding_mask=given)
+            assert out.shape == x.shape and torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+            with torch.no_grad():
+                assert each(x, src_key_padding_mask=given).shape == x.shape
 
 
 def test_hidden_nan_touches_nothing():

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
@@ -51,11 +52,11 @@ def test_causal_starts_at_the_top_left_where_lengths_differ():
 
 
 @pytest.mark.parametrize(
-    "shape", [(5, 7), (1, 7), (5, 1), (3, 5, 7), (2, 1, 5, 7), (2, 3, 1, 7), (1, 1, 1, 7), (2, 3, 5, 7)]
+    "shape", [(), (7,), (5, 7), (1, 7), (5, 1), (3, 5, 7), (2, 1, 5, 7), (2, 3, 1, 7), (1, 1, 1, 7), (2, 3, 5, 7)]
 )
 def test_masks_of_every_broadcast(shape):
     keep = torch.rand(shape) > 0.3
-    keep[..., 0] = True
+    keep[(..., 0) if shape else ...] = True
     agree((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16), mask=keep)
     agree((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16), mask=torch.randn(shape))
 
@@ -78,6 +79,19 @@ def test_a_row_that_sees_no_key_gives_zero():
 @pytest.mark.parametrize("make", [causal_upper_left, causal_lower_right])
 def test_the_causal_masks_of_torch(make):
     agree((1, 2, 5, 16), (1, 2, 8, 16), (1, 2, 8, 16), mask=make(5, 8))
+
+
+def test_a_causal_mask_of_other_lengths_is_refused_where_they_matter():
+    agree((1, 2, 5, 16), (1, 2, 8, 16), (1, 2, 8, 16), mask=causal_upper_left(3, 3))
+    agree((1, 2, 5, 16), (1, 2, 8, 16), (1, 2, 8, 16), mask=causal_lower_right(8, 8))
+    q, k = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 8, 16)
+    with pytest.raises(ValueError, match=r"causal_lower_right\(4, 8\), but query and key have 5 and 8 rows"):
+        scaled_dot_product_attention(q, k, k, attn_mask=causal_lower_right(4, 8))
+
+
+def test_dropout_of_everything_gives_zero_and_no_gradient():
+    agree((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16), dropout_p=1.0)
+    agree((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16), dropout_p=1.0, mask=torch.randn(5, 7))
 
 
 def test_grouped_heads():
@@ -205,6 +219,37 @@ def test_replacement_decorates_nests_and_reaches_names_imported_before():
     F.scaled_dot_product_attention(q, q, q)
     assert outer.replaced.total() == 2 and module.imported_before is F.scaled_dot_product_attention
     del module.imported_before
+
+
+def test_what_torch_runs_runs_under_replacement():
+    attend = F.scaled_dot_product_attention
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    nested = torch.nested.nested_tensor([torch.randn(4, 3, 8), torch.randn(4, 5, 8)])
+
+    def tangent():
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            dual = forward_ad.make_dual(q, torch.ones_like(q))
+            return forward_ad.unpack_dual(F.scaled_dot_product_attention(dual, k, v)).tangent
+
+    calls = [
+        lambda: torch.vmap(F.scaled_dot_product_attention)(q, k, v),
+        lambda: torch.func.grad(lambda q: F.scaled_dot_product_attention(q, k, v).sum())(q),
+        lambda: torch.stack([x.sum() for x in F.scaled_dot_product_attention(nested, nested, nested).unbind()]),
+        lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.tensor(True)),
+        tangent,
+    ]
+    with sdpa_kernel(SDPBackend.MATH):  # the others take no mask without dimensions
+        expected = [call() for call in calls]
+    with replace_sdpa() as report:
+        torch.testing.assert_close([call() for call in calls], expected)
+    assert F.scaled_dot_product_attention is attend
+    assert report.left.total() == 4 and report.replaced.total() == 1, str(report)
+    assert "bool mask of no dimensions" in str(report) and "query nested, of 4 dimensions" in str(report)
+    with replace_sdpa() as report, torch.autocast("cpu", dtype=torch.bfloat16):
+        assert F.scaled_dot_product_attention(q.double(), k.double(), v.double()).dtype == torch.float64
+    assert report.left.total() == 1
+    with replace_sdpa(), pytest.raises(TypeError, match="query"):
+        F.scaled_dot_product_attention(None, k, v)
 
 
 def test_errors_of_the_caller_stay_those_of_torch_under_replacement():

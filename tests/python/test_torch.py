@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fovea
@@ -36,11 +38,59 @@ def test_gradients_through_lse_alone_and_through_out_alone():
     torch.testing.assert_close(both, dq_lse + torch.autograd.grad(out.sum(), q)[0])
 
 
-def test_a_second_derivative_is_refused_and_not_wrong():
+class Subclass(torch.Tensor):
+    pass
+
+
+def heads_first(attend):
+    return lambda q, k, v: attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def replaced(q, k, v):
+    with fovea.torch.replace_sdpa() as report:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert report.replaced.total() == 1
+    return out
+
+
+DOORS = {
+    "attention": fovea.attention,
+    "attention, everything given": lambda q, k, v: fovea.attention(
+        q, k, v, bias=torch.zeros(9, 9, requires_grad=True), sink=torch.zeros(4, requires_grad=True), dropout_p=0.1
+    ),
+    "lse": lambda q, k, v: fovea.attention(q, k, v, return_lse=True)[1],
+    "the operator": lambda q, k, v: fovea.attention(q.as_subclass(Subclass), k, v),
+    "scaled_dot_product_attention": heads_first(fovea.torch.scaled_dot_product_attention),
+    "replace_sdpa": heads_first(replaced),
+    "flash_attn": fovea.flash_attn.flash_attn_func,
+}
+
+
+@pytest.mark.parametrize("attend", DOORS.values(), ids=DOORS)
+def test_a_second_derivative_is_refused_and_not_wrong(attend):
+    q, k, v = tensors(seqlen_q=9, seqlen_kv=9, kv_heads=4)
+    out = attend(q, k, v)
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)  # what comes in wants no gradient
+    assert dq.requires_grad
+    again = "no second derivatives.*create_graph=True"
+    with pytest.raises(RuntimeError, match=again):
+        (out.square().mean() + dq.square().sum()).backward()
+    (dq,) = torch.autograd.grad(attend(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=again):
+        torch.autograd.grad(dq.sum(), k, allow_unused=True)
+    with pytest.raises(RuntimeError, match=again):
+        torch.autograd.functional.hessian(lambda q: attend(q, k.detach(), v.detach()).sum(), q.detach())
+
+
+def test_a_graph_of_gradients_that_nobody_differentiates_changes_no_gradient():
     q, k, v = tensors()
-    (dq,) = torch.autograd.grad(fovea.attention(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
+    expected = torch.autograd.grad(fovea.attention(q, k, v).square().sum(), (q, k, v))
+    assert not any(gradient.requires_grad for gradient in expected)
+    assert same(torch.autograd.grad(fovea.attention(q, k, v).square().sum(), (q, k, v), create_graph=True), expected)
+    optimiser = torch.optim.SGD([q], 1.0)
+    fovea.attention(q, k, v).sum().backward(create_graph=True)
+    optimiser.zero_grad(set_to_none=False)
+    assert q.grad.eq(0).all() and not q.grad.requires_grad
 
 
 def test_out_is_written_without_gradients_and_refused_with_them():
@@ -51,6 +101,29 @@ def test_out_is_written_without_gradients_and_refused_with_them():
         assert torch.equal(out, fovea.attention(q, k, v))
     with pytest.raises(ValueError, match="out cannot be given where gradients are wanted"):
         fovea.attention(q, k, v, out=out)
+
+
+def test_writing_out_is_seen_by_whoever_has_saved_it():
+    q, k, v = tensors(grad=False)
+    weight, out = torch.ones(2, 9, 4, 16, requires_grad=True), fovea.attention(q, k, v)
+    product = (weight * out).sum()
+    assert fovea.attention(q, -k, v, out=out) is out
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.parametrize(
+    "sentence, out",
+    {
+        "out cannot be given where gradients are wanted": torch.empty(2, 9, 4, 16, requires_grad=True),
+        "out is a view whose sign is only a bit": torch._neg_view(torch.empty(2, 9, 4, 16)),
+        "out is a ndarray, which is no PyTorch tensor": torch.empty(2, 9, 4, 16).numpy(),
+    }.items(),
+)
+def test_what_cannot_be_written_is_refused(sentence, out):
+    for attend in (fovea.attention, torch.compile(fovea.attention, backend="eager")):
+        with pytest.raises(ValueError, match=sentence):
+            attend(*tensors(grad=False), out=out)
 
 
 class Layer(torch.nn.Module):
@@ -123,10 +196,73 @@ def test_autocast_casts_as_it_does_for_sdpa():
     assert torch.equal(out, compiled)
 
 
+def test_autocast_leaves_what_it_leaves_in_sdpa_and_explain_knows():
+    q, k, v = tensors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fovea.explain(q, k, v).problem.startswith("fwd bf16")
+        for dtype, reason in ((torch.float64, "q is fp64"), (torch.int32, "int32")):
+            for call in (fovea.attention, fovea.explain):
+                with pytest.raises(ValueError, match=reason):
+                    call(*(x.detach().to(dtype) for x in (q, k, v)))
+        layer, x = fovea.nn.MultiheadAttention(8, 2, batch_first=True).double(), torch.randn(2, 3, 8).double()
+        for call in (lambda: layer(x, x, x, need_weights=False), lambda: layer.explain(x)):
+            with pytest.raises(ValueError, match="q is fp64"):
+                call()
+
+
+@pytest.mark.parametrize("attend", [attend for attend in DOORS.values() if attend is not DOORS["replace_sdpa"]])
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_derivatives_are_refused_and_not_dropped(attend, grad):
+    q, k, v = tensors(seqlen_q=9, seqlen_kv=9, kv_heads=4, grad=grad)
+    with torch.no_grad() if not grad else torch.enable_grad(), forward_ad.dual_level():
+        attend(q, k, v)
+        for place in range(3):
+            given = [q, k, v]
+            given[place] = forward_ad.make_dual(given[place], torch.ones_like(given[place]))
+            with pytest.raises(RuntimeError, match=f"{'qkv'[place]} has a tangent, .* no forward-mode derivatives"):
+                attend(*given)
+        if attend is fovea.attention:
+            with pytest.raises(RuntimeError, match="sink has a tangent"):
+                attend(q, k, v, sink=forward_ad.make_dual(torch.ones(4), torch.ones(4)))
+        x = forward_ad.make_dual(torch.randn(2, 3, 8), torch.ones(2, 3, 8))
+        with pytest.raises(RuntimeError, match="has a tangent"):
+            fovea.nn.MultiheadAttention(8, 2, batch_first=True)(x, x, x, need_weights=False)
+
+
+def test_arrays_of_other_frameworks_may_be_masks_biases_and_lengths():
+    q, k, v = tensors()
+    for name, array in {
+        "mask": np.tri(9, 11) > 0,
+        "bias": np.ones((9, 11), np.float32),
+        "alibi_slopes": np.ones(4, np.float32),
+        "sink": np.ones(4, np.float32),
+        "kv_lengths": np.array([3, 11], np.int32),
+    }.items():
+        one, other = (fovea.attention(q, k, v, **{name: x}) for x in (array, torch.from_numpy(array)))
+        assert torch.equal(one, other)
+        assert same(*(torch.autograd.grad(out.sum(), (q, k, v)) for out in (one, other)))
+
+
+def test_flags_may_be_any_truth():
+    assert all(len(fovea.attention(*tensors(grad=False), return_lse=flag)) == 2 for flag in (1, np.True_))
+
+
 def test_vmap_is_refused_in_a_sentence():
     q, k, v = tensors(grad=False)
     with pytest.raises(RuntimeError, match="does not run under vmap.*give q, k and v the batch dimension"):
         torch.vmap(lambda q: fovea.attention(q, k, v))(q[None])
+
+
+def test_batches_of_gradients_are_refused_in_a_sentence():
+    q, k, v = tensors()
+    out = fovea.attention(q, k, v)
+    with pytest.raises(RuntimeError, match="does not run under vmap.*one gradient at a time"):
+        torch.autograd.grad(out, q, torch.ones(3, *out.shape), is_grads_batched=True)
+    layer = fovea.nn.MultiheadAttention(8, 2, batch_first=True)
+    with pytest.raises(RuntimeError, match="does not run under vmap"):
+        torch.autograd.functional.jacobian(
+            lambda x: layer(x, x, x, need_weights=False)[0], torch.randn(2, 3, 8), vectorize=True
+        )
 
 
 def test_tensors_negated_by_a_bit_are_read_with_their_sign():
@@ -138,6 +274,10 @@ def test_tensors_negated_by_a_bit_are_read_with_their_sign():
     assert torch.equal(
         fovea.torch.scaled_dot_product_attention(q, q, torch._neg_view(q)), -fovea.attention(q, q, q, layout="bhsd")
     )
+    for name in ("alibi_slopes", "sink"):
+        number = torch.rand(4)
+        out, expected = (fovea.attention(q, k, v, **{name: x}) for x in (torch._neg_view(number), -number))
+        assert torch.equal(out, expected)
     q.requires_grad_()
     weight = torch.randn(2, 9, 4, 16)
     gradients = [torch.autograd.grad(fovea.attention(q, k, v), q, w)[0] for w in (torch._neg_view(weight), -weight)]
@@ -233,9 +373,23 @@ def test_nested_tensors_are_packed_sequences():
 
 
 def test_nested_tensors_of_another_layout_are_refused():
-    strided = torch.nested.nested_tensor([torch.randn(3, 4, 16), torch.randn(5, 4, 16)])
-    with pytest.raises(ValueError, match="must be a nested tensor of layout torch.jagged|cannot be read by DLPack"):
-        fovea.attention(strided, strided, strided)
+    parts = [torch.randn(3, 4, 16), torch.randn(5, 4, 16)]
+    strided, jagged = (torch.nested.nested_tensor(parts, layout=layout) for layout in (torch.strided, torch.jagged))
+    dense = torch.randn(2, 5, 4, 16)
+    for given, name in (
+        ((strided, strided, strided), "q"),
+        ((dense, strided, strided), "k"),
+        ((dense, jagged, jagged), "q"),
+        ((jagged, jagged, dense), "v"),
+    ):
+        for call in (fovea.attention, fovea.explain, fovea.torch.scaled_dot_product_attention):
+            with pytest.raises(ValueError, match=f"^{name} must be a nested tensor of layout torch.jagged"):
+                call(*given)
+
+
+def test_explain_takes_nested_tensors():
+    nested = torch.nested.nested_tensor([torch.randn(3, 4, 16), torch.randn(5, 4, 16)], layout=torch.jagged)
+    assert "packed=" in fovea.explain(nested, nested, nested).problem
 
 
 def test_half_precision_keeps_its_dtype_and_bits():
@@ -251,9 +405,9 @@ def test_half_precision_keeps_its_dtype_and_bits():
     {
         "q cannot be read by DLPack: Cannot pack tensors on meta": lambda q: (q.to("meta"), q, q),
         "q cannot be read by DLPack": lambda q: (q.to_sparse(), q, q),
-        "k is a ndarray, but q a PyTorch tensor": lambda q: (q, q.numpy(), q),
+        "k is a ndarray, which is no PyTorch tensor": lambda q: (q, q.numpy(), q),
         "q is complex64, which Fovea does not read": lambda q: (q.to(torch.complex64), q, q),
-        "q is missing": lambda q: (torch.tensor(1.0), q, q),
+        "q has no dimensions": lambda q: (torch.tensor(1.0), q, q),
         "batch (0) must be at least 1": lambda q: (q[:0], q[:0], q[:0]),
     }.items(),
 )

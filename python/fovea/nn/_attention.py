@@ -61,6 +61,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 *batched, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
             return out.squeeze(0 if self.batch_first else 1), None if weights is None else weights.squeeze(0)
+        if query.shape[0 if self.batch_first else 1] == 0:  # PyTorch's empty result; there is nothing to mask
+            return super().forward(query, key, value, None, need_weights, None, average_attn_weights)
         if self._packs(query, key, value, key_padding_mask, attn_mask, need_weights, is_causal):
             packing = Packing(key_padding_mask)
             x = query if self.batch_first else query.transpose(0, 1)

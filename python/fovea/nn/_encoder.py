@@ -169,5 +169,6 @@ def _packs(src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: 
         and padding.dtype == torch.bool
         and not src.is_nested
         and src.dim() == 3
+        and src.numel() > 0
         and (mask is None or is_causal)
     )

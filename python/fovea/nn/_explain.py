@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend
 import fovea
 from fovea._core import Report
 from fovea.nn import _fused, _masks
+from fovea.torch import _door
 
 if TYPE_CHECKING:
     from fovea.nn._attention import MultiheadAttention
@@ -152,10 +153,8 @@ def _heads(layer: MultiheadAttention, x: Tensor, more: int = 0) -> Tensor:
         batch, seqlen = 1, x.shape[0]
     else:
         batch, seqlen = (x.shape[0], x.shape[1]) if layer.batch_first else (x.shape[1], x.shape[0])
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    return torch.empty(batch, seqlen + more, layer.num_heads, layer.head_dim, dtype=dtype, device=x.device)
+    shape = (batch, seqlen + more, layer.num_heads, layer.head_dim)
+    return torch.empty(shape, dtype=_door.dtype_under_autocast(x), device=x.device)
 
 
 def _learns(module: torch.nn.Module, x: Tensor) -> bool:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -60,8 +59,7 @@ def why_composed(
 
 def why_torch_multiplies(query: Tensor) -> str:
     """Why the one node is made of PyTorch's products; "" where one call of the compiled half makes them as well."""
-    autocast = _door.any_autocast() and torch.is_autocast_enabled(query.device.type)
-    dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype
+    dtype = _door.dtype_under_autocast(query)
     if not query.is_cuda:
         return f"the tensors are on {query.device}, not on a GPU"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -99,10 +97,9 @@ def attention(
     )
     if _door.any_autocast() and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
-        tensors = tuple(None if x is None else x.to(dtype) for x in tensors)
-        if others is not None and others[1] is not None and others[1].dtype != torch.float32:
-            others = (others[0], others[1].to(dtype), *others[2:])
-    return _Attention.apply((layer.num_heads, batch_first, others, call_rules, draws, packing), *tensors)
+        tensors = tuple(None if x is None else _door.as_autocast(x, dtype) for x in tensors)
+        others = _door.cast_bias(others, dtype)
+    return _Attention.apply((layer.num_heads, batch_first, others, call_rules, draws, packing), *tensors)[0]
 
 
 class _Attention(torch.autograd.Function):
@@ -116,7 +113,7 @@ class _Attention(torch.autograd.Function):
         in_bias: Tensor | None,
         out_weight: Tensor,
         out_bias: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         heads, batch_first, others, call_rules, draws, packing = call
         rest = (heads, batch_first, others, call_rules, *draws)
         made = None
@@ -134,14 +131,14 @@ class _Attention(torch.autograd.Function):
             *arrays, ctx.max_seqlen_q, ctx.max_seqlen_kv = others
         if not (ctx.needs_input_grad[3] or ctx.needs_input_grad[4]):
             query = key = None
-        ctx.save_for_backward(query, key, in_weight, out_weight, q, kv, out, lse, *arrays)
-        return y
+        place = y.new_empty(0)  # in the graph, that of y, which need not be kept for it
+        ctx.save_for_backward(place, query, key, in_weight, out_weight, q, kv, out, lse, *arrays)
+        return y, place
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        saved, arrays = tensors[:8], tensors[8:]
+    @_door.once
+    def backward(ctx: Any, tensors: tuple[Tensor, ...], dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        saved, arrays = tensors[1:9], tensors[9:]
         heads, batch_first, call_rules, draws, packing = ctx.call
         others = (*arrays, ctx.max_seqlen_q, ctx.max_seqlen_kv) if arrays else None
         rest = (heads, batch_first, others, call_rules, *draws)

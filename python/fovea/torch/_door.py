@@ -2,21 +2,61 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 
 from fovea import _core
-from fovea._arguments import extras, rules
+from fovea._arguments import rules
 from fovea.torch import _nested, _ops, _seeds
 
 #: Tensors without a dispatch of their own.
 _PLAIN = (Tensor, torch.nn.Parameter)
+#: What autocast casts; float64 and integers stay.
+_CAST = (torch.float32, torch.float16, torch.bfloat16)
+_EXTRAS = ("mask", "bias", "alibi_slopes", "sink", "q_lengths", "kv_lengths", "cu_seqlens_q", "cu_seqlens_kv")
+_NO_EXTRAS = (None,) * 10
 any_autocast = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
+_of_old_vmap = torch._C._functorch.is_legacy_batchedtensor
+
+
+class _Once(torch.autograd.Function):
+    """Gradients, tied to all that they were computed from, so that nobody differentiates them by mistake."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: tuple[Tensor | None, ...], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if gradient is None else gradient.detach() for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(_ops.ONCE)
+
+
+def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A node's backward(ctx, saved, *gradients) whose results refuse to be differentiated again.
+
+    The first saved tensor must be an output of the node: its place in the graph is what all inputs lead to.
+    """
+
+    @functools.wraps(backward)
+    def refusing(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        _refuse_transforms(*gradients)
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return backward(ctx, saved, *gradients)
+        with torch.no_grad():
+            results = backward(ctx, saved, *gradients)
+        return _Once.apply(results, saved[0], *gradients)
+
+    return refusing
 
 
 class _Attention(torch.autograd.Function):
@@ -38,22 +78,24 @@ class _Attention(torch.autograd.Function):
         out, lse = _core.forward(q, k, v, others, call_rules, seed, offset, True, None)
         ctx.call = (call_rules, seed, offset)
         if others is None:
-            ctx.save_for_backward(q, k, v, out, lse)
+            ctx.save_for_backward(out, lse, q, k, v)
         else:
             *arrays, ctx.max_seqlen_q, ctx.max_seqlen_kv = others
-            ctx.save_for_backward(q, k, v, out, lse, *arrays)
+            ctx.save_for_backward(out, lse, q, k, v, *arrays)
         if not return_lse:
             return out
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    @once
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], dout: Tensor | None, dlse: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
         if dout is None and dlse is None:
             return (None,) * len(needed)
-        q, k, v, out, lse, *arrays = ctx.saved_tensors
+        out, lse, q, k, v, *arrays = saved
         others = (*arrays, ctx.max_seqlen_q, ctx.max_seqlen_kv) if arrays else None
         dout = torch.zeros_like(out) if dout is None else _ops.in_rows(dout)
         wanted = needed[8] + 2 * needed[9] + 4 * needed[10] if arrays else 0
@@ -91,28 +133,9 @@ def attention(
     strict: bool = False,
 ) -> Any:
     """fovea.attention."""
-    packed_again = None
-    if not plainly_eager(q, k, v):
-        if not is_dynamo_compiling():
-            q, k, v = _ordinary(q, k, v)
-        if torch.is_autocast_enabled(q.device.type):
-            q, k, v, bias = _autocast(q, k, v, bias)
-        if q.is_nested:
-            if cu_seqlens_q is not None or cu_seqlens_kv is not None or out is not None:
-                raise ValueError("nested tensors bring their own cu_seqlens and make their own out; leave both out")
-            q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, packed_again = _nested.unpack(
-                q, k, v, layout
-            )
-            layout = "bshd"
-    if torch.compiler.is_compiling() or _watched(q, k, v):
-        if not dropout_p:
-            seed_tensor = None
-        else:
-            seed_tensor = _ops.draw_seed(q) if seed is None else _seeds.to_tensor(seed, offset)
-        result, lse = _ops.attention(
-            q,
-            k,
-            v,
+    others = packed_again = None
+    if not (mask is bias is alibi_slopes is sink is q_lengths is kv_lengths is cu_seqlens_q is cu_seqlens_kv is None):
+        others = _readable(
             mask,
             bias,
             alibi_slopes,
@@ -123,6 +146,21 @@ def attention(
             cu_seqlens_kv,
             max_seqlen_q,
             max_seqlen_kv,
+        )
+    if not plainly_eager(q, k, v):
+        q, k, v, others, layout, packed_again = _prepared(q, k, v, others, layout, out)
+    if torch.compiler.is_compiling() or _watched(q, k, v):
+        if not dropout_p:
+            seed_tensor = None
+        else:
+            seed_tensor = _ops.draw_seed(q) if seed is None else _seeds.to_tensor(seed, offset)
+        if out is not None:
+            _check_out(out, q, k, v, *(others or ())[1:4])
+        result, lse = _ops.attention(
+            q,
+            k,
+            v,
+            *(others or _NO_EXTRAS),
             seed_tensor,
             softmax_scale,
             causal,
@@ -144,24 +182,31 @@ def attention(
     call_rules = rules(
         softmax_scale, causal, window_left, window_right, softcap, dropout_p, deterministic, layout, backend, strict
     )
-    others = None
-    if not (mask is bias is alibi_slopes is sink is q_lengths is kv_lengths is cu_seqlens_q is cu_seqlens_kv is None):
-        others = extras(
-            mask,
-            bias if bias is None else bias.resolve_neg(),
-            alibi_slopes,
-            sink,
-            q_lengths,
-            kv_lengths,
-            cu_seqlens_q,
-            cu_seqlens_kv,
-            max_seqlen_q,
-            max_seqlen_kv,
-        )
-    result = run(q, k, v, others, call_rules, dropout_p, seed, offset, return_lse, out)
+    try:
+        result = run(q, k, v, others, call_rules, dropout_p, seed, offset, bool(return_lse), out)
+    except ValueError as error:
+        raise _nested.named(error, q, k, v) from None
     if packed_again is None:
         return result
     return (packed_again(result[0]), result[1]) if return_lse else packed_again(result)
+
+
+def explain(
+    backward: bool, q: Tensor, k: Tensor, v: Tensor, others: tuple[Any, ...] | None, options: tuple[Any, ...], out: Any
+) -> _core.Report:
+    """fovea.explain: of the tensors and the options that `attention` would give to the compiled half.
+
+    Args:
+        others: what `extras` gives.
+        options: the arguments of `rules`, in their order.
+    """
+    *options, layout, backend, strict = options
+    others = None if others is None else _readable(*others)
+    try:
+        q, k, v, others, layout, _ = _prepared(q, k, v, others, layout, out)
+        return _core.explain(backward, q, k, v, others, rules(*options, layout, backend, strict))
+    except ValueError as error:
+        raise _nested.named(error, q, k, v) from None
 
 
 def run(
@@ -180,12 +225,15 @@ def run(
     if dropout_p and seed is None:
         seed, offset = _seeds.draw(q.device)
     extra = () if others is None else others[1:4]  # bias, alibi_slopes, sink
+    if out is not None:
+        _check_out(out, q, k, v, *extra)
     if not torch.is_grad_enabled() or not (
         q.requires_grad or k.requires_grad or v.requires_grad or (extra and _any_needs_grad(extra))
     ):
-        return _core.forward(q, k, v, others, call_rules, seed, offset, return_lse, out)
-    if out is not None:
-        raise ValueError("out cannot be given where gradients are wanted; call under torch.no_grad() or leave it out")
+        result = _core.forward(q, k, v, others, call_rules, seed, offset, return_lse, out)
+        if out is not None:
+            increment_version(out)  # a backward pass that has saved it learns that it has changed
+        return result
     return _Attention.apply(q, k, v, others, call_rules, seed, offset, return_lse, *extra)
 
 
@@ -196,20 +244,124 @@ def plainly_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def special(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether tensors are of a kind that the compiled half cannot read, or somebody wants to see operators."""
-    return _watched(q, k, v) or q.is_neg() or k.is_neg() or v.is_neg()  # a sign by a bit, which DLPack does not tell
+    return (
+        _watched(q, k, v)
+        or forward_ad._current_level >= 0
+        or q.is_neg()  # a sign by a bit, which DLPack does not tell
+        or k.is_neg()
+        or v.is_neg()
+    )
 
 
-def _ordinary(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Signs that are only a bit written out; transforms of functorch and what is no tensor refused."""
-    for name, tensor in (("k", k), ("v", v)):
+def in_transform(*tensors: Tensor | None) -> bool:
+    """Whether torch.func or forward-mode derivatives want to see operators that have such rules."""
+    return _transforms() is not None or (
+        forward_ad._current_level >= 0 and any(x is not None and _has_tangent(x) for x in tensors)
+    )
+
+
+def only_tensors(**named: Any) -> None:
+    """Refuses what is no tensor of PyTorch's."""
+    for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} is a {type(tensor).__name__}, but q a PyTorch tensor; give PyTorch tensors")
-    if _transforms() is not None:
+            raise ValueError(f"{name} is a {type(tensor).__name__}, which is no PyTorch tensor; give PyTorch tensors")
+
+
+def as_autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor as autocast gives it to an operator that runs in dtype."""
+    return tensor.to(dtype) if tensor.dtype in _CAST else tensor
+
+
+def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
+    """The dtype in which an operator gets the tensor."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if tensor.dtype in _CAST and torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def _readable(*others: Any) -> tuple[Any, ...]:
+    """What `extras` gives, as tensors whose signs stand in their numbers; arrays of other frameworks become tensors."""
+    if is_dynamo_compiling():
+        return others
+    *arrays, max_seqlen_q, max_seqlen_kv = others
+    for place, array in enumerate(arrays):
+        if array is None or (type(array) is Tensor and not array.is_neg()):
+            continue
+        if not isinstance(array, Tensor):
+            array = _from_elsewhere(_EXTRAS[place], array)
+        arrays[place] = array.resolve_neg()
+    return (*arrays, max_seqlen_q, max_seqlen_kv)
+
+
+def _from_elsewhere(name: str, array: Any) -> Tensor:
+    """A tensor in the memory of an array of another framework."""
+    if not hasattr(array, "__dlpack__"):
+        raise ValueError(f"{name} is a {type(array).__name__}, which is no array: give a tensor, or what speaks DLPack")
+    try:
+        return torch.from_dlpack(array)
+    except (BufferError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{name} cannot be read by DLPack: {why}") from None
+
+
+def _prepared(
+    q: Tensor, k: Tensor, v: Tensor, others: tuple[Any, ...] | None, layout: str, out: Any
+) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...] | None, str, Callable[[Tensor], Tensor] | None]:
+    """Tensors of all kinds as the compiled half takes them, their layout, and what makes an out nested again."""
+    if not is_dynamo_compiling():
+        only_tensors(q=q, k=k, v=v)
+        _refuse_transforms()
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(("q", "k", "v", *_EXTRAS[1:4]), (q, k, v, *(others or ())[1:4]))
+        q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = as_autocast(q, dtype), as_autocast(k, dtype), as_autocast(v, dtype)
+        others = cast_bias(others, dtype)
+    if not (q.is_nested or k.is_nested or v.is_nested):
+        return q, k, v, others, layout, None
+    *arrays, cu_seqlens_q, cu_seqlens_kv, _, _ = others or _NO_EXTRAS
+    if cu_seqlens_q is not None or cu_seqlens_kv is not None or out is not None:
+        raise ValueError("nested tensors bring their own cu_seqlens and make their own out; leave both out")
+    q, k, v, *lengths, packed_again = _nested.unpack(q, k, v, layout)
+    return q, k, v, (*arrays, *lengths), "bshd", packed_again
+
+
+def cast_bias(others: tuple[Any, ...] | None, dtype: torch.dtype) -> tuple[Any, ...] | None:
+    """What `extras` gives under autocast: a bias stays in fp32, which costs nothing, or follows q."""
+    if others is None or others[1] is None or others[1].dtype == torch.float32:
+        return others
+    mask, bias, *rest = others
+    return (mask, as_autocast(bias, dtype), *rest)
+
+
+def _refuse_tangents(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> None:
+    for name, tensor in zip(names, tensors):
+        if tensor is not None and _has_tangent(tensor):
+            raise RuntimeError(
+                f"{name} has a tangent, and fovea.attention has no forward-mode derivatives; use torch.autograd.grad,"
+                " or compute this part by PyTorch's formula, under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _check_out(out: Any, *sources: Tensor | None) -> None:
+    only_tensors(out=out)
+    if torch.is_grad_enabled() and _any_needs_grad((out, *sources)):
+        raise ValueError("out cannot be given where gradients are wanted; call under torch.no_grad() or leave it out")
+    if out.is_neg():
+        raise ValueError("out is a view whose sign is only a bit, and would read what is written negated; give another")
+
+
+def _refuse_transforms(*gradients: Tensor | None) -> None:
+    """Transforms of functorch and the vmap of is_grads_batched, which came before them."""
+    if _transforms() is not None or any(x is not None and _of_old_vmap(x) for x in gradients):
         raise RuntimeError(
             "fovea.attention does not run under vmap, grad and the other transforms of torch.func; give q, k and v the"
-            " batch dimension in place of vmap, and use torch.autograd in place of grad"
+            " batch dimension in place of vmap, and use torch.autograd, one gradient at a time, in place of grad"
         )
-    return q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
 
 
 def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -225,11 +377,3 @@ def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _any_needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Any, Any, Any, Any]:
-    """Autocast's dtype for q, k and v; a bias stays in fp32, which costs nothing, or follows q."""
-    dtype = torch.get_autocast_dtype(q.device.type)
-    if bias is not None and bias.dtype != torch.float32:
-        bias = bias.to(dtype)
-    return q.to(dtype), k.to(dtype), v.to(dtype), bias

@@ -30,6 +30,17 @@ def unpack(
     return q.values(), k.values(), v.values(), cu_seqlens_q, cu_seqlens_kv, longest, longest_kv, nested
 
 
+def named(error: ValueError, q: Tensor, k: Tensor, v: Tensor) -> ValueError:
+    """A refusal, or why strided nested tensors are refused; asked afterwards, so that other calls do not pay for it."""
+    try:
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            if isinstance(tensor, Tensor) and tensor.is_nested:
+                _tokens_first(name, tensor, "bshd")
+    except ValueError as better:
+        return better
+    return error
+
+
 def _tokens_first(name: str, tensor: Any, layout: str) -> Tensor:
     if not tensor.is_nested or tensor.layout != torch.jagged:
         raise ValueError(

@@ -23,6 +23,13 @@ _SHARED = (
 )
 _NUM_TENSORS, _NUM_EXTRAS = 3, 10  # q, k, v come first, then what belongs to `extras`
 
+#: What a gradient answers that is differentiated again.
+ONCE = (
+    "fovea.attention has no second derivatives, and a gradient of it was differentiated again: do without"
+    " create_graph=True, or compute this part by PyTorch's formula, under"
+    " torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+)
+
 _library = torch.library.Library("fovea", "DEF")
 _library.define(f"attention(Tensor q, Tensor k, Tensor v, {_SHARED}) -> (Tensor, Tensor)")
 _library.define(
@@ -154,7 +161,12 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     return tuple(gradients)
 
 
+def _refuse_again(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError(ONCE)
+
+
 torch.library.register_autograd("fovea::attention", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("fovea::attention_backward", _refuse_again, lib=_library)
 
 
 def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fovea.torch import _door
 from fovea.torch._sdpa import scaled_dot_product_attention
 
 _original = torch.nn.functional.scaled_dot_product_attention
@@ -112,7 +113,7 @@ def _dispatch(
 ) -> Any:
     """Fovea's where it takes the call, else PyTorch's."""
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-    reason = _why_not(query)
+    reason = _why_not(query, key, value, attn_mask)
     if reason is None:
         try:
             out = scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa)
@@ -125,16 +126,19 @@ def _dispatch(
     return _original(*arguments, scale=scale, enable_gqa=enable_gqa)
 
 
-def _why_not(query: Any) -> str | None:
+def _why_not(query: Any, key: Any, value: Any, attn_mask: Any) -> str | None:
     """What makes a call PyTorch's before Fovea is asked; a graph that is traced cannot ask."""
-    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(
-        query.device.type
-    ):
+    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        return "not all of query, key, value and attn_mask are tensors"
+    if not torch.compiler.is_compiling() and _door.in_transform(*tensors):
+        return "a transform of torch.func or a forward-mode derivative, of which Fovea has none"
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"query is {query.dtype}, and Fovea takes float32, float16 and bfloat16"
     if query.device.type not in ("cpu", "cuda"):
         return f"query is on {query.device}, and Fovea runs on CPUs and NVIDIA GPUs"
-    if query.is_nested and query.layout != torch.jagged:
-        return "query is a nested tensor of strided layout, and Fovea takes jagged ones"
+    if any(tensor.is_nested and tensor.layout != torch.jagged for tensor in tensors):
+        return "a nested tensor is of strided layout, and Fovea takes jagged ones"
     return None
 
 
@@ -142,8 +146,11 @@ def _count(arguments: tuple[Any, ...], reason: str | None) -> None:
     if torch.compiler.is_compiling():
         return
     query, key, _, attn_mask, dropout_p, is_causal = arguments
-    call = f"{str(query.dtype).removeprefix('torch.')} on {query.device}, query {_shape(query)}, key {_shape(key)}"
-    if attn_mask is not None:
+    if not isinstance(query, torch.Tensor):
+        call = f"query of type {type(query).__name__}"
+    else:
+        call = f"{str(query.dtype).removeprefix('torch.')} on {query.device}, query {_shape(query)}, key {_shape(key)}"
+    if isinstance(attn_mask, torch.Tensor):
         call += f", {str(attn_mask.dtype).removeprefix('torch.')} mask {_shape(attn_mask)}"
     call += (", causal" if is_causal else "") + (f", dropout {dropout_p:g}" if dropout_p else "")
     with _lock:
@@ -155,4 +162,8 @@ def _count(arguments: tuple[Any, ...], reason: str | None) -> None:
 
 
 def _shape(tensor: Any) -> str:
-    return "×".join(str(extent) for extent in tensor.shape)
+    if not isinstance(tensor, torch.Tensor):
+        return type(tensor).__name__
+    if tensor.is_nested and tensor.layout != torch.jagged:  # which has no shape
+        return f"nested, of {tensor.dim()} dimensions"
+    return "×".join(str(extent) for extent in tensor.shape) or "of no dimensions"

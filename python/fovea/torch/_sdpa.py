@@ -45,6 +45,8 @@ def scaled_dot_product_attention(
         RuntimeError: an attn_mask together with is_causal, as in PyTorch.
     """
     corner = "top_left" if is_causal else None
+    if dropout_p == 1.0:  # every weight is dropped, as in PyTorch
+        value, dropout_p = value * 0, 0.0
     if attn_mask is None and _door.plainly_eager(query, key, value):
         call_rules = rules(scale, corner, None, None, 0.0, dropout_p, False, "bhsd", None, False)
         if dropout_p or query.requires_grad or key.requires_grad or value.requires_grad:
@@ -52,15 +54,32 @@ def scaled_dot_product_attention(
                 return _door.run(query, key, value, None, call_rules, dropout_p)
         elif (out := _core.forward_regular(query, key, value, call_rules)) is not None:
             return out
+    _door.only_tensors(query=query, key=key, value=value)
     if attn_mask is not None:
+        _door.only_tensors(attn_mask=attn_mask)
         if is_causal:
             raise RuntimeError("Explicit attn_mask should not be set when is_causal=True; give one of the two")
         if type(attn_mask) is CausalBias:
-            corner = "top_left" if attn_mask.variant == CausalVariant.UPPER_LEFT else "bottom_right"
+            corner = _corner(attn_mask, query.size(-2), key.size(-2))
             attn_mask = None
-    if query.is_nested or (query.dim() == 4 and _regular(query, key, value, enable_gqa)):
+        else:
+            attn_mask = _with_rank(attn_mask, 1)
+    nested = query.is_nested or key.is_nested or value.is_nested
+    if nested or (query.dim() == 4 and _regular(query, key, value, enable_gqa)):
         return _attend(query, key, value, attn_mask, dropout_p, corner, scale)
     return _irregular(query, key, value, attn_mask, dropout_p, corner, scale, enable_gqa)
+
+
+def _corner(mask: CausalBias, length: int, kv_length: int) -> str:
+    """Where the triangle of one of torch.nn.attention.bias starts."""
+    if mask.variant == CausalVariant.UPPER_LEFT or mask.seq_len_q == mask.seq_len_kv:
+        return "top_left"
+    if (mask.seq_len_q, mask.seq_len_kv) != (length, kv_length):
+        raise ValueError(
+            f"attn_mask is causal_lower_right({mask.seq_len_q}, {mask.seq_len_kv}), but query and key have {length} and"
+            f" {kv_length} rows; make it of their lengths"
+        )
+    return "bottom_right"
 
 
 def _regular(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
@@ -84,7 +103,7 @@ def _attend(
     corner: str | None,
     scale: float | None,
 ) -> Tensor:
-    if not query.is_nested:
+    if not (query.is_nested or key.is_nested or value.is_nested):
         query, key, value = in_rows(query), in_rows(key), in_rows(value)
     mask = bias = None
     if attn_mask is not None:
@@ -153,4 +172,5 @@ def _irregular(
 
 def _with_rank(tensor: Tensor, rank: int) -> Tensor:
     """With leading ones."""
-    return tensor[(None,) * (rank - tensor.dim())]
+    missing = rank - tensor.dim()
+    return tensor[(None,) * missing] if missing > 0 else tensor
