@@ -17,7 +17,6 @@
 #include "cpu/threads.h"
 #include "cuda/jit/cache.h"
 #include "dispatch/backend.h"
-#include "files/tensor_data.h"
 #include "problem/refuse.h"
 #include "random.h"
 #include "random_problem.h"
@@ -274,7 +273,7 @@ CheckResult check_problem(const Problem& problem, std::uint64_t seed, const Chec
   } catch (const GpuLost& lost) {
     return {{}, {}, {lost.what()}, false};
   } catch (const Error& error) {
-    if (error.code() == ErrorCode::kOutOfMemory) throw;
+    if (error.code() == ErrorCode::kOutOfMemory) throw Error(error.code(), to_string(problem) + ": " + error.what());
     return {{}, {}, {error.what()}, true};
   } catch (const std::exception& error) {
     return {{}, {}, {error.what()}, true};
@@ -301,8 +300,7 @@ int run_check(const CheckRun& run) {
   const auto work = [&] {
     try {
       for (std::size_t i = next++; i < cases.size(); i = next++) {
-        printer.done(i, files::in_context(to_string(cases[i].problem),
-                                          [&] { return check_problem(cases[i].problem, cases[i].seed, options); }));
+        printer.done(i, check_problem(cases[i].problem, cases[i].seed, options));
       }
     } catch (...) {
       next = cases.size();
