@@ -76,6 +76,18 @@ def test_a_row_that_sees_no_key_gives_zero():
     assert torch.autograd.grad(out.sum(), q)[0][0, 0, 2].eq(0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lowest_number_hides_as_minus_infinity_does(dtype):
+    q, k, v = (torch.randn(1, 2, 5, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    masks = [torch.zeros(5, 5, dtype=dtype) for _ in range(2)]
+    for mask, hidden in zip(masks, (torch.finfo(dtype).min, -torch.inf), strict=True):
+        mask[:, 3] = mask[1] = hidden
+    ours = [scaled_dot_product_attention(q, k, v, mask) for mask in masks]
+    assert torch.equal(*ours) and ours[0][..., 1, :].eq(0).all()
+    gradients = [torch.autograd.grad(out.sum(), (q, k, v)) for out in ours]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("make", [causal_upper_left, causal_lower_right])
 def test_the_causal_masks_of_torch(make):
     agree((1, 2, 5, 16), (1, 2, 8, 16), (1, 2, 8, 16), mask=make(5, 8))
