@@ -196,15 +196,12 @@ def explain(
         max_seqlen_q,
         max_seqlen_kv,
     )
-    options = (
-        *(softmax_scale, causal, window_left, window_right, softcap, dropout_p, deterministic),
-        *(layout, backend, strict),
-    )
+    numbers = (softmax_scale, causal, window_left, window_right, softcap, dropout_p, deterministic)
     if hasattr(q, "__torch_function__"):
         from fovea.torch._door import explain as of_torch
 
-        return of_torch(bool(backward), q, k, v, others, options, out)
-    return _core.explain(bool(backward), q, k, v, others, _rules(*options))
+        return of_torch(bool(backward), q, k, v, others, numbers, layout, backend, strict, out)
+    return _core.explain(bool(backward), q, k, v, others, _rules(*numbers, layout, backend, strict))
 
 
 def _load_torch() -> Callable[..., Any]:

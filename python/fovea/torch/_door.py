@@ -192,19 +192,27 @@ def attention(
 
 
 def explain(
-    backward: bool, q: Tensor, k: Tensor, v: Tensor, others: tuple[Any, ...] | None, options: tuple[Any, ...], out: Any
+    backward: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    others: tuple[Any, ...] | None,
+    numbers: tuple[Any, ...],
+    layout: str,
+    backend: str | None,
+    strict: bool,
+    out: Any,
 ) -> _core.Report:
     """fovea.explain: of the tensors and the options that `attention` would give to the compiled half.
 
     Args:
         others: what `extras` gives.
-        options: the arguments of `rules`, in their order.
+        numbers: the arguments of `rules` before layout.
     """
-    *options, layout, backend, strict = options
     others = None if others is None else _readable(*others)
     try:
         q, k, v, others, layout, _ = _prepared(q, k, v, others, layout, out)
-        return _core.explain(backward, q, k, v, others, rules(*options, layout, backend, strict))
+        return _core.explain(backward, q, k, v, others, rules(*numbers, layout, backend, strict))
     except ValueError as error:
         raise _nested.named(error, q, k, v) from None
 
@@ -284,7 +292,7 @@ def _readable(*others: Any) -> tuple[Any, ...]:
         return others
     *arrays, max_seqlen_q, max_seqlen_kv = others
     for place, array in enumerate(arrays):
-        if array is None or (type(array) is Tensor and not array.is_neg()):
+        if array is None or (type(array) in _PLAIN and not array.is_neg()):
             continue
         if not isinstance(array, Tensor):
             array = _from_elsewhere(_EXTRAS[place], array)
