@@ -364,9 +364,9 @@ class Workload::Maker {
   void make_bias(Tensor& bias, Draw& habits) {
     bias = make_matrix(p_.bias_dtype, *p_.bias);
     const bool hides = habits.chance(0.5);
-    const double hiding = habits.chance(0.5) ? -kInfinity : -0x1.fep127;  // bfloat16's lowest number hides, too
     // Far below 0, lse loses digits and exp of it underflows; only fp32 has the digits to be judged there.
     const double level = hostile_ && p_.dtype == DType::kFloat32 && habits.chance(0.1) ? -1000.0 : 0.0;
+    const double hiding = habits.chance(0.5) ? -kInfinity : -0x1.fep127;  // bfloat16's lowest number hides, too
     fill(bias, [&, random = Random(seed_, kBias), hidden = Random(seed_, kHiddenBias)](std::int64_t i) {
       return hides && hidden.uniform(i) < 0.05 ? hiding : level + random.normal(i);
     });
