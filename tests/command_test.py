@@ -606,6 +606,12 @@ class Precompile(CommandTest):
 
 
 class Doctor(CommandTest):
+    def test_a_pack_where_it_is_called_is_not_the_one_beside_it(self):
+        (self.folder / "fovea.pack").write_text("no pack")
+        path = f"{Path(FOVEA).resolve().parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(["fovea", "doctor"], cwd=self.folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=120)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
     def test_it_tells_what_is_there(self):
         text = self.fovea("doctor")
         for word in ("processor", "threads", "multiply-add", "CUDA driver", "NVRTC", "cpu_portable", "reference"):

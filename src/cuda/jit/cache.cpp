@@ -47,8 +47,10 @@ Kernel::Kernel(std::shared_ptr<const Binary> binary, int gpu)
 fs::path shipped_pack() {
   Dl_info info{};
   if (::dladdr(reinterpret_cast<void*>(&shipped_pack), &info) == 0 || info.dli_fname == nullptr) return {};
+  fs::path file = info.dli_fname;
+  if (!file.has_parent_path()) file = "/proc/self/exe";  // a program that PATH has found, by its bare name
   std::error_code ignored;
-  return fs::weakly_canonical(info.dli_fname, ignored).parent_path() / "fovea.pack";
+  return fs::weakly_canonical(file, ignored).parent_path() / "fovea.pack";
 }
 
 Cache::Options Cache::options_of_environment() {
@@ -57,7 +59,7 @@ Cache::Options Cache::options_of_environment() {
   const std::string named = variable("FOVEA_PACK");
   std::error_code ignored;
   if (!named.empty()) {
-    options.packs.emplace_back(named);
+    options.packs.push_back(fs::absolute(named, ignored));
   } else if (const fs::path shipped = shipped_pack(); fs::exists(shipped, ignored)) {
     options.packs.push_back(shipped);
   }
