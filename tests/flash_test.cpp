@@ -134,7 +134,8 @@ TEST_P(EveryIsa, GivesTheSameBitsOnAnyNumberOfThreads) {
   for (const char* rest :
        {"b2 hq6 hkv2 sq300 skv410 d40 dv24 causal=bottom_right bias=1hqk:fp32 alibi "
         "sink dropout=0.2 softcap=5",
-        "b1 hq4 hkv1 sq3 skv3000 d64", "b1 hq4 hkv2 sq3 skv5000 d64", "b1 hq1 sq1500 d16 window=100,0"}) {
+        "b1 hq4 hkv1 sq3 skv3000 d64", "b1 hq4 hkv2 sq3 skv5000 d64", "b1 hq1 sq1500 d16 window=100,0",
+        "b1 hq1 sq1024 d64 window=100,- bias=1hqk:fp32", "b1 hq2 sq900 d32 window=70,200 bias=1hqk:fp32"}) {
     Attention one(line("fwd+bwd", rest)), many(line("fwd+bwd", rest));
     one.execute({.backend = backend(), .num_threads = 1});
     many.execute({.backend = backend(), .num_threads = 7});
@@ -156,6 +157,19 @@ TEST_P(EveryIsa, AVisibleNanReachesWhatSeesItAndNothingElse) {
         EXPECT_EQ(std::isnan(Attention::at(run.grads.dq, i, h, c)), i >= kBad) << i << " " << c;
       }
     }
+  }
+}
+
+TEST_P(EveryIsa, AHiddenNanChangesNoBit) {
+  Attention clean(line("fwd", "b1 hq1 sq512 d64 causal=top_left")),
+      run(line("fwd", "b1 hq1 sq512 d64 causal=top_left"));
+  constexpr std::int64_t kBad = 400;
+  Attention::put_nan(run.in.v, kBad, 0, 3);
+  for (Attention* each : {&clean, &run}) each->execute({.backend = backend()});
+  for (std::int64_t i = 0; i < kBad; ++i) {
+    EXPECT_EQ(cpu::load(run.out.lse, i), cpu::load(clean.out.lse, i)) << i;
+    for (std::int64_t c = 0; c < 64; ++c)
+      EXPECT_EQ(Attention::at(run.out.out, i, 0, c), Attention::at(clean.out.out, i, 0, c)) << i << " " << c;
   }
 }
 

@@ -469,3 +469,37 @@ def test_a_causal_hint_without_a_mask_is_refused_as_in_torch():
     for layer in (torch.nn.MultiheadAttention(32, 4), fovea.nn.MultiheadAttention(32, 4)):
         with pytest.raises(RuntimeError, match="is_causal"):
             layer(x, x, x, is_causal=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (2, 12), (10, 2), (20,)])
+def test_a_padding_mask_of_another_shape_is_refused_where_padding_is_left_out(shape):
+    x, padding = torch.randn(2, 10, 16), torch.zeros(shape, dtype=torch.bool)
+    attention = fovea.nn.MultiheadAttention(16, 2, batch_first=True)
+    layer = fovea.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    encoder = fovea.nn.TransformerEncoder(layer, 1).eval()
+    attention.pack_padding = layer.pack_padding = True
+    calls = [lambda: attention(x, x, x, padding, need_weights=False), lambda: layer(x, src_key_padding_mask=padding)]
+    with torch.no_grad():
+        for call in (*calls, lambda: encoder(x, src_key_padding_mask=padding)):
+            with pytest.raises(ValueError, match=r"key_padding_mask has the shape"):
+                call()
+
+
+def test_masks_whose_last_dimension_has_a_stride_are_read():
+    layer, theirs = (nn.MultiheadAttention(16, 2, batch_first=True) for nn in (fovea.nn, torch.nn))
+    theirs.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 10, 16)
+    below = torch.ones(10, 10).triu().bool().transpose(0, 1)
+    padding = torch.zeros(10, 2, dtype=torch.bool)
+    padding[3, 1] = padding[5, 0] = True
+    for mask in (~below, torch.zeros(10, 10).masked_fill(~below.T, -9.0).T):
+        masks = dict(attn_mask=mask, key_padding_mask=padding.T if mask.dtype == torch.bool else None)
+        torch.testing.assert_close(layer(x, x, x, **masks)[0], theirs(x, x, x, **masks)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_without_keys_has_the_weight_of_the_key_of_zeros():
+    layer = fovea.nn.MultiheadAttention(16, 2, batch_first=True, add_zero_attn=True)
+    x, padding = torch.randn(2, 4, 16), torch.zeros(2, 4, dtype=torch.bool)
+    padding[1] = True
+    weights = layer(x, x, x, padding)[1]
+    assert weights.isfinite().all() and weights[1, :, -1].eq(1).all() and weights[1, :, :-1].eq(0).all()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fovea._arguments import extras, rules
 from fovea.nn import _explain, _fused, _masks
-from fovea.nn._packing import Packing, Rows
+from fovea.nn._packing import Packing, Rows, can_pack
 from fovea.torch import _door, _seeds
 
 _LARGEST_HEAD_DIM = 512
@@ -211,7 +211,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             tile = _door.attention(q, k, values, **options)
             tiles.append(tile.mean(2) if average else tile.transpose(1, 2))
         if self.add_zero_attn:
-            zero = torch.exp(-lse).to(q.dtype)
+            zero = torch.exp(-lse).masked_fill(lse == -torch.inf, 1.0).to(q.dtype)  # all that a row without keys has
             tiles.append((zero.mean(1) if average else zero).unsqueeze(-1))
         return torch.cat(tiles, -1)
 
@@ -229,8 +229,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return (
             self.pack_padding
             and key_padding_mask is not None
-            and key_padding_mask.dtype == torch.bool
             and query is key is value
+            and can_pack(key_padding_mask, query, self.batch_first)
             and (attn_mask is None or is_causal)
             and not need_weights
             and self.bias_k is None

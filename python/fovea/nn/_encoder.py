@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fovea.nn import _explain, _masks
 from fovea.nn._attention import MultiheadAttention
-from fovea.nn._packing import Packing, Rows
+from fovea.nn._packing import Packing, Rows, can_pack
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -36,9 +36,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """torch.nn.TransformerEncoderLayer's."""
-        if self.pack_padding and _packs(src, src_mask, src_key_padding_mask, is_causal):
+        batch_first = self.self_attn.batch_first
+        if self.pack_padding and _packs(src, src_mask, src_key_padding_mask, is_causal, batch_first):
             packing = Packing(src_key_padding_mask)
-            batch_first = self.self_attn.batch_first
             packed = packing.pack(src if batch_first else src.transpose(0, 1))
             out = packing.pad(self._layer(packed, None, None, is_causal).values())
             return out if batch_first else out.transpose(0, 1)
@@ -144,8 +144,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
     def _packing(self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Packing | None:
         """How padding is left out, where it is."""
-        if not _packs(src, mask, padding, is_causal) or not all(
-            isinstance(layer, TransformerEncoderLayer) for layer in self.layers
+        if not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers) or not _packs(
+            src, mask, padding, is_causal, self.layers[0].self_attn.batch_first
         ):
             return None
         if self.pack_padding:
@@ -162,13 +162,13 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         return Packing(padding) if only_tails else None
 
 
-def _packs(src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> bool:
+def _packs(src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool, batch_first: bool) -> bool:
     """Whether the padding of a call can be left out."""
     return (
         padding is not None
-        and padding.dtype == torch.bool
         and not src.is_nested
         and src.dim() == 3
         and src.numel() > 0
+        and can_pack(padding, src, batch_first)
         and (mask is None or is_causal)
     )

@@ -32,16 +32,16 @@ def options_of(
         if is_causal and extra_keys == 0:
             options["causal"] = "top_left"
         elif attn_mask.dtype == torch.bool:
-            options["mask"] = _with_more(~attn_mask.view(shape), extra_keys, True)
+            options["mask"] = _with_more((~attn_mask.view(shape)).contiguous(), extra_keys, True)
         else:
-            options["bias"] = _with_more(attn_mask.view(shape), extra_keys, 0.0)
+            options["bias"] = _with_more(attn_mask.view(shape).contiguous(), extra_keys, 0.0)
     if key_padding_mask is None:
         return options
     if key_padding_mask.shape != (batch, seqlen_kv):
         shape = list(key_padding_mask.shape)
         raise ValueError(f"key_padding_mask has the shape {shape} but must be [{batch}, {seqlen_kv}]")
     _check_dtype("key_padding_mask", key_padding_mask)
-    padding = key_padding_mask[:, None, None]
+    padding = key_padding_mask[:, None, None].contiguous()
     if padding.dtype != torch.bool:
         padding = _with_more(padding, extra_keys, 0.0)
         options["bias"] = options["bias"] + padding if "bias" in options else padding

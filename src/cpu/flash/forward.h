@@ -153,7 +153,7 @@ template <int kVectors>
 template <Word kWord, int kVectors>
 inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats) {
   if (kWord == Word::kPair && !keep_floats && softmax_by_old_reference<kWord, kVectors>(s, of)) return false;
-  V top[kVectors], base[kVectors], total[kVectors];
+  V top[kVectors], base[kVectors], before_it[kVectors], total[kVectors] = {};
   FOVEA_UNROLL for (V& x : top) x = splat(-kInfinity);
   for_each_vector<kVectors>(s, [&](i64 /*r*/, int lane, const float* at) {
     V& x = top[lane / kWidth];
@@ -165,13 +165,13 @@ inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats)
     const V after = highest > before + kSlack ? highest : before;
     base[n] = after == splat(-kInfinity) ? V{} : after;  // nothing visible yet: keep −inf − −inf away
     const V factor = after == before ? splat(1.0F) : exp2(before - base[n]);
-    total[n] = load(of.sum_of_p + n * kWidth) * factor;
+    before_it[n] = load(of.sum_of_p + n * kWidth) * factor;
     moved = moved || any((after != before) & (before != splat(-kInfinity)));
     store(of.reference + n * kWidth, after);
     store(of.rescale + n * kWidth, factor);
   }
   weigh<kWord>(s, of, keep_floats, base, total);
-  FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) store(of.sum_of_p + n * kWidth, total[n]);
+  FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) store(of.sum_of_p + n * kWidth, before_it[n] + total[n]);
   return moved;
 }
 
@@ -304,8 +304,9 @@ class Forward {
       my.sum_of_p[x] = 0.0F;
     }
     const i64 step = few_rows() ? kJoinedKeys : packed_keys(), first = few_rows() ? kJoinedKeys : kForwardKeys;
-    for (i64 j = keys.begin / first * first; j < keys.end; j += step) {
-      const Interval tile{j, math::smaller(j + step, keys.end)};
+    for (i64 j = keys.begin / first * first, end = j; j < keys.end; j = end) {
+      end = math::smaller((j / step + 1) * step, keys.end);  // the same cuts wherever a task's keys begin
+      const Interval tile{j, end};
       if (few_rows()) {
         // Heads between whose keys others lie are read together.
         const i64 together = in_place && call_.k.head < call_.k.row && call_.v.head < call_.v.row ? panels : 1;
