@@ -132,8 +132,7 @@ INSTANTIATE_TEST_SUITE_P(Flash, EveryIsa,
 
 TEST_P(EveryIsa, GivesTheSameBitsOnAnyNumberOfThreads) {
   for (const char* rest :
-       {"b2 hq6 hkv2 sq300 skv410 d40 dv24 causal=bottom_right bias=1hqk:fp32 alibi "
-        "sink dropout=0.2 softcap=5",
+       {"b2 hq6 hkv2 sq300 skv410 d40 dv24 causal=bottom_right bias=1hqk:fp32 alibi sink dropout=0.2 softcap=5",
         "b1 hq4 hkv1 sq3 skv3000 d64", "b1 hq4 hkv2 sq3 skv5000 d64", "b1 hq1 sq1500 d16 window=100,0",
         "b1 hq1 sq1024 d64 window=100,- bias=1hqk:fp32", "b1 hq2 sq900 d32 window=70,200 bias=1hqk:fp32"}) {
     Attention one(line("fwd+bwd", rest)), many(line("fwd+bwd", rest));
