@@ -58,7 +58,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             src: as forward takes it.
             mask: forward's src_mask.
         """
-        packed = self.pack_padding and _packs(src, mask, src_key_padding_mask, is_causal)
+        batch_first = self.self_attn.batch_first
+        packed = self.pack_padding and _packs(src, mask, src_key_padding_mask, is_causal, batch_first)
         return _explain.of_layer(self, src, mask, src_key_padding_mask, is_causal, packed)
 
     def _layer(self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Tensor:
