@@ -192,7 +192,7 @@ class Help(CommandTest):
         self.refuse("precompile", LINE, says="--arch")
         self.refuse("precompile", LINE, "--arch", "sm_80", says="--out")
         for arch in ("sm_8", "sm_80a", "sm_a", "sm_90aa", "90a"):
-            self.refuse("precompile", LINE, "--arch", f"sm_80,{arch}", "--check", says="--arch")
+            self.refuse("precompile", LINE, "--arch", f"sm_80,{arch}", "--check", says=f"--arch '{arch}' is no architecture")
         self.refuse("precompile", "fwd fp64", "--arch", "sm_80", "--check", says="fp64")
         known = self.folder / "known.txt"
         self.refuse("precompile", LINE, "--arch", "sm_80", "--check", "--known-spills", known, says="cannot be read")

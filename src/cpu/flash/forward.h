@@ -153,7 +153,7 @@ template <int kVectors>
 template <Word kWord, int kVectors>
 inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats) {
   if (kWord == Word::kPair && !keep_floats && softmax_by_old_reference<kWord, kVectors>(s, of)) return false;
-  V top[kVectors], base[kVectors], before_it[kVectors], total[kVectors] = {};
+  V top[kVectors], base[kVectors], sum_before[kVectors], total[kVectors] = {};
   FOVEA_UNROLL for (V& x : top) x = splat(-kInfinity);
   for_each_vector<kVectors>(s, [&](i64 /*r*/, int lane, const float* at) {
     V& x = top[lane / kWidth];
@@ -165,13 +165,13 @@ inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats)
     const V after = highest > before + kSlack ? highest : before;
     base[n] = after == splat(-kInfinity) ? V{} : after;  // nothing visible yet: keep −inf − −inf away
     const V factor = after == before ? splat(1.0F) : exp2(before - base[n]);
-    before_it[n] = load(of.sum_of_p + n * kWidth) * factor;
+    sum_before[n] = load(of.sum_of_p + n * kWidth) * factor;
     moved = moved || any((after != before) & (before != splat(-kInfinity)));
     store(of.reference + n * kWidth, after);
     store(of.rescale + n * kWidth, factor);
   }
   weigh<kWord>(s, of, keep_floats, base, total);
-  FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) store(of.sum_of_p + n * kWidth, before_it[n] + total[n]);
+  FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) store(of.sum_of_p + n * kWidth, sum_before[n] + total[n]);
   return moved;
 }
 

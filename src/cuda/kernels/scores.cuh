@@ -43,7 +43,7 @@ FOVEA_DEVICE void for_each_entry(const F& f) {
 /// Nothing comes between the product and the softmax, which then applies the scale as well.
 template <auto S>
 inline constexpr bool kBareScores = !S.softcap && !S.alibi && !S.bias;
-/// Of what `hide` has seen to; a bias may have hidden besides.
+/// Whether a score that has been through `hide` is of a hidden entry: −infinity, or what a bias that hides has left.
 template <auto S>
 FOVEA_DEVICE bool is_hidden_score(float s) {
   return S.bias ? s < kLowestBias : s == -infinity();
