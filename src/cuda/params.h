@@ -45,6 +45,8 @@ struct CallParams {
   HeadView slopes;
   const float* sink;  // [head]
   float scale, softcap, per_softcap;
+  // Below small_score, softcap · tanh(s · scale / softcap) is s · Σ small_terms[i] · s²ⁱ.
+  float small_score, small_terms[4];
   u32 keep_threshold;  // of 65536
   float keep_scale;    // of what is kept
   u64 seed, offset;

@@ -273,18 +273,16 @@ struct ScoreRules {
     if constexpr (S.bias) entries.add_bias(s, S.softcap || S.alibi ? 1.0F : p.scale);
   }
 
-  /// Softcap where all of a warp's scores are small beside it: an odd polynomial of relative error 4e-8 (Remez).  False
-  /// where they are not.
+  /// Softcap where all of a warp's scores are small beside it.  False where they are not.
   template <int kM, int kN>
   FOVEA_DEVICE bool cap_small(Accumulator (&s)[kM][kN]) const {
-    const float to_x = p.scale * p.per_softcap;
     float most = 0.0F;
     for_each_entry<kM, kN>([&](int i, int j, int e) { most = fmaxf(most, fabsf(s[i][j].x[e])); });
-    if (__any_sync(kAllLanes, !(most * fabsf(to_x) < 0.35F))) return false;
-    const float a1 = p.softcap * -0.333326627F, a2 = p.softcap * 0.132998254F, a3 = p.softcap * -0.0491485022F;
+    if (__any_sync(kAllLanes, !(most < p.small_score))) return false;
+    const auto& a = p.small_terms;
     for_each_entry<kM, kN>([&](int i, int j, int e) {
-      const float x = s[i][j].x[e] * to_x, z = x * x;
-      s[i][j].x[e] = x * (((a3 * z + a2) * z + a1) * z + p.softcap);
+      const float x = s[i][j].x[e], z = x * x;
+      s[i][j].x[e] = x * (((a[3] * z + a[2]) * z + a[1]) * z + a[0]);
     });
     return true;
   }
