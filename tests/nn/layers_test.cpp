@@ -66,7 +66,7 @@ double largest_difference(const Array& a, const Array& b) {
   const auto x = values(a), y = values(b);
   EXPECT_EQ(x.size(), y.size());
   double most = 0.0;
-  for (std::size_t i = 0; i < x.size(); ++i) most = std::max(most, std::abs(x[i] - y[i]));
+  for (std::size_t i = 0; i < x.size(); ++i) most = worse(most, std::abs(x[i] - y[i]));
   return most;
 }
 
@@ -94,7 +94,7 @@ TEST(Layers, AgreeWithTorchsInRecordedCases) {
       ASSERT_EQ(got.size(), expected.size()) << name << ' ' << result;
       double error = 0.0, largest = 0.0;
       for (std::size_t i = 0; i < got.size(); ++i) {
-        error = std::max(error, std::abs(got[i] - expected[i]));
+        error = worse(error, std::abs(got[i] - expected[i]));
         largest = std::max(largest, std::abs(expected[i]));
       }
       // What is recorded was itself rounded to fp32.
