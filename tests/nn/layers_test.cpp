@@ -566,6 +566,18 @@ TEST(Losses, AreTheFormulasWithTheirGradients) {
     const Array entropy = cross_entropy(x.view(), classes.view(), dx.view());
     expect_loss(entropy, dx, entropies(values(x), wanted), dtype);
   }
+  // A dimension of size 1 may have any stride.
+  const Array rows = random_array({4, 8}, 1), target = random_array({4, 8}, 2), drows = random_array({4, 8}, 3);
+  const Array classes4 = placed(ints({1, 7, 0, 3}));
+  for (const std::int64_t stride : {0, 8, 77}) {
+    const auto three = [&](const Array& a) {
+      return Tensor{a.view().data, DType::kFloat32, kDevice, 3, {4, 1, 8}, {8, stride, 1}};
+    };
+    const Array distance = mean_square(three(rows), three(target), three(drows));
+    expect_loss(distance, drows, squares(values(rows), values(target)), DType::kFloat32);
+    const Array entropy = cross_entropy(three(rows), classes4.view(), three(drows));
+    expect_loss(entropy, drows, entropies(values(rows), values(classes4)), DType::kFloat32);
+  }
   const Array x = random_array({3, 4}, 1), narrow = random_array({3, 3}, 1), classes(DType::kInt32, {2}, kDevice);
   EXPECT_TRUE(contains(refusal([&] { (void)mean_square(x.view(), narrow.view(), x.view()); }), "target is [3, 3]"));
   EXPECT_TRUE(contains(refusal([&] { (void)cross_entropy(x.view(), classes.view(), x.view()); }),
