@@ -362,6 +362,21 @@ TEST(PackedLayer, GivesWhatThePaddedBatchGivesDropoutAndAll) {
   }
 }
 
+TEST(FloatMasks, MayHaveAnyStrides) {
+  constexpr std::int64_t kLength = 9;
+  const Array x = random_array({2, kLength, 8}, 1), mask = random_array({kLength, kLength}, 2);
+  const Array turned(DType::kFloat32, {kLength, kLength}, kDevice);
+  copy(mask.view().transposed(0, 1), turned.view());
+  for (const bool more : {false, true}) {
+    const MultiheadAttention layer(
+        {.embed_dim = 8, .num_heads = 2, .add_bias_kv = more, .batch_first = true, .device = kDevice});
+    const auto out = [&](const Tensor& attn_mask) {
+      return values(layer.forward(x.view(), x.view(), x.view(), {.attn_mask = attn_mask}).out);
+    };
+    EXPECT_EQ(out(mask.view().transposed(0, 1)), out(turned.view()));
+  }
+}
+
 TEST(PaddedLayer, WithHolesIsTheLayerWithTheirMask) {
   constexpr std::int64_t kBatch = 2, kHeads = 2, kLength = 21;
   MultiheadAttention layer({.embed_dim = 8, .num_heads = kHeads, .batch_first = true, .device = kDevice});
