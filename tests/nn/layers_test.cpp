@@ -491,6 +491,41 @@ TEST(AdamWStep, IsTheFormulas) {
   }
 }
 
+TEST(AdamWStep, BeginsFromValuesThatWereWrittenSinceTheLast) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    const auto make = [&](std::uint64_t seed) {
+      return Linear({.in_features = 50, .out_features = 30, .dtype = dtype, .device = kDevice, .seed = seed});
+    };
+    Linear layer = make(1), other = make(2), expected = make(2);
+    const Array x = random_array({4, 50}, 1, dtype), dy = random_array({4, 30}, 2, dtype);
+    const auto step = [&](Linear& trained, AdamW& optimiser) {
+      zero_gradients(trained);
+      (void)trained.backward(x.view(), dy.view());
+      optimiser.step();
+      return values(trained.weight.value);
+    };
+    AdamW optimiser(layer, {.lr = 1e-2F}), of_expected(expected, {.lr = 1e-2F});
+    copy(other.weight.value.view(), layer.weight.value.view());
+    EXPECT_EQ(step(layer, optimiser), step(expected, of_expected)) << name(dtype) << ", before the first step";
+    copy(other.weight.value.view(), layer.weight.value.view());
+    const auto before = values(layer.weight.value), after = step(layer, optimiser);
+    for (std::size_t i = 0; i < before.size(); ++i) ASSERT_NEAR(after[i], before[i], 2e-2) << name(dtype);
+  }
+}
+
+/// Steps far below a weight's last place are not lost.
+TEST(AdamWStep, KeepsWhatSixteenBitsCannotHold) {
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    Linear layer({.in_features = 50, .out_features = 30, .dtype = dtype, .device = kDevice, .seed = 1});
+    put(layer.weight.value.view(), std::vector<double>(1500, 1.0));
+    AdamW optimiser(layer, {.lr = 1e-4F, .weight_decay = 0.0F});
+    const Array x = random_array({4, 50}, 1, dtype), dy = random_array({4, 30}, 2, dtype);
+    (void)layer.backward(x.view(), dy.view());
+    for (int step = 0; step < 200; ++step) optimiser.step();
+    for (const double w : values(layer.weight.value)) ASSERT_NEAR(std::abs(w - 1.0), 0.02, 0.005) << name(dtype);
+  }
+}
+
 TEST(Training, MakesTheLossSmaller) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
     auto options = dropping();
