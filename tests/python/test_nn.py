@@ -305,6 +305,18 @@ def test_nested_tensors_of_both_layouts():
         torch.testing.assert_close(mixed(x, src_key_padding_mask=padding), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_keys_and_values_of_different_lengths_are_refused(layout):
+    layer = fovea.nn.MultiheadAttention(32, 4, batch_first=True)
+    x, y, z = (
+        torch.nested.nested_tensor([torch.randn(n, 32) for n in lengths], layout=layout)
+        for lengths in ((5, 9), (9, 5), (5, 9))
+    )
+    assert layer(x, x, z, need_weights=False)[0].is_nested
+    with pytest.raises(ValueError, match="key and value are nested tensors of different lengths"):
+        layer(x, x, y, need_weights=False)
+
+
 @pytest.mark.parametrize("average", [True, False])
 def test_weights_are_those_that_out_was_made_of(average):
     layer = fovea.nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True, add_zero_attn=True)
