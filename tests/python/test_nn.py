@@ -433,6 +433,22 @@ def test_explain_says_what_torch_really_runs():
     assert len(kernels) == 4
 
 
+@pytest.mark.parametrize("batch_first, pads, packs", itertools.product([True, False], repeat=3))
+def test_explain_of_an_empty_batch_is_refused_in_a_sentence(batch_first, pads, packs):
+    x = torch.randn((0, 9, 32) if batch_first else (9, 0, 32))
+    padding = torch.zeros(0, 9, dtype=torch.bool) if pads else None
+    attention = fovea.nn.MultiheadAttention(32, 4, batch_first=batch_first)
+    layer = fovea.nn.TransformerEncoderLayer(32, 4, 48, batch_first=batch_first)
+    attention.pack_padding = layer.pack_padding = packs
+    for explain in (
+        lambda: attention.explain(x, key_padding_mask=padding),
+        lambda: layer.explain(x, src_key_padding_mask=padding),
+        lambda: fovea.nn.TransformerEncoder(layer, 2).explain(x, src_key_padding_mask=padding),
+    ):
+        with pytest.raises(ValueError, match=r"^the batch is empty \(\[.*\]\), and nothing runs for it"):
+            explain()
+
+
 def test_explain_of_the_encoder_layers():
     x, padding = batch()
     for training, grad, norm_first in itertools.product((True, False), (True, False), (True, False)):

@@ -112,7 +112,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Who would run a call, and what torch.nn's layer would have done with it; nothing is computed.
 
         Args:
-            query: as forward takes it; key and value are the same where they are not given.
+            query: as forward takes it, but of a batch that is not empty; key and value are the same where they are not
+                given.
             mask: forward's attn_mask.
         """
         key = query if key is None else key
