@@ -98,7 +98,7 @@ def tell(row):
     ratios = [f"{row.get('speedup', {}).get(name, math.nan):6.2f}" for name in peers.PEERS]
     figure = row.get("gbytes_per_second", row["gflops"]).get("fovea", math.nan)
     print(f"{row['name']:18.18} {row['dtype']:4} {row['pass']:8} {' '.join(cells)}  {figure:8.0f}  {' '.join(ratios)}"
-          + (f"  DIFFERS by {row['difference']:.3f}" if row.get("difference", 0) > 0.02 else "")
+          + (f"  DIFFERS by {row['difference']:.3f}" if not row.get("difference", 0) <= 0.02 else "")
           + (f"  fovea: {row['refusals']['fovea']}" if "fovea" in row["refusals"] else ""), flush=True)
 
 

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <functional>
 #include <memory>
@@ -33,6 +34,9 @@ inline ::testing::AssertionResult contains(const std::string& text, const std::s
   if (text.find(part) != std::string::npos) return ::testing::AssertionSuccess();
   return ::testing::AssertionFailure() << "'" << part << "' is not in: " << text;
 }
+
+/// The larger of two errors; NaN, which std::max would pass over, counts as infinite.
+inline double worse(double so_far, double error) { return std::max(so_far, std::isnan(error) ? HUGE_VAL : error); }
 
 /// A valid problem with every option switched by chance; `largest` bounds lengths and heads.
 inline Problem random_valid_problem(std::uint64_t seed, std::int64_t largest) {

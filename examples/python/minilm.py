@@ -55,7 +55,7 @@ def main() -> None:
     print(f"closest to {SENTENCES[0]!r}: {SENTENCES[closest][:60]!r}")
     if report.left.total() or not report.replaced.total():
         sys.exit("minilm.py: some attention did not run on Fovea")
-    if apart > FP32_ACCURACY:
+    if not apart <= FP32_ACCURACY:
         sys.exit(f"minilm.py: {apart:.1e} is more than fp32 accuracy, {FP32_ACCURACY:.0e}")
 
 

@@ -159,7 +159,8 @@ def losses_agree(options: argparse.Namespace) -> bool:
             losses[contestant] = batch.loss(model_of(contestant, options).eval()(batch)).item()
     print("losses without dropout: " + ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()))
     tolerance = 1e-5 if options.device == "cpu" else 1e-2
-    return max(losses.values()) - min(losses.values()) <= tolerance * max(losses.values())
+    numbers = torch.tensor(list(losses.values()), dtype=torch.float64)  # whose max is NaN where one is
+    return bool(numbers.max() - numbers.min() <= tolerance * numbers.max())
 
 
 def grows_linearly(results: list[dict[str, Any]]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -35,8 +36,53 @@ KEYWORDS = (
     "strict",
 )
 
-#: The compiled half's checked options that are no tensors; equal ones share one object.
-rules = lru_cache(maxsize=1024)(_core.Rules)
+#: What `rules` takes, in its order.
+_RULES = (
+    "softmax_scale",
+    "causal",
+    "window_left",
+    "window_right",
+    "softcap",
+    "dropout_p",
+    "deterministic",
+    "layout",
+    "backend",
+    "strict",
+)
+
+
+def rules(*options: Any) -> _core.Rules:
+    """The compiled half's checked options that are no tensors; equal ones share one object."""
+    try:
+        return _shared(*options)
+    except TypeError:
+        return _core.Rules(*numbers(*options))
+
+
+@lru_cache(maxsize=1024)
+def _shared(*options: Any) -> _core.Rules:
+    if any(hasattr(option, "__dlpack__") for option in options):
+        raise TypeError("an array's value may change, and the cache would not see it")
+    return _core.Rules(*options)
+
+
+def numbers(*options: Any) -> tuple[Any, ...]:
+    """What `rules` takes, with the values that arrays among it have now."""
+    return tuple(_number(name, o) if hasattr(o, "__dlpack__") else o for name, o in zip(_RULES, options, strict=True))
+
+
+def _number(name: str, array: Any) -> Any:
+    if getattr(array, "requires_grad", False):
+        import torch
+
+        if torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} wants a gradient, which a number does not get: give {name}.item(), or multiply q by a scale"
+                " that learns"
+            )
+    if math.prod(array.shape) != 1:
+        raise ValueError(f"{name} has the shape {list(array.shape)} but must be one number")
+    return array.item()
 
 
 def extras(

@@ -22,12 +22,19 @@ class Adapter(Protocol):
         """The current CUDA stream there, as a number."""
 
 
+class _Dtypes(dict[str, Any]):
+    """A framework's dtypes by Fovea's names."""
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"the result is {name}, which arrays of this kind cannot hold; give PyTorch's or JAX's arrays")
+
+
 class _NumPy:
     def __init__(self) -> None:
         import numpy
 
         self._numpy = numpy
-        self._dtypes = {"fp32": numpy.float32, "fp16": numpy.float16, "int32": numpy.int32, "bool": numpy.bool_}
+        self._dtypes = _Dtypes(fp32=numpy.float32, fp16=numpy.float16, int32=numpy.int32, bool=numpy.bool_)
 
     def export(self, array: Any) -> Any:
         try:
@@ -47,7 +54,7 @@ class _CuPy:
         import cupy
 
         self._cupy = cupy
-        self._dtypes = {"fp32": cupy.float32, "fp16": cupy.float16, "int32": cupy.int32, "bool": cupy.bool_}
+        self._dtypes = _Dtypes(fp32=cupy.float32, fp16=cupy.float16, int32=cupy.int32, bool=cupy.bool_)
 
     def export(self, array: Any) -> Any:
         # The stream that will read it is the one that the array's own framework calls current.

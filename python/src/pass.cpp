@@ -37,6 +37,7 @@ class Pass {
     call_.in.q = take_tokens(q, "q");
     call_.in.k = take_tokens(k, "k");
     call_.in.v = take_tokens(v, "v");
+    wait_for_others();
     if (heads_first() && call_.packed()) {
       throw nb::value_error("layout 'bhsd' belongs to padded tensors; packed ones are [total, heads, dim]");
     }
@@ -76,7 +77,11 @@ class Pass {
   }
   Tensor take_any(nb::handle array, const char* name, bool written = false) {
     if (array.is_none()) return {};
-    Borrowed borrowed = Framework::of(array).borrow(array, name, written);
+    const Framework& framework = Framework::of(array);
+    Borrowed borrowed = framework.borrow(array, name, written);
+    if (&framework != &framework_ && borrowed.view.device.kind == DeviceKind::kCuda) {
+      others_.emplace_back(&framework, array);
+    }
     if (borrowed.capsule.is_valid()) capsules_.push_back(std::move(borrowed.capsule));
     return borrowed.view;
   }
@@ -153,6 +158,18 @@ class Pass {
     return array.is_none() ? Tensor{} : padded(take_any(array, name));
   }
 
+  /// What other frameworks have queued on their arrays, in their streams, comes before what is queued in ours.
+  void wait_for_others() {
+    if (device().kind != DeviceKind::kCuda) return;
+    for (const auto& [framework, array] : others_) {
+      void* stream = framework_.stream(device());
+      if (framework->stream(device()) == stream) continue;
+      // By DLPack's protocol, in which the default stream is number 1.
+      const nb::int_ number(stream == nullptr ? 1 : reinterpret_cast<std::uintptr_t>(stream));
+      capsules_.push_back(array.attr("__dlpack__")(nb::arg("stream") = number));
+    }
+  }
+
   [[nodiscard]] bool heads_first() const { return call_rules_.heads_first; }
   [[nodiscard]] Tensor seen(const Tensor& t) const { return heads_first() && t.rank == 4 ? t.transposed(1, 2) : t; }
   Made make(std::span<const std::int64_t> shape, DType dtype) {
@@ -163,6 +180,7 @@ class Pass {
   const CallRules& call_rules_;
   Call call_;
   std::vector<nb::object> capsules_;
+  std::vector<std::pair<const Framework*, nb::handle>> others_;  // on a GPU, with their arrays
 };
 
 /// `heads`: which dimension they are.

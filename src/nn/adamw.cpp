@@ -17,9 +17,7 @@ AdamW::AdamW(Module& module, const Options& options) : options_(options) {
       slot.parameter = parameter;
       slot.mean = Array(DType::kFloat32, shape, value.device);
       slot.variance = Array(DType::kFloat32, shape, value.device);
-      if (value.dtype == DType::kFloat32) continue;
-      slot.master = Array(DType::kFloat32, shape, value.device);
-      ops_of(value.device).copy(value, slot.master.view());
+      if (value.dtype != DType::kFloat32) slot.master = Array(DType::kFloat32, shape, value.device);
     }
   });
 }

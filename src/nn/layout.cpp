@@ -35,14 +35,14 @@ Tensor as_rows(const Tensor& x, Array& owner) {
   Tensor rows = x;
   rows.rank = 2;
   rows.shape = {1, x.shape[x.rank - 1]};
-  for (int i = 0; i + 1 < x.rank; ++i) rows.shape[0] *= x.shape[i];
-  rows.strides = {x.rank > 1 ? x.strides[x.rank - 2] : rows.shape[1], 1};
+  rows.strides = {rows.shape[1], 1};
   bool even = true;
-  for (int i = 0; i + 2 < x.rank; ++i) {
-    even = even && (x.shape[i] == 1 || x.strides[i] == x.shape[i + 1] * x.strides[i + 1]);
+  for (int i = x.rank - 2; i >= 0; --i) {
+    if (x.shape[i] == 1) continue;  // its stride says nothing of what lies between rows
+    if (rows.shape[0] == 1) rows.strides[0] = x.strides[i];
+    even = even && x.strides[i] == rows.shape[0] * rows.strides[0];
+    rows.shape[0] *= x.shape[i];
   }
-  // A row of length 1 says nothing of what lies between rows.
-  if (rows.shape[0] <= 1 || (x.rank > 1 && x.shape[x.rank - 2] == 1)) even = false;
   if (even && rows.strides[0] >= rows.shape[1]) return rows;
   owner = like(x, x.shape[x.rank - 1]);
   ops_of(x.device).copy(x, owner.view());

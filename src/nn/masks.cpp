@@ -74,7 +74,7 @@ class Translation {
     const Tensor t = four_dimensions(given, s_);
     if (t.dtype == DType::kBool) {
       hide(t);
-    } else if (s_.extra == 0) {
+    } else if (s_.extra == 0 && t.strides[3] <= 1) {  // keys side by side, or one for all: attention takes no others
       masks_.bias = t;
     } else {
       add_bias(t);

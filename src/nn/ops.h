@@ -23,7 +23,8 @@ struct Finish {
   [[nodiscard]] bool changes_gradient() const { return activation != Activation::kNone || dropout.probability > 0.0F; }
 };
 
-/// Tensors that AdamW changes, all fp32 and dense but `value`.
+/// Tensors that AdamW changes, all fp32 and dense but `value`.  Where value is not the master's rounding somebody has
+/// written it since, and the master begins from it again.
 struct AdamWStep {
   Tensor value{}, gradient{}, mean{}, variance{}, master{};  ///< no master where value is fp32
   float lr = 0.0F, beta1 = 0.0F, beta2 = 0.0F, eps = 0.0F, weight_decay = 0.0F;

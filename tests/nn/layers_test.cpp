@@ -66,7 +66,7 @@ double largest_difference(const Array& a, const Array& b) {
   const auto x = values(a), y = values(b);
   EXPECT_EQ(x.size(), y.size());
   double most = 0.0;
-  for (std::size_t i = 0; i < x.size(); ++i) most = std::max(most, std::abs(x[i] - y[i]));
+  for (std::size_t i = 0; i < x.size(); ++i) most = worse(most, std::abs(x[i] - y[i]));
   return most;
 }
 
@@ -94,7 +94,7 @@ TEST(Layers, AgreeWithTorchsInRecordedCases) {
       ASSERT_EQ(got.size(), expected.size()) << name << ' ' << result;
       double error = 0.0, largest = 0.0;
       for (std::size_t i = 0; i < got.size(); ++i) {
-        error = std::max(error, std::abs(got[i] - expected[i]));
+        error = worse(error, std::abs(got[i] - expected[i]));
         largest = std::max(largest, std::abs(expected[i]));
       }
       // What is recorded was itself rounded to fp32.
@@ -362,6 +362,21 @@ TEST(PackedLayer, GivesWhatThePaddedBatchGivesDropoutAndAll) {
   }
 }
 
+TEST(FloatMasks, MayHaveAnyStrides) {
+  constexpr std::int64_t kLength = 9;
+  const Array x = random_array({2, kLength, 8}, 1), mask = random_array({kLength, kLength}, 2);
+  const Array turned(DType::kFloat32, {kLength, kLength}, kDevice);
+  copy(mask.view().transposed(0, 1), turned.view());
+  for (const bool more : {false, true}) {
+    const MultiheadAttention layer(
+        {.embed_dim = 8, .num_heads = 2, .add_bias_kv = more, .batch_first = true, .device = kDevice});
+    const auto out = [&](const Tensor& attn_mask) {
+      return values(layer.forward(x.view(), x.view(), x.view(), {.attn_mask = attn_mask}).out);
+    };
+    EXPECT_EQ(out(mask.view().transposed(0, 1)), out(turned.view()));
+  }
+}
+
 TEST(PaddedLayer, WithHolesIsTheLayerWithTheirMask) {
   constexpr std::int64_t kBatch = 2, kHeads = 2, kLength = 21;
   MultiheadAttention layer({.embed_dim = 8, .num_heads = kHeads, .batch_first = true, .device = kDevice});
@@ -476,6 +491,41 @@ TEST(AdamWStep, IsTheFormulas) {
   }
 }
 
+TEST(AdamWStep, BeginsFromValuesThatWereWrittenSinceTheLast) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    const auto make = [&](std::uint64_t seed) {
+      return Linear({.in_features = 50, .out_features = 30, .dtype = dtype, .device = kDevice, .seed = seed});
+    };
+    Linear layer = make(1), other = make(2), expected = make(2);
+    const Array x = random_array({4, 50}, 1, dtype), dy = random_array({4, 30}, 2, dtype);
+    const auto step = [&](Linear& trained, AdamW& optimiser) {
+      zero_gradients(trained);
+      (void)trained.backward(x.view(), dy.view());
+      optimiser.step();
+      return values(trained.weight.value);
+    };
+    AdamW optimiser(layer, {.lr = 1e-2F}), of_expected(expected, {.lr = 1e-2F});
+    copy(other.weight.value.view(), layer.weight.value.view());
+    EXPECT_EQ(step(layer, optimiser), step(expected, of_expected)) << name(dtype) << ", before the first step";
+    copy(other.weight.value.view(), layer.weight.value.view());
+    const auto before = values(layer.weight.value), after = step(layer, optimiser);
+    for (std::size_t i = 0; i < before.size(); ++i) ASSERT_NEAR(after[i], before[i], 2e-2) << name(dtype);
+  }
+}
+
+/// Steps far below a weight's last place are not lost.
+TEST(AdamWStep, KeepsWhatSixteenBitsCannotHold) {
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    Linear layer({.in_features = 50, .out_features = 30, .dtype = dtype, .device = kDevice, .seed = 1});
+    put(layer.weight.value.view(), std::vector<double>(1500, 1.0));
+    AdamW optimiser(layer, {.lr = 1e-4F, .weight_decay = 0.0F});
+    const Array x = random_array({4, 50}, 1, dtype), dy = random_array({4, 30}, 2, dtype);
+    (void)layer.backward(x.view(), dy.view());
+    for (int step = 0; step < 200; ++step) optimiser.step();
+    for (const double w : values(layer.weight.value)) ASSERT_NEAR(std::abs(w - 1.0), 0.02, 0.005) << name(dtype);
+  }
+}
+
 TEST(Training, MakesTheLossSmaller) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
     auto options = dropping();
@@ -565,6 +615,18 @@ TEST(Losses, AreTheFormulasWithTheirGradients) {
     expect_loss(distance, dx, squares(values(x), values(target)), dtype);
     const Array entropy = cross_entropy(x.view(), classes.view(), dx.view());
     expect_loss(entropy, dx, entropies(values(x), wanted), dtype);
+  }
+  // A dimension of size 1 may have any stride.
+  const Array rows = random_array({4, 8}, 1), target = random_array({4, 8}, 2), drows = random_array({4, 8}, 3);
+  const Array classes4 = placed(ints({1, 7, 0, 3}));
+  for (const std::int64_t stride : {0, 8, 77}) {
+    const auto three = [&](const Array& a) {
+      return Tensor{a.view().data, DType::kFloat32, kDevice, 3, {4, 1, 8}, {8, stride, 1}};
+    };
+    const Array distance = mean_square(three(rows), three(target), three(drows));
+    expect_loss(distance, drows, squares(values(rows), values(target)), DType::kFloat32);
+    const Array entropy = cross_entropy(three(rows), classes4.view(), three(drows));
+    expect_loss(entropy, drows, entropies(values(rows), values(classes4)), DType::kFloat32);
   }
   const Array x = random_array({3, 4}, 1), narrow = random_array({3, 3}, 1), classes(DType::kInt32, {2}, kDevice);
   EXPECT_TRUE(contains(refusal([&] { (void)mean_square(x.view(), narrow.view(), x.view()); }), "target is [3, 3]"));

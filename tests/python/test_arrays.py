@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import fovea
+from fovea import _frameworks
 
 
 def arrays(batch=2, seqlen_q=5, seqlen_kv=7, heads=4, kv_heads=2, dim=8, dim_v=6, dtype=np.float32):
@@ -69,6 +71,74 @@ def test_frameworks_may_meet_in_one_call_and_agree_bit_by_bit():
     theirs = fovea.attention(*(torch.from_numpy(x) for x in (q, k, v)))
     assert isinstance(theirs, torch.Tensor)
     np.testing.assert_array_equal(ours, theirs.numpy())
+
+
+class Foreign:
+    """A NumPy array that says that it is on a GPU, of a framework whose current stream is `current`."""
+
+    current = 0
+
+    def __init__(self, array):
+        self.array, self.streams = array, []
+
+    def __dlpack__(self, *, stream=None):
+        self.streams.append(stream)
+        capsule = self.array.__dlpack__()
+        address = ctypes.pythonapi.PyCapsule_GetPointer
+        address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        ctypes.c_int32.from_address(address(capsule, b"dltensor") + 8).value = 2  # DLPack's kDLCUDA
+        return capsule
+
+
+class Here(Foreign):
+    current = 7
+
+
+class There(Foreign):
+    current = 9
+
+
+class Default(Foreign):
+    pass
+
+
+class Adapter:
+    def __init__(self, array_type):
+        self.array_type = array_type
+
+    def export(self, array):
+        return array.__dlpack__()
+
+    def stream(self, device):
+        return self.array_type.current
+
+
+def test_work_that_another_framework_has_queued_comes_first(monkeypatch):
+    monkeypatch.setattr(_frameworks, "adapter", Adapter)
+    for ours, theirs, asked in ((Here, There, [None, 7]), (Default, There, [None, 1]), (Here, Here, [None])):
+        given = [ours(x) for x in arrays()]
+        mask = theirs(np.random.default_rng(5).random((5, 7)) > 0.3)
+        fovea.explain(*given, mask=mask)
+        assert mask.streams == asked and all(x.streams == [None] for x in given)
+
+
+class Bfloat16:
+    """On the CPU, of no framework that Fovea knows."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __dlpack__(self, **options):
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+
+def test_a_dtype_that_the_result_cannot_have_is_refused_in_a_sentence():
+    given = [Bfloat16(torch.from_numpy(x).bfloat16()) for x in arrays()]
+    with pytest.raises(ValueError, match="^the result is bf16, which arrays of this kind cannot hold"):
+        fovea.attention(*given)
 
 
 def test_the_report_names_the_backend_that_runs_and_says_why_others_do_not():

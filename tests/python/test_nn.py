@@ -305,6 +305,18 @@ def test_nested_tensors_of_both_layouts():
         torch.testing.assert_close(mixed(x, src_key_padding_mask=padding), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_keys_and_values_of_different_lengths_are_refused(layout):
+    layer = fovea.nn.MultiheadAttention(32, 4, batch_first=True)
+    x, y, z = (
+        torch.nested.nested_tensor([torch.randn(n, 32) for n in lengths], layout=layout)
+        for lengths in ((5, 9), (9, 5), (5, 9))
+    )
+    assert layer(x, x, z, need_weights=False)[0].is_nested
+    with pytest.raises(ValueError, match="key and value are nested tensors of different lengths"):
+        layer(x, x, y, need_weights=False)
+
+
 @pytest.mark.parametrize("average", [True, False])
 def test_weights_are_those_that_out_was_made_of(average):
     layer = fovea.nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True, add_zero_attn=True)
@@ -419,6 +431,22 @@ def test_explain_says_what_torch_really_runs():
         assert (report.torch_bytes > 0) == ("math" in kernel)
         assert (report.backward is not None) == grad and report.forward.backend.startswith("cpu")
     assert len(kernels) == 4
+
+
+@pytest.mark.parametrize("batch_first, pads, packs", itertools.product([True, False], repeat=3))
+def test_explain_of_an_empty_batch_is_refused_in_a_sentence(batch_first, pads, packs):
+    x = torch.randn((0, 9, 32) if batch_first else (9, 0, 32))
+    padding = torch.zeros(0, 9, dtype=torch.bool) if pads else None
+    attention = fovea.nn.MultiheadAttention(32, 4, batch_first=batch_first)
+    layer = fovea.nn.TransformerEncoderLayer(32, 4, 48, batch_first=batch_first)
+    attention.pack_padding = layer.pack_padding = packs
+    for explain in (
+        lambda: attention.explain(x, key_padding_mask=padding),
+        lambda: layer.explain(x, src_key_padding_mask=padding),
+        lambda: fovea.nn.TransformerEncoder(layer, 2).explain(x, src_key_padding_mask=padding),
+    ):
+        with pytest.raises(ValueError, match=r"^the batch is empty \(\[.*\]\), and nothing runs for it"):
+            explain()
 
 
 def test_explain_of_the_encoder_layers():

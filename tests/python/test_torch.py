@@ -387,6 +387,44 @@ def test_nested_tensors_of_another_layout_are_refused():
                 call(*given)
 
 
+def test_nested_keys_and_values_of_different_lengths_are_refused():
+    def jagged(*lengths):
+        return torch.nested.nested_tensor([torch.randn(n, 4, 16) for n in lengths], layout=torch.jagged)
+
+    k, v = jagged(3, 5), jagged(5, 3)
+    for call in (fovea.attention, fovea.explain, fovea.torch.scaled_dot_product_attention):
+        with pytest.raises(ValueError, match="k and v are nested tensors of different lengths"):
+            call(*(x.transpose(1, 2) for x in (k, k, v)), **({} if "scaled" in call.__name__ else {"layout": "bhsd"}))
+    assert fovea.attention(jagged(2, 2), k, jagged(3, 5)).is_nested
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array], ids=["torch", "numpy"])
+@pytest.mark.parametrize("subclass", [False, True], ids=["plain", "subclass"])
+def test_numbers_in_arrays_are_read_anew_in_every_call(make, subclass):
+    q, k, v = (x.as_subclass(Subclass) if subclass else x for x in tensors(grad=False))
+    given = dict(softmax_scale=make(0.5), softcap=make(20.0), dropout_p=make(0.1), window_left=make(3))
+    for scale, cap, p, left in ((0.5, 20.0, 0.1, 3), (2.0, 5.0, 0.4, 1)):
+        for array, number in zip(given.values(), (scale, cap, p, left), strict=True):
+            array[...] = number
+        numbers = dict(softmax_scale=float(given["softmax_scale"]), softcap=cap, dropout_p=float(given["dropout_p"]))
+        assert torch.equal(
+            fovea.attention(q, k, v, seed=3, **given), fovea.attention(q, k, v, seed=3, **numbers, window_left=left)
+        )
+    assert "scale=2" in fovea.explain(q.as_subclass(torch.Tensor), k, v, softmax_scale=given["softmax_scale"]).problem
+
+
+@pytest.mark.parametrize("subclass", [False, True], ids=["plain", "subclass"])
+def test_a_number_that_wants_a_gradient_is_refused_and_one_of_many_elements(subclass):
+    q, k, v = (x.as_subclass(Subclass) if subclass else x for x in tensors(grad=False))
+    learnt = torch.tensor(0.5, requires_grad=True)
+    with pytest.raises(ValueError, match="^softmax_scale wants a gradient, which a number does not get"):
+        fovea.attention(q, k, v, softmax_scale=learnt)
+    with torch.no_grad():
+        assert torch.equal(fovea.attention(q, k, v, softmax_scale=learnt), fovea.attention(q, k, v, softmax_scale=0.5))
+    with pytest.raises(ValueError, match=r"^softcap has the shape \[2\] but must be one number"):
+        fovea.attention(q, k, v, softcap=torch.ones(2))
+
+
 def test_explain_takes_nested_tensors():
     nested = torch.nested.nested_tensor([torch.randn(3, 4, 16), torch.randn(5, 4, 16)], layout=torch.jagged)
     assert "packed=" in fovea.explain(nested, nested, nested).problem

@@ -7,7 +7,8 @@
 namespace fovea::nn {
 
 /// AdamW (1711.05101), as torch.optim.AdamW.  fp16 and bf16 parameters have an fp32 master copy here, so that steps
-/// below their last place are not lost.
+/// below their last place are not lost.  Values that are loaded or written between steps, of any dtype, are what the
+/// next step begins from.
 class FOVEA_API AdamW {
  public:
   struct Options {

@@ -12,6 +12,7 @@ from fovea._arguments import extras, rules
 from fovea.nn import _explain, _fused, _masks
 from fovea.nn._packing import Packing, Rows, can_pack
 from fovea.torch import _door, _seeds
+from fovea.torch._nested import check_lengths
 
 _LARGEST_HEAD_DIM = 512
 
@@ -111,7 +112,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Who would run a call, and what torch.nn's layer would have done with it; nothing is computed.
 
         Args:
-            query: as forward takes it; key and value are the same where they are not given.
+            query: as forward takes it, but of a batch that is not empty; key and value are the same where they are not
+                given.
             mask: forward's attn_mask.
         """
         key = query if key is None else key
@@ -124,8 +126,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             raise ValueError("nested tensors cannot take the key that add_bias_kv adds; pad the batch")
         of_query = Rows(query)
         of_key = of_query if key is query else Rows(key)
-        value_rows = of_key.rows if value is key else Rows(value).rows
-        return of_query.nested(self._of_rows([of_query.rows, of_key.rows, value_rows], of_query, of_key, is_causal))
+        of_value = of_key if value is key else Rows(value)
+        check_lengths("key", of_key.offsets, "value", of_value.offsets)
+        return of_query.nested(self._of_rows([of_query.rows, of_key.rows, of_value.rows], of_query, of_key, is_causal))
 
     def _of_rows(
         self, inputs: list[Tensor], of_query: Rows | Packing, of_key: Rows | Packing, is_causal: bool

@@ -106,6 +106,8 @@ def _report(
     why_not_fast: str,
 ) -> LayerReport:
     """torch runs `fast_kernel` where nothing stands against it."""
+    if query.dim() == 3 and query.shape[0 if layer.batch_first else 1] == 0:
+        raise ValueError(f"the batch is empty ({list(query.shape)}), and nothing runs for it; give a sequence")
     forward, backward = _ours(layer, query, key, mask, padding, is_causal, packed)
     kernel, size = fast_kernel, 0
     if why_not_fast:

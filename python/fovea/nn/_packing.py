@@ -58,7 +58,8 @@ class Rows:
         self.nested: Callable[[Tensor], Tensor]
         if nested.layout == torch.jagged:
             offsets, shortest, longest = nested.offsets(), nested._get_min_seqlen(), nested._get_max_seqlen()
-            self.rows, self.cu_seqlens, self.longest = nested.values(), offsets.to(torch.int32), longest
+            self.rows, self.offsets, self.longest = nested.values(), offsets, longest
+            self.cu_seqlens = offsets.to(torch.int32)
             self.nested = lambda rows: torch.nested.nested_tensor_from_jagged(
                 rows, offsets, min_seqlen=shortest, max_seqlen=longest
             )
@@ -66,5 +67,6 @@ class Rows:
         parts = nested.unbind()
         lengths = [part.shape[0] for part in parts]
         self.rows, self.longest = torch.cat(parts), max(lengths)
-        self.cu_seqlens = F.pad(torch.tensor(lengths, device=nested.device).cumsum(0), (1, 0)).to(torch.int32)
+        self.offsets = F.pad(torch.tensor(lengths, device=nested.device).cumsum(0), (1, 0))
+        self.cu_seqlens = self.offsets.to(torch.int32)
         self.nested = lambda rows: torch.nested.as_nested_tensor(list(rows.split(lengths)))

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 
 from fovea import _core
-from fovea._arguments import rules
+from fovea._arguments import numbers, rules
 from fovea.torch import _nested, _ops, _seeds
 
 #: Tensors without a dispatch of their own.
@@ -149,6 +149,18 @@ def attention(
         )
     if not plainly_eager(q, k, v):
         q, k, v, others, layout, packed_again = _prepared(q, k, v, others, layout, out)
+    options = (
+        softmax_scale,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        dropout_p,
+        deterministic,
+        layout,
+        backend,
+        strict,
+    )
     if torch.compiler.is_compiling() or _watched(q, k, v):
         if not dropout_p:
             seed_tensor = None
@@ -162,16 +174,7 @@ def attention(
             v,
             *(others or _NO_EXTRAS),
             seed_tensor,
-            softmax_scale,
-            causal,
-            window_left,
-            window_right,
-            softcap,
-            dropout_p,
-            deterministic,
-            layout,
-            backend,
-            strict,
+            *(options if is_dynamo_compiling() else numbers(*options)),
         )
         if out is not None:
             result = out.copy_(result)
@@ -179,9 +182,7 @@ def attention(
             result = packed_again(result)
         return (result, lse) if return_lse else result
 
-    call_rules = rules(
-        softmax_scale, causal, window_left, window_right, softcap, dropout_p, deterministic, layout, backend, strict
-    )
+    call_rules = rules(*options)
     try:
         result = run(q, k, v, others, call_rules, dropout_p, seed, offset, bool(return_lse), out)
     except ValueError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 
 def unpack(
@@ -19,6 +20,7 @@ def unpack(
     q, k, v = (_tokens_first(name, tensor, layout) for name, tensor in (("q", q), ("k", k), ("v", v)))
     offsets = q.offsets()
     shortest, longest = q._get_min_seqlen(), q._get_max_seqlen()
+    check_lengths("k", k.offsets(), "v", v.offsets())
     longest_kv = longest if k.offsets() is offsets else k._get_max_seqlen()
 
     def nested(out: Tensor) -> Tensor:
@@ -28,6 +30,17 @@ def unpack(
     cu_seqlens_q = offsets.to(torch.int32)
     cu_seqlens_kv = cu_seqlens_q if k.offsets() is offsets else k.offsets().to(torch.int32)
     return q.values(), k.values(), v.values(), cu_seqlens_q, cu_seqlens_kv, longest, longest_kv, nested
+
+
+def check_lengths(key_name: str, key_offsets: Tensor, value_name: str, value_offsets: Tensor) -> None:
+    """Refuses keys and values of different lengths.
+
+    Offsets that are two tensors have to be read, which waits for a GPU; where somebody traces they cannot be.
+    """
+    if not (key_offsets is value_offsets or is_compiling() or torch.equal(key_offsets, value_offsets)):
+        raise ValueError(
+            f"{key_name} and {value_name} are nested tensors of different lengths; give every key its value"
+        )
 
 
 def named(error: ValueError, q: Tensor, k: Tensor, v: Tensor) -> ValueError:

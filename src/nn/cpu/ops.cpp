@@ -4,6 +4,7 @@
 #include <fovea/plan.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -401,17 +402,26 @@ class CpuOps final : public Ops {
     auto* variance = static_cast<float*>(s.variance.data);
     const Tensor& kept = s.master.defined() ? s.master : s.value;
     auto* w = static_cast<float*>(kept.data);
+    const auto* stored = static_cast<const std::uint16_t*>(s.value.data);  // where there is a master
     constexpr i64 kAtOnce = 1 << 14;
     in_steps(cpu::element_count(s.value), kAtOnce, cpu::worker_count(0), [&](i64 first, i64 count, int) {
+      const Rows from{reinterpret_cast<char*>(w + first), 0, Element::kFloat32};
+      const auto round_to = [&](void* to) {
+        kernels_.convert(from, {static_cast<char*>(to), 0, element(s.value.dtype)}, 1, count);
+      };
+      if (s.master.defined()) {
+        std::array<std::uint16_t, kAtOnce> rounded;
+        round_to(rounded.data());
+        for (i64 i = first; i < first + count; ++i) {
+          if (rounded[i - first] != stored[i]) w[i] = static_cast<float>(cpu::load(s.value, i));
+        }
+      }
       for (i64 i = first; i < first + count; ++i) {
         mean[i] = s.beta1 * mean[i] + (1.0F - s.beta1) * g[i];
         variance[i] = s.beta2 * variance[i] + (1.0F - s.beta2) * g[i] * g[i];
         w[i] = w[i] * rates.decay - rates.rate * mean[i] / (std::sqrt(variance[i]) / rates.spread + s.eps);
       }
-      if (!s.master.defined()) return;
-      const Rows from{reinterpret_cast<char*>(w + first), 0, Element::kFloat32};
-      const Rows to{static_cast<char*>(s.value.data) + first * size_bytes(s.value.dtype), 0, element(s.value.dtype)};
-      kernels_.convert(from, to, 1, count);
+      if (s.master.defined()) round_to(static_cast<char*>(s.value.data) + first * size_bytes(s.value.dtype));
     });
   }
 

@@ -296,7 +296,14 @@ FOVEA_DEVICE void adamw(const AdamWParams& p) {
   const float variance = p.beta2 * p.variance[i] + (1.0F - p.beta2) * g * g;
   p.mean[i] = mean;
   p.variance[i] = variance;
-  const float w = p.master[i] * p.decay - p.rate * mean / (sqrtf(variance) / p.spread + p.eps);
+  float w = p.master[i];
+  if constexpr (S.type != Type::kFloat32) {
+    const float value = read<S.type>(p.value + i * bytes_of(S.type));
+    alignas(2) char rounded[2];
+    write<S.type>(rounded, w);
+    if (read<S.type>(rounded) != value) w = value;
+  }
+  w = w * p.decay - p.rate * mean / (sqrtf(variance) / p.spread + p.eps);
   p.master[i] = w;
   if constexpr (S.type != Type::kFloat32) write<S.type>(p.value + i * bytes_of(S.type), w);
 }
