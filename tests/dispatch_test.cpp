@@ -128,6 +128,24 @@ TEST(Dispatch, ADryRunStatesTheWorkspaceThatThePlanNeeds) {
   }
 }
 
+TEST(Workspace, OfAMaskExpandedByStridesOf0IsThatOfWhatItHas) {
+  const auto tensor = [](DType dtype, std::initializer_list<std::int64_t> shape) {
+    return Tensor::contiguous(nullptr, dtype, shape);
+  };
+  const Tensor q = tensor(DType::kFloat16, {4, 1000, 16, 64});
+  AttentionOptions options;
+  options.mask = tensor(DType::kBool, {4, 16, 1000, 1000});
+  options.mask.strides = {1000, 0, 0, 1};
+  for (const int capability : {80, 90}) {
+    const Device gpu{.kind = DeviceKind::kCuda, .index = 0, .compute_capability = capability};
+    for (const std::string pass : {"fwd", "bwd"}) {
+      const Problem padding = parse_problem(pass + " fp16 b4 hq16 sq1000 d64 mask=b11k");
+      EXPECT_EQ(explain(describe(padding.direction, q, q, q, options), gpu).workspace_bytes,
+                explain(padding, gpu).workspace_bytes);
+    }
+  }
+}
+
 TEST(Workspace, GrowsWithTheLengthsAndNotWithTheirProduct) {
   const auto bytes = [](const std::string& line) { return explain(parse_problem(line)).workspace_bytes; };
   for (const std::string direction : {"fwd", "bwd"}) {
