@@ -84,6 +84,24 @@ TEST(Dispatch, AGpuProblemIsNeverSentToTheCpu) {
   EXPECT_EQ(explain(kProblem, old).backend, "");
   const std::string sentence = sentence_of([&] { (void)plan_forward(kProblem, old); });
   EXPECT_NE(sentence.find("sm_60"), std::string::npos) << sentence;
+  const Device unknown{.kind = DeviceKind::kCuda, .index = 0, .compute_capability = 130};
+  EXPECT_TRUE(test::contains(sentence_of([&] { (void)plan_forward(kProblem, unknown); }), "and sm_130 has 13.0"));
+}
+
+TEST(Dispatch, ProblemsThatGpusCannotCountAreRefused) {
+  for (const auto& [line, why] : {
+           std::pair{"fwd bf16 b65536 hq16384 hkv1 sq1 skv64 d16",
+                     "batch × num_q_heads (1073741824) is above 536870912"},
+           std::pair{"bwd bf16 b65536 hq16384 hkv1 sq1 skv64 d16",
+                     "batch × num_q_heads (1073741824) is above 536870912"},
+           std::pair{"fwd bf16 b2 hq64 hkv1 sq30000000 skv9 d16 packed_q=random:40000000 packed_kv=random:9",
+                     "total_q × num_q_heads / num_kv_heads (2560000000) is above 2147483647"},
+       }) {
+    for (const int capability : {80, 90}) {
+      const Device gpu{.kind = DeviceKind::kCuda, .index = 0, .compute_capability = capability};
+      EXPECT_TRUE(test::contains(to_string(explain(parse_problem(line), gpu)), why));
+    }
+  }
 }
 
 TEST(Dispatch, HopperHasKernelsOfItsOwnAndSaysWhatTheyDoNotRun) {

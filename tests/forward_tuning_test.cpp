@@ -75,6 +75,11 @@ TEST(ForwardTuning, KeysOfFewRowsAreSplitIntoEvenTurnsOfTheMultiprocessors) {
   EXPECT_EQ(shape_of("fwd bf16 b1 hq8 hkv1 sq1 skv512 d128", 90).spec.slices, 4);
 }
 
+TEST(ForwardTuning, KeysOfMoreRowsThanAGridHoldsAreNotSplit) {
+  EXPECT_GT(shape_of("fwd bf16 b33554432 hq1 sq32 skv268435456 d8", 90).splits, 1);
+  EXPECT_EQ(shape_of("fwd bf16 b33554432 hq2 sq64 skv268435456 d8", 90).splits, 1);
+}
+
 /// Whether kernels of forwards of split keys and of whole ones are listed.
 std::pair<bool, bool> listed(const std::string& line, int arch) {
   std::pair<bool, bool> found;

@@ -112,9 +112,9 @@ class PortableBackend final : public Backend {
     Verdict verdict{.backend = name()};
     auto& reasons = verdict.reasons;
     refuse_device(device, verdict);
-    if (reasons.empty() && capability_of(device) < 75) {
-      reasons.emplace_back("it needs compute capability 7.5 (Turing) or newer, and " + fovea::name(device) + " has " +
-                           std::to_string(capability_of(device) / 10) + "." +
+    if (reasons.empty() && jit::arch_of(capability_of(device)) == 0) {
+      reasons.emplace_back("it is made for compute capabilities 7.5 (Turing) to 12.x (Blackwell), and " +
+                           fovea::name(device) + " has " + std::to_string(capability_of(device) / 10) + "." +
                            std::to_string(capability_of(device) % 10));
     }
     verdict.available = reasons.empty();
