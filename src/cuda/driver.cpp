@@ -300,11 +300,12 @@ void* load_function(int gpu, const std::string& cubin, const char* name, std::st
   const int status = call.load_module(&module, cubin.data());
   if (std::ranges::find(kForeignImage, status) != kForeignImage.end()) {
     const int version = driver_version();
-    throw Error(ErrorCode::kDevice,
-                "the driver (CUDA " + std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10) +
-                    ") of cuda:" + std::to_string(gpu) + " refuses kernel " + std::string(title) + " made by " +
-                    std::string(made_by) + ": " + words(call, status) +
-                    "; update the driver, or use an NVRTC no newer than it (FOVEA_NVRTC), for packs too");
+    throw RefusedKernel(ErrorCode::kDevice,
+                        "the driver (CUDA " + std::to_string(version / 1000) + "." +
+                            std::to_string(version % 1000 / 10) + ") of cuda:" + std::to_string(gpu) +
+                            " refuses kernel " + std::string(title) + " made by " + std::string(made_by) + ": " +
+                            words(call, status) +
+                            "; update the driver, or use an NVRTC no newer than it (FOVEA_NVRTC), for packs too");
   }
   check(status, call.load_module.name + of, gpu);
   check(call.module_function(&function, module, name), call.module_function.name + of, gpu);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <fovea/error.h>
 #include <fovea/export.h>
 
 #include <cstddef>
@@ -111,6 +112,11 @@ FOVEA_API void synchronize(int gpu);
 // Into a stream of the GPU; both may be captured.
 FOVEA_API void fill_async(int gpu, void* memory, std::uint8_t value, std::size_t bytes, void* stream);
 FOVEA_API void copy_async(int gpu, void* to, const void* from, std::size_t bytes, void* stream);
+
+/// The driver cannot load a kernel, mostly because it is older than what made that.
+struct RefusedKernel : Error {
+  using Error::Error;
+};
 
 /// The kernel `name` of a cubin, loaded for as long as the process lives and allowed all the shared memory there is.
 /// `made_by` ("NVRTC 13.0") tells the user what a driver refused that is older than that.

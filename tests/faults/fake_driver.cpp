@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <string_view>
 
 #define FAKE extern "C" __attribute__((visibility("default")))
 
@@ -62,8 +63,9 @@ FAKE int cuCtxPopCurrent_v2(void** context) {
   return 0;
 }
 FAKE int cuCtxSynchronize() { return status("cuCtxSynchronize"); }
-FAKE int cuModuleLoadData(void** module, const void*) {
+FAKE int cuModuleLoadData(void** module, const void* image) {
   ++fake_driver.loaded;
+  if (std::string_view(static_cast<const char*>(image)).starts_with(fake_driver.refused)) return 209;
   return made("cuModuleLoadData", module);
 }
 FAKE int cuModuleGetFunction(void** function, void*, const char* name) {
