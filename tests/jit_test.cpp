@@ -734,6 +734,17 @@ TEST_F(WithNvrtc, ItsVersionIsRememberedAndAWrongMemoryHarmless) {
   }
 }
 
+TEST_F(WithNvrtc, WhatNamesItIsReadOnce) {
+  const auto note = [this] {
+    fs::remove_all(folder_ / "cache");
+    (void)Cache(options()).binary(real());
+    return content(folder_ / "cache" / "nvrtc");
+  };
+  const std::string before = note();
+  const Variable later("FOVEA_NVRTC", "/another/libnvrtc.so");
+  EXPECT_EQ(note(), before) << "the NVRTC found before stays in use";
+}
+
 TEST_F(WithNvrtc, ACachedKernelIsThereInFiveMilliseconds) {
   (void)Cache(options()).binary(real());
   double best = 1;

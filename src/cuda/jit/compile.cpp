@@ -63,10 +63,9 @@ std::string note_of(const std::string& name, const std::string& library) {
   std::error_code error;
   const std::uintmax_t size = fs::file_size(library, error);
   const auto time = fs::last_write_time(library, error).time_since_epoch().count();
-  const char* named = std::getenv("FOVEA_NVRTC");
   return error ? ""
                : name + "\n" + library + "\n" + std::to_string(size) + " " + std::to_string(time) + "\ndriver " +
-                     std::to_string(driver_version()) + "\n" + (named == nullptr ? "" : named) + "\n";
+                     std::to_string(driver_version()) + "\n" + Nvrtc::named() + "\n";
 }
 
 /// Of this thread's processor: what else the machine does makes no kernel slower to compile.
