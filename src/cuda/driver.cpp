@@ -84,11 +84,22 @@ struct Functions {
   Call<int(void*)> synchronize_event{library, "cuEventSynchronize"};
   Call<int(float*, void*, void*)> event_milliseconds{library, "cuEventElapsedTime"};
   Call<int(void*)> destroy_event{library, "cuEventDestroy_v2"};
+
+  [[nodiscard]] int newest_cuda() const {
+    int found = 0;
+    if (version.address != nullptr) version(&found);
+    return found;
+  }
 };
 
+/// Opened on first use.
+const Functions& functions() {
+  static const auto& instance = *std::make_unique<const Functions>().release();  // kept: threads may call at exit
+  return instance;
+}
+
 struct Driver {
-  Functions call;
-  int version = 0;
+  const Functions& call = functions();
   std::string why_not;  // empty: the driver works
   std::vector<Gpu> gpus;
   std::unique_ptr<std::once_flag[]> once;
@@ -115,7 +126,6 @@ Driver::Driver() {
     why_not = "the NVIDIA driver is too old: it has no " + call.library.missing + "; update it";
     return;
   }
-  call.version(&version);
   if (const int status = call.init(0); status != 0) {
     why_not = "the NVIDIA driver does not start: cuInit says " + words(call, status);
     return;
@@ -197,7 +207,10 @@ int gpu_of(const Handle& handle) { return handle.get_deleter().gpu; }
 }  // namespace
 
 const std::string& why_no_driver() { return driver().why_not; }
-int driver_version() { return driver().version; }
+int driver_version() {
+  static const int version = functions().newest_cuda();
+  return version;
+}
 int gpu_count() { return static_cast<int>(driver().gpus.size()); }
 const Gpu& gpu(int index) { return driver_with(index).gpus[static_cast<std::size_t>(index)]; }
 
@@ -322,7 +335,7 @@ void launch(int gpu, void* function, std::string_view title, const Grid& grid, c
   const LaunchAttribute early{.id = kProgrammaticSerialization, .value = {1}};
   const LaunchConfig config{
       {grid.x, grid.y, grid.z}, {grid.threads, grid.threads_y, 1}, grid.shared_bytes, stream, &early, 1};
-  const int status = grid.early && driver().version >= kCapturesEarlyLaunches
+  const int status = grid.early && driver_version() >= kCapturesEarlyLaunches
                          ? driver().call.launch_with(&config, function, parameters.data(), nullptr)
                          : driver().call.launch(function, grid.x, grid.y, grid.z, grid.threads, grid.threads_y, 1U,
                                                 grid.shared_bytes, stream, parameters.data(), nullptr);

@@ -18,7 +18,8 @@ namespace fovea::cuda {
 /// Why no GPU can be used here; empty where one can.
 [[nodiscard]] FOVEA_API const std::string& why_no_driver();
 
-/// The newest CUDA that the driver serves, 13000 for 13.0; 0 where there is no driver.  Works without a GPU.
+/// The newest CUDA that the driver serves, 13000 for 13.0; 0 where there is no driver.  Works without a GPU, and does
+/// not start the driver, after which a process could not fork.
 [[nodiscard]] FOVEA_API int driver_version();
 
 struct Gpu {

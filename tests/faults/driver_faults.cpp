@@ -2,6 +2,7 @@
 // about what fails.
 #include <dlfcn.h>
 #include <fovea/error.h>
+#include <fovea/plan.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -56,6 +57,20 @@ TEST(DriverStartDeathTest, SaysWhyThereIsNoGpu) {
               "\\[the NVIDIA driver does not start: cuInit says something else \\(CUDA_ERROR_OTHER\\)\\] 13000 0");
   EXPECT_EXIT(say_why_no_driver([] { fake().gpus = 0; }), exited, "\\[the NVIDIA driver sees no GPU\\] 13000 0");
   EXPECT_EXIT(say_why_no_driver([] {}), exited, "\\[\\] 13000 2");
+}
+
+/// A process must not fork once the driver has started.
+TEST(DriverStartDeathTest, AnArchitectureIsPlannedForWithoutIt) {
+  if (fake_or_null() == nullptr) GTEST_SKIP() << "run it by ctest, which puts the fake driver first";
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto plan = [] {
+    ::setenv("FOVEA_JIT", "off", 1);  // here the stack is too small for a compiler
+    const Report report = explain(parse_problem("fwd bf16 b1 hq2 sq300 d64"), {DeviceKind::kCuda, 0, 90});
+    (void)jit::nvrtc().name(true);
+    std::cerr << "[" << report.backend << "] " << driver_version() << " " << fake().started;
+    std::exit(0);
+  };
+  EXPECT_EXIT(plan(), ::testing::ExitedWithCode(0), "\\[cuda_hopper\\] 13000 0");
 }
 
 TEST_F(DriverTest, TellsOfEveryGpu) {

@@ -27,7 +27,7 @@ int made(const char* function, void** handle) {
 }  // namespace
 
 // NOLINTBEGIN(readability-identifier-naming): the names are the driver's
-FAKE int cuInit(unsigned) { return status("cuInit"); }
+FAKE int cuInit(unsigned) { return ++fake_driver.started, status("cuInit"); }
 FAKE int cuDriverGetVersion(int* version) { return *version = fake_driver.version, 0; }
 FAKE int cuGetErrorName(int error, const char** name) {
   *name = error == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : error == 209 ? "CUDA_ERROR_NO_BINARY_FOR_GPU" : "CUDA_ERROR_OTHER";

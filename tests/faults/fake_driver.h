@@ -13,6 +13,7 @@ struct FakeDriver {
   int version = 13000;
   int gpus = 2;
 
+  int started = 0;
   std::vector<void*> contexts;  // pushed and not yet popped
   std::vector<void*> retained;
   int loaded = 0;
