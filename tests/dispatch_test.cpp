@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iostream>
 
 #include "cpu/flash_backend.h"
+#include "cuda/driver.h"
 #include "dispatch/backend.h"
 #include "support.h"
 
@@ -40,6 +42,23 @@ TEST(Dispatch, KeepsTheVerdictOfEveryBackend) {
   ASSERT_EQ(report.verdicts.size(), dispatch::backends().size());
   const std::string text = to_string(report);
   for (const Verdict& verdict : report.verdicts) EXPECT_NE(text.find(verdict.backend), std::string::npos) << text;
+}
+
+/// Asks all that is static.
+void say_who_runs_it(const char* when) {
+  std::cerr << when << explain(kProblem).backend << " " << explain(kProblem, {DeviceKind::kCuda, 0, 80}).backend << " "
+            << cuda::why_no_driver().empty() << cuda::gpu_count();
+}
+
+TEST(ExitDeathTest, ThreadsMayCallUntilTheProcessIsGone) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto leave = [] {
+    ::setenv("FOVEA_JIT", "off", 1);
+    std::atexit([] { say_who_runs_it("then "); });  // so after the end of what is static
+    say_who_runs_it("first ");
+    std::exit(0);
+  };
+  EXPECT_EXIT(leave(), ::testing::ExitedWithCode(0), "first cpu_[^ ]+ cuda_portable .+then cpu_[^ ]+ cuda_portable ");
 }
 
 TEST(Dispatch, AnyBackendCanBeNamed) {

@@ -163,7 +163,7 @@ void Driver::find_gpus() {
 
 /// Made on first use, and only read after; but for the contexts, each behind its once_flag.
 Driver& driver() {
-  static Driver instance;
+  static auto& instance = *std::make_unique<Driver>().release();  // kept: threads may call at exit
   return instance;
 }
 

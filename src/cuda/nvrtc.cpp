@@ -97,7 +97,7 @@ struct Nvrtc::Found {
 };
 
 const Nvrtc::Found& Nvrtc::found() {
-  static const Found instance;
+  static const auto& instance = *std::make_unique<const Found>().release();  // kept: threads may call at exit
   return instance;
 }
 

@@ -72,7 +72,8 @@ Cache::Cache(Options options)
 }
 
 Cache& Cache::shared() {
-  static Cache instance(options_of_environment());
+  // Kept: threads may call at exit.
+  static auto& instance = *std::make_unique<Cache>(options_of_environment()).release();
   return instance;
 }
 

@@ -126,7 +126,7 @@ std::string target_of(const KernelRequest& request) {
 std::string content_key(const KernelRequest& request) {
   // Kept: the hash takes longer than all else of a plan whose kernels are loaded, and dropout plans anew for each seed.
   static std::mutex mutex;
-  static std::unordered_map<std::string, std::string> keys;
+  static auto& keys = *std::make_unique<std::unordered_map<std::string, std::string>>().release();
   constexpr std::size_t kMost = 256;
   const std::string what = target_of(request) + "\n" + request.unit;
   const std::lock_guard lock(mutex);
