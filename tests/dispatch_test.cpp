@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iostream>
 
 #include "cpu/flash_backend.h"
+#include "cuda/driver.h"
 #include "dispatch/backend.h"
 #include "support.h"
 
@@ -40,6 +42,23 @@ TEST(Dispatch, KeepsTheVerdictOfEveryBackend) {
   ASSERT_EQ(report.verdicts.size(), dispatch::backends().size());
   const std::string text = to_string(report);
   for (const Verdict& verdict : report.verdicts) EXPECT_NE(text.find(verdict.backend), std::string::npos) << text;
+}
+
+/// Asks all that is static.
+void say_who_runs_it(const char* when) {
+  std::cerr << when << explain(kProblem).backend << " " << explain(kProblem, {DeviceKind::kCuda, 0, 80}).backend << " "
+            << cuda::why_no_driver().empty() << cuda::gpu_count();
+}
+
+TEST(ExitDeathTest, ThreadsMayCallUntilTheProcessIsGone) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto leave = [] {
+    ::setenv("FOVEA_JIT", "off", 1);
+    std::atexit([] { say_who_runs_it("then "); });  // so after the end of what is static
+    say_who_runs_it("first ");
+    std::exit(0);
+  };
+  EXPECT_EXIT(leave(), ::testing::ExitedWithCode(0), "first cpu_[^ ]+ cuda_portable .+then cpu_[^ ]+ cuda_portable ");
 }
 
 TEST(Dispatch, AnyBackendCanBeNamed) {
@@ -84,6 +103,24 @@ TEST(Dispatch, AGpuProblemIsNeverSentToTheCpu) {
   EXPECT_EQ(explain(kProblem, old).backend, "");
   const std::string sentence = sentence_of([&] { (void)plan_forward(kProblem, old); });
   EXPECT_NE(sentence.find("sm_60"), std::string::npos) << sentence;
+  const Device unknown{.kind = DeviceKind::kCuda, .index = 0, .compute_capability = 130};
+  EXPECT_TRUE(test::contains(sentence_of([&] { (void)plan_forward(kProblem, unknown); }), "and sm_130 has 13.0"));
+}
+
+TEST(Dispatch, ProblemsThatGpusCannotCountAreRefused) {
+  for (const auto& [line, why] : {
+           std::pair{"fwd bf16 b65536 hq16384 hkv1 sq1 skv64 d16",
+                     "batch × num_q_heads (1073741824) is above 536870912"},
+           std::pair{"bwd bf16 b65536 hq16384 hkv1 sq1 skv64 d16",
+                     "batch × num_q_heads (1073741824) is above 536870912"},
+           std::pair{"fwd bf16 b2 hq64 hkv1 sq30000000 skv9 d16 packed_q=random:40000000 packed_kv=random:9",
+                     "total_q × num_q_heads / num_kv_heads (2560000000) is above 2147483647"},
+       }) {
+    for (const int capability : {80, 90}) {
+      const Device gpu{.kind = DeviceKind::kCuda, .index = 0, .compute_capability = capability};
+      EXPECT_TRUE(test::contains(to_string(explain(parse_problem(line), gpu)), why));
+    }
+  }
 }
 
 TEST(Dispatch, HopperHasKernelsOfItsOwnAndSaysWhatTheyDoNotRun) {
@@ -125,6 +162,24 @@ TEST(Dispatch, ADryRunStatesTheWorkspaceThatThePlanNeeds) {
     const Plan plan = problem.backward() ? plan_backward(problem) : plan_forward(problem);
     EXPECT_EQ(explain(problem).workspace_bytes, plan.workspace_bytes());
     EXPECT_GT(plan.workspace_bytes(), 0U);
+  }
+}
+
+TEST(Workspace, OfAMaskExpandedByStridesOf0IsThatOfWhatItHas) {
+  const auto tensor = [](DType dtype, std::initializer_list<std::int64_t> shape) {
+    return Tensor::contiguous(nullptr, dtype, shape);
+  };
+  const Tensor q = tensor(DType::kFloat16, {4, 1000, 16, 64});
+  AttentionOptions options;
+  options.mask = tensor(DType::kBool, {4, 16, 1000, 1000});
+  options.mask.strides = {1000, 0, 0, 1};
+  for (const int capability : {80, 90}) {
+    const Device gpu{.kind = DeviceKind::kCuda, .index = 0, .compute_capability = capability};
+    for (const std::string pass : {"fwd", "bwd"}) {
+      const Problem padding = parse_problem(pass + " fp16 b4 hq16 sq1000 d64 mask=b11k");
+      EXPECT_EQ(explain(describe(padding.direction, q, q, q, options), gpu).workspace_bytes,
+                explain(padding, gpu).workspace_bytes);
+    }
   }
 }
 

@@ -117,6 +117,29 @@ TEST(Draws, OfTheInputsTakeThePlaceOfTheProblemsSeed) {
   }
 }
 
+TEST(Masks, ExpandedByStridesOf0AreAsGoodAsWrittenOut) {
+  std::mt19937 random(3);
+  std::vector<std::uint8_t> keys(70), all;
+  for (auto& key : keys) key = random() % 3 != 0;
+  for (int row = 0; row < 2 * 4 * 40; ++row) all.insert(all.end(), keys.begin(), keys.end());
+  Tensor expanded = Tensor::contiguous(keys.data(), DType::kBool, {2, 4, 40, 70});
+  expanded.strides = {0, 0, 0, 1};
+  for (const std::string backend : {"", "reference"}) {
+    const auto results = [&](const Tensor& mask) {
+      Attention a("fwd fp32 b2 hq4 hkv2 sq40 skv70 d16 bias=1hqk");
+      AttentionOptions options;
+      options.backend = backend;
+      options.mask = mask;
+      options.bias = a.in.bias;
+      attention_forward(a.in.q, a.in.k, a.in.v, options, a.out.out, a.out.lse);
+      attention_backward(a.in.q, a.in.k, a.in.v, a.out.out, a.out.lse, a.dout, options,
+                         {.dq = a.grads.dq, .dk = a.grads.dk, .dv = a.grads.dv, .dbias = a.grads.dbias});
+      return a.results();
+    };
+    EXPECT_EQ(results(expanded), results(Tensor::contiguous(all.data(), DType::kBool, {2, 4, 40, 70}))) << backend;
+  }
+}
+
 /// An instruction set, and the dtype of what it is given: bf16 is multiplied otherwise where it can be.
 using IsaAndDType = std::tuple<std::string, std::string>;
 class EveryIsa : public ::testing::TestWithParam<IsaAndDType> {

@@ -12,6 +12,7 @@
 
 #include "cuda/packed_blocks.h"
 #include "cuda/params.h"
+#include "cuda/requests.h"
 #include "cuda/spec.h"
 #include "fovea/problem.h"
 
@@ -72,6 +73,44 @@ TEST(ForwardTuning, KeysOfFewRowsAreSplitIntoEvenTurnsOfTheMultiprocessors) {
   EXPECT_EQ(shape_of("fwd bf16 b20 hq32 hkv8 sq1 skv8192 d128", 90).splits, 4);  // 640 of 660
   EXPECT_EQ(shape_of("fwd bf16 b64 hq32 hkv8 sq1 skv4096 d128", 90).splits, 1);
   EXPECT_EQ(shape_of("fwd bf16 b1 hq8 hkv1 sq1 skv512 d128", 90).spec.slices, 4);
+}
+
+TEST(ForwardTuning, KeysOfMoreRowsThanAGridHoldsAreNotSplit) {
+  EXPECT_GT(shape_of("fwd bf16 b33554432 hq1 sq32 skv268435456 d8", 90).splits, 1);
+  EXPECT_EQ(shape_of("fwd bf16 b33554432 hq2 sq64 skv268435456 d8", 90).splits, 1);
+}
+
+/// Whether kernels of forwards of split keys and of whole ones are listed.
+std::pair<bool, bool> listed(const std::string& line, int arch) {
+  std::pair<bool, bool> found;
+  for (const jit::KernelRequest& request : requests(parse_problem(line), Direction::kForward, arch)) {
+    if (!request.name.starts_with("forward_") || request.own) continue;
+    (request.unit.find(".split = true") == std::string::npos ? found.second : found.first) = true;
+  }
+  return found;
+}
+
+TEST(ForwardTuning, KernelsAreListedForAnyNumberOfMultiprocessors) {
+  using Both = std::pair<bool, bool>;
+  for (const int arch : {75, 80, 90, 120}) {
+    EXPECT_EQ(listed("fwd fp16 b1 hq32 hkv8 sq1 skv8192 d128", arch), Both(true, true)) << arch;
+    EXPECT_EQ(listed("fwd fp16 b1 hq8 sq512 d64 softcap=3", arch), Both(true, true)) << arch;
+    EXPECT_EQ(listed("fwd fp16 b1 hq8 sq1 skv16 d64", arch), Both(false, true)) << arch;
+    EXPECT_EQ(listed("fwd fp16 b16 hq32 sq4096 d128", arch), Both(false, true)) << arch;
+  }
+  // Whatever a GPU of an architecture plans is among them.
+  for (const char* line : {"fwd bf16 b20 hq32 hkv8 sq1 skv8192 d128", "fwd fp32 b1 hq4 sq300 skv3000 d64"}) {
+    std::set<std::string> names;
+    for (const jit::KernelRequest& request : requests(parse_problem(line), Direction::kForward, 80))
+      names.insert(request.name);
+    GpuModel gpu = model_of(80);
+    for (gpu.multiprocessors = 4; gpu.multiprocessors <= 128; gpu.multiprocessors += 4) {
+      const auto shape = choose_forward(parse_problem(line), gpu);
+      ASSERT_TRUE(shape);
+      EXPECT_TRUE(names.contains(forward_request(*shape, 80).name)) << gpu.multiprocessors;
+      EXPECT_TRUE(shape->splits == 1 || names.contains(combine_request(*shape, 80).name)) << gpu.multiprocessors;
+    }
+  }
 }
 
 TEST(ForwardTuning, NothingIsLaunchedForNoRows) {

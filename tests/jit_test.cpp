@@ -455,6 +455,19 @@ TEST_F(Jit, TwoProcessesCompileTheSameKernelOnce) {
   EXPECT_EQ(content(log), "compiled\n");
 }
 
+TEST_F(Jit, AProcessForkedMeanwhileDoesNotKeepTheLock) {
+  const Disk disk(folder_ / "cache");
+  auto lock = std::make_unique<Disk::Lock>(disk, 80, content_key(kToy));
+  const pid_t child = ::fork();
+  if (child == 0) ::pause(), ::_exit(0);
+  lock.reset();
+  const auto start = std::chrono::steady_clock::now();
+  { const Disk::Lock next(disk, 80, content_key(kToy)); }
+  EXPECT_LT(std::chrono::steady_clock::now() - start, 10s);
+  ::kill(child, SIGKILL);
+  ::waitpid(child, nullptr, 0);
+}
+
 TEST_F(Jit, ManyThreadsWaitForOneCompilation) {
   Cache::Options slow = options();
   slow.compiler.compile = [this](const KernelRequest& request) {
@@ -732,6 +745,17 @@ TEST_F(WithNvrtc, ItsVersionIsRememberedAndAWrongMemoryHarmless) {
     EXPECT_NE(Cache(options()).find(real()), nullptr);
     EXPECT_EQ(content(memo), good);
   }
+}
+
+TEST_F(WithNvrtc, WhatNamesItIsReadOnce) {
+  const auto note = [this] {
+    fs::remove_all(folder_ / "cache");
+    (void)Cache(options()).binary(real());
+    return content(folder_ / "cache" / "nvrtc");
+  };
+  const std::string before = note();
+  const Variable later("FOVEA_NVRTC", "/another/libnvrtc.so");
+  EXPECT_EQ(note(), before) << "the NVRTC found before stays in use";
 }
 
 TEST_F(WithNvrtc, ACachedKernelIsThereInFiveMilliseconds) {

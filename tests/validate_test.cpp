@@ -240,6 +240,24 @@ TEST(Describe, FindsTheProblemThatTensorsPose) {
   }
 }
 
+TEST(Describe, TakesAMaskExpandedByStridesOf0AsBroadcast) {
+  const Problem p = parse_problem(kEverything);
+  Call call(p);
+  call.in.mask.strides = {0, 0, 0, 1};
+  call.in.bias.strides = {0, 0, 0, 1};
+  const auto found = [&] { return describe(p.direction, call.in.q, call.in.k, call.in.v, call.options(p)); };
+  EXPECT_EQ(found().mask, (Extent{.keys = true}));
+  EXPECT_EQ(found().bias, p.bias) << "dbias has all its entries";
+  EXPECT_NO_THROW(check_both(found(), call));
+  call.in.mask.shape[1] = 3;
+  EXPECT_TRUE(contains(refusal([&] { check_both(found(), call); }), "mask has the shape [2, 3, 5, 7] but must have"));
+  call.in.mask.shape[1] = 4;
+  call.in.mask.strides[1] = 7;
+  Problem broadcast = p;
+  broadcast.mask = Extent{.keys = true};
+  EXPECT_TRUE(contains(refusal([&] { check_both(broadcast, call); }), "mask has the shape [2, 4, 5, 7] but must have"));
+}
+
 TEST(Describe, LeavesLengthsOnAGpuToTheRun) {
   const Problem p = parse_problem(kPacked);
   Call call(p);

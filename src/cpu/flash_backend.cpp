@@ -53,8 +53,8 @@ bool may_use_amx() {
 
 /// Every instruction set compiled in, best first.
 const std::vector<Isa>& isas() {
-  static const std::vector<Isa> list = [] {
-    std::vector<Isa> all;
+  static const auto& list = *[] {  // kept: threads may call at exit
+    auto all = std::make_unique<std::vector<Isa>>();
 #ifdef __x86_64__
     __builtin_cpu_init();
     // Every CPU with AVX2 has F16C, whose name clang 14 does not know.
@@ -62,16 +62,16 @@ const std::vector<Isa>& isas() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool bf16 = avx512 && has_avx512_bf16();
-    all.push_back(
+    all->push_back(
         {"amx", "AVX-512 BF16 and AMX BF16, or the system's leave to use them", bf16 && may_use_amx(), amx::kernels()});
-    all.push_back({"avx512_bf16", "AVX-512 F, BW, DQ, VL and BF16", bf16, avx512_bf16::kernels()});
-    all.push_back({"avx512", "AVX-512 F, BW, DQ and VL", avx512, avx512::kernels()});
+    all->push_back({"avx512_bf16", "AVX-512 F, BW, DQ, VL and BF16", bf16, avx512_bf16::kernels()});
+    all->push_back({"avx512", "AVX-512 F, BW, DQ and VL", avx512, avx512::kernels()});
     // On Intel's processors a dot product of pairs takes as long as four FMAs: floats are twice as fast.
-    if (__builtin_cpu_is("intel")) std::swap(all[1], all[2]);
-    all.push_back({"avx2", "AVX2, FMA and F16C", avx2, avx2::kernels()});
+    if (__builtin_cpu_is("intel")) std::swap(all->at(1), all->at(2));
+    all->push_back({"avx2", "AVX2, FMA and F16C", avx2, avx2::kernels()});
 #endif
-    all.push_back({"portable", "nothing", true, portable::kernels()});
-    return all;
+    all->push_back({"portable", "nothing", true, portable::kernels()});
+    return all.release();
   }();
   return list;
 }

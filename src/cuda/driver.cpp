@@ -84,11 +84,22 @@ struct Functions {
   Call<int(void*)> synchronize_event{library, "cuEventSynchronize"};
   Call<int(float*, void*, void*)> event_milliseconds{library, "cuEventElapsedTime"};
   Call<int(void*)> destroy_event{library, "cuEventDestroy_v2"};
+
+  [[nodiscard]] int newest_cuda() const {
+    int found = 0;
+    if (version.address != nullptr) version(&found);
+    return found;
+  }
 };
 
+/// Opened on first use.
+const Functions& functions() {
+  static const auto& instance = *std::make_unique<const Functions>().release();  // kept: threads may call at exit
+  return instance;
+}
+
 struct Driver {
-  Functions call;
-  int version = 0;
+  const Functions& call = functions();
   std::string why_not;  // empty: the driver works
   std::vector<Gpu> gpus;
   std::unique_ptr<std::once_flag[]> once;
@@ -115,7 +126,6 @@ Driver::Driver() {
     why_not = "the NVIDIA driver is too old: it has no " + call.library.missing + "; update it";
     return;
   }
-  call.version(&version);
   if (const int status = call.init(0); status != 0) {
     why_not = "the NVIDIA driver does not start: cuInit says " + words(call, status);
     return;
@@ -153,7 +163,7 @@ void Driver::find_gpus() {
 
 /// Made on first use, and only read after; but for the contexts, each behind its once_flag.
 Driver& driver() {
-  static Driver instance;
+  static auto& instance = *std::make_unique<Driver>().release();  // kept: threads may call at exit
   return instance;
 }
 
@@ -197,7 +207,10 @@ int gpu_of(const Handle& handle) { return handle.get_deleter().gpu; }
 }  // namespace
 
 const std::string& why_no_driver() { return driver().why_not; }
-int driver_version() { return driver().version; }
+int driver_version() {
+  static const int version = functions().newest_cuda();
+  return version;
+}
 int gpu_count() { return static_cast<int>(driver().gpus.size()); }
 const Gpu& gpu(int index) { return driver_with(index).gpus[static_cast<std::size_t>(index)]; }
 
@@ -300,11 +313,12 @@ void* load_function(int gpu, const std::string& cubin, const char* name, std::st
   const int status = call.load_module(&module, cubin.data());
   if (std::ranges::find(kForeignImage, status) != kForeignImage.end()) {
     const int version = driver_version();
-    throw Error(ErrorCode::kDevice,
-                "the driver (CUDA " + std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10) +
-                    ") of cuda:" + std::to_string(gpu) + " refuses kernel " + std::string(title) + " made by " +
-                    std::string(made_by) + ": " + words(call, status) +
-                    "; update the driver, or use an NVRTC no newer than it (FOVEA_NVRTC), for packs too");
+    throw RefusedKernel(ErrorCode::kDevice,
+                        "the driver (CUDA " + std::to_string(version / 1000) + "." +
+                            std::to_string(version % 1000 / 10) + ") of cuda:" + std::to_string(gpu) +
+                            " refuses kernel " + std::string(title) + " made by " + std::string(made_by) + ": " +
+                            words(call, status) +
+                            "; update the driver, or use an NVRTC no newer than it (FOVEA_NVRTC), for packs too");
   }
   check(status, call.load_module.name + of, gpu);
   check(call.module_function(&function, module, name), call.module_function.name + of, gpu);
@@ -321,7 +335,7 @@ void launch(int gpu, void* function, std::string_view title, const Grid& grid, c
   const LaunchAttribute early{.id = kProgrammaticSerialization, .value = {1}};
   const LaunchConfig config{
       {grid.x, grid.y, grid.z}, {grid.threads, grid.threads_y, 1}, grid.shared_bytes, stream, &early, 1};
-  const int status = grid.early && driver().version >= kCapturesEarlyLaunches
+  const int status = grid.early && driver_version() >= kCapturesEarlyLaunches
                          ? driver().call.launch_with(&config, function, parameters.data(), nullptr)
                          : driver().call.launch(function, grid.x, grid.y, grid.z, grid.threads, grid.threads_y, 1U,
                                                 grid.shared_bytes, stream, parameters.data(), nullptr);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <fovea/error.h>
 #include <fovea/export.h>
 
 #include <cstddef>
@@ -17,7 +18,8 @@ namespace fovea::cuda {
 /// Why no GPU can be used here; empty where one can.
 [[nodiscard]] FOVEA_API const std::string& why_no_driver();
 
-/// The newest CUDA that the driver serves, 13000 for 13.0; 0 where there is no driver.  Works without a GPU.
+/// The newest CUDA that the driver serves, 13000 for 13.0; 0 where there is no driver.  Works without a GPU, and does
+/// not start the driver, after which a process could not fork.
 [[nodiscard]] FOVEA_API int driver_version();
 
 struct Gpu {
@@ -111,6 +113,11 @@ FOVEA_API void synchronize(int gpu);
 // Into a stream of the GPU; both may be captured.
 FOVEA_API void fill_async(int gpu, void* memory, std::uint8_t value, std::size_t bytes, void* stream);
 FOVEA_API void copy_async(int gpu, void* to, const void* from, std::size_t bytes, void* stream);
+
+/// The driver cannot load a kernel, mostly because it is older than what made that.
+struct RefusedKernel : Error {
+  using Error::Error;
+};
 
 /// The kernel `name` of a cubin, loaded for as long as the process lives and allowed all the shared memory there is.
 /// `made_by` ("NVRTC 13.0") tells the user what a driver refused that is older than that.

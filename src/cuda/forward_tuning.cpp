@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 
 #include "cuda/packed_blocks.h"
 #include "cuda/params.h"
@@ -220,7 +221,9 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   const std::int64_t slots = gpu.multiprocessors * (spec.slices > 1 ? 1 : shape.min_blocks);
   const std::int64_t most =
       spec.slices > 1 ? steps / 2 : std::min(slots / std::max<std::int64_t>(1, blocks), steps / 4);
-  const std::int64_t splits = choose_splits(blocks, steps, slots, most);
+  const std::int64_t combined = problem.batch * problem.num_q_heads * problem.seqlen_q;  // rows, each by a block
+  const std::int64_t splits =
+      combined > std::numeric_limits<int>::max() ? 1 : choose_splits(blocks, steps, slots, most);
   shape.keys_per_split = static_cast<int>(std::max<std::int64_t>(1, ceil_div(steps, splits)) * step);
   shape.splits = static_cast<int>(std::max<std::int64_t>(1, ceil_div(problem.seqlen_kv, shape.keys_per_split)));
   spec.split = shape.splits > 1;

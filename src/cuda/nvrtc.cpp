@@ -67,14 +67,13 @@ struct Nvrtc::Found {
   std::string why_none;
 
   Found() {
-    const char* set = std::getenv("FOVEA_NVRTC");
-    if (set != nullptr && *set != 0) {
-      Nvrtc named;
-      const std::string why = named.open(set);
+    if (const std::string& file = named(); !file.empty()) {
+      Nvrtc candidate;
+      const std::string why = candidate.open(file);
       if (why.empty())
-        nvrtc = std::move(named);
+        nvrtc = std::move(candidate);
       else
-        why_none = "FOVEA_NVRTC names '" + std::string(set) + "', which " + why + "; name an NVRTC of 12.4 or later";
+        why_none = "FOVEA_NVRTC names '" + file + "', which " + why + "; name an NVRTC of 12.4 or later";
       return;
     }
     const int driver = driver_version();
@@ -98,10 +97,15 @@ struct Nvrtc::Found {
 };
 
 const Nvrtc::Found& Nvrtc::found() {
-  static const Found instance;
+  static const auto& instance = *std::make_unique<const Found>().release();  // kept: threads may call at exit
   return instance;
 }
 
+const std::string& Nvrtc::named() {
+  const auto set = [] { return std::getenv("FOVEA_NVRTC"); };
+  static const auto& file = *std::make_unique<const std::string>(set() == nullptr ? "" : set()).release();
+  return file;
+}
 const Nvrtc* Nvrtc::find() { return found().nvrtc ? &*found().nvrtc : nullptr; }
 const std::string& Nvrtc::why_none() { return found().why_none; }
 

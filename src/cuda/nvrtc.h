@@ -21,6 +21,7 @@ class Nvrtc {
   /// already loaded, the system's, the toolkit's and those of Python wheels; one no newer than the driver, where there
   /// is such a one.  Null where there is none.
   [[nodiscard]] static const Nvrtc* find();
+  [[nodiscard]] static const std::string& named();     ///< FOVEA_NVRTC, as it is when first asked for
   [[nodiscard]] static const std::string& why_none();  ///< one sentence; empty where there is one
 
   [[nodiscard]] const std::string& path() const { return path_; }

@@ -169,7 +169,10 @@ void refuse_long(const Problem& problem, Verdict& verdict) {
   limit(verdict, "seqlen_kv", problem.seqlen_kv, kLongest);
   limit(verdict, "total_q", problem.total_q, kLongest);
   limit(verdict, "total_kv", problem.total_kv, kLongest);
-  limit(verdict, "batch", problem.batch, kLongest);
+  limit(verdict, "batch × num_q_heads", problem.batch * problem.num_q_heads, kLongest);
+  // Rows of all heads that a block packs, too, which begin where a sequence does.
+  const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
+  limit(verdict, "total_q × num_q_heads / num_kv_heads", problem.total_q * group, std::numeric_limits<int>::max());
 }
 
 int capability_of(const Device& device) {

@@ -112,9 +112,9 @@ class PortableBackend final : public Backend {
     Verdict verdict{.backend = name()};
     auto& reasons = verdict.reasons;
     refuse_device(device, verdict);
-    if (reasons.empty() && capability_of(device) < 75) {
-      reasons.emplace_back("it needs compute capability 7.5 (Turing) or newer, and " + fovea::name(device) + " has " +
-                           std::to_string(capability_of(device) / 10) + "." +
+    if (reasons.empty() && jit::arch_of(capability_of(device)) == 0) {
+      reasons.emplace_back("it is made for compute capabilities 7.5 (Turing) to 12.x (Blackwell), and " +
+                           fovea::name(device) + " has " + std::to_string(capability_of(device) / 10) + "." +
                            std::to_string(capability_of(device) % 10));
     }
     verdict.available = reasons.empty();
@@ -147,6 +147,19 @@ class PortableBackend final : public Backend {
   }
 };
 
+/// One of whole keys and one of split ones where GPUs of the architecture run both: their multiprocessors decide.
+std::vector<ForwardShape> forward_shapes(const Problem& problem, int arch) {
+  constexpr int kMostMultiprocessors = 192;
+  std::vector<ForwardShape> shapes;
+  GpuModel model = model_of(arch);
+  for (model.multiprocessors = 1; model.multiprocessors <= kMostMultiprocessors; ++model.multiprocessors) {
+    const auto shape = choose_forward(problem, model);
+    if (shape && std::ranges::none_of(shapes, [&](const auto& s) { return s.spec.split == shape->spec.split; }))
+      shapes.push_back(*shape);
+  }
+  return shapes;
+}
+
 }  // namespace
 
 std::vector<jit::KernelRequest> requests(const Problem& problem, Direction direction, int arch) {
@@ -156,9 +169,9 @@ std::vector<jit::KernelRequest> requests(const Problem& problem, Direction direc
   if (direction == Direction::kForward) {
     const auto hopper = arch == kHopper && !has_few_rows(problem) ? choose_forward_sm90(problem) : std::nullopt;
     if (hopper) all.push_back(forward_sm90_request(*hopper));
-    if (const auto shape = choose_forward(problem, model_of(arch))) {
-      all.push_back(forward_request(*shape, arch));
-      if (shape->splits > 1) all.push_back(combine_request(*shape, arch));
+    for (const ForwardShape& shape : forward_shapes(problem, arch)) {
+      all.push_back(forward_request(shape, arch));
+      if (shape.splits > 1) all.push_back(combine_request(shape, arch));
     }
   }
   if (direction == Direction::kBackward) {

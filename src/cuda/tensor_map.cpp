@@ -25,7 +25,7 @@ struct Encoder {
 }  // namespace
 
 bool make_tensor_map(const RowView& view, Type type, const TensorExtent& extent, int box_rows, TensorMap& map) {
-  static const Encoder encoder;
+  static const auto& encoder = *std::make_unique<const Encoder>().release();  // kept: threads may call at exit
   if (encoder.encode.address == nullptr || !view.aligned) return false;
   constexpr std::int64_t kSmallest = 16;  // a stride that is not asked for is any that the driver takes
   const auto stride = [](std::int64_t bytes, std::int64_t count) { return count > 1 ? bytes : kSmallest; };

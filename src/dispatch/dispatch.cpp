@@ -10,13 +10,13 @@ namespace fovea::dispatch {
 
 std::span<const std::unique_ptr<const Backend>> backends() {
   // The one list of who may run a problem, best first.  A new backend is one line here.
-  static const std::vector<std::unique_ptr<const Backend>> list = [] {
-    std::vector<std::unique_ptr<const Backend>> all;
-    all.push_back(cuda::make_hopper_backend());
-    all.push_back(cuda::make_portable_backend());
-    for (auto& flash : cpu::make_flash_backends()) all.push_back(std::move(flash));
-    all.push_back(cpu::make_reference_backend());
-    return all;
+  static const auto& list = *[] {  // kept: threads may call at exit
+    auto all = std::make_unique<std::vector<std::unique_ptr<const Backend>>>();
+    all->push_back(cuda::make_hopper_backend());
+    all->push_back(cuda::make_portable_backend());
+    for (auto& flash : cpu::make_flash_backends()) all->push_back(std::move(flash));
+    all->push_back(cpu::make_reference_backend());
+    return all.release();
   }();
   return list;
 }

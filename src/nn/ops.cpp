@@ -8,13 +8,13 @@
 #include "nn/cuda/ops.h"
 
 namespace fovea::nn {
+// Never taken apart: threads and arrays of static storage may outlive everything here, and the driver with it.
 const Ops& ops_of(const Device& device) {
   if (device.kind == DeviceKind::kCpu) {
-    static const std::unique_ptr<const Ops> cpu = make_cpu_ops();
-    return *cpu;
+    static const Ops& cpu = *make_cpu_ops().release();
+    return cpu;
   }
   static std::mutex mutex;
-  // Never taken apart: arrays of static storage may outlive everything here, and the driver with it.
   static auto& gpus = *std::make_unique<std::map<int, std::unique_ptr<const Ops>>>().release();
   const std::lock_guard lock(mutex);
   std::unique_ptr<const Ops>& ops = gpus[device.index];

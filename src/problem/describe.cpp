@@ -19,10 +19,13 @@ void check_same(const char* what, const char* a, std::int64_t in_a, const char* 
 }
 
 /// Dimensions of size 1 are broadcast; `validate_forward` refuses all others that differ from the problem's.
-std::optional<Extent> extent_of(const char* name, const Tensor& t) {
+std::optional<Extent> extent_of(const char* name, const Tensor& t, bool has_gradient) {
   if (t.rank == 0) return {};
   check_rank(name, t, 4, "[batch, num_q_heads, seqlen_q, seqlen_kv], 1 where it is broadcast");
-  return Extent{t.shape[0] != 1, t.shape[1] != 1, t.shape[2] != 1, t.shape[3] != 1};
+  // So are those expanded by a stride of 0, but where each entry has a gradient, or there is none.
+  const bool all = has_gradient || std::find(t.shape.begin(), t.shape.end(), 0) != t.shape.end();
+  const auto own = [&](int axis) { return t.shape[axis] != 1 && (all || t.strides[axis] != 0); };
+  return Extent{own(0), own(1), own(2), own(3)};
 }
 
 Lengths lengths_of(const char* name, const Tensor& t, std::int64_t batch) {
@@ -97,8 +100,8 @@ Problem describe(Direction direction, const Tensor& q, const Tensor& k, const Te
   }
 
   static_cast<Rules&>(p) = static_cast<const Rules&>(o);
-  p.mask = extent_of("mask", o.mask);
-  p.bias = extent_of("bias", o.bias);
+  p.mask = extent_of("mask", o.mask, false);
+  p.bias = extent_of("bias", o.bias, true);
   if (p.bias) p.bias_dtype = o.bias.dtype;
   if (o.alibi_slopes.rank != 0) p.alibi = o.alibi_slopes.rank == 2 ? Alibi::kPerBatchAndHead : Alibi::kPerHead;
   p.sink = o.sink.rank != 0;

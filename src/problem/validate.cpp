@@ -260,7 +260,7 @@ struct Wanted {
     check("q", in.q, q, Use::kInput);
     check("k", in.k, k, Use::kInput);
     check("v", in.v, v, Use::kInput);
-    check("mask", in.mask, mask, Use::kBroadcast);
+    check("mask", own_part(in.mask), mask, Use::kBroadcast);
     check("bias", in.bias, bias, Use::kBroadcast);
     check("alibi_slopes", in.alibi_slopes, alibi_slopes, Use::kInput);
     check("sink", in.sink, sink, Use::kInput);
@@ -275,6 +275,16 @@ struct Wanted {
  private:
   [[nodiscard]] Tensor dense(DType dtype, std::initializer_list<std::int64_t> shape) const {
     return Tensor::contiguous(nullptr, dtype, shape, device_);
+  }
+
+  /// A mask may be there in full, by strides of 0, where the problem broadcasts it.
+  [[nodiscard]] Tensor own_part(const Tensor& t) const {
+    const std::array full{problem_.batch, problem_.num_q_heads, problem_.seqlen_q, problem_.seqlen_kv};
+    Tensor own = t;
+    for (std::size_t axis = 0; axis < full.size(); ++axis) {
+      if (t.shape[axis] == full[axis] && t.strides[axis] == 0) own.shape[axis] = mask.shape[axis];
+    }
+    return own.shape == mask.shape ? own : t;
   }
 
   /// int32 [count] where the problem has it; true where its values are there to be checked, too.

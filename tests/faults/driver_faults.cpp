@@ -2,10 +2,12 @@
 // about what fails.
 #include <dlfcn.h>
 #include <fovea/error.h>
+#include <fovea/plan.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 #include <iostream>
 #include <memory>
 
@@ -35,6 +37,7 @@ class DriverTest : public ::testing::Test {
   void TearDown() override {
     if (fake_or_null() == nullptr) return;
     fake().faults.clear();
+    fake().refused = FakeDriver().refused;
     EXPECT_TRUE(fake().contexts.empty()) << "a context stays current";
   }
 };
@@ -54,6 +57,20 @@ TEST(DriverStartDeathTest, SaysWhyThereIsNoGpu) {
               "\\[the NVIDIA driver does not start: cuInit says something else \\(CUDA_ERROR_OTHER\\)\\] 13000 0");
   EXPECT_EXIT(say_why_no_driver([] { fake().gpus = 0; }), exited, "\\[the NVIDIA driver sees no GPU\\] 13000 0");
   EXPECT_EXIT(say_why_no_driver([] {}), exited, "\\[\\] 13000 2");
+}
+
+/// A process must not fork once the driver has started.
+TEST(DriverStartDeathTest, AnArchitectureIsPlannedForWithoutIt) {
+  if (fake_or_null() == nullptr) GTEST_SKIP() << "run it by ctest, which puts the fake driver first";
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto plan = [] {
+    ::setenv("FOVEA_JIT", "off", 1);  // here the stack is too small for a compiler
+    const Report report = explain(parse_problem("fwd bf16 b1 hq2 sq300 d64"), {DeviceKind::kCuda, 0, 90});
+    (void)jit::nvrtc().name(true);
+    std::cerr << "[" << report.backend << "] " << driver_version() << " " << fake().started;
+    std::exit(0);
+  };
+  EXPECT_EXIT(plan(), ::testing::ExitedWithCode(0), "\\[cuda_hopper\\] 13000 0");
 }
 
 TEST_F(DriverTest, TellsOfEveryGpu) {
@@ -149,6 +166,7 @@ class KernelTest : public DriverTest {
       jit::Binary binary;
       binary.key = content_key(request);
       binary.name = request.name;
+      binary.arch = request.arch;
       binary.compiler = "Toy 9.0";
       return binary;
     };
@@ -193,6 +211,42 @@ TEST_F(KernelTest, ADriverOlderThanTheCompilerIsNamed) {
       "too");
   fake().faults.clear();
   EXPECT_NO_THROW((void)cache.load(kRequest, 0)) << "and tried again when asked again";
+}
+
+TEST_F(KernelTest, AStoredKernelThatTheDriverRefusesIsMadeAnew) {
+  std::string name = ::testing::TempDir() + "fovea-refused-XXXXXX";
+  ASSERT_NE(::mkdtemp(name.data()), nullptr);
+  const std::filesystem::path folder = name, pack = folder / "newer.pack";
+  jit::Binary newer = options().compiler.compile(kRequest);
+  newer.compiler = "Toy 10.0";
+  newer.cubin = "too new";
+  jit::Pack::write(pack, std::vector<jit::Binary>{newer});
+  jit::Cache::Options stored = options();
+  stored.folder = folder;
+  stored.packs.push_back(pack);
+  const auto source = [&] { return jit::Cache(stored).load(kRequest, 0).binary().source; };
+  EXPECT_EQ(source(), jit::Source::kPack);
+  fake().refused = "too new";
+  EXPECT_EQ(source(), jit::Source::kCompiled);
+  EXPECT_EQ(source(), jit::Source::kDisk) << "once for all processes";
+
+  const auto sentence = [&](ErrorCode code) { return words(code, [&] { (void)source(); }); };
+  const std::string refusal =
+      "the driver (CUDA 13.0) of cuda:0 refuses kernel toy made by Toy 10.0 (pack): no kernel image is available "
+      "(CUDA_ERROR_NO_BINARY_FOR_GPU); update the driver, or use an NVRTC no newer than it (FOVEA_NVRTC), for packs "
+      "too";
+  stored.folder.clear();
+  stored.compiler.compile = [](const jit::KernelRequest&) -> jit::Binary {
+    throw Error(ErrorCode::kUnsupported, "Toy 9.0 does not compile for sm_90");
+  };
+  EXPECT_EQ(sentence(ErrorCode::kUnsupported),
+            refusal + "; and one compiled here does not serve: Toy 9.0 does not compile for sm_90");
+  stored.mode = jit::Mode::kCache;
+  EXPECT_EQ(sentence(ErrorCode::kDevice), refusal) << "nobody may compile";
+  stored.mode = jit::Mode::kOn;
+  stored.compiler.name = [](bool) { return "Toy 10.0"; };
+  EXPECT_EQ(sentence(ErrorCode::kDevice), refusal) << "the same compiler would make the same";
+  std::filesystem::remove_all(folder);
 }
 
 }  // namespace

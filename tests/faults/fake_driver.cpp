@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <string_view>
 
 #define FAKE extern "C" __attribute__((visibility("default")))
 
@@ -26,7 +27,7 @@ int made(const char* function, void** handle) {
 }  // namespace
 
 // NOLINTBEGIN(readability-identifier-naming): the names are the driver's
-FAKE int cuInit(unsigned) { return status("cuInit"); }
+FAKE int cuInit(unsigned) { return ++fake_driver.started, status("cuInit"); }
 FAKE int cuDriverGetVersion(int* version) { return *version = fake_driver.version, 0; }
 FAKE int cuGetErrorName(int error, const char** name) {
   *name = error == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : error == 209 ? "CUDA_ERROR_NO_BINARY_FOR_GPU" : "CUDA_ERROR_OTHER";
@@ -62,8 +63,9 @@ FAKE int cuCtxPopCurrent_v2(void** context) {
   return 0;
 }
 FAKE int cuCtxSynchronize() { return status("cuCtxSynchronize"); }
-FAKE int cuModuleLoadData(void** module, const void*) {
+FAKE int cuModuleLoadData(void** module, const void* image) {
   ++fake_driver.loaded;
+  if (std::string_view(static_cast<const char*>(image)).starts_with(fake_driver.refused)) return 209;
   return made("cuModuleLoadData", module);
 }
 FAKE int cuModuleGetFunction(void** function, void*, const char* name) {

@@ -9,9 +9,11 @@
 /// `fake_driver` in the library that took libcuda's name.
 struct FakeDriver {
   std::map<std::string, int> faults;  // what a function gives instead of success
+  std::string refused = "nothing";    // what kernels that it cannot load begin with
   int version = 13000;
   int gpus = 2;
 
+  int started = 0;
   std::vector<void*> contexts;  // pushed and not yet popped
   std::vector<void*> retained;
   int loaded = 0;

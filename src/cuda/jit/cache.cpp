@@ -72,33 +72,39 @@ Cache::Cache(Options options)
 }
 
 Cache& Cache::shared() {
-  static Cache instance(options_of_environment());
+  // Kept: threads may call at exit.
+  static auto& instance = *std::make_unique<Cache>(options_of_environment()).release();
   return instance;
 }
 
-std::shared_ptr<const Binary> Cache::look(const KernelRequest& request, const std::string& key, bool surely) const {
+std::shared_ptr<const Binary> Cache::look(const KernelRequest& request, const std::string& key) const {
   for (const Pack& pack : packs_) {
     if (std::optional<Binary> found = pack.find(key)) return std::make_shared<const Binary>(std::move(*found));
   }
   if (mode_ == Mode::kOff) return nullptr;
   // Another compiler's kernel is as right, but where there is a compiler it should be this one's.
-  const std::string compiler = mode_ == Mode::kOn ? compiler_.name(surely) : "";
+  const std::string compiler = mode_ == Mode::kOn ? compiler_.name(false) : "";
   std::optional<Binary> found = disk_.find(request, key, compiler);
   return found ? std::make_shared<const Binary>(std::move(*found)) : nullptr;
 }
 
 std::shared_ptr<const Binary> Cache::obtain(const KernelRequest& request, const std::string& key) const {
-  if (auto found = look(request, key, false)) return found;
+  if (auto found = look(request, key)) return found;
   if (mode_ != Mode::kOn) {
     throw Error(ErrorCode::kUnsupported, called(request) + " is in no pack" +
                                              (mode_ == Mode::kCache ? " and not in the cache" : "") +
                                              ", and FOVEA_JIT=" + (mode_ == Mode::kCache ? "cache" : "off") +
                                              " forbids compiling it; set FOVEA_JIT=on, or make it by fovea precompile");
   }
+  return compile(request, key);
+}
+
+std::shared_ptr<const Binary> Cache::compile(const KernelRequest& request, const std::string& key) const {
   if (compiler_.name(true).empty())
     return std::make_shared<const Binary>(compiler_.compile(request));  // says why there is none
   const Disk::Lock lock(disk_, request.arch, key);
-  if (auto made_meanwhile = look(request, key, true)) return made_meanwhile;
+  if (auto made_meanwhile = disk_.find(request, key, compiler_.name(true)))
+    return std::make_shared<const Binary>(std::move(*made_meanwhile));
   auto compiled = std::make_shared<const Binary>(compiler_.compile(request));
   disk_.store(*compiled);
   return compiled;
@@ -111,12 +117,26 @@ std::shared_ptr<const Binary> Cache::binary(const KernelRequest& request) {
 
 std::shared_ptr<const Binary> Cache::find(const KernelRequest& request) {
   const std::string key = content_key(request);
-  return binaries_.get(key, [&] { return look(request, key, false); });
+  return binaries_.get(key, [&] { return look(request, key); });
 }
 
 const Kernel& Cache::load(const KernelRequest& request, int gpu) {
-  const auto made = [&] { return std::make_shared<const Kernel>(binary(request), gpu); };
-  return *kernels_.get({content_key(request), gpu}, made);
+  const std::string key = content_key(request);
+  const auto made = [&] {
+    const std::shared_ptr<const Binary> known = binary(request);
+    try {
+      return std::make_shared<const Kernel>(known, gpu);
+    } catch (const RefusedKernel& refusal) {  // a stored one of another compiler: the driver may take what is made here
+      if (mode_ != Mode::kOn || known->compiler == compiler_.name(true)) throw;
+      try {
+        return std::make_shared<const Kernel>(compile(request, key), gpu);
+      } catch (const Error& error) {
+        throw Error(error.code(),
+                    refusal.what() + std::string("; and one compiled here does not serve: ") + error.what());
+      }
+    }
+  };
+  return *kernels_.get({key, gpu}, made);
 }
 
 }  // namespace fovea::cuda::jit

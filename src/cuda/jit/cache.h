@@ -91,7 +91,7 @@ class FOVEA_API Cache {
   /// The same without compiling: null where it is nowhere.
   [[nodiscard]] std::shared_ptr<const Binary> find(const KernelRequest& request);
 
-  /// Loaded once for each GPU; the reference stays good.
+  /// Loaded once for each GPU; the reference stays good.  What the driver refuses of others' making is compiled here.
   [[nodiscard]] const Kernel& load(const KernelRequest& request, int gpu);
 
   [[nodiscard]] Mode mode() const { return mode_; }
@@ -99,9 +99,10 @@ class FOVEA_API Cache {
   [[nodiscard]] const std::vector<Pack>& packs() const { return packs_; }
 
  private:
-  [[nodiscard]] std::shared_ptr<const Binary> look(const KernelRequest& request, const std::string& key,
-                                                   bool surely) const;
+  [[nodiscard]] std::shared_ptr<const Binary> look(const KernelRequest& request, const std::string& key) const;
   [[nodiscard]] std::shared_ptr<const Binary> obtain(const KernelRequest& request, const std::string& key) const;
+  /// By the compiler here, or as it left it on the disk.
+  [[nodiscard]] std::shared_ptr<const Binary> compile(const KernelRequest& request, const std::string& key) const;
 
   Mode mode_;
   Disk disk_;

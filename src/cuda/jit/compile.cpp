@@ -63,10 +63,9 @@ std::string note_of(const std::string& name, const std::string& library) {
   std::error_code error;
   const std::uintmax_t size = fs::file_size(library, error);
   const auto time = fs::last_write_time(library, error).time_since_epoch().count();
-  const char* named = std::getenv("FOVEA_NVRTC");
   return error ? ""
                : name + "\n" + library + "\n" + std::to_string(size) + " " + std::to_string(time) + "\ndriver " +
-                     std::to_string(driver_version()) + "\n" + (named == nullptr ? "" : named) + "\n";
+                     std::to_string(driver_version()) + "\n" + Nvrtc::named() + "\n";
 }
 
 /// Of this thread's processor: what else the machine does makes no kernel slower to compile.
@@ -127,7 +126,7 @@ std::string target_of(const KernelRequest& request) {
 std::string content_key(const KernelRequest& request) {
   // Kept: the hash takes longer than all else of a plan whose kernels are loaded, and dropout plans anew for each seed.
   static std::mutex mutex;
-  static std::unordered_map<std::string, std::string> keys;
+  static auto& keys = *std::make_unique<std::unordered_map<std::string, std::string>>().release();
   constexpr std::size_t kMost = 256;
   const std::string what = target_of(request) + "\n" + request.unit;
   const std::lock_guard lock(mutex);

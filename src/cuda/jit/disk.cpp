@@ -93,7 +93,11 @@ Disk::Lock::Lock(const Disk& disk, int arch, const std::string& key) {
 }
 
 Disk::Lock::~Lock() {
-  if (descriptor_ >= 0) ::close(descriptor_);
+  if (descriptor_ < 0) return;
+  struct flock everything {};
+  everything.l_type = F_UNLCK;
+  ::fcntl(descriptor_, F_OFD_SETLK, &everything);  // a process forked meanwhile has the descriptor, too
+  ::close(descriptor_);
 }
 
 Disk::Usage Disk::usage() const {

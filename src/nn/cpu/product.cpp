@@ -42,7 +42,7 @@ class OneThread {
 }
 
 const dnnl::engine& engine() {
-  static const dnnl::engine cpu(dnnl::engine::kind::cpu, 0);
+  static const auto& cpu = *std::make_unique<const dnnl::engine>(dnnl::engine::kind::cpu, 0).release();
   return cpu;
 }
 

@@ -109,7 +109,7 @@ struct CublasLt::Found {
 };
 
 const CublasLt::Found& CublasLt::found() {
-  static const Found instance;
+  static const auto& instance = *std::make_unique<const Found>().release();  // kept: threads may call at exit
   if (instance.functions == nullptr) throw Error(ErrorCode::kDevice, instance.why_none);
   return instance;
 }

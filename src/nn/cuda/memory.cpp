@@ -40,7 +40,7 @@ struct Functions {
 };
 
 const Functions& call() {
-  static const Functions functions;
+  static const auto& functions = *std::make_unique<const Functions>().release();  // kept: threads may call at exit
   return functions;
 }
 
@@ -53,7 +53,7 @@ void check(int status, const char* what, int gpu) {
 /// Made once for each GPU, for as long as the process lives.
 void* pool_of(int gpu) {
   static std::mutex mutex;
-  static std::map<int, void*> pools;
+  static auto& pools = *std::make_unique<std::map<int, void*>>().release();
   const std::lock_guard lock(mutex);
   void*& pool = pools[gpu];
   if (pool != nullptr) return pool;
