@@ -74,7 +74,7 @@ constexpr std::array kTiles{
     Tile{192, 2, 64, 2, 1, false, true, Tile::kAny},
     Tile{192, 2, 32, 2, 1, false, true, Tile::kAny},
     Tile{256, 2, 64, 2, 1, false, true, Tile::kAny, false, false},
-    Tile{256, 2, 48, 2, 1, false, true, Tile::kAny},
+    Tile{256, 2, 48, 2, 1, false, true, 12},
     Tile{256, 2, 32, 2, 1, false, true, Tile::kAny},
 };
 
