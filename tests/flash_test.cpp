@@ -234,6 +234,43 @@ TEST_P(EveryIsa, ANanInAQueryStaysInItsRowAndTheKeysItSees) {
   }
 }
 
+// A score of −inf has weight 0, and a row with no other has nothing to share out; NaN is another matter.
+TEST_P(EveryIsa, ARowOfInfinitelyLowScoresGivesZero) {
+  for (const char* rest : {"b1 hq2 hkv1 sq40 skv300 d24 alibi", "b1 hq2 hkv1 sq40 skv300 d24 causal=bottom_right sink",
+                           "b1 hq2 hkv1 sq2 skv3000 d64", "b1 hq2 hkv1 sq2 skv3000 d64 sink dropout=0.3"}) {
+    Attention run(line("fwd", rest)), exact(line("fwd", rest));
+    for (Attention* each : {&run, &exact}) {
+      const Inputs& in = each->in;
+      for (std::int64_t j = 0; j < each->problem.seqlen_kv; ++j)
+        cpu::store(in.k, Attention::offset(in.k, j, 0, 5), -0.25 - std::abs(Attention::at(in.k, j, 0, 5)));
+      cpu::store(in.q, Attention::offset(in.q, 1, 1, 5), kInfinity);   // every score −inf
+      cpu::store(in.q, Attention::offset(in.q, 0, 1, 5), -kInfinity);  // every score +inf
+      cpu::store(in.k, Attention::offset(in.k, 7, 0, 2), -kInfinity);  // −inf or +inf, as q's sign has it
+      cpu::store(in.q, Attention::offset(in.q, 1, 1, 2), 0.5);
+    }
+    plan_forward(run.problem, {}, {.backend = backend()}).execute(run.in, run.out);
+    plan_forward(exact.problem, {}, {.backend = "reference"}).execute(exact.in, exact.out);
+    EXPECT_EQ(cpu::load(exact.out.lse, exact.problem.seqlen_q + 1), -kInfinity);
+    int finite = 0, zeros = 0, nans = 0;
+    for (const Tensor Outputs::*t : {&Outputs::out, &Outputs::lse}) {
+      const std::vector<double> got = cpu::load_all(run.out.*t), wanted = cpu::load_all(exact.out.*t);
+      for (std::size_t x = 0; x < got.size(); ++x) {
+        if (std::isnan(wanted[x])) {
+          ++nans;
+          EXPECT_FALSE(std::isfinite(got[x])) << rest << " " << x;
+        } else if (wanted[x] == 0 || std::isinf(wanted[x])) {
+          ++zeros;
+          EXPECT_EQ(got[x], wanted[x]) << rest << " " << x;
+        } else {
+          ++finite;
+          EXPECT_NEAR(got[x], wanted[x], 0.01 * std::abs(wanted[x]) + 0.03) << rest << " " << x;
+        }
+      }
+    }
+    EXPECT_TRUE(finite > 20 && zeros > 20 && nans > 20) << finite << " " << zeros << " " << nans;
+  }
+}
+
 TEST_P(EveryIsa, TouchesOnlyTensorsOfItsOwnPass) {
   const std::string both = line("fwd+bwd", "b1 hq2 sq30 d8");
   Attention alone(both), mixed(both), unused(line("fwd", "b1 hq2 sq30 d8"));

@@ -191,7 +191,8 @@ class Oracle {
     for (std::int64_t j = 0; j < x_.sequences[b].len_kv; ++j) {
       if (x_.visible(b, h, i, j)) entries_.push_back(score(b, h, i, j));
     }
-    if (entries_.empty()) return;  // out 0, lse −inf, no gradients
+    const auto weighs = [](const Entry& e) { return e.logit != -kInfinity; };
+    if (std::none_of(entries_.begin(), entries_.end(), weighs)) return;  // out 0, lse −inf, no gradients
 
     const double lse = softmax(p_.sink ? x_.sink[h] : -kInfinity);
     result_.lse[x_.lse_at(b, h, i)] = lse;

@@ -17,9 +17,7 @@ void check_features(const char* name, const Tensor& x, std::int64_t features, DT
            Tensor::kMaxRank, " dimensions");
   }
   if (x.dtype != dtype) refuse(name, " is ", fovea::name(x.dtype), " but the layer is ", fovea::name(dtype));
-  if (x.device.kind != device.kind || (x.device.kind == DeviceKind::kCuda && x.device.index != device.index)) {
-    refuse(name, " is on ", fovea::name(x.device), " but the layer is on ", fovea::name(device));
-  }
+  check_device(name, x.device, "the layer is on", device);
   std::int64_t elements = 1;
   for (int i = 0; i < x.rank; ++i) {
     if (x.shape[i] < 0) refuse(name, " is ", shape_text(x), "; a dimension must not be negative");

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <fovea/error.h>
+#include <fovea/tensor.h>
 
 #include <algorithm>
 #include <array>
@@ -23,6 +24,12 @@ template <typename... Parts>
   sentence.imbue(std::locale::classic());
   (sentence << ... << parts);
   throw Error(ErrorCode::kInvalidArgument, sentence.str());
+}
+
+/// `wants`: "the plan is for".  There is one CPU, whatever its index.
+inline void check_device(const char* tensor, const Device& device, const char* wants, const Device& wanted) {
+  if (device.kind == wanted.kind && (device.kind == DeviceKind::kCpu || device.index == wanted.index)) return;
+  refuse(tensor, " is on ", name(device), " but ", wants, " ", name(wanted));
 }
 
 /// Runs a call of the public interface, whose every failure is an Error: memory that ran out as well.

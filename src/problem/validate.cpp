@@ -223,10 +223,7 @@ void check(const char* name, const Tensor& t, const Tensor& wanted, Use use, Pre
   if (wanted.rank == 0) refuse(name, " is given but the problem has none; leave it out");
   check_shape(name, t, wanted);
   if (t.dtype != wanted.dtype) refuse(name, " is ", fovea::name(t.dtype), " but must be ", fovea::name(wanted.dtype));
-  const bool on_gpu = t.device.kind == DeviceKind::kCuda;  // there is one CPU, whatever its index
-  if (t.device.kind != wanted.device.kind || (on_gpu && t.device.index != wanted.device.index)) {
-    refuse(name, " is on ", fovea::name(t.device), " but the plan is for ", fovea::name(wanted.device));
-  }
+  check_device(name, t.device, "the plan is for", wanted.device);
   check_memory(name, t, use);
 }
 

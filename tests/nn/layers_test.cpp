@@ -731,6 +731,14 @@ TEST(Layers, RefuseWhatCannotBeInOneSentence) {
   };
   EXPECT_TRUE(contains(call(narrow, x, {}), "query is [2, 3, 7] but must have 8 features"));
   EXPECT_TRUE(contains(call(half, x, {}), "query is fp16 but the layer is fp32"));
+  Tensor elsewhere = x.view();
+  elsewhere.device = {.kind = kDevice.kind == DeviceKind::kCpu ? DeviceKind::kCuda : DeviceKind::kCpu, .index = 3};
+  EXPECT_EQ(refusal([&] { (void)layer.forward(elsewhere, elsewhere, elsewhere); }),
+            "query is on " + name(elsewhere.device) + " but the layer is on " + name(kDevice));
+  elsewhere.device.kind = kDevice.kind;
+  if (kDevice.kind == DeviceKind::kCpu) {  // of which there is one, whatever its index
+    EXPECT_NO_THROW((void)layer.forward(elsewhere, elsewhere, elsewhere));
+  }
   EXPECT_TRUE(contains(call(x, other, {}), "query has 2 sequences but key has 1"));
   EXPECT_TRUE(contains(call(x, x, {.attn_mask = mask.view()}), "attn_mask is [3, 4] but must be [3, 3] or [4, 3, 3]"));
   EXPECT_TRUE(contains(call(x, x, {.key_padding_mask = mask.view()}), "key_padding_mask is [3, 4] but must be [2, 3]"));

@@ -178,7 +178,7 @@ inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats)
 /// Softmax of one finished row: adds the sink, normalises, writes out and lse.  An empty row gives 0 and −inf.
 inline void write_row(const Context& context, i64 i, i64 head, float reference, float sum_of_p, float* o) {
   const FlashCall& call = context.call;
-  const bool empty = sum_of_p == 0.0F;  // a visible key leaves at least 1, or a NaN
+  const bool empty = sum_of_p == 0.0F;  // a score above −inf leaves at least 1, or a NaN
   float factor = 1.0F;
   if (call.sink != nullptr && !empty) {
     const float sink = call.sink[head] * kLog2E;
