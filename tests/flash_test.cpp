@@ -234,6 +234,28 @@ TEST_P(EveryIsa, ANanInAQueryStaysInItsRowAndTheKeysItSees) {
   }
 }
 
+// What is expanded by strides of 0 is read as its copies would be.
+TEST_P(EveryIsa, ReadsExpandedInputsAsTheirCopies) {
+  for (const int axis : {0, 1, 2}) {
+    const std::string problem = line("fwd+bwd", "b2 hq2 sq50 d24 causal=top_left");
+    Attention expanded(problem), copied(problem);
+    for (Attention* each : {&expanded, &copied}) {
+      for (Tensor* t : {&each->in.q, &each->in.k, &each->in.v, &each->dout}) {
+        Tensor repeated = *t;
+        repeated.strides[axis] = 0;
+        for (std::int64_t x = 0; x < cpu::element_count(*t); ++x) {
+          std::int64_t from = 0;
+          for (int a = 0; a < 4; ++a) from += x / t->strides[a] % t->shape[a] * repeated.strides[a];
+          cpu::store(*t, x, cpu::load(*t, from));
+        }
+        if (each == &expanded) *t = repeated;
+      }
+      each->execute({.backend = backend()});
+    }
+    EXPECT_EQ(expanded.results(), copied.results()) << axis;
+  }
+}
+
 // A score of −inf has weight 0, and a row with no other has nothing to share out; NaN is another matter.
 TEST_P(EveryIsa, ARowOfInfinitelyLowScoresGivesZero) {
   for (const char* rest : {"b1 hq2 hkv1 sq40 skv300 d24 alibi", "b1 hq2 hkv1 sq40 skv300 d24 causal=bottom_right sink",
@@ -243,9 +265,9 @@ TEST_P(EveryIsa, ARowOfInfinitelyLowScoresGivesZero) {
       const Inputs& in = each->in;
       for (std::int64_t j = 0; j < each->problem.seqlen_kv; ++j)
         cpu::store(in.k, Attention::offset(in.k, j, 0, 5), -0.25 - std::abs(Attention::at(in.k, j, 0, 5)));
-      cpu::store(in.q, Attention::offset(in.q, 1, 1, 5), kInfinity);   // every score −inf
-      cpu::store(in.q, Attention::offset(in.q, 0, 1, 5), -kInfinity);  // every score +inf
-      cpu::store(in.k, Attention::offset(in.k, 7, 0, 2), -kInfinity);  // −inf or +inf, as q's sign has it
+      cpu::store(in.q, Attention::offset(in.q, 1, 1, 5), HUGE_VAL);   // every score −inf
+      cpu::store(in.q, Attention::offset(in.q, 0, 1, 5), -HUGE_VAL);  // every score +inf
+      cpu::store(in.k, Attention::offset(in.k, 7, 0, 2), -HUGE_VAL);  // −inf or +inf, as q's sign has it
       cpu::store(in.q, Attention::offset(in.q, 1, 1, 2), 0.5);
     }
     plan_forward(run.problem, {}, {.backend = backend()}).execute(run.in, run.out);

@@ -13,7 +13,10 @@ namespace fovea {
 /// lse  [batch, num_q_heads, seqlen_q]               fp32, optional; natural logarithm of the softmax denominator
 ///
 /// With options.cu_seqlens_q/kv the tensors are packed: [total, heads, dim], and lse is [num_q_heads, total_q].
-/// Throws Error; nothing is written then.  Owns its workspace; for repeated calls make a Plan.
+/// All tensors of a call are on q's device.  On the CPU the call returns when all is done.  On a GPU it queues its work
+/// in the default stream, ordered like any other there, and may return before that is over; a stream of one's own takes
+/// a Plan.  Throws Error, before anything is written where the input is at fault.  Owns its workspace; for repeated
+/// calls make a Plan.  Any number of threads may call at once.
 FOVEA_API void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options,
                                  const Tensor& out, const Tensor& lse = {});
 
@@ -28,7 +31,8 @@ struct Gradients {
 };
 
 /// Gradients of attention_forward, recomputed from q, k, v, out and lse tile by tile.  `options` are the forward's,
-/// dropout seed and offset included.  `dlse`, optional, is the gradient that came in through lse.
+/// dropout seed and offset included; `out` and `lse` are what it wrote, `dout` is like out.  `dlse`, optional, like
+/// lse, is the gradient that came in through lse.  Device, stream, errors and threads as attention_forward's.
 FOVEA_API void attention_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                                   const Tensor& lse, const Tensor& dout, const AttentionOptions& options,
                                   const Gradients& gradients, const Tensor& dlse = {});

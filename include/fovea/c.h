@@ -8,7 +8,10 @@
 /// - A struct that begins with `size` is zeroed, then given its size: `fovea_options o = {.size = sizeof o};`.  Zero or
 ///   NULL in any other member means its default or absence.
 /// - Tensors are views: nothing here owns or keeps data, and tensor structs need to live no longer than the call.
-/// - Plans may be used from any number of threads at once.
+/// - Any number of threads may call at once, with one plan, too, each with a workspace of its own; fovea_plan_destroy
+///   comes after all of them.
+/// - All tensors of a call are on one device.  On the CPU a call returns when all is done.  On a GPU its work is queued
+///   in a stream, the default one where none is named: tensors and workspace must live until that is over.
 
 // NOLINTBEGIN(modernize-*,readability-identifier-naming): this is C.
 
@@ -43,14 +46,16 @@ typedef struct fovea_device {
   int32_t compute_capability;  ///< 90 for sm_90, for a dry run without that GPU; 0 asks the driver
 } fovea_device;
 
-/// A view of up to four dimensions.  Fixed layout.  Written through only where it is an output.
+/// A view of up to four dimensions.  Fixed layout.  Strides are not negative, and the last dimension is contiguous.  An
+/// input may have stride 0 in any other, which repeats it; mask, bias and dlse in the last one, too.  Inputs are never
+/// written to.  An output must not overlap another tensor of its call: this is not checked.
 typedef struct fovea_tensor {
   void* data;     ///< first element, aligned to its size; may be NULL where a dimension is 0
   int32_t dtype;  ///< FOVEA_FLOAT32, ...
   int32_t rank;   ///< 1 to 4; 0: no tensor, like a NULL pointer to one
   fovea_device device;
   int64_t shape[4];    ///< in elements
-  int64_t strides[4];  ///< in elements; the last dimension is contiguous; 0 broadcasts (masks and biases only)
+  int64_t strides[4];  ///< in elements
 } fovea_tensor;
 
 /// Everything a call may ask for besides q, k and v; all of it composes.  fovea::AttentionOptions explains each.
@@ -128,20 +133,21 @@ typedef struct fovea_outputs {
 /// A problem made ready to run; made by fovea_plan_from_..., ended by fovea_plan_destroy.
 typedef struct fovea_plan fovea_plan;
 
-/// "0.1.0".
+/// Of the library that runs, "0.1.0"; the library's own.
 FOVEA_API const char* fovea_version(void);
 
 /// One sentence on why this thread's last failed call failed, with the offending value and what to do; "" before any
-/// failure.  Valid until this thread's next call of the library.
+/// failure.  The thread's own; valid until its next call of the library.  At most 2047 bytes.
 FOVEA_API const char* fovea_last_error(void);
 
-/// Exact attention: out and, where wanted, lse (else NULL).  `options` may be NULL.  Allocates its own workspace.
+/// Exact attention: out and, where wanted, lse (else NULL); shapes as in fovea_inputs and fovea_outputs.  `options` may
+/// be NULL.  Plans and allocates its workspace in every call; for repeated calls make a plan.
 FOVEA_API fovea_status fovea_attention_forward(const fovea_tensor* q, const fovea_tensor* k, const fovea_tensor* v,
                                                const fovea_options* options, const fovea_tensor* out,
                                                const fovea_tensor* lse);
 
-/// Its gradients: dq, dk, dv of `gradients`, and dbias, dalibi_slopes, dsink where they are wanted.  `options` are the
-/// forward's, dropout seed and offset included; `dlse` may be NULL.
+/// Its gradients: dq, dk, dv of `gradients`, and dbias, dalibi_slopes, dsink where they are wanted.  `out`, `lse` and
+/// `options` are the forward's, dropout seed and offset included; `dlse` may be NULL.
 FOVEA_API fovea_status fovea_attention_backward(const fovea_tensor* q, const fovea_tensor* k, const fovea_tensor* v,
                                                 const fovea_tensor* out, const fovea_tensor* lse,
                                                 const fovea_tensor* dout, const fovea_options* options,
@@ -164,8 +170,8 @@ FOVEA_API fovea_status fovea_plan_workspace_bytes(const fovea_plan* plan, size_t
 FOVEA_API const char* fovea_plan_report(const fovea_plan* plan);
 
 /// Runs on the tensors, which must be those of the problem; nothing is written otherwise.  `workspace`: the plan's
-/// bytes on its device, aligned to 64; NULL lets a CPU plan allocate it.  `stream`: a CUstream on a GPU; the CPU
-/// ignores it.
+/// bytes on its device, aligned to 64; NULL lets a CPU plan allocate it.  `stream`: a CUstream (cudaStream_t) of its
+/// GPU, NULL the default one; the CPU ignores it.
 FOVEA_API fovea_status fovea_plan_execute(const fovea_plan* plan, const fovea_inputs* inputs,
                                           const fovea_outputs* outputs, void* workspace, void* stream);
 

@@ -36,7 +36,7 @@ struct Rules {
 
 /// How a problem is to be run.
 struct PlanOptions {
-  std::string backend{};  ///< run this backend or fail; empty: the first that supports the problem
+  std::string backend{};  ///< run this one of Report::verdicts or fail; empty: the first that supports the problem
   bool strict = false;    ///< fail rather than pass over a backend this device has
   int num_threads = 0;    ///< CPU threads; 0: as many as the process may use
 };
@@ -45,6 +45,8 @@ struct PlanOptions {
 ///
 ///     s = q kᵀ · softmax_scale;  s = softcap · tanh(s / softcap);  s += alibi + bias;  hidden entries become −inf
 ///     p = softmax(s), the sink being one more logit with no value;  dropout;  out = p v
+///
+/// The tensors, like all of a call, are on q's device.
 struct AttentionOptions : Rules, PlanOptions {
   Tensor mask;           ///< bool, any broadcast of [batch, num_q_heads, seqlen_q, seqlen_kv]; true = keep
   Tensor bias;           ///< fp32 or q's dtype, any broadcast of the same shape; an entry of −inf hides

@@ -20,7 +20,7 @@ struct DropoutDraws {
 /// What a plan reads.  Shapes with B = batch, H = num_q_heads, G = num_kv_heads; packed problems drop the batch axis
 /// and put total_q, total_kv in place of the lengths.  A tensor the problem does not name stays undefined.
 struct Inputs {
-  Tensor q{};              ///< [B, seqlen_q, H, head_dim]
+  Tensor q{};              ///< Problem::dtype, like k, v, out and dout [B, seqlen_q, H, head_dim]
   Tensor k{};              ///< [B, seqlen_kv, G, head_dim]
   Tensor v{};              ///< [B, seqlen_kv, G, head_dim_v]
   Tensor mask{};           ///< bool, broadcast of [B, H, seqlen_q, seqlen_kv] as Problem::mask says
@@ -74,10 +74,11 @@ struct Report {
 class PlannedKernel;  // src/dispatch/backend.h
 
 /// A problem made ready to run: slow once, then `execute` any number of times, from any number of threads, each with a
-/// workspace of its own.  `execute` never compiles, allocates device memory or synchronises a stream.
+/// workspace of its own.  `execute` never compiles, allocates device memory or synchronises a stream, so that a CUDA
+/// graph may capture it.  Immutable; copies share what was prepared.
 class FOVEA_API Plan {
  public:
-  Plan(Report report, std::shared_ptr<const PlannedKernel> kernel);
+  Plan(Report report, std::shared_ptr<const PlannedKernel> kernel);  ///< the library's: see plan_forward
 
   [[nodiscard]] const Report& report() const noexcept { return report_; }
   [[nodiscard]] const Problem& problem() const noexcept { return report_.problem; }
@@ -85,7 +86,9 @@ class FOVEA_API Plan {
 
   /// Runs on the tensors, which must be those of the problem: Error(kInvalidArgument) says which is not, before
   /// anything is written.  `workspace` holds workspace_bytes() on the plan's device, aligned to 64 bytes; its content
-  /// does not matter.  Null lets a CPU plan allocate it.  `stream` is a CUstream on a GPU; the CPU ignores it.
+  /// does not matter.  Null lets a CPU plan allocate it.  `stream` is a CUstream (cudaStream_t) of the plan's GPU, null
+  /// its default stream: work is queued there, and tensors and workspace must live until it is over.  The CPU ignores
+  /// it and returns when all is done.
   void execute(const Inputs& inputs, const Outputs& outputs, void* workspace = nullptr, void* stream = nullptr) const;
 
  private:
@@ -100,7 +103,8 @@ class FOVEA_API Plan {
 [[nodiscard]] FOVEA_API Plan plan_backward(const Problem& problem, const Device& device = {}, const PlanOptions& = {});
 
 /// The report alone: a dry run that needs no data, and no GPU where the device names a compute capability.  `backend`
-/// is empty where nobody would run it.  A problem of both directions is answered for the forward pass.
+/// is empty where nobody would run it; else Error as above.  A problem of both directions is answered for the forward
+/// pass.
 [[nodiscard]] FOVEA_API Report explain(const Problem& problem, const Device& device = {}, const PlanOptions& = {});
 
 }  // namespace fovea

@@ -74,7 +74,8 @@ struct Problem : Rules {
 /// validated.
 [[nodiscard]] FOVEA_API Problem parse_problem(std::string_view line);
 
-/// Reads option tokens (`causal=top_left dropout=0.1`) on top of a problem, without validating the result.
+/// Reads option tokens (`causal=top_left dropout=0.1`) on top of a problem, without validating the result.  Throws
+/// Error(kInvalidArgument) that names the token; the problem stays as it was then.
 FOVEA_API void parse_options(std::string_view options, Problem& problem);
 
 /// The canonical line; `parse_problem(to_string(p)) == p` for every valid p.
@@ -86,13 +87,14 @@ FOVEA_API void validate(const Problem& problem);
 /// Equal problems have equal hashes; stable within one version of the library.
 [[nodiscard]] FOVEA_API std::uint64_t hash(const Problem& problem);
 
-/// The problem that these tensors and options pose; validated.  q is [batch, seqlen_q, num_q_heads, head_dim], or
-/// [total_q, num_q_heads, head_dim] where options.cu_seqlens_q is given; k and v likewise.
+/// The problem that these tensors and options pose; validated, and Error(kInvalidArgument) as above.  q is [batch,
+/// seqlen_q, num_q_heads, head_dim], or [total_q, num_q_heads, head_dim] where options.cu_seqlens_q is given; k and v
+/// likewise.  Only shapes and dtypes are read, and on the CPU the values of lengths, which become part of the problem.
 [[nodiscard]] FOVEA_API Problem describe(Direction direction, const Tensor& q, const Tensor& k, const Tensor& v,
                                          const AttentionOptions& options);
 
-/// Floating-point operations as the papers count them: 2·(d + dv) for each query–key pair forward (half where causal),
-/// 2.5 times that backward.
+/// Floating-point operations as the papers count them: 2·(d + dv) for each query–key pair forward, 2.5 times that
+/// backward.  Pairs are all, half of them where causal, exactly those inside a window.
 [[nodiscard]] FOVEA_API double flops(const Problem& problem) noexcept;
 
 }  // namespace fovea

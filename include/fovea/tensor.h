@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <utility>
 
 namespace fovea {
 
@@ -14,7 +15,7 @@ enum class DType : std::uint8_t { kFloat32, kFloat16, kBFloat16, kBool, kInt32 }
 
 /// "fp32", "fp16", "bf16", "bool", "int32".
 [[nodiscard]] FOVEA_API const char* name(DType dtype) noexcept;
-[[nodiscard]] FOVEA_API std::int64_t size_bytes(DType dtype) noexcept;
+[[nodiscard]] FOVEA_API std::int64_t size_bytes(DType dtype) noexcept;  ///< of one element
 
 enum class DeviceKind : std::uint8_t { kCpu, kCuda };
 
@@ -29,20 +30,22 @@ struct Device {
 /// "cpu", "cuda:0", "sm_90".
 [[nodiscard]] FOVEA_API std::string name(const Device& device);
 
-/// A non-owning view of up to four dimensions.  The library never writes through a tensor that is an input.
+/// A non-owning view of up to four dimensions.  Strides are not negative, and the last dimension is contiguous.  An
+/// input may have stride 0 in any other, which repeats it; mask, bias and dlse in the last one, too.  Inputs are never
+/// written to.  An output must not overlap another tensor of its call: this is not checked.
 struct Tensor {
   static constexpr int kMaxRank = 4;
 
-  void* data = nullptr;  ///< first element; may be null where a dimension is 0
+  void* data = nullptr;  ///< first element, aligned to its size; may be null where a dimension is 0
   DType dtype = DType::kFloat32;
   Device device{};
   int rank = 0;                                  ///< 0: no tensor at all
   std::array<std::int64_t, kMaxRank> shape{};    ///< in elements
-  std::array<std::int64_t, kMaxRank> strides{};  ///< in elements; 0 broadcasts (masks and biases only)
+  std::array<std::int64_t, kMaxRank> strides{};  ///< in elements
 
   [[nodiscard]] bool defined() const noexcept { return rank > 0; }
 
-  /// A view of densely packed elements, last dimension fastest.
+  /// A view of densely packed elements, last dimension fastest.  One to four dimensions; more are cut off.
   [[nodiscard]] static Tensor contiguous(const void* data, DType dtype, std::initializer_list<std::int64_t> shape,
                                          Device device = {}) noexcept {
     Tensor t;

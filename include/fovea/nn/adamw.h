@@ -13,13 +13,13 @@ class FOVEA_API AdamW {
  public:
   struct Options {
     float lr = 1e-3F;
-    float beta1 = 0.9F;
+    float beta1 = 0.9F;  ///< in [0, 1), as beta2
     float beta2 = 0.999F;
-    float eps = 1e-8F;
+    float eps = 1e-8F;  ///< above 0
     float weight_decay = 1e-2F;
   };
 
-  /// For the parameters of `module`, which must outlive it and stay where it is.
+  /// For the parameters of `module`, which must outlive the AdamW and not be moved.
   explicit AdamW(Module& module) : AdamW(module, Options()) {}
   AdamW(Module& module, const Options& options);
 
