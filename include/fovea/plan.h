@@ -18,9 +18,10 @@ struct DropoutDraws {
 };
 
 /// What a plan reads.  Shapes with B = batch, H = num_q_heads, G = num_kv_heads; packed problems drop the batch axis
-/// and put total_q, total_kv in place of the lengths.  A tensor the problem does not name stays undefined.
+/// and put total_q, total_kv in place of the lengths.  q, k, v, out and dout are Problem::dtype.  A tensor the problem
+/// does not name stays undefined.
 struct Inputs {
-  Tensor q{};              ///< Problem::dtype, like k, v, out and dout [B, seqlen_q, H, head_dim]
+  Tensor q{};              ///< [B, seqlen_q, H, head_dim]
   Tensor k{};              ///< [B, seqlen_kv, G, head_dim]
   Tensor v{};              ///< [B, seqlen_kv, G, head_dim_v]
   Tensor mask{};           ///< bool, broadcast of [B, H, seqlen_q, seqlen_kv] as Problem::mask says
@@ -103,8 +104,7 @@ class FOVEA_API Plan {
 [[nodiscard]] FOVEA_API Plan plan_backward(const Problem& problem, const Device& device = {}, const PlanOptions& = {});
 
 /// The report alone: a dry run that needs no data, and no GPU where the device names a compute capability.  `backend`
-/// is empty where nobody would run it; else Error as above.  A problem of both directions is answered for the forward
-/// pass.
+/// is empty where nobody would run it; else errors as above.  A problem of both directions is answered for the forward.
 [[nodiscard]] FOVEA_API Report explain(const Problem& problem, const Device& device = {}, const PlanOptions& = {});
 
 }  // namespace fovea
