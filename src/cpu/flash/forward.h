@@ -5,7 +5,8 @@
 #include "cpu/threads.h"
 
 // FlashAttention's forward (2205.14135, algorithm 1; loop order of 2307.08691): a task owns a block of rows and walks
-// the keys. S, P and the running statistics of one panel stay in L1; nothing of size seqlen_q × seqlen_kv exists.
+// the keys. S, P and the running statistics of one panel stay in L1; nothing of size seqlen_q × seqlen_kv exists.  The
+// papers' m, which need not be the maximum here, is `reference`, in units of log2; their l is `sum_of_p`.
 namespace fovea::cpu::FOVEA_ISA {
 
 /// Keys that may be packed together, and the strips in which a panel goes through them.  As pairs, P of all strips

@@ -7,8 +7,8 @@
 namespace fovea::cpu::FOVEA_ISA {
 
 /// dS, which is 0 where hidden, although tanh may be NaN there.
-FOVEA_INLINE V before_softcap(V slope, const float* tanh) {
-  return slope == V{} ? V{} : slope * (splat(1.0F) - load(tanh) * load(tanh));
+FOVEA_INLINE V before_softcap(V gradient, const float* tanh) {
+  return gradient == V{} ? V{} : gradient * (splat(1.0F) - load(tanh) * load(tanh));
 }
 
 /// Statistics of the rows that the backward reads again and again, by (kv head, row group, lane).
@@ -131,7 +131,7 @@ struct RowGroup {
         if (kWord == Word::kPair) return {own, kPanelRows, strip};
         return tile_of(all + first * kGroupRows, p, strip);
       };
-      const Tile scores = tile(s, strip_s), gradient = tile(ds, strip_ds);
+      const Tile scores = tile(s, strip_s), dp = tile(ds, strip_ds);  // of floats dS takes dP's place
       math::TileState state = math::TileState::kHidden;
       if (panel.lanes > 0) state = context.sequence.band.tile(panel.queries, strip);
       if (state == math::TileState::kHidden || (context.call.mask.data != nullptr && !masks.shows(strip))) {
@@ -150,9 +150,9 @@ struct RowGroup {
             math::smaller(slice, scores.rows() - r));
       }
       product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(  // dP = V doutᵀ
-          panel, {v.row(at + first), v.stride, dout.column(p), kPanelRows, gradient.data, gradient.stride, dout.words},
+          panel, {v.row(at + first), v.stride, dout.column(p), kPanelRows, dp.data, dp.stride, dout.words},
           scores.rows());
-      weigh_strip(p, context, scores, gradient, state, masks.of(strip), first, floats);
+      weigh_strip(p, context, scores, dp, state, masks.of(strip), first, floats);
     }
     return seen;
   }
@@ -173,7 +173,7 @@ struct RowGroup {
   }
 
   /// P = 2^(S − lse) and dS = P ∘ (dP − delta), from row `first` of the tile on.
-  void weigh_strip(i64 p, const Context& context, const Tile& strip, const Tile& gradient, math::TileState state,
+  void weigh_strip(i64 p, const Context& context, const Tile& strip, const Tile& dp, math::TileState state,
                    const float* words, i64 first, bool floats) {
     constexpr int kRows = kPerWord<kWord>, kVectors = kRows * kPanelVectors;  // at a time
     const FlashCall& call = context.call;
@@ -181,46 +181,46 @@ struct RowGroup {
     const float scale = finish_scores<kWord>(strip, panels[p], context, state, words, extra, &tanh_tile);
     const Tile scores = hide_past_end<kWord>(strip);
     const Tile weights = tile_of(s + first * kGroupRows, p, scores.keys),
-               slopes = tile_of(ds + first * kGroupRows, p, scores.keys);
+               gradients = tile_of(ds + first * kGroupRows, p, scores.keys);
     const bool dropout = call.keep_threshold < 65536;
     const bool hides = state == math::TileState::kPartial || call.mask.data != nullptr || call.bias.data != nullptr ||
                        scores.rows() > strip.rows();
     if (dropout) dropout_factors(extra, panels[p], context, scores.keys);
     const float *lse = log2_lse + p * kPanelRows, *shift = delta + p * kPanelRows;
     for (i64 r = 0; r < scores.rows(); r += kRows) {
-      V score[kVectors], weight[kVectors], slope[kVectors];
+      V score[kVectors], weight[kVectors], gradient[kVectors];
       const auto each = [r](auto&& f) {
         FOVEA_UNROLL for (int x = 0; x < kVectors; ++x) f(x, r + x / kPanelVectors, x % kPanelVectors * kWidth);
       };
       each([&](int x, i64 row, int lane) { score[x] = load(scores.row(row) + lane); });
       each([&](int x, i64 /*row*/, int lane) { weight[x] = score[x] * scale - load(lse + lane); });
       exp2(weight);
-      each([&](int x, i64 row, int lane) { slope[x] = load(gradient.row(row) + lane); });
-      if (dropout) each([&](int x, i64 row, int lane) { slope[x] *= load(extra + row * kPanelRows + lane); });
-      each([&](int x, i64 /*row*/, int lane) { slope[x] = weight[x] * (slope[x] - load(shift + lane)); });
+      each([&](int x, i64 row, int lane) { gradient[x] = load(dp.row(row) + lane); });
+      if (dropout) each([&](int x, i64 row, int lane) { gradient[x] *= load(extra + row * kPanelRows + lane); });
+      each([&](int x, i64 /*row*/, int lane) { gradient[x] = weight[x] * (gradient[x] - load(shift + lane)); });
       if (dropout) each([&](int x, i64 row, int lane) { weight[x] *= load(extra + row * kPanelRows + lane); });
       if (hides) {
         each([&](int x, i64 /*row*/, int /*lane*/) {
           const VI hidden = score[x] == splat(-kInfinity);
-          slope[x] = hidden ? V{} : slope[x];
+          gradient[x] = hidden ? V{} : gradient[x];
           weight[x] = hidden ? V{} : weight[x];
         });
       }
       if (kWord == Word::kFloat || floats) {
         each([&](int x, i64 row, int lane) {
           store(weights.row(row) + lane, weight[x]);
-          store(slopes.row(row) + lane, slope[x]);
+          store(gradients.row(row) + lane, gradient[x]);
         });
       }
       if constexpr (kWord == Word::kPair) {
         if (call.softcap > 0) {
-          each([&](int x, i64 row, int lane) { slope[x] = before_softcap(slope[x], tanh_tile.row(row) + lane); });
+          each([&](int x, i64 row, int lane) { gradient[x] = before_softcap(gradient[x], tanh_tile.row(row) + lane); });
         }
         const i64 place = (first + r) * kWordStride + p * kPanelRows / 2;
         float *p_to = p_words + place, *ds_to = ds_words + place;
         FOVEA_UNROLL for (int n = 0; n < kPanelVectors; ++n) {
           const V p_pairs = round_to_pairs(weight[n], weight[n + kPanelVectors]);
-          const V ds_pairs = round_to_pairs(slope[n], slope[n + kPanelVectors]);
+          const V ds_pairs = round_to_pairs(gradient[n], gradient[n + kPanelVectors]);
           store_apart(p_to + n * kWidth / 2, p_to + kWordStride + n * kWidth / 2, p_pairs);
           store_apart(ds_to + n * kWidth / 2, ds_to + kWordStride + n * kWidth / 2, ds_pairs);
           store(ds_over_keys + (first + r) / 2 * kPanelRows + n * kWidth, side_by_side(ds_pairs));
@@ -232,9 +232,9 @@ struct RowGroup {
   /// Of the words, too, up to a whole depth.
   void clear_strip(i64 p, Interval keys, i64 first, bool floats) {
     if (kWord == Word::kFloat || floats) {
-      const Tile slopes = tile_of(ds + first * kGroupRows, p, keys);
+      const Tile gradients = tile_of(ds + first * kGroupRows, p, keys);
       for_each_vector(tile_of(s + first * kGroupRows, p, keys),
-                      [&](i64 r, int lane, float* x) { store(x, V{}), store(slopes.row(r) + lane, V{}); });
+                      [&](i64 r, int lane, float* x) { store(x, V{}), store(gradients.row(r) + lane, V{}); });
     }
     if (kWord == Word::kFloat) return;
     for (i64 r = first; r < first + whole(keys.end - keys.begin, kKeyStep<kWord>); ++r) {

@@ -56,8 +56,8 @@ struct alignas(64) Panel {
   i64 parts;
 };
 
+inline constexpr i64 kRowsAhead = 16;  // from a row that is read or written to the one that is fetched meanwhile
 /// Asks memory for a row of elements; it may be one past the last.  Inlined: GCC drops calls of what only fetches.
-inline constexpr i64 kRowsAhead = 16;
 FOVEA_INLINE void fetch_row(const char* row, Element type, i64 dim) {
   for (i64 b = 0; b < dim * bytes(type); b += 64) __builtin_prefetch(row + b);
 }

@@ -90,7 +90,6 @@ FOVEA_INLINE V multiply_add(V a, V b, V sum) {
   return sum + a * b;
 }
 
-/// The lanes of the rows of a square change places: x[i][j] becomes x[j][i].
 template <int...>
 struct Lanes {};
 #if defined(__AVX512F__)
@@ -100,12 +99,14 @@ using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
 #else
 using AllLanes = Lanes<0, 1, 2, 3>;
 #endif
+/// In groups of 2·kHalf lanes, the upper half of `a` and the lower one of `b` change places.
 template <int kHalf, int... kLane>
 FOVEA_INLINE void swap_halves(V& a, V& b, Lanes<kLane...> /*all*/) {
   const V low = __builtin_shufflevector(a, b, ((kLane & kHalf) != 0 ? kWidth + kLane - kHalf : kLane)...);
   b = __builtin_shufflevector(a, b, ((kLane & kHalf) != 0 ? kWidth + kLane : kLane + kHalf)...);
   a = low;
 }
+/// The lanes of the rows of a square change places: x[i][j] becomes x[j][i].
 template <int kHalf = kWidth / 2>
 FOVEA_INLINE void transpose(V (&x)[kWidth]) {
   FOVEA_UNROLL for (int i = 0; i < kWidth; ++i) {
@@ -114,11 +115,11 @@ FOVEA_INLINE void transpose(V (&x)[kWidth]) {
   if constexpr (kHalf > 1) transpose<kHalf / 2>(x);
 }
 
-/// Every lane becomes the sum of the kCount lanes of its group.
 template <int kHalf, int... kLane>
 FOVEA_INLINE V flip_halves(V x, Lanes<kLane...> /*all*/) {
   return __builtin_shufflevector(x, x, (kLane ^ kHalf)...);
 }
+/// Every lane becomes the sum of the kCount lanes of its group.
 template <int kCount>
 FOVEA_INLINE V sum_of_group(V x) {
   if constexpr (kCount == 1) {
