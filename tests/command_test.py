@@ -162,14 +162,14 @@ class CommandTest(unittest.TestCase):
 class Help(CommandTest):
     def test_help_names_commands_variables_and_exit_codes(self):
         text = self.fovea("--help")
-        for word in ("run", "explain", "check", "bench", "ladder", "precompile", "doctor", "FOVEA_CPU_ISA", "FOVEA_JIT", "NO_COLOR", "Exit codes"):
+        for word in ("run", "explain", "check", "bench", "tune", "ladder", "precompile", "doctor", "FOVEA_CPU_ISA", "FOVEA_JIT", "NO_COLOR", "Exit codes"):
             self.assertIn(word, text)
         contract = (Path(__file__).resolve().parent.parent / "docs" / "contract.md").read_text(encoding="utf-8")
         variables = re.findall(r"^\| `([A-Z_]+)` \|", contract, re.MULTILINE)
         self.assertGreater(len(variables), 7)
         for variable in variables:
             self.assertIn(f"\n  {variable} ", text)
-        for command in ("run", "explain", "check", "bench", "ladder", "precompile", "doctor"):
+        for command in ("run", "explain", "check", "bench", "tune", "ladder", "precompile", "doctor"):
             self.assertIn("--help", self.fovea(command, "--help"))
         self.assertRegex(self.fovea("--version"), r"^fovea \d+\.\d+\.\d+\n$")
 
@@ -189,6 +189,8 @@ class Help(CommandTest):
             for seed in ("-1", "18446744073709551616", "99999999999999999999", "1.5", "0x1", ""):
                 self.refuse(*command, "--seed", seed, says=f"--seed: '{seed}' is no whole number from 0 to 18446744073709551615")
         self.fovea("check", LINE, "--seed", "18446744073709551615")
+        self.refuse("tune", LINE, "--device", "cpu", says="--device cpu has no tiles to choose; name a GPU, as in cuda:0")
+        self.refuse("tune", LINE, "--seconds", "0", says="--seconds")
         self.refuse("precompile", LINE, says="--arch")
         self.refuse("precompile", LINE, "--arch", "sm_80", says="--out")
         for arch in ("sm_8", "sm_80a", "sm_a", "sm_90aa", "90a"):

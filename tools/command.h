@@ -90,6 +90,16 @@ struct PrecompileArguments {
 };
 ExitCode command_precompile(const PrecompileArguments& arguments);
 
+/// Tiles for a GPU, measured there.
+struct TuneArguments {
+  std::vector<std::string> lines;  ///< empty: say what is kept
+  Runner runner{.device = "cuda:0", .options = {}};
+  Effort effort{.repeats = 0, .seconds = 0.3};  ///< for each tile that comes into question
+  int jobs = 0;
+  bool forget = false;  ///< all that is kept for this GPU
+};
+ExitCode command_tune(const TuneArguments& arguments);
+
 /// The rungs of examples/ladder, and the library's own kernels above them.
 struct LadderArguments {
   std::string device = "cpu";

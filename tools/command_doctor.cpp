@@ -71,7 +71,7 @@ struct CudaFound {
   int driver = cuda::driver_version();
   const std::string& driver_why = cuda::why_no_driver();
   const cuda::Nvrtc* nvrtc = cuda::Nvrtc::find();
-  const cuda::jit::Cache& cache = cuda::jit::Cache::shared();
+  cuda::jit::Cache& cache = cuda::jit::Cache::shared();
   cuda::jit::Disk::Usage usage = cache.disk().usage();
 };
 
@@ -110,8 +110,10 @@ ordered_json json_of(const CudaFound& found) {
                     {"packs", ordered_json::array()}};
   for (int i = 0; i < cuda::gpu_count(); ++i) {
     const cuda::Gpu& gpu = cuda::gpu(i);
-    json["gpus"].push_back(
-        {{"name", gpu.name}, {"compute_capability", gpu.compute_capability}, {"memory_bytes", gpu.memory_bytes}});
+    json["gpus"].push_back({{"name", gpu.name},
+                            {"compute_capability", gpu.compute_capability},
+                            {"memory_bytes", gpu.memory_bytes},
+                            {"tuned_kinds", found.cache.tiles(gpu.name).all().size()}});
   }
   for (const int arch : cuda::jit::kArchs) {
     if (found.nvrtc != nullptr && found.nvrtc->knows(arch)) json["nvrtc_archs"].push_back(fmt::format("sm_{}", arch));
@@ -176,6 +178,8 @@ void print_cuda(const Terminal& terminal, const CudaFound& found) {
     terminal.write(labelled(terminal, "GPU",
                             fmt::format("{}, sm_{}, {}", gpu.name, gpu.compute_capability,
                                         bytes_text(static_cast<double>(gpu.memory_bytes)))));
+    if (const std::size_t kinds = found.cache.tiles(gpu.name).all().size(); kinds > 0)
+      terminal.write(labelled(terminal, "", fmt::format("tiles by fovea tune for {} kinds of problems", kinds)));
   }
   terminal.write(labelled(terminal, "NVRTC",
                           found.nvrtc == nullptr ? cuda::Nvrtc::why_none()

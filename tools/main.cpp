@@ -48,7 +48,7 @@ ExitCode complain(ExitCode code, std::string_view sentence) {
 
 /// CLI11's complaint as one sentence.
 std::string sentence_of(const CLI::ParseError& error, const CLI::App& app) {
-  constexpr const char* kCommands = "run, explain, check, bench, ladder, precompile or doctor; see fovea --help";
+  constexpr const char* kCommands = "run, explain, check, bench, tune, ladder, precompile or doctor; see fovea --help";
   const std::vector<CLI::App*> chosen = app.get_subcommands();
   if (chosen.empty()) {
     const std::vector<std::string> words = app.remaining();
@@ -198,6 +198,23 @@ void add_bench(CLI::App& fovea, Action& action) {
   command.path("--html", said.html, "FILE", "write one self-contained page");
 }
 
+void add_tune(CLI::App& fovea, Action& action) {
+  const Command<TuneArguments> command(
+      fovea, "tune", "Measures which tiles are fastest on this GPU, and keeps them beside the compiled kernels",
+      command_tune, action);
+  TuneArguments& said = *command.said;
+  command.app->add_option("problem", said.lines, "problem lines, or @FILE of them; none: say what is kept")
+      ->type_name("\"LINE\"|@FILE");
+  command.option("--device", said.runner.device, "DEVICE", "cuda:N")->capture_default_str();
+  command.option("--backend", said.runner.options.backend, "NAME", "for this backend");
+  command.option("--seconds", said.effort.seconds, "S", "for each tile that comes into question")
+      ->capture_default_str()
+      ->check(CLI::Range(0.001, 3600.0).description(""));
+  command.number("--jobs", said.jobs, 0, kMostThreads,
+                 "kernels compiled at once; 0: as many as the process may use threads");
+  command.flag("--forget", said.forget, "the tables' tiles again, for all problems on this GPU");
+}
+
 void add_ladder(CLI::App& fovea, Action& action) {
   const Command<LadderArguments> command(fovea, "ladder",
                                          "From the formula to FlashAttention and beyond, one idea a rung: checked, "
@@ -265,6 +282,7 @@ ExitCode run_command(int argc, char** argv) {
   add_explain(app, action);
   add_check(app, action);
   add_bench(app, action);
+  add_tune(app, action);
   add_ladder(app, action);
   add_precompile(app, action);
   add_doctor(app, action);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <span>
+#include <string>
 
 #include "cuda/backward_plan.h"
 #include "cuda/packed_blocks.h"
@@ -64,6 +66,12 @@ constexpr std::array kTiles32{
 // Without a unit for products, short code matters more than reuse.
 constexpr std::array kTilesByShuffles{Tile{512, 32, 32, 4, 1}, Tile{512, 16, 32, 8, 1}, Tile{512, 16, 16, 8, 1}};
 
+std::span<const Tile> table_of(const BackwardSpec& spec) {
+  if (spec.mma == Mma::kShuffles) return kTilesByShuffles;
+  if (spec.type == Type::kFloat32) return kTiles32;
+  return kTiles16;
+}
+
 int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
 
 /// Whole products, and above 128 columns pairs of them, which more ways of sharing out divide.
@@ -115,31 +123,39 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
   BackwardSpec& spec = shape.spec;
   spec = backward_spec(problem, gpu.sm);
   const int widest = std::max(spec.head_dim, spec.head_dim_v);
-  bool fits = false;
-  const auto try_tiles = [&](const auto& tiles) {
-    for (const Tile& tile : tiles) {
-      spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.stages = tile.stages;
-      shape.min_blocks = tile.min_blocks;
-      fits = tile.widest >= widest && weight_of(spec) <= tile.most_options &&
-             shared_bytes(spec) <= shared_room(gpu, tile.min_blocks) && (tile.in_turns || !spec.deterministic) &&
-             (tile.most_keys == 0 || problem.seqlen_kv <= tile.most_keys) && (spec.async_copy || spec.stages == 1);
-      if (fits) return;
-    }
+  const auto take = [&](const Tile& tile) {
+    spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.stages = tile.stages;
+    shape.min_blocks = tile.min_blocks;
   };
-  if (spec.mma == Mma::kShuffles) {
-    try_tiles(kTilesByShuffles);
-  } else if (spec.type == Type::kFloat32) {
-    try_tiles(kTiles32);
-  } else {
-    try_tiles(kTiles16);
-  }
-  if (!fits) return std::nullopt;
+  const auto fits = [&](const Tile& tile) {
+    take(tile);
+    return tile.widest >= widest && shared_bytes(spec) <= shared_room(gpu, tile.min_blocks) &&
+           (tile.in_turns || !spec.deterministic) && (spec.async_copy || spec.stages == 1);
+  };
+  const auto suits = [&](const Tile& tile) {
+    return weight_of(spec) <= tile.most_options && (tile.most_keys == 0 || problem.seqlen_kv <= tile.most_keys);
+  };
+  TileReader reader(gpu.choices, gpu.names, kPortableName, problem);
+  const Tile* tile = reader.read(table_of(spec), fits, suits, [&] { return name_of(shape); });
+  if (tile == nullptr) return std::nullopt;
+  take(*tile);
+  shape.measured = reader.measured();
 
   cut_up(problem, shape);
   if (spec.band && !spec.deterministic && shape.key_blocks > 0)
     shape.heads_abreast = kv_heads_abreast(shape, std::int64_t{2} * gpu.multiprocessors / shape.key_blocks);
   share_out(problem, shape);
   return shape;
+}
+
+std::string name_of(const BackwardShape& shape) {
+  const BackwardSpec& s = shape.spec;
+  std::string name = std::to_string(s.block_m) + " rows × " + std::to_string(s.block_n) + " keys, " +
+                     std::to_string(s.stages) + (s.stages == 1 ? " stage, " : " stages, ") + std::to_string(s.warps) +
+                     " warps";
+  if (shape.min_blocks > 1) name += ", " + std::to_string(shape.min_blocks) + " blocks";
+  if (s.holds_dq) name += ", dq held";
+  return name;
 }
 
 int kv_heads_abreast(const BackwardShape& shape, std::int64_t most) { return largest_divisor(shape.turns, most); }

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include "cuda/forward_tuning.h"
 
@@ -24,6 +25,7 @@ struct BackwardShape {
   /// Offsets in bytes, in the order of BackwardParams.
   std::size_t log2_lse = 0, delta = 0, dq_sum = 0, tickets = 0, begun = 0, added = 0, sink_parts = 0, slope_parts = 0;
   std::size_t workspace_bytes = 0;
+  bool measured = false;  ///< the tile is `fovea tune`'s
 };
 
 /// All of a spec but the tile.
@@ -32,6 +34,8 @@ struct BackwardShape {
 void cut_up(const Problem& problem, BackwardShape& shape);
 /// The workspace, where all else is.
 void share_out(const Problem& problem, BackwardShape& shape);
+/// Says all that sets a tile apart from others of the same problem.
+[[nodiscard]] std::string name_of(const BackwardShape& shape);
 /// At most `most`, of which there is a whole number.
 [[nodiscard]] int kv_heads_abreast(const BackwardShape& shape, std::int64_t most);
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <span>
+#include <string>
 
 #include "cuda/packed_blocks.h"
 #include "cuda/params.h"
@@ -109,6 +111,21 @@ constexpr std::array kSlicedTiles32{
 // Without a unit for products, short code matters more than reuse.
 constexpr std::array kTilesByShuffles{Tile{256, 64, 16, 4, 1, 1, 1}, Tile{512, 16, 16, 1, 1, 1, 1}};
 
+template <std::size_t A, std::size_t B>
+constexpr std::array<Tile, A + B> joined(const std::array<Tile, A>& first, const std::array<Tile, B>& second) {
+  std::array<Tile, A + B> all{};
+  std::ranges::copy(second, std::ranges::copy(first, all.begin()).out);
+  return all;
+}
+constexpr auto kAllTiles16 = joined(kSlicedTiles16, kTiles16);
+constexpr auto kAllTiles32 = joined(kSlicedTiles32, kTiles32);
+
+std::span<const Tile> table_of(const ForwardSpec& spec) {
+  if (spec.mma == Mma::kShuffles) return kTilesByShuffles;
+  if (spec.type == Type::kFloat32) return kAllTiles32;
+  return kAllTiles16;
+}
+
 /// Into how many parts, `most` of them, to split the keys of each of so many blocks, of which `slots` run at a time.  A
 /// block's begin and end take as long as two steps of keys, and what combines the parts one and a half.
 std::int64_t choose_splits(std::int64_t blocks, std::int64_t steps, std::int64_t slots, std::int64_t most) {
@@ -165,6 +182,19 @@ Mma mma_of(const Problem& problem, int sm) {
   return std::min(problem.head_dim, problem.head_dim_v) <= 8 ? Mma::kTf32x6 : Mma::kTf32x3;
 }
 
+std::string name_of(const ForwardShape& shape) {
+  const ForwardSpec& s = shape.spec;
+  std::string name = std::to_string(s.block_m) + " rows × " + std::to_string(s.block_n) + " keys, " +
+                     std::to_string(s.stages) + (s.stages == 1 ? " stage, " : " stages, ") + std::to_string(s.warps) +
+                     (s.warps == 1 ? " warp" : " warps");
+  if (s.across > 1) name += ", " + std::to_string(s.across) + " across";
+  if (s.slices > 1) name += ", " + std::to_string(s.slices) + " slices";
+  if (shape.min_blocks > 1) name += ", " + std::to_string(shape.min_blocks) + " blocks";
+  if (s.spread_copies) name += ", copies spread";
+  if (s.halved_q) name += ", Q halved";
+  return name;
+}
+
 std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuModel& gpu) {
   ForwardShape shape;
   ForwardSpec& spec = shape.spec;
@@ -182,31 +212,28 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   const std::int64_t of_a_query = spec.pack_gqa ? group : 1, rows = problem.seqlen_q * of_a_query;
 
   const int widest = std::max(spec.head_dim, round_up(columns, 16));
-  bool fits = false;
-  const auto try_tiles = [&](const auto& tiles) {
-    for (const Tile& tile : tiles) {
-      spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.across = tile.across,
-      spec.slices = tile.slices, spec.stages = tile.stages;
-      spec.head_dim_v = round_up(columns, std::max(16 * tile.across, 8 * tile.slices));
-      spec.spread_copies = tile.spread, spec.halved_q = tile.halved_q && spec.mma == Mma::kTf32x3,
-      shape.min_blocks = tile.min_blocks;
-      if (!spec.async_copy) spec.stages = 1, spec.spread_copies = false;
-      fits = tile.widest >= widest && shared_bytes(spec) <= shared_room(gpu, tile.min_blocks) &&
-             !(tile.block_m > kFewRows && rows <= kFewRows) && rows <= tile.most_rows &&
-             problem.seqlen_kv >= tile.least_keys && weight_of(spec) <= tile.most_options &&
-             (tile.band == Tile::kAnyBand || (tile.band == Tile::kBand) == spec.band);
-      if (fits) break;
-    }
-    return fits;
+  const auto take = [&](const Tile& tile) {
+    spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.across = tile.across,
+    spec.slices = tile.slices, spec.stages = tile.stages;
+    spec.head_dim_v = round_up(columns, std::max(16 * tile.across, 8 * tile.slices));
+    spec.spread_copies = tile.spread, spec.halved_q = tile.halved_q && spec.mma == Mma::kTf32x3,
+    shape.min_blocks = tile.min_blocks;
+    if (!spec.async_copy) spec.stages = 1, spec.spread_copies = false;
   };
-  if (spec.mma == Mma::kShuffles) {
-    try_tiles(kTilesByShuffles);
-  } else if (spec.type == Type::kFloat32) {
-    if (!try_tiles(kSlicedTiles32)) try_tiles(kTiles32);
-  } else {
-    if (!try_tiles(kSlicedTiles16)) try_tiles(kTiles16);
-  }
-  if (!fits) return std::nullopt;
+  const auto fits = [&](const Tile& tile) {
+    take(tile);
+    return tile.widest >= widest && shared_bytes(spec) <= shared_room(gpu, tile.min_blocks) &&
+           !(tile.block_m > kFewRows && rows <= kFewRows) && rows <= tile.most_rows;
+  };
+  const auto suits = [&](const Tile& tile) {
+    return problem.seqlen_kv >= tile.least_keys && weight_of(spec) <= tile.most_options &&
+           (tile.band == Tile::kAnyBand || (tile.band == Tile::kBand) == spec.band);
+  };
+  TileReader reader(gpu.choices, gpu.names, kPortableName, problem);
+  const Tile* tile = reader.read(table_of(spec), fits, suits, [&] { return name_of(shape); });
+  if (tile == nullptr) return std::nullopt;
+  take(*tile);
+  shape.measured = reader.measured();
 
   // Sequences that are packed are one to the grid, with some empty blocks among theirs.
   const std::int64_t lines = problem.num_q_heads / of_a_query * (problem.packed() ? 1 : problem.batch);

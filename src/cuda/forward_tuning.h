@@ -5,9 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include "cuda/jit/render.h"
 #include "cuda/spec.h"
+#include "cuda/tiles.h"
 
 namespace fovea::cuda {
 
@@ -17,6 +19,8 @@ struct GpuModel {
   int multiprocessors = 1;
   int shared_bytes = 0;  ///< the most that a block may have
   std::int64_t l2_bytes = 0;
+  const TileChoices* choices = nullptr;       ///< what `fovea tune` measured on it, if it is there
+  std::vector<std::string>* names = nullptr;  ///< see TileReader
 };
 [[nodiscard]] GpuModel model_of(int compute_capability);
 /// Bytes of shared memory that a block may have where so many are to be on a multiprocessor at once.
@@ -30,7 +34,11 @@ struct ForwardShape {
   std::int64_t heads_abreast = 1;  ///< see ForwardParams
   std::int64_t most_blocks = 0;    ///< a grid and an int hold 2^31 − 1
   std::size_t partial_bytes = 0;
+  bool measured = false;  ///< the tile is `fovea tune`'s
 };
+
+/// Says of a tile all that sets it apart from others of the same problem.
+[[nodiscard]] std::string name_of(const ForwardShape& shape);
 
 /// Nothing where no tile of it fits this GPU's shared memory.
 [[nodiscard]] std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuModel& gpu);

@@ -43,10 +43,9 @@ class ForwardSm90Plan final : public PlannedKernel {
   [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override {
     const ForwardSm90Spec& s = shape_.spec;
     return {{"kernel", forward_.describe()},
-            {"tile", std::to_string(block_m(s)) + " rows × " + std::to_string(s.block_n) + " keys, " +
-                         std::to_string(s.stages) + " stages, " + std::to_string(s.warpgroups) + " warpgroups of " +
-                         std::to_string(consumer_registers(s)) + " registers and one of " +
-                         std::to_string(producer_registers(s))},
+            {"tile", describe_tile(shape_)},
+            {"registers", std::to_string(s.warpgroups) + " warpgroups of " + std::to_string(consumer_registers(s)) +
+                              " and one of " + std::to_string(producer_registers(s))},
             {"order", (packed_ ? "at most " : "") + std::to_string(shape_.tiles) + " tiles, " +
                           std::to_string(shape_.heads_abreast) + (shape_.heads_abreast == 1 ? " head" : " heads") +
                           " in turns"}};
@@ -92,7 +91,7 @@ class ForwardSm90Plan final : public PlannedKernel {
 
 class HopperBackend final : public Backend {
  public:
-  [[nodiscard]] std::string name() const override { return "cuda_hopper"; }
+  [[nodiscard]] std::string name() const override { return kHopperName; }
 
   [[nodiscard]] Verdict judge(const Problem& problem, const Device& device) const override {
     Verdict verdict{.backend = name()};
@@ -116,7 +115,7 @@ class HopperBackend final : public Backend {
     refuse_dim("head_dim", problem.head_dim);
     refuse_dim("head_dim_v", problem.head_dim_v);
     if (problem.direction == Direction::kBackward) {
-      if (reasons.empty()) refuse_backward_sm90(problem, verdict);
+      if (reasons.empty()) refuse_backward_sm90(problem, model_of_device(device), verdict);
       return verdict;
     }
     if (has_few_rows(problem)) {
@@ -124,7 +123,7 @@ class HopperBackend final : public Backend {
                            ") is short, and it does not share out keys");
     }
     if (!reasons.empty()) return verdict;
-    const auto shape = choose_forward_sm90(problem);
+    const auto shape = choose_forward_sm90(problem, model_of_device(device));
     if (!shape) {
       reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " and head_dim_v " +
                            std::to_string(problem.head_dim_v) + " fits with these options");
@@ -141,7 +140,7 @@ class HopperBackend final : public Backend {
   [[nodiscard]] std::shared_ptr<const PlannedKernel> plan(const Problem& problem, const Device& device,
                                                           const PlanOptions& /*options*/) const override {
     if (problem.direction == Direction::kBackward) return plan_backward_sm90(problem, device);
-    return std::make_shared<ForwardSm90Plan>(problem, *choose_forward_sm90(problem), device);
+    return std::make_shared<ForwardSm90Plan>(problem, *choose_forward_sm90(problem, model_of_device(device)), device);
   }
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <span>
 
 #include "cuda/backward_plan_sm90.h"
 #include "cuda/driver.h"
@@ -78,6 +79,17 @@ constexpr std::array kTiles{
     Tile{256, 64, 128, 9},
 };
 
+struct Way {
+  Tile tile;
+  bool holds;  // a block has all rows of its heads, and their dq
+};
+constexpr auto kWays = [] {
+  std::array<Way, 2 * kTiles.size()> ways{};
+  for (std::size_t i = 0; i < kTiles.size(); ++i)
+    ways[i] = {kTiles[i], true}, ways[kTiles.size() + i] = {kTiles[i], false};
+  return ways;
+}();
+
 class BackwardSm90Plan final : public PlannedKernel {
  public:
   BackwardSm90Plan(const Problem& problem, const BackwardShape& shape, const Device& device)
@@ -91,10 +103,11 @@ class BackwardSm90Plan final : public PlannedKernel {
     const BackwardSpec& spec = call_.shape().spec;
     std::vector<std::pair<std::string, std::string>> list{
         {"kernel", main_.describe()},
-        {"tile", describe_tile(spec) + (shares_keys(spec) ? " of two blocks, " : ", ") +
-                     std::to_string(kBackwardConsumers) + " warpgroups of " + std::to_string(consumer_registers(spec)) +
-                     " registers, one of " + std::to_string(dq_registers(spec)) + " for dq and one of " +
-                     std::to_string(producer_registers(spec))}};
+        {"tile", describe_tile(call_.shape())},
+        {"registers", std::to_string(kBackwardConsumers) + " warpgroups of " +
+                          std::to_string(consumer_registers(spec)) + ", one of " + std::to_string(dq_registers(spec)) +
+                          " for dq and one of " + std::to_string(producer_registers(spec))}};
+    if (shares_keys(spec)) list.emplace_back("blocks", "in pairs, a cluster");
     std::ranges::copy(call_.details(), std::back_inserter(list));
     return list;
   }
@@ -141,7 +154,7 @@ class BackwardSm90Plan final : public PlannedKernel {
 
 }  // namespace
 
-std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
+std::optional<BackwardShape> choose_backward_sm90(const Problem& problem, const GpuModel& gpu) {
   if (problem.dtype != DType::kFloat16 && problem.dtype != DType::kBFloat16) return std::nullopt;
   if (problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0) return std::nullopt;
   BackwardShape shape;
@@ -149,23 +162,29 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem) {
   spec = backward_spec(problem, kHopper);
   spec.warps = kWarps, spec.stages = kStages;
   const std::int64_t widest = std::max(problem.head_dim, problem.head_dim_v);
-  const auto fits = [&](const Tile& tile) {
-    spec.block_m = tile.block_m, spec.block_n = tile.block_n;
-    return widest <= tile.widest && weight_of(spec) <= tile.most_options &&
-           BackwardSm90Shared::of(spec).total <= kMostShared;
+  const bool in_turns = spec.deterministic;
+  const auto take = [&](const Way& way) {
+    spec.block_m = way.tile.block_m, spec.block_n = way.tile.block_n;
+    spec.holds_dq = way.holds, spec.deterministic = in_turns && !way.holds;  // dq that is held has one order anyway
   };
-  if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
-  if (fill_the_gpu(problem.batch * problem.num_kv_heads)) {
-    const BackwardSpec otherwise = spec;
-    const bool short_rows = std::max(problem.seqlen_q, problem.seqlen_kv) <= kShortRows;
-    spec.holds_dq = true;
-    spec.deterministic = false;  // dq has one order anyway
-    const auto holds = [&](const Tile& tile) {
-      return widest <= tile.widest_held && (tile.block_m == otherwise.block_m || short_rows) && fits(tile) &&
-             tiles_of_rows(problem, tile.block_m) <= BackwardSm90Shared::of(spec).held_tiles;
-    };
-    if (std::ranges::none_of(kTiles, holds)) spec = otherwise;
-  }
+  const auto fits = [&](const Way& way) {
+    take(way);
+    const auto shared = BackwardSm90Shared::of(spec);
+    return widest <= (way.holds ? way.tile.widest_held : way.tile.widest) && shared.total <= kMostShared &&
+           (!way.holds || tiles_of_rows(problem, spec.block_m) <= shared.held_tiles);
+  };
+  const auto has_registers = [&](const Way& way) { return weight_of(spec) <= way.tile.most_options; };
+  const auto adds =
+      std::ranges::find_if(kWays, [&](const Way& way) { return !way.holds && fits(way) && has_registers(way); });
+  if (adds == kWays.end()) return std::nullopt;
+  const bool full = fill_the_gpu(problem.batch * problem.num_kv_heads),
+             short_rows = std::max(problem.seqlen_q, problem.seqlen_kv) <= kShortRows;
+  const auto suits = [&](const Way& way) {
+    return has_registers(way) && (!way.holds || (full && (short_rows || spec.block_m == adds->tile.block_m)));
+  };
+  TileReader reader(gpu.choices, gpu.names, kHopperName, problem);
+  take(*reader.read(std::span<const Way>(kWays), fits, suits, [&] { return name_of(shape); }));
+  shape.measured = reader.measured();
   cut_up(problem, shape);
   shape.most_blocks *= blocks_of_cluster(spec);
   if (spec.deterministic && shape.key_blocks > 0) {  // blocks that begin together are then of one turn
@@ -222,8 +241,8 @@ std::optional<jit::KernelRequest> bias_gradient_sm90_request(const Problem& prob
                      spec, kHopper);
 }
 
-void refuse_backward_sm90(const Problem& problem, Verdict& verdict) {
-  const auto shape = choose_backward_sm90(problem);
+void refuse_backward_sm90(const Problem& problem, const GpuModel& gpu, Verdict& verdict) {
+  const auto shape = choose_backward_sm90(problem, gpu);
   if (!shape) {
     verdict.reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " and head_dim_v " +
                                  std::to_string(problem.head_dim_v) + " fits with these options");
@@ -233,7 +252,7 @@ void refuse_backward_sm90(const Problem& problem, Verdict& verdict) {
 }
 
 std::shared_ptr<const PlannedKernel> plan_backward_sm90(const Problem& problem, const Device& device) {
-  return std::make_shared<BackwardSm90Plan>(problem, *choose_backward_sm90(problem), device);
+  return std::make_shared<BackwardSm90Plan>(problem, *choose_backward_sm90(problem, model_of_device(device)), device);
 }
 
 }  // namespace fovea::cuda

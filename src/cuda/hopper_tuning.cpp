@@ -4,6 +4,8 @@
 #include <array>
 #include <bit>
 #include <limits>
+#include <span>
+#include <string>
 
 #include "cuda/jit/wgmma_text.h"
 #include "math/band.h"
@@ -122,7 +124,16 @@ bool has_few_rows(const Problem& problem) {
   return problem.seqlen_q * (problem.num_q_heads / problem.num_kv_heads) <= kFewRows;
 }
 
-std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
+std::string name_of(const ForwardSm90Shape& shape) {
+  const ForwardSm90Spec& s = shape.spec;
+  std::string name = std::to_string(block_m(s)) + " rows × " + std::to_string(s.block_n) + " keys, " +
+                     std::to_string(s.stages) + " stages, " + std::to_string(s.q_stages) + " of rows";
+  if (s.hold) name += ", P held";
+  if (s.turns) name += ", in turns";
+  return name;
+}
+
+std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem, const GpuModel& gpu) {
   if (problem.dtype != DType::kFloat16 && problem.dtype != DType::kBFloat16) return std::nullopt;
   if (problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0) return std::nullopt;
   ForwardSm90Shape shape;
@@ -134,16 +145,26 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem) {
   take_options(problem, spec);
 
   const std::int64_t keys = most_keys_of_row(problem);
-  const auto fits = [&](const Tile& tile) {
+  const auto take = [&](const Tile& tile) {
     spec.warpgroups = tile.warpgroups, spec.block_n = tile.block_n;
     spec.stages = tile.stages, spec.q_stages = tile.q_stages;
     spec.hold = tile.hold, spec.turns = tile.turns;
-    return tile.narrowest <= widest && widest <= tile.widest && weight_of(spec) <= tile.most_options &&
-           (tile.masks || !spec.mask) && (tile.draws || !spec.dropout) &&
-           (tile.least_keys <= keys || (tile.block_n <= 64 && is_narrow(problem, keys))) && keys <= tile.most_keys &&
-           idle(problem, block_m(spec)) <= tile.most_idle && shared_bytes(spec) <= model_of(kSm90).shared_bytes;
   };
-  if (std::ranges::none_of(kTiles, fits)) return std::nullopt;
+  const auto fits = [&](const Tile& tile) {
+    take(tile);
+    return widest <= tile.widest && shared_bytes(spec) <= model_of(kSm90).shared_bytes;
+  };
+  const auto suits = [&](const Tile& tile) {
+    return tile.narrowest <= widest && weight_of(spec) <= tile.most_options && (tile.masks || !spec.mask) &&
+           (tile.draws || !spec.dropout) &&
+           (tile.least_keys <= keys || (tile.block_n <= 64 && is_narrow(problem, keys))) && keys <= tile.most_keys &&
+           idle(problem, block_m(spec)) <= tile.most_idle;
+  };
+  TileReader reader(gpu.choices, gpu.names, kHopperName, problem);
+  const Tile* tile = reader.read(std::span<const Tile>(kTiles), fits, suits, [&] { return name_of(shape); });
+  if (tile == nullptr) return std::nullopt;
+  take(*tile);
+  shape.measured = reader.measured();
   shape.row_blocks = ceil_div(problem.seqlen_q, block_m(spec));
   shape.tiles = shape.row_blocks * problem.num_q_heads * problem.batch;
   shape.batch_inside = problem.bias && !problem.bias->batch;

@@ -77,9 +77,4 @@ void BackwardCall::after(BackwardParams p, const Outputs& outputs, void* stream)
          p, stream);
 }
 
-std::string describe_tile(const BackwardSpec& spec) {
-  return std::to_string(spec.block_m) + " rows × " + std::to_string(spec.block_n) + " keys, " +
-         std::to_string(spec.stages) + (spec.stages == 1 ? " stage" : " stages");
-}
-
 }  // namespace fovea::cuda

@@ -36,7 +36,4 @@ class BackwardCall {
   BackwardParams params_{};
 };
 
-/// "64 rows × 128 keys, 2 stages".
-[[nodiscard]] std::string describe_tile(const BackwardSpec& spec);
-
 }  // namespace fovea::cuda

@@ -185,6 +185,7 @@ GpuModel model_of_device(const Device& device) {
     model.multiprocessors = gpu(device.index).sm_count;
     model.shared_bytes = gpu(device.index).shared_bytes_per_block;
     model.l2_bytes = gpu(device.index).l2_bytes;
+    model.choices = &jit::Cache::shared().tiles(gpu(device.index).name);
   }
   return model;
 }

@@ -33,6 +33,12 @@ struct PlannedLaunch {
   [[nodiscard]] std::string describe() const;
 };
 
+/// The tile of a shape, and who chose it if not the table.
+template <class Shape>
+std::string describe_tile(const Shape& shape) {
+  return name_of(shape) + (shape.measured ? kMeasured : "");
+}
+
 /// Throws Error where the plan's device is only a description.
 void require_gpu(const PlannedLaunch& launch, const Device& device);
 

@@ -38,13 +38,9 @@ class ForwardPlan final : public PlannedKernel {
   [[nodiscard]] std::size_t workspace_bytes() const override { return mask_words_.workspace_bytes(); }
 
   [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override {
-    const ForwardSpec& s = shape_.spec;
-    std::vector<std::pair<std::string, std::string>> list{
-        {"kernel", forward_.describe()},
-        {"tile", std::to_string(s.block_m) + " rows × " + std::to_string(s.block_n) + " keys, " +
-                     std::to_string(s.stages) + (s.stages == 1 ? " stage" : " stages") +
-                     (s.slices == 1 ? "" : ", " + std::to_string(s.slices) + " slices")},
-        {"key splits", std::to_string(shape_.splits)}};
+    std::vector<std::pair<std::string, std::string>> list{{"kernel", forward_.describe()},
+                                                          {"tile", describe_tile(shape_)},
+                                                          {"key splits", std::to_string(shape_.splits)}};
     if (combine_) list.emplace_back("combine", combine_->describe());
     return list;
   }
@@ -85,7 +81,7 @@ class BackwardPlan final : public PlannedKernel {
 
   [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override {
     std::vector<std::pair<std::string, std::string>> list{{"kernel", main_.describe()},
-                                                          {"tile", describe_tile(call_.shape().spec)}};
+                                                          {"tile", describe_tile(call_.shape())}};
     std::ranges::copy(call_.details(), std::back_inserter(list));
     return list;
   }
@@ -106,7 +102,7 @@ class BackwardPlan final : public PlannedKernel {
 
 class PortableBackend final : public Backend {
  public:
-  [[nodiscard]] std::string name() const override { return "cuda_portable"; }
+  [[nodiscard]] std::string name() const override { return kPortableName; }
 
   [[nodiscard]] Verdict judge(const Problem& problem, const Device& device) const override {
     Verdict verdict{.backend = name()};
@@ -147,50 +143,7 @@ class PortableBackend final : public Backend {
   }
 };
 
-/// One of whole keys and one of split ones where GPUs of the architecture run both: their multiprocessors decide.
-std::vector<ForwardShape> forward_shapes(const Problem& problem, int arch) {
-  constexpr int kMostMultiprocessors = 192;
-  std::vector<ForwardShape> shapes;
-  GpuModel model = model_of(arch);
-  for (model.multiprocessors = 1; model.multiprocessors <= kMostMultiprocessors; ++model.multiprocessors) {
-    const auto shape = choose_forward(problem, model);
-    if (shape && std::ranges::none_of(shapes, [&](const auto& s) { return s.spec.split == shape->spec.split; }))
-      shapes.push_back(*shape);
-  }
-  return shapes;
-}
-
 }  // namespace
-
-std::vector<jit::KernelRequest> requests(const Problem& problem, Direction direction, int arch) {
-  std::vector<jit::KernelRequest> all;
-  if (problem.mask) all.push_back(mask_words_request(arch));
-  constexpr int kHopper = 90;
-  if (direction == Direction::kForward) {
-    const auto hopper = arch == kHopper && !has_few_rows(problem) ? choose_forward_sm90(problem) : std::nullopt;
-    if (hopper) all.push_back(forward_sm90_request(*hopper));
-    for (const ForwardShape& shape : forward_shapes(problem, arch)) {
-      all.push_back(forward_request(shape, arch));
-      if (shape.splits > 1) all.push_back(combine_request(shape, arch));
-    }
-  }
-  if (direction == Direction::kBackward) {
-    const auto add = [&](const BackwardShape& shape, jit::KernelRequest main) {
-      all.push_back(backward_rows_request(shape, arch));
-      all.push_back(std::move(main));
-      if (!shape.spec.holds_dq && !shape.spec.ends_dq) all.push_back(backward_queries_request(shape, arch));
-      if (shape.spec.alibi || problem.sink) all.push_back(backward_sums_request(shape, arch));
-      if (shape.spec.bias) all.push_back(bias_gradient_request(shape, arch));
-    };
-    const auto hopper = arch == kHopper ? choose_backward_sm90(problem) : std::nullopt;
-    if (hopper) {
-      add(*hopper, backward_sm90_request(*hopper));
-      if (const auto request = bias_gradient_sm90_request(problem, *hopper)) all.push_back(*request);
-    }
-    if (const auto shape = choose_backward(problem, model_of(arch))) add(*shape, backward_request(*shape, arch));
-  }
-  return all;
-}
 
 std::unique_ptr<Backend> make_portable_backend() { return std::make_unique<PortableBackend>(); }
 

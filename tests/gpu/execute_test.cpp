@@ -3,12 +3,20 @@
 #include <fovea/c.h>
 #include <fovea/error.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
+#include <string>
 #include <thread>
+#include <utility>
 
+#include "cuda/jit/cache.h"
+#include "cuda/nvrtc.h"
+#include "cuda/planned_call.h"
+#include "cuda/requests.h"
 #include "tests/gpu/support.h"
 #include "tests/support.h"
+#include "tools/check.h"
 
 namespace fovea::test {
 namespace {
@@ -18,6 +26,7 @@ using Streams = OnGpu;
 using Threads = OnGpu;
 using Devices = OnGpu;
 using Memory = OnGpu;
+using Tiles = OnGpu;
 
 TEST_F(Graphs, RefuseToCaptureWhatAllocatesOrWaits) {  // so that capturing proves something
   const cuda::Stream stream(0);
@@ -136,6 +145,29 @@ TEST_F(Devices, OneThatIsNotThereIsRefused) {
   const Device missing{.kind = DeviceKind::kCuda, .index = cuda::gpu_count()};
   const std::string said = refusal([&] { (void)plan_forward(parse_problem(kLines[0]), missing); });
   EXPECT_TRUE(contains(said, name(missing)));
+}
+
+TEST_F(Tiles, ThatAreChosenRunAndAreRight) {
+  if (cuda::Nvrtc::find() == nullptr) GTEST_SKIP() << cuda::Nvrtc::why_none();
+  cuda::TileChoices& choices = cuda::jit::Cache::shared().tiles(cuda::gpu(0).name);
+  for (const char* line : {"fwd bf16 b2 hq2 sq300 d64 causal=top_left", "fwd fp32 b2 hq2 sq200 d64",
+                           "bwd bf16 b2 hq2 sq300 d64", "bwd fp16 b2 hq2 sq300 d72 mask=b11k dropout=0.1"}) {
+    const Problem problem = parse_problem(line);
+    const std::string backend = fovea::explain(problem, kGpu).backend, kind = cuda::kind_of(backend, problem);
+    const auto offered = cuda::tiles_on_offer(problem, backend, cuda::model_of_device(kGpu));
+    ASSERT_FALSE(offered.empty()) << line;
+    const std::string before = choices.find(kind);
+    for (const cuda::OfferedTile& tile : {offered.front(), offered[offered.size() / 2], offered.back()}) {
+      SCOPED_TRACE(line + (": " + tile.name));
+      choices.set(kind, tile.name);
+      const Report report = fovea::explain(problem, kGpu);
+      const std::pair<std::string, std::string> chosen{"tile", tile.name + cuda::kMeasured};
+      EXPECT_NE(std::ranges::find(report.details, chosen), report.details.end());
+      const tools::CheckResult result = tools::check_problem(problem, 1, {.device = kGpu});
+      EXPECT_TRUE(result.ok()) << testing::PrintToString(result.failures);
+    }
+    choices.set(kind, before);
+  }
 }
 
 TEST_F(Memory, OfTheHostIsRefusedByAPlanForAGpu) {

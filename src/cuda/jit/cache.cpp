@@ -139,4 +139,12 @@ const Kernel& Cache::load(const KernelRequest& request, int gpu) {
   return *kernels_.get({key, gpu}, made);
 }
 
+TileChoices& Cache::tiles(const std::string& gpu) {
+  const std::lock_guard lock(tiles_mutex_);
+  std::unique_ptr<TileChoices>& choices = tiles_[gpu];
+  if (choices == nullptr)
+    choices = std::make_unique<TileChoices>(mode_ == Mode::kOff ? fs::path() : disk_.tiles_of(gpu));
+  return *choices;
+}
+
 }  // namespace fovea::cuda::jit

@@ -11,6 +11,7 @@
 #include "cuda/jit/compile.h"
 #include "cuda/jit/disk.h"
 #include "cuda/jit/pack.h"
+#include "cuda/tiles.h"
 
 // Where kernels come from: memory, then the packs, then the disk, then NVRTC.
 namespace fovea::cuda::jit {
@@ -94,6 +95,10 @@ class FOVEA_API Cache {
   /// Loaded once for each GPU; the reference stays good.  What the driver refuses of others' making is compiled here.
   [[nodiscard]] const Kernel& load(const KernelRequest& request, int gpu);
 
+  /// What `fovea tune` measured on GPUs of this name: beside the kernels of this build, and none where those are not
+  /// read.
+  [[nodiscard]] TileChoices& tiles(const std::string& gpu);
+
   [[nodiscard]] Mode mode() const { return mode_; }
   [[nodiscard]] const Disk& disk() const { return disk_; }
   [[nodiscard]] const std::vector<Pack>& packs() const { return packs_; }
@@ -108,6 +113,8 @@ class FOVEA_API Cache {
   Disk disk_;
   Compiler compiler_;
   std::vector<Pack> packs_;
+  std::mutex tiles_mutex_;
+  std::map<std::string, std::unique_ptr<TileChoices>> tiles_;
   MadeOnce<std::string, Binary> binaries_;
   MadeOnce<std::pair<std::string, int>, Kernel> kernels_;
 };

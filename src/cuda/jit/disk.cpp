@@ -39,6 +39,14 @@ std::string slug(const std::string& compiler) {
 
 fs::path Disk::folder_of(int arch) const { return folder_ / std::string(build_id) / ("sm_" + std::to_string(arch)); }
 
+fs::path Disk::tiles_of(const std::string& gpu) const {
+  if (folder_.empty()) return {};
+  std::string name = gpu;
+  std::ranges::replace_if(
+      name, [](unsigned char c) { return std::isalnum(c) == 0; }, '-');
+  return folder_ / std::string(build_id) / ("tiles-" + name + ".txt");
+}
+
 std::optional<Binary> Disk::find(const KernelRequest& request, const std::string& key,
                                  const std::string& compiler) const {
   if (folder_.empty()) return {};

@@ -35,6 +35,9 @@ class Disk {
     int descriptor_ = -1;
   };
 
+  /// The file of cuda::TileChoices, FOLDER/BUILD_ID/tiles-GPU.txt.
+  [[nodiscard]] std::filesystem::path tiles_of(const std::string& gpu) const;
+
   struct Usage {
     std::int64_t kernels = 0, bytes = 0;  ///< of all builds
     bool writable = false;

@@ -1,0 +1,106 @@
+#include "cuda/requests.h"
+
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
+#include "cuda/backward_tuning.h"
+#include "cuda/forward_tuning.h"
+#include "cuda/hopper_backward.h"
+#include "cuda/hopper_tuning.h"
+#include "cuda/tiles.h"
+
+namespace fovea::cuda {
+namespace {
+
+using Requests = std::vector<jit::KernelRequest>;
+
+constexpr int kHopper = 90;
+
+/// One of whole keys and one of split ones where GPUs of the architecture run both: their multiprocessors decide.
+std::vector<ForwardShape> forward_shapes(const Problem& problem, int arch) {
+  constexpr int kMostMultiprocessors = 192;
+  std::vector<ForwardShape> shapes;
+  GpuModel model = model_of(arch);
+  for (model.multiprocessors = 1; model.multiprocessors <= kMostMultiprocessors; ++model.multiprocessors) {
+    const auto shape = choose_forward(problem, model);
+    if (shape && std::ranges::none_of(shapes, [&](const auto& s) { return s.spec.split == shape->spec.split; }))
+      shapes.push_back(*shape);
+  }
+  return shapes;
+}
+
+Requests of_forward(const ForwardShape& shape, int arch) {
+  Requests all{forward_request(shape, arch)};
+  if (shape.splits > 1) all.push_back(combine_request(shape, arch));
+  return all;
+}
+
+Requests of_backward(const Problem& problem, const BackwardShape& shape, jit::KernelRequest main, int arch) {
+  Requests all{std::move(main), backward_rows_request(shape, arch)};
+  if (!shape.spec.holds_dq && !shape.spec.ends_dq) all.push_back(backward_queries_request(shape, arch));
+  if (shape.spec.alibi || problem.sink) all.push_back(backward_sums_request(shape, arch));
+  if (shape.spec.bias) all.push_back(bias_gradient_request(shape, arch));
+  return all;
+}
+
+/// Of the Hopper family; none where it has no tile for the problem.
+Requests of_hopper(const Problem& problem, Direction direction, const GpuModel& model) {
+  if (direction == Direction::kForward) {
+    const auto shape = has_few_rows(problem) ? std::nullopt : choose_forward_sm90(problem, model);
+    return shape ? Requests{forward_sm90_request(*shape)} : Requests{};
+  }
+  const auto shape = choose_backward_sm90(problem, model);
+  if (!shape) return {};
+  Requests all = of_backward(problem, *shape, backward_sm90_request(*shape), kHopper);
+  if (auto request = bias_gradient_sm90_request(problem, *shape)) all.push_back(*std::move(request));
+  return all;
+}
+
+/// Of the portable family, on this GPU.
+Requests of_portable(const Problem& problem, Direction direction, const GpuModel& model) {
+  const int arch = jit::arch_of(model.sm);
+  if (direction == Direction::kForward) {
+    const auto shape = choose_forward(problem, model);
+    return shape ? of_forward(*shape, arch) : Requests{};
+  }
+  const auto shape = choose_backward(problem, model);
+  return shape ? of_backward(problem, *shape, backward_request(*shape, arch), arch) : Requests{};
+}
+
+}  // namespace
+
+std::vector<jit::KernelRequest> requests(const Problem& problem, Direction direction, int arch) {
+  Requests all;
+  const auto add = [&](Requests more) { std::ranges::move(more, std::back_inserter(all)); };
+  if (problem.mask) all.push_back(mask_words_request(arch));
+  if (arch == kHopper) add(of_hopper(problem, direction, model_of(arch)));
+  if (direction == Direction::kForward) {
+    for (const ForwardShape& shape : forward_shapes(problem, arch)) add(of_forward(shape, arch));
+  } else {
+    add(of_portable(problem, direction, model_of(arch)));
+  }
+  return all;
+}
+
+std::vector<OfferedTile> tiles_on_offer(const Problem& problem, const std::string& backend, const GpuModel& gpu) {
+  const auto kernels = [&](const GpuModel& model) {
+    return backend == kHopperName ? of_hopper(problem, problem.direction, model)
+                                  : of_portable(problem, problem.direction, model);
+  };
+  std::vector<std::string> names;
+  GpuModel model = gpu;
+  model.choices = nullptr, model.names = &names;
+  (void)kernels(model);
+  model.names = nullptr;
+  std::vector<OfferedTile> offered;
+  for (const std::string& name : names) {
+    TileChoices choice{{}};
+    choice.set(kind_of(backend, problem), name);
+    model.choices = &choice;
+    offered.push_back({name, kernels(model)});
+  }
+  return offered;
+}
+
+}  // namespace fovea::cuda

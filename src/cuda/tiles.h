@@ -1,0 +1,81 @@
+#pragma once
+
+#include <fovea/problem.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <map>
+#include <mutex>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+// Which tile of a table a problem takes: the one that `fovea tune` measured on this GPU, else the first that the table
+// has for it.
+namespace fovea::cuda {
+
+inline constexpr const char *kHopperName = "cuda_hopper", *kPortableName = "cuda_portable";  // of backends
+inline constexpr const char* kMeasured = ", by fovea tune";                                  // behind a tile's name
+
+/// The tile, by its name, that each kind of problem takes on one model of GPU: lines of a file beside the kernel cache.
+/// Safe to use from any number of threads.
+class TileChoices {
+ public:
+  explicit TileChoices(std::filesystem::path file);  ///< empty: none; what cannot be read is as if it were not there
+
+  [[nodiscard]] bool empty() const;
+  [[nodiscard]] std::string find(const std::string& kind) const;  ///< empty: not measured
+  void set(const std::string& kind, const std::string& tile);     ///< until the process ends; empty: forget it
+  [[nodiscard]] std::map<std::string, std::string> all() const;
+  [[nodiscard]] const std::filesystem::path& file() const { return file_; }
+
+  /// Writes what was set, beside what other processes wrote meanwhile.  Whether that was possible.
+  [[nodiscard]] bool save();
+
+ private:
+  std::filesystem::path file_;
+  mutable std::mutex mutex_;
+  std::map<std::string, std::string> kept_, set_;  // of the file; since then
+};
+
+/// Problems of one kind take one tile: sizes count by their nearest powers of two, heads and options as they are, and
+/// numbers that no loop depends on not at all.  The backend, then a problem line.
+[[nodiscard]] std::string kind_of(std::string_view backend, Problem problem);
+
+/// One reading of a backend's table.
+class TileReader {
+ public:
+  /// `choices` may be null.  `names`, where there is one, receives every tile that can be taken, in the table's order.
+  TileReader(const TileChoices* choices, std::vector<std::string>* names, std::string_view backend,
+             const Problem& problem);
+
+  /// `fits`: the kernel can be made so; `suits`: the table, measured elsewhere, is for it; `name`: of the tile that
+  /// `fits` saw last.  Null where none does both.
+  template <class Tile, class Fits, class Suits, class Name>
+  const Tile* read(std::span<const Tile> table, const Fits& fits, const Suits& suits, const Name& name) {
+    const Tile *first = nullptr, *chosen = nullptr;
+    for (const Tile& tile : table) {
+      if (!fits(tile)) continue;
+      if (first == nullptr && suits(tile)) first = &tile;
+      if (wanted_.empty() && names_ == nullptr) {
+        if (first != nullptr) break;
+        continue;
+      }
+      const std::string called = name();
+      if (chosen == nullptr && called == wanted_) chosen = &tile;
+      if (names_ != nullptr && std::ranges::find(*names_, called) == names_->end()) names_->push_back(called);
+    }
+    measured_ = chosen != nullptr;
+    return measured_ ? chosen : first;
+  }
+
+  [[nodiscard]] bool measured() const { return measured_; }  ///< the last answer is `fovea tune`'s
+
+ private:
+  std::vector<std::string>* names_;
+  std::string wanted_;
+  bool measured_ = false;
+};
+
+}  // namespace fovea::cuda
