@@ -58,8 +58,7 @@ struct Fetcher {
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         const int keys = math::smaller(key / 128 + g, view.count / 4 - 1);
-        copy_or_clear<true>(to + (r * kGroups + g) * 16,
-                            reinterpret_cast<const char*>(from + 4 * (i64{keys} * view.rows + row * view.row)), true);
+        copy_four_words(to + (r * kGroups + g) * 16, from + 4 * (i64{keys} * view.rows + row * view.row));
       }
     }
   }

@@ -58,9 +58,13 @@ FOVEA_DEVICE void load_bytes(u32 to, const void* from, u32 bytes, const Barrier&
                : "memory");
 }
 
-/// A word; behind `Barrier::arrive_behind_copies` it is there.
+/// A word, or four; behind `Barrier::arrive_behind_copies` they are there.  By way of L1: where all rows share a mask,
+/// every block asks L2 for the same line, and past L1 it would be asked by every lane (docs/notes).
 FOVEA_DEVICE void copy_word(u32 to, const u32* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+FOVEA_DEVICE void copy_four_words(u32 to, const u32* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
 /// The same to the other block of a pair, in the same place or another, and to its barrier.
