@@ -39,8 +39,8 @@ std::string slug(const std::string& compiler) {
 
 fs::path Disk::folder_of(int arch) const { return folder_ / std::string(build_id) / ("sm_" + std::to_string(arch)); }
 
-std::optional<Binary> Disk::find(const KernelRequest& request, const std::string& key,
-                                 const std::string& compiler) const {
+std::optional<Binary> Disk::find(const KernelRequest& request, const std::string& key, const std::string& compiler,
+                                 const std::function<bool(const Binary&)>& serves) const {
   if (folder_.empty()) return {};
   const fs::path folder = folder_of(request.arch);
   const std::string stem = stem_of(request.name, key);
@@ -59,7 +59,7 @@ std::optional<Binary> Disk::find(const KernelRequest& request, const std::string
     std::optional<Binary> binary = bytes ? read_record(*bytes, key) : std::nullopt;
     if (!binary || (!compiler.empty() && binary->compiler != compiler)) continue;
     binary->source = Source::kDisk;
-    return binary;
+    if (!serves || serves(*binary)) return binary;
   }
   return {};
 }
