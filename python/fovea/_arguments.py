@@ -68,7 +68,12 @@ def _shared(*options: Any) -> _core.Rules:
 
 def numbers(*options: Any) -> tuple[Any, ...]:
     """What `rules` takes, with the values that arrays among it have now."""
-    return tuple(_number(name, o) if hasattr(o, "__dlpack__") else o for name, o in zip(_RULES, options, strict=True))
+    return tuple(now(name, option) for name, option in zip(_RULES, options, strict=True))
+
+
+def now(name: str, value: Any) -> Any:
+    """What stands in an array now, which may be another number by the time of the backward pass; else the value."""
+    return _number(name, value) if hasattr(value, "__dlpack__") else value
 
 
 def _number(name: str, array: Any) -> Any:

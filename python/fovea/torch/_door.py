@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 
 from fovea import _core
-from fovea._arguments import numbers, rules
+from fovea._arguments import now, numbers, rules
 from fovea.torch import _nested, _ops, _seeds
 
 #: Tensors without a dispatch of their own.
@@ -147,6 +147,8 @@ def attention(
             max_seqlen_q,
             max_seqlen_kv,
         )
+    if dropout_p and not is_dynamo_compiling():
+        seed, offset = now("seed", seed), now("offset", offset)
     if not plainly_eager(q, k, v):
         q, k, v, others, layout, packed_again = _prepared(q, k, v, others, layout, out)
     options = (
@@ -288,7 +290,7 @@ def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
 
 
 def _readable(*others: Any) -> tuple[Any, ...]:
-    """What `extras` gives, as tensors whose signs stand in their numbers; arrays of other frameworks become tensors."""
+    """What `extras` gives: tensors whose signs stand in their numbers, of whatever framework's arrays, and numbers."""
     if is_dynamo_compiling():
         return others
     *arrays, max_seqlen_q, max_seqlen_kv = others
@@ -298,7 +300,7 @@ def _readable(*others: Any) -> tuple[Any, ...]:
         if not isinstance(array, Tensor):
             array = _from_elsewhere(_EXTRAS[place], array)
         arrays[place] = array.resolve_neg()
-    return (*arrays, max_seqlen_q, max_seqlen_kv)
+    return (*arrays, now("max_seqlen_q", max_seqlen_q), now("max_seqlen_kv", max_seqlen_kv))
 
 
 def _from_elsewhere(name: str, array: Any) -> Tensor:
