@@ -59,7 +59,7 @@ def rules(*options: Any) -> _core.Rules:
         return _core.Rules(*numbers(*options))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)  # False is no 0.0, and 3.0 no 3, though they are equal
 def _shared(*options: Any) -> _core.Rules:
     if any(hasattr(option, "__dlpack__") for option in options):
         raise TypeError("an array's value may change, and the cache would not see it")
