@@ -76,6 +76,14 @@ def now(name: str, value: Any) -> Any:
     return _number(name, value) if hasattr(value, "__dlpack__") else value
 
 
+def whole(name: str, number: Any) -> Any:
+    """A seed or offset that the compiled half will not see as what it is here, checked as there."""
+    integral = isinstance(number, int) or hasattr(number, "__index__")
+    if isinstance(number, bool) or not integral or not 0 <= number < 2**64:
+        raise ValueError(f"{name} ({number}) must be a whole number from 0 to 2^64 - 1")
+    return number
+
+
 def _number(name: str, array: Any) -> Any:
     if getattr(array, "requires_grad", False):
         import torch

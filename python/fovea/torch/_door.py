@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 
 from fovea import _core
-from fovea._arguments import now, numbers, rules
+from fovea._arguments import now, numbers, rules, whole
 from fovea.torch import _nested, _ops, _seeds
 
 #: Tensors without a dispatch of their own.
@@ -166,8 +166,10 @@ def attention(
     if torch.compiler.is_compiling() or _watched(q, k, v):
         if not dropout_p:
             seed_tensor = None
+        elif seed is None:
+            seed_tensor = _ops.draw_seed(q)
         else:
-            seed_tensor = _ops.draw_seed(q) if seed is None else _seeds.to_tensor(seed, offset)
+            seed_tensor = _seeds.to_tensor(whole("seed", seed), whole("offset", offset))
         if out is not None:
             _check_out(out, q, k, v, *(others or ())[1:4])
         result, lse = _ops.attention(
@@ -179,6 +181,7 @@ def attention(
             *(options if is_dynamo_compiling() else numbers(*options)),
         )
         if out is not None:
+            _check_like(out, result)
             result = out.copy_(result)
         elif packed_again is not None:
             result = packed_again(result)
@@ -364,6 +367,15 @@ def _check_out(out: Any, *sources: Tensor | None) -> None:
         raise ValueError("out cannot be given where gradients are wanted; call under torch.no_grad() or leave it out")
     if out.is_neg():
         raise ValueError("out is a view whose sign is only a bit, and would read what is written negated; give another")
+
+
+def _check_like(out: Tensor, result: Tensor) -> None:
+    """copy_ would broadcast, convert and move."""
+    if (out.shape, out.dtype, out.device) != (result.shape, result.dtype, result.device):
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)} on {out.device} but must be {result.dtype} {list(result.shape)}"
+            f" on {result.device}"
+        )
 
 
 def _refuse_transforms(*gradients: Tensor | None) -> None:
