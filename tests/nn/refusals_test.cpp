@@ -31,5 +31,53 @@ TEST(Copy, RefusesWhatCannotBeWalked) {
   EXPECT_NO_THROW(copy(absent, absent));
 }
 
+/// What the second layer's backward says of the state that the first one's forward gave.
+std::string why_not(MultiheadAttention::Options one, MultiheadAttention::Options other) {
+  one.device = other.device = kDevice;
+  const Array x(one.dtype, {2, 4, one.embed_dim}, kDevice), dout(other.dtype, {2, 4, other.embed_dim}, kDevice);
+  const auto forward = MultiheadAttention(one).forward(x.view(), x.view(), x.view());
+  return refusal([&] { (void)MultiheadAttention(other).backward(*forward.state, dout.view()); });
+}
+std::string why_not(TransformerEncoderLayer::Options one, TransformerEncoderLayer::Options other) {
+  one.device = other.device = kDevice;
+  const Array x(one.dtype, {2, 4, one.d_model}, kDevice), dout(other.dtype, {2, 4, other.d_model}, kDevice);
+  const auto forward = TransformerEncoderLayer(one).forward(x.view(), {.training = true});
+  return refusal([&] { (void)TransformerEncoderLayer(other).backward(*forward.state, dout.view()); });
+}
+
+TEST(States, OfAnotherLayerAreRefused) {
+  using Attention = MultiheadAttention::Options;
+  const Attention attention{.embed_dim = 16, .num_heads = 2, .batch_first = true};
+  const auto refused = [](const auto& plain, const auto& change) {
+    auto other = plain;
+    change(other);
+    for (const std::string& sentence : {why_not(plain, other), why_not(other, plain)}) {
+      EXPECT_TRUE(contains(sentence, "is of another layer's forward"));
+    }
+  };
+  refused(attention, [](Attention& o) { o.add_bias_kv = true; });
+  refused(attention, [](Attention& o) { o.rotary = Rotary{}; });
+  refused(attention, [](Attention& o) { o.dtype = DType::kBFloat16; });
+  refused(attention, [](Attention& o) { o.embed_dim = 32, o.head_dim = 8; });
+  using Layer = TransformerEncoderLayer::Options;
+  const Layer layer{.d_model = 16, .nhead = 2, .dim_feedforward = 8, .dropout = 0.0F, .batch_first = true};
+  refused(layer, [](Layer& o) { o.dropout = 0.5F; });
+  refused(layer, [](Layer& o) { o.norm_first = true; });
+  refused(layer, [](Layer& o) { o.dtype = DType::kBFloat16; });
+  refused(layer, [](Layer& o) { o.recompute = true; });
+}
+
+TEST(Statistics, ThatForwardDidNotGiveAreRefused) {
+  LayerNorm norm({.features = 3, .device = kDevice});
+  const Array x(DType::kFloat32, {2, 3}, kDevice);
+  const auto why_no = [&](const Array& statistics) {
+    return refusal([&] { (void)norm.backward(x.view(), statistics, x.view()); });
+  };
+  EXPECT_EQ(why_no(Array(DType::kFloat32, {2, 1}, kDevice)),
+            "statistics is fp32 [2, 1] but must be forward's, fp32 [2, 2]");
+  EXPECT_TRUE(contains(why_no(Array(DType::kFloat16, {2, 2}, kDevice)), "statistics is fp16 [2, 2]"));
+  EXPECT_TRUE(contains(why_no({}), "statistics is fp32 []"));
+}
+
 }  // namespace
 }  // namespace fovea::test
