@@ -79,5 +79,14 @@ TEST(Statistics, ThatForwardDidNotGiveAreRefused) {
   EXPECT_TRUE(contains(why_no({}), "statistics is fp32 []"));
 }
 
+TEST(AdamWRates, BelowZeroOrNotANumberAreRefused) {
+  Linear layer({.in_features = 3, .out_features = 2, .device = kDevice});
+  EXPECT_EQ(refusal([&] { const AdamW adamw(layer, {.lr = -0.1F}); }), "lr (-0.1) must be at least 0");
+  EXPECT_EQ(refusal([&] { const AdamW adamw(layer, {.weight_decay = std::numeric_limits<float>::quiet_NaN()}); }),
+            "weight_decay (nan) must be at least 0");
+  AdamW adamw(layer, {.lr = 0.0F, .weight_decay = 0.0F});
+  EXPECT_EQ(refusal([&] { adamw.set_learning_rate(-1.0F); }), "lr (-1) must be at least 0");
+}
+
 }  // namespace
 }  // namespace fovea::test
