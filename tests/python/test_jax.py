@@ -116,6 +116,16 @@ def test_a_seed_of_numpy_is_a_number():
     )
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "sink", "alibi_slopes", "q_lengths", "kv_lengths", "cu_seqlens_q"])
+def test_an_array_of_no_dimensions_is_refused_and_not_passed_over(name):
+    number = jnp.array(1, jnp.int32 if "seqlens" in name or "lengths" in name else jnp.float32)
+    given = dict(zip("qkv", arrays())) | {name: number}
+    with pytest.raises(ValueError, match=f"^{name} has no dimensions"):
+        fovea.attention(**given)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="q has 1 dimensions but must be"):
+        fovea.attention(*(array[0, 0, 0] for array in arrays()))
+
+
 def test_vmap_runs_each_element():
     q, k, v = arrays()
     out = jax.vmap(lambda q, k, v: fovea.attention(q[None], k[None], v[None])[0])(q, k, v)

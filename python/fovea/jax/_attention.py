@@ -89,6 +89,9 @@ def attention(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_kv=cu_seqlens_kv,
     )
+    for name, array in arrays.items():  # to the library a tensor of no dimensions is one that is not there
+        if name not in ("mask", "bias") and array is not None and jnp.ndim(array) == 0:
+            raise ValueError(f"{name} has no dimensions; give an array that has some")
     words = _words(softmax_scale, causal, window_left, window_right, softcap, deterministic)
     if dropout_p:
         words.append(f"dropout={np.float32(dropout_p)}")
@@ -151,13 +154,12 @@ def _words(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: _Static, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     q, v = arrays["q"], arrays["v"]
-    *rows, heads_or_rows = q.shape[:-1]
-    if q.ndim == 4 and static.layout == "bshd":
+    if q.ndim == 3:
+        lse_shape = (q.shape[1], q.shape[0])
+    elif q.ndim == 4 and static.layout == "bshd":
         lse_shape = (q.shape[0], q.shape[2], q.shape[1])
-    elif q.ndim == 4:
+    else:  # "bhsd", or what the library refuses
         lse_shape = q.shape[:3]
-    else:
-        lse_shape = (heads_or_rows, *rows)
     results = {
         "out": jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype),
         "lse": jax.ShapeDtypeStruct(lse_shape, jnp.float32),
