@@ -55,7 +55,8 @@ fovea_inputs to_c(Views& view, const Inputs& in) {
           view(in.out),
           view(in.lse),
           view(in.dout),
-          view(in.dlse)};
+          view(in.dlse),
+          nullptr};
 }
 
 fovea_outputs to_c(Views& view, const Outputs& out) {
@@ -172,6 +173,32 @@ TEST(CDoor, PlansALineWithAWorkspaceOfTheCallers) {
       << fovea_last_error();
   EXPECT_EQ(results(data), expected);
   fovea_plan_destroy(plan);
+}
+
+TEST(CDoor, DrawsByAnotherSeedThanThePlansWhereOneIsGiven) {
+  const std::string line = "fwd+bwd fp32 b2 hq4 hkv2 sq9 skv40 d16 deterministic dropout=0.3 seed=";
+  const fovea_dropout_draws other{7, 3};
+  const auto run = [&](const std::string& seed, const fovea_dropout_draws* draws, std::size_t size) {
+    Workload data(parse_problem(line + seed), 1);
+    Views view;
+    fovea_inputs in = to_c(view, data.inputs());
+    const fovea_outputs out = to_c(view, data.outputs());
+    in.size = size;
+    in.dropout_draws = draws;
+    for (const char* direction : {"fwd", "bwd"}) {
+      fovea_plan* plan = nullptr;
+      EXPECT_EQ(fovea_plan_from_line((direction + line.substr(7) + seed).c_str(), nullptr, nullptr, &plan), FOVEA_OK);
+      EXPECT_EQ(fovea_plan_execute(plan, &in, &out, nullptr, nullptr), FOVEA_OK) << fovea_last_error();
+      fovea_plan_destroy(plan);
+    }
+    return results(data);
+  };
+  const auto planned = run("7 offset=3", nullptr, sizeof(fovea_inputs));
+  EXPECT_EQ(run("1", &other, sizeof(fovea_inputs)), planned);
+  EXPECT_NE(run("1", nullptr, sizeof(fovea_inputs)), planned);
+  // A program of before there were any, whatever comes behind its struct.
+  EXPECT_EQ(run("7 offset=3", reinterpret_cast<const fovea_dropout_draws*>(1), offsetof(fovea_inputs, dropout_draws)),
+            planned);
 }
 
 TEST(CDoor, HonoursTheNamedBackendAndRefusesUnknownOnes) {

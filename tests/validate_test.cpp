@@ -140,6 +140,14 @@ TEST(Tensors, OfNoElementsNeedNoData) {
   EXPECT_NO_THROW(check_both(p, call));
 }
 
+TEST(Tensors, HaveAtMostFourDimensions) {
+  EXPECT_EQ(Tensor::contiguous(nullptr, DType::kFloat32, {2, 3, 4, 5}).rank, 4);
+  EXPECT_TRUE(contains(refusal([] {
+                         (void)Tensor::contiguous(nullptr, DType::kFloat32, {2, 3, 4, 5, 6});
+                       }),
+                       "a tensor has 5 dimensions but"));
+}
+
 TEST(Tensors, OfTheCpuMayNameAnyIndexOfIt) {
   const Problem p = parse_problem(kEverything);
   Call call(p);

@@ -96,6 +96,12 @@ typedef struct fovea_plan_options {
   int32_t num_threads;
 } fovea_plan_options;
 
+/// Names the random numbers of a dropout.  Fixed layout.
+typedef struct fovea_dropout_draws {
+  uint64_t seed;
+  uint64_t offset;
+} fovea_dropout_draws;
+
 /// What a plan reads; shapes with B = batch, H = num_q_heads, G = num_kv_heads.  Packed sequences drop the batch axis
 /// and put total_q, total_kv in place of the lengths.
 typedef struct fovea_inputs {
@@ -115,6 +121,7 @@ typedef struct fovea_inputs {
   const fovea_tensor* lse;   ///< backward: the forward's lse
   const fovea_tensor* dout;  ///< backward: shape and dtype of out
   const fovea_tensor* dlse;  ///< backward, optional: fp32, shape of lse; the gradient that came in through lse
+  const fovea_dropout_draws* dropout_draws;  ///< optional: draw by these, not by the plan's: so one plan serves all
 } fovea_inputs;
 
 /// What a plan writes, every element of it.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <fovea/error.h>
 #include <fovea/export.h>
 
 #include <array>
@@ -45,16 +46,18 @@ struct Tensor {
 
   [[nodiscard]] bool defined() const noexcept { return rank > 0; }
 
-  /// A view of densely packed elements, last dimension fastest.  One to four dimensions; more are cut off.
+  /// A view of densely packed elements, last dimension fastest.  One to four dimensions; more are refused.
   [[nodiscard]] static Tensor contiguous(const void* data, DType dtype, std::initializer_list<std::int64_t> shape,
-                                         Device device = {}) noexcept {
+                                         Device device = {}) {
+    if (shape.size() > kMaxRank) {
+      throw Error(ErrorCode::kInvalidArgument, "the shape of a tensor has " + std::to_string(shape.size()) +
+                                                   " dimensions but may have at most four; merge some of them");
+    }
     Tensor t;
     t.data = const_cast<void*>(data);
     t.dtype = dtype;
     t.device = device;
-    for (const std::int64_t extent : shape) {
-      if (t.rank < kMaxRank) t.shape[t.rank++] = extent;
-    }
+    for (const std::int64_t extent : shape) t.shape[t.rank++] = extent;
     std::int64_t stride = 1;
     for (int i = t.rank - 1; i >= 0; --i) {
       t.strides[i] = stride;

@@ -239,9 +239,11 @@ const char* fovea_plan_report(const fovea_plan* plan) {
 fovea_status fovea_plan_execute(const fovea_plan* plan, const fovea_inputs* inputs, const fovea_outputs* outputs,
                                 void* workspace, void* stream) {
   return guard([&] {
+    const fovea_inputs given = read("fovea_inputs", &need(inputs, "inputs"));
     Inputs in;
     Outputs out;
-    convert(read("fovea_inputs", &need(inputs, "inputs")), in, kInputFields);
+    convert(given, in, kInputFields);
+    if (const auto* draws = given.dropout_draws) in.dropout_draws = {draws->seed, draws->offset};
     convert(read("fovea_outputs", &need(outputs, "outputs")), out, kOutputFields);
     need(plan, "plan").plan.execute(in, out, workspace, stream);
   });

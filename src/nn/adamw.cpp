@@ -7,6 +7,8 @@ namespace fovea::nn {
 
 AdamW::AdamW(Module& module, const Options& options) : options_(options) {
   or_out_of_memory([&] {
+    check_not_negative("lr", options.lr);
+    check_not_negative("weight_decay", options.weight_decay);
     check_positive("eps", options.eps);
     check_probability("beta1", options.beta1);
     check_probability("beta2", options.beta2);
@@ -20,6 +22,11 @@ AdamW::AdamW(Module& module, const Options& options) : options_(options) {
       if (value.dtype != DType::kFloat32) slot.master = Array(DType::kFloat32, shape, value.device);
     }
   });
+}
+
+void AdamW::set_learning_rate(float lr) {
+  check_not_negative("lr", lr);
+  options_.lr = lr;
 }
 
 void AdamW::step() {

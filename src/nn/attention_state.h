@@ -8,6 +8,7 @@
 namespace fovea::nn {
 
 struct MultiheadAttention::State {
+  Options options;                                // of the layer whose forward it is
   Tensor query{}, key{}, value{};                 // as given
   Tensor query_rows{}, key_rows{}, value_rows{};  // [rows, features]
   Array query_memory, key_memory, value_memory;   // where the rows had to be copied

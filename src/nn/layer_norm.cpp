@@ -34,9 +34,12 @@ Array LayerNorm::backward(const Tensor& x, const Array& statistics, const Tensor
     check_same_rows("dy", dy, "x", x);
     Array dense_x, dense_dy, dense_plus, dx = like(x, options_.features);
     const Tensor rows = as_rows(x, dense_x);
-    if (statistics.view().rank != 2 || statistics.view().shape[0] != rows.shape[0]) {
-      refuse("statistics is ", shape_text(statistics.view()), " but must be forward's, [", rows.shape[0], ", 2]");
+    const Tensor& known = statistics.view();
+    if (known.dtype != DType::kFloat32 || known.rank != 2 || known.shape[0] != rows.shape[0] || known.shape[1] != 2) {
+      refuse("statistics is ", fovea::name(known.dtype), " ", shape_text(known), " but must be forward's, fp32 [",
+             rows.shape[0], ", 2]");
     }
+    check_device("statistics", known.device, "the layer is on", options_.device);
     if (plus.defined()) {
       check_features("plus", plus, options_.features, options_.dtype, options_.device);
       check_same_rows("plus", plus, "x", x);

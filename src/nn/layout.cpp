@@ -29,6 +29,15 @@ void check_features(const char* name, const Tensor& x, std::int64_t features, DT
   if (x.data == nullptr && elements > 0) refuse(name, " has no data");
 }
 
+bool dense(const Tensor& x) {
+  std::int64_t stride = 1;
+  for (int i = x.rank - 1; i >= 0; --i) {
+    if (x.shape[i] != 1 && x.strides[i] != stride) return false;
+    stride *= x.shape[i];
+  }
+  return true;
+}
+
 Tensor as_rows(const Tensor& x, Array& owner) {
   Tensor rows = x;
   rows.rank = 2;

@@ -12,6 +12,9 @@ namespace fovea::nn {
 void check_features(const char* name, const Tensor& x, std::int64_t features, DType dtype, const Device& device,
                     int least = 1);
 
+/// Whether the elements lie one behind the other, the last dimension fastest.
+[[nodiscard]] bool dense(const Tensor& x);
+
 /// The same elements as [rows, features]: a view where the rows are evenly spaced, else a copy that `owner` keeps.
 [[nodiscard]] Tensor as_rows(const Tensor& x, Array& owner);
 

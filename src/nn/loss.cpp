@@ -8,6 +8,31 @@
 namespace fovea::nn {
 namespace {
 
+/// Refuses what no loss is made of; gives the features.
+std::int64_t check_floats(const char* name, const Tensor& x) {
+  if (x.dtype == DType::kBool || x.dtype == DType::kInt32) {
+    refuse(name, " is ", fovea::name(x.dtype), " but must be fp32, fp16 or bf16");
+  }
+  const std::int64_t features = x.rank == 0 ? 0 : x.shape[x.rank - 1];
+  check_features(name, x, features, x.dtype, x.device);
+  return features;
+}
+
+/// Refuses all but one number for each row, each behind the last: kernels step through them.
+void check_classes(const Tensor& classes, std::int64_t rows, const Device& device) {
+  std::int64_t count = classes.rank == 0 ? 0 : 1;
+  for (int i = 0; i < classes.rank; ++i) count *= std::max<std::int64_t>(0, classes.shape[i]);
+  if (classes.dtype != DType::kInt32 || count != rows) {
+    refuse("classes is ", name(classes.dtype), " ", shape_text(classes), " but must be int32, one for each of the ",
+           rows, " rows");
+  }
+  check_device("classes", classes.device, "logits is on", device);
+  if (!dense(classes)) {
+    refuse("classes is ", shape_text(classes), ", its elements not one behind the other; make it contiguous");
+  }
+  if (classes.data == nullptr && rows > 0) refuse("classes has no data");
+}
+
 /// The rows of a tensor that is written to.
 Tensor rows_in_place(const char* name, const Tensor& t) {
   Array copied;
@@ -30,7 +55,7 @@ Array sum_of_rows(const Tensor& x, std::int64_t rows, const Loss& loss) {
 
 Array mean_square(const Tensor& out, const Tensor& target, const Tensor& dout) {
   return or_out_of_memory([&] {
-    const std::int64_t features = out.rank == 0 ? 0 : out.shape[out.rank - 1];
+    const std::int64_t features = check_floats("out", out);
     check_features("target", target, features, out.dtype, out.device);
     check_features("dout", dout, features, out.dtype, out.device);
     check_same_rows("target", target, "out", out);
@@ -46,17 +71,11 @@ Array mean_square(const Tensor& out, const Tensor& target, const Tensor& dout) {
 
 Array cross_entropy(const Tensor& logits, const Tensor& classes, const Tensor& dlogits) {
   return or_out_of_memory([&] {
-    check_features("dlogits", dlogits, logits.rank == 0 ? 0 : logits.shape[logits.rank - 1], logits.dtype,
-                   logits.device);
+    check_features("dlogits", dlogits, check_floats("logits", logits), logits.dtype, logits.device);
     check_same_rows("dlogits", dlogits, "logits", logits);
     Array dense;
     const Tensor x = as_rows(logits, dense);
-    std::int64_t count = classes.rank == 0 ? 0 : 1;
-    for (int i = 0; i < classes.rank; ++i) count *= classes.shape[i];
-    if (classes.dtype != DType::kInt32 || count != x.shape[0] || classes.device.kind != logits.device.kind) {
-      refuse("classes is ", fovea::name(classes.dtype), " ", shape_text(classes), " on ", fovea::name(classes.device),
-             " but must be int32, one for each of the ", x.shape[0], " rows, on ", fovea::name(logits.device));
-    }
+    check_classes(classes, x.shape[0], logits.device);
     const float share = 1.0F / static_cast<float>(std::max<std::int64_t>(1, x.shape[0]));
     return sum_of_rows(logits, x.shape[0], [&](const Tensor& losses) {
       ops_of(logits.device).entropies(x, classes, share, losses, rows_in_place("dlogits", dlogits));

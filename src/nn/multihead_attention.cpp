@@ -280,6 +280,7 @@ MultiheadAttention::Result MultiheadAttention::run(const Tensor& query, const Te
   const Ops& ops = ops_of(o.device);
   auto state = std::make_shared<State>();
   State& s = *state;
+  s.options = o;
   s.query = query, s.key = key, s.value = value;
   s.query_rows = as_rows(query, s.query_memory);
   s.key_is_value = same(key, value);
@@ -368,13 +369,12 @@ MultiheadAttention::InputGradients MultiheadAttention::backward(const State& sta
 MultiheadAttention::InputGradients MultiheadAttention::gradients(const State& s, const Tensor& dout,
                                                                  const Tensor& plus) {
   const Options& o = options_;
+  if (s.options != o) {
+    refuse("the state given to backward is of another layer's forward; give the one that this layer returned");
+  }
   check_features("dout", dout, o.embed_dim, o.dtype, o.device, 2);
   check_same_rows("dout", dout, "query", s.query);
   const std::int64_t q_size = o.num_heads * *o.head_dim, kv_size = *o.num_kv_heads * *o.head_dim;
-  if (s.out.view().shape[1] != q_size || s.k.shape[s.k.rank - 2] * *o.head_dim != kv_size ||
-      s.one_input != (s.one_input && in_proj_weight.value.defined())) {
-    refuse("the state given to backward is of another layer's forward; give the one that this layer returned");
-  }
   const Ops& ops = ops_of(o.device);
   const auto sum = [](Parameter& p) { return p.value.defined() ? p.gradient_sum() : Tensor{}; };
 

@@ -20,6 +20,10 @@ inline void check_probability(const char* name, float p) {
   if (!(p >= 0.0F && p < 1.0F)) refuse(name, " (", shortest(p), ") must be at least 0 and less than 1");
 }
 
+inline void check_not_negative(const char* name, float value) {
+  if (!(value >= 0.0F)) refuse(name, " (", shortest(value), ") must be at least 0");
+}
+
 inline void check_positive(const char* name, float value) {
   if (!(value > 0.0F)) refuse(name, " (", shortest(value), ") must be above 0");
 }

@@ -47,6 +47,7 @@ Dropout dropout_of(const Layer::Options& o, const AttentionCall& call, std::uint
 }  // namespace
 
 struct TransformerEncoderLayer::State {
+  Options options;  // of the layer whose forward it is
   Tensor src{};
   AttentionCall call;
   bool to_be_computed_again = false;  // nothing below is there then
@@ -80,6 +81,7 @@ TransformerEncoderLayer::Result TransformerEncoderLayer::forward(const Tensor& s
     Result result = compute(src, call);
     if (options_.recompute) {
       auto inputs = std::make_shared<State>();
+      inputs->options = options_;
       inputs->src = src;
       inputs->call = call;
       inputs->to_be_computed_again = true;
@@ -94,6 +96,7 @@ TransformerEncoderLayer::Result TransformerEncoderLayer::compute(const Tensor& s
   check_features("src", src, o.d_model, o.dtype, o.device, 2);
   auto state = std::make_shared<State>();
   State& s = *state;
+  s.options = o;
   s.src = src;
   s.call = call;
   const Tensor src_rows = as_rows(src, s.src_memory);
@@ -139,12 +142,11 @@ Array TransformerEncoderLayer::feed_forward(const Tensor& x, const Tensor& resid
 
 Array TransformerEncoderLayer::backward(const State& state, const Tensor& dout) {
   return or_out_of_memory([&] {
-    check_features("dout", dout, options_.d_model, options_.dtype, options_.device, 2);
-    check_same_rows("dout", dout, "src", state.src);
-    const Tensor& hidden = state.hidden.view();
-    if (!state.to_be_computed_again && hidden.shape[hidden.rank - 1] != options_.dim_feedforward) {
+    if (state.options != options_) {
       refuse("the state given to backward is of another layer's forward; give the one that this layer returned");
     }
+    check_features("dout", dout, options_.d_model, options_.dtype, options_.device, 2);
+    check_same_rows("dout", dout, "src", state.src);
     const auto again = state.to_be_computed_again ? compute(state.src, state.call).state : nullptr;
     const State& s = again == nullptr ? state : *again;
     const Ops& ops = ops_of(options_.device);

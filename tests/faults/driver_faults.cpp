@@ -249,5 +249,42 @@ TEST_F(KernelTest, AStoredKernelThatTheDriverRefusesIsMadeAnew) {
   std::filesystem::remove_all(folder);
 }
 
+TEST_F(KernelTest, OfSeveralStoredKernelsTheDriverIsAskedForEach) {
+  std::string name = ::testing::TempDir() + "fovea-several-XXXXXX";
+  ASSERT_NE(::mkdtemp(name.data()), nullptr);
+  const std::filesystem::path folder = name, pack = folder / "newest.pack";
+  jit::Binary made = options().compiler.compile(kRequest);
+  for (const char* compiler : {"Toy 9.1", "Toy 9.2", "Toy 9.3"}) {
+    made.compiler = compiler;
+    made.cubin = compiler == std::string("Toy 9.1") ? "old enough" : "too new";
+    jit::Disk(folder).store(made);
+  }
+  made.compiler = "Toy 10.0";
+  jit::Pack::write(pack, std::vector<jit::Binary>{made});
+  jit::Cache::Options stored = options();
+  stored.folder = folder;
+  const auto compiler = [&] { return jit::Cache(stored).load(kRequest, 0).binary().compiler; };
+  stored.mode = jit::Mode::kCache;
+  EXPECT_EQ(compiler(), "Toy 9.3");
+  fake().refused = "too new";
+  EXPECT_EQ(compiler(), "Toy 9.1");
+  stored.packs.push_back(pack);
+  EXPECT_EQ(compiler(), "Toy 9.1") << "behind a pack, too";
+  stored.mode = jit::Mode::kOff;
+  EXPECT_TRUE(contains(words(ErrorCode::kDevice, [&] { (void)compiler(); }), "made by Toy 10.0 (pack)"));
+  stored.mode = jit::Mode::kOn;
+  stored.compiler.name = [](bool) { return ""; };
+  stored.compiler.compile = [](const jit::KernelRequest&) -> jit::Binary {
+    throw Error(ErrorCode::kDevice, "there is no compiler");
+  };
+  EXPECT_EQ(compiler(), "Toy 9.1");
+  fake().refused = "";
+  stored.packs.clear();
+  const std::string sentence = words(ErrorCode::kDevice, [&] { (void)compiler(); });
+  EXPECT_TRUE(contains(sentence, "made by Toy 9.3 (disk)"));
+  EXPECT_TRUE(contains(sentence, "does not serve: there is no compiler"));
+  std::filesystem::remove_all(folder);
+}
+
 }  // namespace
 }  // namespace fovea::cuda

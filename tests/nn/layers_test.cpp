@@ -628,10 +628,55 @@ TEST(Losses, AreTheFormulasWithTheirGradients) {
     const Array entropy = cross_entropy(three(rows), classes4.view(), three(drows));
     expect_loss(entropy, drows, entropies(values(rows), values(classes4)), DType::kFloat32);
   }
+  // What stands in a row that is left out touches nothing.
+  for (const double wild : {std::nan(""), HUGE_VAL, -HUGE_VAL}) {
+    const Array logits = random_array({2, 4}, 1), dlogits = random_array({2, 4}, 2), one = placed(ints({3, -1}));
+    std::vector<double> numbers = values(logits);
+    std::fill(numbers.begin() + 4, numbers.end(), wild);
+    put(logits.view(), numbers);
+    const Array entropy = cross_entropy(logits.view(), one.view(), dlogits.view());
+    std::fill(numbers.begin() + 4, numbers.end(), 0.0);
+    expect_loss(entropy, dlogits, entropies(numbers, {3.0, -1.0}), DType::kFloat32);
+  }
   const Array x = random_array({3, 4}, 1), narrow = random_array({3, 3}, 1), classes(DType::kInt32, {2}, kDevice);
   EXPECT_TRUE(contains(refusal([&] { (void)mean_square(x.view(), narrow.view(), x.view()); }), "target is [3, 3]"));
   EXPECT_TRUE(contains(refusal([&] { (void)cross_entropy(x.view(), classes.view(), x.view()); }),
                        "one for each of the 3 rows"));
+}
+
+TEST(Losses, RefuseWhatTheirKernelsWouldMisread) {
+  const Array x = random_array({3, 4}, 1), wide = random_array({3, 8}, 2), classes = placed(ints({1, 0, 3, 2, 0, 1}));
+  const auto entropy = [&](const Tensor& logits, const Tensor& of) {
+    return refusal([&] { (void)cross_entropy(logits, of, x.view()); });
+  };
+  Tensor three = classes.view();
+  three.shape[0] = 3;
+  (void)cross_entropy(x.view(), three, x.view());
+  Tensor every_other = three, absent = three, elsewhere = three;
+  every_other.strides[0] = 2;
+  EXPECT_TRUE(contains(entropy(x.view(), every_other), "classes is [3], its elements not one behind the other"));
+  absent.data = nullptr;
+  EXPECT_EQ(entropy(x.view(), absent), "classes has no data");
+  elsewhere.device = {DeviceKind::kCuda, 7};
+  EXPECT_TRUE(contains(entropy(x.view(), elsewhere), "classes is on cuda:7 but logits is on "));
+  Tensor negative = three;
+  negative.rank = 2;
+  negative.shape = {-1, -3};
+  negative.strides = {-3, 1};
+  EXPECT_TRUE(contains(entropy(x.view(), negative), "classes is int32 [-1, -3]"));
+  const Array whole(DType::kInt32, {3, 4}, kDevice);
+  EXPECT_EQ(refusal([&] { (void)cross_entropy(whole.view(), three, whole.view()); }),
+            "logits is int32 but must be fp32, fp16 or bf16");
+  EXPECT_EQ(refusal([&] { (void)mean_square(whole.view(), whole.view(), whole.view()); }),
+            "out is int32 but must be fp32, fp16 or bf16");
+  Tensor spread = wide.view(), nowhere = x.view();
+  spread.shape[1] = 4;
+  spread.strides[1] = 2;
+  nowhere.data = nullptr;
+  EXPECT_TRUE(contains(entropy(spread, three), "logits's last dimension has stride 2"));
+  EXPECT_EQ(entropy(nowhere, three), "logits has no data");
+  EXPECT_TRUE(
+      contains(refusal([&] { (void)mean_square(spread, x.view(), x.view()); }), "out's last dimension has str"));
 }
 
 // ---- memory

@@ -193,6 +193,15 @@ def test_a_refusal_is_one_sentence_with_the_value(sentence):
 
 
 @pytest.mark.parametrize(
+    "name, right, wrong", [("window_left", 3, 3.0), ("softcap", 0, False), ("deterministic", True, 1)]
+)
+def test_a_value_of_another_type_is_refused_also_where_an_equal_one_was_taken_before(name, right, wrong):
+    fovea.attention(q, k, v, **{name: right})
+    with pytest.raises(ValueError, match=rf"{name} \({wrong}\) must be"):
+        fovea.attention(q, k, v, **{name: wrong})
+
+
+@pytest.mark.parametrize(
     "sentence, bad",
     {
         "q is fp64, which Fovea does not read": (q.astype(np.float64), k, v),

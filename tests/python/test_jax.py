@@ -86,6 +86,46 @@ def test_a_seed_array_changes_from_call_to_call_without_compiling_again():
     np.testing.assert_array_equal(second, fovea.attention(q, k, v, dropout_p=0.5, seed=7))
 
 
+@pytest.mark.parametrize(
+    "sentence, options",
+    {
+        "seed (True) must be a whole number": dict(seed=True),
+        "seed (-1) must be a whole number": dict(seed=-1),
+        "seed (1.5) must be a whole number from 0 to 2^64 - 1 or uint32 [2], such as": dict(seed=1.5),
+        "seed (float32 [2]) must be": dict(seed=np.array([1.5, 2.5], np.float32)),
+        "seed (int32 [2]) must be": dict(seed=np.array([-1, 2], np.int32)),
+        "seed (uint32 [3]) must be": dict(seed=np.array([1, 2, 3], np.uint32)),
+        "seed (key<fry> []) must be": dict(seed=jax.random.key(0)),
+        "offset (1.5) must be a whole number": dict(seed=np.array([1, 2], np.uint32), offset=1.5),
+        "offset (-1) must be a whole number": dict(seed=np.array([1, 2], np.uint32), offset=-1),
+        "max_seqlen_q (4.5) must be a whole number": dict(seed=1, max_seqlen_q=4.5),
+        "max_seqlen_kv ('4') must be a whole number": dict(seed=1, max_seqlen_kv="4"),
+        "max_seqlen_kv (True) must be a whole number": dict(seed=1, max_seqlen_kv=True),
+    }.items(),
+)
+def test_a_number_that_is_none_is_refused_and_not_converted(sentence, options):
+    with pytest.raises(ValueError) as refusal:
+        fovea.attention(*arrays(), dropout_p=0.5, **options)
+    assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_seed_of_numpy_is_a_number():
+    given = dict(dropout_p=0.5, offset=3)
+    np.testing.assert_array_equal(
+        fovea.attention(*arrays(), seed=np.int64(5), **given), fovea.attention(*arrays(), seed=5, **given)
+    )
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "sink", "alibi_slopes", "q_lengths", "kv_lengths", "cu_seqlens_q"])
+def test_an_array_of_no_dimensions_is_refused_and_not_passed_over(name):
+    number = jnp.array(1, jnp.int32 if "seqlens" in name or "lengths" in name else jnp.float32)
+    given = dict(zip("qkv", arrays())) | {name: number}
+    with pytest.raises(ValueError, match=f"^{name} has no dimensions"):
+        fovea.attention(**given)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="q has 1 dimensions but must be"):
+        fovea.attention(*(array[0, 0, 0] for array in arrays()))
+
+
 def test_vmap_runs_each_element():
     q, k, v = arrays()
     out = jax.vmap(lambda q, k, v: fovea.attention(q[None], k[None], v[None])[0])(q, k, v)

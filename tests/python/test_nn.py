@@ -378,6 +378,19 @@ def test_encoders_take_an_empty_batch(training, packs):
                 assert each(x, src_key_padding_mask=given).shape == x.shape
 
 
+@pytest.mark.parametrize("training, packs", itertools.product([True, False], repeat=2))
+def test_sequences_of_no_tokens_give_none(training, packs):
+    x, padding = torch.randn(2, 0, 32, requires_grad=True), torch.zeros(2, 0, dtype=torch.bool)
+    model = fovea.nn.convert(encoder().train(training), pack_padding=packs)
+    attention = model.layers[0].self_attn
+    for given in (None, padding):
+        for each in (model, model.layers[0], lambda x, src_key_padding_mask: attention(x, x, x, padding, False)[0]):
+            out = each(x, src_key_padding_mask=given)
+            assert out.shape == x.shape and torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+            with torch.no_grad():
+                assert each(x, src_key_padding_mask=given).shape == x.shape
+
+
 def test_hidden_nan_touches_nothing():
     layer = fovea.nn.MultiheadAttention(8, 2, batch_first=True)
     x = torch.randn(2, 6, 8)

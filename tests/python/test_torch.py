@@ -320,6 +320,65 @@ def test_seeds_follow_the_default_generator():
     assert not torch.equal(dropped(q, k, v, seed=1), dropped(q, k, v, seed=1, offset=1))
 
 
+@pytest.mark.parametrize("number", [torch.tensor, np.array], ids=["tensor", "array"])
+def test_numbers_in_arrays_are_read_once_and_not_again_in_the_backward(number):
+    q, k, v = (torch.randn(12, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+    packed = {"cu_seqlens_q": ends, "cu_seqlens_kv": ends, "dropout_p": 0.5}
+    expected = torch.autograd.grad(
+        fovea.attention(q, k, v, seed=7, offset=3, max_seqlen_q=7, max_seqlen_kv=7, **packed).sum(), (q, k, v)
+    )
+    arrays = {"seed": number(7), "offset": number(3), "max_seqlen_q": number(7), "max_seqlen_kv": number(7)}
+    out = fovea.attention(q, k, v, **arrays, **packed)
+    for array in arrays.values():
+        array -= 3
+    assert same(torch.autograd.grad(out.sum(), (q, k, v)), expected)
+
+
+@pytest.mark.parametrize("name", ["seed", "offset", "max_seqlen_q", "max_seqlen_kv"])
+def test_an_array_that_is_no_whole_number_is_refused(name):
+    q, k, v = (torch.randn(12, heads, 16) for heads in (4, 2, 2))
+    ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+    packed = {"cu_seqlens_q": ends, "cu_seqlens_kv": ends, "dropout_p": 0.5, "seed": 1}
+    with pytest.raises(ValueError, match=rf"{name} has the shape \[2\] but must be one number"):
+        fovea.attention(q, k, v, **packed | {name: torch.tensor([7, 7])})
+    with pytest.raises(ValueError, match=rf"{name} \(7.5\) must be a whole number"):
+        fovea.attention(q, k, v, **packed | {name: torch.tensor(7.5)})
+
+
+TRACED = {
+    "compiled": lambda call, q: torch.compile(call)(q),
+    "a subclass": lambda call, q: call(q.as_subclass(Subclass)),
+}
+
+
+@pytest.mark.parametrize("traced", TRACED.values(), ids=TRACED)
+def test_what_eager_calls_refuse_is_refused_where_somebody_traces(traced):
+    q, k, v = tensors(grad=False)
+    for name in ("seed", "offset"):
+        for wrong in (-1, 2**64, 1.5, True):
+            given = {"dropout_p": 0.5, "seed": 1, "offset": 0} | {name: wrong}
+            for way in (lambda call, q: call(q), traced):
+                with pytest.raises(ValueError, match=rf"{name} \({wrong}\) must be a whole number from 0 to 2\^64 - 1"):
+                    way(lambda q, given=given: fovea.attention(q, k, v, **given), q)
+    for out in (torch.zeros(3, 2, 9, 4, 16), torch.zeros(2, 9, 4, 16, dtype=torch.float16)):
+        for way in (lambda call, q: call(q), traced):
+            with pytest.raises(ValueError, match="out (is|has) "):
+                way(lambda q, out=out: fovea.attention(q, k, v, out=out), q)
+        assert not out.any()
+
+
+def test_a_compiled_call_takes_seeds_that_change():
+    q, k, v = tensors(grad=False)
+
+    def dropped(seed, offset):
+        return fovea.attention(q, k, v, dropout_p=0.5, seed=seed, offset=offset)
+
+    compiled = torch.compile(dropped, fullgraph=True)
+    for seed, offset in ((1, 0), (2, 3), (5, 4), (2**63 - 1, 2**40)):
+        assert torch.equal(compiled(seed, offset), dropped(seed, offset))
+
+
 def test_compiled_calls_draw_a_fresh_seed_each_and_follow_the_generator():
     q, k, v = identity()
     twice = torch.compile(lambda: (dropped(q, k, v), dropped(q, k, v)), fullgraph=True)

@@ -12,7 +12,7 @@ namespace fovea::nn {
 class FOVEA_API AdamW {
  public:
   struct Options {
-    float lr = 1e-3F;
+    float lr = 1e-3F;    ///< at least 0, as weight_decay
     float beta1 = 0.9F;  ///< in [0, 1), as beta2
     float beta2 = 0.999F;
     float eps = 1e-8F;  ///< above 0
@@ -27,7 +27,7 @@ class FOVEA_API AdamW {
   /// zero_gradients() before the next backward.
   void step();
 
-  void set_learning_rate(float lr) { options_.lr = lr; }
+  void set_learning_rate(float lr);
 
  private:
   struct Slot {

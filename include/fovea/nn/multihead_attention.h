@@ -13,6 +13,7 @@ struct Rotary {
   float base = 10000.0F;     ///< above 0
   std::int64_t dim = 0;      ///< even, at most head_dim; 0: head_dim
   bool interleaved = false;  ///< pairs are (2c, 2c + 1); else (c, c + dim/2)
+  friend bool operator==(const Rotary&, const Rotary&) = default;
 };
 
 /// What a forward of an attention layer is told besides its inputs.  Names and polarity are torch's: True = ignore.
@@ -59,6 +60,7 @@ class FOVEA_API MultiheadAttention : public Module {
     DType dtype = DType::kFloat32;  ///< fp32, fp16 or bf16; of inputs and outputs too
     Device device{};
     std::uint64_t seed = 0;  ///< of the initial values, distributed as torch's
+    friend bool operator==(const Options&, const Options&) = default;
   };
 
   explicit MultiheadAttention(const Options& options);
@@ -84,7 +86,7 @@ class FOVEA_API MultiheadAttention : public Module {
     Array key;
     Array value;
   };
-  /// Adds to the parameters' gradients.
+  /// Adds to the parameters' gradients.  `state` is of this layer's forward, or of one with the same options.
   [[nodiscard]] InputGradients backward(const State& state, const Tensor& dout);
 
   void visit(const std::string& prefix, const Visit& visit) override;

@@ -36,6 +36,7 @@ class FOVEA_API TransformerEncoderLayer : public Module {
     DType dtype = DType::kFloat32;
     Device device{};
     std::uint64_t seed = 0;
+    friend bool operator==(const Options&, const Options&) = default;
   };
 
   explicit TransformerEncoderLayer(const Options& options);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fovea import _core
-from fovea._arguments import rules
+from fovea._arguments import rules, whole
 
 _TARGET = "fovea_attention"
 for _handler, _platform in zip(_core.xla_handlers(), ("cpu", "CUDA")):
@@ -88,19 +89,43 @@ def attention(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_kv=cu_seqlens_kv,
     )
+    for name, array in arrays.items():  # to the library a tensor of no dimensions is one that is not there
+        if name not in ("mask", "bias") and array is not None and jnp.ndim(array) == 0:
+            raise ValueError(f"{name} has no dimensions; give an array that has some")
     words = _words(softmax_scale, causal, window_left, window_right, softcap, deterministic)
     if dropout_p:
         words.append(f"dropout={np.float32(dropout_p)}")
         if seed is None:
             raise ValueError(f"dropout_p ({dropout_p}) needs a seed: JAX has no default generator to draw one from")
-        if isinstance(seed, int):
-            words += [f"seed={seed}", f"offset={offset}"]
+        offset = int(whole("offset", offset))
+        if isinstance(seed, (int, np.integer)):
+            words += [f"seed={int(whole('seed', seed))}", f"offset={offset}"]
         else:
             halves = jnp.array([offset % 2**32, offset // 2**32], jnp.uint32)
-            arrays["seed"] = jnp.concatenate([jnp.asarray(seed, jnp.uint32).reshape(2), halves])
-    static = _Static(" ".join(words), layout, backend or "", max_seqlen_q or 0, max_seqlen_kv or 0)
+            arrays["seed"] = jnp.concatenate([_key_data(seed), halves])
+    longest = (_length("max_seqlen_q", max_seqlen_q), _length("max_seqlen_kv", max_seqlen_kv))
+    static = _Static(" ".join(words), layout, backend or "", *longest)
     out, lse = _attend(static, {name: array for name, array in arrays.items() if array is not None})
     return (out, lse) if return_lse else out
+
+
+def _key_data(seed: Any) -> jax.Array:
+    """Both halves of a seed that is an array; conversions would make another seed of what is none."""
+    if getattr(seed, "shape", None) != (2,) or seed.dtype != jnp.uint32:
+        given = f"{seed.dtype} {list(seed.shape)}" if hasattr(seed, "dtype") else repr(seed)
+        raise ValueError(
+            f"seed ({given}) must be a whole number from 0 to 2^64 - 1 or uint32 [2], such as jax.random.key_data(key)"
+        )
+    return jnp.asarray(seed)
+
+
+def _length(name: str, number: Any) -> int:
+    """A longest length as it travels; 0 is none."""
+    if number is None:
+        return 0
+    if isinstance(number, bool) or not hasattr(number, "__index__") or not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} ({number!r}) must be a whole number of 64 bits")
+    return operator.index(number)
 
 
 def _words(
@@ -129,13 +154,12 @@ def _words(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: _Static, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     q, v = arrays["q"], arrays["v"]
-    *rows, heads_or_rows = q.shape[:-1]
-    if q.ndim == 4 and static.layout == "bshd":
+    if q.ndim == 3:
+        lse_shape = (q.shape[1], q.shape[0])
+    elif q.ndim == 4 and static.layout == "bshd":
         lse_shape = (q.shape[0], q.shape[2], q.shape[1])
-    elif q.ndim == 4:
+    else:  # "bhsd", or what the library refuses
         lse_shape = q.shape[:3]
-    else:
-        lse_shape = (heads_or_rows, *rows)
     results = {
         "out": jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype),
         "lse": jax.ShapeDtypeStruct(lse_shape, jnp.float32),

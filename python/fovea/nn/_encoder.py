@@ -169,7 +169,6 @@ def _packs(src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: 
         padding is not None
         and not src.is_nested
         and src.dim() == 3
-        and src.numel() > 0
         and can_pack(padding, src, batch_first)
         and (mask is None or is_causal)
     )

@@ -12,9 +12,9 @@ from fovea import _core
 
 
 def can_pack(padding: Tensor, x: Tensor, batch_first: bool) -> bool:
-    """Whether a key_padding_mask tells of x's tokens; what does not fit is refused where masks are read."""
+    """Whether a key_padding_mask tells of x's tokens, some; what does not fit is refused where masks are read."""
     shape = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
-    return padding.dtype == torch.bool and padding.shape == shape and padding.device == x.device
+    return padding.dtype == torch.bool and padding.shape == shape and padding.device == x.device and padding.numel() > 0
 
 
 class Packing:

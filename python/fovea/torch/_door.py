@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 
 from fovea import _core
-from fovea._arguments import numbers, rules
+from fovea._arguments import now, numbers, rules, whole
 from fovea.torch import _nested, _ops, _seeds
 
 #: Tensors without a dispatch of their own.
@@ -147,6 +147,8 @@ def attention(
             max_seqlen_q,
             max_seqlen_kv,
         )
+    if dropout_p and not is_dynamo_compiling():
+        seed, offset = now("seed", seed), now("offset", offset)
     if not plainly_eager(q, k, v):
         q, k, v, others, layout, packed_again = _prepared(q, k, v, others, layout, out)
     options = (
@@ -164,8 +166,10 @@ def attention(
     if torch.compiler.is_compiling() or _watched(q, k, v):
         if not dropout_p:
             seed_tensor = None
+        elif seed is None:
+            seed_tensor = _ops.draw_seed(q)
         else:
-            seed_tensor = _ops.draw_seed(q) if seed is None else _seeds.to_tensor(seed, offset)
+            seed_tensor = _seeds.to_tensor(whole("seed", seed), whole("offset", offset))
         if out is not None:
             _check_out(out, q, k, v, *(others or ())[1:4])
         result, lse = _ops.attention(
@@ -177,6 +181,7 @@ def attention(
             *(options if is_dynamo_compiling() else numbers(*options)),
         )
         if out is not None:
+            _check_like(out, result)
             result = out.copy_(result)
         elif packed_again is not None:
             result = packed_again(result)
@@ -288,7 +293,7 @@ def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
 
 
 def _readable(*others: Any) -> tuple[Any, ...]:
-    """What `extras` gives, as tensors whose signs stand in their numbers; arrays of other frameworks become tensors."""
+    """What `extras` gives: tensors whose signs stand in their numbers, of whatever framework's arrays, and numbers."""
     if is_dynamo_compiling():
         return others
     *arrays, max_seqlen_q, max_seqlen_kv = others
@@ -298,7 +303,7 @@ def _readable(*others: Any) -> tuple[Any, ...]:
         if not isinstance(array, Tensor):
             array = _from_elsewhere(_EXTRAS[place], array)
         arrays[place] = array.resolve_neg()
-    return (*arrays, max_seqlen_q, max_seqlen_kv)
+    return (*arrays, now("max_seqlen_q", max_seqlen_q), now("max_seqlen_kv", max_seqlen_kv))
 
 
 def _from_elsewhere(name: str, array: Any) -> Tensor:
@@ -362,6 +367,15 @@ def _check_out(out: Any, *sources: Tensor | None) -> None:
         raise ValueError("out cannot be given where gradients are wanted; call under torch.no_grad() or leave it out")
     if out.is_neg():
         raise ValueError("out is a view whose sign is only a bit, and would read what is written negated; give another")
+
+
+def _check_like(out: Tensor, result: Tensor) -> None:
+    """copy_ would broadcast, convert and move."""
+    if (out.shape, out.dtype, out.device) != (result.shape, result.dtype, result.device):
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)} on {out.device} but must be {result.dtype} {list(result.shape)}"
+            f" on {result.device}"
+        )
 
 
 def _refuse_transforms(*gradients: Tensor | None) -> None:

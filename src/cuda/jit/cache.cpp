@@ -122,19 +122,32 @@ std::shared_ptr<const Binary> Cache::find(const KernelRequest& request) {
 
 const Kernel& Cache::load(const KernelRequest& request, int gpu) {
   const std::string key = content_key(request);
-  const auto made = [&] {
+  const auto made = [&]() -> std::shared_ptr<const Kernel> {
     const std::shared_ptr<const Binary> known = binary(request);
+    std::optional<Error> failure;
     try {
       return std::make_shared<const Kernel>(known, gpu);
     } catch (const RefusedKernel& refusal) {  // a stored one of another compiler: the driver may take what is made here
-      if (mode_ != Mode::kOn || known->compiler == compiler_.name(true)) throw;
+      failure = refusal;
+    }
+    if (mode_ == Mode::kOn && known->compiler != compiler_.name(true)) {
       try {
         return std::make_shared<const Kernel>(compile(request, key), gpu);
       } catch (const Error& error) {
-        throw Error(error.code(),
-                    refusal.what() + std::string("; and one compiled here does not serve: ") + error.what());
+        failure = Error(error.code(),
+                        failure->what() + std::string("; and one compiled here does not serve: ") + error.what());
       }
     }
+    std::shared_ptr<const Kernel> another;
+    const auto loads = [&](const Binary& stored) {
+      try {
+        another = std::make_shared<const Kernel>(std::make_shared<const Binary>(stored), gpu);
+      } catch (const RefusedKernel&) {  // perhaps the next one
+      }
+      return another != nullptr;
+    };
+    if (mode_ != Mode::kOff && disk_.find(request, key, "", loads)) return another;
+    throw Error(*failure);
   };
   return *kernels_.get({key, gpu}, made);
 }

@@ -92,7 +92,8 @@ class FOVEA_API Cache {
   /// The same without compiling: null where it is nowhere.
   [[nodiscard]] std::shared_ptr<const Binary> find(const KernelRequest& request);
 
-  /// Loaded once for each GPU; the reference stays good.  What the driver refuses of others' making is compiled here.
+  /// Loaded once for each GPU; the reference stays good.  What the driver refuses of others' making is compiled here,
+  /// or is on the disk once more by a compiler whose kernels the driver takes.
   [[nodiscard]] const Kernel& load(const KernelRequest& request, int gpu);
 
   /// What `fovea tune` measured on GPUs of this name: beside the kernels of this build, and none where those are not

@@ -47,8 +47,8 @@ fs::path Disk::tiles_of(const std::string& gpu) const {
   return folder_ / std::string(build_id) / ("tiles-" + name + ".txt");
 }
 
-std::optional<Binary> Disk::find(const KernelRequest& request, const std::string& key,
-                                 const std::string& compiler) const {
+std::optional<Binary> Disk::find(const KernelRequest& request, const std::string& key, const std::string& compiler,
+                                 const std::function<bool(const Binary&)>& serves) const {
   if (folder_.empty()) return {};
   const fs::path folder = folder_of(request.arch);
   const std::string stem = stem_of(request.name, key);
@@ -67,7 +67,7 @@ std::optional<Binary> Disk::find(const KernelRequest& request, const std::string
     std::optional<Binary> binary = bytes ? read_record(*bytes, key) : std::nullopt;
     if (!binary || (!compiler.empty() && binary->compiler != compiler)) continue;
     binary->source = Source::kDisk;
-    return binary;
+    if (!serves || serves(*binary)) return binary;
   }
   return {};
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -17,9 +18,10 @@ class Disk {
 
   [[nodiscard]] const std::filesystem::path& folder() const { return folder_; }
 
-  /// `compiler` empty: whoever compiled it.
+  /// `compiler` empty: whoever compiled it.  Where there are several, the first that serves.
   [[nodiscard]] std::optional<Binary> find(const KernelRequest& request, const std::string& key,
-                                           const std::string& compiler) const;
+                                           const std::string& compiler,
+                                           const std::function<bool(const Binary&)>& serves = {}) const;
   void store(const Binary& binary) const;
 
   /// While it lives, no other process compiles this kernel; so says everybody who could open the folder's lock file,

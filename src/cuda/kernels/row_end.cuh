@@ -12,7 +12,7 @@ struct RowEnd {
 };
 template <auto S>
 FOVEA_DEVICE RowEnd end_of_row(const CallParams& p, int head, float reference, float sum) {
-  if (sum == 0.0F) return {0.0F, -infinity(), true};  // a visible key leaves more, or a NaN
+  if (sum == 0.0F) return {0.0F, -infinity(), true};  // no visible score above −inf: another leaves more, or a NaN
   float factor = 1.0F;
   if (p.sink != nullptr) {
     const float sink = p.sink[head] * kLog2E, top = fmaxf(sink, reference);

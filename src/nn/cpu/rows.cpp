@@ -257,7 +257,11 @@ void entropies(const LossTile& t) {
     const char* x = t.x.data + r * t.x.stride;
     char* dx = t.dx.data + r * t.dx.stride;
     const i64 wanted = t.classes[r];
-    const bool counts = wanted >= 0 && wanted < t.columns;
+    if (wanted < 0 || wanted >= t.columns) {  // whatever stands in the row, NaN too
+      t.losses[r] = 0.0F;
+      for (i64 c = 0; c < t.columns; c += kWidth) write(dx, t.x.type, c, t.columns, V{});
+      continue;
+    }
     V most = splat(read(x, t.x.type, 0, t.columns)[0]);
     for (i64 c = 0; c < t.columns; c += kWidth) {
       V at = read(x, t.x.type, c, t.columns);
@@ -269,12 +273,11 @@ void entropies(const LossTile& t) {
     const auto weight = [&](i64 c) {
       return within(exp2((read(x, t.x.type, c, t.columns) - splat(top)) * splat(kLog2E)), c, t.columns);
     };
-    const float total = sum_of(t.columns, weight), share = counts ? t.share : 0.0F;
-    const float seen = counts ? widen(x + wanted * bytes(t.x.type), t.x.type) : 0.0F;
-    t.losses[r] = share * (__builtin_logf(total) + top - seen);
+    const float total = sum_of(t.columns, weight), seen = widen(x + wanted * bytes(t.x.type), t.x.type);
+    t.losses[r] = t.share * (__builtin_logf(total) + top - seen);
     for (i64 c = 0; c < t.columns; c += kWidth) {
-      V gradient = weight(c) * splat(share / total);
-      if (wanted >= c && wanted < c + kWidth) gradient[wanted - c] -= share;
+      V gradient = weight(c) * splat(t.share / total);
+      if (wanted >= c && wanted < c + kWidth) gradient[wanted - c] -= t.share;
       write(dx, t.x.type, c, t.columns, gradient);
     }
   }

@@ -11,6 +11,7 @@
 #include "nn/cuda/cublas_lt.h"
 #include "nn/cuda/kernels.h"
 #include "nn/cuda/memory.h"
+#include "nn/layout.h"
 #include "problem/refuse.h"
 
 namespace fovea::nn {
@@ -40,15 +41,6 @@ cuda::LayerView view_of(const Tensor& t) {
   cuda::LayerView view{.data = static_cast<char*>(t.data), .strides = {}, .dtype = static_cast<int>(t.dtype)};
   std::copy_n(t.strides.begin(), t.rank, view.strides + Tensor::kMaxRank - t.rank);
   return view;
-}
-
-bool dense(const Tensor& t) {
-  i64 stride = 1;
-  for (int i = t.rank - 1; i >= 0; --i) {
-    if (t.shape[i] != 1 && t.strides[i] != stride) return false;
-    stride *= t.shape[i];
-  }
-  return true;
 }
 
 std::span<const i64> shape_of(const Tensor& t) { return std::span(t.shape).first(static_cast<std::size_t>(t.rank)); }

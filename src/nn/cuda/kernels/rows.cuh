@@ -270,17 +270,21 @@ FOVEA_DEVICE void entropies(const LossParams& p) {
   each_row(p.rows, [&](i64 row) {
     const RowOf<S.type> x(p.x, row), dx(p.dx, row);
     const int wanted = p.classes[row];
-    const bool counts = wanted >= 0 && wanted < p.columns;
+    if (wanted < 0 || wanted >= p.columns) {  // whatever stands in the row, NaN too
+      if (lane_id() == 0) p.losses[row] = 0.0F;
+      for (int c = lane_id(); c < p.columns; c += kWarp) dx.put(c, 0.0F);
+      return;
+    }
     float most = -infinity(), total = 0.0F;
     for (int c = lane_id(); c < p.columns; c += kWarp) most = fmaxf(most, x[c]);
     for (int step = kWarp / 2; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, step));
     for (int c = lane_id(); c < p.columns; c += kWarp) total += expf(x[c] - most);
     total = warp_sum(total);
-    const float share = counts ? p.share : 0.0F, seen = counts ? x[wanted] : 0.0F;
-    if (lane_id() == 0) p.losses[row] = share * (logf(total) + most - seen);
+    const float seen = x[wanted];
+    if (lane_id() == 0) p.losses[row] = p.share * (logf(total) + most - seen);
     __syncwarp();  // dx may be x
     for (int c = lane_id(); c < p.columns; c += kWarp) {
-      dx.put(c, share * (expf(x[c] - most) / total - (c == wanted ? 1.0F : 0.0F)));
+      dx.put(c, p.share * (expf(x[c] - most) / total - (c == wanted ? 1.0F : 0.0F)));
     }
   });
 }
