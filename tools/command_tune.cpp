@@ -173,7 +173,8 @@ std::vector<Contender> Tune::compiled(const Problem& problem, const std::string&
       },
       &work);
   bar_.clear();
-  std::erase_if(contenders, [](const Contender& contender) { return std::ranges::count(contender.binaries, nullptr); });
+  std::erase_if(contenders,
+                [](const Contender& contender) { return std::ranges::count(contender.binaries, nullptr) > 0; });
   return contenders;
 }
 

@@ -19,30 +19,38 @@ struct Tile {
   int most_keys = 0;               // where more are not its strength; 0: any number
   int min_blocks = 1;              // on a multiprocessor at once
   bool in_turns = true;            // dq may be added up in turns
+  int least_options = 0;
 
   static constexpr int kAnyOptions = 99;
 };
 
 /// What options want of a backward's registers.
-int weight_of(const BackwardSpec& s) { return s.mask + 2 * s.dropout + 2 * s.alibi + 4 * s.bias + 16 * s.softcap; }
+constexpr int kBias = 8, kSoftcap = 16;
+int weight_of(const BackwardSpec& s) {
+  return s.mask + 2 * s.dropout + 2 * s.alibi + kBias * s.bias + kSoftcap * s.softcap;
+}
 
 // Measured on an H100 (docs/notes).  dk and dv of a block fill half of its registers, P and dS a quarter; the first
 // that fits the shared memory is taken.
 constexpr std::array kTiles16{
     Tile{64, 64, 64, 4, 2, 0, 1024, 3},
-    Tile{64, 128, 128, 8, 2, 0},
+    Tile{64, 128, 128, 8, 2, 1},
+    Tile{64, 64, 64, 4, 2, 2},
+    Tile{64, 64, 64, 4, 1, 13, 0, 1, true, kBias},
     Tile{64, 64, 128, 8, 3},
     Tile{64, 64, 64, 8, 2},
     Tile{64, 64, 64, 8, 1},
     Tile{80, 64, 128, 8, 3, 4},
     Tile{80, 64, 128, 8, 2, 4},
-    Tile{96, 96, 128, 8, 2, 0},
+    Tile{96, 64, 64, 4, 2, 0},
     Tile{128, 64, 128, 8, 3, 4},
-    Tile{128, 64, 128, 8, 2, 9},
-    Tile{128, 64, 64, 8, 2},
+    Tile{128, 64, 128, 8, 2, 5},
+    Tile{128, 64, 64, 4, 1, 1},
+    Tile{128, 64, 64, 4, 1, 13, 0, 1, true, kBias},
+    Tile{96, 64, 64, 4, 1, kSoftcap, 0, 1, true, kSoftcap},
     Tile{128, 32, 128, 8, 3},
     Tile{128, 32, 128, 8, 2},
-    Tile{128, 32, 64, 8, 1},
+    Tile{128, 32, 64, 4, 2},
     Tile{128, 32, 64, 4, 1},
     Tile{160, 64, 128, 8, 2, 0},
     Tile{160, 64, 64, 8, 2},
@@ -59,9 +67,10 @@ constexpr std::array kTiles16{
     Tile{512, 16, 16, 8, 1},
 };
 constexpr std::array kTiles32{
-    Tile{64, 64, 64, 8, 2},  Tile{64, 64, 64, 8, 1},     Tile{64, 32, 64, 8, 1},  Tile{64, 32, 32, 4, 1},
-    Tile{128, 32, 64, 8, 1}, Tile{128, 32, 32, 4, 1},    Tile{128, 16, 32, 4, 1}, Tile{256, 32, 32, 8, 1},
-    Tile{256, 16, 16, 8, 1}, Tile{512, 16, 32, 8, 1, 0}, Tile{512, 16, 16, 8, 1},
+    Tile{64, 64, 64, 4, 1, 3},  Tile{64, 64, 64, 8, 2},    Tile{64, 64, 64, 8, 1},  Tile{64, 32, 64, 8, 1},
+    Tile{64, 32, 32, 4, 1},     Tile{96, 32, 64, 4, 1, 0}, Tile{96, 32, 32, 4, 1},  Tile{128, 32, 32, 4, 1},
+    Tile{128, 32, 64, 8, 1},    Tile{128, 16, 32, 4, 1},   Tile{256, 32, 32, 8, 1}, Tile{256, 16, 16, 8, 1},
+    Tile{512, 16, 32, 8, 1, 0}, Tile{512, 16, 16, 8, 1},
 };
 // Without a unit for products, short code matters more than reuse.
 constexpr std::array kTilesByShuffles{Tile{512, 32, 32, 4, 1}, Tile{512, 16, 32, 8, 1}, Tile{512, 16, 16, 8, 1}};
@@ -133,7 +142,8 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
            (tile.in_turns || !spec.deterministic) && (spec.async_copy || spec.stages == 1);
   };
   const auto suits = [&](const Tile& tile) {
-    return weight_of(spec) <= tile.most_options && (tile.most_keys == 0 || problem.seqlen_kv <= tile.most_keys);
+    return tile.least_options <= weight_of(spec) && weight_of(spec) <= tile.most_options &&
+           (tile.most_keys == 0 || problem.seqlen_kv <= tile.most_keys);
   };
   TileReader reader(gpu.choices, gpu.names, kPortableName, problem);
   const Tile* tile = reader.read(table_of(spec), fits, suits, [&] { return name_of(shape); });

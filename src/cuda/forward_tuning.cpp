@@ -76,9 +76,11 @@ constexpr std::array kTiles32{
     Tile{64, 128, 32, 4, 1, 2, 2, false, 6, 0, Tile::kAnyBand, true},
     Tile{64, 128, 32, 4, 1, 2, 2, false, 6},
     Tile{80, 128, 16, 4, 1, 2, 2, false, 0, 0, Tile::kNoBand},
-    Tile{96, 64, 32, 4, 1, 2, 1},  // 128 rows want 3 registers more than there are
+    Tile{96, 128, 16, 4, 1, 2, 2, false, 0, 0, Tile::kNoBand},
+    Tile{96, 64, 32, 4, 1, 2, 1},
     Tile{128, 128, 16, 4, 1, 2, 2, false, 0, 0, Tile::kNoBand},
     Tile{128, 64, 32, 4, 1, 2, 1},
+    Tile{256, 64, 16, 4, 1, 1, 1, false, 0, 0, Tile::kNoBand},
     Tile{256, 64, 32, 4, 1, 1, 1, false, 0},
     Tile{512, 64, 16, 4, 1, 1, 1},
     Tile{512, 32, 16, 2, 1, 1, 1},

@@ -55,6 +55,8 @@ constexpr std::array kTiles{
     Tile{128, 2, 128, 2, 2, false, true, 4, true, false},
     Tile{128, 2, 128, 2, 2, false, false, 2},
     Tile{96, 2, 128, 2, 2, false, true, 4},
+    Tile{128, 2, 96, 2, 2, false, false, 3},
+    Tile{128, 2, 128, 2, 2, false, false, 5, false},
     Tile{128, 2, 96, 2, 2, false, false, 7},
     Tile{192, 2, 96, 2, 1, false, true, 2, true, false},
     Tile{192, 2, 96, 2, 1, false, false, 2},
