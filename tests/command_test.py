@@ -190,7 +190,8 @@ class Help(CommandTest):
                 self.refuse(*command, "--seed", seed, says=f"--seed: '{seed}' is no whole number from 0 to 18446744073709551615")
         self.fovea("check", LINE, "--seed", "18446744073709551615")
         self.refuse("tune", LINE, "--device", "cpu", says="--device cpu has no tiles to choose; name a GPU, as in cuda:0")
-        self.refuse("tune", LINE, "--seconds", "0", says="--seconds")
+        for seconds in ("0", "nan", "-nan", "inf"):
+            self.refuse("tune", LINE, f"--seconds={seconds}", says=f"--seconds ({seconds}) must lie between 0.001 and 3600")
         self.refuse("precompile", LINE, says="--arch")
         self.refuse("precompile", LINE, "--arch", "sm_80", says="--out")
         for arch in ("sm_8", "sm_80a", "sm_a", "sm_90aa", "90a"):

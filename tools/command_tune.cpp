@@ -309,6 +309,12 @@ ExitCode Tune::run() {
 
 }  // namespace
 
-ExitCode command_tune(const TuneArguments& arguments) { return Tune(arguments).run(); }
+ExitCode command_tune(const TuneArguments& arguments) {
+  if (!(arguments.effort.seconds >= 0.001 && arguments.effort.seconds <= 3600)) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--seconds ({}) must lie between 0.001 and 3600", arguments.effort.seconds));
+  }
+  return Tune(arguments).run();
+}
 
 }  // namespace fovea::tools

@@ -208,8 +208,7 @@ void add_tune(CLI::App& fovea, Action& action) {
   command.option("--device", said.runner.device, "DEVICE", "cuda:N")->capture_default_str();
   command.option("--backend", said.runner.options.backend, "NAME", "for this backend");
   command.option("--seconds", said.effort.seconds, "S", "for each tile that comes into question")
-      ->capture_default_str()
-      ->check(CLI::Range(0.001, 3600.0).description(""));
+      ->capture_default_str();
   command.number("--jobs", said.jobs, 0, kMostThreads,
                  "kernels compiled at once; 0: as many as the process may use threads");
   command.flag("--forget", said.forget, "the tables' tiles again, for all problems on this GPU");
