@@ -19,6 +19,7 @@ SAMPLE = Path(__file__).resolve().parent.parent / "examples" / "data" / "minilm.
 LINE = "fwd fp32 b1 hq2 sq16 d8"
 TOO_LARGE = "fwd fp32 b1024 hq1024 sq1048576 d128"  # valid, and more than any memory
 GPUS = len(json.loads(subprocess.run([FOVEA, "doctor", "--json"], capture_output=True, check=True).stdout)["cuda"]["gpus"])
+FAKE_DRIVER = Path(FOVEA).resolve().parent / "tests" / "fake_driver"  # a libcuda that claims GPUs
 FORMATS = {"F32": "f", "F16": "e", "I32": "i", "I64": "q", "U8": "B", "BOOL": "?"}
 
 
@@ -201,6 +202,14 @@ class Help(CommandTest):
         self.refuse("precompile", LINE, "--arch", "sm_80", "--check", "--known-spills", known, says="cannot be read")
         known.write_text("# a comment\nforward_bf16_d64 sm_80\n")
         self.refuse("precompile", LINE, "--arch", "sm_80", "--check", "--known-spills", known, says="write KERNEL sm_NN BYTES")
+
+    @unittest.skipUnless(FAKE_DRIVER.exists(), "the driver of tests/faults is not built")
+    def test_tiles_are_forgotten_all_together_or_not_at_all(self):
+        gpu = {"LD_LIBRARY_PATH": str(FAKE_DRIVER), "FOVEA_CACHE_DIR": self.path("cache")}
+        self.refuse("tune", "--forget", LINE, says=f"--forget drops the tiles of all problems, not those of '{LINE}' alone", env=gpu)
+        self.refuse("tune", "--forget", says="there is no folder to keep tiles in", env={**gpu, "FOVEA_JIT": "off"})
+        self.refuse("tune", "--forget", says="fovea cannot be written; set FOVEA_CACHE_DIR", env={**gpu, "FOVEA_CACHE_DIR": str(Path(FOVEA).resolve())})
+        self.assertIn("0 kinds of problems have a tile of their own", self.fovea("tune", "--forget", env=gpu))
 
     def test_a_full_disk_under_standard_output_is_a_failure(self):
         with open("/dev/full", "w") as full:

@@ -12,6 +12,7 @@
 #include "cuda/planned_call.h"
 #include "cuda/requests.h"
 #include "device_call.h"
+#include "files/tensor_data.h"
 #include "terminal.h"
 #include "timing.h"
 #include "workload.h"
@@ -290,12 +291,12 @@ void Tune::tune(const Problem& problem) {
 }
 
 ExitCode Tune::run() {
-  if (asked_.forget) return forget();
-  if (asked_.lines.empty()) {
+  if (asked_.lines.empty() && !asked_.forget) {
     tell();
     return kDone;
   }
   require_kept();
+  if (asked_.forget) return forget();
   std::vector<Problem> problems;
   for (const std::string& line : problem_lines(asked_.lines)) problems.push_back(parse_problem(line));
   for (const Problem& problem : problems) {
@@ -313,6 +314,11 @@ ExitCode command_tune(const TuneArguments& arguments) {
   if (!(arguments.effort.seconds >= 0.001 && arguments.effort.seconds <= 3600)) {
     throw Error(ErrorCode::kInvalidArgument,
                 fmt::format("--seconds ({}) must lie between 0.001 and 3600", arguments.effort.seconds));
+  }
+  if (arguments.forget && !arguments.lines.empty()) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--forget drops the tiles of all problems, not those of {} alone; leave the line out",
+                            files::in_quotes(arguments.lines.front())));
   }
   return Tune(arguments).run();
 }
