@@ -172,6 +172,25 @@ TEST(Workload, NoticesEveryByteThatARunMayNotWrite) {
   EXPECT_GT(gaps, 10);
 }
 
+TEST(Shortened, KeepsTheSequencesWithTheMostRowsAndKeys) {
+  const auto line = [](const char* text) {
+    const Problem problem = shortened(parse_problem(text), 300);
+    validate(problem);
+    return to_string(problem);
+  };
+  EXPECT_EQ(line("fwd bf16 hq8 hkv4 d64 packed=5+7+4000 qlen=4,6,350 kvlen=1,2,3"),
+            "fwd bf16 hq4 hkv2 d64 packed=300+7 qlen=300,6 kvlen=3,2");
+  EXPECT_EQ(line("bwd bf16 hq1 d64 packed_q=9+9+2 packed_kv=0+500+1000"),
+            "bwd bf16 hq1 hkv1 d64 packed_q=9+9 packed_kv=300+0");
+  EXPECT_EQ(line("fwd bf16 b3 hq1 sq4096 d64 kvlen=0,0,4096"), "fwd bf16 b2 hq1 hkv1 sq300 skv300 d64 kvlen=300,0");
+  EXPECT_EQ(line("fwd bf16 b1 hq1 sq1 skv4096 d64 causal=bottom_right"),
+            "fwd bf16 b1 hq1 hkv1 sq1 skv300 d64 causal=bottom_right");
+  for (std::uint64_t seed = 0; seed < 2000; ++seed) {
+    const Problem problem = random_problem(seed);
+    EXPECT_NO_THROW(validate(shortened(problem, 3))) << to_string(problem);
+  }
+}
+
 TEST(RandomProblem, IsValidAndSurvivesItsLine) {
   for (std::uint64_t seed = 0; seed < 3000; ++seed) {
     const Problem problem = random_problem(seed);

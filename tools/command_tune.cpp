@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <utility>
 
 #include "command.h"
 #include "cpu/threads.h"
@@ -45,31 +46,6 @@ std::string tile_of(const Report& report) {
     if (key == "tile") return value;
   }
   return {};
-}
-
-/// A problem of the same options and head dims, with the first sequences' first rows and keys.
-Problem shortened(Problem problem) {
-  const auto shorten = [](Lengths& lengths, std::int64_t many) {
-    if (static_cast<std::int64_t>(lengths.values.size()) > many) lengths.values.resize(static_cast<std::size_t>(many));
-    for (std::int64_t& length : lengths.values) length = std::min(length, kChecked);
-  };
-  const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
-  problem.batch = std::min<std::int64_t>(problem.batch, 2);
-  problem.num_kv_heads = std::min<std::int64_t>(problem.num_kv_heads, 2);
-  problem.num_q_heads = problem.num_kv_heads * group;
-  problem.seqlen_q = std::min(problem.seqlen_q, kChecked), problem.seqlen_kv = std::min(problem.seqlen_kv, kChecked);
-  for (Lengths* lengths : {&problem.q_lengths, &problem.kv_lengths, &problem.packed_q, &problem.packed_kv})
-    shorten(*lengths, problem.batch);
-  problem.total_q = std::min(problem.total_q, problem.batch * problem.seqlen_q);
-  problem.total_kv = std::min(problem.total_kv, problem.batch * problem.seqlen_kv);
-  const auto sum_up = [](const Lengths& lengths, std::int64_t& longest, std::int64_t& total) {
-    if (lengths.values.empty()) return;
-    longest = total = 0;
-    for (const std::int64_t length : lengths.values) longest = std::max(longest, length), total += length;
-  };
-  sum_up(problem.packed_q, problem.seqlen_q, problem.total_q);
-  sum_up(problem.packed_kv, problem.seqlen_kv, problem.total_kv);
-  return problem;
 }
 
 class Tune {
@@ -205,7 +181,7 @@ void Tune::measure_all(std::vector<Contender>& contenders, const std::string& ta
 
 /// What the double reference says against a tile; empty: nothing.
 std::string Tune::fault_of(Problem problem, const std::string& backend, const std::string& tile) {
-  problem = shortened(problem);
+  problem = shortened(std::move(problem), kChecked);
   const std::string kind = cuda::kind_of(backend, problem), before = choices_.find(kind);
   choices_.set(kind, tile);
   std::string fault;

@@ -3,8 +3,10 @@
 #include <fovea/error.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <string>
@@ -460,6 +462,40 @@ std::string Workload::damage() const {
     if (std::ranges::any_of(gaps, [](std::byte b) { return b != std::byte{kPoison}; })) return "a gap of an output";
   }
   return {};
+}
+
+Problem shortened(Problem problem, std::int64_t longest) {
+  const std::array all{&problem.packed_q, &problem.packed_kv, &problem.q_lengths, &problem.kv_lengths};
+  std::vector<std::size_t> order(static_cast<std::size_t>(problem.batch));  // short ones would leave nothing to check
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  const auto sizes = [&](std::size_t sequence) {
+    std::array<std::int64_t, 4> found{};
+    for (std::size_t i = 0; i < all.size(); ++i)
+      if (!all[i]->values.empty()) found[i] = all[i]->values[sequence];
+    return found;
+  };
+  std::ranges::stable_sort(order, std::greater<>(), sizes);
+  const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
+  problem.batch = std::min<std::int64_t>(problem.batch, 2);
+  problem.num_kv_heads = std::min<std::int64_t>(problem.num_kv_heads, 2);
+  problem.num_q_heads = problem.num_kv_heads * group;
+  problem.seqlen_q = std::min(problem.seqlen_q, longest), problem.seqlen_kv = std::min(problem.seqlen_kv, longest);
+  for (Lengths* lengths : all) {
+    if (lengths->values.empty()) continue;
+    std::vector<std::int64_t> kept;
+    for (std::int64_t i = 0; i < problem.batch; ++i) kept.push_back(std::min(lengths->values[order[i]], longest));
+    lengths->values = std::move(kept);
+  }
+  problem.total_q = std::min(problem.total_q, problem.batch * problem.seqlen_q);
+  problem.total_kv = std::min(problem.total_kv, problem.batch * problem.seqlen_kv);
+  const auto sum_up = [](const Lengths& lengths, std::int64_t& most, std::int64_t& total) {
+    if (lengths.values.empty()) return;
+    most = total = 0;
+    for (const std::int64_t length : lengths.values) most = std::max(most, length), total += length;
+  };
+  sum_up(problem.packed_q, problem.seqlen_q, problem.total_q);
+  sum_up(problem.packed_kv, problem.seqlen_kv, problem.total_kv);
+  return problem;
 }
 
 }  // namespace fovea::tools

@@ -69,4 +69,8 @@ class Workload {
   std::optional<cpu::Results> exact_;
 };
 
+/// A problem of the same options and head dims for which the oracle has time: of the two sequences with the most rows,
+/// and keys, the first `longest` ones.
+[[nodiscard]] Problem shortened(Problem problem, std::int64_t longest);
+
 }  // namespace fovea::tools
