@@ -478,6 +478,16 @@ class Run(CommandTest):
         for option in ("--json", "--html"):
             self.refuse("bench", TOO_LARGE, option, self.path("no/such/folder"), says="no/such/folder")
 
+    def test_one_file_does_not_take_two_outputs(self):
+        one, same = self.path("one"), self.path("./one")
+        for words, option, other in (
+            (("run", "--problem", LINE), "--out", "--plot"),
+            (("bench", LINE, "--seconds", "0.001"), "--json", "--html"),
+            (("ladder", "--seqlen", "16", "--rungs", "0", "--seconds", "0.001"), "--json", "--html"),
+            (("precompile", LINE, "--arch", "sm_80"), "--out", "--table"),
+        ):
+            self.refuse(*words, option, one, other, same, says=f"{option} '{one}' and {other} '{same}' are one file; name two")
+        self.refuse("run", "--problem", LINE, "--out", one, "--plot", one, says="are one file")
 
     def test_outputs_never_replace_the_inputs(self):
         source = self.file(self.tensors())

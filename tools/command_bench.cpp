@@ -319,6 +319,7 @@ ExitCode Bench::run() {
   const bool table = asked_.json != kStandardOutput;
   if (!asked_.json.empty() && table) files::require_writable(asked_.json);
   if (!asked_.html.empty()) files::require_writable(asked_.html);
+  if (table) files::require_apart("--json", asked_.json, "--html", asked_.html);
   std::vector<Problem> problems;
   for (const std::string& line : problem_lines(asked_.lines)) problems.push_back(parse_problem(line));
   const Terminal terminal(stdout);

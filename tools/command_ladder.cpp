@@ -382,6 +382,7 @@ ExitCode LadderRun::run() {
   }
   if (!asked_.json.empty()) files::require_writable(asked_.json);
   if (!asked_.html.empty()) files::require_writable(asked_.html);
+  files::require_apart("--json", asked_.json, "--html", asked_.html);
   const Terminal terminal(stdout);
   const bool right = check();
   if (asked_.check || !right) return right ? kDone : kCheckFailed;

@@ -243,6 +243,7 @@ ExitCode command_precompile(const PrecompileArguments& arguments) {
   }
   if (!arguments.out.empty()) files::require_writable(arguments.out);
   if (!arguments.table.empty()) files::require_writable(arguments.table);
+  files::require_apart("--out", arguments.out, "--table", arguments.table);
   Precompile work(arguments);
   work.compile();
   const ExitCode code = work.tell();

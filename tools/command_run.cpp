@@ -224,6 +224,7 @@ ExitCode Run::run() const {
     files::require_writable(path);
     require_no_input(option, path);
   }
+  files::require_apart("--out", asked_.out, "--plot", asked_.plot);
   Place place(asked_.runner.parsed_device(false));
   const AttentionCall call = AttentionCall::prepare(asked_.source);
   const PlacedCall placed(place, call.inputs, call.outputs, call.allocations());

@@ -150,6 +150,12 @@ void require_writable(const std::string& path) {
   }
 }
 
+void require_apart(const char* option, const std::string& path, const char* other_option, const std::string& other) {
+  if (path.empty() || other.empty() || target_of(path) != target_of(other)) return;
+  refuse(
+      fmt::format("{} {} and {} {} are one file; name two", option, in_quotes(path), other_option, in_quotes(other)));
+}
+
 void write_atomically(const std::string& path, const std::function<void(std::ostream&)>& write) {
   require_writable(path);
   const auto target = target_of(path);

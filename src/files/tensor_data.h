@@ -70,6 +70,9 @@ struct InputFile {
 /// Throws Error(kInvalidArgument) unless a file can be made at `path`: what commands ask before they work for long.
 void require_writable(const std::string& path);
 
+/// Throws Error(kInvalidArgument) where two options that each name a file to write name the same.
+void require_apart(const char* option, const std::string& path, const char* other_option, const std::string& other);
+
 /// Replaces the file at `path` by what `write` writes, all or nothing: it grows under another name in the same folder
 /// and takes the path when complete.  Throws Error(kInvalidArgument) where the path can't be written, Error(kDevice)
 /// where the disk fails.
