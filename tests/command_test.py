@@ -199,7 +199,11 @@ class Help(CommandTest):
             self.refuse("precompile", LINE, "--arch", f"sm_80,{arch}", "--check", says=f"--arch '{arch}' is no architecture")
         self.refuse("precompile", "fwd fp64", "--arch", "sm_80", "--check", says="fp64")
         known = self.folder / "known.txt"
-        self.refuse("precompile", LINE, "--arch", "sm_80", "--check", "--known-spills", known, says="cannot be read")
+        self.refuse("precompile", LINE, "--arch", "sm_80", "--check", "--known-spills", known, says=f"--known-spills: {known}: No such file")
+        self.refuse("precompile", LINE, "--arch", "sm_80", "--check", "--known-spills", self.folder, says="is not a regular file")
+        for option in ("--median-seconds", "--most-seconds"):
+            for seconds in ("-5", "nan"):
+                self.refuse("precompile", LINE, "--arch", "sm_80", "--check", f"{option}={seconds}", says=f"{option} ({seconds}) must be at least 0")
         known.write_text("# a comment\nforward_bf16_d64 sm_80\n")
         self.refuse("precompile", LINE, "--arch", "sm_80", "--check", "--known-spills", known, says="write KERNEL sm_NN BYTES")
 

@@ -3,11 +3,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <fstream>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <sstream>
+#include <utility>
 
 #include "command.h"
 #include "cpu/threads.h"
@@ -45,12 +45,8 @@ struct Outcome {
 std::map<std::string, int> known_spills(const std::string& file) {
   std::map<std::string, int> bytes;
   if (file.empty()) return bytes;
-  std::ifstream stream(file);
-  if (!stream) {
-    throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("--known-spills {} cannot be read; name a file", files::in_quotes(file)));
-  }
-  for (std::string line; std::getline(stream, line);) {
+  files::InputFile known = files::in_context("--known-spills", [&] { return files::InputFile(file); });
+  for (std::string line; std::getline(known.stream, line);) {
     std::istringstream words(line.substr(0, line.find('#')));
     std::string kernel, arch;
     int spilt = 0;
@@ -240,6 +236,11 @@ void Precompile::write_pack() const {
 ExitCode command_precompile(const PrecompileArguments& arguments) {
   if (arguments.out.empty() && !arguments.check) {
     throw Error(ErrorCode::kInvalidArgument, "there is nothing to do: name a pack with --out, or ask for --check");
+  }
+  for (const auto& [option, seconds] :
+       {std::pair("--median-seconds", arguments.median_seconds), std::pair("--most-seconds", arguments.most_seconds)}) {
+    if (!(seconds >= 0))
+      throw Error(ErrorCode::kInvalidArgument, fmt::format("{} ({}) must be at least 0 (0: any)", option, seconds));
   }
   if (!arguments.out.empty()) files::require_writable(arguments.out);
   if (!arguments.table.empty()) files::require_writable(arguments.table);
