@@ -129,6 +129,18 @@ TEST(ForwardTuning, PackedSequencesShareTheBlocksOfAHead) {
 }
 
 /// Random sequences, many of them empty: each block has a slot of its own, and what else there is lies past an end.
+TEST(Requests, AreNoneOfProblemsThatNoGpuTakes) {
+  for (const int arch : {80, 90}) {
+    for (const char* line :
+         {"fwd bf16 b1 hq1 sq1 skv4294967296 d64", "fwd bf16 b1 hq1 sq4294967296 skv128 d64",
+          "bwd bf16 b4294967296 hq1 sq128 d64 mask=11qk", "bwd bf16 b1 hq1 sq4294967296 d64 deterministic"}) {
+      const Problem problem = parse_problem(line);
+      EXPECT_TRUE(requests(problem, problem.direction, arch).empty()) << line << " on sm_" << arch;
+    }
+    EXPECT_FALSE(requests(parse_problem("fwd bf16 b1 hq1 sq1 skv536870912 d64"), Direction::kForward, arch).empty());
+  }
+}
+
 TEST(PackedBlock, EachBlockOfPackedSequencesHasASlot) {
   std::mt19937 random(28);
   for (const int size : {32, 64, 128}) {

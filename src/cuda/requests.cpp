@@ -8,6 +8,7 @@
 #include "cuda/forward_tuning.h"
 #include "cuda/hopper_backward.h"
 #include "cuda/hopper_tuning.h"
+#include "cuda/planned_call.h"
 #include "cuda/tiles.h"
 
 namespace fovea::cuda {
@@ -71,6 +72,9 @@ Requests of_portable(const Problem& problem, Direction direction, const GpuModel
 }  // namespace
 
 std::vector<jit::KernelRequest> requests(const Problem& problem, Direction direction, int arch) {
+  Verdict verdict;
+  refuse_long(problem, verdict);
+  if (!verdict.reasons.empty()) return {};  // shapes are cut in 32 bits
   Requests all;
   const auto add = [&](Requests more) { std::ranges::move(more, std::back_inserter(all)); };
   if (problem.mask) all.push_back(mask_words_request(arch));
