@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <fstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cuda/backward_tuning.h"
@@ -80,6 +81,21 @@ TEST_F(Choices, OfTwoProcessesAreBothKept) {
   ASSERT_TRUE(one.save());
   ASSERT_TRUE(other.save());
   EXPECT_EQ(TileChoices(file_).all().size(), 2U);
+}
+
+TEST_F(Choices, OfTwoThatSaveAtOnceAreAllKept) {
+  constexpr int kSaves = 100;
+  const auto save_many = [&](const std::string& whose) {
+    TileChoices choices(file_);
+    for (int i = 0; i < kSaves; ++i) {
+      choices.set(whose + std::to_string(i), "tile");
+      EXPECT_TRUE(choices.save());
+    }
+  };
+  std::thread other(save_many, "other's ");
+  save_many("one's ");
+  other.join();
+  EXPECT_EQ(TileChoices(file_).all().size(), 2U * kSaves);
 }
 
 TEST_F(Choices, AFileThatIsNoneIsNone) {

@@ -1,6 +1,11 @@
 #include "cuda/tiles.h"
 
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
 #include <bit>
+#include <cerrno>
 #include <sstream>
 #include <utility>
 
@@ -20,6 +25,25 @@ std::map<std::string, std::string> read_choices(const std::filesystem::path& fil
   }
   return choices;
 }
+
+/// Held while a file is read and replaced, so that nothing is lost that another process writes at the same time.  Where
+/// it can't be had, the file is written all the same.
+class FileLock {
+ public:
+  explicit FileLock(const std::filesystem::path& file)
+      : descriptor_(::open((file.string() + ".lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
+    while (descriptor_ >= 0 && ::flock(descriptor_, LOCK_EX) != 0 && errno == EINTR) {
+    }
+  }
+  ~FileLock() {
+    if (descriptor_ >= 0) ::close(descriptor_);
+  }
+  FileLock(const FileLock&) = delete;
+  FileLock& operator=(const FileLock&) = delete;
+
+ private:
+  int descriptor_;
+};
 
 /// The power of two whose ratio to it is least.
 std::int64_t nearest_power(std::int64_t size) {
@@ -61,14 +85,15 @@ std::map<std::string, std::string> TileChoices::all() const {
 bool TileChoices::save() {
   if (file_.empty()) return false;
   const std::lock_guard lock(mutex_);
+  std::error_code ignored;
+  std::filesystem::create_directories(file_.parent_path(), ignored);
+  const FileLock among_processes(file_);
   kept_ = read_choices(file_);
   for (auto& [kind, tile] : set_) kept_[kind] = tile;
   std::erase_if(kept_, [](const auto& choice) { return choice.second.empty(); });
   set_.clear();
   std::string text;
   for (const auto& [kind, tile] : kept_) text += kind + kBetween + tile + '\n';
-  std::error_code ignored;
-  std::filesystem::create_directories(file_.parent_path(), ignored);
   return jit::write_file(file_, text);
 }
 
