@@ -128,7 +128,6 @@ TEST(ForwardTuning, PackedSequencesShareTheBlocksOfAHead) {
   EXPECT_EQ(one_each.row_blocks, 16 / one_each.spec.block_m + 4);
 }
 
-/// Random sequences, many of them empty: each block has a slot of its own, and what else there is lies past an end.
 TEST(Requests, AreNoneOfProblemsThatNoGpuTakes) {
   for (const int arch : {80, 90}) {
     for (const char* line :
@@ -141,6 +140,7 @@ TEST(Requests, AreNoneOfProblemsThatNoGpuTakes) {
   }
 }
 
+/// Random sequences, many of them empty: each block has a slot of its own, and what else there is lies past an end.
 TEST(PackedBlock, EachBlockOfPackedSequencesHasASlot) {
   std::mt19937 random(28);
   for (const int size : {32, 64, 128}) {
