@@ -66,6 +66,7 @@ void copy(const Tensor& from, const Tensor& to) {
     if (from.rank != to.rank || !std::equal(from.shape.begin(), from.shape.begin() + from.rank, to.shape.begin())) {
       refuse("a tensor of shape ", shape_text(from), " cannot be copied to one of shape ", shape_text(to));
     }
+    if (std::find(to.shape.begin(), to.shape.begin() + to.rank, 0) != to.shape.begin() + to.rank) return;
     ops_of(to.device.kind == DeviceKind::kCpu ? from.device : to.device).copy(from, to);
   });
 }
