@@ -35,6 +35,9 @@ struct Runner {
 /// Problem lines as given, those of a file for each "@FILE": blank lines and what follows a '#' are left out.
 [[nodiscard]] std::vector<std::string> problem_lines(const std::vector<std::string>& arguments);
 
+/// Throws Error(kInvalidArgument) where --seconds is no time that anybody waits.
+void require_duration(const Effort& effort);
+
 // The commands, and what the user may say to each (main.cpp).
 
 struct RunArguments {

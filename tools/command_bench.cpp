@@ -312,10 +312,7 @@ void Bench::write_files(const std::vector<Result>& results) const {
 }
 
 ExitCode Bench::run() {
-  if (!(asked_.effort.seconds >= 0.001 && asked_.effort.seconds <= 3600)) {
-    throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("--seconds ({}) must lie between 0.001 and 3600", asked_.effort.seconds));
-  }
+  require_duration(asked_.effort);
   const bool table = asked_.json != kStandardOutput;
   if (!asked_.json.empty() && table) files::require_writable(asked_.json);
   if (!asked_.html.empty()) files::require_writable(asked_.html);

@@ -376,10 +376,7 @@ ordered_json LadderRun::page() const {
 }
 
 ExitCode LadderRun::run() {
-  if (!(asked_.effort.seconds >= 0.001 && asked_.effort.seconds <= 3600)) {
-    throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("--seconds ({}) must lie between 0.001 and 3600", asked_.effort.seconds));
-  }
+  require_duration(asked_.effort);
   if (!asked_.json.empty()) files::require_writable(asked_.json);
   if (!asked_.html.empty()) files::require_writable(asked_.html);
   files::require_apart("--json", asked_.json, "--html", asked_.html);

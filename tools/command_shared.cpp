@@ -48,6 +48,12 @@ Device Runner::parsed_device(bool architectures) const {
                           architectures ? ", or an architecture such as sm_90" : ""));
 }
 
+void require_duration(const Effort& effort) {
+  if (effort.seconds >= 0.001 && effort.seconds <= 3600) return;  // NaN is none
+  throw Error(ErrorCode::kInvalidArgument,
+              fmt::format("--seconds ({}) must lie between 0.001 and 3600", effort.seconds));
+}
+
 std::vector<std::string> problem_lines(const std::vector<std::string>& arguments) {
   std::vector<std::string> lines;
   for (const std::string& argument : arguments) {

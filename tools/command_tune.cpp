@@ -287,10 +287,7 @@ ExitCode Tune::run() {
 }  // namespace
 
 ExitCode command_tune(const TuneArguments& arguments) {
-  if (!(arguments.effort.seconds >= 0.001 && arguments.effort.seconds <= 3600)) {
-    throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("--seconds ({}) must lie between 0.001 and 3600", arguments.effort.seconds));
-  }
+  require_duration(arguments.effort);
   if (arguments.forget && !arguments.lines.empty()) {
     throw Error(ErrorCode::kInvalidArgument,
                 fmt::format("--forget drops the tiles of all problems, not those of {} alone; leave the line out",

@@ -160,9 +160,7 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
 
 std::string name_of(const BackwardShape& shape) {
   const BackwardSpec& s = shape.spec;
-  std::string name = std::to_string(s.block_m) + " rows × " + std::to_string(s.block_n) + " keys, " +
-                     std::to_string(s.stages) + (s.stages == 1 ? " stage, " : " stages, ") + std::to_string(s.warps) +
-                     " warps";
+  std::string name = tile_text(s.block_m, s.block_n, s.stages) + ", " + std::to_string(s.warps) + " warps";
   if (shape.min_blocks > 1) name += ", " + std::to_string(shape.min_blocks) + " blocks";
   if (s.holds_dq) name += ", dq held";
   return name;

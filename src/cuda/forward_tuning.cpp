@@ -186,9 +186,8 @@ Mma mma_of(const Problem& problem, int sm) {
 
 std::string name_of(const ForwardShape& shape) {
   const ForwardSpec& s = shape.spec;
-  std::string name = std::to_string(s.block_m) + " rows × " + std::to_string(s.block_n) + " keys, " +
-                     std::to_string(s.stages) + (s.stages == 1 ? " stage, " : " stages, ") + std::to_string(s.warps) +
-                     (s.warps == 1 ? " warp" : " warps");
+  std::string name =
+      tile_text(s.block_m, s.block_n, s.stages) + ", " + std::to_string(s.warps) + (s.warps == 1 ? " warp" : " warps");
   if (s.across > 1) name += ", " + std::to_string(s.across) + " across";
   if (s.slices > 1) name += ", " + std::to_string(s.slices) + " slices";
   if (shape.min_blocks > 1) name += ", " + std::to_string(shape.min_blocks) + " blocks";

@@ -128,8 +128,7 @@ bool has_few_rows(const Problem& problem) {
 
 std::string name_of(const ForwardSm90Shape& shape) {
   const ForwardSm90Spec& s = shape.spec;
-  std::string name = std::to_string(block_m(s)) + " rows × " + std::to_string(s.block_n) + " keys, " +
-                     std::to_string(s.stages) + " stages, " + std::to_string(s.q_stages) + " of rows";
+  std::string name = tile_text(block_m(s), s.block_n, s.stages) + ", " + std::to_string(s.q_stages) + " of rows";
   if (s.hold) name += ", P held";
   if (s.turns) name += ", in turns";
   return name;

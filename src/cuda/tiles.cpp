@@ -97,6 +97,11 @@ bool TileChoices::save() {
   return jit::write_file(file_, text);
 }
 
+std::string tile_text(int rows, int keys, int stages) {
+  return std::to_string(rows) + " rows × " + std::to_string(keys) + " keys, " + std::to_string(stages) +
+         (stages == 1 ? " stage" : " stages");
+}
+
 std::string kind_of(std::string_view backend, Problem problem) {
   for (std::int64_t* size : {&problem.seqlen_q, &problem.seqlen_kv, &problem.total_q, &problem.total_kv})
     *size = nearest_power(*size);

@@ -39,6 +39,9 @@ class TileChoices {
   std::map<std::string, std::string> kept_, set_;  // of the file; since then
 };
 
+/// "64 rows × 128 keys, 2 stages": how the name of every tile begins.
+[[nodiscard]] std::string tile_text(int rows, int keys, int stages);
+
 /// Problems of one kind take one tile: sizes count by their nearest powers of two, heads and options as they are, and
 /// numbers that no loop depends on not at all.  The backend, then a problem line.
 [[nodiscard]] std::string kind_of(std::string_view backend, Problem problem);
