@@ -1,6 +1,6 @@
 """Fovea against PyTorch's attention backends on a GPU, in one run: interleaved, medians, L2 flushed before each.
 
-    python3 bench/peers.py --lib build/shared/src/libfovea.so [--quick] [--json FILE] [LINE | @FILE ...]
+    python3 bench/peers.py --lib build/shared/src/libfovea.so [--quick] [--backend NAME] [--json FILE] [LINE | @FILE ...]
 
 Without lines: bench/grid.txt, bench/beyond.txt and the memory of the longest sequences.  Masks hide a tenth of the entries,
 or, where a line's name says "blocks of 128", half of the blocks of 128 by 128.  Fovea is called through its
@@ -82,6 +82,11 @@ CInputs = sized_struct("CInputs", ["q", "k", "v", "mask", "bias", "alibi_slopes"
 COutputs = sized_struct("COutputs", ["out", "lse", "dq", "dk", "dv", "dbias", "dalibi_slopes", "dsink"])
 
 
+class CPlanOptions(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_size_t), ("backend", ctypes.c_char_p), ("strict", ctypes.c_int32),
+                ("num_threads", ctypes.c_int32)]
+
+
 def filled(struct, tensors):
     """A sized struct that points at these tensors' memory."""
     made = struct(size=ctypes.sizeof(struct))
@@ -98,8 +103,9 @@ class Refused(Exception):
 
 
 class Library:
-    def __init__(self, path):
+    def __init__(self, path, backend=None):
         self.c = ctypes.CDLL(str(path))
+        self.plan_options = CPlanOptions(size=ctypes.sizeof(CPlanOptions), backend=backend.encode() if backend else None)
         for name in ("fovea_version", "fovea_last_error", "fovea_plan_report"):
             getattr(self.c, name).restype = ctypes.c_char_p
         for name in ("fovea_plan_report", "fovea_plan_destroy"):
@@ -119,7 +125,8 @@ class FoveaPlan:
     def __init__(self, library, line, inputs, outputs):
         self.library, self.handle = library, ctypes.c_void_p()
         device = c_device()
-        library.check(library.c.fovea_plan_from_line(line.encode(), ctypes.byref(device), None, ctypes.byref(self.handle)))
+        library.check(library.c.fovea_plan_from_line(line.encode(), ctypes.byref(device), ctypes.byref(library.plan_options),
+                                                     ctypes.byref(self.handle)))
         size = ctypes.c_size_t()
         library.check(library.c.fovea_plan_workspace_bytes(self.handle, ctypes.byref(size)))
         self.workspace_bytes = size.value
@@ -460,6 +467,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("lines", nargs="*", help="problem lines or @FILE; bench/grid.txt, bench/beyond.txt and memory where left out")
     parser.add_argument("--lib", default=HERE.parent / "build/shared/src/libfovea.so", help="libfovea.so")
+    parser.add_argument("--backend", help="Fovea by this backend, as in cuda_portable")
     parser.add_argument("--quick", action="store_true", help="a third of the grid, fewer runs")
     parser.add_argument("--seconds", type=float, default=0.1, help="for each cell, beyond the warm-up")
     parser.add_argument("--most", type=int, default=30, help="runs of a cell")
@@ -468,10 +476,10 @@ def main():
     if not torch.cuda.is_available():
         sys.exit("peers.py: PyTorch sees no GPU; run it where there is one")
 
-    library = Library(said.lib)
+    library = Library(said.lib, said.backend)
     clock = Clock(said.seconds / (3 if said.quick else 1), 7 if said.quick else said.most)
     page = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "fovea": library.version,
-            "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
+            "backend": said.backend, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(), "ceilings": ceilings(clock)}
     print(f"{page['gpu']}, PyTorch {page['torch']}, cuDNN {page['cudnn']}, Fovea {library.version}; product "
           f"{page['ceilings']['bf16_product_tflops']:.0f} TFLOP/s, copy {page['ceilings']['copy_gbytes_per_second']:.0f} GB/s")
