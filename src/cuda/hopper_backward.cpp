@@ -199,7 +199,7 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem, const 
   }
   shape.batch_inside = problem.bias && !problem.bias->batch;  // sequences that share it read it at a time
   end_dq(problem, shape);
-  share_out(problem, shape);
+  share_out(problem, gpu, shape);
   return shape;
 }
 
