@@ -217,6 +217,20 @@ TEST(HopperBackward, HasAKernelForTheGradientOfABiasOfItsOwnRowsAndKeys) {
   }
 }
 
+TEST(HopperBackward, LeavesLongWalksOfFewTilesToThePortableBiasGradientWhichSharesThemOut) {
+  const auto own = [](const std::string& line) {
+    return bias_gradient_sm90_request(parse_problem(line), shape_of(line)).has_value();
+  };
+  EXPECT_TRUE(own("bwd bf16 b15 hq4 sq64 d64 bias=1hqk"));
+  EXPECT_FALSE(own("bwd bf16 b16 hq4 sq64 d64 bias=1hqk")) << "4 tiles, of 16 sequences each";
+  EXPECT_FALSE(own("bwd bf16 b16 hq16 sq512 d128 bias=11qk")) << "16 tiles";
+  EXPECT_TRUE(own("bwd bf16 b16 hq66 sq128 d64 bias=1hqk")) << "66 tiles for 132 multiprocessors";
+  EXPECT_TRUE(own("bwd bf16 b16 hq16 sq512 d128 bias=1hqk"));
+  for (const char* line : {"bwd bf16 b16 hq4 sq64 d64 bias=1hqk", "bwd bf16 b16 hq16 sq512 d128 bias=11qk",
+                           "bwd fp16 b64 hq2 sq1000 d64 bias=11qk"})
+    EXPECT_GT(shape_of(line).bias_parts, 1) << line;
+}
+
 TEST(HopperBackward, CompilesForRacecheckWhereItIsAskedTo) {
   const auto unit = [] { return backward_sm90_request(shape_of("bwd bf16 b1 hq2 sq300 d128")).unit; };
   EXPECT_FALSE(contains(unit(), "FOVEA_RACECHECK"));

@@ -69,11 +69,24 @@ struct BackwardShared {
 };
 
 FOVEA_FN constexpr int shared_bytes(const BackwardSpec& s) { return BackwardShared::of(s).total; }
-/// Keys of a tile of the bias gradient.
-FOVEA_FN constexpr int bias_gradient_keys(const BackwardSpec& s) { return math::smaller(s.block_n, 64); }
-/// Of the bias gradient, which keeps P and dS in registers, and whose sums take the place of all else in the end.
+/// What the portable bias gradient takes from a main kernel.
+FOVEA_FN constexpr BackwardSpec bias_gradient_spec(BackwardSpec s) {
+  s.block_n = math::smaller(s.block_n, 64), s.stages = 1;
+  s.deterministic = s.holds_dq = s.ends_dq = false;
+  return s;
+}
+/// Of that, which keeps P and dS in registers, and whose sums take the place of all else in the end.
 FOVEA_FN constexpr int bias_gradient_shared_bytes(const BackwardSpec& s) {
   return math::larger(BackwardShared::of(s).weights, s.block_m * pitch_of(Type::kFloat32, s.block_n));
 }
+
+/// Entries of a part of a tile of the bias gradient, and blocks of `bias_sums` that share them out.
+FOVEA_FN constexpr int bias_entries(const BackwardSpec& s, bool own_rows, bool own_keys) {
+  return (own_rows ? s.block_m : 1) * (own_keys ? s.block_n : 1);
+}
+FOVEA_FN constexpr int bias_pieces(const BackwardSpec& s, bool own_rows, bool own_keys) {
+  return math::larger(bias_entries(s, own_rows, own_keys) / kSideThreads, 1);
+}
+inline constexpr int kBiasLanes = 8;  // of a block of `bias_sums` that read neighbours, at least
 
 }  // namespace fovea::cuda

@@ -81,6 +81,10 @@ std::span<const Tile> table_of(const BackwardSpec& spec) {
   return kTiles16;
 }
 
+constexpr std::int64_t kTurnsOfParts = 2;  // of the blocks at once, so that unequal ones even out
+constexpr std::int64_t kLeastSteps = 2;    // of a part, which costs about one
+constexpr std::int64_t kMostSteps = std::int64_t{1} << 31;
+
 int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
 
 /// Whole products, and above 128 columns pairs of them, which more ways of sharing out divide.
@@ -91,6 +95,14 @@ int largest_divisor(std::int64_t of, std::int64_t most) {
   std::int64_t divisor = std::max<std::int64_t>(std::min(of, most), 1);
   while (of % divisor != 0) --divisor;
   return static_cast<int>(divisor);
+}
+
+/// Blocks of the bias's gradient, of whose threads those of up to 16 entries of a tile get by with 128 registers.
+std::int64_t bias_blocks_at_once(const BackwardSpec& s, const GpuModel& gpu) {
+  constexpr int kRegisters = 65536, kFewEntries = 16;
+  const int threads = s.warps * 32, registers = s.block_m * s.block_n / threads <= kFewEntries ? 128 : 256;
+  const int by_shared = (gpu.shared_bytes + 1024) / (bias_gradient_shared_bytes(s) + 1024);
+  return std::int64_t{gpu.multiprocessors} * std::max(std::min(kRegisters / (threads * registers), by_shared), 1);
 }
 
 jit::KernelRequest side_request(std::string_view function, std::string_view header, const BackwardSpec& spec,
@@ -154,7 +166,7 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
   cut_up(problem, shape);
   if (spec.band && !spec.deterministic && shape.key_blocks > 0)
     shape.heads_abreast = kv_heads_abreast(shape, std::int64_t{2} * gpu.multiprocessors / shape.key_blocks);
-  share_out(problem, shape);
+  share_out(problem, gpu, shape);
   return shape;
 }
 
@@ -185,7 +197,26 @@ void cut_up(const Problem& problem, BackwardShape& shape) {
   shape.key_lines = static_cast<int>(key_lines), shape.turns = static_cast<int>(turns);
 }
 
-void share_out(const Problem& problem, BackwardShape& shape) {
+BiasParts bias_parts(const Problem& problem, const BackwardSpec& spec, const GpuModel& gpu) {
+  if (!problem.bias) return {};
+  const auto& own = *problem.bias;
+  const BackwardSpec cut = bias_gradient_spec(spec);
+  std::int64_t tiles = 1, steps = 1;
+  const auto count = [&](bool is_own, std::int64_t many) {
+    std::int64_t& all = is_own ? tiles : steps;
+    all = std::min(all * many, kMostSteps);
+  };
+  count(own.batch, problem.batch), count(own.heads, problem.num_q_heads);
+  count(own.queries, ceil_div(problem.seqlen_q, cut.block_m));
+  count(own.keys, ceil_div(problem.seqlen_kv, cut.block_n));
+  const std::int64_t at_once = bias_blocks_at_once(cut, gpu);
+  if (tiles == 0 || tiles >= at_once) return {};
+  const std::int64_t parts = std::min(steps / kLeastSteps, kTurnsOfParts * at_once / tiles);
+  if (parts <= 1) return {};
+  return {static_cast<int>(parts), parts * tiles * bias_entries(cut, own.queries, own.keys)};
+}
+
+void share_out(const Problem& problem, const GpuModel& gpu, BackwardShape& shape) {
   const BackwardSpec& spec = shape.spec;
   const std::int64_t batch = problem.batch, heads = problem.num_q_heads, slots = shape.row_slots,
                      tiles = spec.ends_dq    ? shape.dq_places * heads / problem.num_kv_heads * shape.row_blocks
@@ -204,6 +235,9 @@ void share_out(const Problem& problem, BackwardShape& shape) {
   shape.added = take(spec.ends_dq ? batch * problem.num_kv_heads : 0);
   shape.sink_parts = take(problem.sink ? heads * slots : 0);
   shape.slope_parts = take(spec.alibi ? batch * heads * shape.key_blocks * spec.warps : 0);
+  const BiasParts bias = bias_parts(problem, spec, gpu);
+  shape.bias_parts = bias.parts;
+  shape.bias_sums = take(bias.words);
 }
 
 jit::KernelRequest backward_rows_request(const BackwardShape& shape, int arch) {
@@ -226,10 +260,7 @@ jit::KernelRequest backward_request(const BackwardShape& shape, int arch) {
                      shape.spec, arch);
 }
 jit::KernelRequest bias_gradient_request(const BackwardShape& shape, int arch) {
-  BackwardSpec spec = shape.spec;
-  spec.stages = 1;
-  spec.deterministic = spec.holds_dq = spec.ends_dq = false;
-  spec.block_n = bias_gradient_keys(spec);
+  const BackwardSpec spec = bias_gradient_spec(shape.spec);
   return jit::render({.function = "bias_gradient",
                       .header = "cuda/kernels/bias_gradient.cuh",
                       .spec = "BackwardSpec",
@@ -237,6 +268,11 @@ jit::KernelRequest bias_gradient_request(const BackwardShape& shape, int arch) {
                       .threads = spec.warps * 32,
                       .shared_bytes = bias_gradient_shared_bytes(spec)},
                      spec, arch);
+}
+jit::KernelRequest bias_sums_request(const BackwardShape& shape, int arch) {
+  BackwardSpec spec = plain(bias_gradient_spec(shape.spec));
+  spec.bias_type = shape.spec.bias_type;
+  return side_request("bias_sums", "cuda/kernels/bias_gradient.cuh", spec, arch);
 }
 
 }  // namespace fovea::cuda

@@ -22,8 +22,10 @@ struct BackwardShape {
   int heads_abreast = 1;                        ///< see BackwardParams
   bool batch_inside = false;                    ///< likewise
   int dq_places = 0, dq_parts = 0, dq_lag = 0;  ///< likewise
+  int bias_parts = 1;                           ///< likewise
   /// Offsets in bytes, in the order of BackwardParams.
-  std::size_t log2_lse = 0, delta = 0, dq_sum = 0, tickets = 0, begun = 0, added = 0, sink_parts = 0, slope_parts = 0;
+  std::size_t log2_lse = 0, delta = 0, dq_sum = 0, tickets = 0, begun = 0, added = 0, sink_parts = 0, slope_parts = 0,
+              bias_sums = 0;
   std::size_t workspace_bytes = 0;
   bool measured = false;  ///< the tile is `fovea tune`'s
 };
@@ -32,8 +34,14 @@ struct BackwardShape {
 [[nodiscard]] BackwardSpec backward_spec(const Problem& problem, int sm);
 /// Blocks, where the tile is known.
 void cut_up(const Problem& problem, BackwardShape& shape);
-/// The workspace, where all else is.
-void share_out(const Problem& problem, BackwardShape& shape);
+/// Parts of each tile of the bias gradient, where blocks are known, and the workspace, where all else is.
+void share_out(const Problem& problem, const GpuModel& gpu, BackwardShape& shape);
+/// Into how many parts each tile of the bias gradient is shared out, and what they take of the workspace.
+struct BiasParts {
+  int parts = 1;
+  std::int64_t words = 0;
+};
+[[nodiscard]] BiasParts bias_parts(const Problem& problem, const BackwardSpec& spec, const GpuModel& gpu);
 /// Says all that sets a tile apart from others of the same problem.
 [[nodiscard]] std::string name_of(const BackwardShape& shape);
 /// At most `most`, of which there is a whole number.
@@ -42,11 +50,12 @@ void share_out(const Problem& problem, BackwardShape& shape);
 /// Nothing where no tile of it fits this GPU's shared memory.
 [[nodiscard]] std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuModel& gpu);
 
-/// In the order in which they run; the last two only where their results are wanted.
+/// In the order in which they run; the last three only where their results are wanted.
 [[nodiscard]] jit::KernelRequest backward_rows_request(const BackwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest backward_request(const BackwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest backward_queries_request(const BackwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest backward_sums_request(const BackwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest bias_gradient_request(const BackwardShape& shape, int arch);
+[[nodiscard]] jit::KernelRequest bias_sums_request(const BackwardShape& shape, int arch);
 
 }  // namespace fovea::cuda

@@ -22,6 +22,7 @@ constexpr std::int64_t kMultiprocessors = 132;
 constexpr std::int64_t kPartOfDq = 512 * 1024;  // bytes of sums that a block, or a pair, ends
 constexpr std::int64_t kFewHeads = 3;           // times dq_lag: where there are fewer, no block ends dq
 constexpr int kBiasGradientTile = 128;
+constexpr std::int64_t kLongWalk = 16;    // of so many heads into a tile of the bias's gradient
 constexpr int kAtOnce = 128;              // columns of dk and dv that a product makes
 constexpr std::int64_t kShortRows = 512;  // up to which dq is rather held by smaller tiles than added to by larger ones
 
@@ -71,6 +72,18 @@ void end_dq(const Problem& problem, BackwardShape& shape) {
   shape.dq_parts = static_cast<int>(ceil_div(tiles * spec.block_m * spec.head_dim * 4, kPartOfDq));
   shape.most_blocks =
       std::max(shape.most_blocks, (heads + lag) * (shape.key_blocks + shape.dq_parts) * blocks_of_cluster(spec));
+}
+
+/// This family's blocks do not share out what flows into a tile of the bias's gradient.  Where that is much, and tiles
+/// are too few for half of the GPU, the portable kernel does it sooner.
+bool is_better_shared_out(const Problem& problem) {
+  const auto& own = *problem.bias;
+  const auto count = [](bool counts, std::int64_t many) { return counts ? many : 1; };
+  const std::int64_t tiles = count(own.batch, problem.batch) * count(own.heads, problem.num_q_heads) *
+                             ceil_div(problem.seqlen_q, kBiasGradientTile) *
+                             ceil_div(problem.seqlen_kv, kBiasGradientTile);
+  const std::int64_t walk = count(!own.batch, problem.batch) * count(!own.heads, problem.num_q_heads);
+  return walk >= kLongWalk && 2 * tiles < kMultiprocessors;
 }
 
 // Measured on an H100 where nothing is hidden, else only run there (docs/notes).  The first that fits is taken.
@@ -199,7 +212,7 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem, const 
   }
   shape.batch_inside = problem.bias && !problem.bias->batch;  // sequences that share it read it at a time
   end_dq(problem, shape);
-  share_out(problem, shape);
+  share_out(problem, gpu, shape);
   return shape;
 }
 
@@ -228,7 +241,7 @@ std::optional<jit::KernelRequest> bias_gradient_sm90_request(const Problem& prob
   spec.deterministic = spec.holds_dq = spec.ends_dq = false;
   const auto shared = BiasGradientSm90Shared::of(spec);
   if (!problem.bias || !problem.bias->queries || !problem.bias->keys || spec.mask || shared.total > kMostShared ||
-      shared.panels > shared.places)
+      shared.panels > shared.places || is_better_shared_out(problem))
     return std::nullopt;
   return jit::render({.function = "bias_gradient_sm90",
                       .header = "cuda/kernels/hopper/bias_gradient.cuh",

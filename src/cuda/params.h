@@ -90,6 +90,8 @@ struct BackwardParams : CallParams {
   int* added;       // [turn of a kv head] blocks that have added all that they add to its dq, then those that ended it
   float* sink_parts;   // [head][slot]
   float* slope_parts;  // [batch][head][key block][warp]
+  float* bias_sums;    // [part][tile of dbias][entry], as in `BiasTile`
+  int bias_parts;      // blocks that share out what flows into a tile of dbias; 1: and write it
   bool batch_inside;   // those abreast are one head's of all sequences, then the next one's
 };
 

@@ -14,6 +14,7 @@ BackwardCall::BackwardCall(const Problem& problem, const BackwardShape& shape, c
   if (!shape.spec.holds_dq && !shape.spec.ends_dq) queries_.emplace(backward_queries_request(shape, arch), device);
   if (shape.spec.alibi || problem.sink) sums_.emplace(backward_sums_request(shape, arch), device);
   if (shape.spec.bias) bias_.emplace(bias_gradient_request(shape, arch), device);
+  if (shape.bias_parts > 1) bias_sums_.emplace(bias_sums_request(shape, arch), device);
   describe_call(problem, params_);
   params_.row_blocks = shape.row_blocks;
   params_.key_blocks = shape.key_blocks;
@@ -24,13 +25,17 @@ BackwardCall::BackwardCall(const Problem& problem, const BackwardShape& shape, c
   params_.dq_places = shape.dq_places;
   params_.dq_parts = shape.dq_parts;
   params_.dq_lag = shape.dq_lag;
+  params_.bias_parts = shape.bias_parts;
 }
 
 std::vector<std::pair<std::string, std::string>> BackwardCall::details() const {
-  return {{"rows", rows_.describe()},
-          {"queries", queries_               ? queries_->describe()
-                      : shape_.spec.holds_dq ? "none: dq stays in shared memory"
-                                             : "none: blocks of the main kernel end dq"}};
+  std::vector<std::pair<std::string, std::string>> list{
+      {"rows", rows_.describe()},
+      {"queries", queries_               ? queries_->describe()
+                  : shape_.spec.holds_dq ? "none: dq stays in shared memory"
+                                         : "none: blocks of the main kernel end dq"}};
+  if (bias_sums_) list.emplace_back("bias gradient", std::to_string(shape_.bias_parts) + " parts of each tile");
+  return list;
 }
 
 BackwardParams BackwardCall::params(const Inputs& inputs, const Outputs& outputs, void* workspace) const {
@@ -55,6 +60,7 @@ BackwardParams BackwardCall::params(const Inputs& inputs, const Outputs& outputs
   p.added = reinterpret_cast<int*>(memory + shape_.added);
   p.sink_parts = reinterpret_cast<float*>(memory + shape_.sink_parts);
   p.slope_parts = reinterpret_cast<float*>(memory + shape_.slope_parts);
+  p.bias_sums = reinterpret_cast<float*>(memory + shape_.bias_sums);
   return p;
 }
 
@@ -69,12 +75,13 @@ void BackwardCall::after(BackwardParams p, const Outputs& outputs, void* stream)
     launch(*sums_, p.q_heads * (p.slopes.per_batch ? p.batch : 1), p, stream);
   if (p.dbias.data == nullptr) return;
   const Tensor& t = outputs.dbias;
-  p.key_blocks = (p.seqlen_kv + bias_gradient_keys(shape_.spec) - 1) / bias_gradient_keys(shape_.spec);
+  const BackwardSpec spec = bias_gradient_spec(shape_.spec);
+  p.key_blocks = (p.seqlen_kv + spec.block_n - 1) / spec.block_n;
   const auto count = [](std::int64_t size, int many) { return size == 1 ? 1 : many; };
-  launch(*bias_,
-         count(t.shape[0], p.batch) * count(t.shape[1], p.q_heads) * count(t.shape[2], p.row_blocks) *
-             count(t.shape[3], p.key_blocks),
-         p, stream);
+  const int tiles = count(t.shape[0], p.batch) * count(t.shape[1], p.q_heads) * count(t.shape[2], p.row_blocks) *
+                    count(t.shape[3], p.key_blocks);
+  launch(*bias_, tiles * p.bias_parts, p, stream);
+  if (bias_sums_) launch(*bias_sums_, tiles * bias_pieces(spec, p.dbias.query != 0, p.dbias.key != 0), p, stream);
 }
 
 }  // namespace fovea::cuda

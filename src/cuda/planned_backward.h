@@ -32,7 +32,7 @@ class BackwardCall {
   BackwardShape shape_;
   MaskWords mask_words_;
   PlannedLaunch rows_;
-  std::optional<PlannedLaunch> queries_, sums_, bias_;
+  std::optional<PlannedLaunch> queries_, sums_, bias_, bias_sums_;
   BackwardParams params_{};
 };
 

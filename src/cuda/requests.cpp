@@ -17,10 +17,10 @@ namespace {
 using Requests = std::vector<jit::KernelRequest>;
 
 constexpr int kHopper = 90;
+constexpr int kMostMultiprocessors = 192;
 
 /// One of whole keys and one of split ones where GPUs of the architecture run both: their multiprocessors decide.
 std::vector<ForwardShape> forward_shapes(const Problem& problem, int arch) {
-  constexpr int kMostMultiprocessors = 192;
   std::vector<ForwardShape> shapes;
   GpuModel model = model_of(arch);
   for (model.multiprocessors = 1; model.multiprocessors <= kMostMultiprocessors; ++model.multiprocessors) {
@@ -42,6 +42,9 @@ Requests of_backward(const Problem& problem, const BackwardShape& shape, jit::Ke
   if (!shape.spec.holds_dq && !shape.spec.ends_dq) all.push_back(backward_queries_request(shape, arch));
   if (shape.spec.alibi || problem.sink) all.push_back(backward_sums_request(shape, arch));
   if (shape.spec.bias) all.push_back(bias_gradient_request(shape, arch));
+  GpuModel model = model_of(arch);  // the more multiprocessors, the more parts
+  model.multiprocessors = kMostMultiprocessors;
+  if (bias_parts(problem, shape.spec, model).parts > 1) all.push_back(bias_sums_request(shape, arch));
   return all;
 }
 

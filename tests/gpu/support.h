@@ -94,6 +94,7 @@ inline const char* const kLines[] = {
     "fwd+bwd fp32 b1 hq2 sq130 d80 mask=11qk bias=1hqk dropout=0.1 seed=3 deterministic",
     "fwd+bwd fp16 hq4 d64 packed=70+300+1 sink alibi causal=top_left deterministic",
     "fwd bf16 b1 hq8 hkv2 sq1 skv8192 d128 kvlen=8000",
+    "bwd fp16 b3 hq4 hkv2 sq300 skv264 d64 kvlen=264,0,100 bias=111k causal=bottom_right deterministic",
 };
 
 }  // namespace fovea::test
