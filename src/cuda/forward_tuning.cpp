@@ -47,7 +47,7 @@ constexpr std::array kTiles16{
     Tile{128, 128, 64, 4, 1, 2, 2, false, 0},
     Tile{128, 64, 64, 4, 1, 1, 2, false, 0},
     Tile{192, 128, 96, 8, 1, 2, 1, true, 0},
-    Tile{256, 128, 64, 8, 2, 2, 1, true, 0, 1024},
+    Tile{256, 128, 64, 8, 2, 2, 1, true, 0},
     Tile{256, 64, 64, 4, 2, 1, 2, false, 0},
     Tile{256, 128, 64, 8, 1, 1, 1, false, 0},
     // With options.

@@ -274,7 +274,8 @@ struct Backward {
   template <int kRows, int kColumns>
   struct Share {
     static constexpr WarpGrid kGrid = WarpGrid::of(kRows, kColumns, S.warps);
-    Accumulator c[kGrid.rows / 16][kGrid.columns / 8];
+    static constexpr int kM = kGrid.rows / 16, kN = kGrid.columns / 8;
+    Accumulator c[kM][kN];
 
     FOVEA_DEVICE static bool works() { return kGrid.used == S.warps || warp_id() < kGrid.used; }
     FOVEA_DEVICE static int row() { return fresh(warp_id()) / kGrid.across * kGrid.rows; }
@@ -283,8 +284,7 @@ struct Backward {
   using Dk = Share<S.block_n, S.head_dim>;
   using Dv = Share<S.block_n, S.head_dim_v>;
   struct Dq : Share<S.block_m, S.head_dim> {
-    static constexpr int kM = Share<S.block_m, S.head_dim>::kGrid.rows / 16,
-                         kN = Share<S.block_m, S.head_dim>::kGrid.columns / 8;
+    using Share<S.block_m, S.head_dim>::kM, Share<S.block_m, S.head_dim>::kN;
     static constexpr int kFloats = kM * kN * 128;  // of a warp
     /// The place in dq_sum, in floats, of a tile's piece in row `i` and column `j` of pieces.
     FOVEA_DEVICE static int piece(int i, int j) {
@@ -457,8 +457,8 @@ struct Backward {
     }
     tile.pass_softcap();
     const int lane = fresh(lane_id());
-    store_accumulators(corner_c(weights(n), lane, tile.row(), tile.column()), tile.p);
-    store_accumulators(corner_c(ds_tile(n), lane, tile.row(), tile.column()), tile.ds);
+    store_accumulators(corner_c<GradientTile<S>::kN>(weights(n), lane, tile.row(), tile.column()), tile.p);
+    store_accumulators(corner_c<GradientTile<S>::kN>(ds_tile(n), lane, tile.row(), tile.column()), tile.ds);
     return spoiled;
   }
 
@@ -580,7 +580,7 @@ struct Backward {
         for (float& x : c.x) x *= scale;
       }
     }
-    store_accumulators(corner_c(tile, lane_id(), C::row(), C::column()), sum.c);
+    store_accumulators(corner_c<C::kN>(tile, lane_id(), C::row(), C::column()), sum.c);
   }
 };
 

@@ -99,6 +99,7 @@ FOVEA_DEVICE T fresh(T x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+FOVEA_DEVICE float fresh(float x) { return __uint_as_float(fresh(__float_as_uint(x))); }
 
 /// A number that all lanes of a whole warp have, told to the compiler: it then needs no register of theirs.
 FOVEA_DEVICE u32 uniform(u32 x) {

@@ -324,7 +324,7 @@ struct Forward {
             between(step, c);
           });
     } else {
-      store_accumulators(corner_c(weight_tile(), lane_id(), warp_row(), warp_key()), s);
+      store_accumulators(corner_c<kN>(weight_tile(), lane_id(), warp_row(), warp_key()), s);
       meet_sharers();
       const Corner<WeightTile> weights = corner_a<true>(weight_tile(), fresh(lane_id()), warp_row(), 0);
       multiply_steps<S, S.block_n / kK>(
@@ -576,24 +576,24 @@ struct Forward {
   /// Divides by the sums and writes O and lse, or this split's part of them.
   FOVEA_DEVICE void finish(Share& o, Running& running) const {
     float factors[kM][2];
+    bool empty = false;
     if constexpr (S.split) {
       each_row([&](int i, int h, int r) {
         if (r < rows.left()) store_part(o[i], h, r, running.reference[i][h], running.sum[i][h]);
         factors[i][h] = 1.0F;
       });
     } else {
-      end_rows(running, factors);
+      empty = end_rows(running, factors);
     }
     if (kHidesValues && block.careful)
       each_row([&](int i, int h, int r) { keep_row_facts(o[i], h, r, running.reference[i][h], factors[i][h]); });
     if constexpr (!S.split) {
-      each_row([&](int i, int h, int) {
-#pragma unroll
-        for (int c = 0; c < kEnd; ++c) {
-          o[i][c].x[2 * h] = factors[i][h] == 0.0F ? 0.0F : o[i][c].x[2 * h] * factors[i][h];
-          o[i][c].x[2 * h + 1] = factors[i][h] == 0.0F ? 0.0F : o[i][c].x[2 * h + 1] * factors[i][h];
-        }
-      });
+      for_each_entry<kM, kEnd>([&](int i, int c, int e) { o[i][c].x[e] *= factors[i][e / 2]; });
+      if (empty) {  // O of such a row is 0, whatever was added to it
+        for_each_entry<kM, kEnd>([&](int i, int c, int e) {
+          if (factors[i][e / 2] == 0.0F) o[i][c].x[e] = 0.0F;
+        });
+      }
       store_out(o);
     }
     __syncwarp();
@@ -601,21 +601,24 @@ struct Forward {
   }
 
   /// Adds sinks and writes lse; `factors` is what rows of O are multiplied by, 0 for an empty one.  Each lane of a quad
-  /// does this for one of its rows.
-  FOVEA_DEVICE void end_rows(const Running& running, float (&factors)[kM][2]) const {
+  /// does this for one of its rows.  Whether some row of the warp is empty.
+  FOVEA_DEVICE bool end_rows(const Running& running, float (&factors)[kM][2]) const {
     const int lane = lane_id();
+    bool empty = false;
 #pragma unroll
     for (int first = 0; first < 2 * kM; first += 4) {
       float reference = running.reference[first / 2][0], sum = running.sum[first / 2][0];
 #pragma unroll
       for (int x = first + 1; x < math::smaller(first + 4, 2 * kM); ++x) {
-        reference = lane % 4 == x - first ? running.reference[x / 2][x % 2] : reference;
-        sum = lane % 4 == x - first ? running.sum[x / 2][x % 2] : sum;
+        const int i = x / 2, h = x % 2;  // fresh: else the choice is one of addresses in local memory
+        reference = lane % 4 == x - first ? fresh(running.reference[i][h]) : reference;
+        sum = lane % 4 == x - first ? fresh(running.sum[i][h]) : sum;
       }
       const int x = first + lane % 4, r = warp_row() + entry_row(x / 2, x % 2 * 2);
       float factor = 0.0F;
       if (x < 2 * kM && r < rows.left()) {
         const RowEnd end = end_of_row<S>(p, rows.head(r), reference, sum);
+        empty |= end.empty;
         factor = end.empty ? 0.0F : end.factor;
         if (p.lse.data != nullptr && first_column() == 0)
           *sequence.statistic(p.lse, rows.query(r), rows.head(r)) = end.lse;
@@ -624,6 +627,7 @@ struct Forward {
       for (int y = first; y < math::smaller(first + 4, 2 * kM); ++y)
         factors[y / 2][y % 2] = __shfl_sync(kAllLanes, factor, lane / 4 * 4 + y - first);
     }
+    return __any_sync(kAllLanes, empty);
   }
 
   // ---- rows that are not finite: a hidden entry has weight 0, but 0 · NaN is NaN; made once more of what they see
@@ -690,41 +694,26 @@ struct Forward {
   /// Through shared memory, so that rows leave in whole pieces of 16 bytes.
   FOVEA_DEVICE void store_out(const Share& o) const {
     const OutTile tile = out_tile();
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
-#pragma unroll
-      for (int c = 0; c < kEnd; ++c) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const u32 at = tile.at(warp_row() + entry_row(i, 2 * h), end_column() + 8 * c + lane_id() % 4 * 2);
-          const float x = o[i][c].x[2 * h], y = o[i][c].x[2 * h + 1];
-          if constexpr (S.type == Type::kFloat32) {
-            store_shared(at, __float_as_uint(x));
-            store_shared(at + 4, __float_as_uint(y));
-          } else {
-            store_shared(at, pack<S.type>(x, y));
-          }
-        }
-      }
-    }
+    store_accumulators(corner_c<kEnd>(tile, lane_id(), warp_row(), 0), o, end_column());
     __syncwarp();  // a warp stores what it has put there
     constexpr int kPieces = OutTile::kPieces / S.across / S.slices, kLanes = kPieces >= 8 ? 8 : kPieces >= 4 ? 4 : 2;
     const int bytes = math::smaller(p.head_dim_v - first_column(), 8 * kEnd) * kBytes<S.type>;
+    const int lane = lane_id() % kLanes, begin = warp_row() + lane_id() / kLanes;
+    const auto row_at = [&](int r) {
+      return sequence.q_row(p.out, rows.query(r), rows.head(r)) + first_column() * kBytes<S.type> + lane * 16;
+    };
+    char* to = row_at(begin);
 #pragma unroll 4
-    for (int row = lane_id() / kLanes; row < 16 * kM; row += kWarp / kLanes) {
-      const int r = warp_row() + row;
-      if (r >= rows.left()) break;
-      char* to = sequence.q_row(p.out, rows.query(r), rows.head(r)) + first_column() * kBytes<S.type>;
+    for (int r = begin; r < math::smaller(warp_row() + 16 * kM, rows.left()); r += kWarp / kLanes) {
+      if (S.pack_gqa && r > begin) to = row_at(r);
 #pragma unroll
-      for (int at = lane_id() % kLanes * 16; at < kPieces * 16; at += kLanes * 16) {
-        if (at >= bytes) break;
-        const uint4 x = load_shared_16(tile.at(r, end_column()) + at);
-        if (p.out.aligned && at + 16 <= bytes) {
-          *reinterpret_cast<uint4*>(to + at) = x;
-        } else {
-          scatter_16(to + at, x, bytes - at);
+      for (int at = 0; at < kPieces; at += kLanes) {
+        if (bytes > (at + lane) * 16) {
+          write_piece(to + at * 16, load_shared_16(tile.at(r, end_column()) + (at + lane) * 16), bytes - (at + lane) * 16,
+                      p.out.aligned);
         }
       }
+      if (!S.pack_gqa) to += kWarp / kLanes * p.out.row;
     }
   }
 };

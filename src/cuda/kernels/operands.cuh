@@ -91,10 +91,13 @@ FOVEA_DEVICE Corner<Tile> corner_b_columns(const Tile& tile, int lane, int row, 
   if constexpr (Tile::kType == Type::kFloat32) return {tile.at(row + lane % 4 * 2, column + lane / 4)};
   return {tile.at(row + lane % 16, column + lane / 16 * 8)};
 }
-/// For `store_accumulators`.
-template <class Tile>
+/// Whether a row of N accumulators is stored as whole matrices, two at a time.
+template <class Tile, int kN>
+inline constexpr bool kByMatrices = kStoresMatrices && Tile::kType != Type::kFloat32 && kN % 2 == 0;
+/// For `store_accumulators` of N side by side.
+template <int kN, class Tile>
 FOVEA_DEVICE Corner<Tile> corner_c(const Tile& tile, int lane, int row, int column) {
-  if constexpr (kStoresMatrices && Tile::kType != Type::kFloat32) return corner_a(tile, lane, row, column);
+  if constexpr (kByMatrices<Tile, kN>) return corner_a(tile, lane, row, column);
   return {tile.at(row + lane / 4, column + lane % 4 * 2)};
 }
 
@@ -150,9 +153,9 @@ FOVEA_DEVICE void load_b_columns(OperandB (&b)[2], const Corner<Tile>& corner, i
     b[1] = {x[2], x[3]};
   }
 }
-/// Writes a piece of a tile, its accumulators side by side in twos.
+/// Writes a piece of a tile from its corner's column `column` on, a multiple of 8 · N.
 template <class Tile, int kM, int kN>
-FOVEA_DEVICE void store_accumulators(const Corner<Tile>& corner, const Accumulator (&c)[kM][kN]) {
+FOVEA_DEVICE void store_accumulators(const Corner<Tile>& corner, const Accumulator (&c)[kM][kN], int column = 0) {
 #pragma unroll
   for (int i = 0; i < kM; ++i) {
 #pragma unroll
@@ -161,20 +164,20 @@ FOVEA_DEVICE void store_accumulators(const Corner<Tile>& corner, const Accumulat
       if constexpr (Tile::kType == Type::kFloat32) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const u32 at = corner.at(16 * i + 8 * h, 8 * j);
+          const u32 at = corner.at(16 * i + 8 * h, column + 8 * j);
           store_shared(at, __float_as_uint(one.x[2 * h]));
           store_shared(at + 4, __float_as_uint(one.x[2 * h + 1]));
         }
-      } else if constexpr (kStoresMatrices) {
+      } else if constexpr (kByMatrices<Tile, kN>) {
         const Accumulator& two = c[i][j | 1];
         if (j % 2 == 0) {
-          store_matrices(corner.at(16 * i, 8 * j), pack<Tile::kType>(one.x[0], one.x[1]),
+          store_matrices(corner.at(16 * i, column + 8 * j), pack<Tile::kType>(one.x[0], one.x[1]),
                          pack<Tile::kType>(one.x[2], one.x[3]), pack<Tile::kType>(two.x[0], two.x[1]),
                          pack<Tile::kType>(two.x[2], two.x[3]));
         }
       } else {
-        store_shared(corner.at(16 * i, 8 * j), pack<Tile::kType>(one.x[0], one.x[1]));
-        store_shared(corner.at(16 * i + 8, 8 * j), pack<Tile::kType>(one.x[2], one.x[3]));
+        store_shared(corner.at(16 * i, column + 8 * j), pack<Tile::kType>(one.x[0], one.x[1]));
+        store_shared(corner.at(16 * i + 8, column + 8 * j), pack<Tile::kType>(one.x[2], one.x[3]));
       }
     }
   }
