@@ -365,7 +365,7 @@ def _check_out(out: Any, *sources: Tensor | None) -> None:
     only_tensors(out=out)
     if torch.is_grad_enabled() and _any_needs_grad((out, *sources)):
         raise ValueError("out cannot be given where gradients are wanted; call under torch.no_grad() or leave it out")
-    if out.is_neg():
+    if not is_dynamo_compiling() and out.is_neg():  # compiled, copy_ writes it, which minds the bit
         raise ValueError("out is a view whose sign is only a bit, and would read what is written negated; give another")
 
 
