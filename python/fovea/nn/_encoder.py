@@ -55,7 +55,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         """Who would run the layer's attention, and what torch.nn's layer would have done; nothing is computed.
 
         Args:
-            src: as forward takes it.
+            src: as forward takes it, but neither nested nor of an empty batch.
             mask: forward's src_mask.
         """
         batch_first = self.self_attn.batch_first
@@ -73,7 +73,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             if nested is None:
                 return self._sa_block(y, mask, padding, is_causal)
             y = nested(y)
-            return self.dropout1(Rows(self.self_attn(y, y, y, need_weights=False, is_causal=is_causal)[0]).rows)
+            return self.dropout1(Rows(self.self_attn(y, y, y, padding, False, mask, is_causal=is_causal)[0]).rows)
 
         if self.norm_first:
             x = x + attend(self.norm1(x))
@@ -170,5 +170,5 @@ def _packs(src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: 
         and not src.is_nested
         and src.dim() == 3
         and can_pack(padding, src, batch_first)
-        and (mask is None or is_causal)
+        and is_causal == (mask is not None)  # causal without a mask is refused where masks are read
     )
