@@ -339,6 +339,15 @@ def test_a_mask_beside_nested_tensors_is_refused_but_for_the_causal_one(layout):
         layer.self_attn.explain(x)
 
 
+def test_jagged_tensors_with_holes_are_refused():
+    starts, lengths = torch.tensor([0, 1]), torch.tensor([3, 5])  # the last row is the last sequence's
+    x = torch.nested.narrow(torch.randn(2, 6, 32), 1, starts, lengths, layout=torch.jagged)
+    layer = fovea.nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True)
+    for call in (layer, lambda x: layer.self_attn(x, x, x, need_weights=False)):
+        with pytest.raises(ValueError, match="^a nested input is a jagged tensor with holes; make it contiguous first"):
+            call(x)
+
+
 @pytest.mark.parametrize("packs", [True, False])
 def test_causal_without_a_mask_is_refused_where_padding_is_left_out(packs):
     x, padding = batch()

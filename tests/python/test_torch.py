@@ -456,6 +456,19 @@ def test_nested_tensors_of_another_layout_are_refused():
                 call(*given)
 
 
+def test_tensors_jagged_in_another_dimension_are_refused():
+    parts = [torch.randn(3, 8, 16), torch.randn(5, 8, 16)]  # as many heads as rows: all other sizes would agree
+    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    turned = jagged.transpose(1, 2)
+    for call in (fovea.attention, fovea.explain):
+        with pytest.raises(ValueError, match="^q is jagged in dimension 2 but must be in 1; transpose it"):
+            call(turned, turned, turned)
+        with pytest.raises(ValueError, match="^k is jagged in dimension 1 but must be in 2; transpose it"):
+            call(turned, jagged, jagged, layout="bhsd")
+    with pytest.raises(ValueError, match="^q is jagged in dimension 1 but must be in 2; transpose it"):
+        fovea.torch.scaled_dot_product_attention(jagged, jagged, jagged)
+
+
 def test_nested_keys_and_values_of_different_lengths_are_refused():
     def jagged(*lengths):
         return torch.nested.nested_tensor([torch.randn(n, 4, 16) for n in lengths], layout=torch.jagged)

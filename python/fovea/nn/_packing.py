@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fovea import _core
+from fovea.torch._nested import check_jagged
 
 
 def can_pack(padding: Tensor, x: Tensor, batch_first: bool) -> bool:
@@ -57,6 +58,7 @@ class Rows:
         #: Makes other rows a nested tensor of the same kind and lengths.
         self.nested: Callable[[Tensor], Tensor]
         if nested.layout == torch.jagged:
+            check_jagged("a nested input", nested, 1)
             offsets, shortest, longest = nested.offsets(), nested._get_min_seqlen(), nested._get_max_seqlen()
             self.rows, self.offsets, self.longest = nested.values(), offsets, longest
             self.cu_seqlens = offsets.to(torch.int32)
