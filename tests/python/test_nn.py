@@ -458,6 +458,18 @@ def test_compiled_weights_without_graph_breaks(average):
     )
 
 
+def test_traced_layers_keep_neither_padding_nor_results():
+    model = fovea.nn.convert(encoder()).requires_grad_(False).eval()
+    x, padding = batch()
+    traced = torch.jit.trace(lambda x, padding: model(x, src_key_padding_mask=padding), (x, padding))
+    x, padding = x.flip(1), padding.flip(1)  # now it is at the beginning
+    out, expected = traced(x, padding), model(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(out[~padding], expected[~padding])
+    model = fovea.nn.convert(model, pack_padding=True)
+    with pytest.raises(RuntimeError, match="^torch.jit.trace would keep the padding of this batch"):
+        torch.jit.trace(lambda x: model(x, src_key_padding_mask=padding), (x,))
+
+
 def test_autocast_gives_what_torch_gives():
     theirs = encoder()
     ours = fovea.nn.convert(copy.deepcopy(theirs))

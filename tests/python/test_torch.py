@@ -125,6 +125,17 @@ def test_what_cannot_be_written_is_refused(sentence, out):
             attend(*tensors(grad=False), out=out)
 
 
+@pytest.mark.parametrize(
+    "attend",
+    [fovea.attention, fovea.flash_attn.flash_attn_func, fovea.torch.scaled_dot_product_attention],
+    ids=["attention", "flash_attn", "scaled_dot_product_attention"],
+)
+def test_a_traced_call_is_no_constant(attend):
+    first, second = torch.randn(2, 2, 9, 4, 16)
+    traced = torch.jit.trace(lambda x: attend(x, x, x) + x, (first,))
+    assert torch.equal(traced(second), attend(second, second, second) + second)
+
+
 def test_a_compiled_call_writes_out_without_graph_breaks():
     q, k, v = tensors(grad=False)
     compiled = torch.compile(fovea.attention, fullgraph=True, backend="aot_eager")

@@ -11,6 +11,7 @@ from torch import Tensor
 from fovea.nn import _explain, _masks
 from fovea.nn._attention import MultiheadAttention
 from fovea.nn._packing import Packing, Rows, can_pack
+from fovea.torch._door import tracing
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -157,7 +158,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         )
         if not self.use_nested_tensor or self.training or learns or mask is not None or torch.is_autocast_enabled():
             return None
-        if torch.compiler.is_compiling() or not torch.backends.mha.get_fastpath_enabled():
+        if torch.compiler.is_compiling() or tracing() or not torch.backends.mha.get_fastpath_enabled():
             return None
         only_tails = bool((padding[:, 1:] >= padding[:, :-1]).all())
         return Packing(padding) if only_tails else None

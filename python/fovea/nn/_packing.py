@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fovea import _core
+from fovea.torch._door import tracing
 from fovea.torch._nested import check_jagged
 
 
@@ -22,6 +23,8 @@ class Packing:
     """Where the tokens stand that a key_padding_mask [batch, seqlen] does not hide."""
 
     def __init__(self, key_padding_mask: Tensor) -> None:
+        if tracing():
+            raise RuntimeError("torch.jit.trace would keep the padding of this batch; trace without pack_padding")
         self.shape = key_padding_mask.shape
         # Waits for a GPU: how many rows there are decides about memory.  In index are cu_seqlens, the place of each row
         # and the row of each place or -1, one behind the other.

@@ -25,6 +25,7 @@ _NO_EXTRAS = (None,) * 10
 any_autocast = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
+tracing = torch._C._get_tracing_state  # of torch.jit.trace, which takes for a constant what no operator makes
 _of_old_vmap = torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -395,6 +396,7 @@ def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
         or type(v) not in _PLAIN
         or _modes() != 0
         or _transforms() is not None
+        or tracing() is not None
     )
 
 
