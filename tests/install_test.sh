@@ -36,6 +36,11 @@ use_installed() {
     layers=$(find "$prefix" -name libfovea_nn.so)
     [[ -z $layers || $(ldd "$layers") != *'libfovea.so'*'not found'* ]] || fail "libfovea_nn does not find libfovea beside it"
   fi
+  # A user's warnings are errors, and pkg-config's headers are no system headers.
+  # shellcheck disable=SC2046
+  (cd "$prefix/include" && find fovea -name '*.h' -printf '#include <%p>\n') |
+    c++ -std=c++20 -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Werror -fsyntax-only -x c++ \
+      $(pkg-config --cflags fovea) - || fail "the headers are not free of warnings"
   for language in c cpp; do
     compiler=cc example=$source_dir/examples/c_minimal/main.c
     [[ $language == c ]] || compiler="c++ -std=c++20" example=$source_dir/examples/cpp_minimal/main.cpp
@@ -45,6 +50,16 @@ use_installed() {
     grep -q 'on cpu: ' "$work/out2" || fail "built by pkg-config, the $language example printed no report"
   done
 }
+
+echo "== as a part of another project: the library alone, whose tests and command are nobody's there"
+mkdir "$work/parent"
+cp "$source_dir/examples/cpp_minimal/main.cpp" "$work/parent"
+sed "s,find_package(fovea.*,add_subdirectory($source_dir fovea)," "$source_dir/examples/cpp_minimal/CMakeLists.txt" \
+  >"$work/parent/CMakeLists.txt"
+cmake -S "$work/parent" -B "$work/parent_build" -G Ninja >"$work/log" || { cat "$work/log"; fail "add_subdirectory failed"; }
+cmake --build "$work/parent_build" --target help >"$work/log"
+grep -q '^fovea: ' "$work/log" || fail "add_subdirectory makes no library"
+! grep -E '^fovea_(tests|command): |^test: ' "$work/log" || fail "add_subdirectory makes more than the library"
 
 echo "== as built in $build_dir"
 cmake --install "$build_dir" --prefix "$work/built" >/dev/null

@@ -7,12 +7,14 @@
 #include <fovea/nn/nn.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <cstdio>
 #include <fstream>
 #include <iterator>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <vector>
 
 namespace {
@@ -29,11 +31,21 @@ struct Settings {
   std::int64_t steps = 4, layers = 2, width = 512, heads = 8;
 };
 
-std::vector<std::int64_t> numbers(const std::string& list) {
+/// A number above 0: nothing is learnt from none.
+std::int64_t number(std::string_view word) {
+  std::int64_t value = 0;
+  const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), value);
+  if (error != std::errc{} || end != word.data() + word.size() || value < 1) {
+    throw Error(ErrorCode::kInvalidArgument, "'" + std::string(word) + "' must be a whole number above 0");
+  }
+  return value;
+}
+
+std::vector<std::int64_t> numbers(std::string_view list) {
   std::vector<std::int64_t> all;
   for (std::size_t begin = 0; begin <= list.size();) {
     const std::size_t end = std::min(list.find(',', begin), list.size());
-    all.push_back(std::stoll(list.substr(begin, end - begin)));
+    all.push_back(number(list.substr(begin, end - begin)));
     begin = end + 1;
   }
   return all;
@@ -50,17 +62,20 @@ Settings settings_of(int count, char** words) {
     if (++i == count) throw Error(ErrorCode::kInvalidArgument, std::string(word) + " needs a value");
     const std::string value = words[i];
     if (word == "--device") {
+      if (value != "cpu" && value != "cuda") {
+        throw Error(ErrorCode::kInvalidArgument, "--device '" + value + "' is unknown; use cpu or cuda");
+      }
       s.device.kind = value == "cuda" ? DeviceKind::kCuda : DeviceKind::kCpu;
     } else if (word == "--lengths") {
       s.lengths = numbers(value);
     } else if (word == "--steps") {
-      s.steps = std::stoll(value);
+      s.steps = number(value);
     } else if (word == "--layers") {
-      s.layers = std::stoll(value);
+      s.layers = number(value);
     } else if (word == "--width") {
-      s.width = std::stoll(value);
+      s.width = number(value);
     } else if (word == "--heads") {
-      s.heads = std::stoll(value);
+      s.heads = number(value);
     } else if (word == "--json") {
       s.json = value;
     } else {

@@ -4,6 +4,7 @@
 #include <fovea/export.h>
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -57,12 +58,10 @@ struct Tensor {
     t.data = const_cast<void*>(data);
     t.dtype = dtype;
     t.device = device;
-    for (const std::int64_t extent : shape) t.shape[t.rank++] = extent;
-    std::int64_t stride = 1;
-    for (int i = t.rank - 1; i >= 0; --i) {
-      t.strides[i] = stride;
-      stride *= t.shape[i];
-    }
+    t.rank = static_cast<int>(shape.size());
+    std::size_t next = 0;
+    for (const std::int64_t extent : shape) t.shape[next++] = extent;
+    for (std::int64_t stride = 1; next-- > 0; stride *= t.shape[next]) t.strides[next] = stride;
     return t;
   }
 
@@ -70,8 +69,9 @@ struct Tensor {
   /// [batch, seqlen, heads, dim] is `view.transposed(1, 2)`.
   [[nodiscard]] Tensor transposed(int a, int b) const noexcept {
     Tensor t = *this;
-    std::swap(t.shape[a], t.shape[b]);
-    std::swap(t.strides[a], t.strides[b]);
+    const auto [i, j] = std::pair{static_cast<std::size_t>(a), static_cast<std::size_t>(b)};
+    std::swap(t.shape[i], t.shape[j]);
+    std::swap(t.strides[i], t.strides[j]);
     return t;
   }
 };

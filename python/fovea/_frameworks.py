@@ -111,10 +111,10 @@ class _Other:
 
 def adapter(array_type: type) -> Adapter:
     """The adapter for arrays of this type; ValueError where it does not speak DLPack."""
+    if not hasattr(array_type, "__dlpack__"):
+        raise ValueError(f"{array_type.__name__} is no array: give one that speaks DLPack (PyTorch, NumPy, CuPy, JAX)")
     roots = {base.__module__.partition(".")[0] for base in array_type.__mro__}
     for root, make in (("numpy", _NumPy), ("cupy", _CuPy), ("torch", _Torch)):
         if root in roots:
             return make()
-    if not hasattr(array_type, "__dlpack__"):
-        raise ValueError(f"{array_type.__name__} is no array: give one that speaks DLPack (PyTorch, NumPy, CuPy, JAX)")
     return _Other()

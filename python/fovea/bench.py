@@ -260,15 +260,22 @@ def _ratio(torch_ms: float | None, fovea_ms: float | None) -> str:
     return "" if torch_ms is None or fovea_ms is None else f"{torch_ms / fovea_ms:.2f}"
 
 
+def _count(word: str) -> int:
+    """A number of the command line: nothing is measured of none."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} must be a whole number above 0")
+    return int(word)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m fovea.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--heads", type=int, help="default 16 on a GPU, 4 on a CPU")
-    parser.add_argument("--seqlen", type=int, help="default 4096 on a GPU, 1024 on a CPU")
-    parser.add_argument("--dim", type=int, help="head dim; default 128 on a GPU, 64 on a CPU")
-    parser.add_argument("--repeats", type=int, default=7, help="the median of so many runs")
+    parser.add_argument("--batch", type=_count, default=4)
+    parser.add_argument("--heads", type=_count, help="default 16 on a GPU, 4 on a CPU")
+    parser.add_argument("--seqlen", type=_count, help="default 4096 on a GPU, 1024 on a CPU")
+    parser.add_argument("--dim", type=_count, help="head dim; default 128 on a GPU, 64 on a CPU")
+    parser.add_argument("--repeats", type=_count, default=7, help="the median of so many runs")
     parser.add_argument("--json", metavar="FILE", help="write everything there, too")
     options = parser.parse_args()
     device = torch.device(options.device)

@@ -505,9 +505,12 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write everything there")
     parser.add_argument("--html", metavar="FILE", default="minitest.html", help="the bar chart; default minitest.html")
     arguments = parser.parse_args(words)
-    shape = tuple(int(word) for word in arguments.size.split(","))
-    if len(shape) != 3 or min(shape) < 1 or arguments.steps < 1:
+    words_of_size = arguments.size.split(",")
+    shape = tuple(int(word) for word in words_of_size if word.isdecimal())
+    if len(shape) != 3 or len(words_of_size) != 3 or min(shape) < 1 or arguments.steps < 1:
         parser.error(f"--size ({arguments.size}) must be three numbers above 0, --steps ({arguments.steps}) one")
+    if arguments.heads < 1 or shape[2] % arguments.heads:
+        parser.error(f"--heads ({arguments.heads}) must divide the features of --size ({shape[2]})")
     test = Minitest(torch.device(arguments.device), arguments.steps, shape, arguments.heads, arguments.cpp)
     title = (
         f"{device_name(test.device)}, PyTorch {torch.__version__}, Fovea {fovea.__version__}, input {shape},"

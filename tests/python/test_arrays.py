@@ -174,6 +174,7 @@ REFUSED = {
     "deterministic ('no') must be True or False": dict(deterministic="no"),
     "sink has no dimensions": dict(sink=np.float32(1.0)[...]),
     "float is no array": dict(bias=1.0),
+    "float32 is no array": dict(bias=np.float32(1.0)),  # a framework's, but a number
     "bias cannot be read by DLPack: DLPack only supports native byte order": dict(bias=np.ones((5, 7), ">f4")),
     "mask is fp32": dict(mask=np.ones((5, 7), np.float32)),
     "mask has the shape [1, 1, 3, 7] but must have [1, 1, 5, 7]": dict(mask=np.ones((3, 7), bool)),

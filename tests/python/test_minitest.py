@@ -49,7 +49,16 @@ def test_one_who_computes_something_else_is_told_in_red(tmp_path, capsys, monkey
     assert {cell["contestant"] for cell in results["cells"] if cell["error"] > 2} == {"Fovea Python"}
 
 
-def test_sizes_are_refused_in_one_line(capsys):
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--size", "3,40"], "--size (3,40) must be three numbers above 0"),
+        (["--size", "3,40,x"], "--size (3,40,x) must be three numbers above 0"),
+        (["--heads", "7"], "--heads (7) must divide the features of --size (128)"),
+        (["--heads", "0"], "--heads (0) must divide"),
+    ],
+)
+def test_sizes_are_refused_in_one_line(words, sentence, capsys):
     with pytest.raises(SystemExit):
-        minitest.main(["--size", "3,40"])
-    assert "--size (3,40) must be three numbers above 0" in capsys.readouterr().err
+        minitest.main(words)
+    assert sentence in capsys.readouterr().err

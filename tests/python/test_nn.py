@@ -317,6 +317,45 @@ def test_nested_keys_and_values_of_different_lengths_are_refused(layout):
         layer(x, x, y, need_weights=False)
 
 
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_a_mask_beside_nested_tensors_is_refused_but_for_the_causal_one(layout):
+    layer = fovea.nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True)
+    parts = [torch.randn(5, 32), torch.randn(5, 32)]
+    x = torch.nested.nested_tensor(parts, layout=layout)
+    later = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    for masks in (
+        {"src_mask": later.T},
+        {"src_key_padding_mask": later[:2]},
+        {"src_mask": later, "src_key_padding_mask": later[:2], "is_causal": True},
+    ):
+        with pytest.raises(ValueError, match="^nested tensors take"):
+            layer(x, **masks)
+    expected = layer(torch.stack(parts), later, is_causal=True)
+    for out in (layer(x, later, is_causal=True), layer(x, is_causal=True)):
+        torch.testing.assert_close(torch.stack(out.unbind()), expected)
+    with pytest.raises(ValueError, match="^a layer's explain takes no nested tensors"):
+        layer.explain(x)
+    with pytest.raises(ValueError, match="^a layer's explain takes no nested tensors"):
+        layer.self_attn.explain(x)
+
+
+def test_jagged_tensors_with_holes_are_refused():
+    starts, lengths = torch.tensor([0, 1]), torch.tensor([3, 5])  # the last row is the last sequence's
+    x = torch.nested.narrow(torch.randn(2, 6, 32), 1, starts, lengths, layout=torch.jagged)
+    layer = fovea.nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True)
+    for call in (layer, lambda x: layer.self_attn(x, x, x, need_weights=False)):
+        with pytest.raises(ValueError, match="^a nested input is a jagged tensor with holes; make it contiguous first"):
+            call(x)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_causal_without_a_mask_is_refused_where_padding_is_left_out(packs):
+    x, padding = batch()
+    model = fovea.nn.convert(encoder().eval(), pack_padding=packs)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="^is_causal is a hint"):
+        model(x, src_key_padding_mask=padding, is_causal=True)
+
+
 @pytest.mark.parametrize("average", [True, False])
 def test_weights_are_those_that_out_was_made_of(average):
     layer = fovea.nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True, add_zero_attn=True)
@@ -407,6 +446,28 @@ def test_compiled_layers_without_graph_breaks():
     x, padding = batch()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, src_key_padding_mask=padding), model(x, src_key_padding_mask=padding))
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_compiled_weights_without_graph_breaks(average):
+    layer = fovea.nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(2, 600, 8)  # more keys than a tile has
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(x, x, x, average_attn_weights=average), layer(x, x, x, average_attn_weights=average)
+    )
+
+
+def test_traced_layers_keep_neither_padding_nor_results():
+    model = fovea.nn.convert(encoder()).requires_grad_(False).eval()
+    x, padding = batch()
+    traced = torch.jit.trace(lambda x, padding: model(x, src_key_padding_mask=padding), (x, padding))
+    x, padding = x.flip(1), padding.flip(1)  # now it is at the beginning
+    out, expected = traced(x, padding), model(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(out[~padding], expected[~padding])
+    model = fovea.nn.convert(model, pack_padding=True)
+    with pytest.raises(RuntimeError, match="^torch.jit.trace would keep the padding of this batch"):
+        torch.jit.trace(lambda x: model(x, src_key_padding_mask=padding), (x,))
 
 
 def test_autocast_gives_what_torch_gives():

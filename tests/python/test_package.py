@@ -14,7 +14,7 @@ import jax
 import pytest
 import torch
 
-import fovea
+import fovea.bench
 from fovea.bench import Bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +53,14 @@ def test_the_benchmark_prints_a_row_for_every_case_and_writes_json(tmp_path):
         assert row["difference"] is None or row["difference"] < (0.05 if row["dtype"] == "bfloat16" else 1e-4)
     by_case = {row["case"]: row["torch"]["kernel"] for row in results["rows"]}
     assert by_case["plain"] == "flash_attention_for_cpu" and by_case["dropout"] == "N×N formula"
+
+
+@pytest.mark.parametrize("option", ["--repeats", "--heads", "--seqlen"])
+def test_the_benchmark_measures_nothing_of_none(option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fovea.bench", option, "0"])
+    with pytest.raises(SystemExit):
+        fovea.bench.main()
+    assert f"argument {option}: '0' must be a whole number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("first, second", [("fovea", "torch"), ("torch", "fovea")])

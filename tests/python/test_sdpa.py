@@ -141,6 +141,9 @@ def test_other_ranks_and_broadcasting(q, k, v):
         ((0, 3, 5, 16), (0, 3, 7, 16), (0, 3, 7, 8)),
         ((2, 0, 5, 16), (2, 0, 7, 16), (2, 0, 7, 8)),
         ((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 0)),
+        ((3, 0, 16), (3, 7, 16), (3, 7, 8)),
+        ((3, 5, 16), (3, 0, 16), (3, 0, 8)),
+        ((4, 2, 3, 0, 16), (4, 2, 3, 7, 16), (4, 2, 3, 7, 8)),
     ],
 )
 def test_empty_dimensions(q, k, v):
@@ -176,6 +179,28 @@ def test_what_torch_refuses_is_refused():
         scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(4, 4, dtype=torch.bool), is_causal=True)
     with pytest.raises(ValueError, match="fp64"):
         scaled_dot_product_attention(q.double(), q.double(), q.double())
+
+
+@pytest.mark.parametrize(
+    "sentence, q, k, v, mask",
+    [
+        ("seqlen_kv differs: 7 in k and 1 in v", (3, 5, 16), (3, 7, 16), (3, 1, 8), None),
+        ("seqlen_kv differs: 1 in k and 7 in v", (1, 3, 5, 16), (2, 3, 1, 16), (2, 3, 7, 8), None),
+        (r"the leading dimensions \[2\] of query, \[4\] of key", (2, 3, 5, 16), (4, 3, 7, 16), (4, 3, 7, 8), None),
+        ("key has 2 heads but value 3", (2, 6, 5, 16), (2, 2, 7, 16), (2, 3, 7, 8), None),
+        (
+            r"attn_mask has the shape \[3, 1, 1, 1, 7\]",
+            (2, 2, 3, 5, 16),
+            (2, 2, 3, 7, 16),
+            (2, 2, 3, 7, 8),
+            (3, 1, 1, 1, 7),
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_in_a_sentence(sentence, q, k, v, mask):
+    mask = None if mask is None else torch.ones(mask, dtype=torch.bool)
+    with pytest.raises(ValueError, match=sentence):
+        scaled_dot_product_attention(*map(torch.randn, (q, k, v)), attn_mask=mask, enable_gqa=True)
 
 
 def test_dropout_keeps_its_share_and_its_scale():

@@ -116,7 +116,6 @@ def test_writing_out_is_seen_by_whoever_has_saved_it():
     "sentence, out",
     {
         "out cannot be given where gradients are wanted": torch.empty(2, 9, 4, 16, requires_grad=True),
-        "out is a view whose sign is only a bit": torch._neg_view(torch.empty(2, 9, 4, 16)),
         "out is a ndarray, which is no PyTorch tensor": torch.empty(2, 9, 4, 16).numpy(),
     }.items(),
 )
@@ -124,6 +123,28 @@ def test_what_cannot_be_written_is_refused(sentence, out):
     for attend in (fovea.attention, torch.compile(fovea.attention, backend="eager")):
         with pytest.raises(ValueError, match=sentence):
             attend(*tensors(grad=False), out=out)
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [fovea.attention, fovea.flash_attn.flash_attn_func, fovea.torch.scaled_dot_product_attention],
+    ids=["attention", "flash_attn", "scaled_dot_product_attention"],
+)
+def test_a_traced_call_is_no_constant(attend):
+    first, second = torch.randn(2, 2, 9, 4, 16)
+    traced = torch.jit.trace(lambda x: attend(x, x, x) + x, (first,))
+    assert torch.equal(traced(second), attend(second, second, second) + second)
+
+
+def test_a_compiled_call_writes_out_without_graph_breaks():
+    q, k, v = tensors(grad=False)
+    compiled = torch.compile(fovea.attention, fullgraph=True, backend="aot_eager")
+    negated = torch._neg_view(torch.zeros(2, 9, 4, 16))
+    for out in (torch.zeros(2, 9, 4, 16), negated):
+        assert compiled(q, k, v, out=out) is out
+        assert torch.equal(out, fovea.attention(q, k, v))
+    with pytest.raises(ValueError, match="out is a view whose sign is only a bit"):
+        fovea.attention(q, k, v, out=negated)
 
 
 class Layer(torch.nn.Module):
@@ -444,6 +465,19 @@ def test_nested_tensors_of_another_layout_are_refused():
         for call in (fovea.attention, fovea.explain, fovea.torch.scaled_dot_product_attention):
             with pytest.raises(ValueError, match=f"^{name} must be a nested tensor of layout torch.jagged"):
                 call(*given)
+
+
+def test_tensors_jagged_in_another_dimension_are_refused():
+    parts = [torch.randn(3, 8, 16), torch.randn(5, 8, 16)]  # as many heads as rows: all other sizes would agree
+    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    turned = jagged.transpose(1, 2)
+    for call in (fovea.attention, fovea.explain):
+        with pytest.raises(ValueError, match="^q is jagged in dimension 2 but must be in 1; transpose it"):
+            call(turned, turned, turned)
+        with pytest.raises(ValueError, match="^k is jagged in dimension 1 but must be in 2; transpose it"):
+            call(turned, jagged, jagged, layout="bhsd")
+    with pytest.raises(ValueError, match="^q is jagged in dimension 1 but must be in 2; transpose it"):
+        fovea.torch.scaled_dot_product_attention(jagged, jagged, jagged)
 
 
 def test_nested_keys_and_values_of_different_lengths_are_refused():

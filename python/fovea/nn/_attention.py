@@ -47,8 +47,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             raise RuntimeError("is_causal is a hint that attn_mask is the causal triangle; give attn_mask, too")
         self._check(query, key, value)
         if query.is_nested:
-            if key_padding_mask is not None or attn_mask is not None or need_weights:
-                raise ValueError("nested tensors take need_weights=False and neither attn_mask nor key_padding_mask")
+            if key_padding_mask is not None or (attn_mask is not None and not is_causal) or need_weights:
+                raise ValueError(
+                    "nested tensors take need_weights=False, no key_padding_mask, attn_mask only with is_causal=True"
+                )
             return self._nested(query, key, value, is_causal), None
         if query.dim() == 2:
             batched = [x.unsqueeze(0 if self.batch_first else 1) for x in (query, key, value)]
@@ -112,8 +114,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Who would run a call, and what torch.nn's layer would have done with it; nothing is computed.
 
         Args:
-            query: as forward takes it, but of a batch that is not empty; key and value are the same where they are not
-                given.
+            query: as forward takes it, but neither nested nor of an empty batch; key and value are the same where they
+                are not given.
             mask: forward's attn_mask.
         """
         key = query if key is None else key
@@ -208,8 +210,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         tiles = [q.new_empty((*shape, 0))]
         for first in range(0, keys, _LARGEST_HEAD_DIM):
             count = min(_LARGEST_HEAD_DIM, keys - first)
-            values = torch.zeros(keys, count, dtype=q.dtype, device=q.device)
-            values[first : first + count].fill_diagonal_(1.0)
+            unit = torch.eye(count, dtype=q.dtype, device=q.device)
+            values = F.pad(unit, (0, 0, first, keys - first - count))
             values = values[None, :, None].expand(batch, -1, self.num_heads, -1)
             tile = _door.attention(q, k, values, **options)
             tiles.append(tile.mean(2) if average else tile.transpose(1, 2))

@@ -11,6 +11,7 @@ from torch import Tensor
 from fovea.nn import _explain, _masks
 from fovea.nn._attention import MultiheadAttention
 from fovea.nn._packing import Packing, Rows, can_pack
+from fovea.torch._door import tracing
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -55,7 +56,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         """Who would run the layer's attention, and what torch.nn's layer would have done; nothing is computed.
 
         Args:
-            src: as forward takes it.
+            src: as forward takes it, but neither nested nor of an empty batch.
             mask: forward's src_mask.
         """
         batch_first = self.self_attn.batch_first
@@ -73,7 +74,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             if nested is None:
                 return self._sa_block(y, mask, padding, is_causal)
             y = nested(y)
-            return self.dropout1(Rows(self.self_attn(y, y, y, need_weights=False, is_causal=is_causal)[0]).rows)
+            return self.dropout1(Rows(self.self_attn(y, y, y, padding, False, mask, is_causal=is_causal)[0]).rows)
 
         if self.norm_first:
             x = x + attend(self.norm1(x))
@@ -157,7 +158,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         )
         if not self.use_nested_tensor or self.training or learns or mask is not None or torch.is_autocast_enabled():
             return None
-        if torch.compiler.is_compiling() or not torch.backends.mha.get_fastpath_enabled():
+        if torch.compiler.is_compiling() or tracing() or not torch.backends.mha.get_fastpath_enabled():
             return None
         only_tails = bool((padding[:, 1:] >= padding[:, :-1]).all())
         return Packing(padding) if only_tails else None
@@ -170,5 +171,5 @@ def _packs(src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: 
         and not src.is_nested
         and src.dim() == 3
         and can_pack(padding, src, batch_first)
-        and (mask is None or is_causal)
+        and is_causal == (mask is not None)  # causal without a mask is refused where masks are read
     )

@@ -72,6 +72,7 @@ def of_attention(
     is_causal: bool,
 ) -> LayerReport:
     """MultiheadAttention.explain."""
+    _refuse_nested(query, key, value)
     packed = layer._packs(query, key, value, padding, mask, need_weights, is_causal)
     fast = ("_native_multi_head_attention", why_no_fast_path(layer, query, key, value, mask, padding))
     return _report(layer, query, key, value, mask, padding, need_weights, is_causal, packed, *fast)
@@ -86,10 +87,16 @@ def of_layer(
     packed: bool,
 ) -> LayerReport:
     """TransformerEncoderLayer.explain; `packed`: it leaves padding out itself, or gets a batch without."""
+    _refuse_nested(src)
     attention = layer.self_attn
     packed = packed or attention._packs(src, src, src, padding, mask, False, is_causal)
     fast = ("_transformer_encoder_layer_fwd", why_no_fast_layer(layer, src, mask, padding))
     return _report(attention, src, src, src, mask, padding, False, is_causal, packed, *fast)
+
+
+def _refuse_nested(*inputs: Tensor) -> None:
+    if any(x.is_nested for x in inputs):
+        raise ValueError("a layer's explain takes no nested tensors; give the padded batch, or ask fovea.explain")
 
 
 def _report(

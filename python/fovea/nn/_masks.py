@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fovea.torch._door import tracing
+
 
 def options_of(
     attn_mask: Tensor | None,
@@ -76,7 +78,7 @@ def _lengths(ignore: Tensor) -> tuple[Tensor, bool]:
     keep = ~ignore
     numbers = torch.arange(1, ignore.shape[1] + 1, dtype=torch.int32, device=ignore.device)
     lengths = (keep * numbers).amax(1)
-    if ignore.device.type != "cpu" or torch.compiler.is_compiling():
+    if ignore.device.type != "cpu" or torch.compiler.is_compiling() or tracing():
         return lengths, False
     return lengths, torch.equal(lengths, keep.sum(1, dtype=torch.int32))
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fovea import _core
+from fovea.torch._door import tracing
+from fovea.torch._nested import check_jagged
 
 
 def can_pack(padding: Tensor, x: Tensor, batch_first: bool) -> bool:
@@ -21,6 +23,8 @@ class Packing:
     """Where the tokens stand that a key_padding_mask [batch, seqlen] does not hide."""
 
     def __init__(self, key_padding_mask: Tensor) -> None:
+        if tracing():
+            raise RuntimeError("torch.jit.trace would keep the padding of this batch; trace without pack_padding")
         self.shape = key_padding_mask.shape
         # Waits for a GPU: how many rows there are decides about memory.  In index are cu_seqlens, the place of each row
         # and the row of each place or -1, one behind the other.
@@ -57,6 +61,7 @@ class Rows:
         #: Makes other rows a nested tensor of the same kind and lengths.
         self.nested: Callable[[Tensor], Tensor]
         if nested.layout == torch.jagged:
+            check_jagged("a nested input", nested, 1)
             offsets, shortest, longest = nested.offsets(), nested._get_min_seqlen(), nested._get_max_seqlen()
             self.rows, self.offsets, self.longest = nested.values(), offsets, longest
             self.cu_seqlens = offsets.to(torch.int32)

@@ -25,6 +25,7 @@ _NO_EXTRAS = (None,) * 10
 any_autocast = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
+tracing = torch._C._get_tracing_state  # of torch.jit.trace, which takes for a constant what no operator makes
 _of_old_vmap = torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -365,7 +366,7 @@ def _check_out(out: Any, *sources: Tensor | None) -> None:
     only_tensors(out=out)
     if torch.is_grad_enabled() and _any_needs_grad((out, *sources)):
         raise ValueError("out cannot be given where gradients are wanted; call under torch.no_grad() or leave it out")
-    if out.is_neg():
+    if not is_dynamo_compiling() and out.is_neg():  # compiled, copy_ writes it, which minds the bit
         raise ValueError("out is a view whose sign is only a bit, and would read what is written negated; give another")
 
 
@@ -395,6 +396,7 @@ def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
         or type(v) not in _PLAIN
         or _modes() != 0
         or _transforms() is not None
+        or tracing() is not None
     )
 
 

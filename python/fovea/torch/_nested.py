@@ -17,7 +17,13 @@ def unpack(
 
     q, k and v are jagged: [batch, seqlen*, heads, dim], or [batch, heads, seqlen*, dim] in layout "bhsd".
     """
-    q, k, v = (_tokens_first(name, tensor, layout) for name, tensor in (("q", q), ("k", k), ("v", v)))
+    given = (("q", q), ("k", k), ("v", v))
+    for name, tensor in given:
+        _check_kind(name, tensor)
+    for name, tensor in given:
+        check_jagged(name, tensor, 1 if layout == "bshd" else 2)
+    if layout != "bshd":
+        q, k, v = (tensor.transpose(1, 2) for _, tensor in given)
     offsets = q.offsets()
     shortest, longest = q._get_min_seqlen(), q._get_max_seqlen()
     check_lengths("k", k.offsets(), "v", v.offsets())
@@ -43,18 +49,26 @@ def check_lengths(key_name: str, key_offsets: Tensor, value_name: str, value_off
         )
 
 
+def check_jagged(name: str, tensor: Tensor, dimension: int) -> None:
+    """Refuses a jagged tensor whose values are not rows one behind the other, in that dimension."""
+    if tensor.lengths() is not None:
+        raise ValueError(f"{name} is a jagged tensor with holes; make it contiguous first")
+    if tensor._ragged_idx != dimension:
+        raise ValueError(f"{name} is jagged in dimension {tensor._ragged_idx} but must be in {dimension}; transpose it")
+
+
 def named(error: ValueError, q: Tensor, k: Tensor, v: Tensor) -> ValueError:
     """A refusal, or why strided nested tensors are refused; asked afterwards, so that other calls do not pay for it."""
     try:
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             if isinstance(tensor, Tensor) and tensor.is_nested:
-                _tokens_first(name, tensor, "bshd")
+                _check_kind(name, tensor)
     except ValueError as better:
         return better
     return error
 
 
-def _tokens_first(name: str, tensor: Any, layout: str) -> Tensor:
+def _check_kind(name: str, tensor: Any) -> None:
     if not tensor.is_nested or tensor.layout != torch.jagged:
         raise ValueError(
             f"{name} must be a nested tensor of layout torch.jagged like the others;"
@@ -62,6 +76,3 @@ def _tokens_first(name: str, tensor: Any, layout: str) -> Tensor:
         )
     if tensor.dim() != 4:
         raise ValueError(f"{name} has {tensor.dim()} dimensions but must be [batch, seqlen*, heads, dim]")
-    if tensor.lengths() is not None:
-        raise ValueError(f"{name} is a jagged tensor with holes; make it contiguous first")
-    return tensor if layout == "bshd" else tensor.transpose(1, 2)

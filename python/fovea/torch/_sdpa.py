@@ -142,8 +142,19 @@ def _irregular(
         raise ValueError(f"query, key and value need two dimensions or more, but have {ranks}")
     rank = max(query.dim(), key.dim(), value.dim())
     query, key, value = (_with_rank(tensor, max(rank, 4)) for tensor in (query, key, value))
-    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    heads, kv_heads = query.shape[-3], max(key.shape[-3], value.shape[-3])
+    leads = [tensor.shape[:-3] for tensor in (query, key, value)]
+    try:
+        lead = torch.broadcast_shapes(*leads)
+    except RuntimeError:
+        of_query, of_key, of_value = map(list, leads)
+        raise ValueError(
+            f"the leading dimensions {of_query} of query, {of_key} of key and {of_value} of value do not broadcast;"
+            " they must agree, or be 1"
+        ) from None
+    heads, key_heads, value_heads = query.shape[-3], key.shape[-3], value.shape[-3]
+    if key_heads != value_heads and 1 not in (key_heads, value_heads):
+        raise ValueError(f"key has {key_heads} heads but value {value_heads}; they must agree, or one of them have 1")
+    kv_heads = max(key_heads, value_heads)
     if heads == 1 and kv_heads > 1 and not enable_gqa:
         heads = kv_heads
     if not enable_gqa and kv_heads not in (1, heads):
@@ -151,21 +162,28 @@ def _irregular(
             f"the query has {heads} heads and key and value {kv_heads}; give enable_gqa=True if groups of query heads"
             " share theirs"
         )
-    length, kv_length, dim, dim_v = query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1]
-    if math.prod(lead) * heads * kv_heads * dim_v == 0:  # nothing to compute, but a place in the graph
+    length, dim, dim_v, batch = query.shape[-2], query.shape[-1], value.shape[-1], math.prod(lead)
+    if batch * heads * kv_heads * dim_v == 0:  # nothing to compute, but a place in the graph
         out = query.new_zeros((*lead, heads, length, dim_v)) + 0 * (query.sum() + key.sum() + value.sum())
         return out.reshape(out.shape[out.dim() - rank :])
     if dim == 0:  # every score is 0
         query, key, scale = torch.nn.functional.pad(query, (0, 1)), torch.nn.functional.pad(key, (0, 1)), 1.0
-    query = query.expand(*lead, heads, length, -1).reshape(-1, heads, length, query.shape[-1])
-    key = key.expand(*lead, kv_heads, kv_length, -1).reshape(-1, kv_heads, kv_length, key.shape[-1])
-    value = value.expand(*lead, kv_heads, kv_length, -1).reshape(-1, kv_heads, kv_length, dim_v)
+
+    def flat(tensor: Tensor, heads: int) -> Tensor:
+        return tensor.expand(*lead, heads, -1, -1).reshape(batch, heads, *tensor.shape[-2:])
+
+    query, key, value = flat(query, heads), flat(key, kv_heads), flat(value, kv_heads)
     if attn_mask is not None:
         attn_mask = _with_rank(attn_mask, max(rank, 4))
-        if len(lead) > 1 and math.prod(attn_mask.shape[:-3]) > 1:
-            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).reshape(-1, *attn_mask.shape[-3:])
-        elif len(lead) > 1:
-            attn_mask = attn_mask.reshape(1, *attn_mask.shape[-3:])
+        if len(lead) > 1:
+            mask_lead = attn_mask.shape[:-3]
+            if len(mask_lead) > len(lead) or any(m not in (1, n) for m, n in zip(mask_lead, lead)):
+                shape = [*lead, heads, length, key.shape[-2]]
+                raise ValueError(f"attn_mask has the shape {list(attn_mask.shape)} but must broadcast to {shape}")
+            if math.prod(mask_lead) > 1:
+                attn_mask = flat(attn_mask, attn_mask.shape[-3])
+            else:
+                attn_mask = attn_mask.reshape(1, *attn_mask.shape[-3:])
     out = _attend(query, key, value, attn_mask, dropout_p, corner, scale)
     return out.reshape((*lead, heads, length, dim_v)[max(rank, 4) - rank :])
 
