@@ -85,13 +85,11 @@ struct BackwardConsumer : BackwardOwner<S> {
   /// hides: some entry may be hidden.  Where all of S and dP is finite, so are q, dout and K, and weights of 0 add
   /// zeros: then the tile goes on as if nothing were hidden.  A bias may hide any entry.
   FOVEA_DEVICE void tile(u32 n, bool hides, Ahead& ahead, Sums& sums) const {
-    const Step& now = step(n);
-    const int place = state.q.place(n);
     Entries s;
     issue_scores(s, n);
-    const RowMap<false> rows = rows_of(now);
+    const RowMap<false> rows = rows_of(step(n));
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
-    Columns columns{rules, lane_key(n), S.dropout ? uniform(now.stream) : math::DropoutStream{}, {}, {}, {}};
+    Columns columns{rules, lane_key(n), S.dropout ? uniform(step(n).stream) : math::DropoutStream{}, {}, {}, {}};
     if (hides) {
       see(columns, n);
     } else if constexpr (S.bias) {
@@ -104,7 +102,7 @@ struct BackwardConsumer : BackwardOwner<S> {
     if (hides) {
       go_on<true>(n, state.q.place(fresh(n)), columns, s, check, ahead, sums);
     } else {
-      go_on<false>(n, place, columns, s, check, ahead, sums);
+      go_on<false>(n, state.q.place(n), columns, s, check, ahead, sums);
     }
   }
 
@@ -117,7 +115,7 @@ struct BackwardConsumer : BackwardOwner<S> {
     pin(weights);  // before dP takes as many registers as S had
     issue_dp(dp, n);
     if constexpr (S.dropout) columns.draw();  // meanwhile
-    if constexpr (!kHides && !S.dropout) issue_dv(weights, place, sums);
+    if constexpr (!kHides && !S.dropout) Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
     await_products<!kHides && !S.dropout ? 1 : 0>();
     pin(dp[0]);
     if constexpr (kHides) {
@@ -126,13 +124,9 @@ struct BackwardConsumer : BackwardOwner<S> {
         add<true>(fresh(n), columns, dp, weights, ahead, sums);  // whose addresses take no registers before
         return;
       }
-      if constexpr (!S.dropout) issue_dv(weights, place, sums);
+      if constexpr (!S.dropout) Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
     }
     add<false>(n, columns, dp, weights, ahead, sums);
-  }
-
-  FOVEA_DEVICE void issue_dv(Packed& weights, int place, Sums& sums) const {
-    Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
   }
 
   /// Of P and dP: dS, for who makes dq, and dk; dv where it is not under way yet.  kTermByTerm: of what is seen alone.
@@ -147,7 +141,7 @@ struct BackwardConsumer : BackwardOwner<S> {
     columns.pack(ds, dp);
     if constexpr (S.dropout) columns.drop(weights);
     if constexpr (!kTermByTerm) {  // hides what a shared dS costs
-      if constexpr (S.dropout) issue_dv(weights, place, sums);
+      if constexpr (S.dropout) Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
       Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));
     }
     share<kTermByTerm>(ds, n);

@@ -52,9 +52,15 @@ struct BackwardOwner {
         ahead.exists = uniform(step(n).exists);
       }
       if (!ahead.exists) break;
-      const bool whole = Self::kLooksAhead ? ahead.full : full(n);  // who does not look ahead asks now
-      if constexpr (!shares_keys(S)) {
+      const bool whole = Self::kLooksAhead ? ahead.full : full(n);          // who does not look ahead asks now
+      if constexpr (!shares_keys(S) && (S.bias || S.softcap || S.alibi)) {  // one text for much of both kinds
         self.tile(n, !whole, ahead, sums);
+      } else if constexpr (!shares_keys(S)) {
+        if (whole) {
+          self.tile(n, false, ahead, sums);
+        } else {
+          self.tile(n, true, ahead, sums);
+        }
       } else if (whole) {
         self.template tile<false>(n, sums);
       } else {
