@@ -46,6 +46,7 @@ constexpr std::array kTiles16{
     Tile{128, 64, 128, 8, 3, 4},
     Tile{128, 64, 128, 8, 2, 5},
     Tile{128, 64, 64, 4, 1, 1},
+    Tile{128, 64, 128, 8, 2, 13, 0, 1, true, kBias},
     Tile{128, 64, 64, 4, 1, 13, 0, 1, true, kBias},
     Tile{96, 64, 64, 4, 1, kSoftcap, 0, 1, true, kSoftcap},
     Tile{128, 32, 128, 8, 3},

@@ -26,10 +26,16 @@ struct Tile {
   int least_keys = 0;              // fewer are not worth its start
   enum { kAnyBand, kNoBand, kBand } band = kAnyBand;
   bool halved_q = false;  // see ForwardSpec
-  int slices = 1, most_rows = kAnyRows;
+  int slices = 1, most_rows = kAnyRows, least_options = 0;
 
   static constexpr int kAnyOptions = 99, kAnyRows = 1 << 30;
 };
+
+/// Where options weigh so much at least.
+constexpr Tile from_options(int least_options, Tile tile) {
+  tile.least_options = least_options;
+  return tile;
+}
 
 /// What options want of a forward's registers.
 int weight_of(const ForwardSpec& s) { return s.mask + 2 * s.dropout + 4 * s.alibi + 4 * s.bias + 16 * s.softcap; }
@@ -58,6 +64,7 @@ constexpr std::array kTiles16{
     Tile{128, 128, 64, 4, 1, 2, 2, false, 1},
     Tile{128, 128, 48, 4, 1, 2, 2, false, 3},
     Tile{128, 128, 48, 4, 1, 1, 2, false, 3},
+    from_options(5, Tile{128, 64, 128, 4, 1, 1, 2, true, 7}),
     Tile{128, 128, 32, 4, 1, 2, 2, true, 18},
     Tile{128, 64, 32, 4, 1, 2, 2},
     Tile{192, 128, 96, 8, 1, 2, 1, true},
@@ -227,7 +234,8 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
            !(tile.block_m > kFewRows && rows <= kFewRows) && rows <= tile.most_rows;
   };
   const auto suits = [&](const Tile& tile) {
-    return problem.seqlen_kv >= tile.least_keys && weight_of(spec) <= tile.most_options &&
+    const int weight = weight_of(spec);
+    return problem.seqlen_kv >= tile.least_keys && tile.least_options <= weight && weight <= tile.most_options &&
            (tile.band == Tile::kAnyBand || (tile.band == Tile::kBand) == spec.band);
   };
   TileReader reader(gpu.choices, gpu.names, kPortableName, problem);
