@@ -146,5 +146,11 @@ def test_refusals_carry_the_library_s_sentence():
         jax.block_until_ready(fovea.attention(q, k, v, backend="warp"))
 
 
+def test_a_masked_array_of_numpy_is_refused():
+    hidden = np.ma.masked_array(np.ones((9, 9), bool), True)
+    with pytest.raises(ValueError, match="^a MaskedArray has a mask that Fovea does not read"):
+        fovea.attention(*arrays(), mask=hidden)
+
+
 def test_the_report_reads_jax_arrays():
     assert fovea.explain(*arrays()).problem == "fwd fp32 b2 hq4 hkv4 sq9 skv9 d16"

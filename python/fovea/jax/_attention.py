@@ -12,6 +12,7 @@ import numpy as np
 
 from fovea import _core
 from fovea._arguments import rules, whole
+from fovea._frameworks import refuse_masked
 
 _TARGET = "fovea_attention"
 for _handler, _platform in zip(_core.xla_handlers(), ("cpu", "CUDA")):
@@ -89,7 +90,9 @@ def attention(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_kv=cu_seqlens_kv,
     )
-    for name, array in arrays.items():  # to the library a tensor of no dimensions is one that is not there
+    for name, array in arrays.items():
+        refuse_masked(type(array))
+        # To the library a tensor of no dimensions is one that is not there.
         if name not in ("mask", "bias") and array is not None and jnp.ndim(array) == 0:
             raise ValueError(f"{name} has no dimensions; give an array that has some")
     words = _words(softmax_scale, causal, window_left, window_right, softcap, deterministic)

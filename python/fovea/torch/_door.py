@@ -14,6 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fovea import _core
 from fovea._arguments import now, numbers, rules, whole
+from fovea._frameworks import refuse_masked
 from fovea.torch import _nested, _ops, _seeds
 
 #: Tensors without a dispatch of their own.
@@ -311,6 +312,7 @@ def _from_elsewhere(name: str, array: Any) -> Tensor:
     """A tensor in the memory of an array of another framework."""
     if not hasattr(array, "__dlpack__"):
         raise ValueError(f"{name} is a {type(array).__name__}, which is no array: give a tensor, or what speaks DLPack")
+    refuse_masked(type(array))
     try:
         return torch.from_dlpack(array)
     except (BufferError, RuntimeError) as error:
