@@ -163,6 +163,9 @@ def _attend(static: _Static, arrays: dict[str, jax.Array]) -> tuple[jax.Array, j
         lse_shape = (q.shape[0], q.shape[2], q.shape[1])
     else:  # "bhsd", or what the library refuses
         lse_shape = q.shape[:3]
+    for name, size in zip(("num_q_heads", "batch"), lse_shape[-2::-1]):
+        if size == 0:  # XLA leaves out a call whose results are empty, and the library's refusal with it
+            raise jax.errors.JaxRuntimeError(f"INVALID_ARGUMENT: {name} (0) must be at least 1")
     results = {
         "out": jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype),
         "lse": jax.ShapeDtypeStruct(lse_shape, jnp.float32),
