@@ -112,7 +112,7 @@ def extras(
     max_seqlen_q: Any,
     max_seqlen_kv: Any,
 ) -> tuple[Any, ...] | None:
-    """The arrays of a call besides q, k and v, or None where there are none."""
+    """What belongs to the arrays of a call besides q, k and v, or None where there is nothing."""
     if (
         mask is None
         and bias is None
@@ -122,6 +122,8 @@ def extras(
         and kv_lengths is None
         and cu_seqlens_q is None
         and cu_seqlens_kv is None
+        and max_seqlen_q is None
+        and max_seqlen_kv is None
     ):
         return None
     return (

@@ -182,6 +182,8 @@ REFUSED = {
     "kv_lengths[1] (9) must be at most seqlen_kv (7)": dict(kv_lengths=np.array([1, 9], np.int32)),
     "mask has 5 dimensions; Fovea takes at most 4": dict(mask=np.ones((1, 1, 1, 5, 7), bool)),
     "cu_seqlens_q and cu_seqlens_kv must be given together": dict(cu_seqlens_q=np.array([0, 5], np.int32)),
+    "max_seqlen_q (5) belongs to packed sequences; give cu_seqlens_q": dict(max_seqlen_q=5),
+    "max_seqlen_kv (7) belongs to packed sequences": dict(max_seqlen_kv=7, kv_lengths=np.array([1, 7], np.int32)),
     "a MaskedArray has a mask that Fovea does not read": dict(bias=np.ma.masked_array(np.ones((5, 7), np.float32))),
     "a MaskedArray has a mask that": dict(softmax_scale=np.ma.masked_array(0.5, True)),
     "out has the shape [2, 5, 4, 8] but must have [2, 5, 4, 6]": dict(out=np.empty((2, 5, 4, 8), np.float32)),

@@ -467,6 +467,22 @@ def test_nested_tensors_of_another_layout_are_refused():
                 call(*given)
 
 
+@pytest.mark.parametrize("call", [fovea.attention, fovea.explain])
+def test_a_longest_length_of_tensors_that_are_not_packed_is_refused(call):
+    x = torch.randn(2, 5, 4, 16, requires_grad=True)
+    for name in ("max_seqlen_q", "max_seqlen_kv"):
+        with pytest.raises(ValueError, match=rf"^{name} \(5\) belongs to packed sequences; give cu_seqlens_q and cu_"):
+            call(x, x, x, **{name: 5})
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv"])
+def test_lengths_beside_nested_tensors_are_refused(name):
+    x = torch.nested.nested_tensor([torch.randn(3, 8, 16), torch.randn(5, 8, 16)], layout=torch.jagged)
+    given = {name: torch.tensor([0, 3, 8], dtype=torch.int32) if name.startswith("cu") else 5}
+    with pytest.raises(ValueError, match="^nested tensors bring cu_seqlens and max_seqlen along"):
+        fovea.attention(x, x, x, **given)
+
+
 def test_tensors_jagged_in_another_dimension_are_refused():
     parts = [torch.randn(3, 8, 16), torch.randn(5, 8, 16)]  # as many heads as rows: all other sizes would agree
     jagged = torch.nested.nested_tensor(parts, layout=torch.jagged)

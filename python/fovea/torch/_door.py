@@ -136,7 +136,8 @@ def attention(
 ) -> Any:
     """fovea.attention."""
     others = packed_again = None
-    if not (mask is bias is alibi_slopes is sink is q_lengths is kv_lengths is cu_seqlens_q is cu_seqlens_kv is None):
+    no_lengths = cu_seqlens_q is cu_seqlens_kv is max_seqlen_q is max_seqlen_kv is q_lengths is kv_lengths is None
+    if not (no_lengths and mask is bias is alibi_slopes is sink is None):
         others = _readable(
             mask,
             bias,
@@ -336,11 +337,11 @@ def _prepared(
         others = cast_bias(others, dtype)
     if not (q.is_nested or k.is_nested or v.is_nested):
         return q, k, v, others, layout, None
-    *arrays, cu_seqlens_q, cu_seqlens_kv, _, _ = others or _NO_EXTRAS
-    if cu_seqlens_q is not None or cu_seqlens_kv is not None or out is not None:
-        raise ValueError("nested tensors bring their own cu_seqlens and make their own out; leave both out")
+    others = others or _NO_EXTRAS
+    if out is not None or any(given is not None for given in others[6:]):
+        raise ValueError("nested tensors bring cu_seqlens and max_seqlen along and make their own out; leave them out")
     q, k, v, *lengths, packed_again = _nested.unpack(q, k, v, layout)
-    return q, k, v, (*arrays, *lengths), "bshd", packed_again
+    return q, k, v, (*others[:6], *lengths), "bshd", packed_again
 
 
 def cast_bias(others: tuple[Any, ...] | None, dtype: torch.dtype) -> tuple[Any, ...] | None:
