@@ -89,9 +89,9 @@ use_installed "$work/built"
 
 shared=ON
 [[ -z $(find "$work/built" -name 'libfovea.so') ]] || shared=OFF
-echo "== the other kind: BUILD_SHARED_LIBS=$shared, not optimised since only its linking is new"
+echo "== the other kind: BUILD_SHARED_LIBS=$shared, not optimised since only its linking is new, and free of warnings"
 cmake -S "$source_dir" -B "$work/other_build" -G Ninja -DBUILD_SHARED_LIBS=$shared -DBUILD_TESTING=OFF \
-  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O0 >"$work/log" ||
+  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG='-O0 -Werror' >"$work/log" ||
   { cat "$work/log"; fail "configuring failed"; }
 cmake --build "$work/other_build" --target src/all >"$work/log" || { cat "$work/log"; fail "the library does not build"; }
 cmake --install "$work/other_build" --prefix "$work/other" --component library >/dev/null
