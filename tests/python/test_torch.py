@@ -339,6 +339,8 @@ def test_seeds_follow_the_default_generator():
     assert torch.equal(dropped(q, k, v), first) and torch.equal(dropped(q, k, v), second)
     assert torch.equal(dropped(q, k, v, seed=2**64 - 1), dropped(q, k, v, seed=2**64 - 1))
     assert not torch.equal(dropped(q, k, v, seed=1), dropped(q, k, v, seed=1, offset=1))
+    with pytest.raises(ValueError, match=r"^offset \(3\) belongs to a seed, and each call draws both; give seed="):
+        dropped(q, k, v, offset=3)
 
 
 @pytest.mark.parametrize("number", [torch.tensor, np.array], ids=["tensor", "array"])

@@ -150,6 +150,8 @@ def attention(
             max_seqlen_q,
             max_seqlen_kv,
         )
+    if dropout_p and seed is None and offset:
+        raise ValueError(f"offset ({offset}) belongs to a seed, and each call draws both; give seed=, or leave it out")
     if dropout_p and not is_dynamo_compiling():
         seed, offset = now("seed", seed), now("offset", offset)
     if not plainly_eager(q, k, v):
