@@ -100,8 +100,8 @@ struct Walk {
     if constexpr (S.ends_dq) first_dq_tile = DqPlaces{p}.first_tile(task.turn);
   }
 
-  /// The first step of a block's keys, as step n.
-  FOVEA_DEVICE void begin(const BackwardParams& p, int n = 0) {
+  /// The tiles that see the block's keys.
+  FOVEA_DEVICE void begin(const BackwardParams& p) {
     const Band& band = sequence.band;
     const Interval keys{key_block * S.block_n, (key_block + 1) * S.block_n};
     const Interval rows = band.rows_of_keys(keys), seers = band.rows_that_see_all(keys);
@@ -115,18 +115,16 @@ struct Walk {
       window_head = -1;
     }
     if constexpr (S.mask) __syncwarp();
-    const Seen next = seek(p, first_head, first);
-    write(p, n, moved(p, first_of_head(p, next.head, 0), next));
   }
-  /// Step n + 1 from step n.
-  FOVEA_DEVICE void write_next(const BackwardParams& p, int n) {
-    const Step& now = steps[n % kSteps];
-    const int stage = now.stage + 1 == S.stages ? 0 : now.stage + 1;
-    const bool same_head = now.tile + 1 != end;
-    const Seen next = seek(p, same_head ? now.head : now.head + 1, same_head ? now.tile + 1 : first);
-    Step step = next.head == now.head ? carried_on(now) : first_of_head(p, next.head, stage);
+  /// Step n from the one before, or the first one of the keys.
+  FOVEA_DEVICE void write(const BackwardParams& p, int n, const Step& before, bool is_first) {
+    const int stage = is_first || before.stage + 1 == S.stages ? 0 : before.stage + 1;
+    const bool same_head = !is_first && before.tile + 1 != end;
+    const int head = is_first ? first_head : before.head + (same_head ? 0 : 1);
+    const Seen next = seek(p, head, same_head ? before.tile + 1 : first);
+    Step step = !is_first && next.head == before.head ? carried_on(before) : first_of_head(p, next.head, stage);
     step.stage = stage;
-    write(p, n + 1, moved(p, step, next));
+    put(p, n, moved(p, step, next));
   }
   /// Who keeps the walk: a thread, or the warp that looks for what a mask does not hide.
   FOVEA_DEVICE static bool keeps() { return S.mask ? warp_id() == 0 : threadIdx.x == 0; }
@@ -154,7 +152,7 @@ struct Walk {
     step.mask = to.mask;
     return step;
   }
-  FOVEA_DEVICE void write(const BackwardParams& p, int n, Step step) {
+  FOVEA_DEVICE void put(const BackwardParams& p, int n, Step step) {
     step.full_band = step.tile >= first_full && step.tile < end_full;
     if (S.deterministic && step.exists) step.turn = turn_at(p, step.head, step.tile);
     if constexpr (S.holds_dq) step.turn = key_block;
@@ -352,7 +350,7 @@ struct Backward {
       }
     }
     close_copies<S.async_copy>();
-    if (walk.keeps()) walk.write_next(p, n);
+    if (walk.keeps()) walk.write(p, n + 1, step(n), false);
   }
 
   FOVEA_DEVICE void run() const {
@@ -360,7 +358,7 @@ struct Backward {
     clear(sums.dk.c);
     clear(sums.dv.c);
     load_keys();
-    if (walk.keeps()) walk.begin(p);
+    if (walk.keeps()) walk.begin(p), walk.write(p, 0, step(0), true);
     __syncthreads();
     if constexpr (S.alibi) clear_slope_parts();
     load(0);

@@ -82,54 +82,51 @@ struct BackwardConsumer : BackwardOwner<S> {
 
   // ---- a tile of rows
 
-  /// kHides: some entry may be hidden.  Where all of S and dP is finite, so are q, dout and K, and weights of 0 add
+  /// hides: some entry may be hidden.  Where all of S and dP is finite, so are q, dout and K, and weights of 0 add
   /// zeros: then the tile goes on as if nothing were hidden.  A bias may hide any entry.
-  template <bool kHides>
-  FOVEA_DEVICE void tile(u32 n, Ahead& ahead, Sums& sums) const {
-    const Step& now = step(n);
-    const int place = state.q.place(n);
+  FOVEA_DEVICE void tile(u32 n, bool hides, Ahead& ahead, Sums& sums) const {
     Entries s;
     issue_scores(s, n);
-    const RowMap<false> rows = rows_of(now);
+    const RowMap<false> rows = rows_of(step(n));
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
-    Columns columns{rules, lane_key(n), S.dropout ? uniform(now.stream) : math::DropoutStream{}, {}, {}, {}};
-    if constexpr (kHides) see(columns, n);
-    const bool hides = kHides || bias_hides(columns, n);
+    Columns columns{rules, lane_key(n), S.dropout ? uniform(step(n).stream) : math::DropoutStream{}, {}, {}, {}};
+    if (hides) {
+      see(columns, n);
+    } else if constexpr (S.bias) {
+      columns.see_all(), hides = bias_hides(columns, n);
+    }
     await_products<0>();
     pin(s[0]);
-    if constexpr (!S.bias || kHides) {
-      go_on<kHides, kHides>(n, place, columns, s, ahead, sums);
-    } else if (hides) {
-      go_on<false, true>(n, place, columns, s, ahead, sums);
+    const float check = hides ? Columns::not_finite(s) : 0.0F;
+    columns.finish(s), add_bias(columns, s, n);
+    if (hides) {
+      go_on<true>(n, state.q.place(fresh(n)), columns, s, check, ahead, sums);
     } else {
-      go_on<false, false>(n, place, columns, s, ahead, sums);
+      go_on<false>(n, state.q.place(n), columns, s, check, ahead, sums);
     }
   }
 
-  template <bool kHides, bool kChecks>
-  FOVEA_DEVICE void go_on(u32 n, int place, Columns& columns, Entries& s, Ahead& ahead, Sums& sums) const {
+  template <bool kHides>
+  FOVEA_DEVICE void go_on(u32 n, int place, Columns& columns, Entries& s, float check, Ahead& ahead, Sums& sums) const {
     Entries dp;
     Packed weights;
-    float check = columns.template weigh<kHides, kChecks>(s, at.log2_lse(place), [&] { add_bias(columns, s, n); });
+    columns.template weigh<kHides>(s, at.log2_lse(place));
     columns.pack(weights, s);
     pin(weights);  // before dP takes as many registers as S had
     issue_dp(dp, n);
-    if constexpr (!kChecks && !S.dropout) issue_dv(weights, place, sums);
-    await_products<!kChecks && !S.dropout ? 1 : 0>();
+    if constexpr (S.dropout) columns.draw();  // meanwhile
+    if constexpr (!kHides && !S.dropout) Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
+    await_products<!kHides && !S.dropout ? 1 : 0>();
     pin(dp[0]);
-    if constexpr (kChecks) {
+    if constexpr (kHides) {
       check += columns.not_finite_gradients(dp, at.delta(place));
       if (uniform(meet_any(meeting(), 128, !(check == 0.0F)))) {
         add<true>(fresh(n), columns, dp, weights, ahead, sums);  // whose addresses take no registers before
         return;
       }
-      if constexpr (!S.dropout) issue_dv(weights, place, sums);
+      if constexpr (!S.dropout) Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
     }
     add<false>(n, columns, dp, weights, ahead, sums);
-  }
-
-  FOVEA_DEVICE void issue_dv(Packed& weights, int place, Sums& sums) const {
-    Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
   }
 
   /// Of P and dP: dS, for who makes dq, and dk; dv where it is not under way yet.  kTermByTerm: of what is seen alone.
@@ -139,12 +136,12 @@ struct BackwardConsumer : BackwardOwner<S> {
     Packed ds;
     if constexpr (kTermByTerm) columns.hide_by_bias(weights);
     columns.template differentiate<kTermByTerm>(dp, weights, at.delta(place));
-    if constexpr (S.alibi) add_slope(n, columns.slope_part(dp), sums.slope);
+    if constexpr (S.alibi) columns.key = lane_key(fresh(n)), add_slope(n, columns.slope_part(dp), sums.slope);
     if constexpr (S.softcap) columns.pass_softcap(dp);
     columns.pack(ds, dp);
     if constexpr (S.dropout) columns.drop(weights);
     if constexpr (!kTermByTerm) {  // hides what a shared dS costs
-      if constexpr (S.dropout) issue_dv(weights, place, sums);
+      if constexpr (S.dropout) Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
       Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));
     }
     share<kTermByTerm>(ds, n);
@@ -175,12 +172,8 @@ struct BackwardConsumer : BackwardOwner<S> {
     state.ds.await_empty(n + 1);
     put(weights, n + 1);
     __syncwarp();
-    Owner::template multiply_seen_by_columns<S.block_m>(
-        sums.dv[0], warp_key(), [&](int k, int row) { return element<S.block_m>(at.ds(n + 1), k, row); },
-        [&](int k, u32 column) { return element<S.block_m>(at.dout(place), k, column); });
-    Owner::template multiply_seen_by_columns<S.block_m>(
-        sums.dk[0], warp_key(), [&](int k, int row) { return element<S.block_m>(at.ds(n), k, row); },
-        [&](int k, u32 column) { return element<S.block_m>(at.q(place), k, column); });
+    this->add_seen_columns(sums.dv[0], at.ds(n + 1), at.dout(place));
+    this->add_seen_columns(sums.dk[0], at.ds(n), at.q(place));
     __syncwarp();
   }
 

@@ -39,8 +39,8 @@ struct BackwardOwner {
     ahead.exists = uniform(step(n).exists);
     ahead.full = full(n);
   }
-  /// Has `self` gather tile after tile from n on, as tile<kHides>(n, ahead, sums), kHides: some entry may be hidden;
-  /// the end.  Who looks ahead leaves what it has seen of the next tile.
+  /// Has `self` gather tile after tile from n on, telling it whether some entry may be hidden; the end.  Who looks
+  /// ahead leaves what it has seen of the next tile.
   template <class Self, class Sums>
   FOVEA_DEVICE u32 gather(const Self& self, Sums& sums, u32 n = 0) const {
     Ahead ahead;
@@ -52,10 +52,19 @@ struct BackwardOwner {
         ahead.exists = uniform(step(n).exists);
       }
       if (!ahead.exists) break;
-      if (Self::kLooksAhead ? ahead.full : full(n)) {  // who does not look ahead asks now
-        self.template tile<false>(n, ahead, sums);
+      const bool whole = Self::kLooksAhead ? ahead.full : full(n);          // who does not look ahead asks now
+      if constexpr (!shares_keys(S) && (S.bias || S.softcap || S.alibi)) {  // one text for much of both kinds
+        self.tile(n, !whole, ahead, sums);
+      } else if constexpr (!shares_keys(S)) {
+        if (whole) {
+          self.tile(n, false, ahead, sums);
+        } else {
+          self.tile(n, true, ahead, sums);
+        }
+      } else if (whole) {
+        self.template tile<false>(n, sums);
       } else {
-        self.template tile<true>(n, ahead, sums);
+        self.template tile<true>(n, sums);
       }
     }
     return n;
@@ -129,7 +138,7 @@ struct BackwardOwner {
   }
 
   FOVEA_DEVICE bool bias_hides(const Columns& columns, u32 n) const {
-    if constexpr (!S.bias) return false;
+    if constexpr (S.bias_type == Type::kFloat32) return true;  // it may, and is not asked
     state.bias.await_full(n);
     return uniform(meet_any(
         meeting(), 128,
@@ -157,14 +166,26 @@ struct BackwardOwner {
     for (int k = 0; k < S.block_m / 16; ++k) store_matrices_transposed(mine + k * 16 * kPanelRowBytes, ds[k]);
   }
 
-  /// Few columns at a time, for registers are full.
-  template <int kSteps, int kPieces, class A, class B>
-  FOVEA_DEVICE static void multiply_seen_by_columns(Accumulator (&sum)[kPieces], int row, const A& a, const B& b) {
+  /// dv from Pᵀ and dout, dk from dSᵀ and q, term by term of what is seen.
+  template <int kPieces>
+  FOVEA_DEVICE void add_seen_columns(Accumulator (&sum)[kPieces], u32 entries, u32 rows) const {
+    constexpr int kAtOnce = shares_keys(S) ? kPieces : 1;  // who has both sums has no registers for more
 #pragma unroll
-    for (int j = 0; j < kPieces; ++j) {
-      Accumulator one[1][1] = {{sum[j]}};
-      multiply_seen<S, kSteps>(one, row, 0, a, [&](int k, int column) { return b(k, 8U * j + column % 8U); });
-      sum[j] = one[0][0];
+    for (int first = 0; first < kPieces; first += kAtOnce) {
+      const int key = fresh(warp_key() + lane_id() / 4), column = fresh(lane_id() % 4 * 2);
+#pragma unroll 1
+      for (int k = 0; k < S.block_m; ++k) {
+        const float factors[2] = {read_shared<S.type>(element<S.block_m>(entries, k, key)),
+                                  read_shared<S.type>(element<S.block_m>(entries, k, key + 8))};
+#pragma unroll
+        for (int j = first; j < first + kAtOnce; ++j) {
+          const u32 two = load_shared(element<S.block_m>(rows, k, 8 * j + column));
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            if (!is_hidden(factors[e / 2])) sum[j].x[e] += factors[e / 2] * widen_half<S.type>(two, e % 2);
+          }
+        }
+      }
     }
   }
 

@@ -27,29 +27,32 @@ struct BackwardProducer {
     HopperWalk<S>& walk = state.walk;
     load_keys_of_block();
     if (walk.keeps()) walk.begin(p);  // meanwhile
-    share();
+    u32 first = 0;                    // step of the keys
 #pragma unroll 1
     for (u32 n = 0;; ++n) {
+      if (walk.keeps()) walk.write(p, static_cast<int>(n), state.step(n - 1), n == first);
+      share();
       const Step& step = state.step(n);
-      const int place = state.q.place(n), dout_place = state.dout.place(n);
-      Barrier &q = state.q.full[place], &dout = state.dout.full[dout_place];
+      const int place = state.q.place(n);
+      Barrier& q = state.q.full[place];
       state.q.await_empty(n);
       if (!(kByEngine && !S.mask && !S.bias ? step.exists : uniform(step.exists))) {
         if constexpr (S.holds_dq) pass_places(n);
         if (leads()) q.arrive();
         if (S.mask && warp_id() == 1) q.arrive();
         if (!S.holds_dq || state.last_keys(walk.key_block)) return;
-        go_on_to_next_keys(n);
+        go_on_to_next_keys();
+        first = n + 1;
         continue;
       }
       load_rows_of<S.head_dim>(step, at.q(place), at.log2_lse(place), q, p.q_map, p.q, p.log2_lse, p.head_dim);
       if (S.mask && warp_id() == 1) load_words(step, at.words(place), q);
-      if constexpr (S.bias) load_bias(step, n);
-      state.dout.await_empty(n);
-      load_rows_of<S.head_dim_v>(step, at.dout(dout_place), at.delta(dout_place), dout, p.dout_map, p.dout, p.delta,
-                                 p.head_dim_v);
-      if (walk.keeps()) walk.write_next(p, static_cast<int>(n));
-      share();
+      if constexpr (S.bias) load_bias(step, fresh(n));  // whose places take no registers before
+      const u32 again = fresh(n);                       // nor have these
+      state.dout.await_empty(again);
+      const int dout_place = state.dout.place(again);
+      load_rows_of<S.head_dim_v>(step, at.dout(dout_place), at.delta(dout_place), state.dout.full[dout_place],
+                                 p.dout_map, p.dout, p.delta, p.head_dim_v);
     }
   }
 
@@ -68,16 +71,14 @@ struct BackwardProducer {
     }
     share();
   }
-  /// Behind step n.
-  FOVEA_DEVICE void go_on_to_next_keys(u32 n) const {
+  FOVEA_DEVICE void go_on_to_next_keys() const {
     HopperWalk<S>& walk = state.walk;
     state.keys_read.wait(walk.key_block & 1);
     share();
     if (leads()) ++walk.key_block;
     share();
     load_keys_of_block();
-    if (walk.keeps()) walk.begin(p, static_cast<int>(n) + 1);
-    share();
+    if (walk.keeps()) walk.begin(p);
   }
 
   FOVEA_DEVICE void load_keys_of_block() const {
@@ -122,7 +123,6 @@ struct BackwardProducer {
                                  const RowView& view, const float* statistics, int dim) const {
     constexpr int kBytesOfStatistics = BackwardLayout<S>::kShared.statistics_of_tile;
     const int row = step.tile * S.block_m;
-    const float* const mine = statistics + step.slot * S.block_m;
     const Sequence& sequence = state.walk.sequence;
     if constexpr (kByEngine) {
       if (!leads()) return;
@@ -135,7 +135,7 @@ struct BackwardProducer {
       if (!leads()) return;
       full.arrive_with(kBytesOfStatistics);
     }
-    load_bytes(statistics_to, mine, kBytesOfStatistics, full);
+    load_bytes(statistics_to, statistics + step.slot * S.block_m, kBytesOfStatistics, full);
   }
 
   /// A mask's words under a tile, by a warp.  Past the last row or key the last one is read: such entries are hidden

@@ -46,7 +46,7 @@ struct WeightsConsumer : BackwardOwner<S> {
   /// kHides: some entry may be hidden, as by a bias any; both warpgroups then agree on whether all is finite before
   /// they add.
   template <bool kHides>
-  FOVEA_DEVICE void tile(u32 n, typename Owner::Ahead& /*ahead*/, Sum& dv) const {
+  FOVEA_DEVICE void tile(u32 n, Sum& dv) const {
     constexpr bool kChecks = kHides || S.bias;
     const Step& now = step(n);
     Entries s;
@@ -58,8 +58,10 @@ struct WeightsConsumer : BackwardOwner<S> {
     if constexpr (kHides) see(columns, n);
     await_products<0>();
     pin(s[0]);
-    const float check = columns.template weigh<kHides, kChecks>(s, at.log2_lse(state.q.place(n)),
-                                                                [&] { this->add_bias(columns, s, n); });
+    const float check = kChecks ? Columns::not_finite(s) : 0.0F;
+    columns.finish(s), this->add_bias(columns, s, n);
+    if constexpr (S.dropout) columns.draw();
+    columns.template weigh<kHides>(s, at.log2_lse(state.q.place(n)));
     state.q.release(n);
     columns.pack(weights, s);
     state.ds.await_empty(n);
@@ -83,9 +85,7 @@ struct WeightsConsumer : BackwardOwner<S> {
       state.ds.await_empty(n + 2);  // once dq is made, dS's place is P's again
       put(weights, n);
       __syncwarp();
-      Owner::template multiply_seen_by_columns<S.block_m>(
-          dv[0], warp_key(), [&](int row, int key) { return element<S.block_m>(at.ds(n), row, key); },
-          [&](int row, u32 column) { return element<S.block_m>(dout, row, column); });
+      this->add_seen_columns(dv[0], at.ds(n), dout);
     } else {
       Owner::template issue_sum<S.head_dim_v>(dv[0], weights, dout);
       await_products<0>();
@@ -125,7 +125,7 @@ struct GradientConsumer : BackwardOwner<S> {
   }
 
   template <bool kHides>
-  FOVEA_DEVICE void tile(u32 n, typename Owner::Ahead& /*ahead*/, Sums& sums) const {
+  FOVEA_DEVICE void tile(u32 n, Sums& sums) const {
     constexpr bool kChecks = kHides || S.bias;
     const Step& now = step(n);
     const int place = state.q.place(n);
@@ -156,9 +156,7 @@ struct GradientConsumer : BackwardOwner<S> {
       put(ds, n);
       fence_engine();
       __syncwarp();
-      Owner::template multiply_seen_by_columns<S.block_m>(
-          sums.dk[0], warp_key(), [&](int row, int key) { return element<S.block_m>(at.ds(n), row, key); },
-          [&](int row, u32 column) { return element<S.block_m>(at.q(place), row, column); });
+      this->add_seen_columns(sums.dk[0], at.ds(n), at.q(place));
       hand_out(n);  // P takes its place then
     } else {
       if constexpr (S.alibi) add_slope(n, columns.slope_part(dp), sums.slope);

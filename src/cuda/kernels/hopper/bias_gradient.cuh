@@ -275,8 +275,11 @@ struct BiasGradientSm90 {
     await_products<kAtOnce ? 1 : 0>();
     pin(c[0]);
     release(step, 0, kKeyPanels);
-    float check = columns.template weigh<kHides, kChecks>(
-        c, log2_lse_at(step), [&] { columns.add_bias(c, bias_at(t), fresh(warp_key()), false); });
+    float check = kChecks ? Columns::not_finite(c) : 0.0F;
+    columns.finish(c);
+    columns.add_bias(c, bias_at(t), fresh(warp_key()), false);
+    if constexpr (S.dropout) columns.draw();
+    columns.template weigh<kHides>(c, log2_lse_at(step));
     if constexpr (kAtOnce) {
       state.ring.await_full(step * kPanels + kKeyPanels);  // known, but a branch: else dP is awaited before S is P
       await_products<0>();

@@ -46,8 +46,6 @@ struct GradientColumns {
   using Entries = Accumulator[1][kN];
   using Packed = OperandA[S.block_m / 16];
   using Rules = ScoreRules<S, false, AsTheyAre>;
-  /// Of an entry: asked where its weight is chosen, not before.
-  static constexpr bool kAsksLate = kBareScores<S> || S.bias;
   static constexpr bool kDeltaFirst = !S.dropout && S.block_m > 64;  // dP comes with delta taken off
   using Bits = u32[kN / 8];                                          // one an entry
 
@@ -123,18 +121,14 @@ struct GradientColumns {
   }
   /// Whether a bias hides an entry of the lane's; as `add_bias`.
   FOVEA_DEVICE static bool hides_some(u32 panels, int keys, bool shared) {
-    if constexpr (S.bias_type == Type::kFloat32) {
-      return true;
-    } else {
-      u32 least[4] = {};
-      for_each_sixteen(panels, keys, shared, [&](int, const u32(&words)[4]) {
+    u32 least[4] = {};
+    for_each_sixteen(panels, keys, shared, [&](int, const u32(&words)[4]) {
 #pragma unroll
-        for (int x = 0; x < 4; ++x) least[x] = least_of_two<S.bias_type>(least[x], words[x]);
-      });
-      const u32 two = least_of_two<S.bias_type>(least_of_two<S.bias_type>(least[0], least[1]),
-                                                least_of_two<S.bias_type>(least[2], least[3]));
-      return widen_half<S.bias_type>(two, 0) < kLowestBias || widen_half<S.bias_type>(two, 1) < kLowestBias;
-    }
+      for (int x = 0; x < 4; ++x) least[x] = least_of_two<S.bias_type>(least[x], words[x]);
+    });
+    const u32 two = least_of_two<S.bias_type>(least_of_two<S.bias_type>(least[0], least[1]),
+                                              least_of_two<S.bias_type>(least[2], least[3]));
+    return widen_half<S.bias_type>(two, 0) < kLowestBias || widen_half<S.bias_type>(two, 1) < kLowestBias;
   }
   /// A bias of −infinity hides, whatever the entry has become since: memory is asked again.  Past the last row or key
   /// all is hidden anyway.
@@ -160,12 +154,8 @@ struct GradientColumns {
     }
   }
 
-  /// Sᵀ becomes Pᵀ.  kHides: some entry may be hidden, `seen` says which; kChecks: that, or a bias hides some; returns
-  /// what `not_finite` does then.
-  template <bool kHides, bool kChecks, class AddBias>
-  FOVEA_DEVICE float weigh(Entries& s, u32 log2_lse, const AddBias& add_bias) {
-    const float unit = (kBareScores<S> ? rules.p.scale : 1.0F) * kLog2E;
-    const float check = kChecks ? not_finite(s) : 0.0F;
+  /// What softcap and ALiBi make of the scores, alike whether entries are hidden or not.
+  FOVEA_DEVICE void finish(Entries& s) {
     if constexpr (S.softcap || S.alibi) {
       for_each_two([&](int j, int e) {
         float t[2];
@@ -173,24 +163,48 @@ struct GradientColumns {
         for (int x = 0; x < 2; ++x) {
           float& score = s[0][j].x[e + x];
           score = rules.score(score, row_of(j, e + x), key_of(e), 0.0F, &t[x]);
-          if (kHides && !kAsksLate && !sees(j, e + x)) score = -infinity();  // that takes no register from here on
         }
         if constexpr (S.softcap) slopes[j][e / 2] = cuda::pack<Type::kFloat16>(1.0F - t[0] * t[0], 1.0F - t[1] * t[1]);
       });
     }
-    if constexpr (S.bias) add_bias();
-    if constexpr (S.dropout) draw();
+  }
+  /// Sᵀ becomes Pᵀ.  kHides: some entry may be hidden, `seen` says which.
+  template <bool kHides>
+  FOVEA_DEVICE void weigh(Entries& s, u32 log2_lse) const {
+    const float unit = (kBareScores<S> ? rules.p.scale : 1.0F) * kLog2E;
     const u32 mine = log2_lse + lane_id() % 4 * 8;
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       const float2 lse = load_shared_two(mine + 32 * j);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float x = s[0][j].x[e], weight = exp2(x * unit - (e % 2 == 0 ? lse.x : lse.y));
-        s[0][j].x[e] = kHides && (kAsksLate ? !sees(j, e) : is_hidden_score<S>(x)) ? -0.0F : weight;
+        const float weight = exp2(s[0][j].x[e] * unit - (e % 2 == 0 ? lse.x : lse.y));
+        s[0][j].x[e] = kHides && !sees(j, e) ? -0.0F : weight;
       }
     }
-    return check;
+  }
+
+  /// What dropout keeps.  Four entries share a draw: rows 8 apart and keys 8 apart.  Few draws at once, for registers
+  /// are full.
+  FOVEA_DEVICE void draw() {
+    const u32 most = (rules.p.keep_threshold << 16) - 1;  // of a draw kept, in the upper half of a word
+    const u32 patch = math::patch_of(key), first = math::patch_of(rules.rows.first + row_of(0, 0));
+#pragma unroll
+    for (int w = 0; w < kN / 8; ++w) {
+      kept[w] = 0;
+#pragma unroll 1
+      for (u32 at = 0; at < 32; at += 8) {  // two pieces, 16 rows, a turn
+#pragma unroll
+        for (u32 e = 0; e < 2; ++e) {
+          const math::Draws draws = math::draws_of_patch(stream, first + w * 32 + at + e, patch);
+#pragma unroll
+          for (u32 low = 0; low < 2; ++low) {
+            kept[w] |= static_cast<u32>(draws.words[low] << 16 <= most) << (at + 4 * low + e);
+            kept[w] |= static_cast<u32>(draws.words[low] <= most) << (at + 4 * low + e + 2);
+          }
+        }
+      }
+    }
   }
 
   /// −delta, for dPᵀ to be added to.
@@ -320,28 +334,6 @@ struct GradientColumns {
 
   /// Of rows 0, 8, 16 to 56 those below `end`, a bit each.
   FOVEA_DEVICE static u32 rows_below(int end) { return (1U << math::smaller(math::larger(end + 7 >> 3, 0), 8)) - 1; }
-
-  /// Four entries share a draw: rows 8 apart and keys 8 apart.  Few draws at once, for registers are full.
-  FOVEA_DEVICE void draw() {
-    const u32 most = (rules.p.keep_threshold << 16) - 1;  // of a draw kept, in the upper half of a word
-    const u32 patch = math::patch_of(key), first = math::patch_of(rules.rows.first + row_of(0, 0));
-#pragma unroll
-    for (int w = 0; w < kN / 8; ++w) {
-      kept[w] = 0;
-#pragma unroll 1
-      for (u32 at = 0; at < 32; at += 8) {  // two pieces, 16 rows, a turn
-#pragma unroll
-        for (u32 e = 0; e < 2; ++e) {
-          const math::Draws draws = math::draws_of_patch(stream, first + w * 32 + at + e, patch);
-#pragma unroll
-          for (u32 low = 0; low < 2; ++low) {
-            kept[w] |= static_cast<u32>(draws.words[low] << 16 <= most) << (at + 4 * low + e);
-            kept[w] |= static_cast<u32>(draws.words[low] <= most) << (at + 4 * low + e + 2);
-          }
-        }
-      }
-    }
-  }
 };
 
 }  // namespace fovea::cuda
