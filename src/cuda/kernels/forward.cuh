@@ -709,8 +709,8 @@ struct Forward {
 #pragma unroll
       for (int at = 0; at < kPieces; at += kLanes) {
         if (bytes > (at + lane) * 16) {
-          write_piece(to + at * 16, load_shared_16(tile.at(r, end_column()) + (at + lane) * 16), bytes - (at + lane) * 16,
-                      p.out.aligned);
+          write_piece(to + at * 16, load_shared_16(tile.at(r, end_column()) + (at + lane) * 16),
+                      bytes - (at + lane) * 16, p.out.aligned);
         }
       }
       if (!S.pack_gqa) to += kWarp / kLanes * p.out.row;
