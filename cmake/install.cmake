@@ -19,13 +19,7 @@ install(DIRECTORY include/fovea DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} FILES_MA
   ${fovea_headers_left_out}
 )
 
-# A shared library finds what it uses by itself; whoever links the static one must name it.
 get_target_property(fovea_type fovea TYPE)
-if(fovea_type STREQUAL "STATIC_LIBRARY")
-  set(fovea_pc_requires "tbb")
-  set(fovea_pc_libs "-lstdc++ -lm -ldl")
-endif()
-
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/fovea)
 install(EXPORT fovea_targets NAMESPACE fovea:: FILE foveaTargets.cmake DESTINATION ${package_dir})
 configure_package_config_file(cmake/foveaConfig.cmake.in foveaConfig.cmake INSTALL_DESTINATION ${package_dir})
@@ -35,6 +29,20 @@ install(FILES ${PROJECT_BINARY_DIR}/foveaConfig.cmake ${PROJECT_BINARY_DIR}/fove
   DESTINATION ${package_dir}
 )
 
-file(RELATIVE_PATH fovea_pc_prefix ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
-configure_file(cmake/fovea.pc.in fovea.pc @ONLY)
-install(FILES ${PROJECT_BINARY_DIR}/fovea.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
+function(fovea_install_pc name description requires libs)
+  file(RELATIVE_PATH prefix ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
+  configure_file(cmake/pkgconfig.pc.in ${name}.pc @ONLY)
+  install(FILES ${PROJECT_BINARY_DIR}/${name}.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
+endfunction()
+
+# A shared library finds what it uses by itself; whoever links the static one must name it.
+if(fovea_type STREQUAL "STATIC_LIBRARY")
+  set(fovea_uses tbb)
+  set(fovea_links " -lstdc++ -lm -ldl")
+  set(fovea_nn_uses " fmt")
+  set(fovea_nn_links " -ldnnl")
+endif()
+fovea_install_pc(fovea "${PROJECT_DESCRIPTION}" "${fovea_uses}" "-lfovea${fovea_links}")
+if(TARGET fovea_nn)
+  fovea_install_pc(fovea-nn "Layers on Fovea's attention" "fovea${fovea_nn_uses}" "-lfovea_nn${fovea_nn_links}")
+endif()

@@ -227,6 +227,18 @@ TEST(CStatus, TellsTheUsersErrorFromAnUnsupportedProblem) {
   EXPECT_TRUE(contains(fovea_last_error(), "sm_61"));
 }
 
+TEST(CStatus, NamesTheNumberThatIsNoneOfADevice) {
+  const auto refused = [](const fovea_device& device, const char* sentence) {
+    fovea_plan* plan = nullptr;
+    EXPECT_EQ(fovea_explain("fwd fp16 b1 hq1 sq4 d8", &device, nullptr, nullptr, 0, nullptr), FOVEA_INVALID_ARGUMENT);
+    EXPECT_STREQ(fovea_last_error(), sentence);
+    EXPECT_EQ(fovea_plan_from_line("fwd fp16 b1 hq1 sq4 d8", &device, nullptr, &plan), FOVEA_INVALID_ARGUMENT);
+    EXPECT_STREQ(fovea_last_error(), sentence);
+  };
+  refused({FOVEA_CUDA, -1, 90}, "device index (-1) must be at least 0, where 0 is the first GPU");
+  refused({FOVEA_CUDA, 0, -5}, "compute_capability (-5) must be at least 0, where 0 asks the driver");
+}
+
 TEST(CStatus, NamesTheValueThatIsNoneOfAnEnum) {
   Workload data(parse_problem("fwd fp32 b1 hq1 sq4 d8"), 1);
   Views view;

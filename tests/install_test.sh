@@ -20,6 +20,24 @@ by_find_package() {
   grep -q 'on cpu: ' "$work/out" || fail "$source printed no report"
 }
 
+# use_layers: a program of the layers, by pkg-config.
+use_layers() {
+  cat >"$work/layers.cpp" <<'CPP'
+#include <fovea/nn/nn.h>
+#include <array>
+
+int main() {
+  std::array<float, 2 * 9 * 32> values{};
+  const fovea::nn::MultiheadAttention attention({.embed_dim = 32, .num_heads = 4, .batch_first = true});
+  const auto x = fovea::Tensor::contiguous(values.data(), fovea::DType::kFloat32, {2, 9, 32});
+  return attention.forward(x, x, x).out.view().shape[1] == 9 ? 0 : 1;
+}
+CPP
+  # shellcheck disable=SC2046  # flags are words
+  c++ -std=c++20 "$work/layers.cpp" -o "$work/layers" $(pkg-config --cflags --libs fovea-nn)
+  LD_LIBRARY_PATH=$(pkg-config --variable=libdir fovea-nn) "$work/layers" || fail "built by pkg-config, the layers do not run"
+}
+
 # use_installed PREFIX: both examples, both ways.
 use_installed() {
   local prefix=$1 example language compiler layers
@@ -49,6 +67,8 @@ use_installed() {
     LD_LIBRARY_PATH=$(pkg-config --variable=libdir fovea) "$work/by_pkg_config" >"$work/out2"
     grep -q 'on cpu: ' "$work/out2" || fail "built by pkg-config, the $language example printed no report"
   done
+  [[ -e $PKG_CONFIG_PATH/fovea-nn.pc || -z $(find "$prefix" -name 'libfovea_nn.*') ]] || fail "there is no fovea-nn.pc"
+  [[ ! -e $PKG_CONFIG_PATH/fovea-nn.pc ]] || use_layers
 }
 
 echo "== as a part of another project: the library alone, whose tests and command are nobody's there"
@@ -69,9 +89,9 @@ use_installed "$work/built"
 
 shared=ON
 [[ -z $(find "$work/built" -name 'libfovea.so') ]] || shared=OFF
-echo "== the other kind: BUILD_SHARED_LIBS=$shared, not optimised since only its linking is new"
+echo "== the other kind: BUILD_SHARED_LIBS=$shared, not optimised since only its linking is new, and free of warnings"
 cmake -S "$source_dir" -B "$work/other_build" -G Ninja -DBUILD_SHARED_LIBS=$shared -DBUILD_TESTING=OFF \
-  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O0 >"$work/log" ||
+  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG='-O0 -Werror' >"$work/log" ||
   { cat "$work/log"; fail "configuring failed"; }
 cmake --build "$work/other_build" --target src/all >"$work/log" || { cat "$work/log"; fail "the library does not build"; }
 cmake --install "$work/other_build" --prefix "$work/other" --component library >/dev/null

@@ -314,6 +314,8 @@ TEST(Describe, RefusesTensorsThatDoNotFitTogether) {
   EXPECT_TRUE(
       contains(with(packed, [](O& o) { o.cu_seqlens_q.shape[0] = o.cu_seqlens_kv.shape[0] = 0; }), "0 elements"));
   EXPECT_TRUE(contains(with(packed, [](O& o) { o.max_seqlen_q = 4; }), "max_seqlen_q (4) is less than"));
+  EXPECT_TRUE(contains(with(padded, [](O& o) { o.max_seqlen_q = 4; }), "max_seqlen_q (4) belongs to packed"));
+  EXPECT_TRUE(contains(with(padded, [](O& o) { o.max_seqlen_kv = -1; }), "max_seqlen_kv (-1) belongs to packed"));
 }
 
 }  // namespace

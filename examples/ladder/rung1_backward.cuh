@@ -97,7 +97,7 @@ struct SlicedBackward {
     add_product<S>(dk, ds, q_tile(stage), 0, 0);
 
     __syncwarp();  // all lanes have read what the step before has left there
-    store_accumulators(corner_c(ds_tile(), lane_id(), 0, 0), ds);
+    store_accumulators(corner_c<2>(ds_tile(), lane_id(), 0, 0), ds);
     __syncwarp();
     Accumulator dq[1][kD];
     clear(dq);
@@ -118,8 +118,8 @@ struct SlicedBackward {
   /// Through the places of K and V, so that rows leave in whole pieces.
   FOVEA_DEVICE void store_gradients(Accumulator (&dk)[kM][kD], const Accumulator (&dv)[kM][kD], int key) const {
     scale_all(dk, p.scale);
-    store_accumulators(corner_c(k_tile(), lane_id(), warp_key(), 0), dk);
-    store_accumulators(corner_c(v_tile(), lane_id(), warp_key(), 0), dv);
+    store_accumulators(corner_c<kD>(k_tile(), lane_id(), warp_key(), 0), dk);
+    store_accumulators(corner_c<kD>(v_tile(), lane_id(), warp_key(), 0), dv);
     __syncthreads();
     store<kThreads>(k_tile(), head, p.dk, key, p.seqlen_kv);
     store<kThreads>(v_tile(), head, p.dv, key, p.seqlen_kv);

@@ -110,7 +110,7 @@ struct SplitForward {
         *head.statistic(p.lse, row) = kLn2 * (running.maximum[i][h] * unit() + log2(sum));
     }
     __syncthreads();  // Q has arrived, for all, even where no key was visible
-    store_accumulators(corner_c(q_tile(), lane_id(), warp_row(), 0), o);
+    store_accumulators(corner_c<kD>(q_tile(), lane_id(), warp_row(), 0), o);
     __syncthreads();
     store<kThreads>(q_tile(), head, p.out, first, p.seqlen_q);
   }

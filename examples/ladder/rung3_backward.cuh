@@ -87,12 +87,12 @@ struct SplitBackward {
     if (!sees_all(p, first, key + mine + kKeys / 2)) {
       each_entry(weights, [&](float& x, int r, int n) { x = visible(p, first + r, key + mine + n) ? x : 0.0F; });
     }
-    store_accumulators(corner_c(p_tile(), lane_id(), warp_row(), mine), weights);
+    store_accumulators(corner_c<kN>(p_tile(), lane_id(), warp_row(), mine), weights);
     multiply_by_rows<S>(ds, dout_tile(stage), warp_row(), v_tile(), mine);
 #pragma unroll
     for (int x = 0; x < 4 * kN; ++x)
       ds[0][x / 4].x[x % 4] = weights[0][x / 4].x[x % 4] * (ds[0][x / 4].x[x % 4] - delta[entry_row(0, x % 4)]);
-    store_accumulators(corner_c(ds_tile(), lane_id(), warp_row(), mine), ds);
+    store_accumulators(corner_c<kN>(ds_tile(), lane_id(), warp_row(), mine), ds);
   }
 
   FOVEA_DEVICE void add_dq(int row) const {
@@ -109,8 +109,8 @@ struct SplitBackward {
   /// Through the places of K and V, so that rows leave in whole pieces.
   FOVEA_DEVICE void store_gradients(Gradients& dk, const Gradients& dv) const {
     scale_all(dk, p.scale);
-    store_accumulators(corner_c(k_tile(), lane_id(), warp_key(), 0), dk);
-    store_accumulators(corner_c(v_tile(), lane_id(), warp_key(), 0), dv);
+    store_accumulators(corner_c<kD>(k_tile(), lane_id(), warp_key(), 0), dk);
+    store_accumulators(corner_c<kD>(v_tile(), lane_id(), warp_key(), 0), dv);
     __syncthreads();
     store<kThreads>(k_tile(), head, p.dk, key, p.seqlen_kv);
     store<kThreads>(v_tile(), head, p.dv, key, p.seqlen_kv);

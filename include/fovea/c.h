@@ -103,7 +103,8 @@ typedef struct fovea_dropout_draws {
 } fovea_dropout_draws;
 
 /// What a plan reads; shapes with B = batch, H = num_q_heads, G = num_kv_heads.  Packed sequences drop the batch axis
-/// and put total_q, total_kv in place of the lengths.
+/// and put total_q, total_kv in place of the lengths.  Tensors of the other direction, here and in fovea_outputs, are
+/// not looked at: one pair of structs may serve both plans.
 typedef struct fovea_inputs {
   size_t size;               ///< sizeof(fovea_inputs)
   const fovea_tensor* q;     ///< fp32, fp16 or bf16 [B, seqlen_q, H, head_dim]
@@ -154,7 +155,8 @@ FOVEA_API fovea_status fovea_attention_forward(const fovea_tensor* q, const fove
                                                const fovea_tensor* lse);
 
 /// Its gradients: dq, dk, dv of `gradients`, and dbias, dalibi_slopes, dsink where they are wanted.  `out`, `lse` and
-/// `options` are the forward's, dropout seed and offset included; `dlse` may be NULL.
+/// `options` are the forward's, dropout seed and offset included; `dlse` may be NULL.  `out` and `lse` of `gradients`
+/// are not looked at.
 FOVEA_API fovea_status fovea_attention_backward(const fovea_tensor* q, const fovea_tensor* k, const fovea_tensor* v,
                                                 const fovea_tensor* out, const fovea_tensor* lse,
                                                 const fovea_tensor* dout, const fovea_options* options,

@@ -19,7 +19,8 @@ struct DropoutDraws {
 
 /// What a plan reads.  Shapes with B = batch, H = num_q_heads, G = num_kv_heads; packed problems drop the batch axis
 /// and put total_q, total_kv in place of the lengths.  q, k, v, out and dout are Problem::dtype.  A tensor the problem
-/// does not name stays undefined.
+/// does not name stays undefined.  Those of the other direction, here and in Outputs, are not looked at: one pair
+/// of structs may serve both plans.
 struct Inputs {
   Tensor q{};              ///< [B, seqlen_q, H, head_dim]
   Tensor k{};              ///< [B, seqlen_kv, G, head_dim]

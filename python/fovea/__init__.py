@@ -82,7 +82,7 @@ def attention(
         dropout_p: probability of dropping a weight, in [0, 1).
         seed: of dropout, 0 to 2^64 - 1; None: drawn from PyTorch's default generator of q's device. Other frameworks
             must give it.
-        offset: of dropout's random numbers.
+        offset: of dropout's random numbers; belongs to a seed that is given.
         q_lengths: int32 [batch]; rows past the length give 0.
         kv_lengths: int32 [batch]; keys past the length are hidden.
         cu_seqlens_q: int32 [batch + 1]: packed sequences; q is [total_q, num_q_heads, head_dim].

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from fovea import _core
+from fovea._frameworks import refuse_masked
 
 #: What fovea.attention takes after q, k and v, in the order in which its doors get it.
 KEYWORDS = (
@@ -93,6 +94,7 @@ def _number(name: str, array: Any) -> Any:
                 f"{name} wants a gradient, which a number does not get: give {name}.item(), or multiply q by a scale"
                 " that learns"
             )
+    refuse_masked(type(array))
     if math.prod(array.shape) != 1:
         raise ValueError(f"{name} has the shape {list(array.shape)} but must be one number")
     return array.item()
@@ -110,7 +112,7 @@ def extras(
     max_seqlen_q: Any,
     max_seqlen_kv: Any,
 ) -> tuple[Any, ...] | None:
-    """The arrays of a call besides q, k and v, or None where there are none."""
+    """What belongs to the arrays of a call besides q, k and v, or None where there is nothing."""
     if (
         mask is None
         and bias is None
@@ -120,6 +122,8 @@ def extras(
         and kv_lengths is None
         and cu_seqlens_q is None
         and cu_seqlens_kv is None
+        and max_seqlen_q is None
+        and max_seqlen_kv is None
     ):
         return None
     return (

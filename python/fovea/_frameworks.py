@@ -109,8 +109,16 @@ class _Other:
         return array.__dlpack__()
 
 
+def refuse_masked(array_type: type) -> None:
+    """DLPack carries the numbers of a masked array and not its mask, so that hidden ones would count."""
+    if any(base.__name__ == "MaskedArray" for base in array_type.__mro__):
+        name = array_type.__name__
+        raise ValueError(f"a {name} has a mask that Fovea does not read; give its data, and hide keys by mask=")
+
+
 def adapter(array_type: type) -> Adapter:
-    """The adapter for arrays of this type; ValueError where it does not speak DLPack."""
+    """The adapter for arrays of this type; ValueError where it does not speak DLPack, or not for all that it holds."""
+    refuse_masked(array_type)
     if not hasattr(array_type, "__dlpack__"):
         raise ValueError(f"{array_type.__name__} is no array: give one that speaks DLPack (PyTorch, NumPy, CuPy, JAX)")
     roots = {base.__module__.partition(".")[0] for base in array_type.__mro__}

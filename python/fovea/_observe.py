@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,3 +45,25 @@ def device_name(device: torch.device) -> str:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def device_option(word: str) -> torch.device:
+    """--device of a command line: one that is there."""
+    try:
+        device: torch.device | None = torch.device(word)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{word!r} must be cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise argparse.ArgumentTypeError(f"{word!r} is not there: PyTorch sees {count} GPUs; give cpu, or one of them")
+    return device
+
+
+def file_option(word: str) -> str:
+    """A file of a command line that is written in the end: better refused now than after all has been measured."""
+    file = Path(word)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{word!r} cannot be written; name a file in a folder that is there")
+    return word

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import fovea
-from fovea._observe import device_name, torch_kernel
+from fovea._observe import device_name, device_option, file_option, torch_kernel
 
 
 @dataclass
@@ -270,15 +270,16 @@ def _count(word: str) -> int:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m fovea.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device_option, default=here, help="cpu, cuda or cuda:N")
     parser.add_argument("--batch", type=_count, default=4)
     parser.add_argument("--heads", type=_count, help="default 16 on a GPU, 4 on a CPU")
     parser.add_argument("--seqlen", type=_count, help="default 4096 on a GPU, 1024 on a CPU")
     parser.add_argument("--dim", type=_count, help="head dim; default 128 on a GPU, 64 on a CPU")
     parser.add_argument("--repeats", type=_count, default=7, help="the median of so many runs")
-    parser.add_argument("--json", metavar="FILE", help="write everything there, too")
+    parser.add_argument("--json", type=file_option, metavar="FILE", help="write everything there, too")
     options = parser.parse_args()
-    device = torch.device(options.device)
+    device = options.device
     on_gpu = device.type == "cuda"
     bench = Bench(
         device,

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import fovea
 import fovea.nn
-from fovea._observe import device_name, torch_kernel
+from fovea._observe import device_name, device_option, file_option, torch_kernel
 
 CHECKED = 4  # steps whose losses are compared: later ones grow apart, however small the first difference is
 LEARNING_RATE = 1e-3
@@ -497,13 +497,15 @@ def page(title: str, cells: list[Cell], text: str) -> str:
 def main(words: list[str] | None = None) -> int:
     """The command; 1 where losses do not agree."""
     parser = argparse.ArgumentParser(prog="python -m fovea.minitest", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device_option, default=here, help="cpu, cuda or cuda:N")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--size", default="32,500,128", help="batch, length and features; default 32,500,128")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--cpp", metavar="PROGRAM", default="", help="the contestant in C++: fovea_minitest")
-    parser.add_argument("--json", metavar="FILE", help="write everything there")
-    parser.add_argument("--html", metavar="FILE", default="minitest.html", help="the bar chart; default minitest.html")
+    parser.add_argument("--json", type=file_option, metavar="FILE", help="write everything there")
+    chart = "the bar chart; default %(default)s"
+    parser.add_argument("--html", type=file_option, metavar="FILE", default="minitest.html", help=chart)
     arguments = parser.parse_args(words)
     words_of_size = arguments.size.split(",")
     shape = tuple(int(word) for word in words_of_size if word.isdecimal())
@@ -511,7 +513,7 @@ def main(words: list[str] | None = None) -> int:
         parser.error(f"--size ({arguments.size}) must be three numbers above 0, --steps ({arguments.steps}) one")
     if arguments.heads < 1 or shape[2] % arguments.heads:
         parser.error(f"--heads ({arguments.heads}) must divide the features of --size ({shape[2]})")
-    test = Minitest(torch.device(arguments.device), arguments.steps, shape, arguments.heads, arguments.cpp)
+    test = Minitest(arguments.device, arguments.steps, shape, arguments.heads, arguments.cpp)
     title = (
         f"{device_name(test.device)}, PyTorch {torch.__version__}, Fovea {fovea.__version__}, input {shape},"
         f" {arguments.heads} heads, {str(test.dtype).removeprefix('torch.')}, {arguments.steps} steps"

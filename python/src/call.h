@@ -13,11 +13,11 @@ struct Call {
 
   [[nodiscard]] bool packed() const { return in.cu_seqlens_q.defined(); }
 
-  /// No array besides q, k and v, and results, which a problem does not depend on.
+  /// Nothing besides q, k and v, and results, which a problem does not depend on.
   [[nodiscard]] bool bare() const {
     return !(in.mask.defined() || in.bias.defined() || in.alibi_slopes.defined() || in.sink.defined() ||
              in.q_lengths.defined() || in.kv_lengths.defined() || in.cu_seqlens_q.defined() ||
-             in.cu_seqlens_kv.defined());
+             in.cu_seqlens_kv.defined() || max_seqlen_q != 0 || max_seqlen_kv != 0);
   }
 };
 

@@ -46,10 +46,12 @@ struct Prepared {
 Prepared prepare(Problem problem, Direction direction, const Device& device, const PlanOptions& options) {
   problem.direction = direction;
   validate(problem);
-  if (options.num_threads < 0) {
-    throw Error(ErrorCode::kInvalidArgument, "num_threads (" + std::to_string(options.num_threads) +
-                                                 ") must be at least 0, where 0 means as many as the process may use");
-  }
+  const auto at_least_0 = [](const char* name, int value, const char* zero) {
+    if (value < 0) refuse(name, " (", value, ") must be at least 0, where 0 ", zero);
+  };
+  at_least_0("num_threads", options.num_threads, "means as many as the process may use");
+  at_least_0("compute_capability", device.compute_capability, "asks the driver");
+  if (device.kind == DeviceKind::kCuda) at_least_0("device index", device.index, "is the first GPU");
   dispatch::Choice choice = dispatch::choose(problem, device, options);
   Prepared prepared{.report = {.problem = problem, .device = device}};
   prepared.report.verdicts = std::move(choice.verdicts);

@@ -56,6 +56,10 @@ Lengths slots_of(const char* name, const Tensor& t, std::int64_t batch, std::int
 Problem describe(Direction direction, const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& o) {
   const bool packed = o.cu_seqlens_q.rank != 0;
   if (packed != (o.cu_seqlens_kv.rank != 0)) refuse("cu_seqlens_q and cu_seqlens_kv must be given together");
+  for (const auto& [name, longest] : {std::pair{"max_seqlen_q", o.max_seqlen_q}, {"max_seqlen_kv", o.max_seqlen_kv}}) {
+    if (packed || longest == 0) continue;
+    refuse(name, " (", longest, ") belongs to packed sequences; give cu_seqlens_q and cu_seqlens_kv, or leave it out");
+  }
   const int rank = packed ? 3 : 4;
   check_rank("q", q, rank, packed ? "[total_q, num_q_heads, head_dim]" : "[batch, seqlen_q, num_q_heads, head_dim]");
   check_rank("k", k, rank,

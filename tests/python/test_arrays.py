@@ -182,6 +182,10 @@ REFUSED = {
     "kv_lengths[1] (9) must be at most seqlen_kv (7)": dict(kv_lengths=np.array([1, 9], np.int32)),
     "mask has 5 dimensions; Fovea takes at most 4": dict(mask=np.ones((1, 1, 1, 5, 7), bool)),
     "cu_seqlens_q and cu_seqlens_kv must be given together": dict(cu_seqlens_q=np.array([0, 5], np.int32)),
+    "max_seqlen_q (5) belongs to packed sequences; give cu_seqlens_q": dict(max_seqlen_q=5),
+    "max_seqlen_kv (7) belongs to packed sequences": dict(max_seqlen_kv=7, kv_lengths=np.array([1, 7], np.int32)),
+    "a MaskedArray has a mask that Fovea does not read": dict(bias=np.ma.masked_array(np.ones((5, 7), np.float32))),
+    "a MaskedArray has a mask that": dict(softmax_scale=np.ma.masked_array(0.5, True)),
     "out has the shape [2, 5, 4, 8] but must have [2, 5, 4, 6]": dict(out=np.empty((2, 5, 4, 8), np.float32)),
 }
 
@@ -212,6 +216,7 @@ def test_a_value_of_another_type_is_refused_also_where_an_equal_one_was_taken_be
             v.repeat(3, 2)[:, :, :3],
         ),
         "batch differs: 2 in q and 1 in k": (q, k[:1], v[:1]),
+        "a MaskedArray has a mask that Fovea does not read; give its data": (np.ma.masked_less(q, 0.0), k, v),
         "list is no array: give one that speaks DLPack": (q.tolist(), k, v),
         "NoneType is no array": (None, k, v),
         "k is missing": (q, None, v),
@@ -228,6 +233,13 @@ def test_bad_tensors_are_refused(sentence, bad):
     with pytest.raises(ValueError) as refusal:
         fovea.attention(*bad)
     assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_masked_array_is_refused_beside_tensors_too(autocast):
+    given = [torch.from_numpy(x) for x in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(ValueError, match="^a MaskedArray"):
+        fovea.attention(*given, mask=np.ma.masked_array(np.ones((5, 7), bool), True))
 
 
 def test_tensors_without_gradients_may_stand_beside_arrays():

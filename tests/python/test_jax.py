@@ -146,5 +146,20 @@ def test_refusals_carry_the_library_s_sentence():
         jax.block_until_ready(fovea.attention(q, k, v, backend="warp"))
 
 
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_no_sequences_and_no_heads_are_refused_as_by_the_other_doors(layout):
+    given = dict(zip("qkv", arrays(layout)))
+    for axis, name in ((0, "batch"), (2 if layout == "bshd" else 1, "num_q_heads")):
+        none = {letter: array.take(jnp.arange(0), axis) for letter, array in given.items()}
+        with pytest.raises(jax.errors.JaxRuntimeError, match=rf"{name} \(0\) must be at least 1"):
+            fovea.attention(**none, layout=layout)
+
+
+def test_a_masked_array_of_numpy_is_refused():
+    hidden = np.ma.masked_array(np.ones((9, 9), bool), True)
+    with pytest.raises(ValueError, match="^a MaskedArray has a mask that Fovea does not read"):
+        fovea.attention(*arrays(), mask=hidden)
+
+
 def test_the_report_reads_jax_arrays():
     assert fovea.explain(*arrays()).problem == "fwd fp32 b2 hq4 hkv4 sq9 skv9 d16"

@@ -573,6 +573,15 @@ def test_a_causal_hint_without_a_mask_is_refused_as_in_torch():
             layer(x, x, x, is_causal=True)
 
 
+def test_explain_refuses_what_forward_refuses():
+    encoder_layer = fovea.nn.TransformerEncoderLayer(32, 4, 48)
+    for module in (fovea.nn.MultiheadAttention(32, 4), encoder_layer, fovea.nn.TransformerEncoder(encoder_layer, 2)):
+        with pytest.raises(RuntimeError, match="^is_causal is a hint"):
+            module.explain(torch.randn(3, 9, 32), is_causal=True)
+        with pytest.raises(ValueError, match="^query has 31 features but the layer takes 32"):
+            module.explain(torch.randn(3, 9, 31))
+
+
 @pytest.mark.parametrize("shape", [(2, 8), (2, 12), (10, 2), (20,)])
 def test_a_padding_mask_of_another_shape_is_refused_where_padding_is_left_out(shape):
     x, padding = torch.randn(2, 10, 16), torch.zeros(shape, dtype=torch.bool)

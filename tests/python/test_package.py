@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fovea.bench
+import fovea.minitest
 from fovea.bench import Bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,12 +56,25 @@ def test_the_benchmark_prints_a_row_for_every_case_and_writes_json(tmp_path):
     assert by_case["plain"] == "flash_attention_for_cpu" and by_case["dropout"] == "N×N formula"
 
 
-@pytest.mark.parametrize("option", ["--repeats", "--heads", "--seqlen"])
-def test_the_benchmark_measures_nothing_of_none(option, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["fovea.bench", option, "0"])
-    with pytest.raises(SystemExit):
-        fovea.bench.main()
-    assert f"argument {option}: '0' must be a whole number above 0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "option, word, sentence",
+    [
+        ("--repeats", "0", "'0' must be a whole number above 0"),
+        ("--heads", "0", "'0' must be a whole number above 0"),
+        ("--seqlen", "0", "'0' must be a whole number above 0"),
+        ("--device", "cuda:99", "'cuda:99' is not there: PyTorch sees "),
+        ("--device", "meta", "'meta' must be cpu, cuda or cuda:N"),
+        ("--device", "gpu", "'gpu' must be cpu, cuda or cuda:N"),
+        ("--json", "nowhere/b.json", "'nowhere/b.json' cannot be written; name a file in a folder that is there"),
+        ("--json", ".", "'.' cannot be written"),
+    ],
+)
+def test_what_cannot_be_measured_or_written_is_refused_before(option, word, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fovea.bench", option, word])
+    for command in (fovea.bench.main, fovea.minitest.main) if option in ("--device", "--json") else (fovea.bench.main,):
+        with pytest.raises(SystemExit) as left:
+            command()
+        assert left.value.code == 2 and f"argument {option}: {sentence}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("first, second", [("fovea", "torch"), ("torch", "fovea")])

@@ -339,6 +339,8 @@ def test_seeds_follow_the_default_generator():
     assert torch.equal(dropped(q, k, v), first) and torch.equal(dropped(q, k, v), second)
     assert torch.equal(dropped(q, k, v, seed=2**64 - 1), dropped(q, k, v, seed=2**64 - 1))
     assert not torch.equal(dropped(q, k, v, seed=1), dropped(q, k, v, seed=1, offset=1))
+    with pytest.raises(ValueError, match=r"^offset \(3\) belongs to a seed, and each call draws both; give seed="):
+        dropped(q, k, v, offset=3)
 
 
 @pytest.mark.parametrize("number", [torch.tensor, np.array], ids=["tensor", "array"])
@@ -465,6 +467,22 @@ def test_nested_tensors_of_another_layout_are_refused():
         for call in (fovea.attention, fovea.explain, fovea.torch.scaled_dot_product_attention):
             with pytest.raises(ValueError, match=f"^{name} must be a nested tensor of layout torch.jagged"):
                 call(*given)
+
+
+@pytest.mark.parametrize("call", [fovea.attention, fovea.explain])
+def test_a_longest_length_of_tensors_that_are_not_packed_is_refused(call):
+    x = torch.randn(2, 5, 4, 16, requires_grad=True)
+    for name in ("max_seqlen_q", "max_seqlen_kv"):
+        with pytest.raises(ValueError, match=rf"^{name} \(5\) belongs to packed sequences; give cu_seqlens_q and cu_"):
+            call(x, x, x, **{name: 5})
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv"])
+def test_lengths_beside_nested_tensors_are_refused(name):
+    x = torch.nested.nested_tensor([torch.randn(3, 8, 16), torch.randn(5, 8, 16)], layout=torch.jagged)
+    given = {name: torch.tensor([0, 3, 8], dtype=torch.int32) if name.startswith("cu") else 5}
+    with pytest.raises(ValueError, match="^nested tensors bring cu_seqlens and max_seqlen along"):
+        fovea.attention(x, x, x, **given)
 
 
 def test_tensors_jagged_in_another_dimension_are_refused():

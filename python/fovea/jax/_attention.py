@@ -12,6 +12,7 @@ import numpy as np
 
 from fovea import _core
 from fovea._arguments import rules, whole
+from fovea._frameworks import refuse_masked
 
 _TARGET = "fovea_attention"
 for _handler, _platform in zip(_core.xla_handlers(), ("cpu", "CUDA")):
@@ -89,7 +90,9 @@ def attention(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_kv=cu_seqlens_kv,
     )
-    for name, array in arrays.items():  # to the library a tensor of no dimensions is one that is not there
+    for name, array in arrays.items():
+        refuse_masked(type(array))
+        # To the library a tensor of no dimensions is one that is not there.
         if name not in ("mask", "bias") and array is not None and jnp.ndim(array) == 0:
             raise ValueError(f"{name} has no dimensions; give an array that has some")
     words = _words(softmax_scale, causal, window_left, window_right, softcap, deterministic)
@@ -160,6 +163,9 @@ def _attend(static: _Static, arrays: dict[str, jax.Array]) -> tuple[jax.Array, j
         lse_shape = (q.shape[0], q.shape[2], q.shape[1])
     else:  # "bhsd", or what the library refuses
         lse_shape = q.shape[:3]
+    for name, size in zip(("num_q_heads", "batch"), lse_shape[-2::-1]):
+        if size == 0:  # XLA leaves out a call whose results are empty, and the library's refusal with it
+            raise jax.errors.JaxRuntimeError(f"INVALID_ARGUMENT: {name} (0) must be at least 1")
     results = {
         "out": jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype),
         "lse": jax.ShapeDtypeStruct(lse_shape, jnp.float32),

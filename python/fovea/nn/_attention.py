@@ -43,9 +43,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """torch.nn.MultiheadAttention's."""
-        if is_causal and attn_mask is None and not query.is_nested:
-            raise RuntimeError("is_causal is a hint that attn_mask is the causal triangle; give attn_mask, too")
-        self._check(query, key, value)
+        self._check(query, key, value, attn_mask, is_causal)
         if query.is_nested:
             if key_padding_mask is not None or (attn_mask is not None and not is_causal) or need_weights:
                 raise ValueError(
@@ -241,7 +239,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             and self.bias_k is None
         )
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
+        if is_causal and attn_mask is None and not query.is_nested:
+            raise RuntimeError("is_causal is a hint that attn_mask is the causal triangle; give attn_mask, too")
         if query is key is value and query.dim() in (2, 3) and query.size(-1) == self.kdim == self.vdim:
             return  # one tensor agrees with itself
         for name, x, size in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):

@@ -113,6 +113,7 @@ def _report(
     why_not_fast: str,
 ) -> LayerReport:
     """torch runs `fast_kernel` where nothing stands against it."""
+    layer._check(query, key, value, mask, is_causal)
     if query.dim() == 3 and query.shape[0 if layer.batch_first else 1] == 0:
         raise ValueError(f"the batch is empty ({list(query.shape)}), and nothing runs for it; give a sequence")
     forward, backward = _ours(layer, query, key, mask, padding, is_causal, packed)

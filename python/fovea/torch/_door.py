@@ -14,6 +14,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fovea import _core
 from fovea._arguments import now, numbers, rules, whole
+from fovea._frameworks import refuse_masked
 from fovea.torch import _nested, _ops, _seeds
 
 #: Tensors without a dispatch of their own.
@@ -135,7 +136,8 @@ def attention(
 ) -> Any:
     """fovea.attention."""
     others = packed_again = None
-    if not (mask is bias is alibi_slopes is sink is q_lengths is kv_lengths is cu_seqlens_q is cu_seqlens_kv is None):
+    no_lengths = cu_seqlens_q is cu_seqlens_kv is max_seqlen_q is max_seqlen_kv is q_lengths is kv_lengths is None
+    if not (no_lengths and mask is bias is alibi_slopes is sink is None):
         others = _readable(
             mask,
             bias,
@@ -148,6 +150,8 @@ def attention(
             max_seqlen_q,
             max_seqlen_kv,
         )
+    if dropout_p and seed is None and offset:
+        raise ValueError(f"offset ({offset}) belongs to a seed, and each call draws both; give seed=, or leave it out")
     if dropout_p and not is_dynamo_compiling():
         seed, offset = now("seed", seed), now("offset", offset)
     if not plainly_eager(q, k, v):
@@ -311,6 +315,7 @@ def _from_elsewhere(name: str, array: Any) -> Tensor:
     """A tensor in the memory of an array of another framework."""
     if not hasattr(array, "__dlpack__"):
         raise ValueError(f"{name} is a {type(array).__name__}, which is no array: give a tensor, or what speaks DLPack")
+    refuse_masked(type(array))
     try:
         return torch.from_dlpack(array)
     except (BufferError, RuntimeError) as error:
@@ -334,11 +339,11 @@ def _prepared(
         others = cast_bias(others, dtype)
     if not (q.is_nested or k.is_nested or v.is_nested):
         return q, k, v, others, layout, None
-    *arrays, cu_seqlens_q, cu_seqlens_kv, _, _ = others or _NO_EXTRAS
-    if cu_seqlens_q is not None or cu_seqlens_kv is not None or out is not None:
-        raise ValueError("nested tensors bring their own cu_seqlens and make their own out; leave both out")
+    others = others or _NO_EXTRAS
+    if out is not None or any(given is not None for given in others[6:]):
+        raise ValueError("nested tensors bring cu_seqlens and max_seqlen along and make their own out; leave them out")
     q, k, v, *lengths, packed_again = _nested.unpack(q, k, v, layout)
-    return q, k, v, (*arrays, *lengths), "bshd", packed_again
+    return q, k, v, (*others[:6], *lengths), "bshd", packed_again
 
 
 def cast_bias(others: tuple[Any, ...] | None, dtype: torch.dtype) -> tuple[Any, ...] | None:

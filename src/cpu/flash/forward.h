@@ -124,9 +124,10 @@ inline bool softmax_by_old_reference(const Tile& s, const SoftmaxOf& of) {
   weigh<kWord>(s, of, false, base, total);
   bool stays = true;
   FOVEA_UNROLL for (const V& x : total) stays = stays && !any(~(x <= splat(kMostWeight)));  // NaN does not
-  FOVEA_UNROLL for (int n = 0; n < kVectors && stays; ++n)
+  if (!stays) return false;
+  FOVEA_UNROLL for (int n = 0; n < kVectors; ++n)
       store(of.sum_of_p + n * kWidth, load(of.sum_of_p + n * kWidth) + total[n]);
-  return stays;
+  return true;
 }
 
 /// The same for a strip of floats whose softmax sees S = K Qᵀ as it is: S becomes P while it is in registers.  Where it
@@ -145,9 +146,9 @@ template <int kVectors>
   });
   bool stays = true;
   FOVEA_UNROLL for (const V& x : top) stays = stays && !any(x > splat(kSlack));
-  FOVEA_UNROLL for (int n = 0; n < kVectors && stays; ++n)
-      store(sum_of_p + n * kWidth, load(sum_of_p + n * kWidth) + total[n]);
-  return stays;
+  if (!stays) return false;
+  FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) store(sum_of_p + n * kWidth, load(sum_of_p + n * kWidth) + total[n]);
+  return true;
 }
 
 /// S becomes P with dropout; reference and sum move on.  True where O has to be multiplied by `rescale`.

@@ -93,7 +93,7 @@ FOVEA_DEVICE Corner<Tile> corner_b_columns(const Tile& tile, int lane, int row, 
 }
 /// Whether a row of N accumulators is stored as whole matrices, two at a time.
 template <class Tile, int kN>
-inline constexpr bool kByMatrices = kStoresMatrices&& Tile::kType != Type::kFloat32&& kN % 2 == 0;
+inline constexpr bool kByMatrices = kStoresMatrices && (Tile::kType != Type::kFloat32) && (kN % 2 == 0);
 /// For `store_accumulators` of N side by side.
 template <int kN, class Tile>
 FOVEA_DEVICE Corner<Tile> corner_c(const Tile& tile, int lane, int row, int column) {
