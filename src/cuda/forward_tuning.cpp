@@ -31,12 +31,6 @@ struct Tile {
   static constexpr int kAnyOptions = 99, kAnyRows = 1 << 30;
 };
 
-/// Where options weigh so much at least.
-constexpr Tile from_options(int least_options, Tile tile) {
-  tile.least_options = least_options;
-  return tile;
-}
-
 /// What options want of a forward's registers.
 int weight_of(const ForwardSpec& s) { return s.mask + 2 * s.dropout + 4 * s.alibi + 4 * s.bias + 16 * s.softcap; }
 
@@ -64,7 +58,7 @@ constexpr std::array kTiles16{
     Tile{128, 128, 64, 4, 1, 2, 2, false, 1},
     Tile{128, 128, 48, 4, 1, 2, 2, false, 3},
     Tile{128, 128, 48, 4, 1, 1, 2, false, 3},
-    from_options(5, Tile{128, 64, 128, 4, 1, 1, 2, true, 7}),
+    Tile{128, 64, 128, 4, 1, 1, 2, true, 7, 0, Tile::kAnyBand, false, 1, Tile::kAnyRows, 5},
     Tile{128, 128, 32, 4, 1, 2, 2, true, 18},
     Tile{128, 64, 32, 4, 1, 2, 2},
     Tile{192, 128, 96, 8, 1, 2, 1, true},

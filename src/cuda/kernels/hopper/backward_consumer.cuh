@@ -115,7 +115,7 @@ struct BackwardConsumer : BackwardOwner<S> {
     columns.pack(weights, s);
     pin(weights);  // before dP takes as many registers as S had
     issue_dp(dp, n);
-    if constexpr (!kHides && !S.dropout) Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
+    if constexpr (!kHides && !S.dropout) issue_dv(weights, place, sums);
     await_products<!kHides && !S.dropout ? 1 : 0>();
     pin(dp[0]);
     if constexpr (kHides) {
@@ -124,9 +124,13 @@ struct BackwardConsumer : BackwardOwner<S> {
         add<true>(fresh(n), columns, dp, weights, ahead, sums);  // whose addresses take no registers before
         return;
       }
-      if constexpr (!S.dropout) Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
+      if constexpr (!S.dropout) issue_dv(weights, place, sums);
     }
     add<false>(n, columns, dp, weights, ahead, sums);
+  }
+
+  FOVEA_DEVICE void issue_dv(Packed& weights, int place, Sums& sums) const {
+    Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
   }
 
   /// Of P and dP: dS, for who makes dq, and dk; dv where it is not under way yet.  kTermByTerm: of what is seen alone.
@@ -141,7 +145,7 @@ struct BackwardConsumer : BackwardOwner<S> {
     columns.pack(ds, dp);
     if constexpr (S.dropout) columns.drop(weights);
     if constexpr (!kTermByTerm) {  // hides what a shared dS costs
-      if constexpr (S.dropout) Owner::template issue_sum<S.head_dim_v>(sums.dv[0], weights, at.dout(place));
+      if constexpr (S.dropout) issue_dv(weights, place, sums);
       Owner::template issue_sum<S.head_dim>(sums.dk[0], ds, at.q(place));
     }
     share<kTermByTerm>(ds, n);
