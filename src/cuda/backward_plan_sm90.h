@@ -52,7 +52,7 @@ FOVEA_FN constexpr int dq_panels(const BackwardSpec& s) { return (panels_of(s.he
 FOVEA_FN constexpr int held_bytes(const BackwardSpec& s) { return s.block_m * dq_columns(s) * 4; }
 inline constexpr int kMostHeld = 32;  // tiles of rows
 
-inline constexpr int kKeptBytes = 128 * 4;  // of what dropout keeps of a tile
+inline constexpr int kDroppedBytes = 128 * 4;  // of what dropout drops of a tile
 
 /// Where things lie in its shared memory, in bytes.
 struct BackwardSm90Shared {
@@ -62,7 +62,7 @@ struct BackwardSm90Shared {
   int dout, dout_stage;    // likewise
   int ds, ds_stage;        // two tiles, [row][key]: one is written while the other is read; first P, if keys are shared
   int other_ds;            // likewise the other block's of a pair
-  int kept;                // two tiles' of what dropout keeps, a word each thread, if keys are shared
+  int dropped;             // two tiles' of what dropout drops, a word each thread, if keys are shared
   int dq;                  // what waits to be added, warp by warp, where keys are not shared
   int statistics;          // log2_lse and delta of each stage
   int statistics_of_tile;  // bytes of one of them
@@ -85,8 +85,8 @@ struct BackwardSm90Shared {
     at.ds = at.dout + dout_stages(s) * at.dout_stage;
     at.ds_stage = tile_bytes(s.block_m, keys);
     at.other_ds = at.ds + 2 * at.ds_stage;
-    at.kept = at.other_ds + (shares_keys(s) ? 2 * at.ds_stage : 0);
-    at.dq = at.kept + (shares_keys(s) && s.dropout ? 2 * kKeptBytes : 0);
+    at.dropped = at.other_ds + (shares_keys(s) ? 2 * at.ds_stage : 0);
+    at.dq = at.dropped + (shares_keys(s) && s.dropout ? 2 * kDroppedBytes : 0);
     at.statistics = at.dq + (shares_keys(s) || s.holds_dq ? 0 : 4 * kDqStages * dq_piece_bytes(s));
     at.statistics_of_tile = 4 * s.block_m;
     at.words = at.statistics + 2 * s.stages * at.statistics_of_tile;

@@ -73,7 +73,7 @@ struct WeightsConsumer : BackwardOwner<S> {
     } else {
       put(weights, n);
     }
-    if constexpr (S.dropout) store_shared(at.kept(n), columns.kept[0]);
+    if constexpr (S.dropout) store_shared(at.dropped(n), columns.dropped[0]);
     const Agreement<S> agreement{state};
     if constexpr (kChecks) agreement.tell(agreement.kWeights, n, check);
     state.weights.announce(n);
@@ -141,7 +141,7 @@ struct GradientConsumer : BackwardOwner<S> {
     pin(dp[0]);
     state.weights.await_full(n);
     take(weights, n);
-    if constexpr (S.dropout) columns.kept[0] = load_shared(at.kept(n));
+    if constexpr (S.dropout) columns.dropped[0] = load_shared(at.dropped(n));
     const float check = kChecks ? of_delta + Columns::not_finite(dp) : 0.0F;
     columns.template differentiate<kHides>(dp, weights, at.delta(state.dout.place(n)));
     const Agreement<S> agreement{state};

@@ -72,7 +72,9 @@ struct BackwardLayout {
   FOVEA_DEVICE u32 ds(u32 n) const { return base + kShared.ds + (n & 1) * kShared.ds_stage; }
   FOVEA_DEVICE u32 other_k() const { return base + kShared.other_k; }
   FOVEA_DEVICE u32 other_ds(u32 n) const { return base + kShared.other_ds + (n & 1) * kShared.ds_stage; }
-  FOVEA_DEVICE u32 kept(u32 n) const { return base + kShared.kept + (n & 1) * kKeptBytes + threadIdx.x % 128 * 4; }
+  FOVEA_DEVICE u32 dropped(u32 n) const {
+    return base + kShared.dropped + (n & 1) * kDroppedBytes + threadIdx.x % 128 * 4;
+  }
   FOVEA_DEVICE u32 held(int tile) const { return base + kShared.held + tile * held_bytes(S); }
   FOVEA_DEVICE u32 dq(int warp, u32 n) const {
     return base + kShared.dq + (warp * kDqStages + n % kDqStages) * dq_piece_bytes(S);

@@ -20,14 +20,21 @@ FOVEA_DEVICE void store_matrices_transposed(u32 address, const OperandA& a) {
                : "memory");
 }
 
-/// Of two 16-bit numbers those whose bit is set, the others times 0: NaN stays NaN, and −0 stays −0.
+/// Of two 16-bit numbers those whose factor is 1, the others times 0: NaN stays NaN, and −0 stays −0.
 template <Type kType>
-FOVEA_DEVICE u32 keep_of_two(u32 two, u32 bits) {
-  constexpr u32 kOne = kType == Type::kBFloat16 ? 0x3f80 : 0x3c00;
-  const u32 factors = (bits & 1) * kOne | (bits >> 1 & 1) * (kOne << 16);
+FOVEA_DEVICE u32 keep_of_two(u32 two, u32 factors) {
   if constexpr (kType == Type::kBFloat16) asm("mul.bf16x2 %0, %0, %1;" : "+r"(two) : "r"(factors));
   if constexpr (kType == Type::kFloat16) asm("mul.f16x2 %0, %0, %1;" : "+r"(two) : "r"(factors));
   return two;
+}
+
+/// Of two draws of 16 bits each 1 if it is above `most`, else 0.
+FOVEA_DEVICE u32 above_of_two(u32 draws, u32 most) {
+  constexpr u32 kBoth = 0x10001;
+  asm("{\n.reg .b32 x;\nmax.u16x2 x, %0, %1;\nadd.u16x2 x, x, %2;\nmin.u16x2 %0, x, %3;\n}"
+      : "+r"(draws)
+      : "r"(most * kBoth), "r"((0x10000 - most & 0xffff) * kBoth), "r"(kBoth));
+  return draws;
 }
 
 /// Of two pairs of 16-bit numbers the lesser ones.
@@ -53,7 +60,7 @@ struct GradientColumns {
   int key;  // the lane's first
   math::DropoutStream stream;
   Bits seen;                          // what mask and band leave: j + 8e
-  Bits kept;                          // what dropout keeps: 4j + e
+  Bits dropped;                       // by dropout: bit_of_drop
   u32 slopes[S.softcap ? kN : 1][2];  // 1 − tanh² of entries e and e + 1, as fp16
 
   FOVEA_DEVICE static int row_of(int j, int e) { return 8 * j + lane_id() % 4 * 2 + e % 2; }
@@ -184,23 +191,26 @@ struct GradientColumns {
     }
   }
 
-  /// What dropout keeps.  Four entries share a draw: rows 8 apart and keys 8 apart.  Few draws at once, for registers
+  /// What dropout drops.  Four entries share a draw: rows 8 apart and keys 8 apart.  Few draws at once, for registers
   /// are full.
   FOVEA_DEVICE void draw() {
-    const u32 most = (rules.p.keep_threshold << 16) - 1;  // of a draw kept, in the upper half of a word
-    const u32 patch = math::patch_of(key), first = math::patch_of(rules.rows.first + row_of(0, 0));
+    const u32 most = rules.p.keep_threshold - 1;  // of a draw kept
+    const u32 patch = math::patch_of(static_cast<u32>(key));
+    math::DropoutStream rows = stream;  // a patch of rows has bits of its own for `first` and for what follows
+    rows.a ^= math::patch_of(static_cast<u32>(rules.rows.first + row_of(0, 0)));
 #pragma unroll
     for (int w = 0; w < kN / 8; ++w) {
-      kept[w] = 0;
+      dropped[w] = 0;
 #pragma unroll 1
       for (u32 at = 0; at < 32; at += 8) {  // two pieces, 16 rows, a turn
+        const math::Draws draws[] = {math::draws_of_patch(rows, w * 32 + at, patch),
+                                     math::draws_of_patch(rows, w * 32 + at + 1, patch)};
 #pragma unroll
-        for (u32 e = 0; e < 2; ++e) {
-          const math::Draws draws = math::draws_of_patch(stream, first + w * 32 + at + e, patch);
+        for (int low = 0; low < 2; ++low) {
 #pragma unroll
-          for (u32 low = 0; low < 2; ++low) {
-            kept[w] |= static_cast<u32>(draws.words[low] << 16 <= most) << (at + 4 * low + e);
-            kept[w] |= static_cast<u32>(draws.words[low] <= most) << (at + 4 * low + e + 2);
+          for (int half = 0; half < 2; ++half) {
+            const u32 two = __byte_perm(draws[0].words[low], draws[1].words[low], half == 0 ? 0x5410 : 0x7632);
+            dropped[w] = 2 * dropped[w] + above_of_two(two, most);
           }
         }
       }
@@ -251,7 +261,7 @@ struct GradientColumns {
       for (int e = 0; e < 4; ++e) {
         float& d = dp[0][j].x[e];
         const float weight = unpacked(weights, j, e);
-        if constexpr (S.dropout) d = (keeps(j, e) ? d : 0.0F) * rules.p.keep_scale;
+        if constexpr (S.dropout) d = (drops(j, e) ? 0.0F : d) * rules.p.keep_scale;
         if constexpr (!kDeltaFirst) d -= e % 2 == 0 ? two.x : two.y;
         d = kHides && is_hidden(weight) ? -0.0F : weight * d + 0.0F;
       }
@@ -260,12 +270,18 @@ struct GradientColumns {
 
   /// What dropout leaves of the weights; what is hidden, or not a number, stays so.
   FOVEA_DEVICE void drop(Packed& weights) const {
+    constexpr u32 kOne = S.type == Type::kBFloat16 ? 0x3f80 : 0x3c00;
 #pragma unroll
-    for (int j = 0; j < kN; ++j) {
+    for (int w = 0; w < kN / 8; ++w) {
+      const u32 kept[] = {~dropped[w], ~dropped[w] >> 8};
 #pragma unroll
-      for (int e = 0; e < 4; e += 2) {
-        u32& two = weights[j / 2].x[j % 2 * 2 + e / 2];
-        two = keep_of_two<S.type>(two, kept[j / 8] >> (4 * j % 32 + e));
+      for (int j = 8 * w; j < 8 * w + 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+          const int bit = bit_of_drop(j, e);
+          u32& two = weights[j / 2].x[j % 2 * 2 + e / 2];
+          two = keep_of_two<S.type>(two, (kept[bit / 8] & 0x10001U << bit % 8) * (kOne >> bit % 8));
+        }
       }
     }
   }
@@ -330,7 +346,9 @@ struct GradientColumns {
     for (int j = 0; j < kN; ++j) f(j, 0), f(j, 2);
   }
   FOVEA_DEVICE bool sees(int j, int e) const { return (seen[j / 8] >> (j % 8 + 8 * e) & 1) != 0; }
-  FOVEA_DEVICE bool keeps(int j, int e) const { return (kept[j / 8] >> (4 * j % 32 + e) & 1) != 0; }
+  /// Both entries of a packed word, e and e + 1, have their bits 16 apart.
+  FOVEA_FN static constexpr int bit_of_drop(int j, int e) { return 15 - j % 8 * 2 - e / 2 + e % 2 * 16; }
+  FOVEA_DEVICE bool drops(int j, int e) const { return (dropped[j / 8] >> bit_of_drop(j, e) & 1) != 0; }
 
   /// Of rows 0, 8, 16 to 56 those below `end`, a bit each.
   FOVEA_DEVICE static u32 rows_below(int end) { return (1U << math::smaller(math::larger(end + 7 >> 3, 0), 8)) - 1; }
