@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "cpu/elements.h"
+#include "cpu/threads.h"
 #include "random.h"
 
 namespace fovea::tools {
@@ -22,6 +23,7 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int kPoison = 0xff;  // four or two such bytes are a NaN of every floating type
 constexpr std::size_t kAlignment = 64;
+constexpr std::int64_t kShare = 1 << 16;  // elements that a thread makes at a time
 
 /// Streams of random numbers, one a purpose, so that no tensor's values depend on which others there are.
 enum Stream : std::uint64_t {
@@ -380,9 +382,18 @@ class Workload::Maker {
     fill(t, [&](std::int64_t i) { return static_cast<double>(values[i]); });
   }
 
+  /// value(index) into every element, shared out among threads; where several are one in memory, the last one's.
   template <class Value>
   static void fill(const Tensor& t, const Value& value) {
-    cpu::for_each_element(t, [&](std::int64_t index, std::int64_t offset) { cpu::store(t, offset, value(index)); });
+    const std::int64_t count = cpu::element_count(t),
+                       share = broadcast_in_memory(t) ? std::max<std::int64_t>(count, 1) : kShare;
+    auto fill_share = [&](std::int64_t n) {
+      cpu::for_each_element(t, n * share, std::min((n + 1) * share, count),
+                            [&](std::int64_t index, std::int64_t offset) { cpu::store(t, offset, value(index)); });
+    };
+    cpu::run_tasks((count + share - 1) / share, cpu::worker_count(0),
+                   [](void* fill_one, std::int64_t n, int) { (*static_cast<decltype(fill_share)*>(fill_one))(n); },
+                   &fill_share);
   }
   void fill_normal(const Tensor& t, Stream stream, double deviation = 1.0) const {
     fill(t, [&, random = Random(seed_, stream)](std::int64_t i) { return deviation * random.normal(i); });

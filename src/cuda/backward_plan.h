@@ -10,15 +10,6 @@ inline constexpr int kSideThreads = 256;
 /// Of them on a multiprocessor at once, for they wait for memory.
 inline constexpr int kSideBlocks = 4;
 
-/// Rows of 64, 128, 256 or 512 16-bit elements are swizzled; others lie an odd number of 16-byte pieces apart.  Either
-/// way a column of pieces, read down the rows, meets every bank.
-FOVEA_FN constexpr bool swizzled(Type type, int dim) {
-  return type != Type::kFloat32 && dim >= 64 && (dim & (dim - 1)) == 0;
-}
-FOVEA_FN constexpr int tile_bytes(Type type, int rows, int dim) {
-  return rows * (swizzled(type, dim) ? dim * bytes_of(type) : pitch_of(type, dim));
-}
-
 /// How the warps of a block share out a product: equal pieces in whole steps of 16, cut where the rows and columns to
 /// be read are fewest.  Warps from `used` on have none.
 struct WarpGrid {

@@ -27,6 +27,7 @@ struct Tile {
   enum { kAnyBand, kNoBand, kBand } band = kAnyBand;
   bool halved_q = false;  // see ForwardSpec
   int slices = 1, most_rows = kAnyRows, least_options = 0;
+  bool swizzled = false;
 
   static constexpr int kAnyOptions = 99, kAnyRows = 1 << 30;
 };
@@ -37,19 +38,26 @@ int weight_of(const ForwardSpec& s) { return s.mask + 2 * s.dropout + 4 * s.alib
 // Measured on an H100 (docs/notes): 32 rows a warp, so that an operand of K or V serves two pieces of rows, as long as
 // O leaves room for S, or as warps share them; then two blocks a multiprocessor, whose phases overlap, or one with many
 // keys at a time.  The first that fits is taken.
+/// Asynchronous copies to rows of an odd number of 16-byte pieces cross lines of 128 bytes, and are 5 requests to L2 a
+/// row of head dim 128 instead of 2; to swizzled rows they are not, but where they lie is more to work out.
+constexpr Tile swizzled(Tile tile) {
+  tile.swizzled = true;
+  return tile;
+}
 constexpr std::array kTiles16{
     // As they are.
+    swizzled(Tile{64, 128, 128, 4, 1, 1, 2, false, 0, 2048, Tile::kNoBand}),
     Tile{64, 128, 128, 4, 1, 1, 2, false, 0, 2048},
     Tile{64, 128, 64, 4, 1, 2, 3, false, 0, 0, Tile::kNoBand},
     Tile{64, 64, 64, 4, 1, 2, 4, false, 0, 0, Tile::kBand},
     Tile{80, 128, 96, 4, 1, 2, 2, true, 0},
     Tile{96, 128, 96, 4, 1, 1, 2, false, 0},
-    Tile{128, 128, 64, 4, 1, 2, 2, false, 0},
-    Tile{128, 64, 64, 4, 1, 1, 2, false, 0},
+    swizzled(Tile{128, 128, 64, 4, 1, 2, 2, false, 0}),
+    swizzled(Tile{128, 64, 64, 4, 1, 1, 2, false, 0}),
     Tile{192, 128, 96, 8, 1, 2, 1, true, 0},
-    Tile{256, 128, 64, 8, 2, 2, 1, true, 0},
-    Tile{256, 64, 64, 4, 2, 1, 2, false, 0},
-    Tile{256, 128, 64, 8, 1, 1, 1, false, 0},
+    swizzled(Tile{256, 128, 64, 8, 2, 2, 1, true, 0}),
+    swizzled(Tile{256, 64, 64, 4, 2, 1, 2, false, 0}),
+    swizzled(Tile{256, 128, 64, 8, 1, 1, 1, false, 0}),
     // With options.
     Tile{64, 128, 64, 4, 1, 2, 2, false, 4},
     Tile{64, 128, 32, 4, 1, 2, 2, false, 15},
@@ -94,16 +102,16 @@ constexpr Tile sliced(int widest, int block_m, int block_n, int warps, int slice
   Tile tile{widest, block_m, block_n, warps, 1, stages, min_blocks};
   tile.slices = slices, tile.most_rows = block_m, tile.least_keys = 4 * slices * block_n;
   if (block_m > 32) tile.most_options = 0;
-  return tile;
+  return swizzled(tile);
 }
 constexpr std::array kSlicedTiles16{
     sliced(64, 16, 32, 1, 4, 3, 2),  sliced(64, 16, 32, 1, 4, 2, 2),  sliced(64, 32, 32, 1, 4, 3, 2),
     sliced(64, 32, 32, 1, 4, 2, 2),  sliced(64, 64, 32, 2, 2, 4, 2),  sliced(64, 64, 32, 2, 2, 2, 2),
-    sliced(128, 16, 16, 1, 4, 3, 2), sliced(128, 16, 16, 1, 4, 2, 2), sliced(128, 16, 16, 1, 4, 2, 1),
-    sliced(128, 32, 16, 1, 4, 3, 2), sliced(128, 32, 16, 1, 4, 2, 2), sliced(128, 32, 16, 1, 4, 2, 1),
-    sliced(256, 16, 16, 1, 4, 3, 1), sliced(256, 16, 16, 1, 4, 2, 1), sliced(256, 16, 16, 1, 2, 2, 1),
-    sliced(256, 32, 16, 2, 4, 3, 1), sliced(256, 32, 16, 2, 2, 3, 1), sliced(256, 64, 16, 4, 2, 4, 1),
-    sliced(512, 16, 16, 1, 4, 2, 1), sliced(512, 16, 16, 1, 2, 2, 1),
+    sliced(128, 16, 32, 1, 4, 3, 1), sliced(128, 16, 16, 1, 4, 3, 2), sliced(128, 16, 16, 1, 4, 2, 2),
+    sliced(128, 16, 16, 1, 4, 2, 1), sliced(128, 32, 16, 1, 4, 3, 2), sliced(128, 32, 16, 1, 4, 2, 2),
+    sliced(128, 32, 16, 1, 4, 2, 1), sliced(256, 16, 16, 1, 4, 3, 1), sliced(256, 16, 16, 1, 4, 2, 1),
+    sliced(256, 16, 16, 1, 2, 2, 1), sliced(256, 32, 16, 2, 4, 3, 1), sliced(256, 32, 16, 2, 2, 3, 1),
+    sliced(256, 64, 16, 4, 2, 4, 1), sliced(512, 16, 16, 1, 4, 2, 1), sliced(512, 16, 16, 1, 2, 2, 1),
 };
 constexpr std::array kSlicedTiles32{
     sliced(64, 16, 16, 1, 4, 3, 2),  sliced(64, 16, 16, 1, 4, 2, 2),  sliced(64, 16, 16, 1, 4, 2, 1),
@@ -193,6 +201,7 @@ std::string name_of(const ForwardShape& shape) {
   if (s.slices > 1) name += ", " + std::to_string(s.slices) + " slices";
   if (shape.min_blocks > 1) name += ", " + std::to_string(shape.min_blocks) + " blocks";
   if (s.spread_copies) name += ", copies spread";
+  if (s.swizzled) name += ", swizzled";
   if (s.halved_q) name += ", Q halved";
   return name;
 }
@@ -218,9 +227,11 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
     spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.across = tile.across,
     spec.slices = tile.slices, spec.stages = tile.stages;
     spec.head_dim_v = round_up(columns, std::max(16 * tile.across, 8 * tile.slices));
+    spec.swizzled =
+        tile.swizzled && (cuda::swizzled(spec.type, spec.head_dim) || cuda::swizzled(spec.type, spec.head_dim_v));
     spec.spread_copies = tile.spread, spec.halved_q = tile.halved_q && spec.mma == Mma::kTf32x3,
     shape.min_blocks = tile.min_blocks;
-    if (!spec.async_copy) spec.stages = 1, spec.spread_copies = false;
+    if (!spec.async_copy) spec.stages = 1, spec.spread_copies = spec.swizzled = false;
   };
   const auto fits = [&](const Tile& tile) {
     take(tile);

@@ -14,6 +14,13 @@ FOVEA_FN constexpr int bytes_of(Type type) { return type == Type::kFloat32 ? 4 :
 /// Bytes from row to row of a tile in shared memory: an odd number of 16-byte pieces, so that a column of pieces, read
 /// down the rows, meets every bank.
 FOVEA_FN constexpr int pitch_of(Type type, int dim) { return (dim * bytes_of(type) / 16 | 1) * 16; }
+/// Or swizzled, which rows of 64, 128, 256 or 512 16-bit elements may be.
+FOVEA_FN constexpr bool swizzled(Type type, int dim) {
+  return type != Type::kFloat32 && dim >= 64 && (dim & (dim - 1)) == 0;
+}
+FOVEA_FN constexpr int tile_bytes(Type type, int rows, int dim, bool swizzles = true) {
+  return rows * (swizzles && swizzled(type, dim) ? dim * bytes_of(type) : pitch_of(type, dim));
+}
 
 /// How a 16 × 8 piece of a product is made.
 enum class Mma : int {
@@ -39,6 +46,7 @@ struct ForwardSpec {
   int slices = 1;              // times `warps`, all with the same rows, each with tiles of keys of its own
   int stages = 2;              // tiles of keys in flight
   bool spread_copies = false;  // they leave between the steps of a product
+  bool swizzled = false;       // tiles of keys are, where their rows may be
   bool halved_q = false;       // Q lies as the halves of TF32, and need not be halved for each tile of keys
   bool pack_gqa = false;       // a row is a query and a head of the group, not a query of one head
   bool split = false;          // keys are shared out to several blocks, whose parts are combined
@@ -59,7 +67,8 @@ FOVEA_FN constexpr int q_bytes(const ForwardSpec& s) {
   return s.block_m * math::larger(pitch_of(s.type, s.head_dim) * (s.halved_q ? 2 : 1), pitch_of(s.type, s.head_dim_v));
 }
 FOVEA_FN constexpr int stage_bytes(const ForwardSpec& s) {
-  return s.block_n * (pitch_of(s.type, s.head_dim) + pitch_of(s.type, s.head_dim_v));
+  return tile_bytes(s.type, s.block_n, s.head_dim, s.swizzled) +
+         tile_bytes(s.type, s.block_n, s.head_dim_v, s.swizzled);
 }
 FOVEA_FN constexpr int left_pitch(const ForwardSpec& s) { return 4 * s.head_dim_v + 32; }  // rows meet other banks
 FOVEA_FN constexpr int slice_bytes(const ForwardSpec& s) {
@@ -104,7 +113,8 @@ FOVEA_FN constexpr void each_field(const ForwardSpec& s, F&& f) {
   f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
   f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("across", s.across);
   f("slices", s.slices), f("stages", s.stages);
-  f("spread_copies", s.spread_copies), f("halved_q", s.halved_q), f("pack_gqa", s.pack_gqa), f("split", s.split);
+  f("spread_copies", s.spread_copies), f("swizzled", s.swizzled), f("halved_q", s.halved_q), f("pack_gqa", s.pack_gqa),
+      f("split", s.split);
   f("band", s.band), f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
   f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);
 }

@@ -50,8 +50,8 @@ class RowCopies {
   int rows_, row_bytes_;
 
  public:
-  /// Corners know steps of whole rows.
-  static constexpr bool kCan = !Tile::kSwizzled || kStep % 8 == 0;
+  /// Where rows a step apart have their own bits of what is swizzled by.
+  static constexpr bool kCan = !Tile::kSwizzled || (kStep & (kStep - 1)) == 0;
 
   /// From a tile's first byte to the first that this thread copies; the stride is below 2^32.
   FOVEA_DEVICE static u64 first_byte(u32 stride) {
@@ -70,11 +70,11 @@ class RowCopies {
     const u32 thread = fresh(threadIdx.x);
 #pragma unroll
     for (int step = part * kSteps / kParts; step < (part + 1) * kSteps / kParts; ++step) {
-      const int row = step * kStep;
+      const int row = step * kStep, turned = Tile::kSwizzled ? row % 8 : 0;
       if (Tile::kRows % kStep != 0 && static_cast<int>(thread / kLanes) + row >= Tile::kRows) break;
 #pragma unroll
       for (int piece = 0; piece < kPieces; piece += kLanes) {
-        copy_or_clear<kAsync>(corner_.at(row, piece * Tile::kPieceColumns),
+        copy_or_clear<kAsync>(corner_.at(row, (piece ^ turned) * Tile::kPieceColumns),
                               from_ + u64{static_cast<u32>(Order::of_row(row))} * stride_ + piece * 16,
                               piece * 16 < row_bytes_ && Order::of_row(row) < rows_);
       }

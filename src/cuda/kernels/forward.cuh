@@ -26,8 +26,8 @@ struct Forward {
   static_assert(S.slices == 1 || (S.across == 1 && !S.halved_q && kD % S.slices == 0));
 
   using QTile = SharedTile<S.type, S.block_m, S.head_dim>;
-  using KTile = SharedTile<S.type, S.block_n, S.head_dim>;
-  using VTile = SharedTile<S.type, S.block_n, S.head_dim_v>;
+  using KTile = Tile<S.type, S.block_n, S.head_dim, S.swizzled>;
+  using VTile = Tile<S.type, S.block_n, S.head_dim_v, S.swizzled>;
   using WeightTile = SharedTile<S.type, S.block_m, S.block_n>;  // P, where warps share rows
   using OutTile = SharedTile<S.type, S.block_m, S.head_dim_v>;  // in the place of Q
 

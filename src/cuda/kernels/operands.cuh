@@ -24,16 +24,16 @@ struct SwizzledTile {
   }
 };
 
-template <Type kType, int kRows, int kDim>
+template <Type kType, int kRows, int kDim, bool kSwizzled>
 struct TileOf {
   using Is = SharedTile<kType, kRows, kDim>;
 };
 template <Type kType, int kRows, int kDim>
-requires(swizzled(kType, kDim)) struct TileOf<kType, kRows, kDim> {
+struct TileOf<kType, kRows, kDim, true> {
   using Is = SwizzledTile<kType, kRows, kDim>;
 };
-template <Type kType, int kRows, int kDim>
-using Tile = typename TileOf<kType, kRows, kDim>::Is;
+template <Type kType, int kRows, int kDim, bool kSwizzles = true>
+using Tile = typename TileOf<kType, kRows, kDim, kSwizzles && swizzled(kType, kDim)>::Is;
 
 /// Where a lane finds its part of the operand at one place of a tile, and so of those at a constant distance: rows in
 /// whole steps of 8; columns likewise, and without a carry out of the first place's column into the distance's, so that
