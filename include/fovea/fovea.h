@@ -1,6 +1,7 @@
 #pragma once
 
-/// Fovea: exact attention and its gradients, in tiles.  This header is the whole C++ door; c.h is the C one.
+/// Fovea: exact attention and its gradients, in tiles.  This header is the whole C++ interface; c.h is the C one, and
+/// nn/nn.h has the layers.
 #include <fovea/attention.h>
 #include <fovea/error.h>
 #include <fovea/options.h>

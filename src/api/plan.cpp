@@ -16,7 +16,7 @@ struct AlignedDelete {
   void operator()(void* memory) const { ::operator delete(memory, kAlignment); }
 };
 
-/// One sentence out of all verdicts: "a: reason, reason; b: reason".
+/// All verdicts in one line: "a: reason, reason; b: reason".
 std::string all_reasons(const std::vector<Verdict>& verdicts) {
   std::string text;
   for (const Verdict& verdict : verdicts) {
@@ -27,7 +27,7 @@ std::string all_reasons(const std::vector<Verdict>& verdicts) {
   return text;
 }
 
-/// Strict mode: nobody this device has may have been passed over on account of the problem.
+/// Strict mode: refuses where a preferred backend of this device was passed over because of the problem.
 void refuse_second_choice(const Report& report) {
   for (const Verdict& verdict : report.verdicts) {
     if (verdict.backend == report.backend) return;
@@ -46,8 +46,8 @@ struct Prepared {
 Prepared prepare(Problem problem, Direction direction, const Device& device, const PlanOptions& options) {
   problem.direction = direction;
   validate(problem);
-  const auto at_least_0 = [](const char* name, int value, const char* zero) {
-    if (value < 0) refuse(name, " (", value, ") must be at least 0, where 0 ", zero);
+  const auto at_least_0 = [](const char* name, int value, const char* meaning_of_0) {
+    if (value < 0) refuse(name, " (", value, ") must be at least 0, where 0 ", meaning_of_0);
   };
   at_least_0("num_threads", options.num_threads, "means as many as the process may use");
   at_least_0("compute_capability", device.compute_capability, "asks the driver");
