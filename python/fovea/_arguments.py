@@ -9,7 +9,7 @@ from typing import Any
 from fovea import _core
 from fovea._frameworks import refuse_masked
 
-#: What fovea.attention takes after q, k and v, in the order in which its doors get it.
+#: What fovea.attention takes after q, k and v, in the order in which its adapters get it.
 KEYWORDS = (
     "softmax_scale",
     "causal",
