@@ -70,9 +70,7 @@ class MaskWords {
 };
 
 // What a backend's `judge` asks; each adds its reasons to the verdict.
-
-/// Whether the device is an NVIDIA GPU of a compute capability that the backend runs on, `made_for` in words.  Sets
-/// `available`.
+/// Whether the device is a GPU that the backend runs on, `made_for` in words.  Sets `available`.
 void refuse_device(const Device& device, bool (*runs_on)(int capability), const char* made_for, Verdict& verdict);
 /// Whether every position fits the 32 bits that kernels count in.
 void refuse_long(const Problem& problem, Verdict& verdict);

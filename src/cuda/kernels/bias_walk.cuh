@@ -3,7 +3,7 @@
 #include "cuda/kernels/mask_tiles.cuh"
 #include "cuda/kernels/operands.cuh"
 
-// What flows into a tile of dbias, in the order in which it is added up.
+// The walk over all tiles of dS that add to a tile of dbias, in the order of the additions.
 namespace fovea::cuda {
 
 /// A tile of dbias, or a part of its walk.
@@ -44,13 +44,13 @@ struct BiasTile {
 struct BiasStep {
   Sequence sequence;
   int head, row_tile, key_tile, end_key_tile;
-  i64 left;                 // steps to be taken, with this one; none: the walk is over
-  bool new_rows, new_keys;  // than those of the step before
+  i64 left;                 // steps left, this one included; 0: the walk is over
+  bool new_rows, new_keys;  // other ones than in the step before
   Sight sight;
 };
 
-/// What flows into a tile of dbias, or a part of it: in the order of sequences, heads, rows and keys, so that tiles are
-/// copied when they change.  A thread keeps it: asked once a step, it is not worth the registers of all.
+/// Walks what adds to a tile of dbias, or a part of it, in the order of sequences, heads, rows and keys, so that tiles
+/// of rows or keys are copied only when they change.  In shared memory, updated by one thread, to save registers.
 template <BackwardSpec S>
 struct BiasWalk {
   const BackwardParams& p;
@@ -150,7 +150,7 @@ struct BiasWalk {
     }
     enter(at, row_tile);
   }
-  /// This step, or the next one of which something is seen.
+  /// Moves on to the next step of which something is seen, if this one is not.
   FOVEA_DEVICE void find_seen(BiasStep& at) const {
     for (;; ++at.key_tile, --at.left) {
       while (at.left > 0 && at.key_tile >= at.end_key_tile) next_rows(at);
