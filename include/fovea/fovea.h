@@ -1,7 +1,6 @@
 #pragma once
 
-/// Fovea: exact attention and its gradients, in tiles.  This header is the whole C++ interface; c.h is the C one, and
-/// nn/nn.h has the layers.
+/// Fovea: exact attention and its gradients, in tiles.  The whole C++ interface; c.h is the C one, nn/nn.h the layers.
 #include <fovea/attention.h>
 #include <fovea/error.h>
 #include <fovea/options.h>

@@ -16,13 +16,17 @@ struct AlignedDelete {
   void operator()(void* memory) const { ::operator delete(memory, kAlignment); }
 };
 
-/// All verdicts in one line: "a: reason, reason; b: reason".
+std::string reasons_of(const Verdict& verdict) {
+  std::string text;
+  for (const std::string& reason : verdict.reasons) text += (text.empty() ? "" : ", ") + reason;
+  return text;
+}
+
+/// "a: reason, reason; b: reason".
 std::string all_reasons(const std::vector<Verdict>& verdicts) {
   std::string text;
   for (const Verdict& verdict : verdicts) {
-    if (verdict.reasons.empty()) continue;
-    text += (text.empty() ? "" : "; ") + verdict.backend + ": ";
-    for (std::size_t i = 0; i < verdict.reasons.size(); ++i) text += (i == 0 ? "" : ", ") + verdict.reasons[i];
+    if (!verdict.reasons.empty()) text += (text.empty() ? "" : "; ") + verdict.backend + ": " + reasons_of(verdict);
   }
   return text;
 }
@@ -82,9 +86,8 @@ std::string to_string(const Report& report) {
   if (!report.backend.empty()) text += "  workspace: " + std::to_string(report.workspace_bytes) + " bytes\n";
   for (const Verdict& verdict : report.verdicts) {
     if (verdict.backend == report.backend) continue;
-    text += "not " + verdict.backend + ": ";
-    text += verdict.reasons.empty() ? "an earlier backend runs it\n"
-                                    : all_reasons({verdict}).substr(verdict.backend.size() + 2) + "\n";
+    const std::string why = verdict.reasons.empty() ? "an earlier backend runs it" : reasons_of(verdict);
+    text += "not " + verdict.backend + ": " + why + "\n";
   }
   return text;
 }
@@ -98,10 +101,8 @@ void Plan::execute(const Inputs& inputs, const Outputs& outputs, void* workspace
     validate_tensors(problem(), report_.device, inputs, outputs);
     std::unique_ptr<void, AlignedDelete> owned;
     if (workspace == nullptr && workspace_bytes() > 0) {
-      if (report_.device.kind != DeviceKind::kCpu) {
-        throw Error(ErrorCode::kInvalidArgument, "workspace is null; give " + std::to_string(workspace_bytes()) +
-                                                     " bytes on " + name(report_.device));
-      }
+      if (report_.device.kind != DeviceKind::kCpu)
+        refuse("workspace is null; give ", workspace_bytes(), " bytes on ", name(report_.device));
       owned.reset(::operator new(workspace_bytes(), kAlignment, std::nothrow));
       workspace = owned.get();
       if (workspace == nullptr) {
@@ -109,9 +110,8 @@ void Plan::execute(const Inputs& inputs, const Outputs& outputs, void* workspace
                                                  " bytes could not be allocated; free memory or use fewer threads");
       }
     }
-    if (reinterpret_cast<std::uintptr_t>(workspace) % static_cast<std::size_t>(kAlignment) != 0) {
-      throw Error(ErrorCode::kInvalidArgument, "the workspace is not aligned to 64 bytes; allocate it so");
-    }
+    if (reinterpret_cast<std::uintptr_t>(workspace) % static_cast<std::size_t>(kAlignment) != 0)
+      refuse("the workspace is not aligned to 64 bytes; allocate it so");
     kernel_->execute(inputs, outputs, workspace, stream);
   });
 }

@@ -26,8 +26,7 @@ template <typename... Parts>
   throw Error(ErrorCode::kInvalidArgument, sentence.str());
 }
 
-/// Refuses a tensor on another device than `wanted`; `wants` is how the sentence goes on: "the plan is for".  There is
-/// one CPU, whatever its index.
+/// Refuses a tensor on another device; `wants`: "the plan is for".  There is one CPU, whatever its index.
 inline void check_device(const char* tensor, const Device& device, const char* wants, const Device& wanted) {
   if (device.kind == wanted.kind && (device.kind == DeviceKind::kCpu || device.index == wanted.index)) return;
   refuse(tensor, " is on ", name(device), " but ", wants, " ", name(wanted));
@@ -52,11 +51,16 @@ auto or_out_of_memory(const Call& call) {
   return {buffer.data(), end};
 }
 
-/// "700+1300+96".
+/// "700+1300+96" with separator "+".
 [[nodiscard]] inline std::string join(std::span<const std::int64_t> values, std::string_view separator) {
   std::string text;
   for (const std::int64_t value : values) text.append(text.empty() ? "" : separator).append(std::to_string(value));
   return text;
+}
+
+/// "[2, 128, 16, 64]".
+[[nodiscard]] inline std::string shape_text(const Tensor& tensor) {
+  return "[" + join({tensor.shape.data(), static_cast<std::size_t>(tensor.rank)}, ", ") + "]";
 }
 
 /// The sum, or the largest number there is where it does not fit.

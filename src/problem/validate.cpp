@@ -152,10 +152,6 @@ void validate(const Problem& p) {
 
 // ---- tensors
 
-std::string shape_text(const Tensor& t) {
-  return "[" + join({t.shape.data(), static_cast<std::size_t>(t.rank)}, ", ") + "]";
-}
-
 namespace {
 
 /// What a tensor is used for, and so what its strides may be.

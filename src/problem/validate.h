@@ -18,7 +18,4 @@ void validate_backward(const Problem& problem, const Device& device, const Input
 [[nodiscard]] std::vector<std::int64_t> read_cu_seqlens(const char* name, const Tensor& tensor, std::int64_t batch,
                                                         std::int64_t total);
 
-/// "[2, 128, 16, 64]".
-[[nodiscard]] std::string shape_text(const Tensor& tensor);
-
 }  // namespace fovea
