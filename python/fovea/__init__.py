@@ -25,9 +25,9 @@ __all__ = ["Report", "__version__", "attention", "explain", "flash_attn", "jax",
 
 _SUBMODULES = ("flash_attn", "jax", "nn", "torch")
 
-#: Who serves arrays of a type that is not PyTorch's; filled as types are met.
+#: The attention function for each type of arrays but PyTorch's; filled as types are met.
 _adapters: dict[type, Callable[..., Any]] = {}
-#: Who serves PyTorch's.
+#: The one for PyTorch's.
 _torch_adapter: Callable[..., Any] | None = None
 
 
@@ -205,7 +205,7 @@ def explain(
 
 
 def _load_torch() -> Callable[..., Any]:
-    """Who serves PyTorch's tensors.  Where torch.compile traces this, nothing may change that it has read before."""
+    """The adapter for PyTorch's tensors.  Under torch.compile no global that was read before may change."""
     from fovea.torch._adapter import attention, is_dynamo_compiling
 
     if not is_dynamo_compiling():
@@ -215,7 +215,7 @@ def _load_torch() -> Callable[..., Any]:
 
 
 def _find_adapter(array_type: type) -> Callable[..., Any]:
-    """Who serves arrays of a type that has not been met yet."""
+    """The adapter for a type of arrays that has not been seen before."""
     roots = {base.__module__.partition(".")[0] for base in array_type.__mro__}
     if roots & {"jax", "jaxlib"}:
         from fovea.jax._adapter import attention as adapter
