@@ -12,13 +12,13 @@ struct BiasTile {
   const BackwardParams& p;
   int key_tile, row_tile, head, batch, part;
 
-  /// Part by part, tiles count as key tiles × row tiles × heads × batch, of dbias: 1 where it is broadcast.
+  /// Tiles are numbered part by part, by key tiles × row tiles × heads × batch of dbias; 1 where it is broadcast.
   FOVEA_DEVICE BiasTile(const BackwardParams& params, int number) : p(params) {
     const auto take = [&number](i64 stride, int count) {
       if (stride == 0) return 0;
-      const int mine = number % count;
+      const int index = number % count;
       number /= count;
-      return mine;
+      return index;
     };
     key_tile = take(p.dbias.key, p.key_blocks), row_tile = take(p.dbias.query, p.row_blocks);
     head = take(p.dbias.head, p.q_heads), batch = take(p.dbias.batch, p.batch);
@@ -27,7 +27,7 @@ struct BiasTile {
 
   FOVEA_DEVICE bool own_row() const { return p.dbias.query != 0; }
   FOVEA_DEVICE bool own_key() const { return p.dbias.key != 0; }
-  /// Entries that are there, and how far apart its rows lie in a part.
+  /// Its entries that exist, and the distance of its rows in a part.
   FOVEA_DEVICE int rows() const { return own_row() ? math::smaller(S.block_m, p.seqlen_q - row_tile * S.block_m) : 1; }
   FOVEA_DEVICE int keys() const { return own_key() ? math::smaller(S.block_n, p.seqlen_kv - key_tile * S.block_n) : 1; }
   FOVEA_DEVICE int pitch() const { return own_key() ? S.block_n : 1; }
