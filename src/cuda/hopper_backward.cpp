@@ -24,8 +24,7 @@ constexpr std::int64_t kLongWalk = 16;          // heads and sequences that add 
 constexpr int kAtOnce = 128;                    // columns of dk and dv that one product makes
 constexpr std::int64_t kShortRows = 512;        // up to which small tiles that hold dq beat larger ones that add to it
 
-/// A row of `kTiles`, in the order of its numbers.
-struct Tile {
+struct Tile {           // a row of `kTiles`
   std::int64_t widest;  // head dim that it serves
   int block_m, block_n;
   int most_options;              // see `weight_of`
@@ -91,7 +90,6 @@ constexpr std::array kTiles{
     Tile{256, 64, 128, 9},
 };
 
-/// A tile, and how its blocks make dq.
 struct Way {
   Tile tile;
   bool holds;  // a block has all rows of its heads, and their dq in shared memory

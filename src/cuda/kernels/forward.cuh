@@ -718,18 +718,11 @@ struct Forward {
       if (!S.pack_gqa) to += kWarp / kLanes * p.out.row;
     }
   }
-};
 
-/// Blocks: `HeadTurn`s, row blocks (late ones, which see the most under a causal rule, first; of packed sequences all
-/// together) × columns of v × parts of the keys.
-template <ForwardSpec S>
-__device__ void forward(const ForwardParams& p) {
-  using Kernel = Forward<S>;
-  extern __shared__ __align__(128) char shared[];
-  if constexpr (S.split) let_next_kernel_begin();
-  static_assert(sizeof(typename Kernel::Block) <= block_bytes(S));
-  typename Kernel::Block& me = *reinterpret_cast<typename Kernel::Block*>(shared + shared_bytes(S) - block_bytes(S));
-  if (lane_id() == 0) {  // the first lanes of the warps share out the work of filling in `Block`
+  /// Fills in `Block`, whose parts the first lanes of the warps share out.  Blocks: `HeadTurn`s, row blocks (late ones,
+  /// which see the most under a causal rule, first; of packed sequences all together) × columns of v × key splits.
+  FOVEA_DEVICE static void describe_block(const ForwardParams& p, Block& block) {
+    if (lane_id() != 0) return;
     const bool packed = p.cu_seqlens_q.data != nullptr;
     const auto [outer, head, turn] =
         HeadTurn::of(static_cast<int>(blockIdx.x), p.heads_abreast, p.row_blocks * p.v_chunks * p.splits,
@@ -739,17 +732,16 @@ __device__ void forward(const ForwardParams& p) {
     const auto [batch, row_block] =
         packed ? packed_block(p, p.cu_seqlens_q, p.total_q, S.block_m, late, group) : PackedBlock{outer, late};
     const Sequence sequence = Sequence::of(p, batch);
-    const typename Kernel::Rows rows{row_block * S.block_m, sequence.q_rows * group, head * group, group};
-    constexpr int kRows = 16 * Kernel::kM;
-    constexpr int kWarps = S.slices * S.warps;
-    const int warp = Kernel::slice() * S.warps + warp_id();
-    if (warp < Kernel::kDown) me.reach[warp] = sequence.band.reach(rows.queries(warp * kRows, (warp + 1) * kRows));
+    const Rows rows{row_block * S.block_m, sequence.q_rows * group, head * group, group};
+    constexpr int kRows = 16 * kM, kWarps = S.slices * S.warps;
+    const int warp = slice() * S.warps + warp_id();
+    if (warp < kDown) block.reach[warp] = sequence.band.reach(rows.queries(warp * kRows, (warp + 1) * kRows));
     if (warp == 0) {
-      me.sequence = sequence;
-      me.rows = rows;
-      me.careful = false;
+      block.sequence = sequence;
+      block.rows = rows;
+      block.careful = false;
       if constexpr (S.dropout)
-        me.stream = math::dropout_stream(p.seed, p.offset, static_cast<u32>(sequence.batch * p.q_heads + head));
+        block.stream = math::dropout_stream(p.seed, p.offset, static_cast<u32>(sequence.batch * p.q_heads + head));
     }
     int v_begin = 0, split = part;
     if (p.v_chunks > 1) {
@@ -758,27 +750,38 @@ __device__ void forward(const ForwardParams& p) {
     }
     if (warp == kWarps - 1) {
       const int kv_head = S.pack_gqa || p.group == 1 ? head : head / p.group;
-      me.kv_head = kv_head, me.v_begin = v_begin, me.split = split;
-      me.k = sequence.kv_row(p.k, 0, kv_head);
-      me.v = sequence.kv_row(p.v, 0, kv_head) + v_begin * kBytes<S.type>;
+      block.kv_head = kv_head, block.v_begin = v_begin, block.split = split;
+      block.k = sequence.kv_row(p.k, 0, kv_head);
+      block.v = sequence.kv_row(p.v, 0, kv_head) + v_begin * kBytes<S.type>;
     }
     if (warp == kWarps / 2) {
       const Interval queries = rows.queries(0, S.block_m);
       const Band::Reach reach = sequence.band.reach(queries);
-      me.full = {(reach.all_begin + S.block_n - 1) / S.block_n, reach.all_end / S.block_n};
-      me.keys = sequence.band.keys_of_rows(queries);
+      block.full = {(reach.all_begin + S.block_n - 1) / S.block_n, reach.all_end / S.block_n};
+      block.keys = sequence.band.keys_of_rows(queries);
       if constexpr (S.split) {
         const int begin = split * p.keys_per_split;
-        me.keys = {math::larger(me.keys.begin, begin), math::smaller(me.keys.end, begin + p.keys_per_split)};
+        block.keys = {math::larger(block.keys.begin, begin), math::smaller(block.keys.end, begin + p.keys_per_split)};
       }
     }
   }
+};
+
+/// Blocks: `describe_block`.
+template <ForwardSpec S>
+__device__ void forward(const ForwardParams& p) {
+  using Kernel = Forward<S>;
+  extern __shared__ __align__(128) char shared[];
+  if constexpr (S.split) let_next_kernel_begin();
+  static_assert(sizeof(typename Kernel::Block) <= block_bytes(S));
+  typename Kernel::Block& block = *reinterpret_cast<typename Kernel::Block*>(shared + shared_bytes(S) - block_bytes(S));
+  Kernel::describe_block(p, block);
   __syncthreads();
-  me.first_k[Kernel::slice()][threadIdx.x] =
-      me.k + Kernel::template Copies<1, typename Kernel::KTile>::first_byte(static_cast<u32>(p.k.row));
-  me.first_v[Kernel::slice()][threadIdx.x] =
-      me.v + Kernel::template Copies<1, typename Kernel::VTile>::first_byte(static_cast<u32>(p.v.row));
-  if (me.rows.left() > 0) Kernel{p, me, shared_address(shared)}.run();
+  block.first_k[Kernel::slice()][threadIdx.x] =
+      block.k + Kernel::template Copies<1, typename Kernel::KTile>::first_byte(static_cast<u32>(p.k.row));
+  block.first_v[Kernel::slice()][threadIdx.x] =
+      block.v + Kernel::template Copies<1, typename Kernel::VTile>::first_byte(static_cast<u32>(p.v.row));
+  if (block.rows.left() > 0) Kernel{p, block, shared_address(shared)}.run();
 }
 
 }  // namespace fovea::cuda
