@@ -4,7 +4,7 @@
 
 Without lines: bench/grid.txt, bench/beyond.txt and the memory of the longest sequences.  Masks hide a tenth of the entries,
 or, where a line's name says "blocks of 128", half of the blocks of 128 by 128.  Fovea is called through its
-C door (include/fovea/c.h) on PyTorch's memory and stream.  Backward times are of the gradients alone, with out and lse
+C interface (include/fovea/c.h) on PyTorch's memory and stream.  Backward times are of the gradients alone, with out and lse
 there.  TFLOP/s count as the papers do.  Needs PyTorch with CUDA.
 """
 
@@ -48,7 +48,7 @@ GRID_TOKENS, GRID_WIDTH = 16384, 2048
 HEAD_START_CYCLES = 500_000  # the GPU waits so long that Python has queued what is timed
 
 
-# ---- the C door --------------------------------------------------------------------------------------------------------
+# ---- the C interface ---------------------------------------------------------------------------------------------------
 
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3, torch.int32: 4}
 CPU, CUDA = 0, 1

@@ -2,7 +2,7 @@
 
     python3 bench/peers_cpu.py [--threads N] [--json FILE] [--html FILE] [LINE | @FILE ...]
 
-Without lines: bench/cpu.txt.  Fovea is called through its C door (include/fovea/c.h) on PyTorch's memory.  Each run begins
+Without lines: bench/cpu.txt.  Fovea is called through its C interface (include/fovea/c.h) on PyTorch's memory.  Each run begins
 after a pause, when nobody's threads spin any more.  Backward times are of the gradients alone, with out and lse there.
 FLOPs count as the papers do.  Before every line `fovea bench` measures the multiply-add rate of the units that the line's
 dtype is multiplied by (of AVX or AMX, as chosen), and the script how fast memory is read.

@@ -105,7 +105,7 @@ struct Ways {
   std::vector<std::vector<double>> cpp, c_plan, c_call;
 };
 
-/// The same workload through the C++ door, a C plan and the one-call C functions.
+/// The same workload through the C++ interface, a C plan and the one-call C functions.
 Ways run_every_way(const Problem& problem, std::uint64_t seed) {
   Workload data(problem, seed);
   const Problem& p = data.problem();

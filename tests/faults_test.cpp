@@ -1,5 +1,5 @@
 // What may go wrong around the library: many threads at once, a fork after use, hostile sizes at the C++ and the C
-// door.
+// interface.
 #include <fovea/c.h>
 #include <fovea/fovea.h>
 #include <gtest/gtest.h>

@@ -84,7 +84,7 @@ TEST(ForwardTuning, KeysOfMoreRowsThanAGridHoldsAreNotSplit) {
 std::pair<bool, bool> listed(const std::string& line, int arch) {
   std::pair<bool, bool> found;
   for (const jit::KernelRequest& request : requests(parse_problem(line), Direction::kForward, arch)) {
-    if (!request.name.starts_with("forward_") || request.own) continue;
+    if (!request.name.starts_with("forward_") || request.arch_specific) continue;
     (request.unit.find(".split = true") == std::string::npos ? found.second : found.first) = true;
   }
   return found;

@@ -148,7 +148,7 @@ TEST(Render, IsStable) {
 TEST(Render, TakesTextThatATemplateNeedsAndWhatItIsMadeFor) {
   Template kernel = kForward;
   kernel.text = "struct Toy {};\n\n";
-  kernel.own = true;
+  kernel.arch_specific = true;
   const KernelRequest request = render(kernel, ForwardSpec{}, 90);
   EXPECT_TRUE(contains(request.unit, "namespace fovea::cuda {\n\nstruct Toy {};\n\nconstexpr ForwardSpec kSpec{"));
   EXPECT_EQ(target_of(request), "sm_90a");

@@ -64,7 +64,7 @@ class Check {
     Workspace workspace;
   };
   [[nodiscard]] Prepared prepare(bool forward) const {
-    Plan plan = plan_pass(forward);
+    Plan plan = plan_of(forward ? Direction::kForward : Direction::kBackward);
     Workspace workspace(place_, plan.workspace_bytes());
     return {std::move(plan), PlacedCall(place_, work_.inputs(), work_.outputs(), work_.allocations()),
             std::move(workspace)};
@@ -112,11 +112,10 @@ class Check {
     return past_workspace ? "memory past its workspace" : work_.damage();
   }
 
-  [[nodiscard]] Plan plan_pass(bool forward) const {
-    if (options_.plan) return options_.plan(problem_, forward ? Direction::kForward : Direction::kBackward);
-    const PlanOptions options{.backend = options_.backend, .num_threads = options_.num_threads};
-    return forward ? plan_forward(problem_, options_.device, options)
-                   : plan_backward(problem_, options_.device, options);
+  [[nodiscard]] Plan plan_of(Direction pass) const {
+    if (options_.plan) return options_.plan(problem_, pass);
+    return plan_pass(problem_, pass, options_.device,
+                     {.backend = options_.backend, .num_threads = options_.num_threads});
   }
 
   void fail(bool forward, const std::string& what) {

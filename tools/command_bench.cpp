@@ -121,8 +121,7 @@ Contender Bench::make_contender(Direction pass, const Problem& problem, const st
   PlanOptions options = asked_.runner.options;
   options.backend = backend;
   const auto start = std::chrono::steady_clock::now();
-  Plan plan = pass == Direction::kForward ? plan_forward(problem, place_.device(), options)
-                                          : plan_backward(problem, place_.device(), options);
+  Plan plan = plan_pass(problem, pass, place_.device(), options);
   const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
   Workspace workspace(place_, plan.workspace_bytes());
   return {std::move(plan), time.count(), std::move(workspace)};

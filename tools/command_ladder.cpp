@@ -119,8 +119,7 @@ Plan LadderRun::plan(int rung, const Problem& problem, Direction pass) const {
   PlanOptions options;
   if (rung == ladder::kRungs) options.backend = place_.on_gpu() ? "cuda_portable" : "cpu_portable";
   if (rung > ladder::kRungs && place_.on_gpu()) options.backend = "cuda_hopper";
-  return pass == Direction::kForward ? plan_forward(problem, place_.device(), options)
-                                     : plan_backward(problem, place_.device(), options);
+  return plan_pass(problem, pass, place_.device(), options);
 }
 
 // ---- against the oracle

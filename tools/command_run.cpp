@@ -75,12 +75,10 @@ std::string Run::title() const {
 }
 
 Pass Run::execute(Direction direction, const AttentionCall& call, Place& place, const PlacedCall& placed) const {
-  const bool forward = direction == Direction::kForward;
-  const Plan plan = forward ? plan_forward(call.problem, place.device(), asked_.runner.options)
-                            : plan_backward(call.problem, place.device(), asked_.runner.options);
+  const Plan plan = plan_pass(call.problem, direction, place.device(), asked_.runner.options);
   const Workspace workspace(place, plan.workspace_bytes());
   const std::function<double()> once = [&] { return place.seconds_of([&] { placed.execute(plan, workspace); }); };
-  Pass pass{forward ? "forward" : "backward", plan.report(), {}};
+  Pass pass{direction == Direction::kForward ? "forward" : "backward", plan.report(), {}};
   pass.timing = measure(std::span(&once, 1), {.seconds = 0.1}).front();
   pass.gflops = flops_of(call.problem, direction) / pass.timing.median() / 1e9;
   pass.gbytes = traffic_bytes(direction, call.inputs, call.outputs) / pass.timing.median() / 1e9;

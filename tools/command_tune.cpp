@@ -25,9 +25,9 @@ using cuda::kMeasured;
 using cuda::jit::Binary;
 
 constexpr int kFirstRuns = 3;
-constexpr double kStillOpen = 1.2;      // times as long as the fastest of the first runs: who is longer is out
-constexpr double kWorthwhile = 0.99;    // of the table's time: who takes more is no gain
-constexpr std::int64_t kChecked = 300;  // rows and keys of a problem that the oracle has time for
+constexpr double kStillOpen = 1.2;      // slower tiles than so many times the fastest of the first runs are out
+constexpr double kWorthwhile = 0.99;    // of the table's time, below which a tile is a gain
+constexpr std::int64_t kChecked = 300;  // rows and keys of a problem that is checked against the oracle
 constexpr int kCheckedSeeds = 3;
 
 /// A tile in the race.
@@ -80,7 +80,7 @@ class Tune {
   ProgressBar bar_;
 };
 
-/// Nothing is measured that would be lost.
+/// Refuses before anything is measured that could not be kept.
 void Tune::require_kept() const {
   const cuda::jit::Disk& disk = cuda::jit::Cache::shared().disk();
   if (!choices_.file().empty() && disk.usage().writable) return;
@@ -111,11 +111,10 @@ ExitCode Tune::forget() {
 Plan Tune::plan(const Problem& problem, const std::string& backend) const {
   PlanOptions options = asked_.runner.options;
   options.backend = backend;
-  return problem.direction == Direction::kForward ? plan_forward(problem, place_.device(), options)
-                                                  : plan_backward(problem, place_.device(), options);
+  return plan_pass(problem, problem.direction, place_.device(), options);
 }
 
-/// Every tile that kernels can be made for; all of them are compiled side by side.
+/// Every tile that the backend could use, with its kernels, which are compiled in parallel.
 std::vector<Contender> Tune::compiled(const Problem& problem, const std::string& backend) {
   struct Task {
     const cuda::jit::KernelRequest* kernel;
@@ -155,7 +154,7 @@ std::vector<Contender> Tune::compiled(const Problem& problem, const std::string&
   return contenders;
 }
 
-/// Who is slow in the first runs is out; the others, and the table's tile, are measured in turns.
+/// Drops tiles that are slow in the first runs, and measures the others, and the table's tile, in turns.
 void Tune::measure_all(std::vector<Contender>& contenders, const std::string& table, const PlacedCall& call) {
   std::size_t bytes = 0;
   for (const Contender& contender : contenders) bytes = std::max(bytes, contender.plan->workspace_bytes());
@@ -179,7 +178,7 @@ void Tune::measure_all(std::vector<Contender>& contenders, const std::string& ta
   round(asked_.effort, "in turns");
 }
 
-/// What the double reference says against a tile; empty: nothing.
+/// What is wrong with a tile's results by the double reference; empty: nothing.
 std::string Tune::fault_of(Problem problem, const std::string& backend, const std::string& tile) {
   problem = shortened(std::move(problem), kChecked);
   const std::string kind = cuda::kind_of(backend, problem), before = choices_.find(kind);
@@ -196,7 +195,7 @@ std::string Tune::fault_of(Problem problem, const std::string& backend, const st
   return fault;
 }
 
-/// Of the table's own tile.
+/// The time of the table's own tile.
 double standard_of(const std::vector<Contender>& contenders, const std::string& table) {
   return std::ranges::find(contenders, table, &Contender::name)->seconds;
 }

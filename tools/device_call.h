@@ -15,6 +15,12 @@
 
 namespace fovea::tools {
 
+/// A plan for one direction of a problem.
+[[nodiscard]] inline Plan plan_pass(const Problem& problem, Direction direction, const Device& device,
+                                    const PlanOptions& options) {
+  return (direction == Direction::kForward ? plan_forward : plan_backward)(problem, device, options);
+}
+
 /// A call that was not run because its GPU had failed in another one.
 class GpuLost : public Error {
  public:

@@ -14,9 +14,9 @@ namespace fovea {
 ///
 /// With options.cu_seqlens_q/kv the tensors are packed: [total, heads, dim], and lse is [num_q_heads, total_q].
 /// All tensors of a call are on q's device.  On the CPU the call returns when all is done.  On a GPU it queues its work
-/// in the default stream, ordered like any other there, and may return before that is over; a stream of one's own takes
-/// a Plan.  Throws Error, before anything is written where the input is at fault.  Owns its workspace; for repeated
-/// calls make a Plan.  Any number of threads may call at once.
+/// in the default stream and may return before that is done; for another stream use a Plan.  Throws Error; where the
+/// input is at fault nothing has been written.  Plans and allocates a workspace in every call; for repeated calls make
+/// a Plan.  Any number of threads may call at once.
 FOVEA_API void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options,
                                  const Tensor& out, const Tensor& lse = {});
 

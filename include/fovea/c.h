@@ -1,10 +1,10 @@
 #pragma once
 
-/// Fovea's C door: the C++ one (fovea.h), for C99 and every language that binds to it.  Stable: names, values and
+/// Fovea's C interface: the C++ one (fovea.h), for C99 and every language that binds to it.  Stable: names, values and
 /// struct members stay; structs that begin with `size` may grow at their end.
 ///
-/// - Every function that can fail returns a fovea_status; fovea_last_error() has the sentence of the last failure of
-///   this thread.
+/// - Every function that can fail returns a fovea_status; fovea_last_error() says why this thread's last failed call
+///   failed.
 /// - A struct that begins with `size` is zeroed, then given its size: `fovea_options o = {.size = sizeof o};`.  Zero or
 ///   NULL in any other member means its default or absence.
 /// - Tensors are views: nothing here owns or keeps data, and tensor structs need to live no longer than the call.
@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-/// What a call came to.
+/// The result of a call.
 typedef int32_t fovea_status;
 enum {
   FOVEA_OK = 0,
@@ -58,7 +58,7 @@ typedef struct fovea_tensor {
   int64_t strides[4];  ///< in elements
 } fovea_tensor;
 
-/// Everything a call may ask for besides q, k and v; all of it composes.  fovea::AttentionOptions explains each.
+/// Everything a call may ask for besides q, k and v.  All options compose.  fovea::AttentionOptions explains each.
 typedef struct fovea_options {
   size_t size;                ///< sizeof(fovea_options)
   int32_t causal;             ///< FOVEA_CAUSAL_...
@@ -81,7 +81,7 @@ typedef struct fovea_options {
   const fovea_tensor* kv_lengths;     ///< int32 [batch]
   const fovea_tensor* cu_seqlens_q;   ///< int32 [batch + 1]: packed sequences
   const fovea_tensor* cu_seqlens_kv;  ///< int32 [batch + 1]
-  int64_t max_seqlen_q;               ///< packed sequences on a GPU: the longest; on the CPU 0 lets the library look
+  int64_t max_seqlen_q;               ///< packed on a GPU: the longest sequence; on the CPU 0 lets the library look
   int64_t max_seqlen_kv;
   const char* backend;  ///< run this backend or fail; NULL: the first that supports the problem
   int32_t strict;       ///< fail rather than pass over a backend this device has
@@ -138,14 +138,14 @@ typedef struct fovea_outputs {
   const fovea_tensor* dsink;          ///< backward, optional: like sink
 } fovea_outputs;
 
-/// A problem made ready to run; made by fovea_plan_from_..., ended by fovea_plan_destroy.
+/// A problem made ready to run, by fovea_plan_from_line or fovea_plan_from_tensors.  fovea_plan_destroy frees it.
 typedef struct fovea_plan fovea_plan;
 
-/// Of the library that runs, "0.1.0"; the library's own.
+/// The version of the library that runs, "0.1.0"; a static string.
 FOVEA_API const char* fovea_version(void);
 
 /// One sentence on why this thread's last failed call failed, with the offending value and what to do; "" before any
-/// failure.  The thread's own; valid until its next call of the library.  At most 2047 bytes.
+/// failure.  Valid until this thread's next call of the library.  At most 2047 bytes.
 FOVEA_API const char* fovea_last_error(void);
 
 /// Exact attention: out and, where wanted, lse (else NULL); shapes as in fovea_inputs and fovea_outputs.  `options` may
@@ -184,7 +184,7 @@ FOVEA_API const char* fovea_plan_report(const fovea_plan* plan);
 FOVEA_API fovea_status fovea_plan_execute(const fovea_plan* plan, const fovea_inputs* inputs,
                                           const fovea_outputs* outputs, void* workspace, void* stream);
 
-/// Ends a plan; NULL is fine.
+/// Frees a plan; NULL is allowed.
 FOVEA_API void fovea_plan_destroy(fovea_plan* plan);
 
 /// The report alone, without data or device: up to `capacity` bytes of it, zero-terminated, into `text` (may be NULL

@@ -1,6 +1,6 @@
 #pragma once
 
-/// Fovea: exact attention and its gradients, in tiles.  This header is the whole C++ door; c.h is the C one.
+/// Fovea: exact attention and its gradients, in tiles.  The whole C++ interface; c.h is the C one, nn/nn.h the layers.
 #include <fovea/attention.h>
 #include <fovea/error.h>
 #include <fovea/options.h>

@@ -21,14 +21,13 @@ struct Dropout {
   friend bool operator==(const Dropout&, const Dropout&) = default;
 };
 
-/// What a call (AttentionOptions) and a problem (Problem) say in the same words: every option that is not a tensor.
+/// Every option that is not a tensor; part of a call's AttentionOptions and of a Problem.
 struct Rules {
   std::optional<float> softmax_scale;  ///< default 1 / sqrt(head_dim)
   Causal causal = Causal::kNone;
-  std::optional<std::int64_t> window_left;  ///< keys before the diagonal that stay visible; unset: unbounded
-  std::optional<std::int64_t>
-      window_right;  ///< keys after the diagonal; the diagonal is the causal corner's, bottom right where none is given
-  float softcap = 0.0F;  ///< 0: none (Gemma 2, 2408.00118)
+  std::optional<std::int64_t> window_left;   ///< keys before the diagonal that stay visible; unset: unbounded
+  std::optional<std::int64_t> window_right;  ///< keys after it; with no causal corner it is bottom_right's diagonal
+  float softcap = 0.0F;                      ///< 0: none (Gemma 2, 2408.00118)
   Dropout dropout{};
   bool deterministic = false;  ///< the same bits on every run, backward too
   friend bool operator==(const Rules&, const Rules&) = default;
@@ -54,10 +53,10 @@ struct AttentionOptions : Rules, PlanOptions {
   Tensor sink;           ///< fp32 [num_q_heads]: one more logit a row, with no value
   Tensor q_lengths;      ///< int32 [batch]: rows past the length give 0
   Tensor kv_lengths;     ///< int32 [batch]: keys past the length are hidden
-  Tensor cu_seqlens_q;   ///< int32 [batch + 1]: q is [total_q, num_q_heads, head_dim], sequence b its rows from [b] to
-                         ///< [b + 1]
+  Tensor cu_seqlens_q;   ///< int32 [batch + 1]: q is [total_q, num_q_heads, head_dim], and sequence b is its rows
+                         ///< from cu_seqlens_q[b] to cu_seqlens_q[b + 1]
   Tensor cu_seqlens_kv;  ///< int32 [batch + 1]: the same for k and v; given together with cu_seqlens_q
-  std::int64_t max_seqlen_q = 0;  ///< packed sequences on a GPU: the longest; on the CPU 0 lets the library look
+  std::int64_t max_seqlen_q = 0;  ///< packed on a GPU: the longest sequence; on the CPU 0 lets the library look
   std::int64_t max_seqlen_kv = 0;
 };
 

@@ -11,7 +11,7 @@
 
 namespace fovea {
 
-/// Names the random numbers of a dropout.
+/// Which random numbers a dropout uses.
 struct DropoutDraws {
   std::uint64_t seed = 0;
   std::uint64_t offset = 0;
@@ -37,7 +37,7 @@ struct Inputs {
   Tensor lse{};            ///< backward: the forward's lse
   Tensor dout{};           ///< backward: [B, seqlen_q, H, head_dim_v]
   Tensor dlse{};           ///< backward, optional: fp32 [B, H, seqlen_q], the gradient that came in through lse
-  /// With dropout, optional: what to draw by in place of the problem's seed and offset, so that one plan serves all.
+  /// With dropout, optional: takes the place of the problem's seed and offset, so that one plan serves all steps.
   std::optional<DropoutDraws> dropout_draws{};
 };
 
@@ -60,17 +60,17 @@ struct Verdict {
   std::vector<std::string> reasons{};  ///< why not; empty: it supports the problem
 };
 
-/// Who runs a problem, how, and why the others do not.
+/// Which backend runs a problem, how, and why the others do not.
 struct Report {
   Problem problem{};
   Device device{};
-  std::string backend{};                                       ///< who runs it; empty where nobody does
+  std::string backend{};                                       ///< that runs it; empty where none does
   std::vector<std::pair<std::string, std::string>> details{};  ///< instruction set, tiles, threads, ...
   std::size_t workspace_bytes = 0;
   std::vector<Verdict> verdicts{};  ///< every backend asked, in order of preference
 };
 
-/// Several lines for people.
+/// The report as several lines of text.
 [[nodiscard]] FOVEA_API std::string to_string(const Report& report);
 
 class PlannedKernel;  // src/dispatch/backend.h

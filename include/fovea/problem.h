@@ -17,8 +17,7 @@ enum class Direction : std::uint8_t { kForward, kBackward, kForwardBackward };
 enum class Layout : std::uint8_t { kBshd, kBhsd, kQkvPacked };
 enum class Alibi : std::uint8_t { kNone, kPerHead, kPerBatchAndHead };
 
-/// Which of [batch, num_q_heads, seqlen_q, seqlen_kv] a mask or bias has for its own; the others are broadcast (size
-/// 1).
+/// Which of [batch, num_q_heads, seqlen_q, seqlen_kv] a mask or bias has; the others are broadcast, of size 1.
 struct Extent {
   bool batch = false;
   bool heads = false;
@@ -34,8 +33,8 @@ struct Lengths {
   friend bool operator==(const Lengths&, const Lengths&) = default;
 };
 
-/// WHAT is asked: one value that is validated, hashed, printed and parsed.  It knows sizes and rules, never pointers;
-/// strides come with the tensors.  As text it is one line (docs/contract.md, "A problem is one line"):
+/// What a call asks for, as one value that is validated, hashed, printed and parsed: sizes and rules, but no pointers
+/// and no strides.  As text it is one line (docs/contract.md, "A problem is one line"):
 ///
 ///     fwd bf16 b2 hq16 hkv4 sq4096 skv4096 d128 causal=bottom_right
 struct Problem : Rules {

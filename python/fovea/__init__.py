@@ -25,10 +25,10 @@ __all__ = ["Report", "__version__", "attention", "explain", "flash_attn", "jax",
 
 _SUBMODULES = ("flash_attn", "jax", "nn", "torch")
 
-#: Who serves arrays of a type that is not PyTorch's; filled as types are met.
-_doors: dict[type, Callable[..., Any]] = {}
-#: Who serves PyTorch's.
-_torch_door: Callable[..., Any] | None = None
+#: The attention function for each type of arrays but PyTorch's; filled as types are met.
+_adapters: dict[type, Callable[..., Any]] = {}
+#: The one for PyTorch's.
+_torch_adapter: Callable[..., Any] | None = None
 
 
 def attention(
@@ -105,10 +105,10 @@ def attention(
         RuntimeError: no allowed backend runs the call (with every reason), or the device failed.
     """
     if hasattr(q, "__torch_function__"):
-        door = _torch_door or _load_torch()
+        adapter = _torch_adapter or _load_torch()
     else:
-        door = _doors.get(type(q)) or _find_door(type(q))
-    return door(
+        adapter = _adapters.get(type(q)) or _find_adapter(type(q))
+    return adapter(
         q,
         k,
         v,
@@ -198,31 +198,31 @@ def explain(
     )
     numbers = (softmax_scale, causal, window_left, window_right, softcap, dropout_p, deterministic)
     if hasattr(q, "__torch_function__"):
-        from fovea.torch._door import explain as of_torch
+        from fovea.torch._adapter import explain as of_torch
 
         return of_torch(bool(backward), q, k, v, others, numbers, layout, backend, strict, out)
     return _core.explain(bool(backward), q, k, v, others, _rules(*numbers, layout, backend, strict))
 
 
 def _load_torch() -> Callable[..., Any]:
-    """Who serves PyTorch's tensors.  Where torch.compile traces this, nothing may change that it has read before."""
-    from fovea.torch._door import attention, is_dynamo_compiling
+    """The adapter for PyTorch's tensors.  Under torch.compile no global that was read before may change."""
+    from fovea.torch._adapter import attention, is_dynamo_compiling
 
     if not is_dynamo_compiling():
-        global _torch_door
-        _torch_door = attention
+        global _torch_adapter
+        _torch_adapter = attention
     return attention
 
 
-def _find_door(array_type: type) -> Callable[..., Any]:
-    """Who serves arrays of a type that has not been met yet."""
+def _find_adapter(array_type: type) -> Callable[..., Any]:
+    """The adapter for a type of arrays that has not been seen before."""
     roots = {base.__module__.partition(".")[0] for base in array_type.__mro__}
     if roots & {"jax", "jaxlib"}:
-        from fovea.jax._door import attention as door
+        from fovea.jax._adapter import attention as adapter
     else:
-        from fovea._arrays import attention as door
-    _doors[array_type] = door
-    return door
+        from fovea._arrays import attention as adapter
+    _adapters[array_type] = adapter
+    return adapter
 
 
 def __getattr__(name: str) -> Any:

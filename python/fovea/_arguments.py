@@ -9,7 +9,7 @@ from typing import Any
 from fovea import _core
 from fovea._frameworks import refuse_masked
 
-#: What fovea.attention takes after q, k and v, in the order in which its doors get it.
+#: What fovea.attention takes after q, k and v, in the order in which its adapters get it.
 KEYWORDS = (
     "softmax_scale",
     "causal",
@@ -60,7 +60,7 @@ def rules(*options: Any) -> _core.Rules:
         return _core.Rules(*numbers(*options))
 
 
-@lru_cache(maxsize=1024, typed=True)  # False is no 0.0, and 3.0 no 3, though they are equal
+@lru_cache(maxsize=1024, typed=True)  # typed: False == 0.0 and 3 == 3.0, but they are checked differently
 def _shared(*options: Any) -> _core.Rules:
     if any(hasattr(option, "__dlpack__") for option in options):
         raise TypeError("an array's value may change, and the cache would not see it")
@@ -68,17 +68,17 @@ def _shared(*options: Any) -> _core.Rules:
 
 
 def numbers(*options: Any) -> tuple[Any, ...]:
-    """What `rules` takes, with the values that arrays among it have now."""
+    """What `rules` takes, with arrays replaced by their numbers."""
     return tuple(now(name, option) for name, option in zip(_RULES, options, strict=True))
 
 
 def now(name: str, value: Any) -> Any:
-    """What stands in an array now, which may be another number by the time of the backward pass; else the value."""
+    """The number in an array as it is now (it may change before the backward pass); other values as they are."""
     return _number(name, value) if hasattr(value, "__dlpack__") else value
 
 
 def whole(name: str, number: Any) -> Any:
-    """A seed or offset that the compiled half will not see as what it is here, checked as there."""
+    """Checks a seed or offset as the compiled half would, before it becomes a tensor."""
     integral = isinstance(number, int) or hasattr(number, "__index__")
     if isinstance(number, bool) or not integral or not 0 <= number < 2**64:
         raise ValueError(f"{name} ({number}) must be a whole number from 0 to 2^64 - 1")

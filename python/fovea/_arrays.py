@@ -1,4 +1,4 @@
-"""The door of arrays that are neither PyTorch's nor JAX's: NumPy, CuPy and whatever speaks DLPack on the CPU."""
+"""attention for arrays that are neither PyTorch's nor JAX's: NumPy, CuPy and whatever speaks DLPack on the CPU."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Arrays of frameworks without DLPack's exchange ABI: how they are exported, made, and on which stream they work.
+"""Arrays of frameworks without DLPack's exchange ABI: how to export and make them, and their current stream.
 
-Called from the compiled half for types that it cannot serve alone.
+Called by the compiled half for types that it cannot read directly.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 
 class Adapter(Protocol):
-    """What the compiled half asks of a framework."""
+    """What the compiled half needs of a framework."""
 
     def export(self, array: Any) -> Any:
         """A DLPack capsule of the array, ordered after the work of the current stream."""
@@ -57,7 +57,7 @@ class _CuPy:
         self._dtypes = _Dtypes(fp32=cupy.float32, fp16=cupy.float16, int32=cupy.int32, bool=cupy.bool_)
 
     def export(self, array: Any) -> Any:
-        # The stream that will read it is the one that the array's own framework calls current.
+        # CuPy's current stream, which will read the array.
         return array.__dlpack__(stream=self.stream(f"cuda:{array.device.id}") or 1)
 
     def make(self, dims: Sequence[int], axes: Sequence[int], dtype: str, device: str) -> Any:
@@ -110,7 +110,7 @@ class _Other:
 
 
 def refuse_masked(array_type: type) -> None:
-    """DLPack carries the numbers of a masked array and not its mask, so that hidden ones would count."""
+    """Refuses masked arrays: DLPack carries their numbers without the mask."""
     if any(base.__name__ == "MaskedArray" for base in array_type.__mro__):
         name = array_type.__name__
         raise ValueError(f"a {name} has a mask that Fovea does not read; give its data, and hide keys by mask=")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fovea.torch import _door
+from fovea.torch import _adapter
 from fovea.torch._ops import in_rows
 
 __all__ = [
@@ -190,7 +190,7 @@ def flash_attn_varlen_qkvpacked_func(
 
 def _parts(name: str, packed: Tensor, rank: int, count: int) -> tuple[Tensor, ...]:
     """q, k and v out of one tensor, as views."""
-    _door.only_tensors(**{name: packed})
+    _adapter.only_tensors(**{name: packed})
     if packed.dim() != rank or packed.shape[-3] != count:
         shape = "batch, seqlen" if rank == 5 else "total"
         raise ValueError(
@@ -225,9 +225,9 @@ def _attend(
     deterministic: bool,
     return_attn_probs: bool,
 ) -> Any:
-    _door.only_tensors(q=q, k=k, v=v)
+    _adapter.only_tensors(q=q, k=k, v=v)
     left, right = _sides(window_size)
-    result = _door.attention(
+    result = _adapter.attention(
         in_rows(q),
         in_rows(k),
         in_rows(v),

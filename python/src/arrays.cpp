@@ -79,7 +79,7 @@ Tensor to_view(const dlpack::Tensor& t, const char* name) {
   return view;
 }
 
-/// The strides of a shape whose dimensions lie in memory in this order, outermost first.
+/// The strides of a dense shape whose dimensions have this order in memory, outermost first.
 void fill_strides(std::span<const std::int64_t> shape, std::span<const int> order, std::int64_t* strides) {
   std::int64_t stride = 1;
   for (auto axis = order.rbegin(); axis != order.rend(); ++axis) {
@@ -88,7 +88,7 @@ void fill_strides(std::span<const std::int64_t> shape, std::span<const int> orde
   }
 }
 
-/// PyTorch since 2.10, and whoever else has the exchange ABI: no Python call on the way.
+/// Types with DLPack's exchange ABI (PyTorch since 2.10), which takes no Python calls.
 class ExchangeFramework final : public Framework {
  public:
   explicit ExchangeFramework(const dlpack::ExchangeApi& api) : api_(api) {}
@@ -136,7 +136,7 @@ class ExchangeFramework final : public Framework {
   const dlpack::ExchangeApi& api_;
 };
 
-/// Everybody else: an object of fovea._frameworks that exports, makes and knows streams.
+/// All other types, through an adapter of fovea._frameworks.
 class PythonFramework final : public Framework {
  public:
   explicit PythonFramework(nb::object adapter) : adapter_(std::move(adapter)) {}

@@ -25,7 +25,7 @@ struct Made {
   Tensor view{};
 };
 
-/// How arrays of one Python type come in, are made, and on which stream their work is queued.
+/// How to read and make arrays of one Python type, and the stream in which their work is queued.
 class Framework {
  public:
   virtual ~Framework() = default;

@@ -32,7 +32,7 @@ struct Machine {
   nn::Kernels kernels;
 };
 
-/// A GPU's, or what it lacks.
+/// The products and kernels of a GPU, or why it has none.
 struct Found {
   std::unique_ptr<const Machine> machine;
   std::string why_not;
@@ -53,7 +53,7 @@ const Found& find_machine(int gpu) {
   return place->second;
 }
 
-/// Thrown where there must be another way.
+/// Thrown where the layer has to be computed in another way.
 struct AnotherWay {};
 
 /// [rows, features] of evenly spaced rows.

@@ -2,8 +2,8 @@
 
 #include "pass.h"
 
-// All of an attention layer on a GPU in one call, its products by cuBLASLt: what stands between two kernels is then a
-// few microseconds instead of a dispatch.
+// All of an attention layer on a GPU in one call, its products by cuBLASLt, so that a few microseconds pass between two
+// kernels rather than a dispatch of the framework.
 namespace fovea::python {
 
 /// What a layer's call has besides its tensors.  `index`, where padding is left out, is what `pack` gave, on the GPU:
@@ -21,7 +21,7 @@ struct LayerCall {
 enum LayerGradients : int { kQuery = 1, kKey = 2, kInWeight = 4, kInBias = 8, kOutWeight = 16, kOutBias = 32 };
 
 /// (y, query's rows, q, kv, out, lse) in fp16 and bf16; key, kv and biases may be None.  None where these tensors, this
-/// GPU or its cuBLASLt need another way.
+/// GPU or its cuBLASLt cannot be served so.
 [[nodiscard]] nb::object forward_layer(nb::handle query, nb::handle key, nb::handle in_weight, nb::handle in_bias,
                                        nb::handle out_weight, nb::handle out_bias, const LayerCall& call);
 
@@ -31,7 +31,7 @@ enum LayerGradients : int { kQuery = 1, kKey = 2, kInWeight = 4, kInBias = 8, kO
                                         nb::handle out_weight, nb::handle q, nb::handle kv, nb::handle out,
                                         nb::handle lse, const LayerCall& call, int wanted);
 
-/// Why a GPU runs no layer so, whatever its tensors are; "" where it does.
+/// Why a GPU runs no layer in this way, for any tensors; "" where it does.
 [[nodiscard]] std::string why_no_layer(int gpu);
 
 /// Where the rows of a batch stand without its padding; waits for a GPU.  `ignore` is bool [batch, seqlen], dense.

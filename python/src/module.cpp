@@ -8,7 +8,7 @@
 #include "pass.h"
 #include "xla.h"
 
-// fovea._core: the C++ side of the Python door.  What users call stands in python/fovea and has the documentation.
+// fovea._core: the C++ side of the Python package.  What users call is in python/fovea and documented there.
 namespace fovea::python {
 namespace {
 

@@ -27,7 +27,7 @@ struct Key {
   }
 };
 
-/// Of what differs most often; equality looks at everything.
+/// Hashes what differs most often; equality compares everything.
 struct KeyHash {
   std::size_t operator()(const Key& key) const noexcept {
     const Problem& p = key.problem;

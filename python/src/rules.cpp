@@ -36,7 +36,7 @@ std::string to_word(nb::handle value, const char* name, const char* rule) {
   return word;
 }
 
-/// An exact integer: a whole float is none, and neither is a bool.
+/// The value as an integer; floats and bools are refused.
 template <typename T>
 T to_integer(nb::handle value, const char* name, const char* rule) {
   T number = 0;

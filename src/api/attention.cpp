@@ -7,7 +7,7 @@
 namespace fovea {
 namespace {
 
-/// With a workspace of its own.
+/// Executes a plan with a workspace of its own.
 void execute(const Plan& plan, const Inputs& inputs, const Outputs& outputs) {
   const Device& device = plan.report().device;
   if (device.kind == DeviceKind::kCpu) return plan.execute(inputs, outputs);

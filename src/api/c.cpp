@@ -29,16 +29,16 @@ fovea_status fail(ErrorCode code, std::string_view sentence) noexcept {
   return static_cast<fovea_status>(code);
 }
 
-/// Runs one call of the door; no exception leaves it.
+/// Runs one call of the interface and turns every exception into a status.
 template <typename Call>
-fovea_status guard(Call&& call) noexcept {
+fovea_status guard(const Call& call) noexcept {
   try {
     call();
     return FOVEA_OK;
   } catch (const Error& error) {
     return fail(error.code(), error.what());
-  } catch (const std::bad_alloc&) {
-    return fail(ErrorCode::kOutOfMemory, "memory ran out; free some, or pose a smaller problem");
+  } catch (const std::bad_alloc&) {  // also of making an Error
+    return fail(ErrorCode::kOutOfMemory, kMemoryRanOut);
   } catch (const std::exception& error) {
     return fail(ErrorCode::kInternal, error.what());
   } catch (...) {
@@ -67,7 +67,7 @@ Enum to_enum(const char* name, std::int32_t value, Enum last) {
   return static_cast<Enum>(value);
 }
 
-/// A copy of a sized struct, whichever version of the header it was written against.
+/// A copy of a sized struct, whichever version of the header its caller was compiled with.
 template <typename Struct>
 Struct read(const char* name, const Struct* given) {
   constexpr std::size_t kMost = 4096;
@@ -103,7 +103,7 @@ Tensor to_tensor(const char* name, const fovea_tensor* given) {
   return t;
 }
 
-/// Which tensor of a C struct is which of a C++ one.
+/// A tensor of a C struct and the one of a C++ struct that it becomes.
 template <typename C, typename Cpp>
 struct Field {
   const char* name;
@@ -177,7 +177,7 @@ void make_plan(const Problem& problem, const Device& device, const PlanOptions& 
 
 }  // namespace
 
-// ---- the door
+// ---- the interface
 
 extern "C" {
 

@@ -16,18 +16,22 @@ struct AlignedDelete {
   void operator()(void* memory) const { ::operator delete(memory, kAlignment); }
 };
 
-/// One sentence out of all verdicts: "a: reason, reason; b: reason".
+std::string reasons_of(const Verdict& verdict) {
+  std::string text;
+  for (const std::string& reason : verdict.reasons) text += (text.empty() ? "" : ", ") + reason;
+  return text;
+}
+
+/// "a: reason, reason; b: reason".
 std::string all_reasons(const std::vector<Verdict>& verdicts) {
   std::string text;
   for (const Verdict& verdict : verdicts) {
-    if (verdict.reasons.empty()) continue;
-    text += (text.empty() ? "" : "; ") + verdict.backend + ": ";
-    for (std::size_t i = 0; i < verdict.reasons.size(); ++i) text += (i == 0 ? "" : ", ") + verdict.reasons[i];
+    if (!verdict.reasons.empty()) text += (text.empty() ? "" : "; ") + verdict.backend + ": " + reasons_of(verdict);
   }
   return text;
 }
 
-/// Strict mode: nobody this device has may have been passed over on account of the problem.
+/// Strict mode: refuses where a preferred backend of this device was passed over because of the problem.
 void refuse_second_choice(const Report& report) {
   for (const Verdict& verdict : report.verdicts) {
     if (verdict.backend == report.backend) return;
@@ -46,8 +50,8 @@ struct Prepared {
 Prepared prepare(Problem problem, Direction direction, const Device& device, const PlanOptions& options) {
   problem.direction = direction;
   validate(problem);
-  const auto at_least_0 = [](const char* name, int value, const char* zero) {
-    if (value < 0) refuse(name, " (", value, ") must be at least 0, where 0 ", zero);
+  const auto at_least_0 = [](const char* name, int value, const char* meaning_of_0) {
+    if (value < 0) refuse(name, " (", value, ") must be at least 0, where 0 ", meaning_of_0);
   };
   at_least_0("num_threads", options.num_threads, "means as many as the process may use");
   at_least_0("compute_capability", device.compute_capability, "asks the driver");
@@ -82,9 +86,8 @@ std::string to_string(const Report& report) {
   if (!report.backend.empty()) text += "  workspace: " + std::to_string(report.workspace_bytes) + " bytes\n";
   for (const Verdict& verdict : report.verdicts) {
     if (verdict.backend == report.backend) continue;
-    text += "not " + verdict.backend + ": ";
-    text += verdict.reasons.empty() ? "an earlier backend runs it\n"
-                                    : all_reasons({verdict}).substr(verdict.backend.size() + 2) + "\n";
+    const std::string why = verdict.reasons.empty() ? "an earlier backend runs it" : reasons_of(verdict);
+    text += "not " + verdict.backend + ": " + why + "\n";
   }
   return text;
 }
@@ -98,10 +101,8 @@ void Plan::execute(const Inputs& inputs, const Outputs& outputs, void* workspace
     validate_tensors(problem(), report_.device, inputs, outputs);
     std::unique_ptr<void, AlignedDelete> owned;
     if (workspace == nullptr && workspace_bytes() > 0) {
-      if (report_.device.kind != DeviceKind::kCpu) {
-        throw Error(ErrorCode::kInvalidArgument, "workspace is null; give " + std::to_string(workspace_bytes()) +
-                                                     " bytes on " + name(report_.device));
-      }
+      if (report_.device.kind != DeviceKind::kCpu)
+        refuse("workspace is null; give ", workspace_bytes(), " bytes on ", name(report_.device));
       owned.reset(::operator new(workspace_bytes(), kAlignment, std::nothrow));
       workspace = owned.get();
       if (workspace == nullptr) {
@@ -109,9 +110,8 @@ void Plan::execute(const Inputs& inputs, const Outputs& outputs, void* workspace
                                                  " bytes could not be allocated; free memory or use fewer threads");
       }
     }
-    if (reinterpret_cast<std::uintptr_t>(workspace) % static_cast<std::size_t>(kAlignment) != 0) {
-      throw Error(ErrorCode::kInvalidArgument, "the workspace is not aligned to 64 bytes; allocate it so");
-    }
+    if (reinterpret_cast<std::uintptr_t>(workspace) % static_cast<std::size_t>(kAlignment) != 0)
+      refuse("the workspace is not aligned to 64 bytes; allocate it so");
     kernel_->execute(inputs, outputs, workspace, stream);
   });
 }

@@ -30,7 +30,7 @@ struct Isa {
 };
 
 #ifdef __x86_64__
-/// Leaf 7 of cpuid, of whose bits not every compiler's __builtin_cpu_supports knows.
+/// Leaf 7 of cpuid: not every compiler's __builtin_cpu_supports knows all of its bits.
 struct Leaf7 {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   explicit Leaf7(unsigned subleaf) { __get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx); }
@@ -38,7 +38,7 @@ struct Leaf7 {
 
 bool has_avx512_bf16() { return (Leaf7(1).eax >> 5 & 1U) != 0; }
 
-/// Linux gives a process the state of AMX when it asks for it.
+/// AMX is there, and Linux lets this process use it, which has to be asked for.
 bool may_use_amx() {
   const unsigned features = Leaf7(0).edx;
   if ((features >> 22 & 1U) == 0 || (features >> 24 & 1U) == 0) return false;
@@ -100,7 +100,7 @@ std::int32_t value(const Tensor& t, i64 index) {
   return static_cast<const std::int32_t*>(t.data)[index * t.strides[0]];
 }
 
-/// What does not depend on tensors.
+/// What a problem says of a call; `attach_tensors` adds what its tensors say.
 FlashCall describe_call(const Problem& problem) {
   FlashCall call;
   call.type = element(problem.dtype);
@@ -160,12 +160,12 @@ void describe_sequences(const Problem& problem, const Inputs& in, Sequence* sequ
 
 // How work is cut.  What changes the order of additions (key splits, key blocks) depends on the problem alone, never on
 // the number of threads: the same bits on any number of them.
-constexpr i64 kEnoughTasks = 64;
-constexpr int kFewWorkers = 4;
-constexpr i64 kPieces = 4;             // of a block that is claimed late
-constexpr i64 kBlockFloats = 1 << 18;  // of its rows of both tensors: 1 MiB of L2
+constexpr i64 kEnoughTasks = 64;       // for any number of threads
+constexpr int kFewWorkers = 4;         // up to which all heads of some keys are one task in decoding
+constexpr i64 kPieces = 4;             // that late blocks are cut into
+constexpr i64 kBlockFloats = 1 << 18;  // of a block's rows of q and out, or k and v: 1 MiB of L2
 
-/// Rows of a block at most.  Larger ones outgrow L2; smaller ones pack and fetch again and again what they meet.
+/// The most rows of a block.  Larger ones outgrow L2; smaller ones pack and fetch keys more often.
 i64 most_rows(const Problem& problem) { return kBlockFloats / (problem.head_dim + problem.head_dim_v); }
 
 ForwardShape shape_forward(const Problem& problem, int workers, const FlashKernels& kernels) {
@@ -175,7 +175,7 @@ ForwardShape shape_forward(const Problem& problem, int workers, const FlashKerne
   const i64 heads = problem.batch * problem.num_kv_heads;
   shape.pairs = kernels.pairs && problem.dtype == DType::kBFloat16 && shape.max_rows > kernels.float_rows;
   const bool even = !math::BandRule::of(problem).bounded();
-  const i64 tasks_a_worker = shape.pairs && even ? 2 : 4;  // even out their ends
+  const i64 tasks_a_worker = shape.pairs && even ? 2 : 4;  // so that workers end at about the same time
   const i64 shared = ceil_div(heads * shape.max_rows, tasks_a_worker * workers);
   shape.block_rows =
       round_up(std::max<i64>(1, std::min({most_rows(problem), shared, shape.max_rows})), kernels.panel_rows);
@@ -188,7 +188,7 @@ ForwardShape shape_forward(const Problem& problem, int workers, const FlashKerne
             rows = static_cast<i64>(std::bit_ceil(static_cast<std::uint64_t>(shape.max_rows)));
   if (rows <= vector && !shape.pairs) {
     shape.row_lanes = vector / std::max<i64>(rows, 1);
-    // All heads of some keys are a task, as a head alone is read in pieces that lie apart.
+    // All heads of some keys are a task: the rows of one head alone lie apart in memory.
     const i64 of_all_heads = ceil_div(problem.seqlen_kv, ceil_div(kEnoughTasks, problem.batch + 1));
     if (of_all_heads >= 128) {
       if (workers <= kFewWorkers) shape.heads_a_task = problem.num_kv_heads;
@@ -197,7 +197,7 @@ ForwardShape shape_forward(const Problem& problem, int workers, const FlashKerne
   }
   shape.key_splits = std::max<i64>(1, ceil_div(problem.seqlen_kv, shape.keys_per_split));
   shape.piece_rows = round_up(ceil_div(shape.block_rows, kPieces), kernels.panel_rows);
-  // Under a causal rule the last blocks are short as it is.
+  // Under a causal rule the last blocks are short anyway.
   if (shape.key_splits == 1 && workers > 1 && even) shape.cut_blocks = std::min<i64>(workers, heads * shape.blocks);
   return shape;
 }

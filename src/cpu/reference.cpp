@@ -74,9 +74,8 @@ Operands::Operands(const Problem& p, const Inputs& in)
       dlse(load_all(in.dlse)),
       mask(load_matrix(in.mask)),
       bias(load_matrix(in.bias)) {
-  const std::vector<std::int64_t> starts_q = load_integers(in.cu_seqlens_q),
-                                  starts_kv = load_integers(in.cu_seqlens_kv);
-  const std::vector<std::int64_t> q_lengths = load_integers(in.q_lengths), kv_lengths = load_integers(in.kv_lengths);
+  const auto starts_q = load_integers(in.cu_seqlens_q), starts_kv = load_integers(in.cu_seqlens_kv);
+  const auto q_lengths = load_integers(in.q_lengths), kv_lengths = load_integers(in.kv_lengths);
   for (std::int64_t b = 0; b < p.batch; ++b) {
     SequenceRows s{b * p.seqlen_q, p.seqlen_q, 0, b * p.seqlen_kv, p.seqlen_kv, 0};
     if (p.packed()) {
@@ -205,9 +204,8 @@ class Oracle {
   /// s = q·k·scale; s = softcap·tanh(s / softcap); s += alibi + bias
   Entry score(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
     const std::int64_t d = p_.head_dim, kv_row = x_.kv_row(b, h, j);
-    Entry e{
-        j,  kv_row, dot(&x_.q[x_.q_row(b, h, i) * d], &x_.k[kv_row * d], d) * x_.scale(), 1.0, x_.dropout(b, h, i, j),
-        0.0};
+    const double logit = dot(&x_.q[x_.q_row(b, h, i) * d], &x_.k[kv_row * d], d) * x_.scale();
+    Entry e{j, kv_row, logit, 1.0, x_.dropout(b, h, i, j), 0.0};
     if (p_.softcap != 0.0F) {
       const double tanh = std::tanh(e.logit / p_.softcap);
       e.logit = p_.softcap * tanh;

@@ -3,10 +3,10 @@
 #include "cuda/backward_plan.h"
 #include "cuda/spec_sm90.h"
 
-// How the Hopper family's backward cuts up a block: 128 keys, 64 to each of two warpgroups, or, where head dims are
-// wide, 64 keys that both have, one for dv and one for dk; a third one makes dq of what they leave in shared memory,
-// and a fourth one has rows copied.  Blocks of 64 keys work in pairs, a cluster that gives dS to each other: each makes
-// half of the columns of dq for the 128 keys of both, so that half as much is added up.  It is specialised by the
+// How the Hopper family's backward divides a block's work: 128 keys, 64 for each of two warpgroups, or, where head dims
+// are wide, 64 keys of which one warpgroup makes dv and the other dk; a third warpgroup makes dq from their dS in
+// shared memory, and a fourth one copies rows.  Blocks of 64 keys are pairs, a cluster whose blocks send each other dS:
+// each makes half of the columns of dq for the 128 keys of both, so that half as much is added up.  Specialised by the
 // portable kernels' spec, of which `block_n` are the keys of a pair, and `warps` those of the first two.  Host and
 // device compile this text.
 namespace fovea::cuda {
@@ -22,7 +22,7 @@ FOVEA_FN constexpr int keys_of_block(const BackwardSpec& s) { return s.block_n /
 /// Tiles of dout in flight.
 FOVEA_FN constexpr int dout_stages(const BackwardSpec& s) { return shares_keys(s) ? 1 : s.stages; }
 
-/// Of a thread; together what the launch gave, four times 128.  Where sums are wide, those who gather them take most.
+/// Registers of a thread by role; the roles together have the launch's four times 128.  Wide sums need most of them.
 FOVEA_FN constexpr bool is_wide(const BackwardSpec& s) {
   return s.block_m > kGroupRows || math::larger(s.head_dim, s.head_dim_v) > 96;
 }
@@ -32,9 +32,9 @@ FOVEA_FN constexpr int dq_columns(const BackwardSpec& s) {
   const int most = is_wide(s) || s.bias ? kPanelColumns : s.mask ? 80 : 96;
   return s.head_dim <= most ? s.head_dim : math::smaller(s.head_dim, kPanelColumns);
 }
-/// For dq, besides what is made of it at once.
+/// Of the warpgroup of dq.
 FOVEA_FN constexpr int dq_registers(const BackwardSpec& s) { return is_wide(s) ? 64 : dq_columns(s) > 80 ? 80 : 72; }
-/// A mask's walk wants 56; where it spills, it does so once a tile and beside the products.
+/// A mask's walk needs 56; with fewer it spills, but only once a tile and beside the products.
 FOVEA_FN constexpr int producer_registers(const BackwardSpec& s) {
   return is_wide(s) || dq_registers(s) > 72 ? 32 : !s.mask ? 40 : s.deterministic ? 72 : 56;
 }
@@ -42,10 +42,11 @@ FOVEA_FN constexpr int consumer_registers(const BackwardSpec& s) {
   return (4 * 128 - producer_registers(s) - dq_registers(s)) / 16 * 8;
 }
 
-inline constexpr int kDqStages = 2;  // pieces of a warp that wait to be added
+inline constexpr int kDqStages = 2;  // pieces of dq of a warp that wait to be added
 /// Bytes of 16 rows of those columns.
 FOVEA_FN constexpr int dq_piece_bytes(const BackwardSpec& s) { return 16 * dq_columns(s) * 4; }
-/// Panels of dq that a block of a pair makes of a tile, at most: of an odd number, both make the middle one by turns.
+/// The most panels of dq of a tile that a block of a pair makes; of an odd number, the blocks take the middle one by
+/// turns.
 FOVEA_FN constexpr int dq_panels(const BackwardSpec& s) { return (panels_of(s.head_dim) + 1) / 2; }
 
 /// Bytes of dq of a tile of rows, as accumulators lie in warps, where it is held.

@@ -12,11 +12,12 @@
 namespace fovea::cuda {
 namespace {
 
+/// A row of the tables below, in the order of its numbers.
 struct Tile {
   int widest;  // head dim that it serves
   int block_m, block_n, warps, stages;
   int most_options = kAnyOptions;  // see `weight_of`
-  int most_keys = 0;               // where more are not its strength; 0: any number
+  int most_keys = 0;               // with more others are faster; 0: any number
   int min_blocks = 1;              // on a multiprocessor at once
   bool in_turns = true;            // dq may be added up in turns
   int least_options = 0;
@@ -24,7 +25,7 @@ struct Tile {
   static constexpr int kAnyOptions = 99;
 };
 
-/// What options want of a backward's registers.
+/// How many registers the options of a backward take, by a rough measure.
 constexpr int kBias = 8, kSoftcap = 16;
 int weight_of(const BackwardSpec& s) {
   return s.mask + 2 * s.dropout + 2 * s.alibi + kBias * s.bias + kSoftcap * s.softcap;
@@ -82,23 +83,23 @@ std::span<const Tile> table_of(const BackwardSpec& spec) {
   return kTiles16;
 }
 
-constexpr std::int64_t kTurnsOfParts = 2;  // of the blocks at once, so that unequal ones even out
-constexpr std::int64_t kLeastSteps = 2;    // of a part, which costs about one
+constexpr std::int64_t kTurnsOfParts = 2;  // times the blocks that run at once, so that unequal parts even out
+constexpr std::int64_t kLeastSteps = 2;    // of a part, which costs about one step itself
 constexpr std::int64_t kMostSteps = std::int64_t{1} << 31;
 
 int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
 
-/// Whole products, and above 128 columns pairs of them, which more ways of sharing out divide.
+/// Columns rounded up to whole products, above 128 to pairs of them, which warps can share out in more ways.
 int whole_products(std::int64_t dim) { return round_up(dim, dim <= 128 ? 16 : 32); }
 
-/// Up to `most`, or 1.
+/// The largest divisor of `of` up to `most`; 1 where `most` is less.
 int largest_divisor(std::int64_t of, std::int64_t most) {
   std::int64_t divisor = std::max<std::int64_t>(std::min(of, most), 1);
   while (of % divisor != 0) --divisor;
   return static_cast<int>(divisor);
 }
 
-/// Blocks of the bias's gradient, of whose threads those of up to 16 entries of a tile get by with 128 registers.
+/// Blocks of the bias gradient that a GPU runs at once.  Threads with up to 16 entries of a tile need 128 registers.
 std::int64_t bias_blocks_at_once(const BackwardSpec& s, const GpuModel& gpu) {
   constexpr int kRegisters = 65536, kFewEntries = 16;
   const int threads = s.warps * 32, registers = s.block_m * s.block_n / threads <= kFewEntries ? 128 : 256;
@@ -117,7 +118,7 @@ jit::KernelRequest side_request(std::string_view function, std::string_view head
                      spec, arch);
 }
 
-/// What the kernels around the main one depend on, so that one serves many.
+/// A spec without options: the kernels around the main one do not depend on them, so that one serves many specs.
 BackwardSpec plain(const BackwardSpec& from) {
   BackwardSpec spec = from;
   spec.band = spec.mask = spec.bias = spec.alibi = spec.softcap = spec.dropout = false;

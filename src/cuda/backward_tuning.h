@@ -30,24 +30,24 @@ struct BackwardShape {
   bool measured = false;  ///< the tile is `fovea tune`'s
 };
 
-/// All of a spec but the tile.
+/// All of a spec but the tile sizes.
 [[nodiscard]] BackwardSpec backward_spec(const Problem& problem, int sm);
-/// Blocks, where the tile is known.
+/// Fills in the numbers of blocks, once the tile is chosen.
 void cut_up(const Problem& problem, BackwardShape& shape);
-/// Parts of each tile of the bias gradient, where blocks are known, and the workspace, where all else is.
+/// Fills in the parts of each tile of the bias gradient and the layout of the workspace, once all else is known.
 void share_out(const Problem& problem, const GpuModel& gpu, BackwardShape& shape);
-/// Into how many parts each tile of the bias gradient is shared out, and what they take of the workspace.
+/// Into how many parts each tile of the bias gradient is shared out, and the workspace they take, in fp32 words.
 struct BiasParts {
   int parts = 1;
   std::int64_t words = 0;
 };
 [[nodiscard]] BiasParts bias_parts(const Problem& problem, const BackwardSpec& spec, const GpuModel& gpu);
-/// Says all that sets a tile apart from others of the same problem.
+/// What sets a tile apart from the others for the same problem.
 [[nodiscard]] std::string name_of(const BackwardShape& shape);
-/// At most `most`, of which there is a whole number.
+/// The largest number of kv heads up to `most` that divides `shape.turns`.
 [[nodiscard]] int kv_heads_abreast(const BackwardShape& shape, std::int64_t most);
 
-/// Nothing where no tile of it fits this GPU's shared memory.
+/// Nothing where no tile fits this GPU's shared memory.
 [[nodiscard]] std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuModel& gpu);
 
 /// In the order in which they run; the last three only where their results are wanted.

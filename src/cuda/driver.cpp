@@ -22,7 +22,7 @@ constexpr unsigned kNonBlocking = 1;                               // CUstream_f
 constexpr int kThreadLocalCapture = 1;                             // CUstreamCaptureMode
 
 constexpr int kProgrammaticSerialization = 6;  // CUlaunchAttributeID
-constexpr int kCapturesEarlyLaunches = 12030;  // first version that does
+constexpr int kCapturesEarlyLaunches = 12030;  // first version that captures such launches into graphs
 
 struct LaunchAttribute {  // CUlaunchAttribute
   int id;
@@ -35,7 +35,7 @@ struct LaunchConfig {  // CUlaunchConfig
   unsigned attribute_count;
 };
 
-/// What we use of cuda.h.
+/// The driver's functions that are used here.
 struct Functions {
   template <class Signature>
   using Call = LibraryFunction<Signature>;
@@ -44,7 +44,7 @@ struct Functions {
   using U32 = unsigned;
   using U64 = unsigned long long;
 
-  Library library{kLibrary}, newer{kLibrary};  // what every driver has, and what is asked for by its version
+  Library library{kLibrary}, newer{kLibrary};  // functions of every driver, and those that only newer ones have
   Call<int(U32)> init{library, "cuInit"};
   Call<int(int*)> version{library, "cuDriverGetVersion"};
   Call<int(int, const char**)> error_name{library, "cuGetErrorName"};
@@ -161,20 +161,20 @@ void Driver::find_gpus() {
   contexts.resize(gpus.size());
 }
 
-/// Made on first use, and only read after; but for the contexts, each behind its once_flag.
+/// Made on first use and only read afterwards, except for the contexts, each behind its once_flag.
 Driver& driver() {
   static auto& instance = *std::make_unique<Driver>().release();  // kept: threads may call at exit
   return instance;
 }
 
-/// `what` is the driver's function, and of what where that helps.
+/// `what`: the driver's function, and its object where that helps.
 void check(int status, const std::string& what, int gpu) {
   if (status == 0) return;
   throw Error(status == kOutOfMemory ? ErrorCode::kOutOfMemory : ErrorCode::kDevice,
               what + " failed on cuda:" + std::to_string(gpu) + ": the driver says " + words(driver().call, status));
 }
 
-/// The one place where a GPU that is not there is refused.
+/// The driver; throws Error where it does not work or has no such GPU.
 Driver& driver_with(int index) {
   Driver& found = driver();
   if (!found.why_not.empty()) throw Error(ErrorCode::kDevice, found.why_not);
@@ -194,7 +194,7 @@ void run(int gpu, Call Functions::*function, Arguments... arguments) {
   if (const int status = call(arguments...); status != 0) check(status, call.name, gpu);
 }
 
-/// What the driver makes and takes back.
+/// Makes an object of the driver, together with how to destroy it.
 template <class Make, class Destroy, class... Arguments>
 Handle made(int gpu, Make Functions::*make, Destroy Functions::*destroy, Arguments... arguments) {
   void* handle = nullptr;
@@ -339,7 +339,7 @@ void launch(int gpu, void* function, std::string_view title, const Grid& grid, c
                          ? driver().call.launch_with(&config, function, parameters.data(), nullptr)
                          : driver().call.launch(function, grid.x, grid.y, grid.z, grid.threads, grid.threads_y, 1U,
                                                 grid.shared_bytes, stream, parameters.data(), nullptr);
-  if (status == 0) return;  // before any text is made
+  if (status == 0) return;  // without making the text below
   const auto text = [](unsigned number) { return std::to_string(number); };
   check(status,
         "cuLaunchKernel of " + std::string(title) + " with " + text(grid.x) + " × " + text(grid.y) + " × " +

@@ -11,15 +11,15 @@
 #include <string_view>
 
 // The NVIDIA driver, opened at run time: the library builds and links without CUDA.  Streams, functions and addresses
-// are the driver's own (CUstream, CUfunction, CUdeviceptr) as void*.  A call that fails throws Error with what was
-// asked, of what, and the driver's words.  What is exported is for the layers' library (src/nn) alone.
+// are the driver's own (CUstream, CUfunction, CUdeviceptr) as void*.  A failed call throws Error with the call, its
+// object and the driver's message.  What is exported is for the layers' library (src/nn) alone.
 namespace fovea::cuda {
 
 /// Why no GPU can be used here; empty where one can.
 [[nodiscard]] FOVEA_API const std::string& why_no_driver();
 
-/// The newest CUDA that the driver serves, 13000 for 13.0; 0 where there is no driver.  Works without a GPU, and does
-/// not start the driver, after which a process could not fork.
+/// The newest CUDA version the driver supports, 13000 for 13.0; 0 where there is no driver.  Works without a GPU and
+/// does not initialise the driver, after which a process could not fork.
 [[nodiscard]] FOVEA_API int driver_version();
 
 struct Gpu {
@@ -38,8 +38,8 @@ struct Gpu {
 /// Throws Error(kDevice) where there is no driver, Error(kInvalidArgument) where there is no such GPU.
 [[nodiscard]] FOVEA_API const Gpu& gpu(int index);
 
-/// While it lives, a GPU's primary context, which the CUDA runtime and PyTorch use too, is this thread's current one;
-/// then the one before is again.
+/// Makes a GPU's primary context, which the CUDA runtime and PyTorch use too, this thread's current one; its end
+/// restores the one before.
 class FOVEA_API CurrentGpu {
  public:
   explicit CurrentGpu(int index);
@@ -48,7 +48,7 @@ class FOVEA_API CurrentGpu {
   CurrentGpu& operator=(const CurrentGpu&) = delete;
 };
 
-/// A handle of the driver's that is given back on its GPU.
+/// Releases a handle of the driver on its GPU.
 struct FOVEA_API Release {
   int gpu = 0;
   int (*function)(void*) = nullptr;
@@ -56,7 +56,7 @@ struct FOVEA_API Release {
 };
 using Handle = std::unique_ptr<void, Release>;
 
-/// Kernels in flight are unaffected by its end: the driver waits for them before it frees.
+/// Device memory.  Its end may come while kernels still use it: the driver waits for them before it frees.
 class DeviceMemory {
  public:
   DeviceMemory() = default;
@@ -75,7 +75,7 @@ class DeviceMemory {
   std::size_t bytes_ = 0;
 };
 
-/// A stream that does not wait for the default one.
+/// A stream that does not synchronise with the default one.
 class Stream {
  public:
   explicit Stream(int gpu);
@@ -97,7 +97,7 @@ class Event {
   Handle event_;
 };
 
-/// What `work` puts into the stream, captured and ready to be launched again.
+/// A CUDA graph of what `work` puts into the stream.
 class Graph {
  public:
   Graph(int gpu, const Stream& stream, const std::function<void()>& work);
@@ -107,20 +107,20 @@ class Graph {
   Handle graph_, executable_;
 };
 
-/// Waits for everything on a GPU: where a kernel's fault shows.
+/// Waits for everything on a GPU; throws where a kernel has failed.
 FOVEA_API void synchronize(int gpu);
 
 // Into a stream of the GPU; both may be captured.
 FOVEA_API void fill_async(int gpu, void* memory, std::uint8_t value, std::size_t bytes, void* stream);
 FOVEA_API void copy_async(int gpu, void* to, const void* from, std::size_t bytes, void* stream);
 
-/// The driver cannot load a kernel, mostly because it is older than what made that.
+/// The driver cannot load a kernel, mostly because it is older than the compiler of the kernel.
 struct RefusedKernel : Error {
   using Error::Error;
 };
 
-/// The kernel `name` of a cubin, loaded for as long as the process lives and allowed all the shared memory there is.
-/// `made_by` ("NVRTC 13.0") tells the user what a driver refused that is older than that.
+/// The kernel `name` of a cubin, loaded until the process ends and allowed all shared memory of a block.  `title` and
+/// `made_by` ("NVRTC 13.0") are for the sentence of an error.
 [[nodiscard]] void* load_function(int gpu, const std::string& cubin, const char* name, std::string_view title,
                                   std::string_view made_by);
 
@@ -128,7 +128,7 @@ struct Grid {
   unsigned x = 1, y = 1, z = 1;
   unsigned threads = 128, threads_y = 1;
   unsigned shared_bytes = 0;  ///< dynamic
-  bool early = false;         ///< may begin before the kernel ahead of it has ended: it waits by itself (sm_90)
+  bool early = false;         ///< programmatic dependent launch (sm_90): the kernel itself waits for the one before
 };
 
 /// `params` is the kernel's one parameter, copied before this returns.

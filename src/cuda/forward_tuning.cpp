@@ -18,12 +18,13 @@ constexpr std::int64_t widest_v(Type type) { return type == Type::kFloat32 ? 128
 
 int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
 
+/// A row of the tables below, in the order of its numbers.
 struct Tile {
   int widest;  // head dim that it serves
   int block_m, block_n, warps, across, stages, min_blocks;
   bool spread = false;             // copies leave between the steps of a product
   int most_options = kAnyOptions;  // see `weight_of`
-  int least_keys = 0;              // fewer are not worth its start
+  int least_keys = 0;              // with fewer its start costs more than it saves
   enum { kAnyBand, kNoBand, kBand } band = kAnyBand;
   bool halved_q = false;  // see ForwardSpec
   int slices = 1, most_rows = kAnyRows, least_options = 0;
@@ -32,20 +33,21 @@ struct Tile {
   static constexpr int kAnyOptions = 99, kAnyRows = 1 << 30;
 };
 
-/// What options want of a forward's registers.
+/// How many registers the options of a forward take, by a rough measure.
 int weight_of(const ForwardSpec& s) { return s.mask + 2 * s.dropout + 4 * s.alibi + 4 * s.bias + 16 * s.softcap; }
 
-// Measured on an H100 (docs/notes): 32 rows a warp, so that an operand of K or V serves two pieces of rows, as long as
-// O leaves room for S, or as warps share them; then two blocks a multiprocessor, whose phases overlap, or one with many
-// keys at a time.  The first that fits is taken.
 /// Asynchronous copies to rows of an odd number of 16-byte pieces cross lines of 128 bytes, and are 5 requests to L2 a
 /// row of head dim 128 instead of 2; to swizzled rows they are not, but where they lie is more to work out.
 constexpr Tile swizzled(Tile tile) {
   tile.swizzled = true;
   return tile;
 }
+
+// Measured on an H100 (docs/notes): 32 rows a warp, so that an operand of K or V serves two pieces of rows, as long as
+// O leaves room for S, or as warps share them; then two blocks a multiprocessor, whose phases overlap, or one with many
+// keys at a time.  The first that fits is taken.
 constexpr std::array kTiles16{
-    // As they are.
+    // Without options.
     swizzled(Tile{64, 128, 128, 4, 1, 1, 2, false, 0, 2048, Tile::kNoBand}),
     Tile{64, 128, 128, 4, 1, 1, 2, false, 0, 2048},
     Tile{64, 128, 64, 4, 1, 2, 3, false, 0, 0, Tile::kNoBand},
@@ -96,8 +98,8 @@ constexpr std::array kTiles32{
     Tile{512, 16, 16, 1, 1, 1, 1},
 };
 
-// Few rows and many keys wait for memory alone: warps that share out the keys among them need nobody else's, and what
-// they have under way, all of shared memory, is never drained.  Of 64 rows options are work that would show.
+// Few rows and many keys are bound by memory alone.  Slices of a block share out the keys and wait for nobody, so that
+// copies to all of shared memory are always in flight.  With 64 rows the work of options would show.
 constexpr Tile sliced(int widest, int block_m, int block_n, int warps, int slices, int stages, int min_blocks) {
   Tile tile{widest, block_m, block_n, warps, 1, stages, min_blocks};
   tile.slices = slices, tile.most_rows = block_m, tile.least_keys = 4 * slices * block_n;
@@ -137,8 +139,8 @@ std::span<const Tile> table_of(const ForwardSpec& spec) {
   return kAllTiles16;
 }
 
-/// Into how many parts, `most` of them, to split the keys of each of so many blocks, of which `slots` run at a time.  A
-/// block's begin and end take as long as two steps of keys, and what combines the parts one and a half.
+/// Into how many parts, at most `most`, to split the keys of each of `blocks` blocks, of which `slots` run at a time.
+/// A block's start and end take as long as two steps of keys, and combining the parts one and a half.
 std::int64_t choose_splits(std::int64_t blocks, std::int64_t steps, std::int64_t slots, std::int64_t most) {
   std::int64_t best = 1, least = 0;
   for (std::int64_t splits = 1; splits <= std::clamp<std::int64_t>(most, 1, kMostSplits); ++splits) {
@@ -147,6 +149,24 @@ std::int64_t choose_splits(std::int64_t blocks, std::int64_t steps, std::int64_t
     if (splits == 1 || cost < least) best = splits, least = cost;
   }
   return best;
+}
+
+/// Splits the keys of `blocks` blocks of rows where these are too few for the GPU.
+void split_keys(const Problem& problem, const GpuModel& gpu, std::int64_t blocks, ForwardShape& shape) {
+  ForwardSpec& spec = shape.spec;
+  const std::int64_t step = std::int64_t{spec.block_n} * spec.slices, steps = ceil_div(problem.seqlen_kv, step);
+  // A sliced block keeps enough copies in flight for a multiprocessor of its own; of others all that fit run at once.
+  const std::int64_t slots = gpu.multiprocessors * (spec.slices > 1 ? 1 : shape.min_blocks);
+  const std::int64_t most =
+      spec.slices > 1 ? steps / 2 : std::min(slots / std::max<std::int64_t>(1, blocks), steps / 4);
+  const std::int64_t rows = problem.batch * problem.num_q_heads * problem.seqlen_q;  // combined, each by a block
+  const std::int64_t splits = rows > std::numeric_limits<int>::max() ? 1 : choose_splits(blocks, steps, slots, most);
+  shape.keys_per_split = static_cast<int>(std::max<std::int64_t>(1, ceil_div(steps, splits)) * step);
+  shape.splits = static_cast<int>(std::max<std::int64_t>(1, ceil_div(problem.seqlen_kv, shape.keys_per_split)));
+  spec.split = shape.splits > 1;
+  if (!spec.split) return;
+  const std::int64_t floats = rows * shape.v_chunks * shape.splits * (spec.head_dim_v + kPartFacts);
+  shape.partial_bytes = static_cast<std::size_t>(floats) * sizeof(float);
 }
 
 }  // namespace
@@ -249,7 +269,7 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   take(*tile);
   shape.measured = reader.measured();
 
-  // Sequences that are packed are one to the grid, with some empty blocks among theirs.
+  // Packed sequences are one line of blocks, a few of them empty.
   const std::int64_t lines = problem.num_q_heads / of_a_query * (problem.packed() ? 1 : problem.batch);
   const std::int64_t longest = ceil_div(rows, spec.block_m);
   const std::int64_t row_blocks =
@@ -258,23 +278,8 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   const std::int64_t blocks = lines * std::min(row_blocks, longest * problem.batch) * shape.v_chunks;
   shape.row_blocks = static_cast<int>(row_blocks);
   shape.heads_abreast = std::max<std::int64_t>(1, std::min(heads_abreast(problem, gpu) / of_a_query, lines));
-  const std::int64_t step = std::int64_t{spec.block_n} * spec.slices, steps = ceil_div(problem.seqlen_kv, step);
-  // A block with a ring has enough under way for a multiprocessor of its own; of others as many as fit make one turn.
-  const std::int64_t slots = gpu.multiprocessors * (spec.slices > 1 ? 1 : shape.min_blocks);
-  const std::int64_t most =
-      spec.slices > 1 ? steps / 2 : std::min(slots / std::max<std::int64_t>(1, blocks), steps / 4);
-  const std::int64_t combined = problem.batch * problem.num_q_heads * problem.seqlen_q;  // rows, each by a block
-  const std::int64_t splits =
-      combined > std::numeric_limits<int>::max() ? 1 : choose_splits(blocks, steps, slots, most);
-  shape.keys_per_split = static_cast<int>(std::max<std::int64_t>(1, ceil_div(steps, splits)) * step);
-  shape.splits = static_cast<int>(std::max<std::int64_t>(1, ceil_div(problem.seqlen_kv, shape.keys_per_split)));
-  spec.split = shape.splits > 1;
+  split_keys(problem, gpu, blocks, shape);
   shape.most_blocks = lines * row_blocks * shape.v_chunks * shape.splits;
-  if (spec.split) {
-    shape.partial_bytes = static_cast<std::size_t>(problem.batch * problem.num_q_heads * problem.seqlen_q *
-                                                   shape.v_chunks * shape.splits * (spec.head_dim_v + kPartFacts)) *
-                          sizeof(float);
-  }
   return shape;
 }
 

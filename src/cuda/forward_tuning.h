@@ -13,7 +13,7 @@
 
 namespace fovea::cuda {
 
-/// What tuning needs to know of a GPU, there or not.
+/// What tuning needs to know of a GPU, whether this machine has it or not.
 struct GpuModel {
   int sm = 80;  ///< compute capability
   int multiprocessors = 1;
@@ -23,31 +23,31 @@ struct GpuModel {
   std::vector<std::string>* names = nullptr;  ///< see TileReader
 };
 [[nodiscard]] GpuModel model_of(int compute_capability);
-/// Bytes of shared memory that a block may have where so many are to be on a multiprocessor at once.
+/// Bytes of shared memory that a block may have where `blocks` of them share a multiprocessor.
 [[nodiscard]] int shared_room(const GpuModel& gpu, int blocks);
 
 /// How a forward is cut and what it is compiled for.
 struct ForwardShape {
   ForwardSpec spec;
-  int min_blocks = 1;  ///< on a multiprocessor at once
-  int row_blocks = 1, v_chunks = 1, splits = 1, keys_per_split = 0;
-  std::int64_t heads_abreast = 1;  ///< see ForwardParams
-  std::int64_t most_blocks = 0;    ///< a grid and an int hold 2^31 − 1
+  int min_blocks = 1;                                                ///< on a multiprocessor at once
+  int row_blocks = 1, v_chunks = 1, splits = 1, keys_per_split = 0;  ///< see ForwardParams
+  std::int64_t heads_abreast = 1;                                    ///< likewise
+  std::int64_t most_blocks = 0;                                      ///< a grid and an int hold 2^31 − 1
   std::size_t partial_bytes = 0;
   bool measured = false;  ///< the tile is `fovea tune`'s
 };
 
-/// Says of a tile all that sets it apart from others of the same problem.
+/// What sets a tile apart from the others for the same problem.
 [[nodiscard]] std::string name_of(const ForwardShape& shape);
 
-/// Nothing where no tile of it fits this GPU's shared memory.
+/// Nothing where no tile fits this GPU's shared memory.
 [[nodiscard]] std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuModel& gpu);
 
 /// A problem's element type and how a GPU multiplies it.
 [[nodiscard]] Type type_of(DType dtype);
 [[nodiscard]] Mma mma_of(const Problem& problem, int sm);
 
-/// What a problem's options ask of a kernel's spec, whatever the family and the pass.
+/// Sets the options of a spec, of any family and pass.
 template <class Spec>
 void take_options(const Problem& problem, Spec& spec) {
   spec.mask = problem.mask.has_value();
@@ -58,14 +58,14 @@ void take_options(const Problem& problem, Spec& spec) {
   spec.dropout = problem.dropout.probability > 0.0F;
 }
 
-/// All rows see as many keys.
+/// Whether all rows see the same number of keys.
 [[nodiscard]] bool see_alike(const Problem& problem);
 /// Heads whose keys and values L2 keeps, at least 1; longer rows gain from more of them.
 [[nodiscard]] std::int64_t heads_in_l2(const Problem& problem, const GpuModel& gpu);
-/// Heads whose rows take turns in a forward, so that long rows of all come first where rows do not see alike.
+/// Heads whose rows take turns in a forward, so that rows with many keys come first where rows differ; else 1.
 [[nodiscard]] std::int64_t heads_abreast(const Problem& problem, const GpuModel& gpu);
 
-/// Few rows and many keys, as in the generation of text: nothing is won by tall blocks.
+/// Rows of a kv head up to which a problem counts as decoding: tall blocks gain nothing.
 inline constexpr std::int64_t kFewRows = 64;
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

@@ -1,8 +1,7 @@
 #include "cuda/hopper_backend.h"
 
-#include <fovea/error.h>
-
 #include <algorithm>
+#include <limits>
 
 #include "cuda/driver.h"
 #include "cuda/hopper_backward.h"
@@ -15,12 +14,11 @@
 namespace fovea::cuda {
 namespace {
 
-constexpr int kHopper = 90;
 constexpr std::int64_t kMostTiles = std::int64_t{1} << 23;  // the kernel counts them in 24 bits
 constexpr std::size_t kTicketBytes = 64;
-constexpr float kLeastScale = 1e-4F;  // that slopes are divided by
-constexpr int kManyTiles = 8;         // a multiprocessor: from so many on blocks begin apart
-constexpr int kClocksApart = 4096;    // from the first block's beginning to the last one's; measured (docs/notes)
+constexpr float kLeastScale = 1e-4F;  // slopes are divided by the scale
+constexpr int kManyTiles = 8;         // tiles per multiprocessor from which on the starts of blocks are staggered
+constexpr int kClocksApart = 4096;    // from the first block's start to the last one's; measured (docs/notes)
 
 class ForwardSm90Plan final : public PlannedKernel {
  public:
@@ -29,7 +27,7 @@ class ForwardSm90Plan final : public PlannedKernel {
         packed_(problem.packed()),
         device_(device),
         multiprocessors_(model_of_device(device).multiprocessors),
-        mask_words_(problem, kTicketBytes, device, kHopper, true),
+        mask_words_(problem, kTicketBytes, device, kSm90, true),
         forward_(forward_sm90_request(shape), device) {
     describe_call(problem, params_);
     params_.row_blocks = static_cast<int>(shape.row_blocks);
@@ -62,12 +60,7 @@ class ForwardSm90Plan final : public PlannedKernel {
     params.ticket = static_cast<u64*>(workspace);
     mask_words_.make(params, workspace, stream);
     if (shape_.tiles >= kManyTiles * multiprocessors_) params.clocks_apart = kClocksApart / multiprocessors_;
-    forward_.kernel->launch({.x = static_cast<unsigned>(std::min<std::int64_t>(shape_.tiles, multiprocessors_)),
-                             .y = 1,
-                             .z = 1,
-                             .threads = static_cast<unsigned>(forward_.request.threads),
-                             .shared_bytes = static_cast<unsigned>(forward_.request.shared_bytes)},
-                            params, stream);
+    launch(forward_, static_cast<int>(std::min<std::int64_t>(shape_.tiles, multiprocessors_)), params, stream);
   }
 
  private:
@@ -96,13 +89,8 @@ class HopperBackend final : public Backend {
   [[nodiscard]] Verdict judge(const Problem& problem, const Device& device) const override {
     Verdict verdict{.backend = name()};
     auto& reasons = verdict.reasons;
-    refuse_device(device, verdict);
-    if (reasons.empty() && capability_of(device) != kHopper) {
-      reasons.emplace_back("it is made for compute capability 9.0 (Hopper), and " + fovea::name(device) + " has " +
-                           std::to_string(capability_of(device) / 10) + "." +
-                           std::to_string(capability_of(device) % 10));
-    }
-    verdict.available = reasons.empty();
+    const auto runs_on = [](int capability) { return capability == kSm90; };
+    refuse_device(device, runs_on, "compute capability 9.0 (Hopper)", verdict);
     if (!verdict.available) return verdict;
 
     refuse_long(problem, verdict);
@@ -114,25 +102,17 @@ class HopperBackend final : public Backend {
     };
     refuse_dim("head_dim", problem.head_dim);
     refuse_dim("head_dim_v", problem.head_dim_v);
-    if (problem.direction == Direction::kBackward) {
-      if (reasons.empty()) refuse_backward_sm90(problem, model_of_device(device), verdict);
-      return verdict;
-    }
-    if (has_few_rows(problem)) {
+    const bool backward = problem.direction == Direction::kBackward;
+    if (!backward && has_few_rows(problem)) {
       reasons.emplace_back("seqlen_q (" + std::to_string(problem.seqlen_q) +
                            ") is short, and it does not share out keys");
     }
     if (!reasons.empty()) return verdict;
-    const auto shape = choose_forward_sm90(problem, model_of_device(device));
-    if (!shape) {
-      reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " and head_dim_v " +
-                           std::to_string(problem.head_dim_v) + " fits with these options");
+    const GpuModel model = model_of_device(device);
+    if (backward) {
+      judge_shape(problem, choose_backward_sm90(problem, model), verdict);
     } else {
-      limit(verdict, "the number of tiles", shape->tiles, kMostTiles);
-      if (begins_with_slopes(shape->spec) && !(problem.scale() >= kLeastScale)) {
-        reasons.emplace_back("softmax_scale (" + std::to_string(problem.scale()) +
-                             ") is below 0.0001, and slopes are divided by it");
-      }
+      judge_shape(problem, choose_forward_sm90(problem, model), verdict);
     }
     return verdict;
   }
@@ -141,6 +121,23 @@ class HopperBackend final : public Backend {
                                                           const PlanOptions& /*options*/) const override {
     if (problem.direction == Direction::kBackward) return plan_backward_sm90(problem, device);
     return std::make_shared<ForwardSm90Plan>(problem, *choose_forward_sm90(problem, model_of_device(device)), device);
+  }
+
+ private:
+  template <class Shape>
+  static void judge_shape(const Problem& problem, const std::optional<Shape>& shape, Verdict& verdict) {
+    if (shape) return judge_limits(problem, *shape, verdict);
+    verdict.reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " and head_dim_v " +
+                                 std::to_string(problem.head_dim_v) + " fits with these options");
+  }
+  static void judge_limits(const Problem& problem, const ForwardSm90Shape& shape, Verdict& verdict) {
+    limit(verdict, "the number of tiles", shape.tiles, kMostTiles);
+    if (!begins_with_slopes(shape.spec) || problem.scale() >= kLeastScale) return;
+    verdict.reasons.emplace_back("softmax_scale (" + std::to_string(problem.scale()) +
+                                 ") is below 0.0001, and slopes are divided by it");
+  }
+  static void judge_limits(const Problem& /*problem*/, const BackwardShape& shape, Verdict& verdict) {
+    limit(verdict, "the number of blocks", shape.most_blocks, std::numeric_limits<int>::max());
   }
 };
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <limits>
 #include <span>
 
 #include "cuda/backward_plan_sm90.h"
@@ -14,19 +13,18 @@
 namespace fovea::cuda {
 namespace {
 
-constexpr int kHopper = 90;
 constexpr int kWarps = 8, kStages = 2;
-constexpr std::int64_t kMostAbreast = 4;     // more of them do not fit into L2
-constexpr std::int64_t kInTurnsAbreast = 8;  // where dq is added up in turns, so that fewer of a head's blocks wait
-constexpr std::int64_t kMultiprocessors = 132;
-constexpr std::int64_t kPartOfDq = 512 * 1024;  // bytes of sums that a block, or a pair, ends
-constexpr std::int64_t kFewHeads = 3;           // times dq_lag: where there are fewer, no block ends dq
-constexpr int kBiasGradientTile = 128;
-constexpr std::int64_t kLongWalk = 16;    // of so many heads into a tile of the bias's gradient
-constexpr int kAtOnce = 128;              // columns of dk and dv that a product makes
-constexpr std::int64_t kShortRows = 512;  // up to which dq is rather held by smaller tiles than added to by larger ones
+constexpr std::int64_t kMostAbreast = 4;        // kv heads; more do not fit into L2
+constexpr std::int64_t kInTurnsAbreast = 8;     // where dq is added up in turns, so that fewer of a head's blocks wait
+constexpr std::int64_t kMultiprocessors = 132;  // of an H100, which the table was measured on
+constexpr std::int64_t kPartOfDq = 512 * 1024;  // bytes of sums that a block, or a cluster of two, turns into dq
+constexpr std::int64_t kFewHeads = 3;           // times dq_lag: with fewer heads no block ends dq
+constexpr int kBiasGradientTile = 128;          // rows, and keys
+constexpr std::int64_t kLongWalk = 16;          // heads and sequences that add to one tile of the bias gradient
+constexpr int kAtOnce = 128;                    // columns of dk and dv that one product makes
+constexpr std::int64_t kShortRows = 512;        // up to which small tiles that hold dq beat larger ones that add to it
 
-struct Tile {
+struct Tile {           // a row of `kTiles`
   std::int64_t widest;  // head dim that it serves
   int block_m, block_n;
   int most_options;              // see `weight_of`
@@ -35,25 +33,25 @@ struct Tile {
   static constexpr int kAnyOptions = 99;
 };
 
-/// What options want of registers.
+/// How many registers options take, by a rough measure.
 int weight_of(const BackwardSpec& s) {
   return s.bias + 4 * (s.mask + s.dropout) + 6 * (s.alibi + s.softcap + (s.mask && s.deterministic));
 }
 
-/// Of the rows that read a kv head.
+/// Tiles of all rows that read a kv head.
 std::int64_t tiles_of_rows(const Problem& problem, int block_m) {
   return problem.num_q_heads / problem.num_kv_heads * ceil_div(problem.seqlen_q, block_m);
 }
-/// Where a block has a kv head of a sequence: whether so many of them leave little of the GPU idle, the last ones too.
+/// Whether so many blocks, one for each kv head of a sequence, keep four fifths of the GPU busy, last wave included.
 bool fill_the_gpu(std::int64_t blocks) {
   const std::int64_t waves = ceil_div(blocks, kMultiprocessors);
   return blocks > 0 && blocks * 5 >= waves * kMultiprocessors * 4;
 }
 
-/// Whether blocks end dq, and which ones.  They begin behind as many others as are at work at once and a group of
-/// heads, so that few wait for what they end; a place is taken again soon after, while L2 still has it.  Not where
-/// lengths differ, for then as many heads may be little work; nor where heads are few, for the last ones' sums are
-/// ended when nobody adds any more.
+/// Decides whether some blocks of the main kernel turn the sums of dq into dq, and which.  They start after as many
+/// others as run at once and a group of heads, so that they rarely wait; a place in dq_sum is used again soon after,
+/// while L2 still has it.  Not where lengths differ, because as many heads may then be little work, nor where heads are
+/// few, because the last heads' sums are converted when no other work is left.
 void end_dq(const Problem& problem, BackwardShape& shape) {
   BackwardSpec& spec = shape.spec;
   const bool ragged = problem.packed() || problem.q_lengths.present || problem.kv_lengths.present;
@@ -74,11 +72,11 @@ void end_dq(const Problem& problem, BackwardShape& shape) {
       std::max(shape.most_blocks, (heads + lag) * (shape.key_blocks + shape.dq_parts) * blocks_of_cluster(spec));
 }
 
-/// This family's blocks do not share out what flows into a tile of the bias's gradient.  Where that is much, and tiles
-/// are too few for half of the GPU, the portable kernel does it sooner.
+/// Whether the portable bias gradient is faster.  It shares out what adds to one tile, which this family does not; that
+/// pays where much adds to each and tiles are too few for half of the GPU.
 bool is_better_shared_out(const Problem& problem) {
   const auto& own = *problem.bias;
-  const auto count = [](bool counts, std::int64_t many) { return counts ? many : 1; };
+  const auto count = [](bool counts, std::int64_t size) { return counts ? size : 1; };
   const std::int64_t tiles = count(own.batch, problem.batch) * count(own.heads, problem.num_q_heads) *
                              ceil_div(problem.seqlen_q, kBiasGradientTile) *
                              ceil_div(problem.seqlen_kv, kBiasGradientTile);
@@ -94,7 +92,7 @@ constexpr std::array kTiles{
 
 struct Way {
   Tile tile;
-  bool holds;  // a block has all rows of its heads, and their dq
+  bool holds;  // a block has all rows of its heads, and their dq in shared memory
 };
 constexpr auto kWays = [] {
   std::array<Way, 2 * kTiles.size()> ways{};
@@ -106,7 +104,7 @@ constexpr auto kWays = [] {
 class BackwardSm90Plan final : public PlannedKernel {
  public:
   BackwardSm90Plan(const Problem& problem, const BackwardShape& shape, const Device& device)
-      : device_(device), call_(problem, shape, device, kHopper), main_(backward_sm90_request(shape), device) {
+      : device_(device), call_(problem, shape, device, kSm90), main_(backward_sm90_request(shape), device) {
     if (const auto request = bias_gradient_sm90_request(problem, shape)) bias_gradient_.emplace(*request, device);
   }
 
@@ -127,21 +125,22 @@ class BackwardSm90Plan final : public PlannedKernel {
 
   void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const override {
     require_gpu(main_, device_);
-    BackwardSm90Params p{call_.params(inputs, outputs, workspace), {}, {}, {}, {}, false, false, {}, 0, 0, {}, false};
     const BackwardSpec& spec = call_.shape().spec;
+    BackwardSm90Params p{};
+    static_cast<BackwardParams&>(p) = call_.params(inputs, outputs, workspace);
     make_maps(p, spec.block_m, keys_of_block(spec));
     call_.before(p, workspace, stream);
-    launch(main_, call_.main_blocks(p) * blocks_of_cluster(call_.shape().spec), p, stream);
+    launch(main_, call_.main_blocks(p) * blocks_of_cluster(spec), p, stream);
     const bool own_rows = p.bias.query != 0 || p.dbias.query == 0;  // a bias may be expanded by strides of 0
     if (p.dbias.data != nullptr && bias_gradient_ && p.by_engine && p.bias_by_engine && own_rows) {
       make_maps(p, kBiasGradientTile, kBiasGradientTile);
       const auto tiles = [](int of) { return ceil_div(of, kBiasGradientTile); };
-      const auto count = [](std::int64_t stride, int many) { return stride == 0 ? 1 : many; };
+      const auto count = [](std::int64_t stride, int size) { return stride == 0 ? 1 : size; };
       p.slot_rows = spec.block_m;
-      const std::int64_t tiles_in_all =
+      const std::int64_t all_tiles =
           tiles(p.seqlen_q) * tiles(p.seqlen_kv) * count(p.dbias.batch, p.batch) * count(p.dbias.head, p.q_heads);
-      p.bias_tiles = static_cast<u32>(tiles_in_all);  // of 32 KB each: no GPU holds as many as do not fit
-      launch(*bias_gradient_, static_cast<int>(std::min<std::int64_t>(tiles_in_all, multiprocessors_)), p, stream);
+      p.bias_tiles = static_cast<u32>(all_tiles);  // of 32 KB each: no GPU's memory holds 2^32 of them
+      launch(*bias_gradient_, static_cast<int>(std::min<std::int64_t>(all_tiles, multiprocessors_)), p, stream);
       p.dbias.data = nullptr;
     }
     const BackwardParams& common = p;
@@ -165,6 +164,22 @@ class BackwardSm90Plan final : public PlannedKernel {
   std::optional<PlannedLaunch> bias_gradient_;
 };
 
+/// How many kv heads take turns in the grid.
+void order_heads(const Problem& problem, BackwardShape& shape) {
+  const BackwardSpec& spec = shape.spec;
+  if (spec.deterministic && shape.key_blocks > 0) {  // blocks that start together are then of one turn
+    const std::int64_t at_once = kMultiprocessors / blocks_of_cluster(spec);
+    shape.heads_abreast = kv_heads_abreast(shape, std::max(kInTurnsAbreast, at_once / shape.key_blocks));
+  } else if (spec.band) {
+    shape.heads_abreast = kv_heads_abreast(shape, kMostAbreast);
+  } else if (spec.bias) {
+    const std::int64_t sharing =
+        (problem.bias->batch ? 1 : problem.batch) * (problem.bias->heads ? 1 : problem.num_kv_heads);
+    shape.heads_abreast = kv_heads_abreast(shape, std::min(sharing, kMostAbreast));
+  }
+  shape.batch_inside = problem.bias && !problem.bias->batch;  // sequences that share a bias read it at the same time
+}
+
 }  // namespace
 
 std::optional<BackwardShape> choose_backward_sm90(const Problem& problem, const GpuModel& gpu) {
@@ -172,7 +187,7 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem, const 
   if (problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0) return std::nullopt;
   BackwardShape shape;
   BackwardSpec& spec = shape.spec;
-  spec = backward_spec(problem, kHopper);
+  spec = backward_spec(problem, kSm90);
   spec.warps = kWarps, spec.stages = kStages;
   const std::int64_t widest = std::max(problem.head_dim, problem.head_dim_v);
   const bool in_turns = spec.deterministic;
@@ -200,17 +215,7 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem, const 
   shape.measured = reader.measured();
   cut_up(problem, shape);
   shape.most_blocks *= blocks_of_cluster(spec);
-  if (spec.deterministic && shape.key_blocks > 0) {  // blocks that begin together are then of one turn
-    const std::int64_t at_once = kMultiprocessors / blocks_of_cluster(spec);
-    shape.heads_abreast = kv_heads_abreast(shape, std::max(kInTurnsAbreast, at_once / shape.key_blocks));
-  } else if (spec.band) {
-    shape.heads_abreast = kv_heads_abreast(shape, kMostAbreast);
-  } else if (spec.bias) {
-    const std::int64_t sharing =
-        (problem.bias->batch ? 1 : problem.batch) * (problem.bias->heads ? 1 : problem.num_kv_heads);
-    shape.heads_abreast = kv_heads_abreast(shape, std::min(sharing, kMostAbreast));
-  }
-  shape.batch_inside = problem.bias && !problem.bias->batch;  // sequences that share it read it at a time
+  order_heads(problem, shape);
   end_dq(problem, shape);
   share_out(problem, gpu, shape);
   return shape;
@@ -231,8 +236,8 @@ jit::KernelRequest backward_sm90_request(const BackwardShape& shape) {
                       .cluster = blocks_of_cluster(spec),
                       .shared_bytes = BackwardSm90Shared::of(spec).total,
                       .text = products,
-                      .own = true},
-                     spec, kHopper);
+                      .arch_specific = true},
+                     spec, kSm90);
 }
 
 std::optional<jit::KernelRequest> bias_gradient_sm90_request(const Problem& problem, const BackwardShape& shape) {
@@ -250,18 +255,8 @@ std::optional<jit::KernelRequest> bias_gradient_sm90_request(const Problem& prob
                       .threads = (kBackwardConsumers + 1) * 128,
                       .shared_bytes = shared.total,
                       .text = jit::wgmma_text(spec.type, {kBiasGradientTile}),
-                      .own = true},
-                     spec, kHopper);
-}
-
-void refuse_backward_sm90(const Problem& problem, const GpuModel& gpu, Verdict& verdict) {
-  const auto shape = choose_backward_sm90(problem, gpu);
-  if (!shape) {
-    verdict.reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " and head_dim_v " +
-                                 std::to_string(problem.head_dim_v) + " fits with these options");
-  } else {
-    limit(verdict, "the number of blocks", shape->most_blocks, std::numeric_limits<int>::max());
-  }
+                      .arch_specific = true},
+                     spec, kSm90);
 }
 
 std::shared_ptr<const PlannedKernel> plan_backward_sm90(const Problem& problem, const Device& device) {

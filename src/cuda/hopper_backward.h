@@ -12,12 +12,10 @@ namespace fovea::cuda {
 /// Nothing where the family has no tile for the problem.
 [[nodiscard]] std::optional<BackwardShape> choose_backward_sm90(const Problem& problem, const GpuModel& gpu);
 [[nodiscard]] jit::KernelRequest backward_sm90_request(const BackwardShape& shape);
-/// Of the gradient of a bias; nothing where the portable kernel has it.
+/// The kernel of the bias gradient; nothing where the portable one computes it.
 [[nodiscard]] std::optional<jit::KernelRequest> bias_gradient_sm90_request(const Problem& problem,
                                                                            const BackwardShape& shape);
 
-/// Says why the family does not run a backward pass that its types and head dims allow, if it does not.
-void refuse_backward_sm90(const Problem& problem, const GpuModel& gpu, Verdict& verdict);
 [[nodiscard]] std::shared_ptr<const PlannedKernel> plan_backward_sm90(const Problem& problem, const Device& device);
 
 }  // namespace fovea::cuda

@@ -13,14 +13,13 @@
 namespace fovea::cuda {
 namespace {
 
-constexpr int kSm90 = 90;
-
+/// A row of the table below, in the order of its numbers.
 struct Tile {
   int widest;  // head dim that it serves
   int warpgroups, block_n, stages, q_stages;
   bool hold, turns;
   int most_options;                               // see `weight_of`
-  bool masks = true;                              // looking for what they leave takes registers, too
+  bool masks = true;                              // skipping what masks hide takes registers, too
   bool draws = true;                              // so does dropout
   int most_idle = kAny;                           // see `idle`
   std::int64_t least_keys = 0, most_keys = kAny;  // see `most_keys_of_row`
@@ -29,14 +28,14 @@ struct Tile {
   static constexpr int kAny = std::numeric_limits<int>::max();
 };
 
-/// What options want of registers.
+/// How many registers options take, by a rough measure.
 int weight_of(const ForwardSm90Spec& s) { return s.mask + s.alibi + 2 * s.dropout + 3 * s.softcap + 8 * s.bias; }
 
 constexpr std::int64_t kLong = 1500, kFew = 600;  // keys
 
 // Measured on an H100 (docs/notes).  The first that fits is taken.
 constexpr std::array kTiles{
-    // As they are.  Where rows see few of many keys (`is_narrow`), warpgroups gain nothing by turns.
+    // Without options.  Where rows see few of many keys (`is_narrow`), warpgroups gain nothing by turns.
     Tile{64, 4, 64, 6, 2, false, false, 0, true, true, 10, kLong, kFew, 64},
     Tile{128, 3, 64, 4, 2, true, false, 0, true, true, 10, kLong, kFew, 128},
     Tile{64, 4, 64, 6, 2, false, true, 0, true, true, 10, 0, kLong},
@@ -82,7 +81,7 @@ constexpr std::array kTiles{
     Tile{256, 2, 32, 2, 1, false, true, Tile::kAny},
 };
 
-/// Keys that the row sees that sees the most, of the first, the middle and the last one of a longest sequence.
+/// The most keys that a row sees: of the first, the middle and the last row of a longest sequence.
 std::int64_t most_keys_of_row(const Problem& problem) {
   const auto band = math::Band::of(math::BandRule::of(problem), problem.seqlen_q, problem.seqlen_kv);
   std::int64_t most = 0;
@@ -93,18 +92,17 @@ std::int64_t most_keys_of_row(const Problem& problem) {
   return most;
 }
 
-/// Percent of the rows asked for that multiprocessors could compute besides, while the last tiles of rows are under way
-/// and where these are taller than what is left.
+/// The work lost to the last, incomplete wave of tiles and to rows past a sequence's end, in percent of the rows.
 std::int64_t idle(const Problem& problem, int block_m) {
   const std::int64_t heads = problem.num_q_heads * problem.batch, at_once = model_of(kSm90).multiprocessors;
   const std::int64_t waves = ceil_div(ceil_div(problem.seqlen_q, block_m) * heads, at_once);
   return waves * at_once * block_m * 100 / std::max<std::int64_t>(1, problem.seqlen_q * heads) - 100;
 }
 
-/// A row sees a small part of the keys: tiles of few keys then compute fewer in vain.  Measured, as what follows of it.
+/// A row sees a small part of the keys, so that small tiles compute fewer hidden entries.  The bound is measured.
 bool is_narrow(const Problem& problem, std::int64_t keys_of_row) { return keys_of_row <= problem.seqlen_kv / 7; }
 
-/// Heads that take turns; where all see as many keys those that share a bias, which is then read from memory once.
+/// Heads that take turns; where all rows see as many keys those that share a bias, which is then read once.
 std::int64_t heads_abreast_sm90(const Problem& problem, std::int64_t keys_of_row) {
   const GpuModel gpu = model_of(kSm90);
   if (is_narrow(problem, keys_of_row)) {  // by what rows near each other see, not by all keys
@@ -184,7 +182,7 @@ jit::KernelRequest forward_sm90_request(const ForwardSm90Shape& shape) {
                       .threads = threads_of(spec),
                       .shared_bytes = shared_bytes(spec),
                       .text = products,
-                      .own = true},
+                      .arch_specific = true},
                      spec, kSm90);
 }
 

@@ -16,19 +16,19 @@ namespace fovea::cuda {
 struct ForwardSm90Shape {
   ForwardSm90Spec spec;
   std::int64_t row_blocks = 1;     ///< of the longest sequence
-  std::int64_t tiles = 1;          ///< of rows, of all heads
+  std::int64_t tiles = 1;          ///< of rows, all heads together
   std::int64_t heads_abreast = 1;  ///< whose tiles take turns
-  bool batch_inside = false;       ///< they are one head's of all sequences, then the next one's
+  bool batch_inside = false;       ///< these are one head of all sequences, then the next head
   bool measured = false;           ///< the tile is `fovea tune`'s
 };
 
-/// Says of a tile all that sets it apart from others of the same problem.
+/// What sets a tile apart from the others for the same problem.
 [[nodiscard]] std::string name_of(const ForwardSm90Shape& shape);
 
-/// Nothing where the family has no tile for the problem: other types, head dims above 256 or in no steps of 8.
+/// Nothing where the family has no tile: fp32, head dims above 256 or not a multiple of 8.
 [[nodiscard]] std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem, const GpuModel& gpu);
 
-/// Where rows are few, keys have to be shared out to the multiprocessors.
+/// Whether rows are so few that keys have to be shared out, which this family does not do.
 [[nodiscard]] bool has_few_rows(const Problem& problem);
 
 [[nodiscard]] jit::KernelRequest forward_sm90_request(const ForwardSm90Shape& shape);

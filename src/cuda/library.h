@@ -14,10 +14,10 @@ namespace fovea::cuda {
 struct Library {
   explicit Library(const char* file) : handle(::dlopen(file, RTLD_LAZY | RTLD_LOCAL)) {}
   void* handle;
-  std::string missing;  ///< the last function that was asked for in vain
+  std::string missing;  ///< the last function that was looked up and not found
 };
 
-/// A C function of a library, and its name for the sentence where it fails.
+/// A C function of a library, with its name for error messages.
 template <class Signature>
 struct LibraryFunction {
   LibraryFunction(Library& library, const char* its_name) : name(its_name) {
@@ -34,8 +34,8 @@ struct LibraryFunction {
   Signature* address = nullptr;
 };
 
-/// Where a library whose file begins with `stem` may be, best first: one that is loaded already; `names`, which the
-/// system looks up where they have no folder; the folders `wheels` of the Python packages that this process uses.
+/// Where a library whose file name begins with `stem` may be, best first: one that is loaded already; `names`, which
+/// the system looks up where they have no folder; the folders `wheels` of the Python packages this process uses.
 [[nodiscard]] FOVEA_API std::vector<std::string> library_candidates(std::string_view stem,
                                                                     std::span<const char* const> names,
                                                                     std::span<const char* const> wheels);

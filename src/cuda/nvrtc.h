@@ -9,7 +9,7 @@
 // NVRTC, NVIDIA's run-time compiler, opened at run time.  Compiling needs no GPU and no driver.
 namespace fovea::cuda {
 
-/// A text that sources can include under a name; both end in a zero byte.
+/// A header that sources can include by its name; both strings are zero-terminated.
 struct Header {
   const char* name;
   const char* text;
@@ -17,9 +17,9 @@ struct Header {
 
 class Nvrtc {
  public:
-  /// The one of this process: the file that FOVEA_NVRTC names, or else the first of at least 12.4 among a library
-  /// already loaded, the system's, the toolkit's and those of Python wheels; one no newer than the driver, where there
-  /// is such a one.  Null where there is none.
+  /// The compiler of this process: the file that FOVEA_NVRTC names, else the first of version 12.4 or later among a
+  /// library already loaded, the system's, the toolkit's and those of Python wheels, preferring one no newer than the
+  /// driver.  Null where there is none.
   [[nodiscard]] static const Nvrtc* find();
   [[nodiscard]] static const std::string& named();     ///< FOVEA_NVRTC, as it is when first asked for
   [[nodiscard]] static const std::string& why_none();  ///< one sentence; empty where there is one

@@ -6,9 +6,9 @@
 // What a GPU kernel is called with: run-time values.  Host and device compile this text.
 namespace fovea::cuda {
 
-/// A mask as words of 32 keys, [batch][head][word][row], and behind each head's what they come to, two words for each
-/// 32 words of 32 rows (`MaskTiles`); strides in words, 0 where broadcast.  By lanes: [batch][head][128 keys][row][4],
-/// a word for what each of the four lanes that share rows of an accumulator has of them, as it counts its entries.
+/// A mask as words of 32 keys, [batch][head][word][row], and after each head a summary: two words for each 32 words of
+/// 32 rows (`MaskTiles`).  Strides in words, 0 where broadcast.  By lanes: [batch][head][128 keys][row][4], one word
+/// for each of the four lanes that share a row of an accumulator, in the order of the lane's entries.
 struct WordView {
   u32* data;
   i64 batch, head, row;
@@ -21,7 +21,7 @@ struct WordView {
   FOVEA_FN constexpr i64 plane() const { return (i64{rows} * count + i64{2} * groups() * spans() + 3) / 4 * 4; }
 };
 
-inline constexpr int kMaskThreads = 256;  // of a block that makes them
+inline constexpr int kMaskThreads = 256;  // of a block of `mask_words`
 
 /// int32 values on the device; data null: none.
 struct IndexView {
@@ -32,8 +32,8 @@ struct IndexView {
 /// What forward and backward both need to know.
 struct CallParams {
   int batch, q_heads, kv_heads, group;  // group: q_heads / kv_heads
-  bool in_pieces;                       // rows of k and v are whole pieces of 16 bytes, below 4 GiB apart
-  int head_dim, head_dim_v;             // the true ones
+  bool in_pieces;                       // rows of k and v are whole pieces of 16 bytes, less than 4 GiB apart
+  int head_dim, head_dim_v;             // not rounded up
   int seqlen_q, seqlen_kv;              // packed: of the longest sequence
   int total_q, total_kv;                // packed: all rows
   math::BandRule band;
@@ -41,14 +41,14 @@ struct CallParams {
   RowView q, k, v;
   EntryView mask, bias;
   WordView mask_words;
-  bool bias_in_runs;  // 8 keys of it can be read as one, or 16 bytes of them
+  bool bias_in_runs;  // 8 keys of it are neighbours and can be read in loads of up to 16 bytes
   HeadView slopes;
   const float* sink;  // [head]
   float scale, softcap, per_softcap;
   // Below small_score, softcap · tanh(s · scale / softcap) is s · Σ small_terms[i] · s²ⁱ.
   float small_score, small_terms[4];
-  u32 keep_threshold;  // of 65536
-  float keep_scale;    // of what is kept
+  u32 keep_threshold;  // draws below it, of 65536, keep their entry
+  float keep_scale;    // that kept entries are multiplied by
   u64 seed, offset;
 };
 
@@ -78,9 +78,9 @@ struct BackwardParams : CallParams {
   int key_lines;               // of blocks of a kv head: `BlockTask`
   int heads_abreast;           // kv heads, of any sequences, whose blocks take turns in the grid
   // Where blocks end dq:
-  int dq_places;  // of kv heads in dq_sum
-  int dq_parts;   // blocks that share the end of one's dq
-  int dq_lag;     // turns between a kv head and the one beside whose blocks they begin
+  int dq_places;  // kv heads that dq_sum has room for
+  int dq_parts;   // blocks that share the conversion of one kv head's dq
+  int dq_lag;     // turns by which these blocks follow the blocks of their kv head
   // In the workspace; slots: `RowSlots`.
   float* log2_lse;  // [head][slot][row of block_m]; +infinity where a row sees nothing
   float* delta;     // likewise: Σ dout·out − dlse

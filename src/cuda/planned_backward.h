@@ -9,8 +9,8 @@
 
 namespace fovea::cuda {
 
-/// What the backward plans of all GPU backends do around their main kernel: rows before it; dq, sums and the bias
-/// gradient after it.
+/// What the backward plans of all GPU backends do around their main kernel: mask words and row statistics before it;
+/// dq, the gradients of slopes and sink, and that of the bias after it.
 class BackwardCall {
  public:
   BackwardCall(const Problem& problem, const BackwardShape& shape, const Device& device, int arch);

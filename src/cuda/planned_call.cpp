@@ -16,8 +16,7 @@ namespace {
 
 using dispatch::entry_view, dispatch::row_view, dispatch::head_view;
 
-/// Whether a bias's entries 8n to 8n + 7 along the keys are neighbours that one load can take, or one of 16 bytes some
-/// of them.
+/// Whether keys 8n to 8n + 7 of a bias are neighbours in memory, aligned for loads of up to 16 bytes.
 bool in_runs(const Tensor& t) {
   if (!t.defined()) return true;
   const std::int64_t size = size_bytes(t.dtype), run = std::min<std::int64_t>(8 * size, 16);
@@ -31,7 +30,7 @@ IndexView index_view(const Tensor& t) {
   return {static_cast<const int*>(t.data), t.strides[0]};
 }
 
-/// Of a mask of these own dimensions.
+/// The layout of the words of a mask that has these dimensions of its own.
 WordView word_view(const CallParams& p, bool by_lanes, bool batch, bool heads, bool queries) {
   WordView view{};
   view.rows = queries ? p.seqlen_q : 1;
@@ -58,7 +57,6 @@ void expand_softcap(CallParams& p) {
 
 }  // namespace
 
-/// What does not depend on tensors.
 void describe_call(const Problem& problem, CallParams& p) {
   p.batch = static_cast<int>(problem.batch);
   p.q_heads = static_cast<int>(problem.num_q_heads);
@@ -102,7 +100,7 @@ void attach_inputs(CallParams& p, const Inputs& in) {
 }
 
 PlannedLaunch::PlannedLaunch(jit::KernelRequest wanted, const Device& device) : request(std::move(wanted)) {
-  if (device.compute_capability != 0) {  // a description: what cannot be compiled here is told, too
+  if (device.compute_capability != 0) {  // a description: the report also says what cannot be compiled here
     try {
       binary = jit::Cache::shared().binary(request);
     } catch (const Error& error) {
@@ -139,7 +137,7 @@ MaskWords::MaskWords(const Problem& problem, std::size_t workspace_bytes, const 
 
 void MaskWords::make(CallParams& p, void* workspace, void* stream) const {
   if (!launch_) return;
-  WordView& view = p.mask_words;  // what is expanded by a stride of 0 is read once
+  WordView& view = p.mask_words;  // by strides: a dimension expanded by stride 0 is read once
   view = word_view(p, by_lanes_, p.mask.batch != 0, p.mask.head != 0, p.mask.query != 0);
   view.data = reinterpret_cast<u32*>(static_cast<std::byte*>(workspace) + begin_);
   if (view.plane() == 0) return;
@@ -151,12 +149,17 @@ void MaskWords::make(CallParams& p, void* workspace, void* stream) const {
                           p, stream);
 }
 
-void refuse_device(const Device& device, Verdict& verdict) {
+void refuse_device(const Device& device, bool (*runs_on)(int capability), const char* made_for, Verdict& verdict) {
+  auto& reasons = verdict.reasons;
   if (device.kind != DeviceKind::kCuda) {
-    verdict.reasons.emplace_back("it runs on NVIDIA GPUs only, and the tensors are on " + name(device));
+    reasons.emplace_back("it runs on NVIDIA GPUs only, and the tensors are on " + name(device));
   } else if (device.compute_capability == 0 && !why_no_driver().empty()) {
-    verdict.reasons.push_back(why_no_driver());
+    reasons.push_back(why_no_driver());
+  } else if (const int capability = capability_of(device); !runs_on(capability)) {
+    reasons.emplace_back("it is made for " + std::string(made_for) + ", and " + name(device) + " has " +
+                         std::to_string(capability / 10) + "." + std::to_string(capability % 10));
   }
+  verdict.available = reasons.empty();
 }
 
 void limit(Verdict& verdict, const char* what, std::int64_t value, std::int64_t most) {
@@ -170,7 +173,7 @@ void refuse_long(const Problem& problem, Verdict& verdict) {
   limit(verdict, "total_q", problem.total_q, kLongest);
   limit(verdict, "total_kv", problem.total_kv, kLongest);
   limit(verdict, "batch × num_q_heads", problem.batch * problem.num_q_heads, kLongest);
-  // Rows of all heads that a block packs, too, which begin where a sequence does.
+  // Kernels that pack the heads of a group count rows of all of them.
   const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
   limit(verdict, "total_q × num_q_heads / num_kv_heads", problem.total_q * group, std::numeric_limits<int>::max());
 }

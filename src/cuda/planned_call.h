@@ -18,11 +18,11 @@ namespace fovea::cuda {
 inline constexpr std::int64_t kLongest = std::int64_t{1} << 29;  // positions are 32 bits wide in kernels
 inline constexpr std::int64_t kMostInGrid = 65535;
 
-/// What does not depend on tensors.
+/// Fills in what a problem says, then what its tensors say.
 void describe_call(const Problem& problem, CallParams& p);
 void attach_inputs(CallParams& p, const Inputs& in);
 
-/// A kernel of a plan: loaded where there is a GPU, else only known.
+/// A kernel of a plan: loaded where there is a GPU, else only compiled, for the report.
 struct PlannedLaunch {
   jit::KernelRequest request;
   std::shared_ptr<const jit::Binary> binary{};
@@ -33,16 +33,16 @@ struct PlannedLaunch {
   [[nodiscard]] std::string describe() const;
 };
 
-/// The tile of a shape, and who chose it if not the table.
+/// The name of a shape's tile, and whether `fovea tune` chose it rather than the table.
 template <class Shape>
 std::string describe_tile(const Shape& shape) {
   return name_of(shape) + (shape.measured ? kMeasured : "");
 }
 
-/// Throws Error where the plan's device is only a description.
+/// Throws Error where the plan's device is only a description, such as sm_90.
 void require_gpu(const PlannedLaunch& launch, const Device& device);
 
-/// Nothing where there are no blocks.  `threads_y`: of a block's threads.
+/// Does nothing where there are no blocks.  A block's threads are a grid of [threads_y][threads / threads_y].
 template <class Params>
 void launch(const PlannedLaunch& what, int blocks, const Params& params, void* stream, int threads_y = 1) {
   if (blocks == 0) return;
@@ -53,12 +53,12 @@ void launch(const PlannedLaunch& what, int blocks, const Params& params, void* s
                       params, stream);
 }
 
-/// The words that a boolean mask becomes before a pass, at the end of its workspace.
+/// The bits of a boolean mask, 32 keys a word, made by a kernel of their own at the end of a pass's workspace.
 class MaskWords {
  public:
   MaskWords(const Problem& problem, std::size_t workspace_bytes, const Device& device, int arch, bool by_lanes = false);
 
-  /// Of the workspace, with what comes before.
+  /// Of the whole workspace, what comes before included.
   [[nodiscard]] std::size_t workspace_bytes() const { return bytes_; }
 
   void make(CallParams& p, void* workspace, void* stream) const;
@@ -69,11 +69,12 @@ class MaskWords {
   std::optional<PlannedLaunch> launch_;
 };
 
-/// Why no GPU backend runs on this device at all, or not for positions this long; nothing where one may.
-void refuse_device(const Device& device, Verdict& verdict);
+// What a backend's `judge` asks; each adds its reasons to the verdict.
+/// Whether the device is a GPU that the backend runs on, `made_for` in words.  Sets `available`.
+void refuse_device(const Device& device, bool (*runs_on)(int capability), const char* made_for, Verdict& verdict);
+/// Whether every position fits the 32 bits that kernels count in.
 void refuse_long(const Problem& problem, Verdict& verdict);
-
-/// Adds a reason where `value` is above `most`.
+/// Whether `value` is at most `most`.
 void limit(Verdict& verdict, const char* what, std::int64_t value, std::int64_t most);
 
 [[nodiscard]] int capability_of(const Device& device);

@@ -106,40 +106,33 @@ class PortableBackend final : public Backend {
 
   [[nodiscard]] Verdict judge(const Problem& problem, const Device& device) const override {
     Verdict verdict{.backend = name()};
-    auto& reasons = verdict.reasons;
-    refuse_device(device, verdict);
-    if (reasons.empty() && jit::arch_of(capability_of(device)) == 0) {
-      reasons.emplace_back("it is made for compute capabilities 7.5 (Turing) to 12.x (Blackwell), and " +
-                           fovea::name(device) + " has " + std::to_string(capability_of(device) / 10) + "." +
-                           std::to_string(capability_of(device) % 10));
-    }
-    verdict.available = reasons.empty();
+    const auto runs_on = [](int capability) { return jit::arch_of(capability) != 0; };
+    refuse_device(device, runs_on, "compute capabilities 7.5 (Turing) to 12.x (Blackwell)", verdict);
     if (!verdict.available) return verdict;
 
     refuse_long(problem, verdict);
-    if (!reasons.empty()) return verdict;
+    if (!verdict.reasons.empty()) return verdict;
     const GpuModel model = model_of_device(device);
     const auto judge_shape = [&](const auto& shape) {
-      if (shape) limit(verdict, "the number of blocks", shape->most_blocks, std::numeric_limits<int>::max());
-      return shape.has_value();
+      if (shape) return limit(verdict, "the number of blocks", shape->most_blocks, std::numeric_limits<int>::max());
+      verdict.reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " fits the " +
+                                   std::to_string(model.shared_bytes / 1024) + " KiB of shared memory");
     };
-    const bool fits = problem.direction == Direction::kBackward ? judge_shape(choose_backward(problem, model))
-                                                                : judge_shape(choose_forward(problem, model));
-    if (!fits) {
-      reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " fits the " +
-                           std::to_string(model.shared_bytes / 1024) + " KiB of shared memory");
+    if (problem.direction == Direction::kBackward) {
+      judge_shape(choose_backward(problem, model));
+    } else {
+      judge_shape(choose_forward(problem, model));
     }
     return verdict;
   }
 
   [[nodiscard]] std::shared_ptr<const PlannedKernel> plan(const Problem& problem, const Device& device,
                                                           const PlanOptions& /*options*/) const override {
-    if (problem.direction == Direction::kBackward) {
-      return std::make_shared<BackwardPlan>(problem, *choose_backward(problem, model_of_device(device)), device,
-                                            jit::arch_of(capability_of(device)));
-    }
-    return std::make_shared<ForwardPlan>(problem, *choose_forward(problem, model_of_device(device)), device,
-                                         jit::arch_of(capability_of(device)));
+    const GpuModel model = model_of_device(device);
+    const int arch = jit::arch_of(model.sm);
+    if (problem.direction == Direction::kBackward)
+      return std::make_shared<BackwardPlan>(problem, *choose_backward(problem, model), device, arch);
+    return std::make_shared<ForwardPlan>(problem, *choose_forward(problem, model), device, arch);
   }
 };
 

@@ -16,10 +16,9 @@ namespace {
 
 using Requests = std::vector<jit::KernelRequest>;
 
-constexpr int kHopper = 90;
 constexpr int kMostMultiprocessors = 192;
 
-/// One of whole keys and one of split ones where GPUs of the architecture run both: their multiprocessors decide.
+/// With and without split keys, where the number of multiprocessors decides which of the two a GPU runs.
 std::vector<ForwardShape> forward_shapes(const Problem& problem, int arch) {
   std::vector<ForwardShape> shapes;
   GpuModel model = model_of(arch);
@@ -56,7 +55,7 @@ Requests of_hopper(const Problem& problem, Direction direction, const GpuModel& 
   }
   const auto shape = choose_backward_sm90(problem, model);
   if (!shape) return {};
-  Requests all = of_backward(problem, *shape, backward_sm90_request(*shape), kHopper);
+  Requests all = of_backward(problem, *shape, backward_sm90_request(*shape), kSm90);
   if (auto request = bias_gradient_sm90_request(problem, *shape)) all.push_back(*std::move(request));
   return all;
 }
@@ -81,7 +80,7 @@ std::vector<jit::KernelRequest> requests(const Problem& problem, Direction direc
   Requests all;
   const auto add = [&](Requests more) { std::ranges::move(more, std::back_inserter(all)); };
   if (problem.mask) all.push_back(mask_words_request(arch));
-  if (arch == kHopper) add(of_hopper(problem, direction, model_of(arch)));
+  if (arch == kSm90) add(of_hopper(problem, direction, model_of(arch)));
   if (direction == Direction::kForward) {
     for (const ForwardShape& shape : forward_shapes(problem, arch)) add(of_forward(shape, arch));
   } else {

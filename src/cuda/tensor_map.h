@@ -8,13 +8,13 @@
 
 namespace fovea::cuda {
 
-/// A tensor of rows as Hopper's copy engine is told of it: boxes of `box_rows` rows by one swizzled panel of 128 bytes;
-/// what lies outside the tensor arrives as 0.
+/// The sizes of a tensor of rows, for Hopper's copy engine (TMA).
 struct TensorExtent {
   std::int64_t columns, rows, heads, batch;
 };
-/// False where the engine cannot read the tensor: it wants base and strides in steps of 16 bytes.  The tensor's GPU is
-/// the thread's current one.
+/// Describes a tensor to the copy engine: boxes of `box_rows` rows by one swizzled panel of 128 bytes, 0 outside the
+/// tensor.  False where the engine cannot read it: base and strides must be multiples of 16 bytes.  The tensor's GPU
+/// must be the thread's current one.
 [[nodiscard]] bool make_tensor_map(const RowView& view, Type type, const TensorExtent& extent, int box_rows,
                                    TensorMap& map);
 
@@ -22,10 +22,10 @@ struct TensorExtent {
 /// [batch][head][row][column].  False where the engine cannot read one of them.
 struct CallMaps {
   const CallParams& p;
-  CurrentGpu current;  // some drivers encode for nobody else
+  CurrentGpu current;  // which some drivers need for encoding
   Type type;
   int box_rows, box_keys;
-  bool packed = p.cu_seqlens_q.data != nullptr;  // sequences that are one to the engine
+  bool packed = p.cu_seqlens_q.data != nullptr;  // all sequences are then one tensor to the engine
   int batch = packed ? 1 : p.batch;
 
   [[nodiscard]] bool of_rows(const RowView& view, int columns, TensorMap& map) const {
@@ -37,7 +37,7 @@ struct CallMaps {
   [[nodiscard]] bool of_keys(const RowView& view, int columns, TensorMap& map) const {
     return make_tensor_map(view, type, {columns, packed ? p.total_kv : p.seqlen_kv, p.kv_heads, batch}, box_keys, map);
   }
-  /// Where keys are neighbours.  What is broadcast is one to the engine.
+  /// Keys must be neighbours in memory.  A broadcast dimension has size 1.
   [[nodiscard]] bool of_entries(const EntryView& view, Type of, int rows, TensorMap& map) const;
 };
 

@@ -14,7 +14,7 @@
 namespace fovea::cuda {
 namespace {
 
-constexpr char kBetween = '\t';  // a kind and its tile, which have none
+constexpr char kBetween = '\t';  // a kind and its tile; neither contains one
 
 std::map<std::string, std::string> read_choices(const std::filesystem::path& file) {
   std::map<std::string, std::string> choices;
@@ -26,8 +26,8 @@ std::map<std::string, std::string> read_choices(const std::filesystem::path& fil
   return choices;
 }
 
-/// Held while a file is read and replaced, so that nothing is lost that another process writes at the same time.  Where
-/// it can't be had, the file is written all the same.
+/// Held while a file is read and replaced, so that nothing another process writes meanwhile is lost.  Where the lock
+/// cannot be taken, the file is written all the same.
 class FileLock {
  public:
   explicit FileLock(const std::filesystem::path& file)
@@ -45,7 +45,7 @@ class FileLock {
   int descriptor_;
 };
 
-/// The power of two whose ratio to it is least.
+/// The nearest power of two by ratio.
 std::int64_t nearest_power(std::int64_t size) {
   if (size <= 1) return size;
   const std::uint64_t below = std::bit_floor(static_cast<std::uint64_t>(size));

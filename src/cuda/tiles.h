@@ -11,18 +11,19 @@
 #include <string_view>
 #include <vector>
 
-// Which tile of a table a problem takes: the one that `fovea tune` measured on this GPU, else the first that the table
-// has for it.
+// Which tile of a table a problem takes: the one that `fovea tune` found fastest on this GPU, else the first row of the
+// table that suits it.
 namespace fovea::cuda {
 
 inline constexpr const char *kHopperName = "cuda_hopper", *kPortableName = "cuda_portable";  // of backends
-inline constexpr const char* kMeasured = ", by fovea tune";                                  // behind a tile's name
+inline constexpr int kSm90 = 90;  // compute capability, and architecture, of the Hopper family
+inline constexpr const char* kMeasured = ", by fovea tune";  // behind a tile's name
 
-/// The tile, by its name, that each kind of problem takes on one model of GPU: lines of a file beside the kernel cache.
+/// The measured tile of each kind of problem on one model of GPU, by its name; lines of a file beside the kernel cache.
 /// Safe to use from any number of threads.
 class TileChoices {
  public:
-  explicit TileChoices(std::filesystem::path file);  ///< empty: none; what cannot be read is as if it were not there
+  explicit TileChoices(std::filesystem::path file);  ///< an empty path or an unreadable file: no choices
 
   [[nodiscard]] bool empty() const;
   [[nodiscard]] std::string find(const std::string& kind) const;  ///< empty: not measured
@@ -30,7 +31,7 @@ class TileChoices {
   [[nodiscard]] std::map<std::string, std::string> all() const;
   [[nodiscard]] const std::filesystem::path& file() const { return file_; }
 
-  /// Writes what was set, beside what other processes wrote meanwhile.  Whether that was possible.
+  /// Writes what was set, and keeps what other processes wrote meanwhile.  False where the file cannot be written.
   [[nodiscard]] bool save();
 
  private:
@@ -42,19 +43,19 @@ class TileChoices {
 /// "64 rows × 128 keys, 2 stages": how the name of every tile begins.
 [[nodiscard]] std::string tile_text(int rows, int keys, int stages);
 
-/// Problems of one kind take one tile: sizes count by their nearest powers of two, heads and options as they are, and
-/// numbers that no loop depends on not at all.  The backend, then a problem line.
+/// Problems of one kind take one tile.  The kind is the backend's name and a problem line with sizes rounded to the
+/// nearest power of two and without the numbers that no loop depends on.
 [[nodiscard]] std::string kind_of(std::string_view backend, Problem problem);
 
 /// One reading of a backend's table.
 class TileReader {
  public:
-  /// `choices` may be null.  `names`, where there is one, receives every tile that can be taken, in the table's order.
+  /// `choices` may be null.  `names`, unless null, receives every tile that fits, in the table's order.
   TileReader(const TileChoices* choices, std::vector<std::string>* names, std::string_view backend,
              const Problem& problem);
 
-  /// `fits`: the kernel can be made so; `suits`: the table, measured elsewhere, is for it; `name`: of the tile that
-  /// `fits` saw last.  Null where none does both.
+  /// `fits`: the kernel can run with this tile; `suits`: the table recommends it; `name`: of the tile that `fits` saw
+  /// last.  The measured tile if it fits, else the first that fits and suits, else null.
   template <class Tile, class Fits, class Suits, class Name>
   const Tile* read(std::span<const Tile> table, const Fits& fits, const Suits& suits, const Name& name) {
     const Tile *first = nullptr, *chosen = nullptr;

@@ -9,7 +9,7 @@
 
 namespace fovea {
 
-/// A problem that a backend has made ready; immutable, so any number of threads may execute it at once.
+/// A problem that a backend has planned; immutable, so that any number of threads may execute it at once.
 class PlannedKernel {
  public:
   virtual ~PlannedKernel() = default;
@@ -26,7 +26,7 @@ class Backend {
   virtual ~Backend() = default;
   [[nodiscard]] virtual std::string name() const = 0;
 
-  /// True for what is too slow to be anybody's silent choice.
+  /// True for a backend too slow to be chosen unless the caller names it.
   [[nodiscard]] virtual bool only_by_name() const { return false; }
 
   /// Whether it runs this problem on this device, and if not, every reason why.

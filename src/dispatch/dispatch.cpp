@@ -9,7 +9,7 @@
 namespace fovea::dispatch {
 
 std::span<const std::unique_ptr<const Backend>> backends() {
-  // The one list of who may run a problem, best first.  A new backend is one line here.
+  // Every backend, best first.  A new backend is one line here.
   static const auto& list = *[] {  // kept: threads may call at exit
     auto all = std::make_unique<std::vector<std::unique_ptr<const Backend>>>();
     all->push_back(cuda::make_hopper_backend());

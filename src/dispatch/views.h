@@ -7,7 +7,7 @@
 
 #include "math/views.h"
 
-// From the caller's tensors, which have been checked, to the views that kernels are called with.
+// The views that kernels are called with, made of the caller's tensors, which have been validated.
 namespace fovea::dispatch {
 
 /// [batch, seqlen, heads, dim], or packed [rows, heads, dim].
@@ -37,7 +37,7 @@ inline EntryView entry_view(const Tensor& t) {
   return {static_cast<char*>(t.data), stride(0), stride(1), stride(2), stride(3)};
 }
 
-/// Of 65536 values of a draw, how many keep their entry.
+/// Draws below this, of 65536, keep their entry (docs/contract.md, "Dropout bits").
 inline u32 keep_threshold(float dropout) {
   return static_cast<u32>(std::lround((1.0 - static_cast<double>(dropout)) * 65536.0));
 }

@@ -12,8 +12,9 @@ struct MultiheadAttention::State {
   Tensor query{}, key{}, value{};                 // as given
   Tensor query_rows{}, key_rows{}, value_rows{};  // [rows, features]
   Array query_memory, key_memory, value_memory;   // where the rows had to be copied
-  bool one_input = false, key_is_value = false;
+  bool one_input = false, key_is_value = false;   // one_input: and one matrix of weights makes q, k and v of it
   Sequences of_q, of_kv;
+  bool alike = false;             // these are the same
   Array q_places, kv_places;      // where rotary embedding or dropout asks
   Array projected, projected_kv;  // q; k and v.  Of one input all three, in `projected`
   Array extended_k, extended_v;   // with bias_k and bias_v behind the keys

@@ -4,12 +4,6 @@
 
 namespace fovea::nn {
 
-std::string shape_text(const Tensor& t) {
-  std::string text = "[";
-  for (int i = 0; i < t.rank; ++i) text += (i == 0 ? "" : ", ") + std::to_string(t.shape[i]);
-  return text + "]";
-}
-
 void check_features(const char* name, const Tensor& x, std::int64_t features, DType dtype, const Device& device,
                     int least) {
   if (x.rank < least || x.rank > Tensor::kMaxRank || x.shape[x.rank - 1] != features) {

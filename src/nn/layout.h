@@ -5,9 +5,6 @@
 // How layers see what they are given: rows of features, and rows as sequences of heads.
 namespace fovea::nn {
 
-/// "[2, 128, 512]".
-[[nodiscard]] std::string shape_text(const Tensor& tensor);
-
 /// Throws Error(kInvalidArgument) unless x has the features, dtype and device, in `least` to four dimensions.
 void check_features(const char* name, const Tensor& x, std::int64_t features, DType dtype, const Device& device,
                     int least = 1);

@@ -71,7 +71,7 @@ Array slopes_of_heads(std::int64_t heads, const Device& device) {
   return slopes;
 }
 
-/// Keys [batch, seqlen, heads, head_dim] with one more behind each sequence.
+/// Keys [batch, seqlen, heads, head_dim] with one more at the end of each sequence.
 Array extended(const Tensor& keys, const Tensor& more) {
   Array longer =
       Array::unset(keys.dtype, {keys.shape[0], keys.shape[1] + 1, keys.shape[2], keys.shape[3]}, keys.device);
@@ -90,7 +90,7 @@ Array extended(const Tensor& keys, const Tensor& more) {
   return longer;
 }
 
-/// The gradient of `extended`: of the keys, and added to that of the one more.
+/// The gradient of `extended`: writes that of the keys, and adds to that of the extra one.
 void split_gradient(const Tensor& longer, const Tensor& dkeys, const Tensor& dmore) {
   Tensor part = longer;
   part.shape[1] = dkeys.shape[1];
@@ -153,7 +153,7 @@ void MultiheadAttention::visit(const std::string& prefix, const Visit& visit) {
 
 namespace {
 
-/// One product with a part of the input weights: which rows of the input become which columns of q, k and v.
+/// One product with a part of the input weights, which makes some columns of q, k and v.
 struct Projection {
   Tensor input{};           // [rows, features]
   Tensor weight{}, bias{};  // [columns, features], [columns]
@@ -182,7 +182,7 @@ InputWeights input_weights(const MultiheadAttention::Options& o, const Tensor& i
   return w;
 }
 
-/// As few products as the inputs allow; `q` is [rows, q_size] or, of one input, all of q, k and v; `kv` is k and v.
+/// As few products as the inputs allow.  `q` is [rows, q_size], or with one input all of q, k and v; `kv` is k and v.
 std::vector<Projection> projections(const MultiheadAttention::State& s, const InputWeights& w, const Tensor& q,
                                     const Tensor& kv) {
   if (s.one_input) return {{s.query_rows, w.qkv, w.bias, q}};
@@ -196,7 +196,7 @@ std::vector<Projection> projections(const MultiheadAttention::State& s, const In
   return all;
 }
 
-/// What stands where in the projections' results.
+/// q, k and v as views of the projections' results.
 struct Placed {
   Tensor q{}, k{}, v{};       // as attention takes them
   Tensor q_rows{}, k_rows{};  // [rows, heads, head_dim], for the rotary embedding
@@ -212,6 +212,77 @@ Placed place(const MultiheadAttention::State& s, const MultiheadAttention::Optio
           .v = s.of_kv.heads(columns(from, v_at, kv_heads * dim), kv_heads, dim),
           .q_rows = heads_of_rows(q, 0, heads, dim),
           .k_rows = heads_of_rows(from, k_at, kv_heads, dim)};
+}
+
+/// Checks the inputs, and sees them as rows and as sequences.
+void take_inputs(MultiheadAttention::State& s, const Tensor& query, const Tensor& key, const Tensor& value,
+                 const AttentionCall& call, bool one_weight) {
+  const MultiheadAttention::Options& o = s.options;
+  check_features("query", query, o.embed_dim, o.dtype, o.device, 2);
+  check_features("key", key, *o.kdim, o.dtype, o.device, 2);
+  check_features("value", value, *o.vdim, o.dtype, o.device, 2);
+  check_same_rows("key", key, "value", value);
+  s.query = query, s.key = key, s.value = value;
+  s.query_rows = as_rows(query, s.query_memory);
+  s.key_is_value = same(key, value);
+  s.one_input = s.key_is_value && same(query, key) && one_weight;
+  s.key_rows = same(query, key) ? s.query_rows : as_rows(key, s.key_memory);
+  s.value_rows = s.key_is_value ? s.key_rows : as_rows(value, s.value_memory);
+
+  const Tensor& ends_kv = call.cu_seqlens_kv.defined() || !same(query, key) ? call.cu_seqlens_kv : call.cu_seqlens_q;
+  if (call.cu_seqlens_q.defined() != ends_kv.defined())
+    refuse("cu_seqlens_q and cu_seqlens_kv must both be given, or neither");
+  s.of_q = Sequences::of("query", query, call.cu_seqlens_q, o.batch_first);
+  s.alike = same(query, key) && same(ends_kv, call.cu_seqlens_q);
+  s.of_kv = s.alike ? s.of_q : Sequences::of("key", key, ends_kv, o.batch_first);
+  if (s.of_q.batch != s.of_kv.batch) {
+    refuse("query has ", s.of_q.batch, " sequences but key has ", s.of_kv.batch, "; they must agree");
+  }
+  if (s.of_q.packed() && (call.attn_mask.defined() || call.key_padding_mask.defined() || call.need_weights)) {
+    refuse("packed sequences take neither attn_mask, key_padding_mask nor need_weights; pad the batch for those");
+  }
+  if (o.add_bias_kv && (s.of_q.packed() || call.causal != Causal::kNone)) {
+    refuse("add_bias_kv adds a key that stands nowhere; give the causal triangle as attn_mask, and pad the batch");
+  }
+}
+
+/// q, k and v, with rotary embedding.
+void project(MultiheadAttention::State& s, const InputWeights& w) {
+  const MultiheadAttention::Options& o = s.options;
+  const Ops& ops = ops_of(o.device);
+  s.projected = Array::unset(o.dtype, {s.of_q.rows, w.q_size + (s.one_input ? 2 * w.kv_size : 0)}, o.device);
+  if (!s.one_input) s.projected_kv = Array::unset(o.dtype, {s.of_kv.rows, 2 * w.kv_size}, o.device);
+  for (const Projection& p : projections(s, w, s.projected.view(), s.projected_kv.view())) {
+    ops.linear(p.input, p.weight, {.bias = p.bias}, {}, p.output, {});
+  }
+  const Placed placed = place(s, o, s.projected.view(), s.projected_kv.view());
+  s.q = placed.q, s.k = placed.k, s.v = placed.v;
+  if (!o.rotary) return;
+  ops.rotate(placed.q_rows, *o.rotary, s.q_places.view(), false);
+  ops.rotate(placed.k_rows, *o.rotary, s.kv_places.view(), false);
+}
+
+/// The options that attention is called with.
+void set_options(MultiheadAttention::State& s, const AttentionCall& call, const Tensor& slopes) {
+  const MultiheadAttention::Options& o = s.options;
+  AttentionOptions& a = s.attention;
+  a.causal = call.causal;
+  a.window_left = o.window_left, a.window_right = o.window_right;
+  if (call.training) a.dropout = {o.dropout, call.seed, call.offset};
+  const bool band = o.window_left || o.window_right || o.alibi || call.causal == Causal::kBottomRight;
+  s.masks = masks_of(call, {.batch = s.of_q.batch,
+                            .heads = o.num_heads,
+                            .seqlen_q = s.of_q.seqlen,
+                            .seqlen_kv = s.of_kv.seqlen,
+                            .extra = o.add_bias_kv ? 1 : 0,
+                            .lengths_serve = !band,
+                            .dtype = o.dtype,
+                            .device = o.device});
+  a.mask = s.masks.mask, a.bias = s.masks.bias, a.kv_lengths = s.masks.kv_lengths;
+  if (o.add_zero_attn) s.sink = Array(DType::kFloat32, {o.num_heads}, o.device);  // a key of score 0 without a value
+  a.alibi_slopes = slopes, a.sink = s.sink.view();
+  a.cu_seqlens_q = s.of_q.cu_seqlens, a.cu_seqlens_kv = s.of_kv.cu_seqlens;
+  if (s.of_q.packed()) a.max_seqlen_q = s.of_q.seqlen, a.max_seqlen_kv = s.of_kv.seqlen;
 }
 
 /// The attention weights themselves, tile of keys by tile of keys: with the columns of a unit matrix as values, out is
@@ -273,90 +344,30 @@ MultiheadAttention::Result MultiheadAttention::forward(const Tensor& query, cons
 MultiheadAttention::Result MultiheadAttention::run(const Tensor& query, const Tensor& key, const Tensor& value,
                                                    const AttentionCall& call, const Tail& tail) const {
   const Options& o = options_;
-  check_features("query", query, o.embed_dim, o.dtype, o.device, 2);
-  check_features("key", key, *o.kdim, o.dtype, o.device, 2);
-  check_features("value", value, *o.vdim, o.dtype, o.device, 2);
-  check_same_rows("key", key, "value", value);
-  const Ops& ops = ops_of(o.device);
   auto state = std::make_shared<State>();
   State& s = *state;
   s.options = o;
-  s.query = query, s.key = key, s.value = value;
-  s.query_rows = as_rows(query, s.query_memory);
-  s.key_is_value = same(key, value);
-  s.one_input = s.key_is_value && same(query, key) && in_proj_weight.value.defined();
-  s.key_rows = same(query, key) ? s.query_rows : as_rows(key, s.key_memory);
-  s.value_rows = s.key_is_value ? s.key_rows : as_rows(value, s.value_memory);
-
-  const Tensor& ends_kv = call.cu_seqlens_kv.defined() || !same(query, key) ? call.cu_seqlens_kv : call.cu_seqlens_q;
-  if (call.cu_seqlens_q.defined() != ends_kv.defined()) {
-    refuse("cu_seqlens_q and cu_seqlens_kv must both be given, or neither");
-  }
-  s.of_q = Sequences::of("query", query, call.cu_seqlens_q, o.batch_first);
-  const bool alike = same(query, key) && same(ends_kv, call.cu_seqlens_q);
-  s.of_kv = alike ? s.of_q : Sequences::of("key", key, ends_kv, o.batch_first);
-  if (s.of_q.batch != s.of_kv.batch) {
-    refuse("query has ", s.of_q.batch, " sequences but key has ", s.of_kv.batch, "; they must agree");
-  }
-  if (s.of_q.packed() && (call.attn_mask.defined() || call.key_padding_mask.defined() || call.need_weights)) {
-    refuse("packed sequences take neither attn_mask, key_padding_mask nor need_weights; pad the batch for those");
-  }
-  if (o.add_bias_kv && (s.of_q.packed() || call.causal != Causal::kNone)) {
-    refuse("add_bias_kv adds a key that stands nowhere; give the causal triangle as attn_mask, and pad the batch");
-  }
+  take_inputs(s, query, key, value, call, in_proj_weight.value.defined());
   if (o.rotary || tail.dropout.probability > 0.0F) s.q_places = s.of_q.places(o.device);
-  if (o.rotary) s.kv_places = alike ? s.q_places : s.of_kv.places(o.device);
-
-  // q, k and v.
-  const InputWeights w =
-      input_weights(o, in_proj_weight.value.view(), q_proj_weight.value.view(), k_proj_weight.value.view(),
-                    v_proj_weight.value.view(), in_proj_bias.value.view());
-  s.projected = Array::unset(o.dtype, {s.of_q.rows, w.q_size + (s.one_input ? 2 * w.kv_size : 0)}, o.device);
-  if (!s.one_input) s.projected_kv = Array::unset(o.dtype, {s.of_kv.rows, 2 * w.kv_size}, o.device);
-  for (const Projection& p : projections(s, w, s.projected.view(), s.projected_kv.view())) {
-    ops.linear(p.input, p.weight, {.bias = p.bias}, {}, p.output, {});
-  }
-  const Placed placed = place(s, o, s.projected.view(), s.projected_kv.view());
-  s.q = placed.q, s.k = placed.k, s.v = placed.v;
-  if (o.rotary) {
-    ops.rotate(placed.q_rows, *o.rotary, s.q_places.view(), false);
-    ops.rotate(placed.k_rows, *o.rotary, s.kv_places.view(), false);
-  }
+  if (o.rotary) s.kv_places = s.alike ? s.q_places : s.of_kv.places(o.device);
+  project(s, input_weights(o, in_proj_weight.value.view(), q_proj_weight.value.view(), k_proj_weight.value.view(),
+                           v_proj_weight.value.view(), in_proj_bias.value.view()));
   if (o.add_bias_kv) {
     s.extended_k = extended(s.k, bias_k.value.view());
     s.extended_v = extended(s.v, bias_v.value.view());
     s.k = s.extended_k.view(), s.v = s.extended_v.view();
   }
-
-  // Attention.
-  AttentionOptions& a = s.attention;
-  a.causal = call.causal;
-  a.window_left = o.window_left, a.window_right = o.window_right;
-  if (call.training) a.dropout = {o.dropout, call.seed, call.offset};
-  const bool band = o.window_left || o.window_right || o.alibi || call.causal == Causal::kBottomRight;
-  s.masks = masks_of(call, {.batch = s.of_q.batch,
-                            .heads = o.num_heads,
-                            .seqlen_q = s.of_q.seqlen,
-                            .seqlen_kv = s.of_kv.seqlen,
-                            .extra = o.add_bias_kv ? 1 : 0,
-                            .lengths_serve = !band,
-                            .dtype = o.dtype,
-                            .device = o.device});
-  a.mask = s.masks.mask, a.bias = s.masks.bias, a.kv_lengths = s.masks.kv_lengths;
-  if (o.add_zero_attn) s.sink = Array(DType::kFloat32, {o.num_heads}, o.device);  // a key of score 0 without a value
-  a.alibi_slopes = alibi_slopes_.view(), a.sink = s.sink.view();
-  a.cu_seqlens_q = s.of_q.cu_seqlens, a.cu_seqlens_kv = s.of_kv.cu_seqlens;
-  if (s.of_q.packed()) a.max_seqlen_q = s.of_q.seqlen, a.max_seqlen_kv = s.of_kv.seqlen;
-  s.out = Array::unset(o.dtype, {s.of_q.rows, w.q_size}, o.device);
+  set_options(s, call, alibi_slopes_.view());
+  s.out = Array::unset(o.dtype, {s.of_q.rows, o.num_heads * *o.head_dim}, o.device);
   s.lse = s.of_q.packed() ? Array::unset(DType::kFloat32, {o.num_heads, s.of_q.rows}, o.device)
                           : Array::unset(DType::kFloat32, {s.of_q.batch, o.num_heads, s.of_q.seqlen}, o.device);
-  attend(s.q, s.k, s.v, a, s.of_q.heads(s.out.view(), o.num_heads, *o.head_dim), s.lse.view());
+  attend(s.q, s.k, s.v, s.attention, s.of_q.heads(s.out.view(), o.num_heads, *o.head_dim), s.lse.view());
 
   Result result;
   result.out = like(query, o.embed_dim);
-  ops.linear(s.out.view(), out_proj_weight.value.view(),
-             {.bias = out_proj_bias.value.view(), .dropout = tail.dropout, .residual = tail.residual},
-             s.q_places.view(), rows_of(result.out), {});
+  ops_of(o.device).linear(s.out.view(), out_proj_weight.value.view(),
+                          {.bias = out_proj_bias.value.view(), .dropout = tail.dropout, .residual = tail.residual},
+                          s.q_places.view(), rows_of(result.out), {});
   if (call.need_weights) result.weights = weights_of(s, o, call.average_attn_weights);
   result.state = std::move(state);
   return result;

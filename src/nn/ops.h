@@ -9,11 +9,11 @@
 #include <memory>
 #include <string>
 
-// What layers are made of, on any device: the one seam between src/nn and the machines.  Shapes are [rows, features],
-// strides free with the last dimension contiguous.
+// What layers are made of, on any device: the only interface between src/nn and devices.  Shapes are [rows, features],
+// with any strides whose last dimension is contiguous.
 namespace fovea::nn {
 
-/// What a product's rows go through before they are stored, in this order; what is undefined or zero is left out.
+/// What is applied to the rows of a product before they are stored, in this order; undefined or zero: nothing.
 struct Finish {
   Tensor bias{};  ///< [columns]
   Activation activation = Activation::kNone;
@@ -23,8 +23,8 @@ struct Finish {
   [[nodiscard]] bool changes_gradient() const { return activation != Activation::kNone || dropout.probability > 0.0F; }
 };
 
-/// Tensors that AdamW changes, all fp32 and dense but `value`.  Where value is not the master's rounding somebody has
-/// written it since, and the master begins from it again.
+/// Tensors that AdamW changes, all fp32 and dense but `value`.  Where value is not the rounded master, it was written
+/// since, and the master starts from it again.
 struct AdamWStep {
   Tensor value{}, gradient{}, mean{}, variance{}, master{};  ///< no master where value is fp32
   float lr = 0.0F, beta1 = 0.0F, beta2 = 0.0F, eps = 0.0F, weight_decay = 0.0F;
@@ -122,7 +122,7 @@ class Ops {
   virtual void adamw(const AdamWStep& step) const = 0;
 };
 
-/// The device's.  Throws Error where the GPU is not there, or what its products need.
+/// The device's operations.  Throws Error where the GPU, or the library for its products, is missing.
 [[nodiscard]] const Ops& ops_of(const Device& device);
 
 /// attention_forward and attention_backward, with a workspace that the device's Ops allocate; nothing where all that

@@ -22,7 +22,7 @@ void check_same(const char* what, const char* a, std::int64_t in_a, const char* 
 std::optional<Extent> extent_of(const char* name, const Tensor& t, bool has_gradient) {
   if (t.rank == 0) return {};
   check_rank(name, t, 4, "[batch, num_q_heads, seqlen_q, seqlen_kv], 1 where it is broadcast");
-  // So are those expanded by a stride of 0, but where each entry has a gradient, or there is none.
+  // So are those expanded by stride 0, unless entries have gradients or the tensor is empty.
   const bool all = has_gradient || std::find(t.shape.begin(), t.shape.end(), 0) != t.shape.end();
   const auto own = [&](int axis) { return t.shape[axis] != 1 && (all || t.strides[axis] != 0); };
   return Extent{own(0), own(1), own(2), own(3)};

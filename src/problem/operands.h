@@ -4,7 +4,7 @@
 
 namespace fovea {
 
-/// What a plan reads of a call.
+/// The inputs of a plan, out of the arguments of a call.
 inline Inputs operands(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   Inputs in;
   in.q = q, in.k = k, in.v = v;

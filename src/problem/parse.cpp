@@ -10,7 +10,7 @@ namespace fovea {
 namespace {
 
 struct Row;
-using Value = std::optional<std::string>;  // what a token prints; nothing where the line does without it
+using Value = std::optional<std::string>;  // the value that is printed; none: the token is left out
 
 /// One word of the line: `name`, `name=value`, or a size such as `d128`.
 struct Token {
@@ -69,7 +69,7 @@ std::string quote(std::string_view text) {
   return quoted + (text.size() > kLongest ? "...'" : "'");
 }
 
-/// How many letters must change to make one word of the other.
+/// The Levenshtein distance.
 std::size_t distance(std::string_view a, std::string_view b) {
   std::vector<std::size_t> row(b.size() + 1);
   for (std::size_t j = 0; j <= b.size(); ++j) row[j] = j;
@@ -120,7 +120,7 @@ T word(const Token& token, const Word<T> (&words)[N], std::string_view text) {
   refuse("token ", quote(token.text), " must name one of ", list(words), suggestion(words, text));
 }
 
-/// Cuts the text before the separator off, and the separator with it.
+/// Removes the text up to the separator, and the separator, and returns the text.
 std::string_view next(std::string_view& text, char separator) {
   const std::size_t end = std::min(text.find(separator), text.size());
   const std::string_view head = text.substr(0, end);
@@ -148,7 +148,7 @@ void read(bool& target, const Token& token) {  // a flag; `=` and nothing after 
   target = true;
 }
 
-/// The value where it stands on the line.
+/// The value if the token is to be printed.
 Value when(bool said, std::string value) { return said ? Value(std::move(value)) : Value(); }
 Value when(bool said, float value) { return when(said, shortest(value)); }
 Value when(bool said, std::integral auto value) { return when(said, std::to_string(value)); }
@@ -291,7 +291,7 @@ std::string_view next_word(std::string_view& line) {
   return text;
 }
 
-/// What a line said, token by token.
+/// The tokens that a line has said.
 class Line {
  public:
   void read(std::string_view text, Problem& problem) {
@@ -324,7 +324,7 @@ class Line {
     refuse("token ", quote(said(name)), " contradicts ", quote(said(because_of)), "; leave one of them out");
   }
 
-  /// Names the token that a sentence of `validate` blames.
+  /// Throws an error of `validate` again, with the token that its sentence is about.
   [[noreturn]] void blame(const Error& error) const {
     const std::string_view sentence = error.what();
     std::size_t blamed = std::size(kRows);
@@ -358,7 +358,7 @@ class Line {
   std::array<std::string_view, std::size(kRows)> said_{};
 };
 
-/// Sizes the line leaves to others: defaults, and what the lengths of packed sequences tell.
+/// Checks that every size is given once, and fills in the defaults.
 void complete(const Line& line, Problem& p) {
   const auto has = [&](std::string_view name) { return !line.said(name).empty(); };
   if (has("packed")) {

@@ -5,7 +5,6 @@
 #include <cmath>
 
 namespace fovea {
-
 namespace {
 
 struct DTypeFacts {
@@ -45,7 +44,7 @@ namespace {
 double pairs(const Problem& p, double seqlen_q, double seqlen_kv) {
   if (!p.window_left && !p.window_right) return seqlen_q * seqlen_kv * (p.causal == Causal::kNone ? 1.0 : 0.5);
   const double offset = p.causal == Causal::kTopLeft ? 0.0 : seqlen_kv - seqlen_q;
-  const auto distance = [&](std::optional<std::int64_t> window) {  // a longer one sees no more
+  const auto distance = [&](std::optional<std::int64_t> window) {  // clipped: a longer one sees no more
     return std::min(static_cast<double>(window.value_or(std::int64_t{1} << 62)), seqlen_q + seqlen_kv);
   };
   const double begin = offset - distance(p.window_left);  // of row 0's keys, before they are clipped
@@ -53,7 +52,7 @@ double pairs(const Problem& p, double seqlen_q, double seqlen_kv) {
   const auto keys = [&](double i) {
     return std::clamp(i + end, 0.0, seqlen_kv) - std::clamp(i + begin, 0.0, seqlen_kv);
   };
-  // From row to row it grows, stays or shrinks evenly but where an end meets the first key or the last.
+  // The number of keys is linear in the row except where an end of the interval meets the first key or the last.
   std::array<double, 6> turns{0.0, -end, seqlen_kv - end, -begin, seqlen_kv - begin, seqlen_q};
   for (double& row : turns) row = std::clamp(row, 0.0, seqlen_q);
   std::sort(turns.begin(), turns.end());

@@ -26,19 +26,21 @@ template <typename... Parts>
   throw Error(ErrorCode::kInvalidArgument, sentence.str());
 }
 
-/// `wants`: "the plan is for".  There is one CPU, whatever its index.
+/// Refuses a tensor on another device; `wants`: "the plan is for".  There is one CPU, whatever its index.
 inline void check_device(const char* tensor, const Device& device, const char* wants, const Device& wanted) {
   if (device.kind == wanted.kind && (device.kind == DeviceKind::kCpu || device.index == wanted.index)) return;
   refuse(tensor, " is on ", name(device), " but ", wants, " ", name(wanted));
 }
 
-/// Runs a call of the public interface, whose every failure is an Error: memory that ran out as well.
+inline constexpr const char* kMemoryRanOut = "memory ran out; free some, or pose a smaller problem";
+
+/// Runs a call of the public interface, where running out of memory must be an Error too.
 template <typename Call>
 auto or_out_of_memory(const Call& call) {
   try {
     return call();
   } catch (const std::bad_alloc&) {
-    throw Error(ErrorCode::kOutOfMemory, "memory ran out; free some, or pose a smaller problem");
+    throw Error(ErrorCode::kOutOfMemory, kMemoryRanOut);
   }
 }
 
@@ -49,11 +51,16 @@ auto or_out_of_memory(const Call& call) {
   return {buffer.data(), end};
 }
 
-/// "700+1300+96".
+/// "700+1300+96" with separator "+".
 [[nodiscard]] inline std::string join(std::span<const std::int64_t> values, std::string_view separator) {
   std::string text;
   for (const std::int64_t value : values) text.append(text.empty() ? "" : separator).append(std::to_string(value));
   return text;
+}
+
+/// "[2, 128, 16, 64]".
+[[nodiscard]] inline std::string shape_text(const Tensor& tensor) {
+  return "[" + join({tensor.shape.data(), static_cast<std::size_t>(tensor.rank)}, ", ") + "]";
 }
 
 /// The sum, or the largest number there is where it does not fit.

@@ -22,7 +22,7 @@ void check_range(const Size& size, std::int64_t least, std::int64_t most) {
   if (size.value > most) refuse(size.name, " (", size.value, ") must be at most ", most);
 }
 
-/// Sizes of 0 count as 1, so that no product of some of the dimensions overflows either.
+/// Refuses tensors of more than kMaxElements.  A size of 0 counts as 1, so that products of the others fit as well.
 void check_product(const char* tensor, std::initializer_list<Size> sizes) {
   std::int64_t product = 1;
   for (const Size& size : sizes) {
@@ -59,7 +59,7 @@ void check_length(const char* field, std::size_t i, std::int64_t length, const c
   if (length > limit) refuse(field, "[", i, "] (", length, ") must be at most ", limit_name, " (", limit, ")");
 }
 
-/// What packed lengths must agree with: one a sequence, the longest and the total.
+/// Packed lengths must be one a sequence and agree with the longest and the total.
 void check_packed(const char* field, const Lengths& packed, std::int64_t batch, const Size& seqlen, const Size& total) {
   const auto& values = packed.values;
   if (values.empty()) {  // known at run time
@@ -80,7 +80,7 @@ void check_packed(const char* field, const Lengths& packed, std::int64_t batch, 
   }
 }
 
-/// Lengths lie within their sequence: the padded one, or the slot of a packed one.
+/// Lengths must lie within their sequence: the padded one, or the slot of a packed one.
 void check_lengths(const char* field, const Lengths& lengths, std::int64_t batch, const Size& seqlen,
                    const Lengths& packed) {
   const auto& values = lengths.values;
@@ -152,13 +152,9 @@ void validate(const Problem& p) {
 
 // ---- tensors
 
-std::string shape_text(const Tensor& t) {
-  return "[" + join({t.shape.data(), static_cast<std::size_t>(t.rank)}, ", ") + "]";
-}
-
 namespace {
 
-/// What a tensor may be.
+/// What a tensor is used for, and so what its strides may be.
 enum class Use {
   kInput,      // last dimension contiguous
   kBroadcast,  // an input whose last dimension may also have stride 0
@@ -174,7 +170,7 @@ void check_shape(const char* name, const Tensor& t, const Tensor& wanted) {
   }
 }
 
-/// No step leads to an element that a smaller step already reaches.
+/// Whether two elements share a place: sorted by stride, some dimension steps no further than the smaller ones reach.
 bool overlaps_itself(const Tensor& t) {
   std::array<int, Tensor::kMaxRank> order{0, 1, 2, 3};
   std::sort(order.begin(), order.end(), [&](int a, int b) { return t.strides[a] < t.strides[b]; });
@@ -227,7 +223,7 @@ void check(const char* name, const Tensor& t, const Tensor& wanted, Use use, Pre
   check_memory(name, t, use);
 }
 
-/// The tensors of a problem, without data; gradients are like what they are the gradient of.
+/// The tensors that a problem wants, without data.  A gradient has the shape and dtype of its tensor.
 struct Wanted {
   Tensor q, k, v, out, lse, mask, bias, alibi_slopes, sink;
 
@@ -274,7 +270,7 @@ struct Wanted {
     return Tensor::contiguous(nullptr, dtype, shape, device_);
   }
 
-  /// A mask may be there in full, by strides of 0, where the problem broadcasts it.
+  /// A mask expanded by strides of 0 counts as broadcast where the problem broadcasts it.
   [[nodiscard]] Tensor own_part(const Tensor& t) const {
     const std::array full{problem_.batch, problem_.num_q_heads, problem_.seqlen_q, problem_.seqlen_kv};
     Tensor own = t;
@@ -284,7 +280,7 @@ struct Wanted {
     return own.shape == mask.shape ? own : t;
   }
 
-  /// int32 [count] where the problem has it; true where its values are there to be checked, too.
+  /// int32 [count] where the problem has it.  True where its values can be checked, too: on the CPU.
   bool check_ints(const char* name, const Tensor& t, bool present, std::int64_t count) const {
     check(name, t, present ? dense(DType::kInt32, {count}) : Tensor{}, Use::kInput);
     return present && device_.kind == DeviceKind::kCpu;

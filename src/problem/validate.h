@@ -8,8 +8,8 @@
 namespace fovea {
 
 /// Throws Error(kInvalidArgument) unless the tensors are those of the problem: shapes, dtypes, device, contiguous last
-/// dimension, no element of an output written twice; on the CPU also the values of lengths and cu_seqlens.  Tensors of
-/// the other direction are not looked at.  After this nobody checks again.
+/// dimension, no two elements of an output in one place; on the CPU also the values of lengths and cu_seqlens.  Tensors
+/// of the other direction are ignored.  Nothing is checked again after this.
 void validate_forward(const Problem& problem, const Device& device, const Inputs& inputs, const Outputs& outputs);
 void validate_backward(const Problem& problem, const Device& device, const Inputs& inputs, const Outputs& outputs);
 
@@ -17,8 +17,5 @@ void validate_backward(const Problem& problem, const Device& device, const Input
 [[nodiscard]] std::vector<std::int64_t> read_lengths(const char* name, const Tensor& tensor, std::int64_t count);
 [[nodiscard]] std::vector<std::int64_t> read_cu_seqlens(const char* name, const Tensor& tensor, std::int64_t batch,
                                                         std::int64_t total);
-
-/// "[2, 128, 16, 64]".
-[[nodiscard]] std::string shape_text(const Tensor& tensor);
 
 }  // namespace fovea

@@ -1,4 +1,4 @@
-"""The error rule of docs/contract.md for results that come through the Python door.
+"""The error rule of docs/contract.md for results that come from the Python package.
 
 `Judged` gives a problem's hostile tensors, as PyTorch tensors over the memory of judge.cpp, and its verdict.
 """

@@ -147,7 +147,7 @@ def test_refusals_carry_the_library_s_sentence():
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-def test_no_sequences_and_no_heads_are_refused_as_by_the_other_doors(layout):
+def test_no_sequences_and_no_heads_are_refused_as_by_the_other_adapters(layout):
     given = dict(zip("qkv", arrays(layout)))
     for axis, name in ((0, "batch"), (2 if layout == "bshd" else 1, "num_q_heads")):
         none = {letter: array.take(jnp.arange(0), axis) for letter, array in given.items()}

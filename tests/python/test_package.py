@@ -89,11 +89,11 @@ assert torch.equal(call(q), fovea.attention(q, q, q)) and torch.equal(call(q), f
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 
-def test_every_door_takes_the_arguments_in_one_order():
+def test_every_adapter_takes_the_arguments_in_one_order():
     from fovea import _arguments, _arrays
-    from fovea.torch import _door
+    from fovea.torch import _adapter
 
-    for function in (fovea.attention, _arrays.attention, _door.attention):
+    for function in (fovea.attention, _arrays.attention, _adapter.attention):
         assert tuple(inspect.signature(function).parameters) == ("q", "k", "v", *_arguments.KEYWORDS)
 
 

@@ -1,5 +1,5 @@
 """Random problems out of the whole option space, each option with every other, judged by the error rule through the
-Python door: eager, and compiled with torch.compile(fullgraph=True)."""
+Python package: eager, and compiled with torch.compile(fullgraph=True)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TENSOR_OPTIONS = (
 
 
 def solve(judged: Judged, attention: Callable[..., Any], heads_first: bool) -> dict[str, torch.Tensor]:
-    """out, lse and every gradient that the problem wants, through the door."""
+    """out, lse and every gradient that the problem wants, through the package."""
     tensors = dict(judged.inputs)
     for name in GRADIENTS.values():
         if judged.backward and name in tensors:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fovea._arguments import extras, rules
 from fovea.nn import _explain, _fused, _masks
 from fovea.nn._packing import Packing, Rows, can_pack
-from fovea.torch import _door, _seeds
+from fovea.torch import _adapter, _seeds
 from fovea.torch._nested import check_lengths
 
 _LARGEST_HEAD_DIM = 512
@@ -93,7 +93,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         options |= self._options(q)
         if need_weights and options["dropout_p"]:
             options["seed"], options["offset"] = _seeds.draw(q.device)
-        out, lse = _door.attention(q, k, v, return_lse=True, **options)
+        out, lse = _adapter.attention(q, k, v, return_lse=True, **options)
         out = self.out_proj(out.flatten(2))
         weights = self._weights(q, k, lse, options, average_attn_weights) if need_weights else None
         return out if self.batch_first else out.transpose(0, 1), weights
@@ -147,7 +147,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if packing is not None:
             inputs = [packing.rows(inputs[0])] * 3
         q, k, v = self._project(*inputs)
-        out = self.out_proj(_door.attention(q, k, v, **options, **self._options(q)).flatten(1))
+        out = self.out_proj(_adapter.attention(q, k, v, **options, **self._options(q)).flatten(1))
         return out if packing is None else packing.pad(out)
 
     def _at_once(
@@ -211,7 +211,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             unit = torch.eye(count, dtype=q.dtype, device=q.device)
             values = F.pad(unit, (0, 0, first, keys - first - count))
             values = values[None, :, None].expand(batch, -1, self.num_heads, -1)
-            tile = _door.attention(q, k, values, **options)
+            tile = _adapter.attention(q, k, values, **options)
             tiles.append(tile.mean(2) if average else tile.transpose(1, 2))
         if self.add_zero_attn:
             zero = torch.exp(-lse).masked_fill(lse == -torch.inf, 1.0).to(q.dtype)  # all that a row without keys has

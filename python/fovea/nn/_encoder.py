@@ -11,7 +11,7 @@ from torch import Tensor
 from fovea.nn import _explain, _masks
 from fovea.nn._attention import MultiheadAttention
 from fovea.nn._packing import Packing, Rows, can_pack
-from fovea.torch._door import tracing
+from fovea.torch._adapter import tracing
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):

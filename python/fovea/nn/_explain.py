@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend
 import fovea
 from fovea._core import Report
 from fovea.nn import _fused, _masks
-from fovea.torch import _door
+from fovea.torch import _adapter
 
 if TYPE_CHECKING:
     from fovea.nn._attention import MultiheadAttention
@@ -164,7 +164,7 @@ def _heads(layer: MultiheadAttention, x: Tensor, more: int = 0) -> Tensor:
     else:
         batch, seqlen = (x.shape[0], x.shape[1]) if layer.batch_first else (x.shape[1], x.shape[0])
     shape = (batch, seqlen + more, layer.num_heads, layer.head_dim)
-    return torch.empty(shape, dtype=_door.dtype_under_autocast(x), device=x.device)
+    return torch.empty(shape, dtype=_adapter.dtype_under_autocast(x), device=x.device)
 
 
 def _learns(module: torch.nn.Module, x: Tensor) -> bool:

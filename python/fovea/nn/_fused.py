@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from fovea import _core
-from fovea.torch import _door, _seeds
+from fovea.torch import _adapter, _seeds
 
 if TYPE_CHECKING:
     from fovea.nn._attention import MultiheadAttention
@@ -52,14 +52,14 @@ def why_composed(
         or _has_any_global_hook()
     ):
         return "there are hooks on out_proj"
-    if _door.special(query, key, in_weight) or _door.special(query, key, out_proj.weight):
+    if _adapter.special(query, key, in_weight) or _adapter.special(query, key, out_proj.weight):
         return "a dispatch mode, a transform or a class of tensors has to see the operators"
     return ""
 
 
 def why_torch_multiplies(query: Tensor) -> str:
     """Why the one node is made of PyTorch's products; "" where one call of the compiled half makes them as well."""
-    dtype = _door.dtype_under_autocast(query)
+    dtype = _adapter.dtype_under_autocast(query)
     if not query.is_cuda:
         return f"the tensors are on {query.device}, not on a GPU"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -95,10 +95,10 @@ def attention(
         out_proj.weight,
         out_proj.bias,
     )
-    if _door.any_autocast() and torch.is_autocast_enabled(query.device.type):
+    if _adapter.any_autocast() and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
-        tensors = tuple(None if x is None else _door.as_autocast(x, dtype) for x in tensors)
-        others = _door.cast_bias(others, dtype)
+        tensors = tuple(None if x is None else _adapter.as_autocast(x, dtype) for x in tensors)
+        others = _adapter.cast_bias(others, dtype)
     return _Attention.apply((layer.num_heads, batch_first, others, call_rules, draws, packing), *tensors)[0]
 
 
@@ -136,7 +136,7 @@ class _Attention(torch.autograd.Function):
         return y, place
 
     @staticmethod
-    @_door.once
+    @_adapter.once
     def backward(ctx: Any, tensors: tuple[Tensor, ...], dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved, arrays = tensors[1:9], tensors[9:]
         heads, batch_first, call_rules, draws, packing = ctx.call

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fovea.torch._door import tracing
+from fovea.torch._adapter import tracing
 
 
 def options_of(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fovea import _core
-from fovea.torch._door import tracing
+from fovea.torch._adapter import tracing
 from fovea.torch._nested import check_jagged
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fovea.torch import _door
+from fovea.torch import _adapter
 from fovea.torch._sdpa import scaled_dot_product_attention
 
 _original = torch.nn.functional.scaled_dot_product_attention
@@ -131,7 +131,7 @@ def _why_not(query: Any, key: Any, value: Any, attn_mask: Any) -> str | None:
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         return "not all of query, key, value and attn_mask are tensors"
-    if not torch.compiler.is_compiling() and _door.in_transform(*tensors):
+    if not torch.compiler.is_compiling() and _adapter.in_transform(*tensors):
         return "a transform of torch.func or a forward-mode derivative, of which Fovea has none"
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"query is {query.dtype}, and Fovea takes float32, float16 and bfloat16"

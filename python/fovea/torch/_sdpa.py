@@ -10,7 +10,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from fovea import _core
 from fovea._arguments import rules
-from fovea.torch import _door
+from fovea.torch import _adapter
 from fovea.torch._ops import in_rows
 
 
@@ -47,16 +47,16 @@ def scaled_dot_product_attention(
     corner = "top_left" if is_causal else None
     if dropout_p == 1.0:  # every weight is dropped, as in PyTorch
         value, dropout_p = value * 0, 0.0
-    if attn_mask is None and _door.plainly_eager(query, key, value):
+    if attn_mask is None and _adapter.plainly_eager(query, key, value):
         call_rules = rules(scale, corner, None, None, 0.0, dropout_p, False, "bhsd", None, False)
         if dropout_p or query.requires_grad or key.requires_grad or value.requires_grad:
             if _core.regular(query, key, value):
-                return _door.run(query, key, value, None, call_rules, dropout_p)
+                return _adapter.run(query, key, value, None, call_rules, dropout_p)
         elif (out := _core.forward_regular(query, key, value, call_rules)) is not None:
             return out
-    _door.only_tensors(query=query, key=key, value=value)
+    _adapter.only_tensors(query=query, key=key, value=value)
     if attn_mask is not None:
-        _door.only_tensors(attn_mask=attn_mask)
+        _adapter.only_tensors(attn_mask=attn_mask)
         if is_causal:
             raise RuntimeError("Explicit attn_mask should not be set when is_causal=True; give one of the two")
         if type(attn_mask) is CausalBias:
@@ -113,7 +113,7 @@ def _attend(
             mask = attn_mask
         else:
             bias = attn_mask
-    return _door.attention(
+    return _adapter.attention(
         query,
         key,
         value,

@@ -3,14 +3,13 @@
 #include <sched.h>
 
 #include "cpu/flash/gradient_tile.h"
-#include "cpu/threads.h"
 
 // FlashAttention's backward (2205.14135, algorithm 4), parallel over the keys as in 2307.08691: a task owns a block of
 // keys with its dk and dv, and walks the row groups.  dq is added up without atomics, always in the order of the key
 // blocks: each row group has a ticket that says how many blocks have added, so the bits never depend on threads.
 namespace fovea::cpu::FOVEA_ISA {
 
-/// Of one row group.
+/// Floats of dq of one row group.
 template <Word kWord>
 inline i64 dq_floats(const FlashCall& call) {
   return kGroupRows * whole(call.head_dim, kWidth);
@@ -41,7 +40,7 @@ struct BackwardScratch {
   }
 };
 
-/// Waits until `ticket` reaches `turn`.  Whoever is waited for was claimed earlier, so it runs or has run.
+/// Waits until `ticket` reaches `turn`.  The tasks that it waits for were claimed earlier, so they run or have run.
 inline void await_turn(const std::int32_t* ticket, std::int32_t turn) {
   while (__atomic_load_n(ticket, __ATOMIC_ACQUIRE) != turn) sched_yield();
 }
@@ -61,7 +60,6 @@ class Backward {
     bytes_ = arena.used();
   }
 
-  /// Of workspace.
   [[nodiscard]] std::size_t workspace_bytes() const { return bytes_; }
 
   void run() {
@@ -76,11 +74,9 @@ class Backward {
   }
 
  private:
-  template <void (Backward::*kStep)(i64, int)>
+  template <auto kStep>
   void each(i64 tasks) {
-    run_tasks(
-        tasks, shape_.workers,
-        [](void* self, i64 index, int worker) { (static_cast<Backward*>(self)->*kStep)(index, worker); }, this);
+    run_steps<kStep>(*this, tasks, shape_.workers);
   }
 
   /// A row group of one sequence and one kv head.
@@ -94,8 +90,8 @@ class Backward {
     const i64 first_row = index * kGroupRows, left = call_.sequences[batch].q_rows * group_size() - first_row;
     const i64 rows = math::smaller(left, kGroupRows);
     if (rows <= 0) return {batch, kv_head, index, first_row, 0, {0, 0}};
-    return {batch,     kv_head, index,
-            first_row, rows,    {first_row / group_size(), (first_row + rows - 1) / group_size() + 1}};
+    const Interval queries{first_row / group_size(), (first_row + rows - 1) / group_size() + 1};
+    return {batch, kv_head, index, first_row, rows, queries};
   }
   [[nodiscard]] Group group_of_task(i64 index) const {
     const i64 head = index / shape_.max_groups;
@@ -158,18 +154,10 @@ class Backward {
     BackwardScratch<kWord> my = scratch(worker);
     [[maybe_unused]] const Tiles tiles;
     [[maybe_unused]] const FlushToZero flush;
-    const i64 padded = my.rows.q.padded, padded_v = my.rows.dout.padded;
-    my.k.pack(context, call_.k, keys, kv_head);
-    my.v.pack(context, call_.v, keys, kv_head);
-    if (my.k.any_bad) {
-      my.clean_k.pack(context, call_.k, keys, kv_head);
-      my.clean_k.clear_bad(keys.end - keys.begin);
-    } else {
-      my.clean_k = my.k;
-    }
-    my.k_columns.take(my.clean_k, keys.end - keys.begin);
-    for (i64 x = 0; x < whole(all.end - all.begin, kRowStep<kWord>) * padded; ++x) my.dk[x] = 0.0F;
-    for (i64 x = 0; x < whole(all.end - all.begin, kRowStep<kWord>) * padded_v; ++x) my.dv[x] = 0.0F;
+    pack_keys(my, context, keys, kv_head);
+    const i64 sums = whole(all.end - all.begin, kRowStep<kWord>);
+    for (i64 x = 0; x < sums * my.rows.q.padded; ++x) my.dk[x] = 0.0F;
+    for (i64 x = 0; x < sums * my.rows.dout.padded; ++x) my.dv[x] = 0.0F;
     for (i64 g = 0; g < group_size(); ++g) my.dslopes[g] = 0.0;
 
     const Interval rows = sequence.band.rows_of_keys(keys);
@@ -180,14 +168,31 @@ class Backward {
       }
     }
 
-    for (i64 j = all.begin; j < all.end; ++j) {
-      float *dk = my.dk + (j - all.begin) * padded, *dv = my.dv + (j - all.begin) * padded_v;
-      for (i64 c = 0; c < call_.head_dim; ++c) dk[c] *= call_.scale;
-      context.write_row(call_.dk, context.kv_row(call_.dk, j, kv_head), dk, call_.head_dim);
-      context.write_row(call_.dv, context.kv_row(call_.dv, j, kv_head), dv, call_.head_dim_v);
-    }
+    store_keys(my, context, all, kv_head);
     for (i64 g = 0; g < group_size() && call_.alibi; ++g) {
       dslopes_[(batch * call_.q_heads + kv_head * group_size() + g) * shape_.blocks + block] = my.dslopes[g];
+    }
+  }
+
+  void pack_keys(BackwardScratch<kWord>& my, const Context& context, Interval keys, i64 kv_head) const {
+    my.k.pack(context, call_.k, keys, kv_head);
+    my.v.pack(context, call_.v, keys, kv_head);
+    if (my.k.any_bad) {
+      my.clean_k.pack(context, call_.k, keys, kv_head);
+      my.clean_k.clear_bad(keys.end - keys.begin);
+    } else {
+      my.clean_k = my.k;
+    }
+    my.k_columns.take(my.clean_k, keys.end - keys.begin);
+  }
+
+  void store_keys(BackwardScratch<kWord>& my, const Context& context, Interval keys, i64 kv_head) const {
+    for (i64 j = keys.begin; j < keys.end; ++j) {
+      float* dk = my.dk + (j - keys.begin) * my.rows.q.padded;
+      for (i64 c = 0; c < call_.head_dim; ++c) dk[c] *= call_.scale;
+      context.write_row(call_.dk, context.kv_row(call_.dk, j, kv_head), dk, call_.head_dim);
+      context.write_row(call_.dv, context.kv_row(call_.dv, j, kv_head), my.dv + (j - keys.begin) * my.rows.dout.padded,
+                        call_.head_dim_v);
     }
   }
 
@@ -220,14 +225,15 @@ class Backward {
     __atomic_store_n(ticket, turn + 1, __ATOMIC_RELEASE);
   }
 
-  void add_tile(BackwardScratch<kWord>& my, const Context& context, Interval keys, i64 at) {
+  /// The same of one tile, whose keys are rows of k and v from `offset` on.
+  void add_tile(BackwardScratch<kWord>& my, const Context& context, Interval keys, i64 offset) {
     RowGroup<kWord>& rows = my.rows;
     const i64 count = keys.end - keys.begin;
     const bool any_bad = rows.any_bad || my.k.any_bad, floats = kWord == Word::kFloat || any_bad || call_.alibi;
     Interval seen[RowGroup<kWord>::kPanels];  // of the tile's keys
     for (i64 p = 0; p < rows.kPanels; ++p) {
       const Tile ds = rows.tile_of(rows.ds, p, keys);
-      const auto [first, end] = seen[p] = rows.recompute(p, context, keys, my.k, my.v, at, floats);
+      const auto [first, end] = seen[p] = rows.recompute(p, context, keys, my.k, my.v, offset, floats);
       if (seen[p].empty()) continue;
       if (call_.alibi) add_slope_gradient(my, context, ds, rows.panels[p]);
       if (call_.softcap > 0 && floats) {
@@ -237,8 +243,8 @@ class Backward {
       const Tile over_keys = kWord == Word::kPair ? Tile{rows.ds_over_keys, kPanelRows, keys} : ds;
       product_of_panel<kWord, PackedColumns<kWord>::kLayout, Init::kAdd>(  // dqᵀ += Kᵀ dSᵀ
           rows.panels[p],
-          {my.k_columns.at(at + first), my.k_columns.stride, over_keys.row(first / kPerWord<kWord>), over_keys.stride,
-           dq_of(my, p), kPanelRows, words_of<kWord>(end - first)},
+          {my.k_columns.at(offset + first), my.k_columns.stride, over_keys.row(first / kPerWord<kWord>),
+           over_keys.stride, dq_of(my, p), kPanelRows, words_of<kWord>(end - first)},
           call_.head_dim);
     }
     // The panels from the first to the last that see some keys.
@@ -256,13 +262,13 @@ class Backward {
         if (others.begin != panels.begin || others.end != panels.end) break;
       }
       end = math::smaller(end, count);
-      if (!panels.empty()) add_to_keys(my, panels, first, end - first, at);
+      if (!panels.empty()) add_to_keys(my, panels, first, end - first, offset);
     }
-    if (any_bad) add_bad_rows(my, context, keys, at);
+    if (any_bad) add_bad_rows(my, context, keys, offset);
   }
 
   /// dv += Pᵀ dout and dk += dSᵀ q of `count` keys of a tile, from `first` on, and some panels.
-  void add_to_keys(BackwardScratch<kWord>& my, Interval panels, i64 first, i64 count, i64 at) const {
+  void add_to_keys(BackwardScratch<kWord>& my, Interval panels, i64 first, i64 count, i64 offset) const {
     const RowGroup<kWord>& rows = my.rows;
     constexpr i64 kStep = kDepthStep<kWord> * kPerWord<kWord>;  // the panels' lanes, as whole words' depth
     const i64 lane = panels.begin * kPanelRows / kStep * kStep, last = panels.end - 1;
@@ -270,15 +276,15 @@ class Backward {
     const auto add = [&](const float* words, const PackedGroup<kWord>& group, float* to) {
       product_wide<kWord, ALayout::kRowMajor, Init::kAdd>(
           {words + first * rows.kWordStride + lane / kPerWord<kWord>, rows.kWordStride, group.from_row(lane),
-           group.padded, to + (at + first) * group.padded, group.padded, depth},
+           group.padded, to + (offset + first) * group.padded, group.padded, depth},
           count, group.padded / kWidth);
     };
     add(rows.p_words, rows.dout, my.dv);
     add(rows.ds_words, rows.q, my.dk);
   }
 
-  /// The entries whose row of q, k or dout is not finite, which the products saw as 0: only visible ones count.
-  void add_bad_rows(BackwardScratch<kWord>& my, const Context& context, Interval keys, i64 at) {
+  /// Adds what products left out, which saw rows of q, k and dout that are not finite as 0: visible entries only.
+  void add_bad_rows(BackwardScratch<kWord>& my, const Context& context, Interval keys, i64 offset) {
     const RowGroup<kWord>& rows = my.rows;
     const i64 size = bytes(call_.type);
     for (i64 x = 0; x < kGroupRows; ++x) {
@@ -288,16 +294,16 @@ class Backward {
       const i64 i = panel.query[lane], head = panel.head[lane];
       for (i64 j = keys.begin; j < keys.end; ++j) {
         const i64 r = j - keys.begin;
-        if (!(rows.q.bad[x] || rows.dout.bad[x] || my.k.bad[at + r]) || !context.visible(i, j, head)) continue;
+        if (!(rows.q.bad[x] || rows.dout.bad[x] || my.k.bad[offset + r]) || !context.visible(i, j, head)) continue;
         const float weight = rows.s[r * kGroupRows + x], ds = rows.ds[r * kGroupRows + x];
         const char *q = context.q_row(call_.q, i, head), *dout = context.q_row(call_.dout, i, head);
         const char* k = context.kv_row(call_.k, j, head / group_size());
         for (i64 c = 0; rows.dout.bad[x] && c < call_.head_dim_v; ++c) {
-          my.dv[(at + r) * rows.dout.padded + c] += weight * widen(dout + c * size, call_.type);
+          my.dv[(offset + r) * rows.dout.padded + c] += weight * widen(dout + c * size, call_.type);
         }
         for (i64 c = 0; c < call_.head_dim; ++c) {
-          if (rows.q.bad[x]) my.dk[(at + r) * rows.q.padded + c] += ds * widen(q + c * size, call_.type);
-          if (my.k.bad[at + r]) {
+          if (rows.q.bad[x]) my.dk[(offset + r) * rows.q.padded + c] += ds * widen(q + c * size, call_.type);
+          if (my.k.bad[offset + r]) {
             dq_of(my, x / kPanelRows)[c * kPanelRows + lane] += ds * widen(k + c * size, call_.type);
           }
         }
@@ -315,7 +321,7 @@ class Backward {
       my.dslopes[panel.head[lane] % group_size()] += static_cast<double>(total[lane]);
   }
 
-  /// dq of a row group, [panel][dim][lane], to where the caller wants it.
+  /// Writes dq of a row group, [panel][dim][lane].
   void store_dq(const BackwardScratch<kWord>& my, const Context& context, const Group& group, const float* dq) {
     const i64 padded = my.rows.q.padded, floats = dq_floats<kWord>(call_) / my.rows.kPanels;
     for (i64 p = 0; p * kPanelRows < group.rows; ++p) {
@@ -330,8 +336,7 @@ class Backward {
   }
 
   void sum_dslopes(i64 task, int /*worker*/) {
-    const i64 batch = task / call_.q_heads,
-              head = task % call_.q_heads;  // batch 0 stands for all where slopes are per head
+    const i64 batch = task / call_.q_heads, head = task % call_.q_heads;  // batch 0 is all, where slopes are per head
     double total = 0.0;
     for (i64 b = batch; b < (call_.slopes.per_batch ? batch + 1 : call_.batch); ++b) {
       const double* parts = dslopes_ + (b * call_.q_heads + head) * shape_.blocks;
@@ -351,7 +356,7 @@ class Backward {
     call_.dsink[head] = static_cast<float>(total);
   }
 
-  // ---- dbias: each task owns a tile of it (one entry long where broadcast) and adds up all that flows into it
+  // ---- dbias: each task owns a tile of it (one entry long where broadcast) and recomputes and sums its part of dS
 
   struct BiasTile {
     Interval batches, heads, rows, keys;

@@ -6,8 +6,8 @@
 #include "math/band.h"
 #include "math/views.h"
 
-// What the code compiled per instruction set is called with.  Plain values and pointers only: this header meets code
-// built for different instruction sets, so it must not bring in any function that the linker could share among them.
+// What the code compiled per instruction set is called with.  Plain values and pointers only: code for different
+// instruction sets includes this header, so it must not have any function that the linker could share among them.
 namespace fovea::cpu {
 
 using math::Interval;
@@ -46,8 +46,8 @@ struct ForwardShape {
   i64 max_rows = 0, block_rows = 0, blocks = 0, key_splits = 1;
   i64 piece_rows = 0, cut_blocks = 0;
   bool pairs = false;      // bf16 is multiplied as pairs
-  i64 row_lanes = 0;       // of few rows, which share a vector: the lanes that have a row's scores
-  i64 heads_a_task = 1;    // more where few threads read: heads mostly lie side by side, so keys are read as they lie
+  i64 row_lanes = 0;       // with few rows, which share a vector: the lanes that have a row's scores; else 0
+  i64 heads_a_task = 1;    // all with few rows and threads: heads mostly lie side by side, and keys are read in order
   i64 keys_per_split = 0;  // a multiple of the key block
   int workers = 1;
 };
@@ -59,12 +59,12 @@ struct BackwardShape {
   int workers = 1;
 };
 
-/// The door to the code of one instruction set.  Without a workspace, forward and backward only tell how many bytes of
-/// it they need.
+/// The functions of one instruction set.  With a null workspace, forward and backward only return how many bytes they
+/// need.
 struct FlashKernels {
   int panel_rows;  // rows that one panel of vectors holds
-  bool pairs;      // whether bf16 can be multiplied as it is, in pairs; all else is multiplied as floats
-  i64 float_rows;  // so few rows of bf16 are faster as floats than in pairs, which have to be put side by side
+  bool pairs;      // whether bf16 can be multiplied in pairs; all else is multiplied as floats
+  i64 float_rows;  // up to so many rows bf16 is faster as floats than in pairs, which have to be put side by side
   std::size_t (*forward)(const FlashCall&, const ForwardShape&, std::byte* workspace);
   std::size_t (*backward)(const FlashCall&, const BackwardShape&, std::byte* workspace);
   double (*multiply_add)(i64 rounds);        // runs independent FMAs, returns how many FLOPs that was
@@ -88,11 +88,11 @@ namespace amx {
 FlashKernels kernels();
 }
 
-// Multiples of 16, the keys that one draw of dropout bits spans, and of the rows that a product holds in registers.
+// Multiples of 16, the keys of a patch of dropout draws, and of the rows that a product holds in registers.
 inline constexpr i64 kKeyTile = 96;      // keys of one tile in the backward
 inline constexpr i64 kForwardKeys = 96;  // keys of one tile in the forward
 inline constexpr i64 kGroupRows = 96;    // rows of one tile in the backward; a multiple of every panel's rows
-/// Where few rows are asked: keys whose scores are made before their values are read, of all heads of a task.
+/// With few rows: keys whose scores are made before their values are read, of all heads of a task.
 inline constexpr i64 kJoinedKeys = 32;
 
 }  // namespace fovea::cpu

@@ -19,13 +19,12 @@ double run_multiply_adds(i64 rounds) {
   V sums[kAccumulators];
   for (V& sum : sums) sum = splat(1.0F);
   V factor = splat(0.999F), term = splat(0.001F);
-  asm volatile(""
-               : "+m"(factor), "+m"(term), "+m"(sums));  // values the compiler cannot know, so it cannot fold the loop
+  asm volatile("" : "+m"(factor), "+m"(term), "+m"(sums));  // now unknown to the compiler, which cannot fold the loop
   for (i64 i = 0; i < rounds; ++i) {
     FOVEA_UNROLL for (int a = 0; a < kAccumulators; ++a) sums[a] =
         kWord == Word::kFloat ? sums[a] * factor + term : multiply_add<kWord>(factor, term, sums[a]);
   }
-  asm volatile("" : : "m"(sums));  // the sums are wanted by nobody else
+  asm volatile("" : : "m"(sums));  // the compiler must not drop the sums
   return 2.0 * kWidth * kPerWord<kWord> * kAccumulators * static_cast<double>(rounds);
 }
 

@@ -2,15 +2,14 @@
 
 #include "cpu/flash/few_rows.h"
 #include "cpu/flash/scores.h"
-#include "cpu/threads.h"
 
 // FlashAttention's forward (2205.14135, algorithm 1; loop order of 2307.08691): a task owns a block of rows and walks
 // the keys. S, P and the running statistics of one panel stay in L1; nothing of size seqlen_q × seqlen_kv exists.  The
 // papers' m, which need not be the maximum here, is `reference`, in units of log2; their l is `sum_of_p`.
 namespace fovea::cpu::FOVEA_ISA {
 
-/// Keys that may be packed together, and the strips in which a panel goes through them.  As pairs, P of all strips
-/// stays in L1, and O is loaded and stored once for them all.
+/// Keys that are packed together, and the strips in which a panel walks them.  As pairs, P of all strips stays in L1,
+/// and O is loaded and stored once for all of them.
 template <Word kWord>
 inline constexpr i64 kPackedKeys = kWord == Word::kPair ? 2 * kForwardKeys : 4 * kForwardKeys;
 template <Word kWord>
@@ -19,7 +18,7 @@ inline constexpr i64 kStripKeys = kWord == Word::kPair ? kTileStrip : kForwardKe
 template <Word kWord>
 inline constexpr i64 kMaskKeys = kWord == Word::kPair ? kPackedKeys<kWord> : kStripKeys<kWord>;
 
-/// What one worker needs, whatever the task.
+/// The memory of one worker, for any task.
 template <Word kWord>
 struct ForwardScratch {
   i64 q_floats, o_floats;  // of a panel
@@ -39,7 +38,7 @@ struct ForwardScratch {
     const i64 count = math::larger(shape.block_rows / kPanelRows, shape.heads_a_task);
     i64 tile = kStripKeys<kWord> * kPanelRows, all = tile;
     if (shape.row_lanes > 0) {
-      const i64 rows = kWidth / shape.row_lanes;  // all that is kept of them lies side by side, and so in L1
+      const i64 rows = kWidth / shape.row_lanes;  // contiguous, so that they stay in L1
       q_floats = rows * RowVectors(call.head_dim).floats;
       o_floats = rows * RowVectors(call.head_dim_v).floats;
       all = math::larger(tile, shape.heads_a_task * kJoinedKeys * kPanelRows);
@@ -61,8 +60,8 @@ struct ForwardScratch {
   }
 };
 
-/// P V for values that are not finite: only rows that see them take part, so that 0 · NaN of a hidden entry never
-/// happens.  `at` says where O has an element of a lane's row.
+/// P V for values that are not finite, only for rows that see them, so that a hidden entry never gives 0 · NaN.
+/// at(c, lane): the place of element c of a lane's row in O.
 template <class At>
 inline void add_bad_values(float* o, const Tile& p, const bool* bad, const Panel& panel, const Context& context,
                            i64 kv_head, At&& at) {
@@ -81,15 +80,15 @@ inline void add_bad_values(float* o, const Tile& p, const bool* bad, const Panel
 /// is hardly ever rescaled.
 inline constexpr float kSlack = 8.0F, kMostWeight = 256.0F;
 
-/// What the softmax of a strip of scores goes by, and what it leaves.
+/// Inputs and results of the softmax of a strip of scores.
 struct SoftmaxOf {
   float scale;                            // of S
   float *reference, *sum_of_p, *rescale;  // [lane]
   const float* kept;                      // dropout factors, where there is dropout
-  float* pairs;                           // P as pairs of keys, where it is wanted so
+  float* pairs;                           // receives P as pairs of keys, if words are pairs
 };
 
-/// S becomes P = 2^(S · scale − base), with dropout, and adds up in `total`: kVectors of a panel's.
+/// S becomes P = 2^(S · scale − base), is added to `total`, and dropped out: the first kVectors vectors of a panel.
 template <Word kWord, int kVectors>
 FOVEA_INLINE void weigh(const Tile& s, const SoftmaxOf& of, bool keep_floats, const V (&base)[kVectors],
                         V (&total)[kVectors]) {
@@ -112,8 +111,8 @@ FOVEA_INLINE void weigh(const Tile& s, const SoftmaxOf& of, bool keep_floats, co
   }
 }
 
-/// S becomes P without a look at its largest scores: mostly the reference stays.  False where it has to move, or is not
-/// there yet; then S still is.
+/// S becomes P by the reference it has, without a search for larger scores.  False, and S unchanged, where the
+/// reference has to move or there is none yet.
 template <Word kWord, int kVectors>
 inline bool softmax_by_old_reference(const Tile& s, const SoftmaxOf& of) {
   V base[kVectors], total[kVectors] = {};
@@ -130,8 +129,8 @@ inline bool softmax_by_old_reference(const Tile& s, const SoftmaxOf& of) {
   return true;
 }
 
-/// The same for a strip of floats whose softmax sees S = K Qᵀ as it is: S becomes P while it is in registers.  Where it
-/// is false, S is not there.
+/// The same together with the product, where S = K Qᵀ needs nothing but its softmax: S becomes P in registers.  Where
+/// this returns false, S has not been stored.
 template <int kVectors>
 [[gnu::noinline]] bool weigh_product(const ProductArgs& args, i64 rows, const float* reference, float* sum_of_p) {
   V base[kVectors], top[kVectors] = {}, total[kVectors] = {};
@@ -151,7 +150,7 @@ template <int kVectors>
   return true;
 }
 
-/// S becomes P with dropout; reference and sum move on.  True where O has to be multiplied by `rescale`.
+/// S becomes P with dropout; updates reference and sum.  True where O has to be multiplied by `rescale`.
 template <Word kWord, int kVectors>
 inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats) {
   if (kWord == Word::kPair && !keep_floats && softmax_by_old_reference<kWord, kVectors>(s, of)) return false;
@@ -197,7 +196,7 @@ inline void write_row(const Context& context, i64 i, i64 head, float reference, 
   }
 }
 
-/// What a split over the keys leaves of a row: O, reference, sum.
+/// Floats of a split's partial result for a row: O, reference, sum.
 inline i64 partial_floats(const FlashCall& call) { return call.head_dim_v + 2; }
 
 template <Word kWord>
@@ -212,18 +211,13 @@ class Forward {
     bytes_ = arena.used();
   }
 
-  /// Of workspace.
   [[nodiscard]] std::size_t workspace_bytes() const { return bytes_; }
 
   void run() {
     const i64 blocks = heads() * shape_.blocks;
-    run_tasks(
-        blocks / shape_.heads_a_task * shape_.key_splits + shape_.cut_blocks * (pieces() - 1), shape_.workers,
-        [](void* self, i64 index, int worker) { static_cast<Forward*>(self)->attend_block(index, worker); }, this);
-    if (shape_.key_splits == 1) return;
-    run_tasks(
-        blocks, shape_.workers,
-        [](void* self, i64 index, int worker) { static_cast<Forward*>(self)->combine_block(index, worker); }, this);
+    const i64 tasks = blocks / shape_.heads_a_task * shape_.key_splits + shape_.cut_blocks * (pieces() - 1);
+    run_steps<&Forward::attend_block>(*this, tasks, shape_.workers);
+    if (shape_.key_splits > 1) run_steps<&Forward::combine_block>(*this, blocks, shape_.workers);
   }
 
  private:
@@ -231,8 +225,8 @@ class Forward {
     i64 batch, kv_head, first_row, rows;
   };
 
-  /// Blocks in the order of claiming: late rows first, which see the most under a causal rule; then heads, which mostly
-  /// lie in the same pages.
+  /// Block `index` in the order in which they are claimed: late rows first, which see the most under a causal rule; of
+  /// equal rows all heads, which mostly lie in the same pages.
   [[nodiscard]] Block block(i64 index, i64 splits, i64 heads_a_task) const {
     const i64 heads = this->heads() / heads_a_task, whole = heads * shape_.blocks * splits - shape_.cut_blocks;
     i64 first = 0, most = shape_.block_rows;  // of the block's rows
@@ -246,7 +240,7 @@ class Forward {
     const i64 rows = call_.sequences[batch].q_rows * group() - first;
     return {batch, head % call_.kv_heads, first, math::smaller(rows, most)};
   }
-  /// What panel p of a task holds: some of its rows, or a head.
+  /// The rows of panel p of a task: a part of its rows, or a head.
   [[nodiscard]] Block panel_of(const Block& block, i64 p) const {
     if (shape_.heads_a_task > 1) return {block.batch, block.kv_head + p, block.first_row, block.rows};
     return {block.batch, block.kv_head, block.first_row + p * kPanelRows, block.rows - p * kPanelRows};
@@ -297,7 +291,7 @@ class Forward {
     for (i64 p = 0; p < panels; ++p) store_panel(my, p, context, panel_of(block, p), split);
   }
 
-  /// All panels of a task against its keys, either where the caller keeps these or packed.  False if O is not finite.
+  /// All panels of a task against its keys, which are read in place or packed.  False where, in place, O is not finite.
   bool attend_keys(ForwardScratch<kWord> my, const Context& context, const Block& block, i64 panels, Interval keys,
                    bool in_place) {
     for (i64 x = 0; x < panels * my.o_floats; x += kWidth) store(my.o + x, V{});
@@ -310,7 +304,7 @@ class Forward {
       end = math::smaller((j / step + 1) * step, keys.end);  // the same cuts wherever a task's keys begin
       const Interval tile{j, end};
       if (few_rows()) {
-        // Heads between whose keys others lie are read together.
+        // Heads whose keys alternate in memory are read together.
         const i64 together = in_place && call_.k.head < call_.k.row && call_.v.head < call_.v.row ? panels : 1;
         for (i64 h = 0; h < panels; h += together)
           attend_few(my, {h, h + together}, context, tile, block.kv_head, in_place);
@@ -340,13 +334,13 @@ class Forward {
            call_.keep_threshold == 65536;
   }
 
-  /// Where a mask or a bias is read, it is so in longer pieces of its rows.
+  /// More at a time with a mask or bias, whose rows are then read in longer pieces.
   [[nodiscard]] i64 packed_keys() const {
     return kWord == Word::kPair || has_entries() ? kPackedKeys<kWord> : kForwardKeys;
   }
 
-  /// Whether keys and values are multiplied where the caller keeps them: the rows of the block share a vector, so each
-  /// is read once, and packing would cost more than it gives.  Values that are not finite show in O.
+  /// Whether keys and values are multiplied in the caller's memory: where the rows of the block share a vector each is
+  /// read once, and packing would cost more than it saves.  Values that are not finite show in O.
   [[nodiscard]] bool can_stay(const Block& block, Interval keys) const {
     if (few_rows()) return call_.head_dim >= kWidth && call_.head_dim_v >= kWidth;
     constexpr i64 kStep = kDepthStep<kWord> * kPerWord<kWord>;
@@ -373,12 +367,12 @@ class Forward {
     }
   }
 
-  /// Keys or values of some heads of a task for its few rows, where the caller keeps them or packed.
+  /// Keys or values of some heads of a task for its few rows, in place or packed.
   [[nodiscard]] FewRows few_rows_of(const ForwardScratch<kWord>& my, const RowView& view,
                                     const PackedRows<kWord>& packed, const Context& context, Interval heads,
                                     Interval keys, i64 first_head, bool in_place) const {
     const i64 count = heads.end - heads.begin, key_bytes = count * packed.dim * bytes(call_.type);
-    const i64 ahead = count > 1 ? 8192 : 16384;  // bytes of what is read; one head lies in pieces
+    const i64 ahead = count > 1 ? 8192 : 16384;  // bytes to prefetch; more for one head, whose rows lie apart
     FewRows few{context.kv_row(view, keys.begin, first_head + heads.begin),
                 view.row,
                 view.head,
@@ -398,7 +392,7 @@ class Forward {
     return few;
   }
 
-  /// Few rows of some heads against some keys, all of them or one head whose keys and values are packed.
+  /// Few rows of some heads against some keys: all heads in place, or one whose keys and values are packed.
   void attend_few(ForwardScratch<kWord>& my, Interval heads, const Context& context, Interval keys, i64 first_head,
                   bool in_place) {
     const Panel& first = my.panels[heads.begin];
@@ -448,7 +442,7 @@ class Forward {
     return with_vectors(panel, [&]<int kVectors>() { return online_softmax<kWord, kVectors>(whole, of, floats); });
   }
 
-  /// The first of some panels of queries against the keys that are packed.
+  /// The first of some panels against the packed keys.
   void attend(ForwardScratch<kWord>& my, Interval panels, const Context& context, Interval packed, i64 kv_head) {
     const i64 p = panels.begin;
     const Panel& panel = my.panels[p];
@@ -468,7 +462,7 @@ class Forward {
       first = end;
     };
     MaskWords<kMaskKeys<kWord>> masks{my.mask, panel, context, keys};
-    // While keys [from, to) are multiplied: their share of the lanes, of what is read after this span of keys.
+    // Prefetches, while keys [from, to) are multiplied, their share of the entries after this span of keys.
     const auto fetch = [&](const EntryView& view, i64 entry_bytes, i64 span, i64 from, i64 to)
         __attribute__((always_inline)) {
       const i64 begin = from - (from - keys.begin) % span, end = math::smaller(begin + span, keys.end);
@@ -545,7 +539,7 @@ class Forward {
     }
   }
 
-  /// Puts together what the splits of each row left, in their order.
+  /// Combines the partial results of the splits of each row, in their order.
   void combine_block(i64 index, int worker) {
     const Block block = this->block(index, 1, 1);
     const Context context{call_, call_.sequences[block.batch], block.batch};

@@ -6,12 +6,12 @@
 // dS = P ∘ (dP − delta) from dout and v (2205.14135, algorithm 4).
 namespace fovea::cpu::FOVEA_ISA {
 
-/// dS, which is 0 where hidden, although tanh may be NaN there.
+/// dS before the softcap; 0 where hidden, although tanh may be NaN there.
 FOVEA_INLINE V before_softcap(V gradient, const float* tanh) {
   return gradient == V{} ? V{} : gradient * (splat(1.0F) - load(tanh) * load(tanh));
 }
 
-/// Statistics of the rows that the backward reads again and again, by (kv head, row group, lane).
+/// Row statistics of the backward, [kv head][row group][lane].
 struct RowStats {
   float* log2_lse;  // +infinity where a row sees nothing, so that its P is 0
   float* delta;     // Σ dout·out − dlse: dS = P ∘ (dP − delta)
@@ -50,7 +50,7 @@ struct PackedGroup {
   [[nodiscard]] float* from_row(i64 lane) const { return over_rows + lane / kPerWord<kWord> * padded; }
 };
 
-/// A group of kGroupRows rows and what a tile of keys makes of them: P with dropout, and dS.
+/// A group of kGroupRows rows, and P (with dropout) and dS of it and a tile of keys.
 template <Word kWord>
 struct RowGroup {
   static constexpr i64 kPanels = kGroupRows / kPanelRows, kWordStride = kGroupRows / kPerWord<kWord>;
@@ -110,14 +110,13 @@ struct RowGroup {
     return {data + panel * kPanelRows, kGroupRows, keys};
   }
 
-  /// Keys of a tile that a band may hide together.
+  /// Keys of a strip, which is skipped where it is hidden.
   static constexpr i64 kStrip = kWord == Word::kPair ? kTileStrip : kKeyTile / 2;
 
-  /// One panel against keys [keys), which are the rows of k and v from `at`.  Returns the strips of them that the panel
-  /// may see; of the others P and dS are 0.  dS is the gradient of the scores after softcap in `ds`, and in the words
-  /// of pairs before it.
+  /// P and dS of one panel and `keys`, rows of k and v from `offset` on.  Returns the part of the keys that the panel
+  /// may see; of the others P and dS are 0.  dS is that of the scores after the softcap, in words of pairs before it.
   Interval recompute(i64 p, const Context& context, Interval keys, const PackedRows<kWord>& k,
-                     const PackedRows<kWord>& v, i64 at, bool floats) {
+                     const PackedRows<kWord>& v, i64 offset, bool floats) {
     const Panel& panel = panels[p];
     MaskWords<kKeyTile> masks{mask, panel, context, keys};
     const bool entries = context.call.mask.data != nullptr || context.call.bias.data != nullptr;
@@ -143,14 +142,15 @@ struct RowGroup {
       const i64 slice = entries ? kSlice<kWord> : scores.rows();
       for (i64 r = 0; r < scores.rows(); r += slice) {
         if (entries)
-          fetch_next_tile(panel, context, {keys.begin - at, keys.begin - at + k.count}, keys, first + r,
+          fetch_next_tile(panel, context, {keys.begin - offset, keys.begin - offset + k.count}, keys, first + r,
                           first + r + slice);
         product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(  // S = K Qᵀ
-            panel, {k.row(at + first + r), k.stride, q.column(p), kPanelRows, scores.row(r), scores.stride, q.words},
+            panel,
+            {k.row(offset + first + r), k.stride, q.column(p), kPanelRows, scores.row(r), scores.stride, q.words},
             math::smaller(slice, scores.rows() - r));
       }
       product_of_panel<kWord, ALayout::kRowMajor, Init::kZero>(  // dP = V doutᵀ
-          panel, {v.row(at + first), v.stride, dout.column(p), kPanelRows, dp.data, dp.stride, dout.words},
+          panel, {v.row(offset + first), v.stride, dout.column(p), kPanelRows, dp.data, dp.stride, dout.words},
           scores.rows());
       weigh_strip(p, context, scores, dp, state, masks.of(strip), first, floats);
     }
@@ -158,8 +158,8 @@ struct RowGroup {
   }
 
  private:
-  /// While keys [from, to) of a tile are multiplied: their share of what the panel reads of the block's next tile, or
-  /// the row group after this one of its first.
+  /// Prefetches, while keys [from, to) of a tile are multiplied, their share of the entries of the block's next tile,
+  /// or after the last one of the first tile and the next row group.
   FOVEA_INLINE static void fetch_next_tile(const Panel& panel, const Context& context, Interval block, Interval keys,
                                            i64 from, i64 to) {
     const FlashCall& call = context.call;
@@ -229,7 +229,7 @@ struct RowGroup {
     }
   }
 
-  /// Of the words, too, up to a whole depth.
+  /// Zeros for P and dS of a strip, as words up to a whole depth.
   void clear_strip(i64 p, Interval keys, i64 first, bool floats) {
     if (kWord == Word::kFloat || floats) {
       const Tile gradients = tile_of(ds + first * kGroupRows, p, keys);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cpu/flash/product.h"
+#include "cpu/threads.h"
 
 // A panel: as many rows as kPanelVectors vectors have lanes.  A row is one query of one head; the rows of a kv head's
 // group are numbered query first, so that grouped heads share the keys and values they read.
@@ -40,6 +41,13 @@ class Arena {
   std::size_t used_ = 0;
 };
 
+/// Runs kStep(index, worker) of a pass for every task.
+template <auto kStep, class Pass>
+void run_steps(Pass& pass, i64 tasks, int workers) {
+  const auto step = [](void* of, i64 index, int worker) { (static_cast<Pass*>(of)->*kStep)(index, worker); };
+  run_tasks(tasks, workers, step, &pass);
+}
+
 /// Row r is query r / group of head first_head + r % group.  `parts` lanes next to each other hold a row: its scores in
 /// each of them.
 struct RowMap {
@@ -47,9 +55,8 @@ struct RowMap {
 };
 
 struct alignas(64) Panel {
-  float slope[kPanelRows];  // ALiBi, in units of log2
-  std::uint32_t draw_key[kPanelRows], draw_row[kPanelRows],
-      draw_column[kPanelRows];  // dropout stream; row patch folded in
+  float slope[kPanelRows];                                                            // ALiBi, in units of log2
+  std::uint32_t draw_key[kPanelRows], draw_row[kPanelRows], draw_column[kPanelRows];  // of dropout, rows folded in
   i64 query[kPanelRows], head[kPanelRows];
   Interval queries;  // of the real rows
   i64 lanes;         // that hold real rows; those past them see nothing and are never stored

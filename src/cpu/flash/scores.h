@@ -37,8 +37,8 @@ struct Distance {
   FOVEA_INLINE V at(i64 r, int lane) const { return absolute(load(base + lane) - splat(static_cast<float>(r))); }
 };
 
-/// Calls put(word, lane offset, vector) for a mask or bias under a tile as words of 4 / entry_bytes keys, lane by lane.
-/// Lanes without a row repeat the last that has one.
+/// Reads the part of a mask or bias under a tile as words of 4 / entry_bytes keys, and calls put(word, first lane,
+/// vector of lanes) for each.  Lanes without a row repeat the last row.
 template <class Put>
 FOVEA_INLINE void gather(const Panel& panel, const Context& context, const EntryView& view, i64 entry_bytes,
                          Interval keys, Put&& put) {
@@ -76,7 +76,7 @@ inline void read_mask(float* words, const Panel& panel, const Context& context, 
          [&](i64 word, i64 lane, V x) { store(words + word * kPanelRows + lane, x); });
 }
 
-/// The same, read kKeys at a time.
+/// The same for a walk over strips of keys, read kKeys at a time.
 template <i64 kKeys>
 struct MaskWords {
   float* words;  // [key / 4][kPanelRows]
@@ -85,7 +85,7 @@ struct MaskWords {
   Interval keys;
   i64 read = 0;  // keys
 
-  /// False if all of it is 0.  Strips come one after another, some of them perhaps not at all.
+  /// Whether the strip has a visible entry.  Strips are asked for in ascending order; some may be left out.
   [[nodiscard]] bool shows(Interval strip) {
     const i64 begin = (strip.begin - keys.begin) / kKeys * kKeys;
     if (read <= begin) {
@@ -114,8 +114,8 @@ inline void add_bias(const Tile& s, const Panel& panel, const Context& context, 
   });
 }
 
-/// Asks memory for what lies in a mask or bias under some lanes of a panel, or so many rows later.  Into L2: rows that
-/// lie a power of two apart would drive each other out of L1.
+/// Prefetches the mask or bias of some lanes of a panel, or of the rows `later`, to L2: rows that are a power of two
+/// apart would evict each other from L1.
 FOVEA_INLINE void fetch_entries(const Panel& panel, const Context& context, const EntryView& view, i64 entry_bytes,
                                 Interval keys, Interval lanes, i64 later = 0) {
   if (view.key != entry_bytes || view.query == 0) return;
@@ -125,7 +125,7 @@ FOVEA_INLINE void fetch_entries(const Panel& panel, const Context& context, cons
   }
 }
 
-/// Rows of S between two parts of what is fetched.
+/// Keys of S between two prefetches.
 template <Word kWord>
 inline constexpr i64 kSlice = kWord == Word::kPair ? 16 : 8;
 
@@ -144,7 +144,7 @@ inline void hide_outside_band(const Tile& s, const Panel& panel, const Context& 
   });
 }
 
-/// Scores past a tile's last key, up to a whole depth of pairs, are none.
+/// Hides scores past a tile's last key, up to a whole depth of pairs.
 template <Word kWord>
 inline Tile hide_past_end(Tile s) {
   if constexpr (kWord == Word::kPair) {
@@ -155,8 +155,8 @@ inline Tile hide_past_end(Tile s) {
   return s;
 }
 
-/// S from the product becomes what the softmax sees, but for the factor that is returned.  `mask` is of its
-/// keys; `tanhs`, where the backward wants it, receives softcap's tanh.
+/// The product's S becomes the scores of the softmax, except for a factor that is returned.  `mask`: words of its keys;
+/// `tanhs`, unless null, receives softcap's tanh for the backward.
 template <Word kWord>
 inline float finish_scores(const Tile& s, const Panel& panel, const Context& context, math::TileState state,
                            const float* mask, float* scratch, const Tile* tanhs) {
@@ -200,9 +200,9 @@ inline bool shares_patches(const Panel& panel, int lane) {
   return true;
 }
 
-/// The dropout factor of every entry, 0 or 1 / kept probability, to z[key][kPanelRows].  keys.begin is a multiple of
-/// 16; rows up to the next multiple of 16 are written.  One call of Philox serves keys j and j + 8, and where they lie
-/// so rows i and i + 8.
+/// Writes the dropout factor of every entry, 0 or 1 / kept probability, to z[key][kPanelRows].  keys.begin is a
+/// multiple of 16, and keys up to the next multiple of 16 are written.  One call of Philox serves keys j and j + 8, and
+/// rows i and i + 8 if lanes are ordered so.
 inline void dropout_factors(float* z, const Panel& panel, const Context& context, Interval keys) {
   const V kept = splat(65536.0F / static_cast<float>(context.call.keep_threshold));
   const VI threshold = splat(static_cast<std::int32_t>(context.call.keep_threshold));

@@ -120,7 +120,7 @@ const char* name(Source source) {
 }
 
 std::string target_of(const KernelRequest& request) {
-  return "sm_" + std::to_string(request.arch) + (request.own ? "a" : "");
+  return "sm_" + std::to_string(request.arch) + (request.arch_specific ? "a" : "");
 }
 
 std::string content_key(const KernelRequest& request) {

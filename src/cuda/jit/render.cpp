@@ -55,7 +55,7 @@ KernelRequest render(const Template& kernel, const std::vector<Field>& fields, c
   KernelRequest request{.name = function,
                         .unit = {},
                         .arch = arch,
-                        .own = kernel.own,
+                        .arch_specific = kernel.arch_specific,
                         .threads = kernel.threads,
                         .shared_bytes = kernel.shared_bytes};
   std::string values, dim;
@@ -67,7 +67,7 @@ KernelRequest render(const Template& kernel, const std::vector<Field>& fields, c
                       (field.name == "head_dim_v" ? field.literal != dim : field.literal != usual.at(i).literal);
     if (told) request.name += "_" + field.word;
   }
-  if (kernel.own && std::getenv("FOVEA_RACECHECK") != nullptr) request.unit = "#define FOVEA_RACECHECK\n";
+  if (kernel.arch_specific && std::getenv("FOVEA_RACECHECK") != nullptr) request.unit = "#define FOVEA_RACECHECK\n";
   request.unit += "#include \"" + std::string(kernel.header) + "\"\n\nnamespace fovea::cuda {\n\n" +
                   std::string(kernel.text) + "constexpr " + spec + " kSpec{\n" + values +
                   "};\n\nextern \"C\" __global__ __launch_bounds__(" + std::to_string(kernel.threads) + ", " +

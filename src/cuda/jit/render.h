@@ -12,16 +12,16 @@ namespace fovea::cuda::jit {
 
 /// A kernel template of the device text, and how its blocks look.
 struct Template {
-  std::string_view function;  ///< "forward": template <ForwardSpec S> __device__ void forward(const ForwardParams&)
-  std::string_view header;    ///< "cuda/kernels/forward.cuh"
-  std::string_view spec;      ///< "ForwardSpec"
-  std::string_view params;    ///< "ForwardParams"
-  int threads = 128;          ///< of a block
-  int min_blocks = 1;         ///< on a multiprocessor at once
-  int cluster = 1;            ///< blocks that run together
-  int shared_bytes = 0;       ///< dynamic
-  std::string_view text{};    ///< that the template needs beside its header
-  bool own = false;           ///< `KernelRequest::own`
+  std::string_view function;   ///< "forward": template <ForwardSpec S> __device__ void forward(const ForwardParams&)
+  std::string_view header;     ///< "cuda/kernels/forward.cuh"
+  std::string_view spec;       ///< "ForwardSpec"
+  std::string_view params;     ///< "ForwardParams"
+  int threads = 128;           ///< of a block
+  int min_blocks = 1;          ///< on a multiprocessor at once
+  int cluster = 1;             ///< blocks that run together
+  int shared_bytes = 0;        ///< dynamic
+  std::string_view text{};     ///< that the template needs beside its header
+  bool arch_specific = false;  ///< `KernelRequest::arch_specific`
 };
 
 struct Field {

@@ -11,12 +11,12 @@ namespace fovea::cuda::jit {
 
 /// A kernel to be had: what `render` makes of a spec.
 struct KernelRequest {
-  std::string name;      ///< for people: forward_bf16_d128_band
-  std::string unit;      ///< the source to compile, whole but for the embedded headers it includes
-  int arch = 0;          ///< 90 for sm_90
-  bool own = false;      ///< made of what no later architecture has: for sm_90a
-  int threads = 0;       ///< of a block, and
-  int shared_bytes = 0;  ///< what it is launched with, for reports: the key does not know them
+  std::string name;            ///< for people: forward_bf16_d128_band
+  std::string unit;            ///< the source to compile, whole but for the embedded headers it includes
+  int arch = 0;                ///< 90 for sm_90
+  bool arch_specific = false;  ///< uses what only this architecture has: compiled for sm_90a, not sm_90
+  int threads = 0;             ///< of a block, and
+  int shared_bytes = 0;        ///< what it is launched with, for reports: the key does not know them
 };
 
 /// The kernel of every unit.

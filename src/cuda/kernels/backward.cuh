@@ -3,19 +3,19 @@
 #include "cuda/kernels/gradient_tile.cuh"
 
 // FlashAttention's backward (2205.14135, algorithm 4; 2307.08691, algorithm 2): a block owns block_n keys of a kv head
-// and walks the rows of all heads that read them.  P and dS meet the other products in shared memory; dk and dv stay in
-// registers; dq leaves as additions to dq_sum, which `backward_queries` turns into dq.
+// and walks the rows of all heads that read them.  P and dS reach the other products through shared memory; dk and dv
+// stay in registers; dq is added to dq_sum, which `backward_queries` turns into dq.
 namespace fovea::cuda {
 
-// dq_sum holds, tile by tile of rows, the pieces of 16 × 8 of the warps' shares, each as its accumulators: lane by lane
-// where four floats are added at once, else entry by entry, so that a warp's additions always meet 128 bytes in a row.
+// dq_sum holds, tile by tile of rows, the 16 × 8 pieces of the warps' shares, each as accumulators: lane by lane where
+// four floats are added at once, else entry by entry, so that each addition of a warp covers contiguous memory.
 #if __CUDA_ARCH__ >= 900
 inline constexpr bool kVectorReduction = true;
 #else
 inline constexpr bool kVectorReduction = false;
 #endif
 
-/// kKeep: L2 is to keep it before all else.
+/// Adds a warp's accumulators to a piece of dq_sum.  kKeep: L2 is to keep it rather than other data.
 template <bool kKeep = false>
 FOVEA_DEVICE void reduce(float* piece, const Accumulator& c) {
 #if __CUDA_ARCH__ >= 900
@@ -52,13 +52,13 @@ struct Step {
   }
 };
 
-/// What a block is for.  Blocks: heads abreast × lines × the rest of kv heads × batch.  Lines are a kv head's key
-/// blocks, and before them, where blocks end dq, those that end that of the kv head p.dq_lag turns before; so many
-/// turns more have no kv head of their own.  Of packed sequences a kv head's turn has the slots of all (`PackedBlock`).
-/// Early keys, which most rows see under a causal rule, come first; where dq is added up in order they come last, so
-/// that a block's first tile waits for nobody.
+/// What a block of the grid works on.  Blocks: heads abreast × lines × the rest of kv heads × batch.  Lines are a kv
+/// head's key blocks, and before them, where blocks end dq, those that convert dq of the kv head p.dq_lag turns
+/// earlier; the last p.dq_lag turns have no kv head of their own.  With packed sequences a kv head's turn has the slots
+/// of all of them (`PackedBlock`).  Early keys, which most rows see under a causal rule, come first; where dq is added
+/// up in order they come last, so that a block's first tile does not wait.
 struct BlockTask {
-  int turn;  // of the kv head among those of all sequences, of which packed ones are one
+  int turn;  // of the kv head among those of all sequences; packed sequences count as one
   int batch, kv_head;
   int key_block, part;  // of its keys, or of its dq; the other one is −1
 
@@ -78,19 +78,19 @@ struct BlockTask {
   FOVEA_DEVICE bool exists(const BackwardParams& p) const { return turn >= 0 && turn < p.batch * p.kv_heads; }
 };
 
-/// Which keys a block has, and the tiles of rows that see them, head by head.  It lies in shared memory and is kept by
-/// a few (`keeps`): asked a few times a tile, it is not worth the registers of all.  kSteps: it writes so many before
-/// it takes the first one's place again.  kPoints: a step says where its rows are.
+/// A block's keys and its walk over the tiles of rows that see them, head by head.  It lies in shared memory and is
+/// updated by a few threads (`keeps`), because it is read too rarely to be worth registers of all.  kSteps: the length
+/// of its ring of steps.  kPoints: steps have pointers to their rows.
 template <BackwardSpec S, int kSteps = 4, bool kPoints = true>
 struct Walk {
   Sequence sequence;
   int key_block, kv_head;
-  int first_head, end_head;  // that read the keys; none where no row sees them
-  int first, end;            // tiles
+  int first_head, end_head;  // query heads that read the keys; none where no row sees them
+  int first, end;            // tiles of rows that see some of the keys
   int first_full, end_full;
   Step steps[kSteps];
-  int window_head, window;  // tiles that were looked up in the mask: 32 of a head
-  u32 some, whole;          // those of which something is seen, and everything
+  int window_head, window;  // the head and first of 32 tiles that were looked up in the mask
+  u32 some, whole;          // of these, the ones that see something, and everything
   // Of dq_sum, where blocks end dq: the first one of the kv head, and each step's.
   int first_dq_tile, dq_tiles[S.ends_dq ? kSteps : 1];
 
@@ -100,7 +100,7 @@ struct Walk {
     if constexpr (S.ends_dq) first_dq_tile = DqPlaces{p}.first_tile(task.turn);
   }
 
-  /// The tiles that see the block's keys.
+  /// Finds the tiles that see the block's keys.
   FOVEA_DEVICE void begin(const BackwardParams& p) {
     const Band& band = sequence.band;
     const Interval keys{key_block * S.block_n, (key_block + 1) * S.block_n};
@@ -116,7 +116,7 @@ struct Walk {
     }
     if constexpr (S.mask) __syncwarp();
   }
-  /// Step n from the one before, or the first one of the keys.
+  /// Writes step n, which follows `before` or is the first one.
   FOVEA_DEVICE void write(const BackwardParams& p, int n, const Step& before, bool is_first) {
     const int stage = is_first || before.stage + 1 == S.stages ? 0 : before.stage + 1;
     const bool same_head = !is_first && before.tile + 1 != end;
@@ -126,7 +126,8 @@ struct Walk {
     step.stage = stage;
     put(p, n, moved(p, step, next));
   }
-  /// Who keeps the walk: a thread, or the warp that looks for what a mask does not hide.
+  /// Whether this thread updates the walk: the first one, or with a mask, which is looked up by a whole warp, the first
+  /// warp.
   FOVEA_DEVICE static bool keeps() { return S.mask ? warp_id() == 0 : threadIdx.x == 0; }
 
  private:
@@ -140,7 +141,7 @@ struct Walk {
     while (S.mask && head < end_head && !find_seen(p, head, tile, mask)) ++head, tile = first;
     return {head, tile, mask};
   }
-  /// A step of the same head, of this tile.
+  /// A step moved to another tile of its head.
   FOVEA_DEVICE static Step moved(const BackwardParams& p, Step step, const Seen& to) {
     const int ahead = to.tile - step.tile;
     if constexpr (kPoints) {
@@ -162,7 +163,7 @@ struct Walk {
         dq_tiles[n % kSteps] = first_dq_tile + (step.head - first_head) * p.row_blocks + step.tile;
     }
   }
-  /// Without pointers little, for then few registers have it.
+  /// A copy of a step, without pointers only of what is needed, to save registers.
   FOVEA_DEVICE static Step carried_on(const Step& step) {
     if constexpr (kPoints) return step;
     Step next{};
@@ -227,21 +228,22 @@ struct Walk {
   }
 };
 
-/// Where bits must not change, dq is added up key block by key block.  kAdders: thread blocks that share one.
+/// Where results must have the same bits in every run, dq is added up key block by key block.  kAdders: thread blocks
+/// that share a key block.
 struct Turn {
   const Step& step;
 
-  /// By a whole warp.
+  /// Waits until all key blocks before this one have added; by a whole warp.
   template <int kAdders = 1>
   FOVEA_DEVICE void await(const BackwardParams& p) const {
-    const int mine = step.turn;
+    const int turn = step.turn;
     const int* ticket = p.tickets + step.slot;
     int now;
     do {
       asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(ticket) : "memory");
-    } while (uniform(now / kAdders != mine));
+    } while (uniform(now / kAdders != turn));
   }
-  /// By one thread, behind a barrier that all additions came before.
+  /// Lets the next key block add; by one thread, after a barrier that follows all additions.
   template <int kAdders = 1>
   FOVEA_DEVICE void pass(const BackwardParams& p) const {
     if constexpr (kAdders == 1) {
@@ -293,7 +295,7 @@ struct Backward {
     FOVEA_DEVICE static int column_of(int n) { return n / (kM * kN) % Dq::kGrid.across * kN + n % kN; }
   };
 
-  /// What a block gathers.
+  /// What a block sums over its tiles of rows.
   struct Sums {
     Dk dk;
     Dv dv;
@@ -335,7 +337,7 @@ struct Backward {
     load_rows<S.async_copy, kThreads, Order>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.v.aligned,
                                              sequence.kv_row(p.v, key(), walk.kv_head), p.v.row);
   }
-  /// Starts the copies of a tile of rows, if there is one, and sees to the step after it.
+  /// Starts the copies of a tile of rows, if there is one, and writes the step after it.
   FOVEA_DEVICE void load(int n) const {
     const Step& at = step(n);
     if (at.exists) {
@@ -382,7 +384,7 @@ struct Backward {
       __syncthreads();  // this tile is there for all, and nobody still reads the last one
       if constexpr (S.deterministic) pass_turn(n - 1);
       if constexpr (S.stages == 2) load(n + 1);
-      const bool spoiled = meet(!full(n), scores(n, sums));
+      const bool spoiled = sync_or(!full(n), scores(n, sums));
       products(n, sums, spoiled);
     }
     if constexpr (S.deterministic) {
@@ -391,15 +393,15 @@ struct Backward {
     }
   }
 
-  /// One barrier a tile.  Between two of them each warp makes the products of one tile and the scores of the next, the
-  /// first half of the warps in this order, the others in the other: so the tensor cores have work while scores pass
-  /// through the exponential.
+  /// One barrier a tile.  Between two of them each warp makes the products of one tile and the scores of the next; the
+  /// first half of the warps in this order, the others in the opposite one, so that tensor cores have work while scores
+  /// pass through the exponential.
   FOVEA_DEVICE void leapfrog(Sums& sums) const {
     bool spoiled = false;
 #pragma unroll 1
     for (int n = 0;; ++n) {
       await_copies<S.async_copy, 0>();
-      const bool careful = meet(n > 0 && !full(n - 1), spoiled);  // behind it nobody still reads tile n − 2
+      const bool careful = sync_or(n > 0 && !full(n - 1), spoiled);  // behind it nobody still reads tile n − 2
       if constexpr (S.deterministic) pass_turn(n - 2);
       load(n + 1);
 #pragma unroll 1
@@ -420,8 +422,8 @@ struct Backward {
     }
   }
 
-  /// A barrier; whether anybody says yes, if it matters.
-  FOVEA_DEVICE static bool meet(bool matters, bool yes) {
+  /// A barrier; whether some thread says yes, if it matters.
+  FOVEA_DEVICE static bool sync_or(bool matters, bool yes) {
     if (S.bias || matters) return __syncthreads_or(yes);
     __syncthreads();
     return false;
@@ -472,8 +474,8 @@ struct Backward {
   FOVEA_DEVICE void products(int n, Sums& sums) const {
     const int stage = step(n).stage;
     const int lane = fresh(lane_id());
-    // Additions to many columns, all at once, would stand in the way of what the products read; but who waits for his
-    // turn adds last, and where the next rows come into these rows' place, they do so while dq is made.
+    // Additions to many columns at once would delay the loads of the products, so they come in halves.  But a block
+    // that waits for its turn adds last, and with one stage the next rows arrive while dq is made.
     constexpr bool kInHalves = S.head_dim > 128, kLast = S.deterministic || S.stages == 1;
     constexpr int kHalf = kInHalves ? Dq::kN / 4 * 2 : 0;
     if constexpr (kHalf > 0 && !kLast) add_dq<kCareful, 0, kHalf>(n, lane);
@@ -507,7 +509,7 @@ struct Backward {
       const auto b = corner_b_columns(k_columns, lane, 0, column);
       multiply_steps<S, S.block_n / kStep<S.type>>(
           dq, [&](int i, int k) { return load_a<true>(a, 16 * i, k); },
-          [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); },
+          [&](OperandB(&pair)[2], int j, int k) { load_b_columns(pair, b, k, 8 * j); },
           [](int) { return Accumulator{}; });
     }
     if constexpr (S.deterministic && kBegin == 0) Turn{step(n)}.await(p);
@@ -532,7 +534,7 @@ struct Backward {
       const auto b = corner_b_columns(rows, lane, 0, C::column());
       multiply_steps<S, S.block_m / kStep<S.type>>(
           sum.c, [&](int i, int k) { return load_a_columns(a, 16 * i, k); },
-          [&](OperandB(&two)[2], int j, int k) { load_b_columns(two, b, k, 8 * j); }, OnTop{});
+          [&](OperandB(&pair)[2], int j, int k) { load_b_columns(pair, b, k, 8 * j); }, OnTop{});
     }
   }
 
@@ -582,8 +584,8 @@ struct Backward {
   }
 };
 
-/// The number of this block, or of the kBlocks that it is one of; where one waits for others, as they begin, so that
-/// those have begun.
+/// The number of this block, or of its cluster of kBlocks; where blocks wait for those of lower numbers, in the order
+/// in which they start, so that these have started.
 template <BackwardSpec S, int kBlocks = 1>
 FOVEA_DEVICE int number_of_block(const BackwardParams& p) {
   const bool waits = (S.deterministic || S.ends_dq) && p.row_blocks > 0;  // without rows nobody has cleared the count

@@ -2,7 +2,7 @@
 
 #include "cuda/kernels/backward.cuh"
 
-// After the main kernel of the backward: dq_sum, which lies as accumulators lie in warps, becomes dq.
+// After the main kernel of the backward: dq_sum, in the order of warps' accumulators, becomes dq.
 namespace fovea::cuda {
 
 /// Eight columns of the rows `row` and `row + 8` of a head, of a piece of 16 × 8 of their sums: the four of each lane

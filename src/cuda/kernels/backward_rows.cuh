@@ -2,7 +2,7 @@
 
 #include "cuda/kernels/gradient_tile.cuh"
 
-// Before the main kernel of the backward: what it needs of every row, and zeros where it adds.
+// Before the main kernel of the backward: the statistics of every row, and zeros where the main kernel adds.
 namespace fovea::cuda {
 
 template <Type kType>
@@ -21,7 +21,7 @@ FOVEA_DEVICE float dot_pieces(uint4 a, uint4 b) {
   return sum;
 }
 
-/// 16 bytes, or zeros: no branch, so that many are asked for at once.
+/// 16 bytes, or zeros, without a branch, so that many loads are in flight at once.
 FOVEA_DEVICE uint4 read_or_clear(const char* from, bool real) {
   uint4 x;
   asm volatile(

@@ -4,8 +4,8 @@
 #include "cuda/kernels/gradient_tile.cuh"
 
 // dbias: a block owns one tile of it (a broadcast dimension is one entry long), walks all rows, keys, heads and
-// sequences that flow into it, recomputes their dS and adds them up: entry (i, j) of each at (i mod block_m, j mod
-// block_n).  Where tiles are few, several blocks share out the walk of each, and `bias_sums` adds up their parts.
+// sequences that add to it, recomputes their dS and sums it: entry (i, j) of each at (i mod block_m, j mod block_n).
+// Where tiles are few, several blocks share out the walk of each, and `bias_sums` adds up their parts.
 namespace fovea::cuda {
 
 template <BackwardSpec S>
@@ -30,7 +30,7 @@ struct BiasGradient {
   FOVEA_DEVICE auto v() const { return tile_at<S.block_n, S.head_dim_v>(kShared.v); }
   FOVEA_DEVICE u32 statistics() const { return fresh(shared) + kShared.ring + kShared.statistics; }
 
-  /// What the step before has not left there.
+  /// Loads the tiles that the step before has not left there.
   FOVEA_DEVICE void load(const BiasStep& at) const {
     constexpr int kSize = kBytes<S.type>;
     const Sequence& sequence = at.sequence;
@@ -56,7 +56,7 @@ struct BiasGradient {
     close_copies<S.async_copy>();
   }
 
-  /// Adds dS of a step.
+  /// Adds a step's dS.
   FOVEA_DEVICE void add(Scores& tile, float (&sum)[Scores::kM][Scores::kN][4], const BiasStep& at) const {
     const RowMap<false> map{at.row_tile * S.block_m, at.sequence.q_rows, at.head, 1};
     const Rules rules{p, at.sequence, map};
@@ -74,7 +74,7 @@ struct BiasGradient {
     if (warp_id() == 0) walk().begin(step(0));
 #pragma unroll 1
     for (int n = 0;; ++n) {
-      __syncthreads();  // the step is known, and all have done the one before
+      __syncthreads();  // the step is known, and all threads are done with the one before
       const BiasStep& at = step(n);
       if (at.left <= 0) break;
       load(at);

@@ -3,7 +3,7 @@
 #include "cuda/kernels/mask_tiles.cuh"
 #include "cuda/kernels/operands.cuh"
 
-// What flows into a tile of dbias, in the order in which it is added up.
+// The walk over all tiles of dS that add to a tile of dbias, in the order of the additions.
 namespace fovea::cuda {
 
 /// A tile of dbias, or a part of its walk.
@@ -12,13 +12,13 @@ struct BiasTile {
   const BackwardParams& p;
   int key_tile, row_tile, head, batch, part;
 
-  /// Part by part, tiles count as key tiles × row tiles × heads × batch, of dbias: 1 where it is broadcast.
+  /// Tiles are numbered part by part, by key tiles × row tiles × heads × batch of dbias; 1 where it is broadcast.
   FOVEA_DEVICE BiasTile(const BackwardParams& params, int number) : p(params) {
     const auto take = [&number](i64 stride, int count) {
       if (stride == 0) return 0;
-      const int mine = number % count;
+      const int index = number % count;
       number /= count;
-      return mine;
+      return index;
     };
     key_tile = take(p.dbias.key, p.key_blocks), row_tile = take(p.dbias.query, p.row_blocks);
     head = take(p.dbias.head, p.q_heads), batch = take(p.dbias.batch, p.batch);
@@ -27,7 +27,7 @@ struct BiasTile {
 
   FOVEA_DEVICE bool own_row() const { return p.dbias.query != 0; }
   FOVEA_DEVICE bool own_key() const { return p.dbias.key != 0; }
-  /// Entries that are there, and how far apart its rows lie in a part.
+  /// Its entries that exist, and the distance of its rows in a part.
   FOVEA_DEVICE int rows() const { return own_row() ? math::smaller(S.block_m, p.seqlen_q - row_tile * S.block_m) : 1; }
   FOVEA_DEVICE int keys() const { return own_key() ? math::smaller(S.block_n, p.seqlen_kv - key_tile * S.block_n) : 1; }
   FOVEA_DEVICE int pitch() const { return own_key() ? S.block_n : 1; }
@@ -44,13 +44,13 @@ struct BiasTile {
 struct BiasStep {
   Sequence sequence;
   int head, row_tile, key_tile, end_key_tile;
-  i64 left;                 // steps to be taken, with this one; none: the walk is over
-  bool new_rows, new_keys;  // than those of the step before
+  i64 left;                 // steps left, this one included; 0: the walk is over
+  bool new_rows, new_keys;  // other ones than in the step before
   Sight sight;
 };
 
-/// What flows into a tile of dbias, or a part of it: in the order of sequences, heads, rows and keys, so that tiles are
-/// copied when they change.  A thread keeps it: asked once a step, it is not worth the registers of all.
+/// Walks what adds to a tile of dbias, or a part of it, in the order of sequences, heads, rows and keys, so that tiles
+/// of rows or keys are copied only when they change.  In shared memory, updated by one thread, to save registers.
 template <BackwardSpec S>
 struct BiasWalk {
   const BackwardParams& p;
@@ -150,7 +150,7 @@ struct BiasWalk {
     }
     enter(at, row_tile);
   }
-  /// This step, or the next one of which something is seen.
+  /// Moves on to the next step of which something is seen, if this one is not.
   FOVEA_DEVICE void find_seen(BiasStep& at) const {
     for (;; ++at.key_tile, --at.left) {
       while (at.left > 0 && at.key_tile >= at.end_key_tile) next_rows(at);

@@ -2,7 +2,7 @@
 
 #include "cuda/kernels/forward.cuh"
 
-// Puts together what the splits of each row left (flash decoding): each part scaled to the common reference.
+// Combines the parts of rows whose keys were split (flash decoding): each is rescaled to the common reference.
 namespace fovea::cuda {
 
 /// Blocks: x: rows of sequences × heads; y: chunks of v's columns.  A thread weighs a split, a warp adds up every 4th.

@@ -6,7 +6,7 @@
 // Tiles of rows that lie a stride apart, from global to shared memory and back.
 namespace fovea::cuda {
 
-/// What L2 keeps: what is read once; what a few share; what is read or added to again and again.
+/// L2 eviction policies: for what is read once; what a few blocks share; what is used again and again.
 enum class Keep : u64 { kNo = 0x12f0000000000000UL, kAwhile = 0x1000000000000000UL, kYes = 0x14f0000000000000UL };
 
 /// 16 bytes, or zeros.
@@ -23,7 +23,7 @@ FOVEA_DEVICE void copy_or_clear(u32 to, const char* from, bool real) {
   }
 }
 
-/// The same of 16 bytes of which only some are there.
+/// The same of 16 bytes of which only the first `bytes` exist; the others become 0.
 template <bool kAsync>
 FOVEA_DEVICE void copy_piece(u32 to, const char* from, int bytes, bool aligned) {
   if (aligned && (bytes >= 16 || bytes <= 0)) {
@@ -33,10 +33,10 @@ FOVEA_DEVICE void copy_piece(u32 to, const char* from, int bytes, bool aligned) 
   }
 }
 
-/// The pieces of 16 bytes of a tile's rows, as `kThreads` threads copy them from rows `stride` bytes apart: `row_bytes`
-/// of each; all else, and rows from `rows` on, becomes 0.  Row r of the tile is row Order::of_row(r).  In kParts parts,
-/// so that they can leave between the steps of a product and not all at once before it, when they would stand in its
-/// way.  The caller closes and awaits the copies.
+/// Copies the rows of a tile, `stride` bytes apart, by `kThreads` threads in pieces of 16 bytes: `row_bytes` of each
+/// row; the rest of a row, and rows from `rows` on, becomes 0.  Row r of the tile is row Order::of_row(r).  In kParts
+/// parts, which can be issued between the steps of a product, where they delay it less than all at once before it.  The
+/// caller closes and awaits the copies.
 template <bool kAsync, int kThreads, class Order, int kParts, class Tile>
 class RowCopies {
   static constexpr int kPieces = Tile::kPieces,
@@ -50,7 +50,7 @@ class RowCopies {
   int rows_, row_bytes_;
 
  public:
-  /// Where rows a step apart have their own bits of what is swizzled by.
+  /// A swizzled `Corner` moves in steps of 8 rows, or of rows whose last bits no thread's first row has.
   static constexpr bool kCan = !Tile::kSwizzled || (kStep & (kStep - 1)) == 0;
 
   /// From a tile's first byte to the first that this thread copies; the stride is below 2^32.
@@ -86,7 +86,7 @@ class RowCopies {
   }
 };
 
-/// The same of rows that lie anywhere, row r at row_at(r), and of any pieces.
+/// The same for rows anywhere, row r at row_at(r), of any length and alignment.
 template <bool kAsync, int kThreads, class Order = AsTheyAre, class Tile, class RowAt>
 FOVEA_DEVICE void load_scattered_rows(const Tile& tile, int rows, int row_bytes, bool aligned, const RowAt& row_at) {
 #pragma unroll 1

@@ -3,7 +3,7 @@
 #include "cuda/params.h"
 #include "cuda/spec.h"
 
-// The words of a GPU that C++ has no spelling for.
+// GPU instructions that C++ has no words for.
 #define FOVEA_DEVICE __device__ __forceinline__
 
 namespace fovea::cuda {
@@ -52,7 +52,7 @@ FOVEA_DEVICE float tanh(float x) {
   return a < 0.625F ? near : copysignf(far, x);
 }
 
-/// Over the four lanes that share the rows of an accumulator; a NaN is passed over by the maximum.
+/// Over the four lanes that share the rows of an accumulator.  The maximum ignores NaN.
 FOVEA_DEVICE float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
   return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
@@ -77,7 +77,8 @@ FOVEA_DEVICE void transpose_quad(u32 (&w)[4]) {
   }
 }
 
-/// In a kernel launched early, until the one ahead has ended; in that one, the next may begin once all blocks have.
+/// Programmatic dependent launch (`Grid::early`): a kernel launched early waits for the one ahead to end, which lets it
+/// begin once all of its own blocks have said so.
 FOVEA_DEVICE void await_kernel_ahead() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -93,7 +94,7 @@ FOVEA_DEVICE void let_next_kernel_begin() {
 
 FOVEA_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
-/// The same number, but nothing made of it is kept over a loop: registers are dearer than additions.
+/// The same number, opaque to the compiler, which then computes with it anew rather than keep results in registers.
 template <class T>
 FOVEA_DEVICE T fresh(T x) {
   asm volatile("" : "+r"(x));
@@ -101,7 +102,7 @@ FOVEA_DEVICE T fresh(T x) {
 }
 FOVEA_DEVICE float fresh(float x) { return __uint_as_float(fresh(__float_as_uint(x))); }
 
-/// A number that all lanes of a whole warp have, told to the compiler: it then needs no register of theirs.
+/// Tells the compiler that all lanes of a whole warp have the same number, which then takes no register of each lane.
 FOVEA_DEVICE u32 uniform(u32 x) {
 #if __CUDA_ARCH__ >= 800
   asm("redux.sync.or.b32 %0, %1, 0xffffffff;" : "=r"(x) : "r"(x));
@@ -109,10 +110,10 @@ FOVEA_DEVICE u32 uniform(u32 x) {
   return x;
 }
 
-/// The same of a condition: branches on it leave a warp whole, and within them addresses stay out of the lanes.
+/// The same of a condition: a branch on it does not diverge.
 FOVEA_DEVICE bool uniform(bool x) { return __any_sync(kAllLanes, x); }
 
-/// Bits [begin, end), of those that there are.
+/// The bits [begin, end) that lie within [0, 32).
 FOVEA_DEVICE u32 bits_between(int begin, int end) {
   u32 bits;
   begin = math::larger(begin, 0);
@@ -165,7 +166,7 @@ FOVEA_DEVICE void load_matrices_transposed(u32 (&x)[4], u32 address) {
 
 // ---- copies from global to shared memory
 
-/// Up to 16 bytes from any even address; the others are 0.
+/// The first `bytes` of 16 from any even address; the others are 0.
 FOVEA_DEVICE uint4 gather_16(const char* from, int bytes) {
   u32 words[4];
   for (int w = 0; w < 4; ++w) {
@@ -185,7 +186,7 @@ FOVEA_DEVICE void scatter_16(char* to, uint4 x, int bytes) {
   }
 }
 
-/// 16 bytes of a row, of which `bytes` are left.
+/// A piece of 16 bytes of a row that ends after `bytes` of it.
 FOVEA_DEVICE uint4 read_piece(const char* from, int bytes, bool aligned) {
   return aligned && bytes >= 16 ? *reinterpret_cast<const uint4*>(from) : gather_16(from, bytes);
 }
@@ -202,7 +203,7 @@ template <bool kAsync>
 FOVEA_DEVICE void close_copies() {
   if constexpr (kAsync) asm volatile("cp.async.commit_group;" ::: "memory");
 }
-/// Until at most kOpen groups of this thread's copies are under way.
+/// Waits until at most kOpen groups of this thread's copies are in flight.
 template <bool kAsync, int kOpen>
 FOVEA_DEVICE void await_copies() {
   if constexpr (kAsync) asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");

@@ -3,11 +3,12 @@
 #include "cuda/kernels/row_end.cuh"
 
 // FlashAttention's forward (2205.14135, algorithm 1; rows split among warps as in 2307.08691): a block owns block_m
-// rows and walks the keys, last ones first; K and V arrive in shared memory a tile ahead; S, P and O stay in registers.
+// rows and walks the keys, last ones first.  K and V arrive in shared memory a tile ahead; S, P and O stay in
+// registers.
 namespace fovea::cuda {
 
-/// A tile of keys that a mask does not hide.  Of each group of rows that a warp has: bit g, whether some of its rows
-/// see some of the keys; bit 16 + g, whether all see all.
+/// A tile of keys that a mask does not hide.  Bit g of `seen`: some rows of warp group g see some of the keys; bit
+/// 16 + g: all of them see all.
 struct MaskStep {
   int tile;
   u32 seen;
@@ -20,7 +21,7 @@ struct Forward {
   static constexpr int kM = S.block_m / kDown / 16;       // pieces of 16 rows of a warp
   static constexpr int kN = S.block_n / S.across / 8;     // pieces of 8 keys of its scores
   static constexpr int kD = S.head_dim_v / S.across / 8;  // pieces of 8 columns of its out
-  static constexpr int kEnd = kD / S.slices;              // of these that it has in the end
+  static constexpr int kEnd = kD / S.slices;              // of these that it writes, after slices were joined
   static constexpr int kK = kStep<S.type>;
   static_assert(kN % 2 == 0 && kD % 2 == 0);  // operands come two pieces at a time
   static_assert(S.slices == 1 || (S.across == 1 && !S.halved_q && kD % S.slices == 0));
@@ -38,38 +39,38 @@ struct Forward {
   using Out = Accumulator[kM][kD];
   using Share = Accumulator[kM][kEnd];
 
-  static constexpr bool kHidesValues = S.band || S.mask || S.bias;  // of keys that other rows see
+  static constexpr bool kHidesValues = S.band || S.mask || S.bias;  // a row may not see what others of its tile see
 
-  /// Pieces of 8 keys that are weighed while the products of those before are made.
+  /// Pieces of 8 keys that pass through the exponential while the products of those before are made.
   static constexpr int kChunk = S.type == Type::kFloat32 || S.across > 1 ? kN : 2 * Order::kGroups;
   static constexpr int kChunks = kN / kChunk;
 
-  /// Of a thread's rows, 2 in each piece of 16: what exponents are taken against, in units of log2 (kUnseen until a key
-  /// was seen), and this lane's part of the sum.
+  /// The softmax state of a thread's rows, 2 in each piece of 16: the reference that exponents are taken against, in
+  /// units of log2 (kUnseen until a key was seen), and this lane's part of the sum.
   struct Running {
     float reference[kM][2], sum[kM][2];
     bool settled;  // every row of the warp has a reference, and keeps it
   };
 
-  static constexpr int kSteps = 64, kLookEvery = 8;  // of the ring that a mask fills
+  static constexpr int kSteps = 64, kLookEvery = 8;  // of the ring of `MaskStep`s, which is filled every 8 steps
 
-  /// Below every score but −infinity, whose distance from it still is −infinity.
+  /// Below every finite score; −infinity minus this is still −infinity, not NaN.
   static constexpr float kUnseen = -3.40282347e38F;
 
-  /// What all threads of a block share; in shared memory, because registers are for S and O.
+  /// What all threads of a block share, in shared memory: registers are for S and O.
   struct Block {
     Sequence sequence;
     Rows rows;
-    int kv_head, v_begin, split;
-    const char *k, *v;  // the sequence's, of the block's head and columns
+    int kv_head, v_begin, split;  // v_begin: the block's first column of v
+    const char *k, *v;            // the sequence's, of the block's head and columns
     const char *first_k[S.slices][kThreads], *first_v[S.slices][kThreads];  // what a thread copies first, of tile 0
     Interval keys;                                                          // that the block walks
     Interval full;                                                          // tiles of keys that all rows see whole
-    bool careful;                                                           // references follow the maximum
+    bool careful;                                                           // references follow the maximum: see `run`
     math::DropoutStream stream;
     Band::Reach reach[kDown];
     MaskStep steps[S.slices][S.mask ? kSteps : 1];           // a ring
-    int steps_found[S.slices], next_tile[S.slices];          // what was not looked at begins there
+    int steps_found[S.slices], next_tile[S.slices];          // next_tile: the first that the mask was not asked about
     float exchange[S.across > 1 ? S.block_m : 1][S.across];  // between the warps that share rows
   };
 
@@ -88,8 +89,8 @@ struct Forward {
   FOVEA_DEVICE WeightTile weight_tile() const { return {ring_of(S.slices)}; }
   FOVEA_DEVICE u32 ring_of(int slice) const { return shared + q_bytes(S) + slice * slice_bytes(S); }
   FOVEA_DEVICE static int slice() { return S.slices == 1 ? 0 : static_cast<int>(threadIdx.y); }
-  /// A barrier of the warps that share a ring.
-  FOVEA_DEVICE static void meet() {
+  /// A barrier of the warps of a slice, which share a ring.
+  FOVEA_DEVICE static void sync_slice() {
     if constexpr (S.slices == 1) {
       __syncthreads();
     } else if constexpr (S.warps == 1) {
@@ -102,7 +103,7 @@ struct Forward {
   FOVEA_DEVICE static int warp_key() { return warp_id() % S.across * kN * 8; }
   FOVEA_DEVICE static int warp_column() { return warp_id() % S.across * kD * 8; }
 
-  /// Each slice a part of the rows.
+  /// Each slice loads a part of the rows.
   FOVEA_DEVICE void load_q() const {
     using Part = SharedTile<S.type, S.block_m / S.slices, S.head_dim>;
     const int bytes = p.head_dim * kBytes<S.type>, begin = slice() * Part::kRows;
@@ -117,15 +118,15 @@ struct Forward {
     }
     if constexpr (S.slices > 1) close_copies<S.async_copy>();
   }
-  /// Behind it all slices have all of Q; `kOpen`: groups of copies begun since.
+  /// Waits until all of Q is there for all slices; kOpen: groups of copies begun since.
   template <int kOpen>
-  FOVEA_DEVICE void meet_for_q() const {
+  FOVEA_DEVICE void sync_q() const {
     if constexpr (S.slices > 1) {
       await_copies<S.async_copy, kOpen>();
       __syncthreads();
     }
   }
-  /// Waits for Q; behind a barrier its halves are there for others.
+  /// Waits for Q and splits it into TF32 halves, in place and beside it; a barrier has to follow.
   FOVEA_DEVICE void halve_q() const {
     close_copies<S.async_copy>();
     await_copies<S.async_copy, 0>();
@@ -156,15 +157,15 @@ struct Forward {
     return {v_tile(stage), keys_from(tile), v_bytes(),
             block.first_v[slice()][threadIdx.x] + u64{static_cast<u32>(tile * S.block_n)} * stride, stride};
   }
-  /// Of a tile's copies, four a thread in each, that leave within `span` places of a product: ptxas puts three
-  /// instructions before the first of neighbours.
+  /// Into how many parts to cut a tile's copies so that they fit `span` places of a product, with four copies a thread
+  /// in each: ptxas puts three instructions before the first of a group.
   template <class Tile>
   FOVEA_FN static constexpr int parts_of(int span) {
     return math::larger(1, math::smaller(span, Tile::kRows * Tile::kPieces / kThreads / 4));
   }
-  /// At place `at`, a constant, of a product.
+  /// Issues the part of the copies that is due at place `at`, a constant, of a product, if one is.
   template <int kSpan, int kParts, class C>
-  FOVEA_DEVICE static void leave_spread(const C& copies, int at) {
+  FOVEA_DEVICE static void issue_part(const C& copies, int at) {
     constexpr int kEvery = math::larger(1, kSpan / kParts);
     if (at >= 0 && at % kEvery == 0 && at / kEvery < kParts) copies(at / kEvery);
   }
@@ -196,11 +197,11 @@ struct Forward {
       }
     };
     multiply_steps<S, S.head_dim / kK>(
-        s, load_q, [&](OperandB(&two)[2], int j, int c) { load_b_rows(two, k, 8 * j, c); },
+        s, load_q, [&](OperandB(&pair)[2], int j, int c) { load_b_rows(pair, k, 8 * j, c); },
         [](int) { return Accumulator{}; }, between);
   }
 
-  /// Raises each row's reference to the largest score seen; sum and O move on to it.
+  /// Raises each row's reference to the largest score seen, and rescales sum and O.
   FOVEA_DEVICE void raise_references(const Scores& s, Running& running, Out& o, float unit) const {
     float tops[kM][2];
 #pragma unroll
@@ -213,7 +214,7 @@ struct Forward {
     share_rows(tops, [](float a, float b) { return fmaxf(a, b); });
     running.settled = !block.careful;
     float rescale[kM][2];
-    bool begun = false;  // there is something to move
+    bool begun = false;  // there is something to rescale
 #pragma unroll
     for (int x = 0; x < 2 * kM; ++x) {
       float& reference = running.reference[x / 2][x % 2];
@@ -230,36 +231,36 @@ struct Forward {
     for_each_entry<kM, kD>([&](int i, int c, int e) { o[i][c].x[e] *= rescale[i][e / 2]; });
   }
 
-  /// One number a row, which the quad's lanes agree on, becomes f of those of all warps that share the row.
+  /// Reduces one number a row, the same in all lanes of a quad, by f over the warps that share the row.
   template <class F>
-  FOVEA_DEVICE void share_rows(float (&mine)[kM][2], const F& f) const {
+  FOVEA_DEVICE void share_rows(float (&values)[kM][2], const F& f) const {
     if constexpr (S.across > 1) {
 #pragma unroll
       for (int x = 0; x < 2 * kM; ++x) {
         if (lane_id() % 4 == 0)
-          block.exchange[warp_row() + entry_row(x / 2, x % 2 * 2)][warp_id() % S.across] = mine[x / 2][x % 2];
+          block.exchange[warp_row() + entry_row(x / 2, x % 2 * 2)][warp_id() % S.across] = values[x / 2][x % 2];
       }
-      meet_sharers();
+      sync_row_sharers();
 #pragma unroll
       for (int x = 0; x < 2 * kM; ++x) {
         const float(&all)[S.across] = block.exchange[warp_row() + entry_row(x / 2, x % 2 * 2)];
-        float& result = mine[x / 2][x % 2] = all[0];
+        float& result = values[x / 2][x % 2] = all[0];
 #pragma unroll
         for (int w = 1; w < S.across; ++w) result = f(result, all[w]);
       }
-      meet_sharers();
+      sync_row_sharers();
     }
   }
   /// A barrier of the warps that share rows.
-  FOVEA_DEVICE static void meet_sharers() {
+  FOVEA_DEVICE static void sync_row_sharers() {
     if constexpr (S.across > 1) {
       asm volatile("barrier.sync %0, %1;" ::"r"(1 + warp_id() / S.across), "n"(S.across * kWarp) : "memory");
     }
   }
 
-  /// S of one tile of keys.  False, and nothing computed, where this warp's rows see none of them.  The search for a
-  /// maximum is left out where each row has a reference: it costs more than the exponentials, and any reference is
-  /// exact as long as sums stay in range, which `run` looks after.
+  /// S of one tile of keys.  False, and nothing computed, where this warp's rows see none of them.  Rows that have a
+  /// reference keep it: the search for a maximum costs more than the exponentials, and any reference gives the same
+  /// result as long as sums stay in range, which `run` checks.
   template <class Between>
   FOVEA_DEVICE bool score(Scores& s, Out& o, Running& running, int n, int tile, int stage, float unit,
                           const Between& between) const {
@@ -279,8 +280,8 @@ struct Forward {
     return true;
   }
 
-  /// Units [begin, end) of a chunk of pieces, each the four entries that share a draw of dropout, two rows by two keys:
-  /// S becomes P = 2^(unit·S − reference), is summed, and dropout has its share.
+  /// S becomes P = 2^(unit·S − reference), is summed and dropped out, in units [begin, end) of a chunk.  A unit is the
+  /// four entries, two rows by two keys, that share a draw of dropout.
   FOVEA_DEVICE void weigh(Scores& s, Running& running, float unit, int key, const math::DropoutStream& stream,
                           int chunk, int begin, int end) const {
     constexpr int kPair = Order::kGroups;  // pieces from a key to the one 8 on
@@ -312,7 +313,7 @@ struct Forward {
     const math::DropoutStream stream = S.dropout ? uniform(block.stream) : math::DropoutStream{};
     weigh(s, running, unit, key, stream, 0, 0, kUnits);
     const Corner<VTile> v = corner_b_columns(v_tile(stage), fresh(lane_id()), 0, warp_column());
-    const auto load_v = [&](OperandB(&two)[2], int c, int k) { load_b_columns(two, v, k, 8 * c); };
+    const auto load_v = [&](OperandB(&pair)[2], int c, int k) { load_b_columns(pair, v, k, 8 * c); };
     if constexpr (S.across == 1) {
       multiply_steps<S, S.block_n / kK, true>(
           o, [&](int i, int k) { return operand_a<S.type>(s[i], k / kK); }, load_v, OnTop{},
@@ -325,29 +326,29 @@ struct Forward {
           });
     } else {
       store_accumulators(corner_c<kN>(weight_tile(), lane_id(), warp_row(), warp_key()), s);
-      meet_sharers();
+      sync_row_sharers();
       const Corner<WeightTile> weights = corner_a<true>(weight_tile(), fresh(lane_id()), warp_row(), 0);
       multiply_steps<S, S.block_n / kK>(
           o, [&](int i, int k) { return load_a<true>(weights, 16 * i, k); }, load_v, OnTop{}, between);
     }
   }
 
-  // ---- tiles that a mask hides are not walked: a slice's first warp looks for the next ones, many at a time
+  // ---- the walk under a mask skips hidden tiles: a slice's first warp looks for the next visible ones, many at a time
 
-  /// Starts the walk at tile `last`; a barrier.
+  /// Finds the first steps of a walk from tile `last` down to `first`, and ends with a barrier.
   FOVEA_DEVICE void find_first_steps(int first, int last) const {
     if (warp_id() == 0) {
       if (lane_id() == 0) block.steps_found[slice()] = 0, block.next_tile[slice()] = last;
       __syncwarp();
       find_steps(S.stages, first);
     }
-    meet();
+    sync_slice();
   }
   /// Before step n is walked.
   FOVEA_DEVICE void find_later_steps(int n, int first) const {
     if (S.mask && n % kLookEvery == 0 && warp_id() == 0) find_steps(n + kLookEvery + S.stages, first);
   }
-  /// Until step n is known; tiles below `first` say that there is none.
+  /// Looks up the mask until step n is known; a tile below `first` means that there is none.
   FOVEA_DEVICE void find_steps(int n, int first) const {
     static_assert(!S.mask || (S.stages <= 4 && kDown <= 16 && kWarp % kDown == 0));
     constexpr u32 kGroup = (1U << kDown) - 1;
@@ -386,7 +387,7 @@ struct Forward {
   FOVEA_DEVICE int tile_of(int step, int without_mask) const {
     return S.mask ? block.steps[slice()][step % kSteps].tile : without_mask;
   }
-  /// What the mask makes of a tile for the warp's rows.
+  /// Whether the mask hides or keeps all of a step's tile for the warp's rows.
   FOVEA_DEVICE TileState mask_of(int n) const {
     if constexpr (!S.mask) return TileState::kFull;
     const u32 seen = block.steps[slice()][n % kSteps].seen >> warp_id() / S.across;
@@ -395,7 +396,7 @@ struct Forward {
 
   /// A slice's tiles of keys arrive stages − 1 ahead, last ones first.
   FOVEA_DEVICE void walk_ahead(Out& o, Running& running, int first, int last, float unit) const {
-    // K, then V, leave while half of S is made, if it has halves.
+    // Copies of K, then of V, are issued during the first half of the product for S, if it has halves.
     constexpr bool kSpread = S.spread_copies && S.head_dim / kK >= 2;
     constexpr int kSpan = math::larger(1, S.head_dim / kK / 4), kKParts = parts_of<KTile>(kSpan),
                   kVParts = parts_of<VTile>(kSpan);
@@ -406,12 +407,12 @@ struct Forward {
       if (tile >= first) load(tile, ahead);
       close_copies<S.async_copy>();
     }
-    meet_for_q<S.stages - 1>();
+    sync_q<S.stages - 1>();
     int stage = 0, n = 0;
 #pragma unroll 1
     for (int tile = tile_of(0, last); tile >= first; tile = tile_of(++n, tile - S.slices)) {
       await_copies<S.async_copy, math::larger(S.stages - 2, 0)>();
-      meet();  // this tile is there for all, and all are done with the one whose place comes next
+      sync_slice();  // this tile is there for all, and all are done with the one whose place comes next
       const int ahead = tile_of(n + S.stages - 1, tile - (S.stages - 1) * S.slices);
       const int free = stage == 0 ? S.stages - 1 : stage - 1;
       bool copy = ahead >= first;
@@ -426,7 +427,7 @@ struct Forward {
         const auto k = k_copies<kKParts>(ahead, free);
         const auto v = v_copies<kVParts>(ahead, free);
         seen = score(s, o, running, n, tile, stage, unit, [&](int step, int j) {
-          if (j == 0 && copy) leave_spread<kSpan, kKParts>(k, step), leave_spread<kSpan, kVParts>(v, step - kSpan);
+          if (j == 0 && copy) issue_part<kSpan, kKParts>(k, step), issue_part<kSpan, kVParts>(v, step - kSpan);
         });
         if (!seen && copy) k.all(), v.all();
       } else {
@@ -438,8 +439,8 @@ struct Forward {
     }
   }
 
-  /// One place for K and one for V: V arrives while S is made, the next K while P V is.  Copies leave in the first
-  /// quarter of either product.
+  /// With one place for K and one for V: V arrives during the product for S, the next K during P V.  Copies are issued
+  /// in the first quarter of either product.
   FOVEA_DEVICE void walk_in_turns(Out& o, Running& running, int first, int last, float unit) const {
     constexpr int kVSpan = S.head_dim / kK * kN / 2 / 4, kVParts = parts_of<VTile>(kVSpan);
     constexpr int kKSpan = S.block_n / kK * kD / 2 / 4, kKParts = parts_of<KTile>(kKSpan);
@@ -448,7 +449,7 @@ struct Forward {
     close_copies<S.async_copy>();
     if (begin >= first) load_v(begin, 0);
     close_copies<S.async_copy>();
-    meet_for_q<2>();
+    sync_q<2>();
     int n = 0;
 #pragma unroll 1
     for (int tile = begin; tile >= first; tile = tile_of(++n, tile - S.slices)) {
@@ -457,26 +458,26 @@ struct Forward {
       } else {
         await_copies<S.async_copy, 0>();
       }
-      meet();  // K is there for all, and all are done with V
+      sync_slice();  // K is there for all, and all are done with V
       if (tile < begin && !p.in_pieces) load_v(tile, 0);
       const auto v = v_copies<kVParts>(tile, 0);
       const bool copy_v = tile < begin && p.in_pieces;
       find_later_steps(n, first);
       Scores s;
       const bool seen = score(s, o, running, n, tile, 0, unit, [&](int step, int j) {
-        if (copy_v) leave_spread<kVSpan, kVParts>(v, (step * kN + j) / 2);
+        if (copy_v) issue_part<kVSpan, kVParts>(v, (step * kN + j) / 2);
       });
       if (!seen && copy_v) v.all();
       close_copies<S.async_copy>();
       await_copies<S.async_copy, 0>();
-      meet();  // V is there for all, and all are done with K
+      sync_slice();  // V is there for all, and all are done with K
       const int next = tile_of(n + 1, tile - S.slices);
       if (next >= first && !p.in_pieces) load_k(next, 0);
       const auto k = k_copies<kKParts>(next, 0);
       const bool copy_k = next >= first && p.in_pieces;
       if (seen) {
         add_values(o, s, running, tile, 0, unit, [&](int step, int c) {
-          if (copy_k) leave_spread<kKSpan, kKParts>(k, (step * kD + c) / 2);
+          if (copy_k) issue_part<kKSpan, kKParts>(k, (step * kD + c) / 2);
         });
       } else if (copy_k) {
         k.all();
@@ -493,7 +494,7 @@ struct Forward {
     if constexpr (S.halved_q) halve_q();
     Out o;
     Running running;
-    // Twice where some sum did not stay in range, or met what is not finite; then references follow the maximum.
+    // A second time, with references that follow the maximum, where a sum left its range or something is not finite.
 #pragma unroll 1
     for (;;) {
       clear(o);
@@ -524,7 +525,7 @@ struct Forward {
     }
   }
 
-  /// References, sums and O of all slices become those of the block; of O each slice gets a share of the columns.
+  /// Combines references, sums and O of all slices; of O each slice gets a share of the columns.
   FOVEA_DEVICE void join_slices(Share& share, const Out& o, Running& running) const {
     constexpr int kFacts = 4 * S.head_dim_v;  // behind a row
     const auto left_by = [&](int slice, int r) { return ring_of(slice) + r * left_pitch(S); };
@@ -560,8 +561,8 @@ struct Forward {
     __syncthreads();  // rings may be written again
   }
 
-  /// Whether no weight has grown so large that the distance to its reference cost digits: below 2^32 an exponent is
-  /// good to 2^-20, and P V in fp32 wants more than 16-bit results and lse.
+  /// Whether no weight is so large that the distance to its reference cost digits: below 2^32 an exponent is accurate
+  /// to 2^-20, and fp32 needs more than 16-bit results do.
   FOVEA_DEVICE bool in_range(const Out& o, const Running& running) const {
     constexpr float kMost = S.type == Type::kFloat32 ? 0x1p7F : 0x1p14F;  // of a sum, a key
     const float most = kMost * static_cast<float>(block.keys.end - block.keys.begin + 64);
@@ -600,8 +601,8 @@ struct Forward {
     if (kHidesValues && block.careful) mend_rows();
   }
 
-  /// Adds sinks and writes lse; `factors` is what rows of O are multiplied by, 0 for an empty one.  Each lane of a quad
-  /// does this for one of its rows.  Whether some row of the warp is empty.
+  /// Adds sinks and writes lse; `factors` is what rows of O are to be multiplied by, 0 for an empty one.  Each lane of
+  /// a quad does this for one of the quad's rows.  Returns whether some row of the warp is empty.
   FOVEA_DEVICE bool end_rows(const Running& running, float (&factors)[kM][2]) const {
     const int lane = lane_id();
     bool empty = false;
@@ -630,7 +631,8 @@ struct Forward {
     return __any_sync(kAllLanes, empty);
   }
 
-  // ---- rows that are not finite: a hidden entry has weight 0, but 0 · NaN is NaN; made once more of what they see
+  // ---- rows that are not finite (a hidden entry has weight 0, but 0 · NaN is NaN) are recomputed from visible keys
+  // alone
 
   /// {reference, factor, not finite} of a row, as a warp sees it.
   FOVEA_DEVICE u32 facts_at(int r) const {
@@ -691,7 +693,7 @@ struct Forward {
     if (end_column() == 0 && lane_id() % 4 == 0) *reinterpret_cast<float2*>(part + S.head_dim_v) = {reference, sum};
   }
 
-  /// Through shared memory, so that rows leave in whole pieces of 16 bytes.
+  /// Through shared memory, so that rows are written in whole pieces of 16 bytes.
   FOVEA_DEVICE void store_out(const Share& o) const {
     const OutTile tile = out_tile();
     store_accumulators(corner_c<kEnd>(tile, lane_id(), warp_row(), 0), o, end_column());
@@ -716,18 +718,11 @@ struct Forward {
       if (!S.pack_gqa) to += kWarp / kLanes * p.out.row;
     }
   }
-};
 
-/// Blocks: `HeadTurn`s, row blocks (late ones, which see the most under a causal rule, first; of packed sequences all
-/// together) × columns of v × parts of the keys.
-template <ForwardSpec S>
-__device__ void forward(const ForwardParams& p) {
-  using Kernel = Forward<S>;
-  extern __shared__ __align__(128) char shared[];
-  if constexpr (S.split) let_next_kernel_begin();
-  static_assert(sizeof(typename Kernel::Block) <= block_bytes(S));
-  typename Kernel::Block& me = *reinterpret_cast<typename Kernel::Block*>(shared + shared_bytes(S) - block_bytes(S));
-  if (lane_id() == 0) {  // of each warp: what has to be known, shared out
+  /// Fills in `Block`, whose parts the first lanes of the warps share out.  Blocks: `HeadTurn`s, row blocks (late ones,
+  /// which see the most under a causal rule, first; of packed sequences all together) × columns of v × key splits.
+  FOVEA_DEVICE static void describe_block(const ForwardParams& p, Block& block) {
+    if (lane_id() != 0) return;
     const bool packed = p.cu_seqlens_q.data != nullptr;
     const auto [outer, head, turn] =
         HeadTurn::of(static_cast<int>(blockIdx.x), p.heads_abreast, p.row_blocks * p.v_chunks * p.splits,
@@ -737,17 +732,16 @@ __device__ void forward(const ForwardParams& p) {
     const auto [batch, row_block] =
         packed ? packed_block(p, p.cu_seqlens_q, p.total_q, S.block_m, late, group) : PackedBlock{outer, late};
     const Sequence sequence = Sequence::of(p, batch);
-    const typename Kernel::Rows rows{row_block * S.block_m, sequence.q_rows * group, head * group, group};
-    constexpr int kRows = 16 * Kernel::kM;
-    constexpr int kWarps = S.slices * S.warps;
-    const int warp = Kernel::slice() * S.warps + warp_id();
-    if (warp < Kernel::kDown) me.reach[warp] = sequence.band.reach(rows.queries(warp * kRows, (warp + 1) * kRows));
+    const Rows rows{row_block * S.block_m, sequence.q_rows * group, head * group, group};
+    constexpr int kRows = 16 * kM, kWarps = S.slices * S.warps;
+    const int warp = slice() * S.warps + warp_id();
+    if (warp < kDown) block.reach[warp] = sequence.band.reach(rows.queries(warp * kRows, (warp + 1) * kRows));
     if (warp == 0) {
-      me.sequence = sequence;
-      me.rows = rows;
-      me.careful = false;
+      block.sequence = sequence;
+      block.rows = rows;
+      block.careful = false;
       if constexpr (S.dropout)
-        me.stream = math::dropout_stream(p.seed, p.offset, static_cast<u32>(sequence.batch * p.q_heads + head));
+        block.stream = math::dropout_stream(p.seed, p.offset, static_cast<u32>(sequence.batch * p.q_heads + head));
     }
     int v_begin = 0, split = part;
     if (p.v_chunks > 1) {
@@ -756,27 +750,38 @@ __device__ void forward(const ForwardParams& p) {
     }
     if (warp == kWarps - 1) {
       const int kv_head = S.pack_gqa || p.group == 1 ? head : head / p.group;
-      me.kv_head = kv_head, me.v_begin = v_begin, me.split = split;
-      me.k = sequence.kv_row(p.k, 0, kv_head);
-      me.v = sequence.kv_row(p.v, 0, kv_head) + v_begin * kBytes<S.type>;
+      block.kv_head = kv_head, block.v_begin = v_begin, block.split = split;
+      block.k = sequence.kv_row(p.k, 0, kv_head);
+      block.v = sequence.kv_row(p.v, 0, kv_head) + v_begin * kBytes<S.type>;
     }
     if (warp == kWarps / 2) {
       const Interval queries = rows.queries(0, S.block_m);
       const Band::Reach reach = sequence.band.reach(queries);
-      me.full = {(reach.all_begin + S.block_n - 1) / S.block_n, reach.all_end / S.block_n};
-      me.keys = sequence.band.keys_of_rows(queries);
+      block.full = {(reach.all_begin + S.block_n - 1) / S.block_n, reach.all_end / S.block_n};
+      block.keys = sequence.band.keys_of_rows(queries);
       if constexpr (S.split) {
         const int begin = split * p.keys_per_split;
-        me.keys = {math::larger(me.keys.begin, begin), math::smaller(me.keys.end, begin + p.keys_per_split)};
+        block.keys = {math::larger(block.keys.begin, begin), math::smaller(block.keys.end, begin + p.keys_per_split)};
       }
     }
   }
+};
+
+/// Blocks: `describe_block`.
+template <ForwardSpec S>
+__device__ void forward(const ForwardParams& p) {
+  using Kernel = Forward<S>;
+  extern __shared__ __align__(128) char shared[];
+  if constexpr (S.split) let_next_kernel_begin();
+  static_assert(sizeof(typename Kernel::Block) <= block_bytes(S));
+  typename Kernel::Block& block = *reinterpret_cast<typename Kernel::Block*>(shared + shared_bytes(S) - block_bytes(S));
+  Kernel::describe_block(p, block);
   __syncthreads();
-  me.first_k[Kernel::slice()][threadIdx.x] =
-      me.k + Kernel::template Copies<1, typename Kernel::KTile>::first_byte(static_cast<u32>(p.k.row));
-  me.first_v[Kernel::slice()][threadIdx.x] =
-      me.v + Kernel::template Copies<1, typename Kernel::VTile>::first_byte(static_cast<u32>(p.v.row));
-  if (me.rows.left() > 0) Kernel{p, me, shared_address(shared)}.run();
+  block.first_k[Kernel::slice()][threadIdx.x] =
+      block.k + Kernel::template Copies<1, typename Kernel::KTile>::first_byte(static_cast<u32>(p.k.row));
+  block.first_v[Kernel::slice()][threadIdx.x] =
+      block.v + Kernel::template Copies<1, typename Kernel::VTile>::first_byte(static_cast<u32>(p.v.row));
+  if (block.rows.left() > 0) Kernel{p, block, shared_address(shared)}.run();
 }
 
 }  // namespace fovea::cuda

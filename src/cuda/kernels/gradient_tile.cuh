@@ -7,7 +7,7 @@
 // dS = P ∘ (dP − delta) from dout and v (2205.14135, algorithm 4).
 namespace fovea::cuda {
 
-/// Where the rows of a block find what was prepared for them: [head][slot][row of block_m].
+/// Where log2_lse, delta and dq_sum have a tile of rows: [head][slot][row of block_m].
 struct RowSlots {
   int first, count;  // of this sequence, of all
   FOVEA_DEVICE RowSlots(const BackwardParams& p, const Sequence& sequence, int block_m)
@@ -31,8 +31,8 @@ struct RowBlock {
   }
 };
 
-/// Where blocks end dq, dq_sum has p.dq_places places for the rows that read a kv head of a sequence, which those heads
-/// take one after the other, in the order of their blocks: `turn`.
+/// Where blocks of the main kernel turn sums into dq (`ends_dq`), dq_sum has p.dq_places places, each for all rows that
+/// read one kv head of a sequence.  These take places in the order of their blocks: `turn`.
 struct DqPlaces {
   const BackwardParams& p;
 
@@ -46,7 +46,7 @@ struct DqPlaces {
 /// A hidden entry is −0 in P and in dS, a visible one never.
 FOVEA_DEVICE bool is_hidden(float x) { return __float_as_uint(x) == 0x80000000U; }
 
-/// A warp's piece of P and dS.
+/// A warp's piece of the tile's P and dS.
 template <BackwardSpec S>
 struct GradientTile {
   static constexpr WarpGrid kGrid = WarpGrid::of(S.block_m, S.block_n, S.warps);
@@ -54,7 +54,8 @@ struct GradientTile {
   using Order = KeyOrder<kGrid.columns, S.bias>;
   using Rules = ScoreRules<S, false, Order>;
 
-  /// dP starts from −delta; not where its digits are dear or dropout scales dP alone.
+  /// The product for dP starts from −delta; not in fp32, which would lose digits, nor with dropout, which scales dP
+  /// alone.
   static constexpr bool kDeltaFirst = !S.dropout && S.type != Type::kFloat32;
 
   Accumulator p[kM][kN], ds[kM][kN];
@@ -65,8 +66,9 @@ struct GradientTile {
   FOVEA_DEVICE static int row() { return warp_id() / kGrid.across * kGrid.rows; }
   FOVEA_DEVICE static int column() { return warp_id() % kGrid.across * kGrid.columns; }
 
-  /// kHides: some entry may be hidden.  Returns whether something that is not finite was met then: a product with it
-  /// must ask who is hidden, for 0 · NaN is NaN.  `statistics`: block_m of log2_lse, then of delta, in shared memory.
+  /// kHides: some entry may be hidden.  Returns whether then something was not finite: products with this tile must
+  /// leave hidden entries out, because 0 · NaN is NaN.  `statistics`: block_m of log2_lse, then of delta, in shared
+  /// memory.
   template <bool kHides, class Q, class K, class Dout, class V>
   FOVEA_DEVICE bool compute(const Q& q, const K& k, const Dout& dout, const V& v, u32 statistics, const Rules& rules,
                             int key, const Sight& sight, const math::DropoutStream& stream) {
@@ -117,13 +119,13 @@ struct GradientTile {
     const auto b = corner_b_rows(keys, lane, column(), 0);
     multiply_steps<S, Rows::kColumns / kStep<S.type>>(
         c, [&](int i, int k) { return load_a(a, 16 * i, k); },
-        [&](OperandB(&two)[2], int j, int k) { load_b_rows(two, b, 8 * j, k); }, start);
+        [&](OperandB(&pair)[2], int j, int k) { load_b_rows(pair, b, 8 * j, k); }, start);
   }
 
   FOVEA_DEVICE void load_statistics(u32 from) {
-    const u32 mine = from + 4 * (row() + fresh(lane_id()) / 4);
+    const u32 first = from + 4 * (row() + fresh(lane_id()) / 4);
 #pragma unroll
-    for (int x = 0; x < 2 * kM; ++x) statistic[x / 2][x % 2] = __uint_as_float(load_shared(mine + 32 * x));
+    for (int x = 0; x < 2 * kM; ++x) statistic[x / 2][x % 2] = __uint_as_float(load_shared(first + 32 * x));
   }
 
   FOVEA_DEVICE auto tanhs_or_null() {
@@ -174,8 +176,7 @@ struct GradientTile {
   }
 };
 
-/// The slow product, term by term, that leaves out hidden entries of A: for tiles in which something hidden may not
-/// be finite.
+/// C += A · B term by term, without the hidden entries of A: for tiles in which something hidden may not be finite.
 template <BackwardSpec S, int kSteps, int kM, int kN, class A, class B>
 FOVEA_DEVICE void multiply_seen(Accumulator (&sum)[kM][kN], int first_row, int first_column, const A& a, const B& b) {
   const int row = fresh(first_row + lane_id() / 4), column = fresh(first_column + lane_id() % 4 * 2);

@@ -2,13 +2,13 @@
 
 #include "cuda/kernels/mma.cuh"
 
-// Which keys the entries of a lane stand for.  The products do not care in which order a tile's keys lie in shared
-// memory, as long as K and V agree; so they lie there such that a lane's entries of a row are neighbours in memory,
-// where masks and biases are, and still come in pairs 8 apart, which share their draw of dropout.
+// Which keys the entries of a lane belong to.  Products allow any order of a tile's keys in shared memory, as long as K
+// and V have the same.  Here a lane's entries of a row are neighbours in memory, where masks and biases are read, and
+// still come in pairs 8 apart, which share a draw of dropout.
 namespace fovea::cuda {
 
-/// Of a warp's piece `kColumns` keys wide.  Each 16 · kGroups keys are shared out to the four lanes of a quad: two runs
-/// of kRun keys, 8 apart, to each.  One group is the order of the keys themselves.
+/// The order in a warp's piece of `kColumns` keys.  Of each 16 · kGroups keys a lane of a quad has two runs of kRun
+/// keys, 8 apart.  With one group the order is that of the keys themselves.
 template <int kColumns, bool kNeighbours>
 struct KeyOrder {
   static constexpr u32 kGroups = !kNeighbours ? 1 : kColumns % 64 == 0 ? 4 : kColumns % 32 == 0 ? 2 : 1;
@@ -26,7 +26,7 @@ struct KeyOrder {
     const int k = math::larger(key, 0), rest = k % kShare;
     return k / kShare * 2 * kOfRun + math::smaller(rest, kOfRun) + math::smaller(math::larger(rest, 8) - 8, kOfRun);
   }
-  /// Row `row` of K and V in shared memory; of a sum of rows without a carry the sum.
+  /// The key in row `row` of K and V in shared memory.  of_row(a + b) = of_row(a) + of_row(b) where no bit carries.
   FOVEA_FN static constexpr int of_row(u32 row) {
     return static_cast<int>(kGroups == 1 ? row : of_lane(row / 2 % 4) + of_entry(row / 8, row % 2));
   }

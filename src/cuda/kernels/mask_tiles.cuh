@@ -2,18 +2,18 @@
 
 #include "cuda/kernels/sequence.cuh"
 
-// Tiles that a boolean mask hides or leaves alone, told from what `mask_words` has found out for each 32 × 32 entries.
+// Which tiles a boolean mask hides or leaves whole, by the summary that `mask_words` made of each 32 × 32 entries.
 namespace fovea::cuda {
 
-/// What a tile's entries have to be asked for: the band, the mask, or nothing.
+/// Which rules a tile's entries have to be checked against one by one: the band, the mask, both or none.
 struct Sight {
   TileState band = TileState::kFull, mask = TileState::kFull;
   FOVEA_DEVICE bool hidden() const { return band == TileState::kHidden || mask == TileState::kHidden; }
   FOVEA_DEVICE bool full() const { return band == TileState::kFull && mask == TileState::kFull; }
 };
 
-/// What the mask makes of kKeys keys and some rows of some heads.  Where these begin or end within 32 rows or keys, all
-/// of the 32 are judged.
+/// Whether the mask hides or keeps all of kKeys keys for some rows of some heads.  Judged by whole groups of 32 rows
+/// and 32 keys, so that kPartial may be said of what is hidden or full.
 template <int kKeys>
 FOVEA_DEVICE TileState mask_tile(const CallParams& p, const Sequence& sequence, Interval heads, Interval rows,
                                  int key) {

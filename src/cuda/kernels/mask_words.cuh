@@ -2,9 +2,9 @@
 
 #include "cuda/kernels/device.cuh"
 
-// A boolean mask, read once: 32 keys become a bit each of a word, an eighth of the bytes for the kernels that ask for
-// them once a head.  Words of the same keys lie row by row, so that the eight rows of a warp are neighbours.  Whole
-// tiles that are hidden or visible are found on the way.
+// Reads a boolean mask once and makes words of 32 bits, an eighth of the bytes for the kernels, which read them once a
+// head.  Words of the same keys lie row by row, so that the eight rows of a warp are neighbours.  Tiles that are hidden
+// or visible as a whole are found at the same time.
 namespace fovea::cuda {
 
 /// Which of eight bytes are not 0.

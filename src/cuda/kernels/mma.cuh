@@ -20,7 +20,7 @@ struct OperandA {
 struct OperandB {
   u32 x[2];
 };
-/// A as what TF32 keeps of it and the rest.
+/// A as its nearest TF32 numbers and what is left of it.
 struct HalvedA {
   OperandA high, low;
 };
@@ -85,8 +85,8 @@ FOVEA_DEVICE void write(char* p, float x) {
 
 // ---- products
 
-/// An fp32 number as the nearest TF32 one and a rest of 12 bits, of which the unit cuts off what is beyond 11: together
-/// they are within 2^-23 of it.
+/// An fp32 number as the nearest TF32 one and a rest of 12 bits, of which the tensor core reads 11: together within
+/// 2^-23 of it.
 struct Tf32Halves {
   u32 high, low;
   FOVEA_DEVICE explicit Tf32Halves(u32 bits)
@@ -121,7 +121,7 @@ FOVEA_DEVICE void multiply_add_tf32(Accumulator& c, const u32 (&a)[4], const u32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/// Element k of the operands comes from the lane that has it.
+/// The product without a unit for it: element k of the operands comes from the lane that has it.
 template <Type kType>
 FOVEA_DEVICE void multiply_add_by_shuffles(Accumulator& c, const OperandA& a, const OperandB& b) {
   const int row = lane_id() / 4 * 4,
@@ -146,11 +146,10 @@ FOVEA_DEVICE void multiply_add_by_shuffles(Accumulator& c, const OperandA& a, co
   }
 }
 
-/// C += A · B.  A tensor core cuts off what an addition loses, always in one direction.  fp32 cannot afford that often:
-/// the small products of a long chain have a sum of their own and come first in a short one, and sums over all keys are
-/// made of the sums of tiles by ordinary additions.  Where a sum is of at most 8 products, each of them exact but for
-/// one rounding in ordinary arithmetic, even the bit that halves leave out shows: an lse 2.1 times as far off as its
-/// peers.
+/// C += A · B.  A tensor core truncates its sums, an error that always has the same sign.  fp32 cannot afford many of
+/// them: in a long chain small products have a sum of their own, in a short one they come first, and sums over all keys
+/// are made of the sums of tiles by ordinary additions.  In a sum of at most 8 products even the bit that two TF32
+/// halves leave out shows (an lse 2.1 times as far off as the plain formula's): kTf32x6.
 template <Type kType, Mma kMma, class A>
 FOVEA_DEVICE void multiply_add(Accumulator& c, Accumulator& small, const A& a, const OperandB& b) {
   if constexpr (kMma == Mma::kHalf16 && kType == Type::kFloat16) {

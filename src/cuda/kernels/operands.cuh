@@ -3,11 +3,11 @@
 #include "cuda/backward_plan.h"
 #include "cuda/kernels/mma.cuh"
 
-// Operands by way of corners: what a lane's address owes to the lane and its warp is worked out once a product, and
-// what is left for each load is a constant.
+// Operands by way of corners: the part of an address that depends on the lane and its warp is computed once a product,
+// and each load adds a constant.
 namespace fovea::cuda {
 
-/// A tile without room between the rows: pieces of 16 bytes change places within 128 bytes, row by row.
+/// A tile without padding: pieces of 16 bytes are permuted within 128 bytes, in another way in each of 8 rows.
 template <Type kElement, int kRowCount, int kDim>
 struct SwizzledTile {
   static constexpr Type kType = kElement;
@@ -35,9 +35,9 @@ struct TileOf<kType, kRows, kDim, true> {
 template <Type kType, int kRows, int kDim, bool kSwizzles = true>
 using Tile = typename TileOf<kType, kRows, kDim, kSwizzles && swizzled(kType, kDim)>::Is;
 
-/// Where a lane finds its part of the operand at one place of a tile, and so of those at a constant distance: rows in
-/// whole steps of 8; columns likewise, and without a carry out of the first place's column into the distance's, so that
-/// the swizzle is one exclusive or.
+/// The address of a lane's part of an operand at one place of a tile, from which those at a constant distance follow:
+/// rows and columns in whole steps of 8, columns without a carry out of the first place's, so that the swizzle is one
+/// exclusive or.
 template <class Tile>
 struct Corner {
   u32 lane;
@@ -65,7 +65,7 @@ FOVEA_DEVICE void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
 #endif
 }
 
-// `lane` is the lane's number, asked for anew (`fresh`) where its parts are not to be kept in registers.
+// `lane` is the lane's number, through `fresh` where what is computed from it is not to be kept in registers.
 
 /// For `load_a` and, paired, for the A that goes with `load_b_columns`: fp32 then takes a step's columns in the order
 /// 0, 2, 4, 6, 1, 3, 5, 7.
@@ -160,24 +160,24 @@ FOVEA_DEVICE void store_accumulators(const Corner<Tile>& corner, const Accumulat
   for (int i = 0; i < kM; ++i) {
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      const Accumulator& one = c[i][j];
+      const Accumulator& left = c[i][j];
       if constexpr (Tile::kType == Type::kFloat32) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const u32 at = corner.at(16 * i + 8 * h, column + 8 * j);
-          store_shared(at, __float_as_uint(one.x[2 * h]));
-          store_shared(at + 4, __float_as_uint(one.x[2 * h + 1]));
+          store_shared(at, __float_as_uint(left.x[2 * h]));
+          store_shared(at + 4, __float_as_uint(left.x[2 * h + 1]));
         }
       } else if constexpr (kByMatrices<Tile, kN>) {
-        const Accumulator& two = c[i][j | 1];
+        const Accumulator& right = c[i][j | 1];
         if (j % 2 == 0) {
-          store_matrices(corner.at(16 * i, column + 8 * j), pack<Tile::kType>(one.x[0], one.x[1]),
-                         pack<Tile::kType>(one.x[2], one.x[3]), pack<Tile::kType>(two.x[0], two.x[1]),
-                         pack<Tile::kType>(two.x[2], two.x[3]));
+          store_matrices(corner.at(16 * i, column + 8 * j), pack<Tile::kType>(left.x[0], left.x[1]),
+                         pack<Tile::kType>(left.x[2], left.x[3]), pack<Tile::kType>(right.x[0], right.x[1]),
+                         pack<Tile::kType>(right.x[2], right.x[3]));
         }
       } else {
-        store_shared(corner.at(16 * i, column + 8 * j), pack<Tile::kType>(one.x[0], one.x[1]));
-        store_shared(corner.at(16 * i + 8, column + 8 * j), pack<Tile::kType>(one.x[2], one.x[3]));
+        store_shared(corner.at(16 * i, column + 8 * j), pack<Tile::kType>(left.x[0], left.x[1]));
+        store_shared(corner.at(16 * i + 8, column + 8 * j), pack<Tile::kType>(left.x[2], left.x[3]));
       }
     }
   }
@@ -222,7 +222,7 @@ FOVEA_DEVICE void clear(Accumulator (&c)[kM][kN]) {
   }
 }
 
-struct OnTop {};  // of what C holds already
+struct OnTop {};  // as the start of a product: add to what C holds already
 template <class Start>
 inline constexpr bool kIsOnTop = false;
 template <>
@@ -232,11 +232,11 @@ struct Nothing {
   FOVEA_DEVICE void operator()(int, int) const {}
 };
 
-/// C = A · B + `start` of its rows, or on top; a(i, k) loads 16 rows of A, b(two, j, k) 16 columns of B, of step k.
-/// What goes on top in fp32, and every kChain steps of TF32, is summed apart and added by ordinary additions, for what
-/// `multiply_add` says; so few steps that a chain of all their products is no longer need one sum only.  Many steps at
-/// once would be long to compile and want more registers than there are; where A lies in registers there is no choice.
-/// `between(k, j)` is called once for each step and each two columns of pieces.
+/// C = A · B + start(i) of its rows, or C += A · B with `OnTop`.  a(i, k) loads 16 rows of A, b(pair, j, k) 16 columns
+/// of B, of step k.  fp32 sums that go on top, and every kChain steps of TF32, are made apart and added by ordinary
+/// additions, for the reason that `multiply_add` gives; where all products make no longer chain, one sum will do. Loops
+/// are unrolled in part: whole ones take long to compile and more registers than there are; only where A is in
+/// registers (kAtOnce) must they be.  `between(k, j)` is called once for each step and each two columns of pieces.
 template <auto S, int kSteps, bool kAtOnce = false, int kM, int kN, class A, class B, class Start,
           class Between = Nothing>
 FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start,

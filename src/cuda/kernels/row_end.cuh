@@ -2,10 +2,10 @@
 
 #include "cuda/kernels/scores.cuh"
 
-// What a row comes to when all keys have been seen.
+// The end of a row, when all its keys have been seen.
 namespace fovea::cuda {
 
-/// What makes a row's out and lse of its sums.
+/// out of a row is its O times `factor`.
 struct RowEnd {
   float factor, lse;
   bool empty;
@@ -24,9 +24,9 @@ FOVEA_DEVICE RowEnd end_of_row(const CallParams& p, int head, float reference, f
   return {factor * kept / sum, kLn2 * (reference + log2(sum)), false};
 }
 
-/// O of a row made once more of the keys that it sees, by a warp: where something is not finite, a hidden entry has
-/// weight 0, but 0 · NaN is NaN, and a sum may exceed what a mean does not.  `factor`: what makes weights shares. Calls
-/// store(column, x) for columns [begin, end) of v.
+/// Recomputes O of a row from the keys that it sees alone, by a warp, where O is not finite: a hidden entry has weight
+/// 0, but 0 · NaN is NaN, and a sum may overflow where the mean does not.  `factor` is what weights are multiplied by,
+/// one over their sum.  Calls store(column, x) for columns [begin, end) of v.
 template <auto S, int kWidth, class Rules, class Store>
 FOVEA_DEVICE void mend_row(const Rules& rules, Interval keys, int kv_head, int r, float reference, float factor,
                            int begin, int end, const Store& store) {

@@ -12,7 +12,7 @@ struct Sequence {
   int kv_begin, kv_rows;  // rows of dk and dv to be written; band.seqlen_kv of them are real
   Band band;
 
-  /// The host cannot see these numbers: whatever they are, nothing outside the tensors is touched.
+  /// A length or an offset, clamped to [0, most]: the host cannot check it, and no value may lead outside the tensors.
   FOVEA_DEVICE static int number(const IndexView& view, int i, int most) {
     return math::smaller(math::larger(view.data[i * view.stride], 0), most);
   }
@@ -43,13 +43,14 @@ struct Sequence {
   }
 };
 
-/// The block in a slot of rows, `group` a query, or of keys; `begins`: p.cu_seqlens_q or p.cu_seqlens_kv.
+/// The block of a packed sequence in a slot of rows (`group` rows a query) or keys; `begins`: p.cu_seqlens_q or _kv.
 FOVEA_DEVICE PackedBlock packed_block(const CallParams& p, const IndexView& begins, int total, int size, int slot,
                                       int group = 1) {
   return PackedBlock::of([&](int b) { return Sequence::number(begins, b, total) * group; }, p.batch, size, slot);
 }
 
-/// Whose turn it is, of `turns` for each head.  Heads take turns in groups that L2 has room for.
+/// Which head, and which of its `turns` blocks, a block of the grid works on.  Groups of `abreast` heads, as many as L2
+/// has room for, take turns.
 struct HeadTurn {
   int batch, head, turn;
 

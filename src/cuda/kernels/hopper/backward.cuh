@@ -5,13 +5,13 @@
 #include "cuda/kernels/hopper/backward_producer.cuh"
 #include "cuda/kernels/hopper/backward_shared_keys.cuh"
 
-// The backward on Hopper (FlashAttention-3, 2407.08608, section 3 and appendix B): a block owns 128 keys of a kv head;
-// one warpgroup has the rows of all heads that read them copied, two make the scores of 64 keys each, dk and dv, and
-// one makes dq.  Where head dims are wide, two blocks own 64 keys each and share the work on dq.  Where rows are few, a
-// block has all keys that they read, 128 after the other, and dq stays in its shared memory.
+// The backward on Hopper (FlashAttention-3, 2407.08608, section 3 and appendix B): a block owns 128 keys of a kv head.
+// One warpgroup copies the rows of all heads that read them, two make the scores of 64 keys each, dk and dv, and one
+// makes dq.  Where head dims are wide, two blocks own 64 keys each and share the work on dq.  Where rows are few, a
+// block takes all keys that they read, 128 at a time, and dq stays in its shared memory.
 namespace fovea::cuda {
 
-/// What a warpgroup does.
+/// Runs the role of this thread's warpgroup.
 template <BackwardSpec S>
 FOVEA_DEVICE void backward_role(const BackwardSm90Params& p, BackwardState<S>& state, const BackwardLayout<S>& at) {
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 128), 0);
@@ -71,9 +71,10 @@ FOVEA_DEVICE void backward_sm90(const BackwardSm90Params& p) {
   if (state.has_keys) {
     backward_role<S>(p, state, {shared_address(shared)});
   } else if constexpr (S.ends_dq) {
-    if (state.task.exists(p)) BackwardEnd<S>{p}.run(state.task, shared);  // as lengths do not differ, a part of dq
+    if (state.task.exists(p))
+      BackwardEnd<S>{p}.run(state.task, shared);  // with equal lengths, a block without keys has a part of dq
   }
-  if constexpr (kPairs) meet_cluster();  // the other one has sent all that it sends here
+  if constexpr (kPairs) meet_cluster();  // a block may only end when the other has sent all that it sends here
 }
 
 }  // namespace fovea::cuda

@@ -3,10 +3,9 @@
 #include "cuda/kernels/hopper/backward_end.cuh"
 #include "cuda/kernels/hopper/wgmma.cuh"
 
-// The warpgroup of the backward that makes dq = dS K of what the others leave of dS: all columns for 64 rows, or a
-// panel of them at a time, which each warp adds to dq_sum.  In a pair of blocks each makes half of the panels, for the
-// keys of both. Where a block has all keys of its rows, each thread keeps its own part of dq in shared memory until
-// they have been walked.
+// The warpgroup of the backward that makes dq = dS K from the others' dS in shared memory: all columns for 64 rows, or
+// a panel of them at a time, which each warp adds to dq_sum.  In a pair of blocks each makes half of the panels, for
+// the keys of both.  Where a block has all keys of its rows, threads sum their parts of dq in shared memory.
 namespace fovea::cuda {
 
 template <BackwardSpec S>
@@ -17,14 +16,14 @@ struct BackwardDq {
   static constexpr int kColumns = dq_columns(S), kPanels = (S.head_dim + kColumns - 1) / kColumns,
                        kKeyPanel = kKeys * kPanelRowBytes;
   static constexpr int kPieces = kColumns / 8;  // of 16 rows of a product
-  /// Of a step's two products the first one is added from registers: the next one can begin sooner, and half as much
-  /// waits for the copy engine, which adds the other while products are made.  Not in turns, for who passes one awaits
-  /// the engine alone, and not where the second one is narrow.
+  /// Of a step's two products the first is added from registers, so that the second can begin sooner and only half as
+  /// much waits for the copy engine, which adds the second.  Not in turns, which wait for the engine alone, and not
+  /// where the second one is narrow.
   static constexpr bool kBothWays =
       !kPairs && !S.deterministic && (kPanels == 1 ? S.block_m > kGroupRows : S.head_dim % kPanelColumns == 0);
-  /// Of the second, or only one these pieces are.
+  /// So many pieces of the second, or only one, are added from registers.
   static constexpr int kDirect = kBothWays ? 2 : kPanels == 1 && kPieces > 8 && !S.deterministic ? 4 : 0;
-  /// Pieces of 16 rows that lie in a row: where a warp has more rows, as many as begin nowhere else.
+  /// Pieces of 16 rows that are contiguous in dq_sum.
   static constexpr int kRun =
       Pieces::kM == 1 ? kPieces : math::smaller(Pieces::kN & -Pieces::kN, kDirect > 0 ? kDirect : kPieces);
   static constexpr u32 kMeeting = 4;  // this warpgroup's barrier
@@ -88,7 +87,7 @@ struct BackwardDq {
     }
   }
 
-  // ---- where it is held
+  // ---- dq is held in shared memory
 
   FOVEA_DEVICE void hold() const {
     u32 begun = 0;  // tiles of rows, a bit each
@@ -139,7 +138,7 @@ struct BackwardDq {
     for (int j = 0; j < kPieces; ++j) store_shared_four(mine + j * 512, dq[j]);
   }
 
-  /// All rows; of those that see no key, zeros.
+  /// Writes dq of all rows; zeros where a row sees no key.
   FOVEA_DEVICE void write(u32 begun) const {
     __syncwarp();
     const Sequence& sequence = state.walk.sequence;
@@ -166,10 +165,10 @@ struct BackwardDq {
     }
   }
 
-  // ---- where it is added to others' parts
+  // ---- dq is added to dq_sum
 
-  /// Of a step whose additions are done but for the kOpen last pieces.  The copy engine has the next step's first piece
-  /// by then, so that it is never idle.
+  /// Passes step n's turn once all its additions are done; kOpen: later ones of the copy engine, which has the next
+  /// step's first piece by then, so that it is never idle.
   template <int kOpen>
   FOVEA_DEVICE void pass_turn(u32 n) const {
     if constexpr (kPairs) {
@@ -180,14 +179,14 @@ struct BackwardDq {
     meet(kMeeting, 128);
     if (threadIdx.x % 128 == 0) Turn{step(n)}.template pass<kBlocks>(p);
   }
-  /// Where additions come from registers, the last step's leave while this one's first product is made.
+  /// In pairs, whose additions come from registers, those of the last step are awaited during this one's first product.
   FOVEA_DEVICE void await_turn(u32 n) const {
     if (kPairs && n > 0) pass_turn<0>(n - 1);
     Turn{step(n)}.template await<kBlocks>(p);
   }
 
-  /// Of an odd number of panels both blocks make the middle one, by turns.  They are added from registers: to wait in
-  /// shared memory they would want more of it than there is.
+  /// This block's panels; of an odd number the blocks of a pair make the middle one by turns.  Added from registers,
+  /// because shared memory has no room for them.
   FOVEA_DEVICE void make_half(u32 n) const {
     const int half = kPanels / 2 + static_cast<int>(kPanels % 2 & ~n);
     const int first = rank_in_pair() == 0 ? 0 : half, end = rank_in_pair() == 0 ? half : kPanels;
@@ -204,7 +203,7 @@ struct BackwardDq {
     }
   }
 
-  /// Of 64 rows, a panel; begins: the step's first one.
+  /// A panel of 64 rows; begins: the step's first one.
   FOVEA_DEVICE void make(Sum& dq, u32 n, int row, int panel, bool spoiled, bool begins) const {
     pin(dq[0]);
     fence_products();
@@ -219,14 +218,15 @@ struct BackwardDq {
     pin(dq[0]);
     if (spoiled || (kPairs && !all_finite(dq[0]))) make_seen(dq[0], n, row + warp() * 16, panel);
   }
-  /// What it is made of, of this block and of the other.
+  /// dS and K of this block and of the other one.
   FOVEA_DEVICE u32 ds(u32 n, int other) const { return other != 0 ? at.other_ds(n) : at.ds(n); }
   FOVEA_DEVICE u32 keys(int panel, int other) const {
     const int first = rank_of_block<S>() * (kPanels / 2);
     return other != 0 ? at.other_k() + (panel - first) * kKeyPanel : at.k() + panel * kKeyPanel;
   }
 
-  /// A pair tells by dq itself whether what is hidden may not have been finite: one knows of its own keys alone.
+  /// In a pair, dq itself shows whether something hidden was not finite, because each block knows of its own keys
+  /// alone.
   FOVEA_DEVICE static bool all_finite(const Accumulator (&dq)[kPieces]) {
     float sum = 0.0F;
 #pragma unroll
@@ -236,7 +236,7 @@ struct BackwardDq {
     }
     return !__any_sync(kAllLanes, !(sum == 0.0F));
   }
-  /// Term by term of what is seen.
+  /// The same term by term, without hidden entries.
   FOVEA_DEVICE void make_seen(Accumulator (&dq)[kPieces], u32 n, int row, int panel) const {
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {

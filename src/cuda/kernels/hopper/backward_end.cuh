@@ -3,10 +3,10 @@
 #include "cuda/kernels/backward_queries.cuh"
 #include "cuda/kernels/hopper/backward_state.cuh"
 
-// Where blocks end dq: dq_sum has places for the kv heads at work.  When a head's key blocks have all added to its
-// place, other blocks of the same launch make dq of the sums and clear them for the head that takes the place next.  So
-// no kernel clears or reads as many sums as there are rows.  Who waits, waits for blocks of smaller numbers, which have
-// begun.
+// With `ends_dq`, dq_sum has places only for the kv heads at work.  When all key blocks of a head have added to its
+// place, other blocks of the same launch turn the sums into dq and clear them for the head that takes the place next,
+// so that no kernel clears or reads sums of all rows.  A block only waits for blocks of lower numbers, which have
+// started.
 namespace fovea::cuda {
 
 template <BackwardSpec S>
@@ -15,27 +15,27 @@ struct BackwardEnd {
 
   static constexpr int kBlocks = blocks_of_cluster(S);
 
-  /// By a whole warp, until so many of a turn's have been counted: its own, which add, then those that end it.
+  /// Waits, by a whole warp, until so many of a turn's blocks are counted: its key blocks, then those that end its dq.
   FOVEA_DEVICE void await(int turn, int blocks) const {
     int now;
     do {
       asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(p.added + turn) : "memory");
     } while (uniform(now < blocks * kBlocks));
   }
-  /// By one thread, behind a barrier that all it tells of came before.
+  /// Counts this block; by one thread, after a barrier that follows all its additions.
   FOVEA_DEVICE void count(int turn) const {
     asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(p.added + turn) : "memory");
   }
 
-  /// By a whole warp, before it adds to the turn's place: until that has been cleared.
+  /// Waits, by a whole warp, until the turn's place has been cleared and may be added to.
   FOVEA_DEVICE void await_place(int turn) const {
     if (uniform(turn < p.dq_places)) return;
     await(turn - p.dq_places, p.key_blocks + p.dq_parts);
     asm volatile("fence.proxy.async.global;" ::: "memory");  // the copy engine adds to it, too
   }
 
-  /// By a block whose task is a part of a turn's dq.  Each warp takes every so many-th run of pieces; the copy engine
-  /// brings some of them at a time, and clears what they were.
+  /// Turns a part of a turn's sums into dq, by a whole block.  Each warp takes every kWarps-th run of pieces; the copy
+  /// engine loads kAtOnce of them at a time and writes zeros in their place.
   FOVEA_DEVICE void run(const BlockTask& task, char* shared) const {
     const int warp = static_cast<int>(uniform(threadIdx.x / kWarp)), lane = fresh(lane_id());
     const Sequence sequence = Sequence::of(p, task.batch);
@@ -97,7 +97,8 @@ struct BackwardEnd {
   static constexpr int kRuns = (kPieces + kDqRun - 1) / kDqRun, kAtOnce = dq_runs_at_once(S);
   static_assert(kAtOnce > 0 && kWarps * kAtOnce * static_cast<int>(sizeof(Barrier)) <= kDqRunsBegin - kDqRunBytes);
 
-  /// Four pieces at a time, of which each lane has four numbers; lanes trade words for pieces of 16 bytes.
+  /// Four pieces at a time, of which each lane has four numbers; lanes exchange words so that each has 16 bytes of a
+  /// row.
   FOVEA_DEVICE void end_run(const Sequence& sequence, int lane, int head, int tile, int first, u32 sums) const {
 #pragma unroll
     for (int of = 0; of < kDqRun; of += 4) {

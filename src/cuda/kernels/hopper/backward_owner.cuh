@@ -4,7 +4,7 @@
 #include "cuda/kernels/hopper/gradient_columns.cuh"
 #include "cuda/kernels/hopper/wgmma.cuh"
 
-// What the backward's warpgroups that have 64 keys do alike, whether each has its own or both share them.
+// What the backward's two warpgroups of keys have in common, whether each has 64 keys of its own or both share them.
 namespace fovea::cuda {
 
 template <BackwardSpec S>
@@ -39,8 +39,8 @@ struct BackwardOwner {
     ahead.exists = uniform(step(n).exists);
     ahead.full = full(n);
   }
-  /// Has `self` gather tile after tile from n on, telling it whether some entry may be hidden; the end.  Who looks
-  /// ahead leaves what it has seen of the next tile.
+  /// Calls self.tile for tile after tile from n on, with whether some entry may be hidden; returns the end.  A `self`
+  /// that looks ahead fills in `ahead` for the next tile.
   template <class Self, class Sums>
   FOVEA_DEVICE u32 gather(const Self& self, Sums& sums, u32 n = 0) const {
     Ahead ahead;
@@ -52,7 +52,7 @@ struct BackwardOwner {
         ahead.exists = uniform(step(n).exists);
       }
       if (!ahead.exists) break;
-      const bool whole = Self::kLooksAhead ? ahead.full : full(n);          // who does not look ahead asks now
+      const bool whole = Self::kLooksAhead ? ahead.full : full(n);          // known by looking ahead, or asked now
       if constexpr (!shares_keys(S) && (S.bias || S.softcap || S.alibi)) {  // one text for much of both kinds
         self.tile(n, !whole, ahead, sums);
       } else if constexpr (!shares_keys(S)) {
@@ -69,7 +69,7 @@ struct BackwardOwner {
     }
     return n;
   }
-  /// Tells who makes dq that there is no tile n.
+  /// Tells the warpgroup of dq that there is no tile n.
   FOVEA_DEVICE void end_walk(u32 n) const {
     state.ds.await_empty(n);
     if constexpr (shares_keys(S)) {
@@ -78,10 +78,10 @@ struct BackwardOwner {
       state.ds.announce(n);
     }
   }
-  /// Behind that: until nobody reads K.
+  /// After the walk: waits until K is read no more.
   FOVEA_DEVICE void await_end(u32 n) const { state.ds.await_empty(n + 1); }
 
-  // ---- products, issued and not awaited
+  // ---- products, which are issued here and awaited elsewhere
 
   FOVEA_DEVICE u64 keys_at(u32 tile) const { return matrix_at(tile + first_key * kPanelRowBytes, 16); }
   FOVEA_DEVICE void issue_scores(Entries& s, u32 n) const {
@@ -91,7 +91,7 @@ struct BackwardOwner {
                                                            matrix_at(at.q(state.q.place(n)), 16));
     close_products();
   }
-  /// From −delta on, where nothing is done to dP before that is taken off.
+  /// dP starts from −delta, unless dropout or another operation comes before the subtraction.
   FOVEA_DEVICE void issue_dp(Entries& dp, u32 n) const {
     state.dout.await_full(n);
     if constexpr (Columns::kDeltaFirst) Columns::begin_with_delta(dp, at.delta(state.dout.place(n)));
@@ -127,7 +127,7 @@ struct BackwardOwner {
   }
   FOVEA_DEVICE int lane_key(u32 n) const { return key(n) + warp_key() + lane_id() / 4; }
 
-  /// While the scores are made: which entries are seen.
+  /// Which entries are seen, found while the scores are made.
   FOVEA_DEVICE void see(Columns& columns, u32 n) const {
     if (S.mask && uniform(step(n).mask == TileState::kPartial)) {
       columns.look_up(at.words(state.q.place(n)) + warp_key() / 32 * (S.block_m * 4));
@@ -153,20 +153,20 @@ struct BackwardOwner {
     }
   }
 
-  /// Where a lane's part of dS lies, [row][key].
+  /// The address of a lane's part of dS, [row][key].
   FOVEA_DEVICE u32 part_of_ds(u32 n) const {
     const int lane = fresh(lane_id());
     return swizzled(at.ds(n) + first_key / kPanelColumns * kRowPanel, lane / 16 * 8 + lane % 8,
                     warp_id() % 4 * 2 + lane / 8 % 2);
   }
-  /// To where others find it.
+  /// Stores it there for the other warpgroups.
   FOVEA_DEVICE void put(const Packed& ds, u32 n) const {
     const u32 mine = part_of_ds(n);
 #pragma unroll
     for (int k = 0; k < S.block_m / 16; ++k) store_matrices_transposed(mine + k * 16 * kPanelRowBytes, ds[k]);
   }
 
-  /// dv from Pᵀ and dout, dk from dSᵀ and q, term by term of what is seen.
+  /// dv from Pᵀ and dout, dk from dSᵀ and q, term by term, without hidden entries.
   template <int kPieces>
   FOVEA_DEVICE void add_seen_columns(Accumulator (&sum)[kPieces], u32 entries, u32 rows) const {
     constexpr int kAtOnce = shares_keys(S) ? kPieces : 1;  // who has both sums has no registers for more
@@ -214,7 +214,7 @@ struct BackwardOwner {
 
   // ---- the end
 
-  /// Through shared memory, where nobody still reads, by each warp for its keys.
+  /// Through shared memory that is read no more, by each warp for its keys.
   template <int kDim>
   FOVEA_DEVICE void store_sum(u32 tile, const Accumulator (&sum)[kDim / 8], float factor, int dim, const RowView& view,
                               u32 n = 0) const {

@@ -17,8 +17,8 @@ struct BackwardProducer {
   static constexpr Keep kKeepRows = S.ends_dq ? Keep::kAwhile : Keep::kYes;  // dq_sum comes first where L2 can hold it
   FOVEA_DEVICE static bool leads() { return threadIdx.x == 0; }
 
-  /// By one thread; by two warps where one looks for what a mask leaves and the other has its words copied; by all
-  /// where they copy by hand.
+  /// The threads that produce: one; with a mask two warps, one that looks it up and one that copies its words; all
+  /// where the copy engine cannot read a tensor.
   FOVEA_DEVICE u32 hands() const {
     return !kByEngine || S.bias && !p.bias_by_engine ? 128 : S.mask ? 2 * kWarp : S.bias ? kWarp : 1;
   }
@@ -56,8 +56,8 @@ struct BackwardProducer {
     }
   }
 
-  /// Step n has no rows, but a place in every ring.  Who has keys gives them back once q is announced, and not before
-  /// they have been awaited here.
+  /// Step n has no rows, but takes a place in every ring.  Consumers release the keys once q is announced, and not
+  /// before the places were awaited here.
   FOVEA_DEVICE void pass_places(u32 n) const {
     state.dout.await_empty(n);
     if (leads()) state.dout.full[state.dout.place(n)].arrive();
@@ -94,10 +94,10 @@ struct BackwardProducer {
     if constexpr (!kByEngine || S.mask || S.bias) meet(kMeeting, hands());
   }
 
-  /// Packed sequences are one to the copy engine.
+  /// Packed sequences are one tensor to the copy engine.
   FOVEA_DEVICE int batch() const { return p.cu_seqlens_q.data != nullptr ? 0 : state.walk.sequence.batch; }
 
-  /// Those of a block of the cluster.
+  /// Loads the keys, or values, of the block of this rank in the cluster.
   template <int kDim>
   FOVEA_DEVICE void load_keys(int rank, u32 to, Barrier& full, const TensorMap& map, const RowView& view, int dim,
                               int first_column = 0) const {
@@ -138,8 +138,8 @@ struct BackwardProducer {
     load_bytes(statistics_to, statistics + step.slot * S.block_m, kBytesOfStatistics, full);
   }
 
-  /// A mask's words under a tile, by a warp.  Past the last row or key the last one is read: such entries are hidden
-  /// anyway.
+  /// Copies a mask's words of a tile, by a warp.  Past the last row or key the last one is read: such entries are
+  /// hidden anyway.
   FOVEA_DEVICE void load_words(const Step& step, u32 to, Barrier& full) const {
     const WordView& view = p.mask_words;
     const HopperWalk<S>& walk = state.walk;
@@ -162,7 +162,7 @@ struct BackwardProducer {
     full.arrive_behind_copies();
   }
 
-  /// A bias under a tile of rows.
+  /// Loads the bias of a tile.
   FOVEA_DEVICE void load_bias(const Step& step, u32 n) const {
     const int place = state.bias.place(n), row = step.tile * S.block_m,
               key = first_key_of_block<S>(state.walk.key_block, rank_of_block<S>());
@@ -177,7 +177,7 @@ struct BackwardProducer {
           at.bias(place), p, full, key, {row, step.head, state.walk.sequence.batch}, Keep::kAwhile);
     }
   }
-  /// By hand.  Past the last row or key the last one is read: such entries are hidden anyway.
+  /// By threads.  Past the last row or key the last one is read: such entries are hidden anyway.
   FOVEA_DEVICE void copy_bias(u32 to, int row, int key, int head) const {
     constexpr int kSize = kBytes<S.bias_type>, kOf = 4 / kSize, kWords = keys_of_block(S) / kOf, kTogether = 4;
     const Sequence& sequence = state.walk.sequence;

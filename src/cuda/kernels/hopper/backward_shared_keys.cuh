@@ -3,17 +3,17 @@
 #include "cuda/kernels/hopper/backward_owner.cuh"
 
 // Where head dims are wide, dk and dv of 64 keys take the registers of two warpgroups: one makes S, P and dv, the other
-// dP, dS and dk.  P goes from one to the other through shared memory, in the place of the dS that is made of it: the
-// same warp of both has the same entries.  dS goes on to the other block of the pair.
+// dP, dS and dk.  P goes from one to the other through shared memory, in the place that dS takes afterwards; the same
+// warps of both have the same entries.  dS is also sent to the other block of the pair.
 namespace fovea::cuda {
 
-/// How both agree on whether all was finite that something hides in a tile.
+/// How both learn whether, in a tile with hidden entries, all products were finite.
 template <BackwardSpec S>
 struct Agreement {
   enum Who { kWeights, kGradients };
   BackwardState<S>& state;
 
-  /// check: of a lane, 0 where it was.
+  /// check: a lane's, 0 where all was finite.
   FOVEA_DEVICE void tell(Who who, u32 n, float check) const {
     if (__any_sync(kAllLanes, !(check == 0.0F)) && lane_id() == 0) state.strange[who][n & 1] = n + 1;
   }

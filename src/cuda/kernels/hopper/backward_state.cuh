@@ -4,10 +4,10 @@
 #include "cuda/kernels/backward.cuh"
 #include "cuda/kernels/hopper/tensor_copy.cuh"
 
-// What the backward's producer and consumers share.
+// The shared memory of a block of the backward: what its warpgroups tell each other, and where tiles are.
 namespace fovea::cuda {
 
-/// Who makes dq may be at work on a step when the one four on is written.
+/// With 8 steps, because the warpgroup of dq may still read a step when the fourth one after it is written.
 template <BackwardSpec S>
 using HopperWalk = Walk<S, 8, false>;
 
@@ -28,7 +28,7 @@ struct BackwardState {
   Ring<BackwardSm90Shared::of(S).bias_places> bias;
   Barrier keys_read;  // by all, where a block has one tile of keys after the other
   BlockTask task;
-  bool has_keys;  // the block has, of the task's sequence
+  bool has_keys;  // the block owns keys of the task's sequence
 
   FOVEA_DEVICE const Step& step(u32 n) const { return walk.steps[n % 8]; }
   FOVEA_DEVICE void begin(const BackwardParams& p, int block) {
@@ -39,10 +39,10 @@ struct BackwardState {
   }
   /// The tile of dq_sum that step n adds to.
   FOVEA_DEVICE i64 dq_tile(u32 n) const { return S.ends_dq ? walk.dq_tiles[n % 8] : step(n).slot; }
-  /// Of the keys of step n.
+  /// The block of keys of step n.
   FOVEA_DEVICE int key_block(u32 n) const { return S.holds_dq ? step(n).turn : walk.key_block; }
   FOVEA_DEVICE bool last_keys(int key_block) const { return (key_block + 1) * S.block_n >= walk.sequence.kv_rows; }
-  /// Once a warp, when it reads nothing of these keys any more.
+  /// By each warp, when it has read the last of these keys.
   FOVEA_DEVICE void leave_keys() {
     __syncwarp();
     if (static_cast<u32>(lane_id()) < kArrivals) keys_read.arrive();

@@ -2,30 +2,30 @@
 
 #include "cuda/kernels/device.cuh"
 
-// Barriers in shared memory (mbarrier) that count arrivals and bytes, and those of a block's hardware.
+// Barriers in shared memory (mbarrier), which count arrivals and bytes, and the block's hardware barriers.
 namespace fovea::cuda {
 
 /// Which of a cluster of two this block is.
 FOVEA_DEVICE int rank_in_pair() { return static_cast<int>(blockIdx.x % 2); }
-/// The same place in the shared memory of a block of the cluster.
+/// The address of the same place in the shared memory of another block of the cluster.
 FOVEA_DEVICE u32 address_in(int rank, u32 address) {
   u32 there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
   return there;
 }
 FOVEA_DEVICE u32 address_in_other(u32 address) { return address_in(1 - rank_in_pair(), address); }
-/// What the first block has there.
+/// The value of `x` in the shared memory of the cluster's first block.
 FOVEA_DEVICE int load_of_first(const int& x) {
   int there;
   asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(there) : "r"(address_in(0, shared_address(&x))) : "memory");
   return there;
 }
-/// All threads of the cluster.
+/// A barrier of all threads of the cluster.
 FOVEA_DEVICE void meet_cluster() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-/// A phase is over when all have arrived and all bytes that were announced are there.
+/// An mbarrier.  A phase is over when all arrivals have come and all announced bytes have been written.
 struct Barrier {
   u64 word;
 
@@ -40,15 +40,16 @@ struct Barrier {
   FOVEA_DEVICE void expect(u32 bytes) {
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
   }
-  /// Of who has read, and written nothing: for that `release.cluster` would be a fence of the whole GPU.
+  /// At the other block's barrier, by a thread that has only read: after a write `release.cluster` would be needed,
+  /// which is a fence of the whole GPU.
   FOVEA_DEVICE void arrive_in_other() {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in_other(address())) : "memory");
   }
-  /// Once all copies that this thread has asked for (cp.async) are there.
+  /// Arrives when all cp.async copies of this thread so far are done.
   FOVEA_DEVICE void arrive_behind_copies() {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address()) : "memory");
   }
-  /// Until the phase of this parity is over.
+  /// Waits until the phase of this parity is over.
   FOVEA_DEVICE void wait(u32 parity) const {
     asm volatile(
         "{ .reg .pred done;\n"
@@ -59,9 +60,8 @@ struct Barrier {
   }
 };
 
-/// What a warp's arrival counts for.  One lane arrives for a warp that has come together, which is enough by the PTX
-/// memory model; compute-sanitizer's racecheck sees what a lane does ordered by its own arrivals only
-/// (docs/contract.md).
+/// Arrivals of a warp.  By the PTX memory model one lane may arrive for all after __syncwarp; compute-sanitizer's
+/// racecheck takes a lane's reads for ordered by its own arrivals only (docs/contract.md, FOVEA_RACECHECK).
 #ifdef FOVEA_RACECHECK
 inline constexpr u32 kArrivals = kWarp;
 #else
@@ -80,12 +80,12 @@ struct Ring {
   FOVEA_DEVICE static int place(u32 n) { return static_cast<int>(n % kPlaces); }
   FOVEA_DEVICE void await_full(u32 n) const { full[place(n)].wait(n / kPlaces & 1); }
   FOVEA_DEVICE void await_empty(u32 n) const { empty[place(n)].wait(n / kPlaces & 1 ^ 1); }
-  /// Once a warp, when all of it has written.
+  /// By each producing warp, when all of its lanes have written.
   FOVEA_DEVICE void announce(u32 n) {
     __syncwarp();
     if (static_cast<u32>(lane_id()) < kArrivals) full[place(n)].arrive();
   }
-  /// Once a warp, when all of it has read; in a pair the other block's place, too.
+  /// By each consuming warp, when all of its lanes have read; kInPair: the other block's place as well.
   template <bool kInPair = false>
   FOVEA_DEVICE void release(u32 n) {
     __syncwarp();
@@ -96,12 +96,12 @@ struct Ring {
   }
 };
 
-/// Makes barriers just begun, and what threads have written, known to the copy engine.
+/// Makes initialised barriers, and what threads have written to shared memory, visible to the copy engine.
 FOVEA_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 FOVEA_DEVICE void fence_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 FOVEA_DEVICE void meet(u32 id, u32 threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-/// The same; whether anybody says yes.
+/// The same; returns whether some thread says yes.
 FOVEA_DEVICE bool meet_any(u32 id, u32 threads, bool yes) {
   u32 any;
   asm volatile(

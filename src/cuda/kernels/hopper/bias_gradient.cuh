@@ -5,12 +5,12 @@
 #include "cuda/kernels/hopper/gradient_columns.cuh"
 #include "cuda/kernels/hopper/wgmma.cuh"
 
-// dbias where neither its rows nor its keys are summed: a block takes tiles of 128 × 128 entries, whose bias lies in
-// shared memory, has the heads and sequences that share them copied one after the other, and keeps the sum of their dS
-// in registers, until it leaves by the bias's place.
+// dbias where neither its rows nor its keys are summed.  A block takes tiles of 128 × 128 entries, whose bias is in
+// shared memory; the heads and sequences that share them are copied one after the other, and the sum of their dS stays
+// in registers until it is written through the bias's place.
 namespace fovea::cuda {
 
-/// Of dbias and of the bias alike.
+/// A tile of the bias and of dbias.
 struct BiasTile {
   int key, row, head, batch;  // 0 where it is shared
 };
@@ -30,7 +30,7 @@ struct BiasGradientState {
   static constexpr u32 kHidden = 4, kPartial = 8;  // what is seen of the tile
   BiasTile tiles[kShared.bias_places];
   bool hides[kShared.bias_places];
-  BiasTile at;  // whose K, q, V and dout are being copied, and of whom
+  BiasTile at;  // whose K, q, V and dout are being copied, and from which sequence
   Sequence sequence;
 };
 
@@ -133,7 +133,7 @@ struct BiasGradientSm90 {
     }
   }
 
-  /// Brings the bias of a tile, and has the sum stored that is left in its place.
+  /// Loads the bias of a tile, after the sum of an earlier one in its place has been stored.
   FOVEA_DEVICE void exchange_all() const {
     u32 number = blockIdx.x;
 #pragma unroll 1
@@ -157,7 +157,7 @@ struct BiasGradientSm90 {
     }
   }
 
-  /// By a warp: whether a tile's bias hides something.
+  /// Whether a tile's bias hides something; by a warp.
   FOVEA_DEVICE void look_all() const {
     u32 t = 0;
 #pragma unroll 1
@@ -256,8 +256,8 @@ struct BiasGradientSm90 {
     }
   }
 
-  /// dS of a sharer; kHides: band and ends may hide an entry; kChecks: that, or the bias does.  Where something that is
-  /// not finite was met each entry is then asked.  Where nothing is asked, dP is under way while S becomes P.
+  /// dS of a sharer; kHides: band and ends may hide an entry; kChecks: these or the bias may.  Then entries are checked
+  /// one by one if something is not finite.  Otherwise dP is computed while S becomes P.
   template <bool kHides, bool kChecks>
   FOVEA_DEVICE void add(Entries& sum, u32 step, u32 t) const {
     constexpr bool kAtOnce = !kChecks && Columns::kDeltaFirst && !S.softcap && !S.alibi;
@@ -304,7 +304,7 @@ struct BiasGradientSm90 {
       Columns::each([&](int j, int e) { sum[0][j].x[e] += d[0][j].x[e]; });
     }
   }
-  /// Keys by rows, issued and not awaited; n: the first panel's place in the ring.
+  /// A product of keys by rows, issued and not awaited; n: the first panel's place in the ring.
   template <int kDim>
   FOVEA_DEVICE void multiply(Entries& c, u32 n, int add) const {
 #pragma unroll

@@ -5,8 +5,8 @@
 #include "cuda/kernels/hopper/softmax.cuh"
 #include "cuda/kernels/hopper/state.cuh"
 
-// A warpgroup that computes 64 rows: S = Q Kᵀ and O += P V, of which the tensor cores have one tile's scores and the
-// values of the one before at a time; while they make the rest, scores are weighed.
+// A warpgroup that computes 64 rows: S = Q Kᵀ and O += P V.  The tensor cores always have the scores of one tile and P
+// V of the one before; as soon as the scores are done they pass through the softmax, while P V still runs.
 namespace fovea::cuda {
 
 template <ForwardSm90Spec S>
@@ -25,9 +25,9 @@ struct Consumer {
   u32 n = 0;           // tiles of rows so far
   u32 keys = 0;        // and of keys
   u32 fetched = 0;     // and of these, those computed
-  u32 left = 0;        // tiles of rows whose O has left Q's place
+  u32 left = 0;        // tiles of rows whose O has been read from Q's place, which was released
   float steep = 0.0F;  // slope over scale
-  Interval full{};     // tiles of keys that these 64 rows see whole, where O leaves registers for it
+  Interval full{};     // tiles of keys that these 64 rows see whole, where O leaves enough registers to keep it
 
   static constexpr int kShort = short_n(S);
   static constexpr bool kBeginsWithSlopes = Soft::kBeginsWithSlopes;
@@ -50,7 +50,7 @@ struct Consumer {
     release_left();
   }
 
-  // ---- turns: a warpgroup has its products issued before the next one issues its own
+  // ---- turns: a warpgroup issues its products before the next one issues its own
 
   static constexpr u32 kTurns = 2;  // the first one's barrier
   FOVEA_DEVICE void await_turn() const {
@@ -71,7 +71,7 @@ struct Consumer {
     full = {(reach.all_begin + S.block_n - 1) / S.block_n, reach.all_end / S.block_n};
     Soft soft;
     Out o;
-    const auto epilogue = [&] {  // nothing of it is kept over the loops
+    const auto epilogue = [&] {  // made when needed, so that nothing of it is kept over the loops
       return Epilogue<S>{p, work, rules, at.q(state.q[0].place(n)), warp_row()};
     };
     float factors[2];
@@ -82,12 +82,12 @@ struct Consumer {
     epilogue().finish(o, soft.reference, factors);
   }
 
-  /// All scores are made.
+  /// When all scores are made.
   FOVEA_DEVICE void release_q() {
     if constexpr (!leaves_through_q(S)) state.q_of(group).release(n);
   }
 
-  /// Where O of the tile of rows before left through Q's place, and nobody has given that back yet.
+  /// Releases Q's place where O of the tile of rows before was stored through it.
   FOVEA_DEVICE void release_left() {
     if (!leaves_through_q(S) || left == n) return;
     await_additions_read<0>();
@@ -99,7 +99,7 @@ struct Consumer {
     for (int x = 0; x < 4 * Epilogue<S>::kD; ++x) o[0][x / 4].x[x % 4] = 0.0F;
   }
 
-  /// Calls end() for the sums while the last values are added.
+  /// Walks all tiles of keys, and calls end() when all sums are known, while the last P V is added.
   template <class End>
   FOVEA_DEVICE void attend_all(const Work<S>& work, const Rules& rules, Soft& soft, Out& o, float unit,
                                const End& end) {
@@ -117,7 +117,7 @@ struct Consumer {
     }
     Scores s;
     Weights weights;
-    bool brief = false;  // the tile whose values are due is a short one
+    bool brief = false;  // the tile whose P V comes next is a short one
     if constexpr (kShort < S.block_n) brief = uniform(work.reach[group].any_end - step.tile * S.block_n <= kShort);
     if (brief) {
       first_tile<kShort>(work, rules, soft, s, weights, o, unit, step);
@@ -134,8 +134,7 @@ struct Consumer {
     if constexpr (!S.mask) skip(own.begin - work.tiles.begin);
   }
 
-  /// The first one of which these 64 rows see something, or else the last one, of what the producer has found for a
-  /// mask.
+  /// With a mask: the first of the producer's tiles of which these 64 rows see something, or else the last one.
   FOVEA_DEVICE Step first_step(const Work<S>& work) {
     if (work.tiles.empty()) return {0, Step::kLast};
     for (;;) {
@@ -146,13 +145,13 @@ struct Consumer {
       if (step.last()) return step;
     }
   }
-  /// Of the tile whose K is next.  Where there are no turns, ptxas has to be told that a warp agrees on it.
+  /// The step of the next K.  Without turns ptxas has to be told that a warp agrees on it.
   FOVEA_DEVICE Step step_of() const {
     const Step step = state.steps[state.k.place(keys)];
     return S.turns ? step : Step{step.tile, uniform(step.seen)};
   }
 
-  /// Tiles that only others see.
+  /// Passes over tiles that only other warpgroups see.
   FOVEA_DEVICE void skip(int tiles) {
 #pragma unroll 1
     for (; tiles > 0; --tiles, ++keys) {
@@ -201,13 +200,13 @@ struct Consumer {
             S.mask ? step.mask(group) : TileState::kFull};
   }
 
-  /// These rows see nothing of it.
+  /// Whether these rows see nothing of a tile.
   FOVEA_DEVICE bool hidden(const Work<S>& work, const Step& step) const {
     const bool nothing = sight_of(work, step).hidden();
     return S.turns ? nothing : uniform(nothing);
   }
 
-  /// Without values to be added meanwhile.  Only the first kKeys of the tile are seen.
+  /// The first tile, without a P V of one before.  Only its first kKeys are seen.
   template <int kKeys>
   FOVEA_DEVICE void first_tile(const Work<S>& work, const Rules& rules, Soft& soft, Scores& all, Weights& weights,
                                Out& o, float unit, const Step& step) {
@@ -232,8 +231,8 @@ struct Consumer {
     ++keys;
   }
 
-  /// S of this tile while P V of the one before is made.  What a mask leaves of the tile is asked for behind that, so
-  /// that products wait for nothing; where these rows see nothing of it, their weights are 0.
+  /// S of this tile while P V of the one before is made.  The mask is looked at after the products are issued, so that
+  /// they wait for nothing; where these rows see nothing of the tile, their weights are 0.
   FOVEA_DEVICE void next_tile(const Work<S>& work, const Rules& rules, Soft& soft, Scores& s, Weights& weights, Out& o,
                               float unit, Step& step, int add, bool brief) {
     if constexpr (kBeginsWithSlopes) rules.begin_with_slopes(s, steep, warp_row(), step.tile * S.block_n, soft.beside);
@@ -267,7 +266,7 @@ struct Consumer {
     ++keys;
   }
 
-  /// A tile that is hidden.
+  /// A tile of which these rows see nothing.
   FOVEA_DEVICE void pass_over(Out& o, Weights& weights) {
     values_done(o, weights);
     state.k.release(keys++);
@@ -275,7 +274,7 @@ struct Consumer {
     for (OperandA& none : weights) none = {};
   }
 
-  /// Of the next tile computed.
+  /// The entries of the next computed tile.
   FOVEA_DEVICE Found entries_of(const Rules& rules, int row, int key) const {
     Found entries{p, rules, row, key, S.bias ? at.bias(group, state.entries[group].place(fetched)) : 0};
     if constexpr (S.bias) {
@@ -303,7 +302,7 @@ struct Consumer {
     if (ahead) ring.release(fetched++);
   }
 
-  /// References of a tile's scores; sums and O, where there are any, move on to them.
+  /// Takes references from a tile's scores, and rescales sums and O if there are any yet (`begun`).
   template <int kPieces>
   FOVEA_DEVICE void raise(Soft& soft, Accumulator (&s)[1][kPieces], Out& o, float unit, const Found& entries,
                           bool begun) const {

@@ -3,21 +3,21 @@
 #include "cuda/kernels/hopper/tensor_copy.cuh"
 #include "cuda/kernels/scores.cuh"
 
-// What options ask of a lane's entries of a tile, read from shared memory when the products are there.
+// The bias and mask of a lane's entries of a tile, read from shared memory when the products are done.
 namespace fovea::cuda {
 
 template <ForwardSm90Spec S>
 struct TileEntries {
   static constexpr int kN = S.block_n / 8, kPanel = kGroupRows * kPanelRowBytes;
-  static constexpr bool kNarrows = false;  // ptxas has no registers for the band beside what is seen
+  static constexpr bool kNarrows = false;  // no registers to intersect the band with `seen`
   using Scores = Accumulator[1][kN];
   using Rules = ScoreRules<S, false, AsTheyAre, true>;
 
   const ForwardSm90Params& p;
   const Rules& rules;
   int row, key;  // of the warp's piece
-  u32 bias;      // where the warpgroup's lies
-  u32 seen[2];   // of a row: bit 2j + e
+  u32 bias;      // address of the warpgroup's tile of the bias
+  u32 seen[2];   // by the mask, of each of two rows: bit 2j + e
 
   FOVEA_DEVICE static int warp_row() { return warp_id() % 4 * 16; }
 
@@ -26,25 +26,26 @@ struct TileEntries {
     return (seen[e / 2] >> (2 * j + e % 2) & 1) != 0;
   }
 
-  /// The tile's bits of the lane's words (`WordView`).
+  /// Reads the tile's bits of the lane's words (`WordView`).
   FOVEA_DEVICE void read_words(u32 words) {
     constexpr int kGroups = mask_groups(S);
     const int first = warp_row() + lane_id() / 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const u32 mine = words + ((first + 8 * h) * kGroups * 4 + lane_id() % 4) * 4;
-      seen[h] = load_shared(mine);
+      const u32 address = words + ((first + 8 * h) * kGroups * 4 + lane_id() % 4) * 4;
+      seen[h] = load_shared(address);
       if constexpr (S.block_n < 128)
-        seen[h] = __funnelshift_r(seen[h], kGroups == 1 ? 0 : load_shared(mine + 16), static_cast<u32>(key) % 128 / 4);
+        seen[h] =
+            __funnelshift_r(seen[h], kGroups == 1 ? 0 : load_shared(address + 16), static_cast<u32>(key) % 128 / 4);
     }
   }
 
-  /// A bias that the copy engine cannot read is brought by each warp for its rows.  Past the last row or key the last
-  /// one is read: such entries are hidden anyway.
+  /// Each warp copies the bias of its rows where the copy engine cannot.  Past the last row or key the last one is
+  /// read: such entries are hidden anyway.
   FOVEA_DEVICE void copy_bias() const {
     constexpr int kSize = kBytes<S.bias_type>, kOf = 4 / kSize;  // of a word
     __syncwarp();
-    constexpr int kTogether = S.head_dim_v > 128 ? 4 : kSize == 4 ? 8 : 16;  // rows on their way
+    constexpr int kTogether = S.head_dim_v > 128 ? 4 : kSize == 4 ? 8 : 16;  // rows in flight
 #pragma unroll 1
     for (int x = 0; x < 16 * bias_panels(S); x += kTogether) {
       const int first = x % 16, panel = x / 16, j = key + (panel * kPanelRowBytes / 4 + lane_id()) * kOf;
@@ -79,8 +80,8 @@ struct TileEntries {
     }
   }
 
-  /// Where the lane finds a piece of 16 bytes of a row; pieces on from it, by an exclusive or.  Of queries that share a
-  /// row of the bias the copy engine brings the first one.
+  /// The address of a piece of 16 bytes of a row; an exclusive or leads to later pieces.  Where all queries share a row
+  /// of the bias, the copy engine fills only the first one.
   FOVEA_DEVICE u32 place_of(int r, int piece) const {
     return swizzled(bias, p.bias.query == 0 && p.bias_by_engine ? 0 : r, piece);
   }
@@ -93,9 +94,9 @@ struct TileEntries {
       load_matrices(words, (first ^ j % 8 * 16) + j / 8 * kPanel);
 #pragma unroll
       for (int x = 0; x < 8; ++x) {
-        const u32 two = words[x / 4 * 2 + x % 4 / 2];
+        const u32 word = words[x / 4 * 2 + x % 4 / 2];
         float& entry = s[0][j + x / 4].x[x % 4];
-        entry = entry * scale + widen_half<S.bias_type>(two, x % 2);
+        entry = entry * scale + widen_half<S.bias_type>(word, x % 2);
       }
     }
   }
@@ -106,26 +107,26 @@ struct TileEntries {
       const u32 first = place_of(warp_row() + lane_id() / 4 + 8 * h, lane_id() % 4 / 2) + lane_id() % 2 * 8;
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
-        const uint2 two = load_shared_8((first ^ j % 4 * 32) + j / 4 * kPanel);
-        s[0][j].x[2 * h] = s[0][j].x[2 * h] * scale + __uint_as_float(two.x);
-        s[0][j].x[2 * h + 1] = s[0][j].x[2 * h + 1] * scale + __uint_as_float(two.y);
+        const uint2 pair = load_shared_8((first ^ j % 4 * 32) + j / 4 * kPanel);
+        s[0][j].x[2 * h] = s[0][j].x[2 * h] * scale + __uint_as_float(pair.x);
+        s[0][j].x[2 * h + 1] = s[0][j].x[2 * h + 1] * scale + __uint_as_float(pair.y);
       }
     }
   }
 
-  /// A bias of −infinity hides whatever the product was; where that was a number the sum says so by itself.
+  /// A bias of −infinity hides an entry even where the product is NaN or +infinity, so that the sum is not −infinity.
   FOVEA_DEVICE void hide_by_bias(Scores& s) const {
     if constexpr (S.bias) {
-      bool odd = false;
-      for_each_entry<1, kN>([&](int i, int j, int e) { odd = odd || s[i][j].x[e] != s[i][j].x[e]; });
-      if (!__any_sync(kAllLanes, odd)) return;
+      bool has_nan = false;
+      for_each_entry<1, kN>([&](int i, int j, int e) { has_nan = has_nan || s[i][j].x[e] != s[i][j].x[e]; });
+      if (!__any_sync(kAllLanes, has_nan)) return;
       u32 hidden[2] = {};  // as `seen`
 #pragma unroll 1
       for (int x = 2 * kN - 1; x >= 0; --x) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float of = rules.bias_at(row + Rules::row_of(0, 2 * h), key + Rules::key_of(x / 2, x));
-          hidden[h] = 2 * hidden[h] + (of < kLowestBias ? 1 : 0);
+          const float entry = rules.bias_at(row + Rules::row_of(0, 2 * h), key + Rules::key_of(x / 2, x));
+          hidden[h] = 2 * hidden[h] + (entry < kLowestBias ? 1 : 0);
         }
       }
       for_each_entry<1, kN>([&](int i, int j, int e) {

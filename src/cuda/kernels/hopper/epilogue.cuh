@@ -3,15 +3,15 @@
 #include "cuda/kernels/hopper/state.cuh"
 #include "cuda/kernels/row_end.cuh"
 
-// From sums to out and lse, by each warp for its 16 rows.
+// The end of a tile of rows: out and lse, by each warp for its 16 rows.
 namespace fovea::cuda {
 
-/// Two of what `store_matrices` stores four of.
+/// `store_matrices` of two.
 FOVEA_DEVICE void store_two_matrices(u32 address, u32 a, u32 b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
 }
 
-/// What was 0 stays so unless one of a word's two halves is not finite.
+/// `broken` stays 0 unless one of a word's two halves is not finite, which makes it NaN.
 template <Type kType>
 FOVEA_DEVICE void note_broken(u32& broken, u32 word) {
   if constexpr (kType == Type::kBFloat16) asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(broken) : "r"(word), "r"(0));
@@ -27,10 +27,10 @@ struct Epilogue {
   const ForwardSm90Params& p;
   const Work<S>& work;
   const Rules& rules;
-  u32 q;    // its place
+  u32 q;    // address of its place in shared memory
   int row;  // the warp's first, of the block
 
-  /// Divides by the sums, writes out.
+  /// Divides O by the sums and writes it.
   FOVEA_DEVICE void finish(Out& o, const float (&reference)[2], const float (&factors)[2]) const {
     if (__any_sync(kAllLanes, factors[0] == 0.0F || factors[1] == 0.0F)) {  // NaN may stand where nothing was seen
 #pragma unroll
@@ -50,17 +50,16 @@ struct Epilogue {
     for (int h = 0; h < 2; ++h) mend(h, broken[h] != 0, reference[h], factors[h]);
   }
 
-  /// What weighs O, which may still be under way: adds sinks, writes lse.  Of the four lanes that share two rows, two
-  /// end one each; the others do the same for nothing.
+  /// Adds sinks, writes lse and gives the factors of O, whose last product may still be running.  Of the four lanes
+  /// that share two rows two end one each; the others do the same in vain.
   FOVEA_DEVICE void end_rows(const float (&reference)[2], float (&sum)[2], float (&factors)[2]) const {
     sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
-    const int lane = lane_id(), h = lane % 2, mine = row + lane / 4 + 8 * h, head = work.rows.first_head;
+    const int lane = lane_id(), h = lane % 2, r = row + lane / 4 + 8 * h, head = work.rows.first_head;
     float factor = 0.0F;
-    if (mine < work.rows.left()) {
+    if (r < work.rows.left()) {
       const RowEnd end = end_of_row<S>(p, head, h == 0 ? reference[0] : reference[1], h == 0 ? sum[0] : sum[1]);
       factor = end.empty ? 0.0F : end.factor;
-      if (p.lse.data != nullptr && lane % 4 == h)
-        *work.sequence.statistic(p.lse, work.rows.query(mine), head) = end.lse;
+      if (p.lse.data != nullptr && lane % 4 == h) *work.sequence.statistic(p.lse, work.rows.query(r), head) = end.lse;
     }
     factors[0] = __shfl_sync(kAllLanes, factor, lane & ~3);
     factors[1] = __shfl_sync(kAllLanes, factor, lane & ~3 | 1);
@@ -73,7 +72,7 @@ struct Epilogue {
     return word;
   }
 
-  /// Through Q's place, so that whole rows leave; it can be given back when the copy engine has read them.
+  /// Through Q's place, so that whole rows are written; it can be released when the copy engine has read them.
   FOVEA_DEVICE void store_through_q(const Out& o, const float (&factors)[2], u32 (&broken)[2]) const {
     const int lane = lane_id();
 #pragma unroll
@@ -97,7 +96,7 @@ struct Epilogue {
     }
   }
 
-  /// By the copy engine, which leaves out what lies past the tensor; of packed sequences another's rows lie there.
+  /// By the copy engine, which leaves out rows past the tensor, but would write past the end of a packed sequence.
   FOVEA_DEVICE void leave() const {
     const RowPlace to{work.sequence.q_begin + work.rows.query(row), work.rows.first_head,
                       p.cu_seqlens_q.data == nullptr ? work.sequence.batch : 0};
@@ -118,7 +117,7 @@ struct Epilogue {
     }
   }
 
-  /// Straight from registers: four lanes trade words for pieces of 16 bytes.
+  /// From registers: the four lanes of a row exchange words so that each has pieces of 16 bytes.
   FOVEA_DEVICE void store(const Out& o, const float (&factors)[2], u32 (&broken)[2]) const {
     const int lane = lane_id();
     char* const to = work.sequence.q_row(p.out, work.rows.query(row) + lane / 4, work.rows.first_head) + lane % 4 * 16;

@@ -2,8 +2,8 @@
 
 #include "cuda/kernels/hopper/state.cuh"
 
-// A warp that brings what options read of entries, a bias and a mask's words, to shared memory for one warpgroup, tiles
-// ahead: ptxas starts a load to registers only behind the wait for a product, however early it is asked for.
+// A warp that copies the bias and the mask's words of one warpgroup's tiles to shared memory, ahead of their use. Loads
+// to registers would not help: ptxas issues them only after the wait for a product, however early they are written.
 namespace fovea::cuda {
 
 template <ForwardSm90Spec S>
@@ -11,8 +11,8 @@ struct Fetcher {
   const ForwardSm90Params& p;
   State<S>& state;
   const Layout<S> at;
-  const int group;  // of rows: the warpgroup's
-  u32 keys = 0;     // tiles of K so far
+  const int group;  // the warpgroup
+  u32 keys = 0;     // tiles of keys so far
   u32 fetched = 0;  // and of these, those that the warpgroup computes
 
   FOVEA_DEVICE void run() {
@@ -47,7 +47,8 @@ struct Fetcher {
     ++fetched;
   }
 
-  /// Row by row.  Past the last row or key the last one is read: such entries are hidden anyway.
+  /// A lane copies the words of two rows.  Past the last row or key the last one is read: such entries are hidden
+  /// anyway.
   FOVEA_DEVICE void fetch_words(const Work<S>& work, u32 to, int key) const {
     constexpr int kGroups = mask_groups(S);
     const WordView& view = p.mask_words;

@@ -4,11 +4,10 @@
 #include "cuda/kernels/hopper/fetcher.cuh"
 #include "cuda/kernels/hopper/producer.cuh"
 
-// The forward on Hopper (FlashAttention-3, 2407.08608): one warpgroup has Q, K and V copied into rings, the others
-// compute.
+// The forward on Hopper (FlashAttention-3, 2407.08608): one warpgroup copies Q, K and V into rings, the others compute.
 namespace fovea::cuda {
 
-/// Blocks begin one after the other, so many clocks apart, so that not all of them wait for memory at once.
+/// Staggers the starts of blocks by `clocks`, so that not all of them wait for memory at once.
 FOVEA_DEVICE void begin_apart(u32 clocks) {
   const auto now = [] {
     u32 x;

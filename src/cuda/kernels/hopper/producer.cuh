@@ -2,8 +2,8 @@
 
 #include "cuda/kernels/hopper/state.cuh"
 
-// The warpgroup that has Q, K and V copied.  Through the copy engine one warp sees to keys and values, and another one
-// finds the next tile of rows meanwhile; by hand all threads do one after the other.
+// The warpgroup that copies Q, K and V.  With the copy engine one warp issues the copies of keys and values while
+// another finds the next tile of rows and its Q; without it all threads do one after the other.
 namespace fovea::cuda {
 
 /// kByEngine: the copy engine can read q, k and v.
@@ -12,11 +12,11 @@ struct Producer {
   const ForwardSm90Params& p;
   State<S>& state;
   const Layout<S> at;
-  u32 keys = 0;  // tiles of them so far
+  u32 keys = 0;  // tiles of keys so far
 
   static constexpr u32 kMeeting = 1;  // the producers' barrier
   static constexpr int kHands = State<S>::kHands;
-  static constexpr int kEarly = 1;  // tiles of keys, at most, that are left to load when the next rows are claimed
+  static constexpr int kEarly = 1;  // the next rows are claimed when at most so many tiles of keys are left to load
   FOVEA_DEVICE static int thread() { return static_cast<int>(threadIdx.x % 128); }
   FOVEA_DEVICE static bool leads() { return kByEngine ? lane_id() == 0 : thread() == 0; }
 
@@ -35,7 +35,7 @@ struct Producer {
 
   FOVEA_DEVICE Work<S>& work_of(u32 n) const { return state.work[n % State<S>::kWorks]; }
 
-  /// Claims the n-th tile of rows and has its Q copied; false where there is none.
+  /// Claims the n-th tile of rows and starts the copies of its Q; false where there is none.
   FOVEA_DEVICE bool find(u32 n, int& tile) const {
     Work<S>& work = work_of(n);
     if (leads()) {
@@ -74,7 +74,7 @@ struct Producer {
     if constexpr (!kByEngine) meet(kMeeting, kHands);
   }
 
-  /// By a thread, or a warp where that looks for what a mask leaves.
+  /// By one thread, or with a mask, which a whole warp looks up, by one warp.
   FOVEA_DEVICE void load_all() {
 #pragma unroll 1
     for (u32 n = 0;; ++n) {
@@ -84,8 +84,8 @@ struct Producer {
     }
   }
 
-  /// Keys and values of the n-th tile of rows, K a tile ahead of V.  The next rows are claimed late, so that all blocks
-  /// end together, but not so late that anybody waits for them.
+  /// Loads keys and values of the n-th tile of rows, K a tile ahead of V.  The next rows are claimed late, so that all
+  /// blocks end together, but early enough that nothing waits for them.
   FOVEA_DEVICE void load(u32 n) {
     const Work<S>& work = work_of(n);
     bool late = false;
@@ -128,12 +128,12 @@ struct Producer {
                                [&] { return sequence.kv_row(view, key, work.kv_head); });
   }
 
-  /// `rows`, `view` and `from` are for copies by hand.
+  /// `rows`, `view` and `from` are for copies without the engine.
   template <int kRows, int kDim, class From>
   FOVEA_DEVICE void load_tile(u32 to, Barrier& full, const TensorMap& map, RowPlace place, Keep keep, int rows,
                               const RowView& view, const From& from) const {
     if constexpr (kByEngine) {
-      if (p.cu_seqlens_q.data != nullptr) place.batch = 0;  // packed sequences are one
+      if (p.cu_seqlens_q.data != nullptr) place.batch = 0;  // packed sequences are one tensor to the engine
       if (leads()) load_panels<kRows, kDim>(to, map, full, place, keep);
     } else {
       load_by_hand<kHands, kRows, kDim>(to, thread(), rows, kDim * bytes_of(S.type), view.aligned, from(), view.row);

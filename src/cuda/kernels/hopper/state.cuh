@@ -2,28 +2,28 @@
 
 #include "cuda/kernels/hopper/walk.cuh"
 
-// What producer and consumers share.
+// The shared memory of a block of the forward: what producers and consumers tell each other, and where tiles are.
 namespace fovea::cuda {
 
-/// What the threads of a block share.
+/// What producers and consumers tell each other.
 template <ForwardSm90Spec S>
 struct State {
   Ring<S.q_stages> q[q_parts(S)];
   Ring<S.stages> k, v;
-  Barrier known, late;              // the next tile of rows; when to look for the one after
-  static constexpr int kWorks = 4;  // the next one is known before Q is given back, and that before out is written
+  Barrier known, late;              // the next tile of rows is known; it is time to claim the one after
+  static constexpr int kWorks = 4;  // a next one is known before Q is released, and Q is before out is written
   Work<S> work[kWorks];
-  PackedTiles packed;                           // for who claims tiles
+  PackedTiles packed;                           // of the thread that claims tiles
   Step steps[S.mask ? S.stages : 1];            // of the tiles of K in the ring
-  Ring<entry_places(S)> entries[S.warpgroups];  // of a bias and a mask
+  Ring<entry_places(S)> entries[S.warpgroups];  // tiles of a bias and a mask
 
   FOVEA_DEVICE Ring<S.q_stages>& q_of(int group) { return q[q_parts(S) == 1 ? 0 : group]; }
 
-  /// Warps that read what is known of tiles as well: one for each warpgroup.
+  /// Fetcher warps, one for each warpgroup, which also read `work` and `steps`.
   static constexpr u32 kFetchers = S.mask || S.bias ? S.warpgroups : 0;
-  static constexpr int kHands = kFetchers == 0 ? 128 : 64;  // threads that have q, k and v copied
+  static constexpr int kHands = kFetchers == 0 ? 128 : 64;  // threads that copy q, k and v
 
-  /// Calls f(step) for each of a block's tiles of keys, of which `keys` have gone by, in their order.
+  /// Calls f(step) for each tile of keys in the order of the walk; `keys` counts the tiles of the whole launch.
   template <class F>
   FOVEA_DEVICE void for_each_step(const Work<S>& of, u32& keys, const F& f) {
     if constexpr (S.mask) {

@@ -5,14 +5,14 @@
 #include "cuda/params_sm90.h"
 #include "cuda/spec_sm90.h"
 
-// Rows of q, k and v become panels in shared memory: by the copy engine, or by hand where it cannot read a tensor.
+// Copies of rows to panels in shared memory, by the copy engine (TMA), or by threads where it cannot read a tensor.
 namespace fovea::cuda {
 
 struct RowPlace {
   int row, head, batch;
 };
 
-/// One panel; what lies outside the tensor becomes 0.
+/// Loads one panel; what lies outside the tensor becomes 0.
 FOVEA_DEVICE void load_panel(u32 to, const TensorMap& map, const Barrier& barrier, int column, const RowPlace& at,
                              Keep keep) {
   asm volatile(
@@ -23,14 +23,14 @@ FOVEA_DEVICE void load_panel(u32 to, const TensorMap& map, const Barrier& barrie
       : "memory");
 }
 
-/// One panel back, of which what lies outside the tensor is left out; of the thread's open group, as `add_floats`.
+/// Stores one panel, without what lies outside the tensor; in the thread's open group, as `add_floats`.
 FOVEA_DEVICE void store_panel(const TensorMap& map, u32 from, int column, const RowPlace& at) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
                "r"(from), "r"(column), "r"(at.row), "r"(at.head), "r"(at.batch)
                : "memory");
 }
 
-/// A tile of kRows rows, by one thread; `more`: bytes that come to the same barrier.
+/// Loads a tile of kRows rows, by one thread; `more`: bytes of other copies to the same barrier.
 template <int kRows, int kDim>
 FOVEA_DEVICE void load_panels(u32 to, const TensorMap& map, Barrier& full, const RowPlace& at, Keep keep, u32 more = 0,
                               int first_column = 0) {
@@ -40,7 +40,7 @@ FOVEA_DEVICE void load_panels(u32 to, const TensorMap& map, Barrier& full, const
     load_panel(to + panel * kRows * kPanelRowBytes, map, full, first_column + panel * kPanelColumns, at, keep);
 }
 
-/// A tile of a bias, kRows rows by kKeys keys in panels, by one thread.  Dimensions of stride 0 are one to the engine.
+/// Loads a tile of a bias, kRows rows by kKeys keys, in panels, by one thread.  Broadcast dimensions have size 1.
 template <int kRows, int kKeys, Type kType, class Params>
 FOVEA_DEVICE void load_bias_panels(u32 to, const Params& p, const Barrier& full, int key, const RowPlace& at,
                                    Keep keep) {
@@ -51,15 +51,15 @@ FOVEA_DEVICE void load_bias_panels(u32 to, const Params& p, const Barrier& full,
     load_panel(to + panel * kRows * kPanelRowBytes, p.bias_map, full, key + panel * kOfPanel, from, keep);
 }
 
-/// Some bytes, in steps of 16, as they are.
+/// Loads a multiple of 16 contiguous bytes.
 FOVEA_DEVICE void load_bytes(u32 to, const void* from, u32 bytes, const Barrier& barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(barrier.address())
                : "memory");
 }
 
-/// A word, or four; behind `Barrier::arrive_behind_copies` they are there.  By way of L1: where all rows share a mask,
-/// every block asks L2 for the same line, and past L1 it would be asked by every lane (docs/notes).
+/// Copies a word, or four, that `Barrier::arrive_behind_copies` waits for.  Through L1: where all rows share a mask,
+/// every lane of every block would otherwise ask L2 for the same line (docs/notes).
 FOVEA_DEVICE void copy_word(u32 to, const u32* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
@@ -67,7 +67,7 @@ FOVEA_DEVICE void copy_four_words(u32 to, const u32* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-/// The same to the other block of a pair, in the same place or another, and to its barrier.
+/// Copies from this block to the shared memory of the other one of a pair, and to its barrier.
 FOVEA_DEVICE void send_bytes(u32 to, u32 from, u32 bytes, const Barrier& barrier) {
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    address_in_other(to)),
@@ -75,37 +75,37 @@ FOVEA_DEVICE void send_bytes(u32 to, u32 from, u32 bytes, const Barrier& barrier
                : "memory");
 }
 
-/// Has some bytes, in steps of 16, added to floats in global memory; one of the thread's open group of such additions.
+/// Adds a multiple of 16 bytes of floats to global memory, in the thread's open group of such additions.
 FOVEA_DEVICE void add_floats(float* to, u32 from, u32 bytes, Keep keep) {
   asm volatile(
       "cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;" ::"l"(to),
       "r"(from), "r"(bytes), "l"(static_cast<u64>(keep))
       : "memory");
 }
-/// Has them written there.
+/// Writes them there.
 FOVEA_DEVICE void store_bytes(float* to, u32 from, u32 bytes, Keep keep) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(to), "r"(from),
                "r"(bytes), "l"(static_cast<u64>(keep))
                : "memory");
 }
 FOVEA_DEVICE void close_additions() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-/// Until at most kOpen of the thread's groups have still to be read from shared memory.
+/// Waits until at most kOpen of the thread's groups are still to be read from shared memory.
 template <int kOpen>
 FOVEA_DEVICE void await_additions_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kOpen) : "memory");
 }
-/// Until all but at most kOpen of the thread's are done.
+/// Waits until all but at most kOpen of the thread's groups are done.
 template <int kOpen>
 FOVEA_DEVICE void await_additions() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kOpen) : "memory");
 }
 
-/// Where the copy engine puts 16 bytes of a row of a panel.
+/// The address of a piece of 16 bytes of a row in a panel, as the copy engine swizzles it.
 FOVEA_DEVICE u32 swizzled(u32 panel, int row, int piece) {
   return panel + static_cast<u32>(row * kPanelRowBytes + ((piece ^ row & 7) << 4));
 }
 
-/// The same by kThreads threads, of rows of `row_bytes`; rows from `rows` on become 0.
+/// Loads a tile of panels by kThreads threads from rows of `row_bytes`; rows from `rows` on become 0.
 template <int kThreads, int kRows, int kDim>
 FOVEA_DEVICE void load_by_hand(u32 to, int thread, int rows, int row_bytes, bool aligned, const char* from,
                                i64 stride) {

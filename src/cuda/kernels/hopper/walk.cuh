@@ -2,10 +2,10 @@
 
 #include "cuda/kernels/hopper/scheduler.cuh"
 
-// The tiles of keys that a tile of rows has to see, last ones first; where a mask hides some for all rows, the others.
+// The walk of a tile of rows over its tiles of keys, last ones first, without those that a mask hides from all rows.
 namespace fovea::cuda {
 
-/// A tile of keys, and what a mask leaves of it to each warpgroup: bit g, some of its entries; bit 8 + g, all of them.
+/// A tile of keys, and what a mask keeps of it for warpgroup g: bit g, some of its entries; bit 8 + g, all of them.
 struct Step {
   int tile;
   u32 seen;
@@ -18,7 +18,7 @@ struct Step {
   }
 };
 
-/// What the 64 rows of a warpgroup see of it.
+/// What the 64 rows of a warpgroup see of a tile.
 template <ForwardSm90Spec S>
 FOVEA_DEVICE Sight sight_of(const Work<S>& work, int group, const Step& step) {
   return {work.band_of(group, step.tile), S.mask ? step.mask(group) : TileState::kFull};
@@ -37,7 +37,8 @@ struct Walk {
   FOVEA_DEVICE void advance() { --tile; }
 };
 
-/// By all lanes of a warp, which looks at many tiles together.  Where all is hidden, one tile is walked all the same.
+/// With a mask, by all lanes of a warp, which look up many tiles at once.  Where all is hidden, one tile is walked
+/// anyway.
 template <ForwardSm90Spec S>
 struct Walk<S, true> {
   static constexpr int kAhead = 16;  // tiles, for two warpgroups
@@ -46,8 +47,8 @@ struct Walk<S, true> {
 
   const ForwardSm90Params& p;
   const Work<S>& work;
-  int looked = work.tiles.end;  // at this one and later ones
-  u32 some = 0, all = 0;        // of tiles from there on that are not walked yet, kAhead bits for each warpgroup
+  int looked = work.tiles.end;  // this tile and later ones have been looked up
+  u32 some = 0, all = 0;        // of the last kAhead of these, without walked ones, kAhead bits for each warpgroup
   Step step{-1, 0}, next{-1, 0};
   int last = -1;
 

@@ -4,7 +4,7 @@
 #include "cuda/spec_sm90.h"
 
 // Products of a warpgroup: 64 rows of A, from shared memory or registers, times a tile in shared memory.  A warp's 16
-// rows of the result lie in its lanes as those of mma.cuh do, so all that knows accumulators knows these.
+// rows of the result lie in its lanes as those of mma.cuh, so that code for accumulators serves both.
 namespace fovea::cuda {
 
 /// C += A B, 16 of k at a time.  The renderer defines it for the widths that a spec has (jit/wgmma_text.h):
@@ -14,8 +14,8 @@ namespace fovea::cuda {
 template <Type kType, int kColumns>
 struct Wgmma;
 
-/// Where a swizzled panel lies; `leading`: bytes from panel to panel, where columns are what a product runs over.
-/// Offsets of 16 bytes can be added to it.
+/// The matrix descriptor of a swizzled panel; `leading`: bytes from panel to panel, where a product sums over columns.
+/// Offsets in units of 16 bytes can be added to it.
 FOVEA_DEVICE u64 matrix_at(u32 address, u32 leading) {
   constexpr u64 kEightRows = 8 * kPanelRowBytes >> 4, kSwizzle128 = 1;
   return u64{(address & 0x3ffff) >> 4} | u64{leading >> 4} << 16 | kEightRows << 32 | kSwizzle128 << 62;
@@ -23,13 +23,13 @@ FOVEA_DEVICE u64 matrix_at(u32 address, u32 leading) {
 
 FOVEA_DEVICE void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 FOVEA_DEVICE void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-/// Until at most kOpen groups of products are under way.
+/// Waits until at most kOpen groups of products are running.
 template <int kOpen>
 FOVEA_DEVICE void await_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kOpen) : "memory");
 }
 
-/// No access to these registers moves over this place: a product that is under way has them.
+/// Keeps the compiler from moving accesses to these registers past this point: a running product uses them.
 template <int kN>
 FOVEA_DEVICE void pin(Accumulator (&c)[kN]) {
 #pragma unroll

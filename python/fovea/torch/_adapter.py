@@ -1,4 +1,4 @@
-"""fovea.attention for PyTorch's tensors: eagerly on the shortest way, through operators where somebody traces."""
+"""fovea.attention for PyTorch's tensors: eager calls directly, through operators under tracing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fovea._arguments import now, numbers, rules, whole
 from fovea._frameworks import refuse_masked
 from fovea.torch import _nested, _ops, _seeds
 
-#: Tensors without a dispatch of their own.
+#: Tensor types without a dispatch of their own.
 _PLAIN = (Tensor, torch.nn.Parameter)
 #: What autocast casts; float64 and integers stay.
 _CAST = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,12 +26,12 @@ _NO_EXTRAS = (None,) * 10
 any_autocast = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
-tracing = torch._C._get_tracing_state  # of torch.jit.trace, which takes for a constant what no operator makes
+tracing = torch._C._get_tracing_state  # of torch.jit.trace, which makes a constant of what no operator returns
 _of_old_vmap = torch._C._functorch.is_legacy_batchedtensor
 
 
 class _Once(torch.autograd.Function):
-    """Gradients, tied to all that they were computed from, so that nobody differentiates them by mistake."""
+    """Returns gradients as results of what they were computed from, so that differentiating them raises."""
 
     @staticmethod
     def forward(ctx: Any, gradients: tuple[Tensor | None, ...], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -45,7 +45,7 @@ class _Once(torch.autograd.Function):
 def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """A node's backward(ctx, saved, *gradients) whose results refuse to be differentiated again.
 
-    The first saved tensor must be an output of the node: its place in the graph is what all inputs lead to.
+    The first saved tensor must be an output of the node, which in the graph depends on all inputs.
     """
 
     @functools.wraps(backward)
@@ -62,7 +62,7 @@ def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, .
 
 
 class _Attention(torch.autograd.Function):
-    """Eager autograd; `extra` are bias, alibi_slopes and sink where there are any arrays besides q, k and v."""
+    """Eager autograd; `extra`: bias, alibi_slopes and sink, if the call has arrays besides q, k and v."""
 
     @staticmethod
     def forward(
@@ -214,7 +214,7 @@ def explain(
     strict: bool,
     out: Any,
 ) -> _core.Report:
-    """fovea.explain: of the tensors and the options that `attention` would give to the compiled half.
+    """fovea.explain, with the tensors and options that `attention` would pass to the compiled half.
 
     Args:
         others: what `extras` gives.
@@ -240,7 +240,7 @@ def run(
     return_lse: bool = False,
     out: Tensor | None = None,
 ) -> Any:
-    """An eager call, with autograd where somebody wants gradients."""
+    """An eager call, with autograd where gradients are needed."""
     if dropout_p and seed is None:
         seed, offset = _seeds.draw(q.device)
     extra = () if others is None else others[1:4]  # bias, alibi_slopes, sink
@@ -251,36 +251,36 @@ def run(
     ):
         result = _core.forward(q, k, v, others, call_rules, seed, offset, return_lse, out)
         if out is not None:
-            increment_version(out)  # a backward pass that has saved it learns that it has changed
+            increment_version(out)  # so that a backward pass that has saved it raises
         return result
     return _Attention.apply(q, k, v, others, call_rules, seed, offset, return_lse, *extra)
 
 
 def plainly_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a call needs nothing but its result: no tracing, no autocast, no tensors of a special kind."""
+    """Whether a call can go straight to the library: no tracing, no autocast, no special tensors."""
     return not (is_dynamo_compiling() or any_autocast() or special(q, k, v))
 
 
 def special(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether tensors are of a kind that the compiled half cannot read, or somebody wants to see operators."""
+    """Whether the compiled half cannot read some tensor, or operators have to be seen (`_watched`)."""
     return (
         _watched(q, k, v)
         or forward_ad._current_level >= 0
-        or q.is_neg()  # a sign by a bit, which DLPack does not tell
+        or q.is_neg()  # negated by a bit, which DLPack does not carry
         or k.is_neg()
         or v.is_neg()
     )
 
 
 def in_transform(*tensors: Tensor | None) -> bool:
-    """Whether torch.func or forward-mode derivatives want to see operators that have such rules."""
+    """Whether a transform of torch.func or forward-mode differentiation is active."""
     return _transforms() is not None or (
         forward_ad._current_level >= 0 and any(x is not None and _has_tangent(x) for x in tensors)
     )
 
 
 def only_tensors(**named: Any) -> None:
-    """Refuses what is no tensor of PyTorch's."""
+    """Refuses what is not a PyTorch tensor."""
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is a {type(tensor).__name__}, which is no PyTorch tensor; give PyTorch tensors")
@@ -298,7 +298,7 @@ def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
 
 
 def _readable(*others: Any) -> tuple[Any, ...]:
-    """What `extras` gives: tensors whose signs stand in their numbers, of whatever framework's arrays, and numbers."""
+    """What `extras` gives, with arrays of any framework as PyTorch tensors without a negation bit."""
     if is_dynamo_compiling():
         return others
     *arrays, max_seqlen_q, max_seqlen_kv = others
@@ -326,7 +326,7 @@ def _from_elsewhere(name: str, array: Any) -> Tensor:
 def _prepared(
     q: Tensor, k: Tensor, v: Tensor, others: tuple[Any, ...] | None, layout: str, out: Any
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...] | None, str, Callable[[Tensor], Tensor] | None]:
-    """Tensors of all kinds as the compiled half takes them, their layout, and what makes an out nested again."""
+    """Tensors of all kinds as the compiled half takes them, their layout, and how to make out nested again."""
     if not is_dynamo_compiling():
         only_tensors(q=q, k=k, v=v)
         _refuse_transforms()
@@ -376,7 +376,7 @@ def _check_out(out: Any, *sources: Tensor | None) -> None:
 
 
 def _check_like(out: Tensor, result: Tensor) -> None:
-    """copy_ would broadcast, convert and move."""
+    """Refuses an out that copy_ would broadcast, convert or move to."""
     if (out.shape, out.dtype, out.device) != (result.shape, result.dtype, result.device):
         raise ValueError(
             f"out is {out.dtype} {list(out.shape)} on {out.device} but must be {result.dtype} {list(result.shape)}"
@@ -385,7 +385,7 @@ def _check_like(out: Tensor, result: Tensor) -> None:
 
 
 def _refuse_transforms(*gradients: Tensor | None) -> None:
-    """Transforms of functorch and the vmap of is_grads_batched, which came before them."""
+    """Refuses transforms of torch.func, and the older vmap of is_grads_batched."""
     if _transforms() is not None or any(x is not None and _of_old_vmap(x) for x in gradients):
         raise RuntimeError(
             "fovea.attention does not run under vmap, grad and the other transforms of torch.func; give q, k and v the"
@@ -394,7 +394,7 @@ def _refuse_transforms(*gradients: Tensor | None) -> None:
 
 
 def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a subclass with its own dispatch, a tracing mode or a transform wants to see operators."""
+    """Whether a tensor subclass, a dispatch mode, tracing or a transform has to see operators."""
     return (
         type(q) not in _PLAIN
         or type(k) not in _PLAIN
