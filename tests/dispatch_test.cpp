@@ -64,7 +64,9 @@ TEST(ExitDeathTest, ThreadsMayCallUntilTheProcessIsGone) {
 TEST(Dispatch, APlanThatWasMovedFromIsRefused) {
   Plan plan = plan_forward(parse_problem("fwd fp32 b1 hq1 sq0 d8"));
   const Tensor nothing = Tensor::contiguous(nullptr, DType::kFloat32, {1, 0, 1, 8});
-  const auto execute = [&](const Plan& p) { p.execute({.q = nothing, .k = nothing, .v = nothing}, {.out = nothing}); };
+  const auto execute = [&](const Plan& p) {
+    p.execute({.q = nothing, .k = nothing, .v = nothing}, {.out = nothing});  // NOLINT(clang-analyzer-cplusplus.Move)
+  };
   const Plan moved = std::move(plan);
   execute(moved);
   EXPECT_EQ(sentence_of([&] { execute(plan); }),  // NOLINT(bugprone-use-after-move)
