@@ -190,11 +190,13 @@ class Help(CommandTest):
             for seed in ("-1", "18446744073709551616", "99999999999999999999", "1.5", "0x1", ""):
                 self.refuse(*command, "--seed", seed, says=f"--seed: '{seed}' is no whole number from 0 to 18446744073709551615")
         self.fovea("check", LINE, "--seed", "18446744073709551615")
+        self.refuse("check", LINE, "--kinds", "2", says="--kinds requires --random")
         self.refuse("tune", LINE, "--device", "cpu", says="--device cpu has no tiles to choose; name a GPU, as in cuda:0")
         for seconds in ("0", "nan", "-nan", "inf"):
             self.refuse("tune", LINE, f"--seconds={seconds}", says=f"--seconds ({seconds}) must lie between 0.001 and 3600")
         self.refuse("precompile", LINE, says="--arch")
         self.refuse("precompile", LINE, "--arch", "sm_80", says="--out")
+        self.refuse("precompile", "--arch", "sm_80,sm_90", LINE, says="--out")  # a list ends where its word does
         for arch in ("sm_8", "sm_80a", "sm_a", "sm_90aa", "90a"):
             self.refuse("precompile", LINE, "--arch", f"sm_80,{arch}", "--check", says=f"--arch '{arch}' is no architecture")
         self.refuse("precompile", "fwd fp64", "--arch", "sm_80", "--check", says="fp64")
@@ -371,8 +373,17 @@ class Run(CommandTest):
         picture = Path(self.path("picture.html")).read_text(encoding="utf-8")
         self.assertIn("rabbit", picture)
         self.assertIn("right", self.fovea("run", SAMPLE, "--check"))
+        self.fovea("run", "--plot", self.path("p.html"), "--heads", "0,3", SAMPLE)
         self.refuse("run", SAMPLE, "--plot", self.path("p.html"), "--heads", "0,12", says="12")
         self.refuse("run", SAMPLE, "--plot", self.path("p.html"), "--sequence", "1")
+
+    def test_infinite_keys_are_judged_like_others(self):
+        tensors = self.tensors(batch=1, sq=2, skv=3, hq=2, hkv=1, d=2, dv=2)
+        tensors["q"][1][0][0][0][0], tensors["q"][1][0][0][1][0] = -1.0, 1.0
+        tensors["k"][1][0][1][0][0] = math.inf  # a score of -inf weighs nothing, one of +inf makes its row NaN
+        source = self.file(tensors)
+        for options in ("", "softcap=3", "causal=top_left"):
+            self.fovea("run", source, "--check", "--options", options)
 
     def test_random_tensors_depend_on_the_seed_alone(self):
         line = "fwd+bwd bf16 b1 hq2 hkv1 sq9 skv7 d8 mask=b11k bias=1hqk:fp32 alibi sink dropout=0.2 seed=5"

@@ -61,6 +61,18 @@ TEST(ExitDeathTest, ThreadsMayCallUntilTheProcessIsGone) {
   EXPECT_EXIT(leave(), ::testing::ExitedWithCode(0), "first cpu_[^ ]+ cuda_portable .+then cpu_[^ ]+ cuda_portable ");
 }
 
+TEST(Dispatch, APlanThatWasMovedFromIsRefused) {
+  Plan plan = plan_forward(parse_problem("fwd fp32 b1 hq1 sq0 d8"));
+  const Tensor nothing = Tensor::contiguous(nullptr, DType::kFloat32, {1, 0, 1, 8});
+  const auto execute = [&](const Plan& p) {
+    p.execute({.q = nothing, .k = nothing, .v = nothing}, {.out = nothing});  // NOLINT(clang-analyzer-cplusplus.Move)
+  };
+  const Plan moved = std::move(plan);
+  execute(moved);
+  EXPECT_EQ(sentence_of([&] { execute(plan); }),  // NOLINT(bugprone-use-after-move)
+            "the plan has been moved from; execute the one that it was moved to");
+}
+
 TEST(Dispatch, AnyBackendCanBeNamed) {
   for (const std::string& isa : cpu::available_isas()) {
     EXPECT_EQ(plan_forward(kProblem, {}, {.backend = "cpu_" + isa}).report().backend, "cpu_" + isa);

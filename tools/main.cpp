@@ -86,6 +86,10 @@ struct Command {
   CLI::Option* number(const char* name, auto& value, std::int64_t least, std::int64_t most, const char* help) const {
     return option(name, value, "N", help)->check(CLI::Range(least, most).description(""));
   }
+  /// Values with commas between them; the word after them is a positional again.
+  CLI::Option* list(const char* name, auto& value, const char* type, const char* help) const {
+    return option(name, value, type, help)->delimiter(',')->allow_extra_args(false);
+  }
   /// An option that names a file: an empty name is a slip.
   CLI::Option* path(const char* name, std::string& value, const char* type, const char* help) const {
     return option(name, value, type, help)->check(filled("the path is empty"));
@@ -132,9 +136,7 @@ void add_run(CLI::App& fovea, Action& action) {
   command.path("--out", said.out, "OUT.safetensors", "write the results");
   CLI::Option* plot =
       command.path("--plot", said.plot, "FILE.html", "draw the attention weights as one self-contained page");
-  command.option("--heads", said.heads, "LIST", "heads to draw, as in 0,3,5; all where left out")
-      ->delimiter(',')
-      ->needs(plot);
+  command.list("--heads", said.heads, "LIST", "heads to draw, as in 0,3,5; all where left out")->needs(plot);
   command.option("--sequence", said.sequence, "N", "batch element or packed sequence to draw")
       ->capture_default_str()
       ->needs(plot);
@@ -170,10 +172,13 @@ void add_check(CLI::App& fovea, Action& action) {
                                         command_check, action);
   CheckRun& run = command.said->run;
   command.lines();
-  command.number("--random", run.random, 1, 1'000'000'000, "so many random problems, out of the whole option space");
+  CLI::Option* random = command.number("--random", run.random, 1, 1'000'000'000,
+                                       "so many random problems, out of the whole option space");
   command.seed(run.seed, "S", "of the random problems and tensors");
-  command.number("--kinds", run.kinds, 1, 1'000'000'000,
-                 "with --random: of so many kinds, so that a GPU needs few kernels; any where left out");
+  command
+      .number("--kinds", run.kinds, 1, 1'000'000'000,
+              "with --random: of so many kinds, so that a GPU needs few kernels; any where left out")
+      ->needs(random);
   command.flag("--list", run.list, "print the problem lines, and check nothing");
   command.flag("--pairs", run.pairs, "count how often each two options came together");
   command.number("--jobs", run.jobs, 0, kMostThreads, "problems at once; 0: as many as the process may use threads");
@@ -221,20 +226,17 @@ void add_ladder(CLI::App& fovea, Action& action) {
                                          command_ladder, action);
   LadderArguments& said = *command.said;
   constexpr std::int64_t kMost = std::int64_t{1} << 29;
-  const auto list = [&](const char* name, auto& value, const char* type, const char* help) {
-    return command.option(name, value, type, help)->delimiter(',');
-  };
   command.option("--device", said.device, "DEVICE", "cpu or cuda:N")->capture_default_str();
-  list("--seqlen", said.seqlens, "LIST", "sequence lengths, as in 512,1024")
+  command.list("--seqlen", said.seqlens, "LIST", "sequence lengths, as in 512,1024")
       ->check(CLI::Range(std::int64_t{1}, kMost).description(""));
   command.number("--batch", said.batch, 1, kMost, "sequences");
   command.number("--heads", said.heads, 1, kMost, "heads");
-  list("--dim", said.head_dims, "LIST", "head dims; on a GPU 64 and 128")
+  command.list("--dim", said.head_dims, "LIST", "head dims; on a GPU 64 and 128")
       ->check(CLI::Range(std::int64_t{1}, std::int64_t{512}).description(""));
-  list("--rungs", said.rungs, "LIST", "some of them, as in 0,3,5")
+  command.list("--rungs", said.rungs, "LIST", "some of them, as in 0,3,5")
       ->check(CLI::Range(std::int64_t{0}, std::int64_t{5}).description(""));
-  list("--dtype", said.dtypes, "LIST", "fp32 on the CPU, bf16 and fp16 on a GPU");
-  list("--mask", said.masks, "LIST", "full, causal, or both");
+  command.list("--dtype", said.dtypes, "LIST", "fp32 on the CPU, bf16 and fp16 on a GPU");
+  command.list("--mask", said.masks, "LIST", "full, causal, or both");
   command.number("--repeat", said.effort.repeats, 1, 1'000'000, "executions of each pass");
   command.option("--seconds", said.effort.seconds, "S", "or: time for each pass")->capture_default_str();
   command.flag("--check", said.check, "hold every rung against the double reference, and measure nothing");
@@ -248,7 +250,7 @@ void add_precompile(CLI::App& fovea, Action& action) {
                                              command_precompile, action);
   PrecompileArguments& said = *command.said;
   command.lines();
-  command.option("--arch", said.archs, "LIST", "architectures, as in sm_80,sm_90")->delimiter(',')->required();
+  command.list("--arch", said.archs, "LIST", "architectures, as in sm_80,sm_90")->required();
   command.flag("--ladder", said.ladder, "the kernels of fovea ladder too");
   command.path("--out", said.out, "PACK", "write the pack");
   command.path("--table", said.table, "FILE", "write each kernel's registers, shared memory and compile time");

@@ -147,7 +147,9 @@ class Bookkeeper {
   void row(std::int64_t b, std::int64_t h, std::int64_t i) {
     entries_.clear();
     for (std::int64_t j = 0; j < x_.sequences[b].len_kv; ++j) {
-      if (x_.visible(b, h, i, j)) entries_.push_back(score(b, h, i, j));
+      if (!x_.visible(b, h, i, j)) continue;
+      const Entry entry = score(b, h, i, j);
+      if (entry.logit != -std::numeric_limits<double>::infinity()) entries_.push_back(entry);  // else it weighs nothing
     }
     if (entries_.empty()) return;
     softmax(b, h, i);
@@ -164,10 +166,11 @@ class Bookkeeper {
     e.logit_error = together({scale_ * qk.computed, e.logit});  // the dot product; the scale
     if (p_.softcap != 0.0F) {
       const double cap = p_.softcap, tanh = std::tanh(e.logit / cap);
-      const double tanh_error = together({(1.0 - tanh * tanh) * together({e.logit_error, e.logit}) / cap, tanh});
+      e.derivative = 1.0 - tanh * tanh;  // 0: an infinite score is capped like a large one
+      const double moved = e.derivative == 0.0 ? 0.0 : e.derivative * together({e.logit_error, e.logit}) / cap;
+      const double tanh_error = together({moved, tanh});
       e.logit = cap * tanh;
       e.logit_error = together({cap * tanh_error, e.logit});
-      e.derivative = 1.0 - tanh * tanh;
       e.derivative_error = together({2.0 * tanh * tanh_error, tanh * tanh, e.derivative});  // tanh, square, difference
     }
     if (p_.alibi != Alibi::kNone) {

@@ -27,7 +27,7 @@ struct Rules {
   Causal causal = Causal::kNone;
   std::optional<std::int64_t> window_left;   ///< keys before the diagonal that stay visible; unset: unbounded
   std::optional<std::int64_t> window_right;  ///< keys after it; with no causal corner it is bottom_right's diagonal
-  float softcap = 0.0F;                      ///< 0: none (Gemma 2, 2408.00118)
+  float softcap = 0.0F;                      ///< 0: none; at most 1e30 (Gemma 2, 2408.00118)
   Dropout dropout{};
   bool deterministic = false;  ///< the same bits on every run, backward too
   friend bool operator==(const Rules&, const Rules&) = default;

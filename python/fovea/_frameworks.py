@@ -116,11 +116,19 @@ def refuse_masked(array_type: type) -> None:
         raise ValueError(f"a {name} has a mask that Fovea does not read; give its data, and hide keys by mask=")
 
 
-def adapter(array_type: type) -> Adapter:
-    """The adapter for arrays of this type; ValueError where it does not speak DLPack, or not for all that it holds."""
+def adapter(array_type: type, name: str) -> Adapter:
+    """The adapter for arrays of this type; ValueError where it does not speak DLPack, or not for all that it holds.
+
+    Args:
+        array_type: of an array that has not been met yet.
+        name: the array's.
+    """
     refuse_masked(array_type)
     if not hasattr(array_type, "__dlpack__"):
-        raise ValueError(f"{array_type.__name__} is no array: give one that speaks DLPack (PyTorch, NumPy, CuPy, JAX)")
+        raise ValueError(
+            f"{name} is a {array_type.__name__}, which is no array:"
+            " give one that speaks DLPack (PyTorch, NumPy, CuPy, JAX)"
+        )
     roots = {base.__module__.partition(".")[0] for base in array_type.__mro__}
     for root, make in (("numpy", _NumPy), ("cupy", _CuPy), ("torch", _Torch)):
         if root in roots:

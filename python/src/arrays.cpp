@@ -200,7 +200,7 @@ class PythonFramework final : public Framework {
   nb::object adapter_;
 };
 
-std::unique_ptr<const Framework> find_framework(nb::handle type) {
+std::unique_ptr<const Framework> find_framework(nb::handle type, const char* name) {
   if (nb::hasattr(type, "__dlpack_c_exchange_api__")) {
     const nb::object capsule = type.attr("__dlpack_c_exchange_api__");
     const auto* api =
@@ -209,18 +209,18 @@ std::unique_ptr<const Framework> find_framework(nb::handle type) {
     while (api != nullptr && api->version.major != dlpack::kMajor) api = api->older;
     if (api != nullptr && api->borrow != nullptr) return std::make_unique<ExchangeFramework>(*api);
   }
-  nb::object adapter = nb::module_::import_("fovea._frameworks").attr("adapter")(type);
+  nb::object adapter = nb::module_::import_("fovea._frameworks").attr("adapter")(type, name);
   return std::make_unique<PythonFramework>(std::move(adapter));
 }
 
 }  // namespace
 
-const Framework& Framework::of(nb::handle array) {
+const Framework& Framework::of(nb::handle array, const char* name) {
   // Types are few and live as long as the process; the map holds on to them.  The GIL guards it.
   static auto& known = *new std::unordered_map<PyObject*, std::unique_ptr<const Framework>>;
   const nb::handle type = array.type();
   if (const auto found = known.find(type.ptr()); found != known.end()) return *found->second;
-  auto framework = find_framework(type);
+  auto framework = find_framework(type, name);
   type.inc_ref();
   return *known.emplace(type.ptr(), std::move(framework)).first->second;
 }

@@ -41,7 +41,7 @@ class Framework {
   [[nodiscard]] virtual void* stream(const Device& device) const = 0;
 
   /// The one that serves arrays of this type: by the exchange ABI of the type, else by fovea._frameworks.
-  [[nodiscard]] static const Framework& of(nb::handle array);
+  [[nodiscard]] static const Framework& of(nb::handle array, const char* name);
 };
 
 }  // namespace fovea::python

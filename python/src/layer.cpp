@@ -76,7 +76,7 @@ Tensor rows_of(const Tensor& x) {
 class Layer {
  public:
   Layer(nb::handle query, const LayerCall& call)
-      : call_(call), framework_(Framework::of(query)), like_(framework_.borrow(query, "query", false).view) {
+      : call_(call), framework_(Framework::of(query, "query")), like_(framework_.borrow(query, "query", false).view) {
     const bool half = like_.dtype == DType::kFloat16 || like_.dtype == DType::kBFloat16;
     if (like_.device.kind != DeviceKind::kCuda || !half) throw AnotherWay();
     machine_ = find_machine(like_.device.index).machine.get();
@@ -264,7 +264,7 @@ nb::tuple pack(nb::handle ignore) {
     event.record(stream);
     event.synchronize();
   };
-  const Framework& framework = Framework::of(ignore);
+  const Framework& framework = Framework::of(ignore, "key_padding_mask");
   const Tensor mask = dense(framework.borrow(ignore, "key_padding_mask", false).view);
   const std::int64_t batch = mask.shape[0], seqlen = mask.shape[1];
   const bool on_gpu = mask.device.kind == DeviceKind::kCuda;

@@ -77,7 +77,7 @@ class Pass {
   }
   Tensor take_any(nb::handle array, const char* name, bool written = false) {
     if (array.is_none()) return {};
-    const Framework& framework = Framework::of(array);
+    const Framework& framework = Framework::of(array, name);
     Borrowed borrowed = framework.borrow(array, name, written);
     if (&framework != &framework_ && borrowed.view.device.kind == DeviceKind::kCuda) {
       others_.emplace_back(&framework, array);
@@ -137,7 +137,7 @@ class Pass {
 
  private:
   Pass(Direction direction, nb::handle first, Extras extras, const CallRules& call_rules)
-      : framework_(Framework::of(first)), call_rules_(call_rules) {
+      : framework_(Framework::of(first, "q")), call_rules_(call_rules) {
     call_.direction = direction;
     if (!extras.is_none()) take_extras(nb::cast<nb::tuple>(extras));
   }
@@ -233,7 +233,7 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, Extras extras, cons
 bool regular(nb::handle q, nb::handle k, nb::handle v) {
   const auto shape_of = [](nb::handle array) -> Tensor {
     try {
-      return Framework::of(array).borrow(array, "an array", false).view;
+      return Framework::of(array, "an array").borrow(array, "an array", false).view;
     } catch (const nb::builtin_exception&) {
       return {};  // whoever looks closer will say why
     }

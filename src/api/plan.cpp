@@ -97,6 +97,7 @@ Plan::Plan(Report report, std::shared_ptr<const PlannedKernel> kernel)
 
 void Plan::execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const {
   or_out_of_memory([&] {
+    if (kernel_ == nullptr) refuse("the plan has been moved from; execute the one that it was moved to");
     const auto validate_tensors = problem().direction == Direction::kBackward ? validate_backward : validate_forward;
     validate_tensors(problem(), report_.device, inputs, outputs);
     std::unique_ptr<void, AlignedDelete> owned;

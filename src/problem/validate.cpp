@@ -11,6 +11,7 @@ namespace {
 
 constexpr std::int64_t kMaxElements = std::int64_t{1} << 58;  // of one tensor: bytes and offsets stay below 2^63
 constexpr std::int64_t kMaxHeadDim = 512;
+constexpr float kMaxSoftcap = 1e30F;  // beyond, scores over it lose digits, and it is infinite in units of log 2
 
 struct Size {
   const char* name;
@@ -63,7 +64,6 @@ void check_length(const char* field, std::size_t i, std::int64_t length, const c
 void check_packed(const char* field, const Lengths& packed, std::int64_t batch, const Size& seqlen, const Size& total) {
   const auto& values = packed.values;
   if (values.empty()) {  // known at run time
-    check_range(total, 0, kMaxElements);
     const double most = static_cast<double>(batch) * static_cast<double>(seqlen.value);
     if (total.value < seqlen.value || static_cast<double>(total.value) > most) {
       refuse(field, " of ", total.value, " rows cannot be ", batch, " sequences, the longest of ", seqlen.value);
@@ -136,7 +136,7 @@ void validate(const Problem& p) {
     refuse("bias_dtype (", name(p.bias_dtype), ") must be fp32",
            p.bias ? " or the problem's dtype" : " where there is no bias");
   }
-  check_real("softcap", p.softcap, p.softcap >= 0, "finite and at least 0 (0: no softcap)");
+  check_real("softcap", p.softcap, p.softcap >= 0 && p.softcap <= kMaxSoftcap, "0 (no softcap) to 1e30");
   if (p.softmax_scale) check_real("softmax_scale", *p.softmax_scale, true, "finite");
   const float drop = p.dropout.probability;
   check_real("dropout", drop, drop >= 0 && drop < 1, "at least 0 and less than 1");

@@ -114,7 +114,7 @@ class Adapter:
 
 
 def test_work_that_another_framework_has_queued_comes_first(monkeypatch):
-    monkeypatch.setattr(_frameworks, "adapter", Adapter)
+    monkeypatch.setattr(_frameworks, "adapter", lambda array_type, _: Adapter(array_type))
     for ours, theirs, asked in ((Here, There, [None, 7]), (Default, There, [None, 1]), (Here, Here, [None])):
         given = [ours(x) for x in arrays()]
         mask = theirs(np.random.default_rng(5).random((5, 7)) > 0.3)
@@ -165,7 +165,7 @@ REFUSED = {
     "window_right (-3) must be at least 0": dict(window_right=-3),
     "softmax_scale ('big') must be a number": dict(softmax_scale="big"),
     "softmax_scale (nan) must be finite": dict(softmax_scale=float("nan")),
-    "softcap (-1) must be finite and at least 0": dict(softcap=-1.0),
+    "softcap (-1) must be 0 (no softcap) to 1e30": dict(softcap=-1.0),
     "dropout (1.5) must be at least 0 and less than 1": dict(dropout_p=1.5, seed=0),
     "dropout_p (0.1) needs a seed with ndarray arrays": dict(dropout_p=0.1),
     "seed (-1) must be a whole number from 0 to 2^64 - 1": dict(dropout_p=0.1, seed=-1),
@@ -173,8 +173,9 @@ REFUSED = {
     "backend 'warp' is unknown; name one of": dict(backend="warp"),
     "deterministic ('no') must be True or False": dict(deterministic="no"),
     "sink has no dimensions": dict(sink=np.float32(1.0)[...]),
-    "float is no array": dict(bias=1.0),
-    "float32 is no array": dict(bias=np.float32(1.0)),  # a framework's, but a number
+    "bias is a float, which is no array": dict(bias=1.0),
+    "kv_lengths is a list, which is no array: give one that speaks DLPack": dict(kv_lengths=[1, 7]),
+    "bias is a float32, which is no array": dict(bias=np.float32(1.0)),  # a framework's, but a number
     "bias cannot be read by DLPack: DLPack only supports native byte order": dict(bias=np.ones((5, 7), ">f4")),
     "mask is fp32": dict(mask=np.ones((5, 7), np.float32)),
     "mask has the shape [1, 1, 3, 7] but must have [1, 1, 5, 7]": dict(mask=np.ones((3, 7), bool)),
@@ -217,8 +218,8 @@ def test_a_value_of_another_type_is_refused_also_where_an_equal_one_was_taken_be
         ),
         "batch differs: 2 in q and 1 in k": (q, k[:1], v[:1]),
         "a MaskedArray has a mask that Fovea does not read; give its data": (np.ma.masked_less(q, 0.0), k, v),
-        "list is no array: give one that speaks DLPack": (q.tolist(), k, v),
-        "NoneType is no array": (None, k, v),
+        "q is a list, which is no array": (q.tolist(), k, v),
+        "q is a NoneType, which is no array": (None, k, v),
         "k is missing": (q, None, v),
         "q has no dimensions": (np.array(1.0, np.float32), k, v),
         "q cannot be read by DLPack: DLPack only supports native byte order": (q.astype(">f4"), k, v),

@@ -64,6 +64,17 @@ def composed(layer: fovea.nn.MultiheadAttention) -> fovea.nn.MultiheadAttention:
     return other
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("cross", [False, True])
+def test_results_can_be_viewed_as_rows(batch_first, need_weights, cross):
+    layer = fovea.nn.MultiheadAttention(32, 4, batch_first=batch_first)
+    x = torch.randn(5, 3, 32)
+    for attention in (layer, composed(layer)):
+        out, _ = attention(x, x.clone() if cross else x, x, need_weights=need_weights)
+        assert out.view(-1, 32).shape == (15, 32)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("pads, packs", [(False, False), (True, False), (True, True)])

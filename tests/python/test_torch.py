@@ -579,7 +579,7 @@ def test_many_threads_get_the_same_bits():
 def test_pytorch_before_the_exchange_abi_is_served_by_its_adapter():
     from fovea import _frameworks
 
-    adapter = _frameworks.adapter(torch.Tensor)
+    adapter = _frameworks.adapter(torch.Tensor, "q")
     made = adapter.make([2, 3, 5], [0, 2, 1], "bf16", "cpu")
     assert made.shape == (2, 5, 3) and made.stride() == (15, 1, 5) and made.dtype == torch.bfloat16
     assert "dltensor" in repr(adapter.export(torch.randn(3, requires_grad=True)))

@@ -94,9 +94,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if need_weights and options["dropout_p"]:
             options["seed"], options["offset"] = _seeds.draw(q.device)
         out, lse = _adapter.attention(q, k, v, return_lse=True, **options)
-        out = self.out_proj(out.flatten(2))
-        weights = self._weights(q, k, lse, options, average_attn_weights) if need_weights else None
-        return out if self.batch_first else out.transpose(0, 1), weights
+        out = out.flatten(2)
+        out = self.out_proj(out if self.batch_first else out.transpose(0, 1))  # contiguous, as torch.nn's
+        return out, self._weights(q, k, lse, options, average_attn_weights) if need_weights else None
 
     def explain(
         self,

@@ -88,7 +88,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 class TransformerEncoder(torch.nn.TransformerEncoder):
     """torch.nn.TransformerEncoder: its constructor, its call, its state_dict, over Fovea's layers.
 
-    In evaluation it leaves padding out wherever torch.nn's does (enable_nested_tensor).
+    In evaluation it leaves boolean padding out wherever torch.nn's does (enable_nested_tensor).
 
     Attributes:
         pack_padding: leave padding out in every call with a boolean src_key_padding_mask, training included. The rows
