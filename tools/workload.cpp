@@ -382,16 +382,20 @@ class Workload::Maker {
     fill(t, [&](std::int64_t i) { return static_cast<double>(values[i]); });
   }
 
-  /// value(index) into every element, shared out among threads; where several are one in memory, the last one's.
+  /// value(index) into every element, rows shared out among threads; where several are one in memory, the last one's.
   template <class Value>
   static void fill(const Tensor& t, const Value& value) {
-    const std::int64_t count = cpu::element_count(t),
-                       share = broadcast_in_memory(t) ? std::max<std::int64_t>(count, 1) : kShare;
+    const int last = t.rank - 1;
+    const std::int64_t width = t.shape[last], rows = width == 0 ? 0 : cpu::element_count(t) / width;
+    const std::int64_t share = broadcast_in_memory(t) ? std::max<std::int64_t>(rows, 1) : 1 + kShare / (width + 1);
     auto fill_share = [&](std::int64_t n) {
-      cpu::for_each_element(t, n * share, std::min((n + 1) * share, count),
-                            [&](std::int64_t index, std::int64_t offset) { cpu::store(t, offset, value(index)); });
+      for (std::int64_t row = n * share; row < std::min((n + 1) * share, rows); ++row) {
+        std::int64_t offset = 0, rest = row;
+        for (int i = last - 1; i >= 0; rest /= t.shape[i--]) offset += rest % t.shape[i] * t.strides[i];
+        for (std::int64_t j = 0; j < width; ++j) cpu::store(t, offset + j * t.strides[last], value(row * width + j));
+      }
     };
-    cpu::run_tasks((count + share - 1) / share, cpu::worker_count(0),
+    cpu::run_tasks((rows + share - 1) / share, cpu::worker_count(0),
                    [](void* fill_one, std::int64_t n, int) { (*static_cast<decltype(fill_share)*>(fill_one))(n); },
                    &fill_share);
   }

@@ -99,8 +99,7 @@ class FOVEA_API Plan {
 };
 
 /// Chooses a backend and prepares it.  Error(kInvalidArgument) where the problem breaks the contract,
-/// Error(kUnsupported) with every reason where no allowed backend runs it.  The problem's own direction does not
-/// matter.
+/// Error(kUnsupported) with every reason where no allowed backend runs it.  Its own direction does not matter.
 [[nodiscard]] FOVEA_API Plan plan_forward(const Problem& problem, const Device& device = {}, const PlanOptions& = {});
 [[nodiscard]] FOVEA_API Plan plan_backward(const Problem& problem, const Device& device = {}, const PlanOptions& = {});
 

@@ -97,36 +97,29 @@ inline void store(const Tensor& t, std::int64_t offset, double x) {
   }
 }
 
+/// Calls visit(index, offset) for every element: its number in dense order, and where it lies.
+template <class Visit>
+void for_each_element(const Tensor& t, const Visit& visit) {
+  std::array<std::int64_t, Tensor::kMaxRank> shape{1, 1, 1, 1}, strides{};
+  for (int i = 0; i < t.rank; ++i) {
+    shape[i + Tensor::kMaxRank - t.rank] = t.shape[i];
+    strides[i + Tensor::kMaxRank - t.rank] = t.strides[i];
+  }
+  std::int64_t index = 0;
+  for (std::int64_t a = 0; a < shape[0]; ++a) {
+    for (std::int64_t b = 0; b < shape[1]; ++b) {
+      for (std::int64_t c = 0; c < shape[2]; ++c) {
+        const std::int64_t row = a * strides[0] + b * strides[1] + c * strides[2];
+        for (std::int64_t d = 0; d < shape[3]; ++d) visit(index++, row + d * strides[3]);
+      }
+    }
+  }
+}
+
 [[nodiscard]] inline std::int64_t element_count(const Tensor& t) {
   std::int64_t count = t.defined() ? 1 : 0;
   for (int i = 0; i < t.rank; ++i) count *= t.shape[i];
   return count;
-}
-
-/// Calls visit(index, offset) for the elements of dense order from `begin` on, up to `end`: its number, and where it
-/// lies.
-template <class Visit>
-void for_each_element(const Tensor& t, std::int64_t begin, std::int64_t end, const Visit& visit) {
-  std::array<std::int64_t, Tensor::kMaxRank> at{};  // of `begin`
-  std::int64_t offset = 0, rest = begin;
-  for (int i = t.rank - 1; i >= 0 && begin < end; --i) {
-    at[i] = rest % t.shape[i];
-    rest /= t.shape[i];
-    offset += at[i] * t.strides[i];
-  }
-  for (std::int64_t index = begin; index < end; ++index) {
-    visit(index, offset);
-    for (int i = t.rank - 1; i >= 0; --i) {
-      offset += t.strides[i];
-      if (++at[i] < t.shape[i]) break;
-      offset -= t.shape[i] * t.strides[i];
-      at[i] = 0;
-    }
-  }
-}
-template <class Visit>
-void for_each_element(const Tensor& t, const Visit& visit) {
-  for_each_element(t, 0, element_count(t), visit);
 }
 
 /// All elements in dense order; none of an undefined tensor.

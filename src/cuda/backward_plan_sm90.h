@@ -26,8 +26,7 @@ FOVEA_FN constexpr int dout_stages(const BackwardSpec& s) { return shares_keys(s
 FOVEA_FN constexpr bool is_wide(const BackwardSpec& s) {
   return s.block_m > kGroupRows || math::larger(s.head_dim, s.head_dim_v) > 96;
 }
-/// Columns of dq that are made at once: all, where there is room for them, else a panel, so that no product begins
-/// within one.
+/// Columns of dq that are made at once: all, where there is room, else a panel: no product begins within one.
 FOVEA_FN constexpr int dq_columns(const BackwardSpec& s) {
   const int most = is_wide(s) || s.bias ? kPanelColumns : s.mask ? 80 : 96;
   return s.head_dim <= most ? s.head_dim : math::smaller(s.head_dim, kPanelColumns);
@@ -45,8 +44,7 @@ FOVEA_FN constexpr int consumer_registers(const BackwardSpec& s) {
 inline constexpr int kDqStages = 2;  // pieces of dq of a warp that wait to be added
 /// Bytes of 16 rows of those columns.
 FOVEA_FN constexpr int dq_piece_bytes(const BackwardSpec& s) { return 16 * dq_columns(s) * 4; }
-/// The most panels of dq of a tile that a block of a pair makes; of an odd number, the blocks take the middle one by
-/// turns.
+/// The most panels of dq of a tile that a block of a pair makes; of an odd number, both take the middle one in turns.
 FOVEA_FN constexpr int dq_panels(const BackwardSpec& s) { return (panels_of(s.head_dim) + 1) / 2; }
 
 /// Bytes of dq of a tile of rows, as accumulators lie in warps, where it is held.
@@ -111,8 +109,7 @@ FOVEA_FN constexpr int dq_runs_at_once(const BackwardSpec& s) {
 }
 
 /// Where things lie in the shared memory of the bias's gradient, of which a block has 128 × 128 entries: places of
-/// their bias, then of their sum; a ring of panels, of K and as many rows of q, then of V and dout; what is known of a
-/// step.
+/// their bias, then of their sum; a ring of panels, of K and as many rows of q, then of V and dout; a step's facts.
 struct BiasGradientSm90Shared {
   int bias_places, bias_stage;
   int ring, places, place;

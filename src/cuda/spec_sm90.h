@@ -2,8 +2,7 @@
 
 #include "cuda/spec.h"
 
-// What a kernel of the Hopper family is specialised for, and how a block's shared memory is laid out.  Host and device
-// compile this text.
+// What a kernel of the Hopper family is specialised for, and what lies in shared memory.  Both sides compile this.
 namespace fovea::cuda {
 
 struct ForwardSm90Spec {

@@ -11,8 +11,7 @@
 #include <string_view>
 #include <vector>
 
-// Which tile of a table a problem takes: the one that `fovea tune` found fastest on this GPU, else the first row of the
-// table that suits it.
+// Which tile of a table a problem takes: what `fovea tune` found fastest on this GPU, else the first that suits.
 namespace fovea::cuda {
 
 inline constexpr const char *kHopperName = "cuda_hopper", *kPortableName = "cuda_portable";  // of backends

@@ -96,8 +96,7 @@ class FOVEA_API Cache {
   /// or is on the disk once more by a compiler whose kernels the driver takes.
   [[nodiscard]] const Kernel& load(const KernelRequest& request, int gpu);
 
-  /// What `fovea tune` measured on GPUs of this name: beside the kernels of this build, and none where those are not
-  /// read.
+  /// What `fovea tune` measured on GPUs of this name: beside the kernels of this build, if those are read.
   [[nodiscard]] TileChoices& tiles(const std::string& gpu);
 
   [[nodiscard]] Mode mode() const { return mode_; }

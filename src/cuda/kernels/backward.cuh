@@ -126,8 +126,7 @@ struct Walk {
     step.stage = stage;
     put(p, n, moved(p, step, next));
   }
-  /// Whether this thread updates the walk: the first one, or with a mask, which is looked up by a whole warp, the first
-  /// warp.
+  /// Whether this thread updates the walk: the first one, or the first warp, which looks up a mask.
   FOVEA_DEVICE static bool keeps() { return S.mask ? warp_id() == 0 : threadIdx.x == 0; }
 
  private:

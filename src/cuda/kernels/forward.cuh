@@ -3,8 +3,7 @@
 #include "cuda/kernels/row_end.cuh"
 
 // FlashAttention's forward (2205.14135, algorithm 1; rows split among warps as in 2307.08691): a block owns block_m
-// rows and walks the keys, last ones first.  K and V arrive in shared memory a tile ahead; S, P and O stay in
-// registers.
+// rows and walks the keys, last ones first.  K and V arrive in shared memory a tile ahead; S, P and O in registers.
 namespace fovea::cuda {
 
 /// A tile of keys that a mask does not hide.  Bit g of `seen`: some rows of warp group g see some of the keys; bit

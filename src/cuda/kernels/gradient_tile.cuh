@@ -54,8 +54,7 @@ struct GradientTile {
   using Order = KeyOrder<kGrid.columns, S.bias>;
   using Rules = ScoreRules<S, false, Order>;
 
-  /// The product for dP starts from −delta; not in fp32, which would lose digits, nor with dropout, which scales dP
-  /// alone.
+  /// The product for dP starts from −delta; not in fp32, which loses digits, nor with dropout, which scales dP.
   static constexpr bool kDeltaFirst = !S.dropout && S.type != Type::kFloat32;
 
   Accumulator p[kM][kN], ds[kM][kN];
@@ -67,8 +66,7 @@ struct GradientTile {
   FOVEA_DEVICE static int column() { return warp_id() % kGrid.across * kGrid.columns; }
 
   /// kHides: some entry may be hidden.  Returns whether then something was not finite: products with this tile must
-  /// leave hidden entries out, because 0 · NaN is NaN.  `statistics`: block_m of log2_lse, then of delta, in shared
-  /// memory.
+  /// leave hidden entries out, because 0 · NaN is NaN.  `statistics`: block_m of log2_lse, then of delta.
   template <bool kHides, class Q, class K, class Dout, class V>
   FOVEA_DEVICE bool compute(const Q& q, const K& k, const Dout& dout, const V& v, u32 statistics, const Rules& rules,
                             int key, const Sight& sight, const math::DropoutStream& stream) {

@@ -24,8 +24,7 @@ FOVEA_DEVICE u32 seen_one_by_one(const char* row, i64 stride, int key, int keys)
   return seen;
 }
 
-/// What lane t of four has of 128 keys: of each of their words two neighbouring bits of every eight, which a product
-/// brings together.
+/// What lane t of four has of 128 keys: of each word two neighbouring bits of eight, joined by a product.
 FOVEA_DEVICE u32 word_of_lane(const u32 (&words)[4], int t) {
   u32 all = 0;
 #pragma unroll

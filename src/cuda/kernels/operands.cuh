@@ -36,8 +36,7 @@ template <Type kType, int kRows, int kDim, bool kSwizzles = true>
 using Tile = typename TileOf<kType, kRows, kDim, kSwizzles && swizzled(kType, kDim)>::Is;
 
 /// The address of a lane's part of an operand at one place of a tile, from which those at a constant distance follow:
-/// rows and columns in whole steps of 8, columns without a carry out of the first place's, so that the swizzle is one
-/// exclusive or.
+/// rows and columns in whole steps of 8, columns without a carry out of the first place's, so the swizzle is one xor.
 template <class Tile>
 struct Corner {
   u32 lane;

@@ -3,8 +3,7 @@
 #include "cuda/kernels/mask_tiles.cuh"
 #include "math/philox.h"
 
-// What happens to scores between the product and the softmax, option by option, and to weights behind it: one text for
-// forward and backward.
+// What happens to scores between the product and the softmax, option by option, and to weights behind it.
 namespace fovea::cuda {
 
 /// Which query of which head a row of a block is.  Packed: the rows of a kv head's group are numbered query first, so
@@ -287,8 +286,7 @@ struct ScoreRules {
     return true;
   }
 
-  /// s · scale − slope · distance.  Away from the diagonal one multiply-add makes the distance's part; near it that
-  /// would cost digits.
+  /// s · scale − slope · distance.  Away from the diagonal one multiply-add has it; near it that costs digits.
   template <int kM, int kN>
   FOVEA_DEVICE void add_slopes(Accumulator (&s)[kM][kN], float scale, int row, int key) const {
     const int to_key = static_cast<int>(sequence.band.offset) - key;

@@ -225,8 +225,7 @@ struct BackwardDq {
     return other != 0 ? at.other_k() + (panel - first) * kKeyPanel : at.k() + panel * kKeyPanel;
   }
 
-  /// In a pair, dq itself shows whether something hidden was not finite, because each block knows of its own keys
-  /// alone.
+  /// In a pair, dq itself shows whether something hidden was not finite, for a block knows its own keys alone.
   FOVEA_DEVICE static bool all_finite(const Accumulator (&dq)[kPieces]) {
     float sum = 0.0F;
 #pragma unroll

@@ -138,8 +138,7 @@ struct BackwardProducer {
     load_bytes(statistics_to, statistics + step.slot * S.block_m, kBytesOfStatistics, full);
   }
 
-  /// Copies a mask's words of a tile, by a warp.  Past the last row or key the last one is read: such entries are
-  /// hidden anyway.
+  /// Copies a mask's words of a tile, by a warp.  Past the last row or key the last one is read.
   FOVEA_DEVICE void load_words(const Step& step, u32 to, Barrier& full) const {
     const WordView& view = p.mask_words;
     const HopperWalk<S>& walk = state.walk;

@@ -43,8 +43,7 @@ struct WeightsConsumer : BackwardOwner<S> {
     Owner::template store_sum<S.head_dim_v>(at.v(), dv[0], S.dropout ? p.keep_scale : 1.0F, p.head_dim_v, p.dv);
   }
 
-  /// kHides: some entry may be hidden, as by a bias any; both warpgroups then agree on whether all is finite before
-  /// they add.
+  /// kHides: some entry may be hidden, as by a bias any; both warpgroups first agree on whether all is finite.
   template <bool kHides>
   FOVEA_DEVICE void tile(u32 n, Sum& dv) const {
     constexpr bool kChecks = kHides || S.bias;

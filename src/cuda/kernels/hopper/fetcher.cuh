@@ -47,8 +47,7 @@ struct Fetcher {
     ++fetched;
   }
 
-  /// A lane copies the words of two rows.  Past the last row or key the last one is read: such entries are hidden
-  /// anyway.
+  /// A lane copies the words of two rows.  Past the last row or key the last one is read.
   FOVEA_DEVICE void fetch_words(const Work<S>& work, u32 to, int key) const {
     constexpr int kGroups = mask_groups(S);
     const WordView& view = p.mask_words;

@@ -3,8 +3,7 @@
 #include "cuda/kernels/gradient_tile.cuh"
 #include "cuda/kernels/hopper/tensor_copy.cuh"
 
-// What `gradient_tile.cuh` does with rows of S and dP, done with Sᵀ and dPᵀ, which come out as the A operands of dv and
-// dk.
+// What `gradient_tile.cuh` does with rows of S and dP, done with Sᵀ and dPᵀ, the A operands of dv and dk.
 namespace fovea::cuda {
 
 /// Two words that lie side by side.
@@ -20,29 +19,29 @@ FOVEA_DEVICE void store_matrices_transposed(u32 address, const OperandA& a) {
                : "memory");
 }
 
-/// Of two 16-bit numbers those whose factor is 1, the others times 0: NaN stays NaN, and −0 stays −0.
+/// Of two pairs of 16-bit numbers the products: times 0 NaN stays NaN, and −0 stays −0.
 template <Type kType>
-FOVEA_DEVICE u32 keep_of_two(u32 two, u32 factors) {
-  if constexpr (kType == Type::kBFloat16) asm("mul.bf16x2 %0, %0, %1;" : "+r"(two) : "r"(factors));
-  if constexpr (kType == Type::kFloat16) asm("mul.f16x2 %0, %0, %1;" : "+r"(two) : "r"(factors));
-  return two;
+FOVEA_DEVICE u32 product_of_two(u32 a, u32 b) {
+  if constexpr (kType == Type::kBFloat16) asm("mul.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  if constexpr (kType == Type::kFloat16) asm("mul.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
 }
 
-/// Of two draws of 16 bits each 1 if it is above `most`, else 0.
-FOVEA_DEVICE u32 above_of_two(u32 draws, u32 most) {
-  constexpr u32 kBoth = 0x10001;
-  asm("{\n.reg .b32 x;\nmax.u16x2 x, %0, %1;\nadd.u16x2 x, x, %2;\nmin.u16x2 %0, x, %3;\n}"
-      : "+r"(draws)
-      : "r"(most * kBoth), "r"((0x10000 - most & 0xffff) * kBoth), "r"(kBoth));
-  return draws;
-}
-
-/// Of two pairs of 16-bit numbers the lesser ones.
+/// Likewise the lesser ones.
 template <Type kType>
 FOVEA_DEVICE u32 least_of_two(u32 a, u32 b) {
   if constexpr (kType == Type::kBFloat16) asm("min.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
   if constexpr (kType == Type::kFloat16) asm("min.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
   return a;
+}
+
+/// Of a pair of 16-bit draws each 1 if it is above `most`, else 0.
+FOVEA_DEVICE u32 above_of_pair(u32 draws, u32 most) {
+  constexpr u32 kBoth = 0x10001;
+  asm("{\n.reg .b32 x;\nmax.u16x2 x, %0, %1;\nadd.u16x2 x, x, %2;\nmin.u16x2 %0, x, %3;\n}"
+      : "+r"(draws)
+      : "r"(most * kBoth), "r"((0x10000 - most & 0xffff) * kBoth), "r"(kBoth));
+  return draws;
 }
 
 /// Pᵀ and dSᵀ of a warp's 16 keys and a tile of rows.  A lane has the keys l / 4 and 8 on, of the rows 8j + 2 (l % 4)
@@ -137,8 +136,7 @@ struct GradientColumns {
                                               least_of_two<S.bias_type>(least[2], least[3]));
     return widen_half<S.bias_type>(two, 0) < kLowestBias || widen_half<S.bias_type>(two, 1) < kLowestBias;
   }
-  /// A bias of −infinity hides, whatever the entry has become since: memory is asked again.  Past the last row or key
-  /// all is hidden anyway.
+  /// A bias of −infinity hides, whatever the entry has become since: memory is asked again.
   FOVEA_DEVICE void hide_by_bias(Packed& entries) const {
     if constexpr (S.bias) {
       const Sequence& sequence = rules.sequence;
@@ -191,8 +189,7 @@ struct GradientColumns {
     }
   }
 
-  /// What dropout drops.  Four entries share a draw: rows 8 apart and keys 8 apart.  Few draws at once, for registers
-  /// are full.
+  /// What dropout drops.  Four entries share a draw: rows 8 apart and keys 8 apart.  Few at once: registers are full.
   FOVEA_DEVICE void draw() {
     const u32 most = rules.p.keep_threshold - 1;  // of a draw kept
     const u32 patch = math::patch_of(static_cast<u32>(key));
@@ -206,12 +203,9 @@ struct GradientColumns {
         const math::Draws draws[] = {math::draws_of_patch(rows, w * 32 + at, patch),
                                      math::draws_of_patch(rows, w * 32 + at + 1, patch)};
 #pragma unroll
-        for (int low = 0; low < 2; ++low) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const u32 two = __byte_perm(draws[0].words[low], draws[1].words[low], half == 0 ? 0x5410 : 0x7632);
-            dropped[w] = 2 * dropped[w] + above_of_two(two, most);
-          }
+        for (int n = 0; n < 4; ++n) {
+          const u32 pair = __byte_perm(draws[0].words[n / 2], draws[1].words[n / 2], n % 2 == 0 ? 0x5410 : 0x7632);
+          dropped[w] = 2 * dropped[w] + above_of_pair(pair, most);
         }
       }
     }
@@ -272,17 +266,10 @@ struct GradientColumns {
   FOVEA_DEVICE void drop(Packed& weights) const {
     constexpr u32 kOne = S.type == Type::kBFloat16 ? 0x3f80 : 0x3c00;
 #pragma unroll
-    for (int w = 0; w < kN / 8; ++w) {
-      const u32 kept[] = {~dropped[w], ~dropped[w] >> 8};
-#pragma unroll
-      for (int j = 8 * w; j < 8 * w + 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; e += 2) {
-          const int bit = bit_of_drop(j, e);
-          u32& two = weights[j / 2].x[j % 2 * 2 + e / 2];
-          two = keep_of_two<S.type>(two, (kept[bit / 8] & 0x10001U << bit % 8) * (kOne >> bit % 8));
-        }
-      }
+    for (int n = 0; n < 2 * kN; ++n) {
+      const int bit = bit_of_drop(n / 2, n % 2 * 2), at = bit % 8;
+      const u32 kept = ~dropped[n / 16] >> (bit - at);
+      weights[n / 4].x[n % 4] = product_of_two<S.type>(weights[n / 4].x[n % 4], (kept & 0x10001U << at) * (kOne >> at));
     }
   }
   FOVEA_DEVICE static void pack(Packed& packed, const Entries& entries) {

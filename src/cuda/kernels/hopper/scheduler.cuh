@@ -65,8 +65,7 @@ struct Work {
     return reach[group].tile({tile * S.block_n, tile * S.block_n + S.block_n});
   }
 
-  /// Becomes the tile of this number; false where there is none.  The rows that see the most under a causal rule come
-  /// first.
+  /// Becomes the tile of this number; false where there is none.  Rows that see the most come first.
   FOVEA_DEVICE bool find(const ForwardSm90Params& p, int tile, PackedTiles& packed) {
     const bool is_packed = p.cu_seqlens_q.data != nullptr, batch_inside = p.batch_inside && !is_packed;
     if (is_packed ? !packed.find<S>(p, tile) : tile >= p.tiles) return false;

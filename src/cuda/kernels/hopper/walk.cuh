@@ -37,8 +37,7 @@ struct Walk {
   FOVEA_DEVICE void advance() { --tile; }
 };
 
-/// With a mask, by all lanes of a warp, which look up many tiles at once.  Where all is hidden, one tile is walked
-/// anyway.
+/// With a mask, by all lanes of a warp, which look up many tiles at once.  Where all is hidden, it walks one.
 template <ForwardSm90Spec S>
 struct Walk<S, true> {
   static constexpr int kAhead = 16;  // tiles, for two warpgroups
