@@ -63,6 +63,9 @@ endforeach()
 # The documents point at things that exist.
 fovea_add_ring(docs tree Python3::Interpreter ${CMAKE_CURRENT_SOURCE_DIR}/docs_test.py)
 
+# Rooms include what docs/architecture.md says, and nothing else.
+fovea_add_ring(includes tree Python3::Interpreter ${CMAKE_CURRENT_SOURCE_DIR}/includes_test.py)
+
 # The barriers of Hopper's backward, in every order.
 fovea_add_ring(backward_barriers tree Python3::Interpreter ${CMAKE_CURRENT_SOURCE_DIR}/backward_barriers_test.py)
 
