@@ -28,7 +28,7 @@ struct Tile {
   enum { kAnyBand, kNoBand, kBand } band = kAnyBand;
   bool halved_q = false;  // see ForwardSpec
   int slices = 1, most_rows = kAnyRows, least_options = 0;
-  bool swizzled = false;
+  bool swizzled = false;  // see `swizzled` below
 
   static constexpr int kAnyOptions = 99, kAnyRows = 1 << 30;
 };

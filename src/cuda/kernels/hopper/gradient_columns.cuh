@@ -59,7 +59,7 @@ struct GradientColumns {
   int key;  // the lane's first
   math::DropoutStream stream;
   Bits seen;                          // what mask and band leave: j + 8e
-  Bits dropped;                       // by dropout: bit_of_drop
+  Bits dropped;                       // by dropout; see `bit_of_drop`
   u32 slopes[S.softcap ? kN : 1][2];  // 1 − tanh² of entries e and e + 1, as fp16
 
   FOVEA_DEVICE static int row_of(int j, int e) { return 8 * j + lane_id() % 4 * 2 + e % 2; }
@@ -193,7 +193,7 @@ struct GradientColumns {
   FOVEA_DEVICE void draw() {
     const u32 most = rules.p.keep_threshold - 1;  // of a draw kept
     const u32 patch = math::patch_of(static_cast<u32>(key));
-    math::DropoutStream rows = stream;  // a patch of rows has bits of its own for `first` and for what follows
+    math::DropoutStream rows = stream;  // the first row's patch has no bit in common with offsets from it
     rows.a ^= math::patch_of(static_cast<u32>(rules.rows.first + row_of(0, 0)));
 #pragma unroll
     for (int w = 0; w < kN / 8; ++w) {
