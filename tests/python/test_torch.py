@@ -330,6 +330,16 @@ def identity(length=12):
     return q, k, torch.eye(length)[None, :, None]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("attend", [fovea.attention, fovea.torch.scaled_dot_product_attention])
+def test_meta_tensors_give_meta_tensors(attend, dropout):
+    q, k, v = (torch.empty(2, 5, 4, dim, device="meta", dtype=torch.float16) for dim in (8, 8, 6))
+    with torch.autocast("cpu"):
+        out = attend(q.requires_grad_(), k, v, dropout_p=dropout)
+    assert (out.shape, out.dtype, out.device.type) == ((2, 5, 4, 6), torch.float16, "meta")
+    assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
 def test_seeds_follow_the_default_generator():
     q, k, v = identity()
     state = torch.get_rng_state()

@@ -291,10 +291,15 @@ def as_autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.dtype in _CAST else tensor
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on where the tensor is; PyTorch has none for meta tensors, and raises if asked."""
+    return any_autocast() and not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
 def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
     """The dtype in which an operator gets the tensor."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if tensor.dtype in _CAST and torch.is_autocast_enabled(kind) else tensor.dtype
+    casts = tensor.dtype in _CAST and autocasts(tensor)
+    return torch.get_autocast_dtype(tensor.device.type) if casts else tensor.dtype
 
 
 def _readable(*others: Any) -> tuple[Any, ...]:
@@ -333,7 +338,7 @@ def _prepared(
         if forward_ad._current_level >= 0:
             _refuse_tangents(("q", "k", "v", *_EXTRAS[1:4]), (q, k, v, *(others or ())[1:4]))
         q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
-    if torch.is_autocast_enabled(q.device.type):
+    if autocasts(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = as_autocast(q, dtype), as_autocast(k, dtype), as_autocast(v, dtype)
         others = cast_bias(others, dtype)
@@ -399,6 +404,7 @@ def _watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
         type(q) not in _PLAIN
         or type(k) not in _PLAIN
         or type(v) not in _PLAIN
+        or (q.is_meta and k.is_meta and v.is_meta)  # which the operators' fake implementations answer
         or _modes() != 0
         or _transforms() is not None
         or tracing() is not None
