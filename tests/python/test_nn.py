@@ -392,6 +392,47 @@ def test_a_row_that_sees_no_key_gives_the_bias_of_out_proj():
     assert torch.equal(out, layer.out_proj.bias.expand(1, 5, 8))
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"kdim": 24}])
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_of_everything_is_torch_s(training, options, need_weights):
+    theirs = torch.nn.MultiheadAttention(32, 4, dropout=1.0, batch_first=True, **options).train(training)
+    torch.nn.init.normal_(theirs.out_proj.bias)
+    x, keys = torch.randn(2, 5, 32), torch.randn(2, 7, options.get("kdim", 32))
+    values = torch.randn(2, 7, 32) if options else keys
+    results = []
+    for layer in (theirs, fovea.nn.convert(copy.deepcopy(theirs))):
+        y = x.clone().requires_grad_()
+        out, weights = layer(y, keys, values, need_weights=need_weights)
+        out.square().sum().backward()
+        results.append([out, y.grad, *(p.grad for p in layer.parameters()), *([weights] if need_weights else [])])
+    for theirs, ours in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_of_dropped_everything_run_packed_compiled_and_are_explained():
+    ours = fovea.nn.convert(encoder(dropout=1.0, norm_first=True), pack_padding=True)
+    x, padding = batch()
+    expected = ours.norm(x)  # what goes past both halves
+    torch.testing.assert_close(torch.compile(ours, backend="eager", fullgraph=True)(x), expected)
+    packed = ours(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(packed[~padding], expected[~padding])
+    assert "dropout leaves nothing" in str(ours.layers[0].self_attn.explain(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_meta_tensors_give_the_shapes_that_tensors_give(training):
+    ours = fovea.nn.convert(encoder(dropout=0.1)).train(training).to("meta")
+    x, padding = (tensor.to("meta") for tensor in batch())
+    mask = torch.ones(9, 9, dtype=torch.bool, device="meta")
+    for options in ({}, {"mask": mask}, {"src_key_padding_mask": padding}):
+        out = ours(x.requires_grad_(), **options)
+        assert (out.shape, out.dtype, out.device.type) == ((3, 9, 32), torch.float32, "meta")
+        out.sum().backward()
+    weights = ours.layers[0].self_attn(x, x, x, average_attn_weights=False)[1]
+    assert (weights.shape, weights.device.type) == ((3, 4, 9, 9), "meta")
+
+
 def test_no_keys_at_all_and_no_queries():
     layer = fovea.nn.MultiheadAttention(8, 2, batch_first=True)
     x, none = torch.randn(2, 5, 8), torch.randn(2, 0, 8)

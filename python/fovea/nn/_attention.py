@@ -93,7 +93,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         options |= self._options(q)
         if need_weights and options["dropout_p"]:
             options["seed"], options["offset"] = _seeds.draw(q.device)
-        out, lse = _adapter.attention(q, k, v, return_lse=True, **options)
+        out, lse = self._attend(q, k, v, return_lse=True, **options)
         out = out.flatten(2)
         out = self.out_proj(out if self.batch_first else out.transpose(0, 1))  # contiguous, as torch.nn's
         return out, self._weights(q, k, lse, options, average_attn_weights) if need_weights else None
@@ -147,7 +147,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if packing is not None:
             inputs = [packing.rows(inputs[0])] * 3
         q, k, v = self._project(*inputs)
-        out = self.out_proj(_adapter.attention(q, k, v, **options, **self._options(q)).flatten(1))
+        out = self.out_proj(self._attend(q, k, v, **options, **self._options(q)).flatten(1))
         return out if packing is None else packing.pad(out)
 
     def _at_once(
@@ -195,11 +195,18 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         parts = weight.unflatten(0, (3, size))
         return [heads(x, parts[i], i, 1)[0] for i, x in enumerate((query, key, value))]
 
+    def drops_all(self) -> bool:
+        """Whether dropout leaves nothing of attention, as torch.nn's may; attention itself keeps some weights."""
+        return self.training and self.dropout == 1.0
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return _adapter.attention(q, k, v * 0 if self.drops_all() else v, **options)
+
     def _options(self, q: Tensor) -> dict[str, Any]:
         """What is the same for all calls of attention."""
         # A key of score 0 without a value is a sink.
         sink = torch.zeros(self.num_heads, device=q.device) if self.add_zero_attn else None
-        return {"dropout_p": self.dropout if self.training else 0.0, "sink": sink}
+        return {"dropout_p": self.dropout if self.training and not self.drops_all() else 0.0, "sink": sink}
 
     def _weights(self, q: Tensor, k: Tensor, lse: Tensor, options: dict[str, Any], average: bool) -> Tensor:
         """The weights, by tiles of keys: with columns of the unit matrix as values, out is the weights."""
@@ -211,7 +218,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             unit = torch.eye(count, dtype=q.dtype, device=q.device)
             values = F.pad(unit, (0, 0, first, keys - first - count))
             values = values[None, :, None].expand(batch, -1, self.num_heads, -1)
-            tile = _adapter.attention(q, k, values, **options)
+            tile = self._attend(q, k, values, **options)
             tiles.append(tile.mean(2) if average else tile.transpose(1, 2))
         if self.add_zero_attn:
             zero = torch.exp(-lse).masked_fill(lse == -torch.inf, 1.0).to(q.dtype)  # all that a row without keys has

@@ -35,6 +35,8 @@ def why_composed(
         return "weights are wanted"
     if key is not value:
         return "key and value are two tensors"
+    if layer.drops_all():
+        return "dropout leaves nothing"
     if layer.bias_k is not None:
         return "add_bias_kv adds a key"
     in_weight, out_proj = layer.in_proj_weight, layer.out_proj
@@ -95,7 +97,7 @@ def attention(
         out_proj.weight,
         out_proj.bias,
     )
-    if _adapter.any_autocast() and torch.is_autocast_enabled(query.device.type):
+    if _adapter.autocasts(query):
         dtype = torch.get_autocast_dtype(query.device.type)
         tensors = tuple(None if x is None else _adapter.as_autocast(x, dtype) for x in tensors)
         others = _adapter.cast_bias(others, dtype)
