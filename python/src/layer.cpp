@@ -203,8 +203,8 @@ nb::object forward_layer(nb::handle query, nb::handle key, nb::handle in_weight,
     if (key.is_none()) {
       q = layer.linear(packed.view, in, bias);
     } else {
-      q = layer.linear(packed.view, slice(in, 0, size), slice(bias, 0, size));
-      kv = layer.linear(layer.take(key), slice(in, size, 2 * size), slice(bias, size, 2 * size));
+      q = layer.linear(packed.view, slice(in, 0, 0, size), slice(bias, 0, 0, size));
+      kv = layer.linear(layer.take(key), slice(in, 0, size, 2 * size), slice(bias, 0, size, 2 * size));
     }
     const nb::tuple attended = forward_projected(q.object, kv.object, call.heads, call.batch_first, call.extras,
                                                  call.rules, call.seed, call.offset);
@@ -240,17 +240,17 @@ nb::object backward_layer(nb::handle dy, nb::handle query, nb::handle key, nb::h
       const Tensor dq = layer.take(projected[0]), dkv = layer.take(projected[1]);
       const std::int64_t of_q = dkv.defined() ? size : 3 * size;
       if (din.view.defined()) {
-        layer.weight_gradient(dq, layer.take(query), slice(din.view, 0, of_q), slice(din_bias.view, 0, of_q));
+        layer.weight_gradient(dq, layer.take(query), slice(din.view, 0, 0, of_q), slice(din_bias.view, 0, 0, of_q));
         if (dkv.defined()) {
-          layer.weight_gradient(dkv, layer.take(key), slice(din.view, size, 2 * size),
-                                slice(din_bias.view, size, 2 * size));
+          layer.weight_gradient(dkv, layer.take(key), slice(din.view, 0, size, 2 * size),
+                                slice(din_bias.view, 0, size, 2 * size));
         }
       }
       if ((wanted & kQuery) != 0) {
-        dquery = layer.input_gradient(dq, slice(in, 0, of_q));
+        dquery = layer.input_gradient(dq, slice(in, 0, 0, of_q));
         if (layer.packs()) dquery = layer.padded(dquery.view, given);
       }
-      if ((wanted & kKey) != 0) dkey = layer.input_gradient(dkv, slice(in, size, 2 * size));
+      if ((wanted & kKey) != 0) dkey = layer.input_gradient(dkv, slice(in, 0, size, 2 * size));
     }
     return nb::make_tuple(dquery.object, dkey.object, din.object, din_bias.object, dwo.object, dbo.object);
   });

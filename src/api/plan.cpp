@@ -1,4 +1,3 @@
-#include <fovea/error.h>
 #include <fovea/plan.h>
 
 #include <new>

@@ -10,8 +10,11 @@ AdamW::AdamW(Module& module, const Options& options) : options_(options) {
     check_not_negative("lr", options.lr);
     check_not_negative("weight_decay", options.weight_decay);
     check_positive("eps", options.eps);
-    check_probability("beta1", options.beta1);
-    check_probability("beta2", options.beta2);
+    const auto check_beta = [](const char* name, float beta) {
+      check_real(name, beta, beta >= 0 && beta < 1, "at least 0 and less than 1");
+    };
+    check_beta("beta1", options.beta1);
+    check_beta("beta2", options.beta2);
     for (const auto& [name, parameter] : parameters(module)) {
       const Tensor& value = parameter->value.view();
       const auto shape = std::span(value.shape).first(static_cast<std::size_t>(value.rank));

@@ -9,11 +9,10 @@ namespace fovea::nn {
 
 Array::Array(DType dtype, std::span<const std::int64_t> shape, const Device& device)
     : Array(unset(dtype, shape, device)) {
-  ops_of(device).clear(view_.data, size_bytes_);
+  ops_of(device).clear(view().data, size_bytes());
 }
 
 Array Array::unset(DType dtype, std::span<const std::int64_t> shape, const Device& device) {
-  Array a;
   if (shape.empty() || shape.size() > Tensor::kMaxRank) {
     refuse("a tensor cannot have ", shape.size(), " dimensions; give 1 to ", Tensor::kMaxRank);
   }
@@ -27,18 +26,22 @@ Array Array::unset(DType dtype, std::span<const std::int64_t> shape, const Devic
       refuse("a tensor of shape [", join(shape, ", "), "] is larger than any memory");
     }
   }
-  a.size_bytes_ = empty ? 0 : static_cast<std::size_t>(bytes);
-  a.memory_ = ops_of(device).allocate(a.size_bytes_);
-  a.view_.data = a.memory_.get();
-  a.view_.dtype = dtype;
-  a.view_.device = device;
-  a.view_.rank = static_cast<int>(shape.size());
+  auto held = std::make_shared<Held>();
+  held->size_bytes = empty ? 0 : static_cast<std::size_t>(bytes);
+  held->memory = ops_of(device).allocate(held->size_bytes);
+  Tensor& view = held->view;
+  view.data = held->memory.get();
+  view.dtype = dtype;
+  view.device = device;
+  view.rank = static_cast<int>(shape.size());
   std::int64_t stride = 1;
-  for (int i = a.view_.rank - 1; i >= 0; --i) {
-    a.view_.shape[i] = shape[i];
-    a.view_.strides[i] = stride;
+  for (int i = view.rank - 1; i >= 0; --i) {
+    view.shape[i] = shape[i];
+    view.strides[i] = stride;
     stride *= shape[i];
   }
+  Array a;
+  a.held_ = std::move(held);
   return a;
 }
 

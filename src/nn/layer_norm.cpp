@@ -17,6 +17,7 @@ LayerNorm::LayerNorm(const Options& options) : options_(options) {
 
 Array LayerNorm::forward(const Tensor& x, Array* statistics) const {
   return or_out_of_memory([&] {
+    check_held(weight);
     check_features("x", x, options_.features, options_.dtype, options_.device);
     Array dense, y = like(x, options_.features);
     const Tensor rows = as_rows(x, dense);
@@ -29,6 +30,7 @@ Array LayerNorm::forward(const Tensor& x, Array* statistics) const {
 
 Array LayerNorm::backward(const Tensor& x, const Array& statistics, const Tensor& dy, const Tensor& plus) {
   return or_out_of_memory([&] {
+    check_held(weight);
     check_features("x", x, options_.features, options_.dtype, options_.device);
     check_features("dy", dy, options_.features, options_.dtype, options_.device);
     check_same_rows("dy", dy, "x", x);
@@ -46,7 +48,7 @@ Array LayerNorm::backward(const Tensor& x, const Array& statistics, const Tensor
     }
     ops_of(x.device).norm_gradient(rows, weight.value.view(), statistics.view(), as_rows(dy, dense_dy),
                                    plus.defined() ? as_rows(plus, dense_plus) : Tensor{}, rows_of(dx),
-                                   weight.gradient_sum(), options_.bias ? bias.gradient_sum() : Tensor{});
+                                   weight.gradient_sum(), bias.gradient_sum());
     return dx;
   });
 }

@@ -72,10 +72,11 @@ Array like(const Tensor& x, std::int64_t features) {
   return Array::unset(x.dtype, std::span(shape).first(static_cast<std::size_t>(x.rank)), x.device);
 }
 
-Tensor columns(const Tensor& rows, std::int64_t first, std::int64_t count) {
-  Tensor t = rows;
-  t.data = static_cast<std::byte*>(rows.data) + first * size_bytes(rows.dtype);
-  t.shape[1] = count;
+Tensor heads_of_rows(const Tensor& rows, std::int64_t first_column, std::int64_t heads, std::int64_t head_dim) {
+  Tensor t = slice(rows, 1, first_column, heads * head_dim);
+  t.rank = 3;
+  t.shape = {rows.shape[0], heads, head_dim};
+  t.strides = {rows.strides[0], head_dim, 1};
   return t;
 }
 
@@ -121,14 +122,9 @@ Sequences Sequences::of(const char* name, const Tensor& x, const Tensor& cu_seql
 }
 
 Tensor Sequences::heads(const Tensor& x, std::int64_t heads, std::int64_t head_dim) const {
-  Tensor t = x;
+  Tensor t = heads_of_rows(x, 0, heads, head_dim);
+  if (packed()) return t;
   const std::int64_t row = x.strides[0];
-  if (packed()) {
-    t.rank = 3;
-    t.shape = {rows, heads, head_dim};
-    t.strides = {row, head_dim, 1};
-    return t;
-  }
   t.rank = 4;
   t.shape = {batch, seqlen, heads, head_dim};
   t.strides = {interleaved ? row : seqlen * row, interleaved ? batch * row : row, head_dim, 1};

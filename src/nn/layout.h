@@ -24,17 +24,18 @@ void check_same_rows(const char* a_name, const Tensor& a, const char* b_name, co
 /// Another array of x's shape, with `features` in the last dimension.
 [[nodiscard]] Array like(const Tensor& x, std::int64_t features);
 
-/// Columns [first, first + count) of rows.
-[[nodiscard]] Tensor columns(const Tensor& rows, std::int64_t first, std::int64_t count);
-
-/// Rows [first, first + count), of any rank.
-[[nodiscard]] inline Tensor slice(const Tensor& x, std::int64_t first, std::int64_t count) {
+/// [first, first + count) along one dimension.
+[[nodiscard]] inline Tensor slice(const Tensor& x, int axis, std::int64_t first, std::int64_t count) {
   Tensor t = x;
   if (!x.defined()) return t;
-  t.data = static_cast<std::byte*>(x.data) + first * x.strides[0] * size_bytes(x.dtype);
-  t.shape[0] = count;
+  t.data = static_cast<std::byte*>(x.data) + first * x.strides[axis] * size_bytes(x.dtype);
+  t.shape[axis] = count;
   return t;
 }
+
+/// Columns of rows as heads, whatever sequence they are of: [rows, heads, head_dim].
+[[nodiscard]] Tensor heads_of_rows(const Tensor& rows, std::int64_t first_column, std::int64_t heads,
+                                   std::int64_t head_dim);
 
 /// Which rows of [rows, features] are which sequence.
 struct Sequences {

@@ -23,6 +23,7 @@ Linear::Linear(const Options& options) : options_(options) {
 
 Array Linear::forward(const Tensor& x) const {
   return or_out_of_memory([&] {
+    check_held(weight);
     check_features("x", x, options_.in_features, options_.dtype, options_.device);
     Array dense, y = like(x, options_.out_features);
     ops_of(x.device).linear(as_rows(x, dense), weight.value.view(), {.bias = bias.value.view()}, {}, rows_of(y), {});
@@ -32,14 +33,14 @@ Array Linear::forward(const Tensor& x) const {
 
 Array Linear::backward(const Tensor& x, const Tensor& dy) {
   return or_out_of_memory([&] {
+    check_held(weight);
     check_features("x", x, options_.in_features, options_.dtype, options_.device);
     check_features("dy", dy, options_.out_features, options_.dtype, options_.device);
     check_same_rows("dy", dy, "x", x);
     Array dense_x, dense_dy, dx = like(x, options_.in_features);
     const Tensor rows = as_rows(dy, dense_dy);
     const Ops& ops = ops_of(x.device);
-    ops.linear_weight_gradient(rows, as_rows(x, dense_x), weight.gradient_sum(),
-                               options_.bias ? bias.gradient_sum() : Tensor{});
+    ops.linear_weight_gradient(rows, as_rows(x, dense_x), weight.gradient_sum(), bias.gradient_sum());
     ops.linear_input_gradient(rows, weight.value.view(), {}, rows_of(dx));
     return dx;
   });

@@ -47,10 +47,7 @@ Tensor padding(const Tensor& mask, const MaskSizes& s) {
 }
 
 /// The part of a mask with extra keys that the caller's mask speaks of.
-Tensor given_part(Tensor whole, const MaskSizes& s) {
-  whole.shape[3] = s.seqlen_kv;
-  return whole;
-}
+Tensor given_part(const Tensor& whole, const MaskSizes& s) { return slice(whole, 3, 0, s.seqlen_kv); }
 
 Array made(DType dtype, const Tensor& shape, const MaskSizes& s) {
   return {dtype, {shape.shape[0], shape.shape[1], shape.shape[2], s.seqlen_kv + s.extra}, s.device};
@@ -112,8 +109,7 @@ class Translation {
       masks_.bias = masks_.bias_memory.view();
       return ops_.copy(t, given_part(masks_.bias, s_));
     }
-    Tensor before = masks_.bias;
-    before.shape[3] = s_.seqlen_kv;
+    const Tensor before = given_part(masks_.bias, s_);
     std::array<std::int64_t, 4> shape{};
     for (int i = 0; i < 4; ++i) shape[i] = std::max(before.shape[i], t.shape[i]);
     Array sum(DType::kFloat32, {shape[0], shape[1], shape[2], s_.seqlen_kv + s_.extra}, s_.device);

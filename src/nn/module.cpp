@@ -7,7 +7,7 @@
 namespace fovea::nn {
 
 const Tensor& Parameter::gradient_sum() {
-  if (!gradient.defined()) {
+  if (value.defined() && !gradient.defined()) {
     const Tensor& v = value.view();
     gradient = Array(DType::kFloat32, std::span(v.shape).first(static_cast<std::size_t>(v.rank)), v.device);
   }

@@ -21,7 +21,9 @@ bool same(const Tensor& a, const Tensor& b) {
 MultiheadAttention::Options completed(MultiheadAttention::Options o) {
   check_at_least("embed_dim", o.embed_dim, 1);
   check_at_least("num_heads", o.num_heads, 1);
-  check_probability("dropout", o.dropout);
+  check_real("dropout", o.dropout, o.dropout >= 0 && o.dropout < 1, "at least 0 and less than 1");
+  check_at_least("window_left", o.window_left.value_or(0), 0);
+  check_at_least("window_right", o.window_right.value_or(0), 0);
   check_dtype(o.dtype);
   if (!o.head_dim && o.embed_dim % o.num_heads != 0) {
     refuse("embed_dim (", o.embed_dim, ") must be a multiple of num_heads (", o.num_heads, "), or head_dim be given");
@@ -52,15 +54,6 @@ MultiheadAttention::Options completed(MultiheadAttention::Options o) {
   return o;
 }
 
-/// Rows of heads, whatever sequence they are of: [rows, heads, head_dim].
-Tensor heads_of_rows(const Tensor& rows, std::int64_t first_column, std::int64_t heads, std::int64_t head_dim) {
-  Tensor t = columns(rows, first_column, heads * head_dim);
-  t.rank = 3;
-  t.shape = {rows.shape[0], heads, head_dim};
-  t.strides = {rows.strides[0], head_dim, 1};
-  return t;
-}
-
 Array slopes_of_heads(std::int64_t heads, const Device& device) {
   const Array host = Array::unset(DType::kFloat32, {heads});
   for (std::int64_t h = 0; h < heads; ++h) {
@@ -75,13 +68,9 @@ Array slopes_of_heads(std::int64_t heads, const Device& device) {
 Array extended(const Tensor& keys, const Tensor& more) {
   Array longer =
       Array::unset(keys.dtype, {keys.shape[0], keys.shape[1] + 1, keys.shape[2], keys.shape[3]}, keys.device);
-  Tensor part = longer.view();
-  part.shape[1] = keys.shape[1];
   const Ops& ops = ops_of(keys.device);
-  ops.copy(keys, part);
-  Tensor last = longer.view();
-  last.data = static_cast<std::byte*>(last.data) + keys.shape[1] * last.strides[1] * size_bytes(last.dtype);
-  last.shape[1] = 1;
+  ops.copy(keys, slice(longer.view(), 1, 0, keys.shape[1]));
+  const Tensor last = slice(longer.view(), 1, keys.shape[1], 1);
   Tensor row = more;  // [1, 1, heads · head_dim]
   row.rank = 4;
   row.shape = last.shape;
@@ -92,12 +81,9 @@ Array extended(const Tensor& keys, const Tensor& more) {
 
 /// The gradient of `extended`: writes that of the keys, and adds to that of the extra one.
 void split_gradient(const Tensor& longer, const Tensor& dkeys, const Tensor& dmore) {
-  Tensor part = longer;
-  part.shape[1] = dkeys.shape[1];
   const Ops& ops = ops_of(longer.device);
-  ops.copy(part, dkeys);
-  Tensor last = longer;
-  last.data = static_cast<std::byte*>(last.data) + dkeys.shape[1] * last.strides[1] * size_bytes(last.dtype);
+  ops.copy(slice(longer, 1, 0, dkeys.shape[1]), dkeys);
+  Tensor last = slice(longer, 1, dkeys.shape[1], 1);
   last.rank = 2;
   last.shape = {longer.shape[0], longer.shape[2] * longer.shape[3]};
   last.strides = {longer.strides[0], 1};
@@ -165,7 +151,7 @@ struct InputWeights {
   Tensor q{}, k{}, v{}, kv{}, qkv{}, bias{};  // kv and qkv where one matrix holds them
   std::int64_t q_size = 0, kv_size = 0;
 
-  [[nodiscard]] Tensor bias_part(std::int64_t first, std::int64_t count) const { return slice(bias, first, count); }
+  [[nodiscard]] Tensor bias_part(std::int64_t first, std::int64_t count) const { return slice(bias, 0, first, count); }
 };
 
 InputWeights input_weights(const MultiheadAttention::Options& o, const Tensor& in_proj, const Tensor& q,
@@ -174,10 +160,10 @@ InputWeights input_weights(const MultiheadAttention::Options& o, const Tensor& i
   w.q_size = o.num_heads * *o.head_dim;
   w.kv_size = *o.num_kv_heads * *o.head_dim;
   if (!in_proj.defined()) return w;
-  w.q = slice(in_proj, 0, w.q_size);
-  w.k = slice(in_proj, w.q_size, w.kv_size);
-  w.v = slice(in_proj, w.q_size + w.kv_size, w.kv_size);
-  w.kv = slice(in_proj, w.q_size, 2 * w.kv_size);
+  w.q = slice(in_proj, 0, 0, w.q_size);
+  w.k = slice(in_proj, 0, w.q_size, w.kv_size);
+  w.v = slice(in_proj, 0, w.q_size + w.kv_size, w.kv_size);
+  w.kv = slice(in_proj, 0, w.q_size, 2 * w.kv_size);
   w.qkv = in_proj;
   return w;
 }
@@ -190,8 +176,9 @@ std::vector<Projection> projections(const MultiheadAttention::State& s, const In
   if (s.key_is_value && w.kv.defined()) {
     all.push_back({s.key_rows, w.kv, w.bias_part(w.q_size, 2 * w.kv_size), kv});
   } else {
-    all.push_back({s.key_rows, w.k, w.bias_part(w.q_size, w.kv_size), columns(kv, 0, w.kv_size)});
-    all.push_back({s.value_rows, w.v, w.bias_part(w.q_size + w.kv_size, w.kv_size), columns(kv, w.kv_size, w.kv_size)});
+    all.push_back({s.key_rows, w.k, w.bias_part(w.q_size, w.kv_size), slice(kv, 1, 0, w.kv_size)});
+    all.push_back(
+        {s.value_rows, w.v, w.bias_part(w.q_size + w.kv_size, w.kv_size), slice(kv, 1, w.kv_size, w.kv_size)});
   }
   return all;
 }
@@ -207,9 +194,9 @@ Placed place(const MultiheadAttention::State& s, const MultiheadAttention::Optio
   const std::int64_t dim = *o.head_dim, heads = o.num_heads, kv_heads = *o.num_kv_heads;
   const Tensor& from = s.one_input ? q : kv;
   const std::int64_t k_at = s.one_input ? heads * dim : 0, v_at = k_at + kv_heads * dim;
-  return {.q = s.of_q.heads(columns(q, 0, heads * dim), heads, dim),
-          .k = s.of_kv.heads(columns(from, k_at, kv_heads * dim), kv_heads, dim),
-          .v = s.of_kv.heads(columns(from, v_at, kv_heads * dim), kv_heads, dim),
+  return {.q = s.of_q.heads(slice(q, 1, 0, heads * dim), heads, dim),
+          .k = s.of_kv.heads(slice(from, 1, k_at, kv_heads * dim), kv_heads, dim),
+          .v = s.of_kv.heads(slice(from, 1, v_at, kv_heads * dim), kv_heads, dim),
           .q_rows = heads_of_rows(q, 0, heads, dim),
           .k_rows = heads_of_rows(from, k_at, kv_heads, dim)};
 }
@@ -301,10 +288,8 @@ Array weights_of(const MultiheadAttention::State& s, const MultiheadAttention::O
   const auto put = [&](const Tensor& x, std::int64_t first, std::int64_t count) {
     Tensor to = average ? Tensor::contiguous(result.view().data, o.dtype, {batch, rows, all}, o.device)
                         : Tensor::contiguous(result.view().data, o.dtype, {batch, heads, rows, all}, o.device);
-    Tensor from = x;
-    to.data = static_cast<std::byte*>(to.data) + first * size_bytes(to.dtype);
-    to.shape[to.rank - 1] = count;
-    from.shape[3] = count;
+    to = slice(to, to.rank - 1, first, count);
+    const Tensor from = slice(x, 3, 0, count);
     if (average) {
       ops.mean_of_heads(from, to);
     } else {
@@ -343,6 +328,7 @@ MultiheadAttention::Result MultiheadAttention::forward(const Tensor& query, cons
 
 MultiheadAttention::Result MultiheadAttention::run(const Tensor& query, const Tensor& key, const Tensor& value,
                                                    const AttentionCall& call, const Tail& tail) const {
+  check_held(out_proj_weight);
   const Options& o = options_;
   auto state = std::make_shared<State>();
   State& s = *state;
@@ -379,6 +365,7 @@ MultiheadAttention::InputGradients MultiheadAttention::backward(const State& sta
 
 MultiheadAttention::InputGradients MultiheadAttention::gradients(const State& s, const Tensor& dout,
                                                                  const Tensor& plus) {
+  check_held(out_proj_weight);
   const Options& o = options_;
   if (s.options != o) {
     refuse("the state given to backward is of another layer's forward; give the one that this layer returned");
@@ -387,12 +374,11 @@ MultiheadAttention::InputGradients MultiheadAttention::gradients(const State& s,
   check_same_rows("dout", dout, "query", s.query);
   const std::int64_t q_size = o.num_heads * *o.head_dim, kv_size = *o.num_kv_heads * *o.head_dim;
   const Ops& ops = ops_of(o.device);
-  const auto sum = [](Parameter& p) { return p.value.defined() ? p.gradient_sum() : Tensor{}; };
 
   // Out projection.
   Array dout_memory;
   const Tensor dout_rows = as_rows(dout, dout_memory);
-  ops.linear_weight_gradient(dout_rows, s.out.view(), sum(out_proj_weight), sum(out_proj_bias));
+  ops.linear_weight_gradient(dout_rows, s.out.view(), out_proj_weight.gradient_sum(), out_proj_bias.gradient_sum());
   const Array dattention = like(s.out.view(), q_size);
   ops.linear_input_gradient(dout_rows, out_proj_weight.value.view(), {}, dattention.view());
 
@@ -410,8 +396,8 @@ MultiheadAttention::InputGradients MultiheadAttention::gradients(const State& s,
       s.of_q.heads(dattention.view(), o.num_heads, *o.head_dim), s.attention,
       {.dq = d.q, .dk = o.add_bias_kv ? dk_longer.view() : d.k, .dv = o.add_bias_kv ? dv_longer.view() : d.v});
   if (o.add_bias_kv) {
-    split_gradient(dk_longer.view(), d.k, sum(bias_k));
-    split_gradient(dv_longer.view(), d.v, sum(bias_v));
+    split_gradient(dk_longer.view(), d.k, bias_k.gradient_sum());
+    split_gradient(dv_longer.view(), d.v, bias_v.gradient_sum());
   }
   if (o.rotary) {
     ops.rotate(d.q_rows, *o.rotary, s.q_places.view(), true);
@@ -421,8 +407,9 @@ MultiheadAttention::InputGradients MultiheadAttention::gradients(const State& s,
   // In projections: the same products for gradients of weights and of inputs.
   const InputWeights w = input_weights(o, in_proj_weight.value.view(), q_proj_weight.value.view(),
                                        k_proj_weight.value.view(), v_proj_weight.value.view(), {});
-  const InputWeights dw = input_weights(o, sum(in_proj_weight), sum(q_proj_weight), sum(k_proj_weight),
-                                        sum(v_proj_weight), sum(in_proj_bias));
+  const InputWeights dw =
+      input_weights(o, in_proj_weight.gradient_sum(), q_proj_weight.gradient_sum(), k_proj_weight.gradient_sum(),
+                    v_proj_weight.gradient_sum(), in_proj_bias.gradient_sum());
   const auto products = projections(s, w, dprojected.view(), dprojected_kv.view());
   const auto sums = projections(s, dw, dprojected.view(), dprojected_kv.view());
   InputGradients result;

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <fovea/tensor.h>
+#include <fovea/nn/module.h>
 
 #include "problem/refuse.h"
 
@@ -16,16 +16,13 @@ inline void check_dtype(DType dtype) {
   refuse("a layer's dtype (", name(dtype), ") must be fp32, fp16 or bf16");
 }
 
-inline void check_probability(const char* name, float p) {
-  if (!(p >= 0.0F && p < 1.0F)) refuse(name, " (", shortest(p), ") must be at least 0 and less than 1");
-}
+inline void check_not_negative(const char* name, float value) { check_real(name, value, value >= 0, "at least 0"); }
 
-inline void check_not_negative(const char* name, float value) {
-  if (!(value >= 0.0F)) refuse(name, " (", shortest(value), ") must be at least 0");
-}
+inline void check_positive(const char* name, float value) { check_real(name, value, value > 0, "above 0"); }
 
-inline void check_positive(const char* name, float value) {
-  if (!(value > 0.0F)) refuse(name, " (", shortest(value), ") must be above 0");
+/// A parameter that every layer of its kind has is absent only where it went with a move.
+inline void check_held(const Parameter& parameter) {
+  if (!parameter.value.defined()) refuse("the layer has been moved from; use the one that it was moved to");
 }
 
 }  // namespace fovea::nn

@@ -125,6 +125,7 @@ TransformerEncoderLayer::Result TransformerEncoderLayer::compute(const Tensor& s
 Array TransformerEncoderLayer::feed_forward(const Tensor& x, const Tensor& residual, State& s) const {
   const Options& o = options_;
   const Ops& ops = ops_of(o.device);
+  check_held(linear1.weight), check_held(linear2.weight);
   s.before = like(x, o.dim_feedforward);
   s.hidden = like(x, o.dim_feedforward);
   Array memory, residual_memory, out = like(x, o.d_model);
@@ -177,9 +178,9 @@ Array TransformerEncoderLayer::backward(const State& state, const Tensor& dout) 
 Array TransformerEncoderLayer::feed_forward_backward(const State& s, const Tensor& dout) {
   const Options& o = options_;
   const Ops& ops = ops_of(o.device);
-  const auto sum = [](Parameter& p) { return p.value.defined() ? p.gradient_sum() : Tensor{}; };
   Array dout_memory;
   const Tensor dout_rows = as_rows(dout, dout_memory);
+  check_held(linear1.weight), check_held(linear2.weight);
   const Finish last{.dropout = dropout_of(o, s.call, kAfterNetwork)};
   const Finish within{.activation = o.activation, .dropout = dropout_of(o, s.call, kWithinNetwork)};
 
@@ -190,12 +191,12 @@ Array TransformerEncoderLayer::feed_forward_backward(const State& s, const Tenso
     dlast = rows_of(after_dropout);
     ops.finish_gradient(dout_rows, last, s.places.view(), {}, dlast);
   }
-  ops.linear_weight_gradient(dlast, rows_of(s.hidden), sum(linear2.weight), sum(linear2.bias));
+  ops.linear_weight_gradient(dlast, rows_of(s.hidden), linear2.weight.gradient_sum(), linear2.bias.gradient_sum());
   const Array dhidden = like(s.hidden.view(), o.dim_feedforward);
   ops.linear_input_gradient(dlast, linear2.weight.value.view(), {}, rows_of(dhidden));
   ops.finish_gradient(rows_of(dhidden), within, s.places.view(), rows_of(s.before), rows_of(dhidden));
   const Array& x = o.norm_first ? s.normed2 : s.normed1;
-  ops.linear_weight_gradient(rows_of(dhidden), rows_of(x), sum(linear1.weight), sum(linear1.bias));
+  ops.linear_weight_gradient(rows_of(dhidden), rows_of(x), linear1.weight.gradient_sum(), linear1.bias.gradient_sum());
   Array dx = like(x.view(), o.d_model);
   ops.linear_input_gradient(rows_of(dhidden), linear1.weight.value.view(), o.norm_first ? Tensor{} : dout_rows,
                             rows_of(dx));
@@ -227,6 +228,7 @@ void TransformerEncoder::visit(const std::string& prefix, const Visit& visit) {
 
 TransformerEncoder::Result TransformerEncoder::forward(const Tensor& src, const AttentionCall& call) const {
   return or_out_of_memory([&] {
+    check_at_least("num_layers", std::ssize(layers), 1);  // 0 after a move
     auto state = std::make_shared<State>();
     Result result;
     Tensor x = src;

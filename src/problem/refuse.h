@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <locale>
@@ -49,6 +50,10 @@ auto or_out_of_memory(const Call& call) {
   std::array<char, 32> buffer;
   const auto end = std::to_chars(buffer.begin(), buffer.end(), value == 0.0F ? 0.0F : value).ptr;
   return {buffer.data(), end};
+}
+
+inline void check_real(const char* field, float value, bool in_range, const char* rule) {
+  if (!std::isfinite(value) || !in_range) refuse(field, " (", shortest(value), ") must be ", rule);
 }
 
 /// "700+1300+96" with separator "+".

@@ -96,10 +96,6 @@ void check_lengths(const char* field, const Lengths& lengths, std::int64_t batch
   }
 }
 
-void check_real(const char* field, float value, bool in_range, const char* rule) {
-  if (!std::isfinite(value) || !in_range) refuse(field, " (", shortest(value), ") must be ", rule);
-}
-
 bool is_floating(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
 }

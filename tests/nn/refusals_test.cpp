@@ -6,6 +6,7 @@
 
 #include <cstdlib>
 #include <limits>
+#include <utility>
 
 #include "tests/support.h"
 
@@ -86,6 +87,63 @@ TEST(AdamWRates, BelowZeroOrNotANumberAreRefused) {
             "weight_decay (nan) must be at least 0");
   AdamW adamw(layer, {.lr = 0.0F, .weight_decay = 0.0F});
   EXPECT_EQ(refusal([&] { adamw.set_learning_rate(-1.0F); }), "lr (-1) must be at least 0");
+}
+
+TEST(MovedFrom, ArraysHoldNothing) {
+  Array from(DType::kFloat32, {2, 3}, kDevice), to = std::move(from);
+  // NOLINTBEGIN(bugprone-use-after-move): that is what this is about.
+  EXPECT_FALSE(from.defined());
+  EXPECT_EQ(from.view().data, nullptr);
+  EXPECT_EQ(from.size_bytes(), 0U);
+  EXPECT_EQ(refusal([&] { copy(from.view(), to.view()); }),
+            "the tensor to copy from has 0 dimensions but must have 1 to 4");
+  from = std::move(to);
+  EXPECT_FALSE(to.defined());
+  EXPECT_EQ(from.size_bytes(), 24U);
+}
+
+TEST(MovedFrom, LayersAreRefused) {
+  const Array x(DType::kFloat32, {2, 3, 8}, kDevice);
+  const auto refused = [&](const auto& call) {
+    EXPECT_EQ(refusal(call), "the layer has been moved from; use the one that it was moved to");
+  };
+  Linear linear({.in_features = 8, .out_features = 8, .device = kDevice});
+  const Linear other_linear = std::move(linear);
+  refused([&] { (void)linear.forward(x.view()); });
+  refused([&] { (void)linear.backward(x.view(), x.view()); });
+  LayerNorm norm({.features = 8, .device = kDevice});
+  const LayerNorm other_norm = std::move(norm);
+  refused([&] { (void)norm.forward(x.view()); });
+  refused([&] { (void)norm.backward(x.view(), {}, x.view()); });
+  MultiheadAttention attention({.embed_dim = 8, .num_heads = 2, .batch_first = true, .device = kDevice});
+  const auto of_attention = attention.forward(x.view(), x.view(), x.view());
+  const MultiheadAttention other_attention = std::move(attention);
+  refused([&] { (void)attention.forward(x.view(), x.view(), x.view()); });
+  refused([&] { (void)attention.backward(*of_attention.state, x.view()); });
+  TransformerEncoder stack({.layer = {.d_model = 8, .nhead = 2, .dim_feedforward = 8, .device = kDevice}});
+  const auto of_stack = stack.forward(x.view(), {.training = true});
+  const Linear network = std::move(stack.layers[0].linear2);
+  refused([&] { (void)stack.forward(x.view()); });
+  refused([&] { (void)stack.backward(*of_stack.state, x.view()); });
+  const TransformerEncoder other_stack = std::move(stack);
+  EXPECT_EQ(refusal([&] { (void)stack.forward(x.view()); }), "num_layers (0) must be at least 1");
+  // NOLINTEND(bugprone-use-after-move)
+}
+
+TEST(Options, OutOfRangeAreRefusedWhereTheLayerIsMade) {
+  const auto refused = [](const auto& change) {
+    MultiheadAttention::Options o{.embed_dim = 8, .num_heads = 2, .device = kDevice};
+    change(o);
+    return refusal([&] { const MultiheadAttention layer(o); });
+  };
+  EXPECT_EQ(refused([](auto& o) { o.window_left = -1; }), "window_left (-1) must be at least 0");
+  EXPECT_EQ(refused([](auto& o) { o.window_right = -2; }), "window_right (-2) must be at least 0");
+  EXPECT_EQ(refused([](auto& o) { o.dropout = 1.5F; }), "dropout (1.5) must be at least 0 and less than 1");
+  EXPECT_EQ(refused([](auto& o) { o.dropout = -0.5F; }), "dropout (-0.5) must be at least 0 and less than 1");
+  EXPECT_EQ(refused([](auto& o) { o.rotary = Rotary{.base = -1.0F}; }), "rotary base (-1) must be above 0");
+  EXPECT_EQ(refused([](auto& o) { o.kdim = 0; }), "kdim (0) must be at least 1");
+  EXPECT_EQ(refused([](auto& o) { o.head_dim = 513; }), "head_dim (513) must be 1 to 512");
+  EXPECT_EQ(refused([](auto& o) { o.num_kv_heads = 0; }), "num_kv_heads (0) must be at least 1");
 }
 
 }  // namespace

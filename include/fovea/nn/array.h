@@ -9,8 +9,9 @@
 namespace fovea::nn {
 
 /// A densely packed tensor together with its memory, aligned to 64 bytes and zero at first.  Copies share the
-/// memory; it goes with the last of them.  Functions that take a Tensor take an Array's view.  On a GPU the memory is
-/// taken and given back in the order of the default stream, in which all layers' work is queued.
+/// memory; it goes with the last of them.  One that was moved from holds nothing.  Functions that take a Tensor take an
+/// Array's view.  On a GPU the memory is taken and given back in the order of the default stream, in which all layers'
+/// work is queued.
 class FOVEA_API Array {
  public:
   Array() = default;
@@ -27,14 +28,18 @@ class FOVEA_API Array {
     return unset(dtype, std::span(shape.begin(), shape.size()), device);
   }
 
-  [[nodiscard]] const Tensor& view() const noexcept { return view_; }
-  [[nodiscard]] bool defined() const noexcept { return view_.defined(); }
-  [[nodiscard]] std::size_t size_bytes() const noexcept { return size_bytes_; }
+  [[nodiscard]] const Tensor& view() const noexcept { return held_ == nullptr ? kNone : held_->view; }
+  [[nodiscard]] bool defined() const noexcept { return view().defined(); }
+  [[nodiscard]] std::size_t size_bytes() const noexcept { return held_ == nullptr ? 0 : held_->size_bytes; }
 
  private:
-  std::shared_ptr<std::byte> memory_;
-  std::size_t size_bytes_ = 0;
-  Tensor view_;
+  struct Held {
+    std::shared_ptr<std::byte> memory;
+    std::size_t size_bytes = 0;
+    Tensor view;
+  };
+  static constexpr Tensor kNone{};
+  std::shared_ptr<const Held> held_;
 };
 
 /// to = from, in the dtype of `to`, from and to any device; any strides.  Waits for a GPU where `to` or
