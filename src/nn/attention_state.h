@@ -22,6 +22,7 @@ struct MultiheadAttention::State {
   Array out, lse;                 // [rows, num_heads · head_dim]
   Masks masks;
   Array sink;
+  bool drops_all = false;  // in training with a dropout of 1
   AttentionOptions attention;
 };
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/elements.h"
+#include "dispatch/views.h"
 #include "nn/attention_state.h"
 #include "nn/initial.h"
 #include "nn/options.h"
@@ -21,7 +22,7 @@ bool same(const Tensor& a, const Tensor& b) {
 MultiheadAttention::Options completed(MultiheadAttention::Options o) {
   check_at_least("embed_dim", o.embed_dim, 1);
   check_at_least("num_heads", o.num_heads, 1);
-  check_real("dropout", o.dropout, o.dropout >= 0 && o.dropout < 1, "at least 0 and less than 1");
+  check_real("dropout", o.dropout, o.dropout >= 0 && o.dropout <= 1, "0 to 1");
   check_at_least("window_left", o.window_left.value_or(0), 0);
   check_at_least("window_right", o.window_right.value_or(0), 0);
   check_dtype(o.dtype);
@@ -255,7 +256,8 @@ void set_options(MultiheadAttention::State& s, const AttentionCall& call, const 
   AttentionOptions& a = s.attention;
   a.causal = call.causal;
   a.window_left = o.window_left, a.window_right = o.window_right;
-  if (call.training) a.dropout = {o.dropout, call.seed, call.offset};
+  s.drops_all = call.training && dispatch::keep_threshold(o.dropout) == 0;  // attention itself keeps some
+  if (call.training && !s.drops_all) a.dropout = {o.dropout, call.seed, call.offset};
   const bool band = o.window_left || o.window_right || o.alibi || call.causal == Causal::kBottomRight;
   s.masks = masks_of(call, {.batch = s.of_q.batch,
                             .heads = o.num_heads,
@@ -303,7 +305,7 @@ Array weights_of(const MultiheadAttention::State& s, const MultiheadAttention::O
   values.shape = {s.k.shape[0], keys, s.k.shape[2], tile};
   values.strides = {0, tile, 0, 1};
   for (std::int64_t first = 0; first < keys; first += tile) {
-    ops.diagonal(unit.view(), first);
+    ops.diagonal(unit.view(), s.drops_all ? keys : first);  // behind the last row: no ones at all
     attend(s.q, s.k, values, s.attention, out.view(), {});
     put(out.view(), first, std::min(tile, keys - first));
   }
@@ -348,6 +350,7 @@ MultiheadAttention::Result MultiheadAttention::run(const Tensor& query, const Te
   s.lse = s.of_q.packed() ? Array::unset(DType::kFloat32, {o.num_heads, s.of_q.rows}, o.device)
                           : Array::unset(DType::kFloat32, {s.of_q.batch, o.num_heads, s.of_q.seqlen}, o.device);
   attend(s.q, s.k, s.v, s.attention, s.of_q.heads(s.out.view(), o.num_heads, *o.head_dim), s.lse.view());
+  if (s.drops_all) ops_of(o.device).clear(s.out.view().data, s.out.size_bytes());
 
   Result result;
   result.out = like(query, o.embed_dim);
@@ -381,6 +384,7 @@ MultiheadAttention::InputGradients MultiheadAttention::gradients(const State& s,
   ops.linear_weight_gradient(dout_rows, s.out.view(), out_proj_weight.gradient_sum(), out_proj_bias.gradient_sum());
   const Array dattention = like(s.out.view(), q_size);
   ops.linear_input_gradient(dout_rows, out_proj_weight.value.view(), {}, dattention.view());
+  if (s.drops_all) ops.clear(dattention.view().data, dattention.size_bytes());
 
   // Attention.
   const Array dprojected = like(s.projected.view(), s.projected.view().shape[1]);

@@ -263,6 +263,29 @@ TEST(LayerDropout, OfAStackBeginsFourFurtherForEachLayer) {
 
 // ---- masks, and products of more than one tile
 
+TEST(LayerDropout, OfOneDropsEverythingAndItsGradients) {
+  const MultiheadAttention::Options kept{.embed_dim = 24, .num_heads = 4, .batch_first = true, .device = kDevice};
+  MultiheadAttention::Options dropped = kept;
+  dropped.dropout = 1.0F;
+  MultiheadAttention layer(dropped);
+  const Array x = random_array({2, 5, 24}, 1);
+  const auto evaluated = layer.forward(x.view(), x.view(), x.view());
+  EXPECT_EQ(values(evaluated.out), values(MultiheadAttention(kept).forward(x.view(), x.view(), x.view()).out));
+  const auto result = layer.forward(x.view(), x.view(), x.view(), {.training = true, .need_weights = true});
+  for (const double d : values(result.out)) ASSERT_EQ(d, 0.0);  // what the bias of out_proj begins as
+  for (const double d : values(result.weights)) ASSERT_EQ(d, 0.0);
+  for (const double d : values(layer.backward(*result.state, x.view()).query)) ASSERT_EQ(d, 0.0);
+  for (const double d : values(layer.in_proj_weight.gradient)) ASSERT_EQ(d, 0.0);
+
+  TransformerEncoderLayer::Options options = dropping();
+  options.dropout = 1.0F;
+  options.norm_first = true;
+  TransformerEncoderLayer encoder(options);
+  const auto passed = encoder.forward(x.view(), {.training = true});
+  EXPECT_EQ(values(passed.out), values(x));  // only what goes past both halves is left
+  EXPECT_EQ(values(encoder.backward(*passed.state, x.view())), values(x));
+}
+
 TEST(BooleanMasks, OfBothKindsHideWhatEitherHides) {
   constexpr std::int64_t kBatch = 2, kHeads = 2, kLength = 9;
   const MultiheadAttention layer({.embed_dim = 8, .num_heads = kHeads, .batch_first = true, .device = kDevice});
@@ -759,8 +782,6 @@ TEST(Layers, RefuseWhatCannotBeInOneSentence) {
   };
   EXPECT_EQ(attention({.embed_dim = 10, .num_heads = 4}),
             "embed_dim (10) must be a multiple of num_heads (4), or head_dim be given");
-  EXPECT_EQ(attention({.embed_dim = 8, .num_heads = 4, .dropout = 1.0F}),
-            "dropout (1) must be at least 0 and less than 1");
   EXPECT_EQ(attention({.embed_dim = 8, .num_heads = 4, .num_kv_heads = 3}),
             "num_heads (4) must be a multiple of num_kv_heads (3)");
   EXPECT_EQ(attention({.embed_dim = 8, .num_heads = 4, .rotary = Rotary{.dim = 3}}),

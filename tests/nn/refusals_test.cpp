@@ -138,8 +138,8 @@ TEST(Options, OutOfRangeAreRefusedWhereTheLayerIsMade) {
   };
   EXPECT_EQ(refused([](auto& o) { o.window_left = -1; }), "window_left (-1) must be at least 0");
   EXPECT_EQ(refused([](auto& o) { o.window_right = -2; }), "window_right (-2) must be at least 0");
-  EXPECT_EQ(refused([](auto& o) { o.dropout = 1.5F; }), "dropout (1.5) must be at least 0 and less than 1");
-  EXPECT_EQ(refused([](auto& o) { o.dropout = -0.5F; }), "dropout (-0.5) must be at least 0 and less than 1");
+  EXPECT_EQ(refused([](auto& o) { o.dropout = 1.5F; }), "dropout (1.5) must be 0 to 1");
+  EXPECT_EQ(refused([](auto& o) { o.dropout = -0.5F; }), "dropout (-0.5) must be 0 to 1");
   EXPECT_EQ(refused([](auto& o) { o.rotary = Rotary{.base = -1.0F}; }), "rotary base (-1) must be above 0");
   EXPECT_EQ(refused([](auto& o) { o.kdim = 0; }), "kdim (0) must be at least 1");
   EXPECT_EQ(refused([](auto& o) { o.head_dim = 513; }), "head_dim (513) must be 1 to 512");

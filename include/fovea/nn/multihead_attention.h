@@ -43,7 +43,7 @@ class FOVEA_API MultiheadAttention : public Module {
   struct Options {
     std::int64_t embed_dim = 0;
     std::int64_t num_heads = 0;
-    float dropout = 0.0F;  ///< of attention weights, in [0, 1)
+    float dropout = 0.0F;  ///< of attention weights, 0 to 1
     bool bias = true;
     bool add_bias_kv = false;    ///< one more key and value, learned; not with packed sequences
     bool add_zero_attn = false;  ///< one more key and value, zero
