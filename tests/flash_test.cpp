@@ -234,6 +234,23 @@ TEST_P(EveryIsa, ANanInAQueryStaysInItsRowAndTheKeysItSees) {
   }
 }
 
+// Beside a NaN a score of −inf may pass for a hidden one, but nothing else does.
+TEST_P(EveryIsa, ARowOfNanReachesEveryKeyButThoseOfScoresOfMinusInfinity) {
+  for (const char* rest : {"b1 hq1 sq1 skv3 d24", "b1 hq1 sq1 skv3 d24 bias=1hqk:fp32"}) {
+    Attention run(line("fwd+bwd", rest));
+    cpu::store(run.in.q, Attention::offset(run.in.q, 0, 0, 5), 1.0);
+    cpu::store(run.in.k, Attention::offset(run.in.k, 0, 0, 5), -HUGE_VAL);
+    Attention::put_nan(run.in.k, 1, 0, 5);
+    run.execute({.backend = backend()});
+    for (const Tensor* t : {&run.out.out, &run.grads.dq}) EXPECT_TRUE(std::isnan(Attention::at(*t, 0, 0, 0)));
+    for (const Tensor* t : {&run.grads.dk, &run.grads.dv}) {
+      EXPECT_TRUE(std::isnan(Attention::at(*t, 2, 0, 0)));
+      const double beside = Attention::at(*t, 0, 0, 0);
+      EXPECT_TRUE(beside == 0 || std::isnan(beside)) << beside;
+    }
+  }
+}
+
 // What is expanded by strides of 0 is read as its copies would be.
 TEST_P(EveryIsa, ReadsExpandedInputsAsTheirCopies) {
   for (const int axis : {0, 1, 2}) {
