@@ -607,7 +607,7 @@ def test_explain_of_the_encoder_layers():
         "key_padding_mask has the shape [3, 8] but must be [3, 9]": lambda layer, x: layer(
             x, x, x, torch.ones(3, 8, dtype=torch.bool)
         ),
-        "attn_mask is int64 but must be bool or floating": lambda layer, x: layer(
+        "attn_mask is int64 but must be bool, float32 or query's dtype, float32": lambda layer, x: layer(
             x, x, x, attn_mask=torch.ones(9, 9, dtype=torch.int64)
         ),
     }.items(),

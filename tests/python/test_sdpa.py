@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
+import fovea
 from fovea.torch import replace_sdpa, scaled_dot_product_attention
 
 
@@ -179,6 +180,20 @@ def test_what_torch_refuses_is_refused():
         scaled_dot_product_attention(q, q, q, attn_mask=torch.ones(4, 4, dtype=torch.bool), is_causal=True)
     with pytest.raises(ValueError, match="fp64"):
         scaled_dot_product_attention(q.double(), q.double(), q.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.uint8])
+def test_masks_of_other_dtypes_are_refused_by_their_name(dtype):
+    q, layer = torch.randn(1, 4, 8), fovea.nn.MultiheadAttention(8, 2, batch_first=True)
+    mask = torch.zeros(4, 4, dtype=dtype)
+    name = str(dtype).removeprefix("torch.")
+    sentence = f"mask is {name} but must be bool, float32 or query's dtype, float32"
+    with pytest.raises(ValueError, match=f"^attn_{sentence}$"):
+        scaled_dot_product_attention(q, q, q, attn_mask=mask)
+    with pytest.raises(ValueError, match=f"^attn_{sentence}$"):
+        layer(q, q, q, attn_mask=mask)
+    with pytest.raises(ValueError, match=f"^key_padding_{sentence}$"):
+        layer(q, q, q, key_padding_mask=mask[:1])
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             attn_mask,
             key_padding_mask,
             is_causal,
+            query,
             query.shape[1 - axis],
             self.num_heads,
             *lengths,

@@ -149,7 +149,7 @@ def _ours(
             padding = padding.unsqueeze(0)
         extra = int(layer.bias_k is not None)
         sizes = (q.shape[0], layer.num_heads, q.shape[1], k.shape[1] - extra)
-        options = _masks.options_of(mask, padding, is_causal, *sizes, extra)
+        options = _masks.options_of(mask, padding, is_causal, query, *sizes, extra)
     options |= layer._options(q)
     forward = fovea.explain(q, k, k, **options)
     if not _learns(layer, query):

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fovea.torch._adapter import tracing
+from fovea.torch._adapter import check_mask, tracing
 
 
 def options_of(
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     is_causal: bool,
+    query: Tensor,
     batch: int,
     heads: int,
     seqlen_q: int,
@@ -26,6 +27,7 @@ def options_of(
         attn_mask: [seqlen_q, seqlen_kv] or [batch * heads, seqlen_q, seqlen_kv].
         key_padding_mask: [batch, seqlen_kv].
         is_causal: attn_mask is the causal triangle, as torch.nn has it: the mask itself is then not read.
+        query: whose dtype floating masks may have, instead of float32.
         extra_keys: visible keys behind those that the masks speak of.
     """
     options: dict[str, Any] = {}
@@ -33,16 +35,18 @@ def options_of(
         shape = _shape_of(attn_mask, batch, heads, seqlen_q, seqlen_kv)
         if is_causal and extra_keys == 0:
             options["causal"] = "top_left"
-        elif attn_mask.dtype == torch.bool:
-            options["mask"] = _with_more((~attn_mask.view(shape)).contiguous(), extra_keys, True)
         else:
-            options["bias"] = _with_more(attn_mask.view(shape).contiguous(), extra_keys, 0.0)
+            check_mask("attn_mask", attn_mask, query)
+            if attn_mask.dtype == torch.bool:
+                options["mask"] = _with_more((~attn_mask.view(shape)).contiguous(), extra_keys, True)
+            else:
+                options["bias"] = _with_more(attn_mask.view(shape).contiguous(), extra_keys, 0.0)
     if key_padding_mask is None:
         return options
     if key_padding_mask.shape != (batch, seqlen_kv):
         shape = list(key_padding_mask.shape)
         raise ValueError(f"key_padding_mask has the shape {shape} but must be [{batch}, {seqlen_kv}]")
-    _check_dtype("key_padding_mask", key_padding_mask)
+    check_mask("key_padding_mask", key_padding_mask, query)
     padding = key_padding_mask[:, None, None].contiguous()
     if padding.dtype != torch.bool:
         padding = _with_more(padding, extra_keys, 0.0)
@@ -85,7 +89,6 @@ def _lengths(ignore: Tensor) -> tuple[Tensor, bool]:
 
 def _shape_of(mask: Tensor, batch: int, heads: int, seqlen_q: int, seqlen_kv: int) -> tuple[int, ...]:
     """attn_mask's shape with batch and heads apart."""
-    _check_dtype("attn_mask", mask)
     if mask.shape == (seqlen_q, seqlen_kv):
         return (1, 1, seqlen_q, seqlen_kv)
     if mask.shape == (batch * heads, seqlen_q, seqlen_kv):
@@ -94,11 +97,6 @@ def _shape_of(mask: Tensor, batch: int, heads: int, seqlen_q: int, seqlen_kv: in
         f"attn_mask has the shape {list(mask.shape)} but must be [{seqlen_q}, {seqlen_kv}]"
         f" or [{batch * heads}, {seqlen_q}, {seqlen_kv}]"
     )
-
-
-def _check_dtype(name: str, mask: Tensor) -> None:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"{name} is {str(mask.dtype).removeprefix('torch.')} but must be bool or floating")
 
 
 def _with_more(mask: Tensor, extra_keys: int, value: float) -> Tensor:

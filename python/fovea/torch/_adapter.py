@@ -302,6 +302,14 @@ def dtype_under_autocast(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(tensor.device.type) if casts else tensor.dtype
 
 
+def check_mask(name: str, mask: Tensor, query: Tensor) -> None:
+    """Refuses a mask of a dtype that attention does not add, by the caller's name: attention calls it a bias."""
+    if mask.dtype in (torch.bool, torch.float32) or dtype_under_autocast(mask) == dtype_under_autocast(query):
+        return
+    got, wanted = (str(dtype).removeprefix("torch.") for dtype in (mask.dtype, query.dtype))
+    raise ValueError(f"{name} is {got} but must be bool, float32 or query's dtype, {wanted}")
+
+
 def _readable(*others: Any) -> tuple[Any, ...]:
     """What `extras` gives, with arrays of any framework as PyTorch tensors without a negation bit."""
     if is_dynamo_compiling():

@@ -107,6 +107,7 @@ def _attend(
         query, key, value = in_rows(query), in_rows(key), in_rows(value)
     mask = bias = None
     if attn_mask is not None:
+        _adapter.check_mask("attn_mask", attn_mask, query)
         if attn_mask.stride(-1) != 0:
             attn_mask = in_rows(attn_mask)
         if attn_mask.dtype == torch.bool:
