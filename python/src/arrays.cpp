@@ -19,7 +19,7 @@ namespace {
 
 std::string dtype_name(const dlpack::DataType& type) {
   constexpr const char* kCodes[] = {"int", "uint", "fp", "opaque", "bf", "complex", "bool"};
-  std::string name = type.code < std::size(kCodes) ? kCodes[type.code] : "code " + std::to_string(type.code) + " of ";
+  std::string name = type.code < std::size(kCodes) ? kCodes[type.code] : "fp";  // the rest are floats of 8 bits or less
   if (type.code != dlpack::kBool) name += std::to_string(type.bits);
   return type.lanes == 1 ? name : name + "x" + std::to_string(type.lanes);
 }

@@ -566,6 +566,7 @@ def test_half_precision_keeps_its_dtype_and_bits():
         "q cannot be read by DLPack": lambda q: (q.to_sparse(), q, q),
         "k is a ndarray, which is no PyTorch tensor": lambda q: (q, q.numpy(), q),
         "q is complex64, which Fovea does not read": lambda q: (q.to(torch.complex64), q, q),
+        "q is fp8, which Fovea does not read": lambda q: (q.to(torch.float8_e4m3fn), q, q),
         "q has no dimensions": lambda q: (torch.tensor(1.0), q, q),
         "batch (0) must be at least 1": lambda q: (q[:0], q[:0], q[:0]),
     }.items(),
