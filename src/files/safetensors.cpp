@@ -19,9 +19,8 @@ using nlohmann::json;
 static_assert(std::endian::native == std::endian::little, "safetensors and .npy data are little-endian");
 
 constexpr std::uint64_t kLengthBytes = 8;
-constexpr std::uint64_t kLongestHeader = std::uint64_t{16}
-                                         << 20;  // real headers stay far below; keeps hostile ones cheap
-constexpr int kDeepest = 2;                      // { name: { key: [ ... ] } }
+constexpr std::uint64_t kLongestHeader = 16 << 20;  // real headers stay far below; keeps hostile ones cheap
+constexpr int kDeepest = 2;                         // { name: { key: [ ... ] } }
 
 struct StoredType {
   const char* name;
@@ -114,6 +113,15 @@ SafetensorsFile::Entry parse_entry(const json& value) {
     }
   }
   return entry;
+}
+
+/// A name as JSON has it.
+std::string as_json(const std::string& name) {
+  try {
+    return json(name).dump();
+  } catch (const json::type_error&) {
+    refuse(fmt::format("the tensor's name {} is not UTF-8, as the format wants it", in_quotes(name)));
+  }
 }
 
 }  // namespace
@@ -229,12 +237,14 @@ void write_safetensors(const std::string& path, const std::vector<std::pair<std:
                        const std::map<std::string, std::string>& metadata) {
   std::string text = metadata.empty() ? "{" : fmt::format("{{\"__metadata__\":{}", json(metadata).dump());
   std::int64_t end = 0;
+  std::set<std::string> names;
   for (const auto& [name, tensor] : tensors) {
+    if (!names.insert(name).second) refuse(fmt::format("{}: two tensors are called {}", path, in_quotes(name)));
     const std::span shape = std::span(tensor.shape).first(tensor.rank);
     const std::int64_t begin = end;
     end += packed_bytes(shape, size_bytes(tensor.dtype));
     text += fmt::format(R"({}{}:{{"dtype":"{}","shape":[{}],"data_offsets":[{},{}]}})", text.size() > 1 ? "," : "",
-                        json(name).dump(), stored_name(tensor.dtype), fmt::join(shape, ","), begin, end);
+                        as_json(name), stored_name(tensor.dtype), fmt::join(shape, ","), begin, end);
   }
   text += '}';
   text.resize((kLengthBytes + text.size() + 63) / 64 * 64 - kLengthBytes, ' ');  // the data begins at a multiple of 64

@@ -18,11 +18,8 @@ AdamW::AdamW(Module& module, const Options& options) : options_(options) {
     for (const auto& [name, parameter] : parameters(module)) {
       const Tensor& value = parameter->value.view();
       const auto shape = std::span(value.shape).first(static_cast<std::size_t>(value.rank));
-      Slot& slot = slots_.emplace_back();
-      slot.parameter = parameter;
-      slot.mean = Array(DType::kFloat32, shape, value.device);
-      slot.variance = Array(DType::kFloat32, shape, value.device);
-      if (value.dtype != DType::kFloat32) slot.master = Array(DType::kFloat32, shape, value.device);
+      const auto zeros = [&] { return Array(DType::kFloat32, shape, value.device); };
+      slots_.push_back({parameter, zeros(), zeros(), value.dtype == DType::kFloat32 ? Array() : zeros()});
     }
   });
 }

@@ -13,16 +13,14 @@ double uniform(std::uint64_t seed, std::int64_t i) {
   return (static_cast<double>(draw.key) + static_cast<double>(draw.a) * 0x1p-32) * 0x1p-32;
 }
 
-/// Made on the host, wherever x lies.
-template <class Value>
-void fill_by(const Tensor& x, const Value& value) {
+}  // namespace
+
+void fill_by(const Tensor& x, const std::function<double(std::int64_t)>& value) {
   const Array host = Array::unset(DType::kFloat32, std::span(x.shape).first(static_cast<std::size_t>(x.rank)));
   cpu::for_each_element(
       host.view(), [&](std::int64_t index, std::int64_t offset) { cpu::store(host.view(), offset, value(index)); });
   copy(host.view(), x);
 }
-
-}  // namespace
 
 void fill_uniform(const Tensor& x, float bound, std::uint64_t seed) {
   fill_by(x, [&](std::int64_t i) { return (2.0 * uniform(seed, i) - 1.0) * static_cast<double>(bound); });
@@ -35,10 +33,6 @@ void fill_normal(const Tensor& x, float deviation, std::uint64_t seed) {
     for (int term = 0; term < kTerms; ++term) sum += uniform(seed, i * kTerms + term);
     return sum * static_cast<double>(deviation);
   });
-}
-
-void fill(const Tensor& x, float value) {
-  fill_by(x, [&](std::int64_t) { return static_cast<double>(value); });
 }
 
 }  // namespace fovea::nn

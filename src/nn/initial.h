@@ -11,6 +11,7 @@ void fill_uniform(const Tensor& x, float bound, std::uint64_t seed);
 /// Nearly standard normal, scaled.
 void fill_normal(const Tensor& x, float deviation, std::uint64_t seed);
 
-void fill(const Tensor& x, float value);
+/// value(i) for the element that is number i; made on the host, wherever x lies.
+void fill_by(const Tensor& x, const std::function<double(std::int64_t)>& value);
 
 }  // namespace fovea::nn

@@ -11,7 +11,7 @@ LayerNorm::LayerNorm(const Options& options) : options_(options) {
   check_positive("eps", options.eps);
   check_dtype(options.dtype);
   weight = Parameter(options.dtype, {options.features}, options.device);
-  fill(weight.value.view(), 1.0F);
+  fill_by(weight.value.view(), [](std::int64_t) { return 1.0; });
   if (options.bias) bias = Parameter(options.dtype, {options.features}, options.device);
 }
 
@@ -54,6 +54,7 @@ Array LayerNorm::backward(const Tensor& x, const Array& statistics, const Tensor
 }
 
 void LayerNorm::visit(const std::string& prefix, const Visit& visit) {
+  check_held(weight);
   visit(prefix + "weight", weight);
   if (bias.value.defined()) visit(prefix + "bias", bias);
 }

@@ -47,6 +47,7 @@ Array Linear::backward(const Tensor& x, const Tensor& dy) {
 }
 
 void Linear::visit(const std::string& prefix, const Visit& visit) {
+  check_held(weight);
   visit(prefix + "weight", weight);
   if (bias.value.defined()) visit(prefix + "bias", bias);
 }

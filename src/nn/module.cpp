@@ -50,14 +50,13 @@ void save(Module& module, const std::string& path, const std::string& prefix) {
     std::vector<std::pair<std::string, Tensor>> tensors;
     std::vector<Array> hosts;
     module.visit(prefix, [&](const std::string& name, Parameter& parameter) {
-      const Tensor& value = parameter.value.view();
-      if (value.device.kind == DeviceKind::kCpu) {
-        tensors.emplace_back(name, value);
-        return;
+      Tensor value = parameter.value.view();
+      if (value.device.kind != DeviceKind::kCpu) {
+        hosts.push_back(Array::unset(value.dtype, std::span(value.shape).first(static_cast<std::size_t>(value.rank))));
+        copy(value, hosts.back().view());
+        value = hosts.back().view();
       }
-      hosts.push_back(Array::unset(value.dtype, std::span(value.shape).first(static_cast<std::size_t>(value.rank))));
-      copy(value, hosts.back().view());
-      tensors.emplace_back(name, hosts.back().view());
+      tensors.emplace_back(name, value);
     });
     files::write_safetensors(path, tensors, {{"format", "pt"}});
   });

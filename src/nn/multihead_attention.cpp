@@ -4,7 +4,6 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/elements.h"
 #include "dispatch/views.h"
 #include "nn/attention_state.h"
 #include "nn/initial.h"
@@ -13,7 +12,7 @@
 namespace fovea::nn {
 namespace {
 
-constexpr std::int64_t kLargestHeadDim = 512;
+constexpr std::int64_t kLargestHeadDim = 512, kMostHeads = std::int64_t{1} << 40;  // whose product is far below 2^63
 
 bool same(const Tensor& a, const Tensor& b) {
   return a.data == b.data && a.rank == b.rank && a.shape == b.shape && a.strides == b.strides;
@@ -22,6 +21,7 @@ bool same(const Tensor& a, const Tensor& b) {
 MultiheadAttention::Options completed(MultiheadAttention::Options o) {
   check_at_least("embed_dim", o.embed_dim, 1);
   check_at_least("num_heads", o.num_heads, 1);
+  if (o.num_heads > kMostHeads) refuse("num_heads (", o.num_heads, ") must be at most 2^40");
   check_real("dropout", o.dropout, o.dropout >= 0 && o.dropout <= 1, "0 to 1");
   check_at_least("window_left", o.window_left.value_or(0), 0);
   check_at_least("window_right", o.window_right.value_or(0), 0);
@@ -56,12 +56,9 @@ MultiheadAttention::Options completed(MultiheadAttention::Options o) {
 }
 
 Array slopes_of_heads(std::int64_t heads, const Device& device) {
-  const Array host = Array::unset(DType::kFloat32, {heads});
-  for (std::int64_t h = 0; h < heads; ++h) {
-    cpu::store(host.view(), h, std::exp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(heads)));
-  }
   Array slopes = Array::unset(DType::kFloat32, {heads}, device);
-  copy(host.view(), slopes.view());
+  fill_by(slopes.view(),
+          [&](std::int64_t h) { return std::exp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(heads)); });
   return slopes;
 }
 
@@ -122,6 +119,7 @@ MultiheadAttention::MultiheadAttention(const Options& options) : options_(comple
 }
 
 void MultiheadAttention::visit(const std::string& prefix, const Visit& visit) {
+  check_held(out_proj_weight);
   const std::pair<const char*, Parameter*> all[] = {{"in_proj_weight", &in_proj_weight},
                                                     {"q_proj_weight", &q_proj_weight},
                                                     {"k_proj_weight", &k_proj_weight},

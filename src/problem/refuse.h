@@ -65,7 +65,7 @@ inline void check_real(const char* field, float value, bool in_range, const char
 
 /// "[2, 128, 16, 64]".
 [[nodiscard]] inline std::string shape_text(const Tensor& tensor) {
-  return "[" + join({tensor.shape.data(), static_cast<std::size_t>(tensor.rank)}, ", ") + "]";
+  return "[" + join({tensor.shape.data(), std::min<std::size_t>(tensor.rank, Tensor::kMaxRank)}, ", ") + "]";
 }
 
 /// The sum, or the largest number there is where it does not fit.

@@ -125,9 +125,41 @@ TEST(MovedFrom, LayersAreRefused) {
   const Linear network = std::move(stack.layers[0].linear2);
   refused([&] { (void)stack.forward(x.view()); });
   refused([&] { (void)stack.backward(*of_stack.state, x.view()); });
+  refused([&] { save(stack, testing::TempDir() + "moved.safetensors"); });
+  refused([&] { const AdamW adamw(stack); });
   const TransformerEncoder other_stack = std::move(stack);
   EXPECT_EQ(refusal([&] { (void)stack.forward(x.view()); }), "num_layers (0) must be at least 1");
   // NOLINTEND(bugprone-use-after-move)
+}
+
+TEST(Masks, OfRanksThatNoTensorHasAreRefused) {
+  const MultiheadAttention layer({.embed_dim = 8, .num_heads = 2, .batch_first = true, .device = kDevice});
+  const Array x(DType::kFloat32, {2, 3, 8}, kDevice), mask(DType::kBool, {3, 3}, kDevice);
+  for (const int rank : {5, 1000}) {
+    AttentionCall call{.attn_mask = mask.view()};
+    call.attn_mask.rank = rank;
+    EXPECT_EQ(refusal([&] { (void)layer.forward(x.view(), x.view(), x.view(), call); }),
+              "attn_mask is [3, 3, 0, 0] but must be [3, 3] or [4, 3, 3]");
+  }
+}
+
+TEST(Names, ThatAFileCannotHoldAreRefused) {
+  const std::string path = testing::TempDir() + "names.safetensors";
+  Linear layer({.in_features = 3, .out_features = 2, .device = kDevice});
+  EXPECT_EQ(refusal([&] { save(layer, path, "\xff."); }),
+            "the tensor's name '\\xff.weight' is not UTF-8, as the format wants it");
+  class Twice : public Module {
+   public:
+    explicit Twice(Linear& layer) : layer_(layer) {}
+    void visit(const std::string& prefix, const Visit& visit) override {
+      layer_.visit(prefix, visit);
+      layer_.visit(prefix, visit);
+    }
+
+   private:
+    Linear& layer_;
+  } twice(layer);
+  EXPECT_EQ(refusal([&] { save(twice, path); }), path + ": two tensors are called 'weight'");
 }
 
 TEST(Options, OutOfRangeAreRefusedWhereTheLayerIsMade) {
@@ -143,6 +175,8 @@ TEST(Options, OutOfRangeAreRefusedWhereTheLayerIsMade) {
   EXPECT_EQ(refused([](auto& o) { o.rotary = Rotary{.base = -1.0F}; }), "rotary base (-1) must be above 0");
   EXPECT_EQ(refused([](auto& o) { o.kdim = 0; }), "kdim (0) must be at least 1");
   EXPECT_EQ(refused([](auto& o) { o.head_dim = 513; }), "head_dim (513) must be 1 to 512");
+  EXPECT_EQ(refused([](auto& o) { o.num_heads = std::int64_t{1} << 55, o.head_dim = 512; }),
+            "num_heads (36028797018963968) must be at most 2^40");
   EXPECT_EQ(refused([](auto& o) { o.num_kv_heads = 0; }), "num_kv_heads (0) must be at least 1");
 }
 
