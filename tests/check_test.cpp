@@ -311,15 +311,17 @@ TEST(PlainFormula, StaysNearTheOracle) {
 
 TEST(RunCheck, PrintsALineEachInOrderAndHowToRepeatAFailure) {
   CheckRun run;
-  run.lines = {"fwd fp32 b1 hq1 sq3 d4", "bwd bf16 b1 hq2 sq70 d64", "fwd fp16 b1 hq1 sq2 d8"};
+  for (const char* line : {"fwd fp32 b1 hq1 sq3 d4", "bwd bf16 b1 hq2 sq70 d64", "fwd fp16 b1 hq1 sq2 d8"}) {
+    run.problems.push_back(parse_problem(line));
+  }
   run.seed = 5;
   run.options.backend = "reference";
   testing::internal::CaptureStdout();
   EXPECT_EQ(run_check(run), 0);
   std::string text = testing::internal::GetCapturedStdout();
   std::size_t at = 0;
-  for (const std::string& line : run.lines) {
-    at = text.find(to_string(parse_problem(line)), at);
+  for (const Problem& problem : run.problems) {
+    at = text.find(to_string(problem), at);
     ASSERT_NE(at, std::string::npos) << text;
   }
   EXPECT_NE(text.find("3 problems, 0 violations"), std::string::npos) << text;
@@ -328,16 +330,15 @@ TEST(RunCheck, PrintsALineEachInOrderAndHowToRepeatAFailure) {
   testing::internal::CaptureStdout();
   EXPECT_EQ(run_check(run), 1);
   text = testing::internal::GetCapturedStdout();
-  EXPECT_NE(
-      text.find("fovea check \"" + to_string(parse_problem(run.lines[1])) + "\" --seed 5 --backend cuda_portable"),
-      std::string::npos)
+  EXPECT_NE(text.find("fovea check \"" + to_string(run.problems[1]) + "\" --seed 5 --backend cuda_portable"),
+            std::string::npos)
       << text;
   EXPECT_NE(text.find("3 problems, 3 violations"), std::string::npos) << text;
 }
 
 TEST(RunCheck, TellsWhatIsWrongWithTheAskingFromAViolation) {
   CheckRun run;
-  run.lines = {"fwd fp32 b1 hq1 sq3 d4"};
+  run.problems = {parse_problem("fwd fp32 b1 hq1 sq3 d4")};
   run.options.backend = "nobody";
   EXPECT_TRUE(test::contains(test::refusal([&] { (void)run_check(run); }), "backend 'nobody' is unknown"));
 }

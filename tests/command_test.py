@@ -559,6 +559,9 @@ class Explain(CommandTest):
         Path(self.path("empty")).write_text("# nothing\n")
         self.refuse("explain", "@" + self.path("empty"), says="no problem line")
         self.refuse("explain", "@" + self.path("absent"), says="absent")
+        Path(self.path("wrong")).write_text(f"{LINE}\n\n# next\nfwd fp32 b1 sq4 d8\n")
+        for command in ("explain", "check", "bench", "precompile --check --arch sm_90"):
+            self.refuse(*command.split(), "@" + self.path("wrong"), says=self.path("wrong") + ":4: token 'hq' is missing")
 
     def test_lines_that_are_wrong_are_refused(self):
         self.refuse("explain", "fwd fp32 b1 hq3 hkv2 sq8 d8", says="num_q_heads")

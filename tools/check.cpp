@@ -139,7 +139,7 @@ struct Case {
 
 std::vector<Case> cases_of(const CheckRun& run) {
   std::vector<Case> cases;
-  for (const std::string& line : run.lines) cases.push_back({parse_problem(line), run.seed});
+  for (const Problem& problem : run.problems) cases.push_back({problem, run.seed});
   const Random seeds(run.seed);
   for (std::int64_t i = 0; i < run.random; ++i) {
     const std::uint64_t seed = seeds.bits(static_cast<std::uint64_t>(i));

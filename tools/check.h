@@ -39,9 +39,9 @@ struct CheckResult {
 
 /// What `fovea check` was asked for.
 struct CheckRun {
-  std::vector<std::string> lines;  ///< problem lines, or
-  std::int64_t random = 0;         ///< so many random problems
-  std::int64_t kinds = 0;          ///< of not more kinds than this (random_problem.h); 0: any
+  std::vector<Problem> problems;  ///< given ones, or
+  std::int64_t random = 0;        ///< so many random problems
+  std::int64_t kinds = 0;         ///< of not more kinds than this (random_problem.h); 0: any
   std::uint64_t seed = 1;
   bool list = false;   ///< print the lines, and check nothing
   bool pairs = false;  ///< print how often each two options came together

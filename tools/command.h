@@ -32,8 +32,8 @@ struct Runner {
 /// 90 for "sm_90", and for "sm_90a", as NVIDIA calls what no later architecture runs; nothing where it is neither.
 [[nodiscard]] std::optional<int> parsed_architecture(std::string_view text);
 
-/// Problem lines as given, those of a file for each "@FILE": blank lines and what follows a '#' are left out.
-[[nodiscard]] std::vector<std::string> problem_lines(const std::vector<std::string>& arguments);
+/// The problems of lines as given, those of a file for each "@FILE": blank lines and what follows a '#' are left out.
+[[nodiscard]] std::vector<Problem> problems_of(const std::vector<std::string>& arguments);
 
 /// Throws Error(kInvalidArgument) where --seconds is no time that anybody waits.
 void require_duration(const Effort& effort);

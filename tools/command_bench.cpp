@@ -316,8 +316,7 @@ ExitCode Bench::run() {
   if (!asked_.json.empty() && table) files::require_writable(asked_.json);
   if (!asked_.html.empty()) files::require_writable(asked_.html);
   if (table) files::require_apart("--json", asked_.json, "--html", asked_.html);
-  std::vector<Problem> problems;
-  for (const std::string& line : problem_lines(asked_.lines)) problems.push_back(parse_problem(line));
+  const std::vector<Problem> problems = problems_of(asked_.lines);
   const Terminal terminal(stdout);
   std::vector<Result> results;
   for (std::size_t i = 0; i < problems.size(); ++i) {

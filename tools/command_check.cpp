@@ -6,8 +6,8 @@ namespace fovea::tools {
 
 ExitCode command_check(const CheckArguments& arguments) {
   CheckRun run = arguments.run;
-  if (!arguments.lines.empty()) run.lines = problem_lines(arguments.lines);
-  if (run.lines.empty() && run.random == 0) {
+  if (!arguments.lines.empty()) run.problems = problems_of(arguments.lines);
+  if (run.problems.empty() && run.random == 0) {
     throw Error(ErrorCode::kInvalidArgument, "there is nothing to check; give a problem line, @FILE or --random N");
   }
   run.options.device = arguments.runner.parsed_device(false);

@@ -10,9 +10,8 @@ ExitCode command_explain(const ExplainArguments& arguments) {
   const Device device = arguments.runner.parsed_device(true);
   auto reports = nlohmann::ordered_json::array();
   std::string text;  // told when every line is understood
-  for (const std::string& line : problem_lines(arguments.lines)) {
-    Problem problem = parse_problem(line);
-    const Problem asked = problem;
+  for (const Problem& asked : problems_of(arguments.lines)) {
+    Problem problem = asked;
     text += "\n  " + terminal.paint(Ink::kStrong, to_string(asked)) + '\n';
     for (const Direction pass : {Direction::kForward, Direction::kBackward}) {
       if (!(pass == Direction::kForward ? asked.forward() : asked.backward())) continue;

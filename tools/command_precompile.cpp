@@ -113,8 +113,7 @@ void Precompile::collect() {
   };
   if (asked_.ladder) std::ranges::for_each(archs, [&](int arch) { add(ladder::requests(arch)); });
   const bool no_lines = asked_.ladder && asked_.lines.empty();
-  for (const std::string& line : no_lines ? std::vector<std::string>{} : problem_lines(asked_.lines)) {
-    const Problem problem = parse_problem(line);
+  for (const Problem& problem : no_lines ? std::vector<Problem>{} : problems_of(asked_.lines)) {
     for (const Direction pass : {Direction::kForward, Direction::kBackward}) {
       if (!(pass == Direction::kForward ? problem.forward() : problem.backward())) continue;
       for (const int arch : archs) add(cuda::requests(problem, pass, arch));

@@ -54,22 +54,26 @@ void require_duration(const Effort& effort) {
               fmt::format("--seconds ({}) must lie between 0.001 and 3600", effort.seconds));
 }
 
-std::vector<std::string> problem_lines(const std::vector<std::string>& arguments) {
-  std::vector<std::string> lines;
+std::vector<Problem> problems_of(const std::vector<std::string>& arguments) {
+  std::vector<Problem> problems;
   for (const std::string& argument : arguments) {
     if (!argument.starts_with('@')) {
-      lines.push_back(argument);
+      problems.push_back(parse_problem(argument));
       continue;
     }
-    files::InputFile file(argument.substr(1));
+    const std::string path = argument.substr(1);
+    files::InputFile file(path);
+    int number = 0;
     for (std::string line; std::getline(file.stream, line);) {
+      ++number;
       line.resize(std::min(line.find('#'), line.size()));
-      if (line.find_first_not_of(" \t\r") != std::string::npos) lines.push_back(line);
+      if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
+      problems.push_back(files::in_context(fmt::format("{}:{}", path, number), [&] { return parse_problem(line); }));
     }
   }
-  if (lines.empty())
+  if (problems.empty())
     throw Error(ErrorCode::kInvalidArgument, "there is no problem line; give one, as in 'fwd fp32 b1 hq8 sq1024 d64'");
-  return lines;
+  return problems;
 }
 
 }  // namespace fovea::tools

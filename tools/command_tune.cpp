@@ -272,9 +272,7 @@ ExitCode Tune::run() {
   }
   require_kept();
   if (asked_.forget) return forget();
-  std::vector<Problem> problems;
-  for (const std::string& line : problem_lines(asked_.lines)) problems.push_back(parse_problem(line));
-  for (const Problem& problem : problems) {
+  for (const Problem& problem : problems_of(asked_.lines)) {
     tune(problem);
     if (!choices_.save())
       throw Error(ErrorCode::kDevice, fmt::format("{} cannot be written", choices_.file().string()));
