@@ -91,7 +91,7 @@ TEST(AdamWRates, BelowZeroOrNotANumberAreRefused) {
 
 TEST(MovedFrom, ArraysHoldNothing) {
   Array from(DType::kFloat32, {2, 3}, kDevice), to = std::move(from);
-  // NOLINTBEGIN(bugprone-use-after-move): that is what this is about.
+  // NOLINTBEGIN(bugprone-use-after-move,clang-analyzer-cplusplus.Move): that is what this is about.
   EXPECT_FALSE(from.defined());
   EXPECT_EQ(from.view().data, nullptr);
   EXPECT_EQ(from.size_bytes(), 0U);
@@ -129,7 +129,7 @@ TEST(MovedFrom, LayersAreRefused) {
   refused([&] { const AdamW adamw(stack); });
   const TransformerEncoder other_stack = std::move(stack);
   EXPECT_EQ(refusal([&] { (void)stack.forward(x.view()); }), "num_layers (0) must be at least 1");
-  // NOLINTEND(bugprone-use-after-move)
+  // NOLINTEND(bugprone-use-after-move,clang-analyzer-cplusplus.Move)
 }
 
 TEST(Masks, OfRanksThatNoTensorHasAreRefused) {
