@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fovea
 from fovea._observe import Operators
@@ -433,6 +434,12 @@ def test_meta_tensors_give_the_shapes_that_tensors_give(training):
     assert (weights.shape, weights.device.type) == ((3, 4, 9, 9), "meta")
 
 
+def test_fake_tensors_give_the_shapes_that_tensors_give():
+    with FakeTensorMode():
+        layer, x = fovea.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), torch.empty(3, 9, 32)
+        assert layer(x, src_key_padding_mask=torch.zeros(3, 9, dtype=torch.bool)).shape == x.shape
+
+
 def test_no_keys_at_all_and_no_queries():
     layer = fovea.nn.MultiheadAttention(8, 2, batch_first=True)
     x, none = torch.randn(2, 5, 8), torch.randn(2, 0, 8)
@@ -598,6 +605,9 @@ def test_explain_of_the_encoder_layers():
     "sentence, call",
     {
         "query has 16 features but the layer takes 32": lambda layer, x: layer(x[..., :16], x, x),
+        "query and key must both be nested tensors, or neither": lambda layer, x: layer(
+            torch.nested.nested_tensor([x[0]], layout=torch.jagged), x, x, need_weights=False
+        ),
         "value has 2 dimensions; query, key and value must all have 3, or all 2": lambda layer, x: layer(x, x, x[0]),
         "key is [3, 9, 32] but value [3, 8, 32]": lambda layer, x: layer(x, x, x[:, :8]),
         "query has 3 sequences but key has 2": lambda layer, x: layer(x, x[:2], x[:2]),

@@ -253,7 +253,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if query is key is value and query.dim() in (2, 3) and query.size(-1) == self.kdim == self.vdim:
             return  # one tensor agrees with itself
         for name, x, size in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
-            if x.dim() not in (2, 3) or x.dim() != query.dim() or x.is_nested != query.is_nested:
+            if x.is_nested != query.is_nested:
+                raise ValueError(f"query and {name} must both be nested tensors, or neither")
+            if x.dim() not in (2, 3) or x.dim() != query.dim():
                 raise ValueError(f"{name} has {x.dim()} dimensions; query, key and value must all have 3, or all 2")
             if x.size(-1) != size:  # strided nested tensors have no shape
                 raise ValueError(f"{name} has {x.size(-1)} features but the layer takes {size}")

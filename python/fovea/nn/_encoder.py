@@ -160,7 +160,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             return None
         if torch.compiler.is_compiling() or tracing() or not torch.backends.mha.get_fastpath_enabled():
             return None
-        only_tails = not padding.is_meta and bool((padding[:, 1:] >= padding[:, :-1]).all())
+        only_tails = _masks.has_values(padding) and bool((padding[:, 1:] >= padding[:, :-1]).all())
         return Packing(padding) if only_tails else None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fovea.torch._adapter import check_mask, tracing
 
@@ -66,12 +67,17 @@ def options_of(
 
 def is_triangle(mask: Tensor | None) -> bool:
     """Whether a mask is the causal triangle; looks at its values, where it has any."""
-    if mask is None or mask.is_meta or mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
+    if mask is None or not has_values(mask) or mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
         return False
     hidden = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)
     if mask.dtype == torch.bool:
         return torch.equal(mask, hidden)
     return torch.equal(mask, torch.zeros_like(mask).masked_fill(hidden, -torch.inf))
+
+
+def has_values(mask: Tensor) -> bool:
+    """Whether a mask's entries can be looked at, which those of meta and fake tensors cannot."""
+    return not (mask.is_meta or isinstance(mask, FakeTensor))
 
 
 def _lengths(ignore: Tensor) -> tuple[Tensor, bool]:
@@ -82,7 +88,7 @@ def _lengths(ignore: Tensor) -> tuple[Tensor, bool]:
     keep = ~ignore
     numbers = torch.arange(1, ignore.shape[1] + 1, dtype=torch.int32, device=ignore.device)
     lengths = (keep * numbers).amax(1)
-    if ignore.device.type != "cpu" or torch.compiler.is_compiling() or tracing():
+    if ignore.device.type != "cpu" or not has_values(ignore) or torch.compiler.is_compiling() or tracing():
         return lengths, False
     return lengths, torch.equal(lengths, keep.sum(1, dtype=torch.int32))
 
