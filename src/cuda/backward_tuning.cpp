@@ -12,17 +12,18 @@
 namespace fovea::cuda {
 namespace {
 
-/// A row of the tables below, in the order of its numbers.
-struct Tile {
-  int widest;  // head dim that it serves
-  int block_m, block_n, warps, stages;
-  int most_options = kAnyOptions;  // see `weight_of`
-  int most_keys = 0;               // with more others are faster; 0: any number
-  int min_blocks = 1;              // on a multiprocessor at once
-  bool in_turns = true;            // dq may be added up in turns
-  int least_options = 0;
-
-  static constexpr int kAnyOptions = 99;
+/// A row of the tables below: problems, and the tile that serves them.
+struct Row {
+  struct {
+    int widest;                                  // head dim
+    bool in_turns = true;                        // dq may be added up in turns
+    int least_options = 0, most_options = kAny;  // see `weight_of`
+    int most_keys = kAny;                        // with more others are faster
+  } serves;
+  struct {
+    int block_m, block_n, warps = 8, stages = 1;  // see BackwardSpec
+    int min_blocks = 1;                           // on a multiprocessor at once
+  } tile;
 };
 
 /// How many registers the options of a backward take, by a rough measure.
@@ -33,51 +34,66 @@ int weight_of(const BackwardSpec& s) {
 
 // Measured on an H100 (docs/notes).  dk and dv of a block fill half of its registers, P and dS a quarter; the first
 // that fits the shared memory is taken.
-constexpr std::array kTiles16{
-    Tile{64, 64, 64, 4, 2, 0, 1024, 3},
-    Tile{64, 128, 128, 8, 2, 1},
-    Tile{64, 64, 64, 4, 2, 2},
-    Tile{64, 64, 64, 4, 1, 13, 0, 1, true, kBias},
-    Tile{64, 64, 128, 8, 3},
-    Tile{64, 64, 64, 8, 2},
-    Tile{64, 64, 64, 8, 1},
-    Tile{80, 64, 128, 8, 3, 4},
-    Tile{80, 64, 128, 8, 2, 4},
-    Tile{96, 64, 64, 4, 2, 0},
-    Tile{128, 64, 128, 8, 3, 4},
-    Tile{128, 64, 128, 8, 2, 5},
-    Tile{128, 64, 64, 4, 1, 1},
-    Tile{128, 64, 128, 8, 2, 13, 0, 1, true, kBias},
-    Tile{128, 64, 64, 4, 1, 13, 0, 1, true, kBias},
-    Tile{96, 64, 64, 4, 1, kSoftcap, 0, 1, true, kSoftcap},
-    Tile{128, 32, 128, 8, 3},
-    Tile{128, 32, 128, 8, 2},
-    Tile{128, 32, 64, 4, 2},
-    Tile{128, 32, 64, 4, 1},
-    Tile{160, 64, 128, 8, 2, 0},
-    Tile{160, 64, 64, 8, 2},
-    Tile{192, 64, 96, 8, 2},
-    Tile{224, 96, 64, 8, 1, 1, 0, 1, false},
-    Tile{256, 128, 64, 8, 1, 1, 0, 1, false},
-    Tile{256, 64, 64, 8, 1},
-    Tile{256, 32, 64, 8, 2},
-    Tile{256, 32, 64, 8, 1},
-    Tile{256, 32, 32, 8, 1},
-    Tile{256, 16, 32, 4, 1},
-    Tile{512, 32, 32, 8, 1, 0},
-    Tile{512, 16, 32, 8, 1},
-    Tile{512, 16, 16, 8, 1},
-};
-constexpr std::array kTiles32{
-    Tile{64, 64, 64, 4, 1, 3},  Tile{64, 64, 64, 8, 2},    Tile{64, 64, 64, 8, 1},  Tile{64, 32, 64, 8, 1},
-    Tile{64, 32, 32, 4, 1},     Tile{96, 32, 64, 4, 1, 0}, Tile{96, 32, 32, 4, 1},  Tile{128, 32, 32, 4, 1},
-    Tile{128, 32, 64, 8, 1},    Tile{128, 16, 32, 4, 1},   Tile{256, 32, 32, 8, 1}, Tile{256, 16, 16, 8, 1},
-    Tile{512, 16, 32, 8, 1, 0}, Tile{512, 16, 16, 8, 1},
-};
+constexpr auto kTiles16 = std::to_array<Row>({
+    {{.widest = 64, .most_options = 0, .most_keys = 1024},
+     {.block_m = 64, .block_n = 64, .warps = 4, .stages = 2, .min_blocks = 3}},
+    {{.widest = 64, .most_options = 1}, {.block_m = 128, .block_n = 128, .stages = 2}},
+    {{.widest = 64, .most_options = 2}, {.block_m = 64, .block_n = 64, .warps = 4, .stages = 2}},
+    {{.widest = 64, .least_options = kBias, .most_options = 13}, {.block_m = 64, .block_n = 64, .warps = 4}},
+    {{.widest = 64}, {.block_m = 64, .block_n = 128, .stages = 3}},
+    {{.widest = 64}, {.block_m = 64, .block_n = 64, .stages = 2}},
+    {{.widest = 64}, {.block_m = 64, .block_n = 64}},
+    {{.widest = 80, .most_options = 4}, {.block_m = 64, .block_n = 128, .stages = 3}},
+    {{.widest = 80, .most_options = 4}, {.block_m = 64, .block_n = 128, .stages = 2}},
+    {{.widest = 96, .most_options = 0}, {.block_m = 64, .block_n = 64, .warps = 4, .stages = 2}},
+    {{.widest = 128, .most_options = 4}, {.block_m = 64, .block_n = 128, .stages = 3}},
+    {{.widest = 128, .most_options = 5}, {.block_m = 64, .block_n = 128, .stages = 2}},
+    {{.widest = 128, .most_options = 1}, {.block_m = 64, .block_n = 64, .warps = 4}},
+    {{.widest = 128, .least_options = kBias, .most_options = 13}, {.block_m = 64, .block_n = 128, .stages = 2}},
+    {{.widest = 128, .least_options = kBias, .most_options = 13}, {.block_m = 64, .block_n = 64, .warps = 4}},
+    {{.widest = 96, .least_options = kSoftcap, .most_options = kSoftcap}, {.block_m = 64, .block_n = 64, .warps = 4}},
+    {{.widest = 128}, {.block_m = 32, .block_n = 128, .stages = 3}},
+    {{.widest = 128}, {.block_m = 32, .block_n = 128, .stages = 2}},
+    {{.widest = 128}, {.block_m = 32, .block_n = 64, .warps = 4, .stages = 2}},
+    {{.widest = 128}, {.block_m = 32, .block_n = 64, .warps = 4}},
+    {{.widest = 160, .most_options = 0}, {.block_m = 64, .block_n = 128, .stages = 2}},
+    {{.widest = 160}, {.block_m = 64, .block_n = 64, .stages = 2}},
+    {{.widest = 192}, {.block_m = 64, .block_n = 96, .stages = 2}},
+    {{.widest = 224, .in_turns = false, .most_options = 1}, {.block_m = 96, .block_n = 64}},
+    {{.widest = 256, .in_turns = false, .most_options = 1}, {.block_m = 128, .block_n = 64}},
+    {{.widest = 256}, {.block_m = 64, .block_n = 64}},
+    {{.widest = 256}, {.block_m = 32, .block_n = 64, .stages = 2}},
+    {{.widest = 256}, {.block_m = 32, .block_n = 64}},
+    {{.widest = 256}, {.block_m = 32, .block_n = 32}},
+    {{.widest = 256}, {.block_m = 16, .block_n = 32, .warps = 4}},
+    {{.widest = 512, .most_options = 0}, {.block_m = 32, .block_n = 32}},
+    {{.widest = 512}, {.block_m = 16, .block_n = 32}},
+    {{.widest = 512}, {.block_m = 16, .block_n = 16}},
+});
+constexpr auto kTiles32 = std::to_array<Row>({
+    {{.widest = 64, .most_options = 3}, {.block_m = 64, .block_n = 64, .warps = 4}},
+    {{.widest = 64}, {.block_m = 64, .block_n = 64, .stages = 2}},
+    {{.widest = 64}, {.block_m = 64, .block_n = 64}},
+    {{.widest = 64}, {.block_m = 32, .block_n = 64}},
+    {{.widest = 64}, {.block_m = 32, .block_n = 32, .warps = 4}},
+    {{.widest = 96, .most_options = 0}, {.block_m = 32, .block_n = 64, .warps = 4}},
+    {{.widest = 96}, {.block_m = 32, .block_n = 32, .warps = 4}},
+    {{.widest = 128}, {.block_m = 32, .block_n = 32, .warps = 4}},
+    {{.widest = 128}, {.block_m = 32, .block_n = 64}},
+    {{.widest = 128}, {.block_m = 16, .block_n = 32, .warps = 4}},
+    {{.widest = 256}, {.block_m = 32, .block_n = 32}},
+    {{.widest = 256}, {.block_m = 16, .block_n = 16}},
+    {{.widest = 512, .most_options = 0}, {.block_m = 16, .block_n = 32}},
+    {{.widest = 512}, {.block_m = 16, .block_n = 16}},
+});
 // Without a unit for products, short code matters more than reuse.
-constexpr std::array kTilesByShuffles{Tile{512, 32, 32, 4, 1}, Tile{512, 16, 32, 8, 1}, Tile{512, 16, 16, 8, 1}};
+constexpr auto kTilesByShuffles = std::to_array<Row>({
+    {{.widest = 512}, {.block_m = 32, .block_n = 32, .warps = 4}},
+    {{.widest = 512}, {.block_m = 16, .block_n = 32}},
+    {{.widest = 512}, {.block_m = 16, .block_n = 16}},
+});
 
-std::span<const Tile> table_of(const BackwardSpec& spec) {
+std::span<const Row> table_of(const BackwardSpec& spec) {
   if (spec.mma == Mma::kShuffles) return kTilesByShuffles;
   if (spec.type == Type::kFloat32) return kTiles32;
   return kTiles16;
@@ -119,8 +135,7 @@ jit::KernelRequest side_request(std::string_view function, std::string_view head
 }
 
 /// A spec without options: the kernels around the main one do not depend on them, so that one serves many specs.
-BackwardSpec plain(const BackwardSpec& from) {
-  BackwardSpec spec = from;
+BackwardSpec plain(BackwardSpec spec) {
   spec.band = spec.mask = spec.bias = spec.alibi = spec.softcap = spec.dropout = false;
   spec.bias_type = BackwardSpec{}.bias_type;
   return spec;
@@ -146,23 +161,25 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
   BackwardSpec& spec = shape.spec;
   spec = backward_spec(problem, gpu.sm);
   const int widest = std::max(spec.head_dim, spec.head_dim_v);
-  const auto take = [&](const Tile& tile) {
+  const auto take = [&](const Row& row) {
+    const auto& tile = row.tile;
     spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.stages = tile.stages;
     shape.min_blocks = tile.min_blocks;
   };
-  const auto fits = [&](const Tile& tile) {
-    take(tile);
-    return tile.widest >= widest && shared_bytes(spec) <= shared_room(gpu, tile.min_blocks) &&
-           (tile.in_turns || !spec.deterministic) && (spec.async_copy || spec.stages == 1);
+  const auto fits = [&](const Row& row) {
+    take(row);
+    return row.serves.widest >= widest && shared_bytes(spec) <= shared_room(gpu, shape.min_blocks) &&
+           (row.serves.in_turns || !spec.deterministic) && (spec.async_copy || spec.stages == 1);
   };
-  const auto suits = [&](const Tile& tile) {
-    return tile.least_options <= weight_of(spec) && weight_of(spec) <= tile.most_options &&
-           (tile.most_keys == 0 || problem.seqlen_kv <= tile.most_keys);
+  const auto suits = [&](const Row& row) {
+    const int weight = weight_of(spec);
+    return row.serves.least_options <= weight && weight <= row.serves.most_options &&
+           problem.seqlen_kv <= row.serves.most_keys;
   };
   TileReader reader(gpu.choices, gpu.names, kPortableName, problem);
-  const Tile* tile = reader.read(table_of(spec), fits, suits, [&] { return name_of(shape); });
-  if (tile == nullptr) return std::nullopt;
-  take(*tile);
+  const Row* row = reader.read(table_of(spec), fits, suits, [&] { return name_of(shape); });
+  if (row == nullptr) return std::nullopt;
+  take(*row);
   shape.measured = reader.measured();
 
   cut_up(problem, shape);

@@ -18,126 +18,151 @@ constexpr std::int64_t widest_v(Type type) { return type == Type::kFloat32 ? 128
 
 int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
 
-/// A row of the tables below, in the order of its numbers.
-struct Tile {
-  int widest;  // head dim that it serves
-  int block_m, block_n, warps, across, stages, min_blocks;
-  bool spread = false;             // copies leave between the steps of a product
-  int most_options = kAnyOptions;  // see `weight_of`
-  int least_keys = 0;              // with fewer its start costs more than it saves
-  enum { kAnyBand, kNoBand, kBand } band = kAnyBand;
-  bool halved_q = false;  // see ForwardSpec
-  int slices = 1, most_rows = kAnyRows, least_options = 0;
-  bool swizzled = false;  // see `swizzled` below
-
-  static constexpr int kAnyOptions = 99, kAnyRows = 1 << 30;
+/// A row of the tables below: problems, and the tile that serves them.
+struct Row {
+  struct {
+    int widest;                                  // head dim
+    int least_options = 0, most_options = kAny;  // see `weight_of`
+    int least_keys = 0;                          // with fewer the tile's start costs more than it saves
+    int most_rows = kAny;
+    std::optional<bool> band{};
+  } serves;
+  struct {
+    int block_m, block_n, warps = 4, across = 1, slices = 1, stages = 2;  // see ForwardSpec
+    int min_blocks = 1;                                                   // on a multiprocessor at once
+    bool spread = false, swizzled = false, halved_q = false;              // spread: copies are
+  } tile;
 };
 
 /// How many registers the options of a forward take, by a rough measure.
 int weight_of(const ForwardSpec& s) { return s.mask + 2 * s.dropout + 4 * s.alibi + 4 * s.bias + 16 * s.softcap; }
 
-/// Asynchronous copies to rows of an odd number of 16-byte pieces cross lines of 128 bytes, and are 5 requests to L2 a
-/// row of head dim 128 instead of 2; to swizzled rows they are not, but where they lie is more to work out.
-constexpr Tile swizzled(Tile tile) {
-  tile.swizzled = true;
-  return tile;
+// Few rows and many keys are bound by memory alone.  Slices of a block share out the keys and wait for nobody, so that
+// copies to all of shared memory are always in flight.  With 64 rows the work of options would show.
+constexpr Row sliced(Row row) {
+  row.serves.most_rows = row.tile.block_m, row.serves.least_keys = 4 * row.tile.slices * row.tile.block_n;
+  if (row.tile.block_m > 32) row.serves.most_options = 0;
+  row.tile.swizzled = true;
+  return row;
 }
 
 // Measured on an H100 (docs/notes): 32 rows a warp, so that an operand of K or V serves two pieces of rows, as long as
 // O leaves room for S, or as warps share them; then two blocks a multiprocessor, whose phases overlap, or one with many
-// keys at a time.  The first that fits is taken.
-constexpr std::array kTiles16{
+// keys at a time.  Copies to rows that are not swizzled cross lines of 128 bytes, and are 5 requests to L2 a row of
+// head dim 128 instead of 2; where swizzled rows lie is more to work out.  The first that fits is taken.
+constexpr auto kTiles16 = std::to_array<Row>({
+    // Few rows.
+    sliced({{.widest = 64}, {.block_m = 16, .block_n = 32, .warps = 1, .slices = 4, .stages = 3, .min_blocks = 2}}),
+    sliced({{.widest = 64}, {.block_m = 16, .block_n = 32, .warps = 1, .slices = 4, .stages = 2, .min_blocks = 2}}),
+    sliced({{.widest = 64}, {.block_m = 32, .block_n = 32, .warps = 1, .slices = 4, .stages = 3, .min_blocks = 2}}),
+    sliced({{.widest = 64}, {.block_m = 32, .block_n = 32, .warps = 1, .slices = 4, .stages = 2, .min_blocks = 2}}),
+    sliced({{.widest = 64}, {.block_m = 64, .block_n = 32, .warps = 2, .slices = 2, .stages = 4, .min_blocks = 2}}),
+    sliced({{.widest = 64}, {.block_m = 64, .block_n = 32, .warps = 2, .slices = 2, .stages = 2, .min_blocks = 2}}),
+    sliced({{.widest = 128}, {.block_m = 16, .block_n = 32, .warps = 1, .slices = 4, .stages = 3, .min_blocks = 1}}),
+    sliced({{.widest = 128}, {.block_m = 16, .block_n = 16, .warps = 1, .slices = 4, .stages = 3, .min_blocks = 2}}),
+    sliced({{.widest = 128}, {.block_m = 16, .block_n = 16, .warps = 1, .slices = 4, .stages = 2, .min_blocks = 2}}),
+    sliced({{.widest = 128}, {.block_m = 16, .block_n = 16, .warps = 1, .slices = 4, .stages = 2, .min_blocks = 1}}),
+    sliced({{.widest = 128}, {.block_m = 32, .block_n = 16, .warps = 1, .slices = 4, .stages = 3, .min_blocks = 2}}),
+    sliced({{.widest = 128}, {.block_m = 32, .block_n = 16, .warps = 1, .slices = 4, .stages = 2, .min_blocks = 2}}),
+    sliced({{.widest = 128}, {.block_m = 32, .block_n = 16, .warps = 1, .slices = 4, .stages = 2, .min_blocks = 1}}),
+    sliced({{.widest = 256}, {.block_m = 16, .block_n = 16, .warps = 1, .slices = 4, .stages = 3, .min_blocks = 1}}),
+    sliced({{.widest = 256}, {.block_m = 16, .block_n = 16, .warps = 1, .slices = 4, .stages = 2, .min_blocks = 1}}),
+    sliced({{.widest = 256}, {.block_m = 16, .block_n = 16, .warps = 1, .slices = 2, .stages = 2, .min_blocks = 1}}),
+    sliced({{.widest = 256}, {.block_m = 32, .block_n = 16, .warps = 2, .slices = 4, .stages = 3, .min_blocks = 1}}),
+    sliced({{.widest = 256}, {.block_m = 32, .block_n = 16, .warps = 2, .slices = 2, .stages = 3, .min_blocks = 1}}),
+    sliced({{.widest = 256}, {.block_m = 64, .block_n = 16, .warps = 4, .slices = 2, .stages = 4, .min_blocks = 1}}),
+    sliced({{.widest = 512}, {.block_m = 16, .block_n = 16, .warps = 1, .slices = 4, .stages = 2, .min_blocks = 1}}),
+    sliced({{.widest = 512}, {.block_m = 16, .block_n = 16, .warps = 1, .slices = 2, .stages = 2, .min_blocks = 1}}),
     // Without options.
-    swizzled(Tile{64, 128, 128, 4, 1, 1, 2, false, 0, 2048, Tile::kNoBand}),
-    Tile{64, 128, 128, 4, 1, 1, 2, false, 0, 2048},
-    Tile{64, 128, 64, 4, 1, 2, 3, false, 0, 0, Tile::kNoBand},
-    Tile{64, 64, 64, 4, 1, 2, 4, false, 0, 0, Tile::kBand},
-    Tile{80, 128, 96, 4, 1, 2, 2, true, 0},
-    Tile{96, 128, 96, 4, 1, 1, 2, false, 0},
-    swizzled(Tile{128, 128, 64, 4, 1, 2, 2, false, 0}),
-    swizzled(Tile{128, 64, 64, 4, 1, 1, 2, false, 0}),
-    Tile{192, 128, 96, 8, 1, 2, 1, true, 0},
-    swizzled(Tile{256, 128, 64, 8, 2, 2, 1, true, 0}),
-    swizzled(Tile{256, 64, 64, 4, 2, 1, 2, false, 0}),
-    swizzled(Tile{256, 128, 64, 8, 1, 1, 1, false, 0}),
+    {{.widest = 64, .most_options = 0, .least_keys = 2048, .band = false},
+     {.block_m = 128, .block_n = 128, .stages = 1, .min_blocks = 2, .swizzled = true}},
+    {{.widest = 64, .most_options = 0, .least_keys = 2048},
+     {.block_m = 128, .block_n = 128, .stages = 1, .min_blocks = 2}},
+    {{.widest = 64, .most_options = 0, .band = false}, {.block_m = 128, .block_n = 64, .min_blocks = 3}},
+    {{.widest = 64, .most_options = 0, .band = true}, {.block_m = 64, .block_n = 64, .min_blocks = 4}},
+    {{.widest = 80, .most_options = 0}, {.block_m = 128, .block_n = 96, .min_blocks = 2, .spread = true}},
+    {{.widest = 96, .most_options = 0}, {.block_m = 128, .block_n = 96, .stages = 1, .min_blocks = 2}},
+    {{.widest = 128, .most_options = 0}, {.block_m = 128, .block_n = 64, .min_blocks = 2, .swizzled = true}},
+    {{.widest = 128, .most_options = 0},
+     {.block_m = 64, .block_n = 64, .stages = 1, .min_blocks = 2, .swizzled = true}},
+    {{.widest = 192, .most_options = 0}, {.block_m = 128, .block_n = 96, .warps = 8, .spread = true}},
+    {{.widest = 256, .most_options = 0},
+     {.block_m = 128, .block_n = 64, .warps = 8, .across = 2, .spread = true, .swizzled = true}},
+    {{.widest = 256, .most_options = 0},
+     {.block_m = 64, .block_n = 64, .across = 2, .stages = 1, .min_blocks = 2, .swizzled = true}},
+    {{.widest = 256, .most_options = 0}, {.block_m = 128, .block_n = 64, .warps = 8, .stages = 1, .swizzled = true}},
     // With options.
-    Tile{64, 128, 64, 4, 1, 2, 2, false, 4},
-    Tile{64, 128, 32, 4, 1, 2, 2, false, 15},
-    Tile{64, 128, 64, 4, 1, 2, 2, false, 19},
-    Tile{64, 128, 32, 4, 1, 2, 2},
-    Tile{128, 128, 64, 4, 1, 2, 2, false, 1},
-    Tile{128, 128, 48, 4, 1, 2, 2, false, 3},
-    Tile{128, 128, 48, 4, 1, 1, 2, false, 3},
-    Tile{128, 64, 128, 4, 1, 1, 2, true, 7, 0, Tile::kAnyBand, false, 1, Tile::kAnyRows, 5},
-    Tile{128, 128, 32, 4, 1, 2, 2, true, 18},
-    Tile{128, 64, 32, 4, 1, 2, 2},
-    Tile{192, 128, 96, 8, 1, 2, 1, true},
-    Tile{192, 64, 64, 4, 1, 1, 2},
-    Tile{256, 128, 64, 8, 2, 2, 1, true, 3},
-    Tile{256, 64, 64, 4, 2, 1, 2, false, 5},
-    Tile{256, 128, 64, 8, 1, 1, 1, false, 10},
-    Tile{256, 64, 64, 4, 2, 1, 2, false, 17},
-    Tile{256, 64, 32, 4, 1, 2, 2},
-    Tile{256, 64, 32, 4, 1, 1, 2},
-    Tile{512, 64, 32, 4, 1, 1, 1},
-    Tile{512, 32, 32, 2, 1, 1, 1},
-    Tile{512, 16, 16, 1, 1, 1, 1},
-};
-constexpr std::array kTiles32{
-    Tile{64, 128, 32, 4, 1, 2, 2, false, 6, 0, Tile::kAnyBand, true},
-    Tile{64, 128, 32, 4, 1, 2, 2, false, 6},
-    Tile{80, 128, 16, 4, 1, 2, 2, false, 0, 0, Tile::kNoBand},
-    Tile{96, 128, 16, 4, 1, 2, 2, false, 0, 0, Tile::kNoBand},
-    Tile{96, 64, 32, 4, 1, 2, 1},
-    Tile{128, 128, 16, 4, 1, 2, 2, false, 0, 0, Tile::kNoBand},
-    Tile{128, 64, 32, 4, 1, 2, 1},
-    Tile{256, 64, 16, 4, 1, 1, 1, false, 0, 0, Tile::kNoBand},
-    Tile{256, 64, 32, 4, 1, 1, 1, false, 0},
-    Tile{512, 64, 16, 4, 1, 1, 1},
-    Tile{512, 32, 16, 2, 1, 1, 1},
-    Tile{512, 16, 16, 1, 1, 1, 1},
-};
-
-// Few rows and many keys are bound by memory alone.  Slices of a block share out the keys and wait for nobody, so that
-// copies to all of shared memory are always in flight.  With 64 rows the work of options would show.
-constexpr Tile sliced(int widest, int block_m, int block_n, int warps, int slices, int stages, int min_blocks) {
-  Tile tile{widest, block_m, block_n, warps, 1, stages, min_blocks};
-  tile.slices = slices, tile.most_rows = block_m, tile.least_keys = 4 * slices * block_n;
-  if (block_m > 32) tile.most_options = 0;
-  return swizzled(tile);
-}
-constexpr std::array kSlicedTiles16{
-    sliced(64, 16, 32, 1, 4, 3, 2),  sliced(64, 16, 32, 1, 4, 2, 2),  sliced(64, 32, 32, 1, 4, 3, 2),
-    sliced(64, 32, 32, 1, 4, 2, 2),  sliced(64, 64, 32, 2, 2, 4, 2),  sliced(64, 64, 32, 2, 2, 2, 2),
-    sliced(128, 16, 32, 1, 4, 3, 1), sliced(128, 16, 16, 1, 4, 3, 2), sliced(128, 16, 16, 1, 4, 2, 2),
-    sliced(128, 16, 16, 1, 4, 2, 1), sliced(128, 32, 16, 1, 4, 3, 2), sliced(128, 32, 16, 1, 4, 2, 2),
-    sliced(128, 32, 16, 1, 4, 2, 1), sliced(256, 16, 16, 1, 4, 3, 1), sliced(256, 16, 16, 1, 4, 2, 1),
-    sliced(256, 16, 16, 1, 2, 2, 1), sliced(256, 32, 16, 2, 4, 3, 1), sliced(256, 32, 16, 2, 2, 3, 1),
-    sliced(256, 64, 16, 4, 2, 4, 1), sliced(512, 16, 16, 1, 4, 2, 1), sliced(512, 16, 16, 1, 2, 2, 1),
-};
-constexpr std::array kSlicedTiles32{
-    sliced(64, 16, 16, 1, 4, 3, 2),  sliced(64, 16, 16, 1, 4, 2, 2),  sliced(64, 16, 16, 1, 4, 2, 1),
-    sliced(128, 16, 16, 1, 4, 3, 1), sliced(128, 16, 16, 1, 4, 2, 1), sliced(128, 16, 16, 1, 2, 2, 1),
-    sliced(512, 16, 16, 1, 2, 2, 1),
-};
+    {{.widest = 64, .most_options = 4}, {.block_m = 128, .block_n = 64, .min_blocks = 2}},
+    {{.widest = 64, .most_options = 15}, {.block_m = 128, .block_n = 32, .min_blocks = 2}},
+    {{.widest = 64, .most_options = 19}, {.block_m = 128, .block_n = 64, .min_blocks = 2}},
+    {{.widest = 64}, {.block_m = 128, .block_n = 32, .min_blocks = 2}},
+    {{.widest = 128, .most_options = 1}, {.block_m = 128, .block_n = 64, .min_blocks = 2}},
+    {{.widest = 128, .most_options = 3}, {.block_m = 128, .block_n = 48, .min_blocks = 2}},
+    {{.widest = 128, .most_options = 3}, {.block_m = 128, .block_n = 48, .stages = 1, .min_blocks = 2}},
+    {{.widest = 128, .least_options = 5, .most_options = 7},
+     {.block_m = 64, .block_n = 128, .stages = 1, .min_blocks = 2, .spread = true}},
+    {{.widest = 128, .most_options = 18}, {.block_m = 128, .block_n = 32, .min_blocks = 2, .spread = true}},
+    {{.widest = 128}, {.block_m = 64, .block_n = 32, .min_blocks = 2}},
+    {{.widest = 192}, {.block_m = 128, .block_n = 96, .warps = 8, .spread = true}},
+    {{.widest = 192}, {.block_m = 64, .block_n = 64, .stages = 1, .min_blocks = 2}},
+    {{.widest = 256, .most_options = 3}, {.block_m = 128, .block_n = 64, .warps = 8, .across = 2, .spread = true}},
+    {{.widest = 256, .most_options = 5}, {.block_m = 64, .block_n = 64, .across = 2, .stages = 1, .min_blocks = 2}},
+    {{.widest = 256, .most_options = 10}, {.block_m = 128, .block_n = 64, .warps = 8, .stages = 1}},
+    {{.widest = 256, .most_options = 17}, {.block_m = 64, .block_n = 64, .across = 2, .stages = 1, .min_blocks = 2}},
+    {{.widest = 256}, {.block_m = 64, .block_n = 32, .min_blocks = 2}},
+    {{.widest = 256}, {.block_m = 64, .block_n = 32, .stages = 1, .min_blocks = 2}},
+    {{.widest = 512}, {.block_m = 64, .block_n = 32, .stages = 1}},
+    {{.widest = 512}, {.block_m = 32, .block_n = 32, .warps = 2, .stages = 1}},
+    {{.widest = 512}, {.block_m = 16, .block_n = 16, .warps = 1, .stages = 1}},
+});
+constexpr auto kTiles32 = std::to_array<Row>({
+    // Few rows.
+    sliced({{.widest = 64}, {.block_m = 16, .block_n = 16, .warps = 1, .slices = 4, .stages = 3, .min_blocks = 2}}),
+    sliced({{.widest = 64}, {.block_m = 16, .block_n = 16, .warps = 1, .slices = 4, .stages = 2, .min_blocks = 2}}),
+    sliced({{.widest = 64}, {.block_m = 16, .block_n = 16, .warps = 1, .slices = 4, .stages = 2, .min_blocks = 1}}),
+    sliced({{.widest = 128}, {.block_m = 16, .block_n = 16, .warps = 1, .slices = 4, .stages = 3, .min_blocks = 1}}),
+    sliced({{.widest = 128}, {.block_m = 16, .block_n = 16, .warps = 1, .slices = 4, .stages = 2, .min_blocks = 1}}),
+    sliced({{.widest = 128}, {.block_m = 16, .block_n = 16, .warps = 1, .slices = 2, .stages = 2, .min_blocks = 1}}),
+    sliced({{.widest = 512}, {.block_m = 16, .block_n = 16, .warps = 1, .slices = 2, .stages = 2, .min_blocks = 1}}),
+    // Others.
+    {{.widest = 64, .most_options = 6}, {.block_m = 128, .block_n = 32, .min_blocks = 2, .halved_q = true}},
+    {{.widest = 64, .most_options = 6}, {.block_m = 128, .block_n = 32, .min_blocks = 2}},
+    {{.widest = 80, .most_options = 0, .band = false}, {.block_m = 128, .block_n = 16, .min_blocks = 2}},
+    {{.widest = 96, .most_options = 0, .band = false}, {.block_m = 128, .block_n = 16, .min_blocks = 2}},
+    {{.widest = 96}, {.block_m = 64, .block_n = 32}},
+    {{.widest = 128, .most_options = 0, .band = false}, {.block_m = 128, .block_n = 16, .min_blocks = 2}},
+    {{.widest = 128}, {.block_m = 64, .block_n = 32}},
+    {{.widest = 256, .most_options = 0, .band = false}, {.block_m = 64, .block_n = 16, .stages = 1}},
+    {{.widest = 256, .most_options = 0}, {.block_m = 64, .block_n = 32, .stages = 1}},
+    {{.widest = 512}, {.block_m = 64, .block_n = 16, .stages = 1}},
+    {{.widest = 512}, {.block_m = 32, .block_n = 16, .warps = 2, .stages = 1}},
+    {{.widest = 512}, {.block_m = 16, .block_n = 16, .warps = 1, .stages = 1}},
+});
 
 // Without a unit for products, short code matters more than reuse.
-constexpr std::array kTilesByShuffles{Tile{256, 64, 16, 4, 1, 1, 1}, Tile{512, 16, 16, 1, 1, 1, 1}};
+constexpr auto kTilesByShuffles = std::to_array<Row>({
+    {{.widest = 256}, {.block_m = 64, .block_n = 16, .stages = 1}},
+    {{.widest = 512}, {.block_m = 16, .block_n = 16, .warps = 1, .stages = 1}},
+});
 
-template <std::size_t A, std::size_t B>
-constexpr std::array<Tile, A + B> joined(const std::array<Tile, A>& first, const std::array<Tile, B>& second) {
-  std::array<Tile, A + B> all{};
-  std::ranges::copy(second, std::ranges::copy(first, all.begin()).out);
-  return all;
-}
-constexpr auto kAllTiles16 = joined(kSlicedTiles16, kTiles16);
-constexpr auto kAllTiles32 = joined(kSlicedTiles32, kTiles32);
-
-std::span<const Tile> table_of(const ForwardSpec& spec) {
+std::span<const Row> table_of(const ForwardSpec& spec) {
   if (spec.mma == Mma::kShuffles) return kTilesByShuffles;
-  if (spec.type == Type::kFloat32) return kAllTiles32;
-  return kAllTiles16;
+  if (spec.type == Type::kFloat32) return kTiles32;
+  return kTiles16;
 }
+
+/// A large GPU of each compute capability, and of those up to the next.
+constexpr int kKiB = 1024, kMiB = 1024 * kKiB;
+constexpr auto kModels = std::to_array<GpuModel>({
+    {.sm = 75, .multiprocessors = 72, .shared_bytes = 64 * kKiB, .l2_bytes = 4 * kMiB},
+    {.sm = 80, .multiprocessors = 108, .shared_bytes = 163 * kKiB, .l2_bytes = 40 * kMiB},
+    {.sm = 86, .multiprocessors = 84, .shared_bytes = 99 * kKiB, .l2_bytes = 6 * kMiB},
+    {.sm = 87, .multiprocessors = 84, .shared_bytes = 163 * kKiB, .l2_bytes = 6 * kMiB},
+    {.sm = 89, .multiprocessors = 142, .shared_bytes = 99 * kKiB, .l2_bytes = 72 * kMiB},
+    {.sm = 90, .multiprocessors = 132, .shared_bytes = 227 * kKiB, .l2_bytes = 50 * kMiB},
+    {.sm = 100, .multiprocessors = 148, .shared_bytes = 227 * kKiB, .l2_bytes = 126 * kMiB},
+    {.sm = 120, .multiprocessors = 148, .shared_bytes = 99 * kKiB, .l2_bytes = 96 * kMiB},
+});
 
 /// Into how many parts, at most `most`, to split the keys of each of `blocks` blocks, of which `slots` run at a time.
 /// A block's start and end take as long as two steps of keys, and combining the parts one and a half.
@@ -172,11 +197,10 @@ void split_keys(const Problem& problem, const GpuModel& gpu, std::int64_t blocks
 }  // namespace
 
 GpuModel model_of(int compute_capability) {
-  const int sm = compute_capability;
-  const int kib = sm < 80 ? 64 : sm == 80 || sm == 87 ? 163 : sm < 90 || sm / 10 == 12 ? 99 : 227;
-  const int multiprocessors = sm < 80 ? 72 : sm == 80 ? 108 : sm < 89 ? 84 : sm < 90 ? 142 : sm < 100 ? 132 : 148;
-  const int l2_mib = sm < 80 ? 4 : sm == 80 ? 40 : sm < 89 ? 6 : sm < 90 ? 72 : sm < 100 ? 50 : sm == 120 ? 96 : 126;
-  return {sm, multiprocessors, kib * 1024, std::int64_t{l2_mib} << 20};
+  const auto above = std::ranges::upper_bound(kModels, compute_capability, {}, &GpuModel::sm);
+  GpuModel model = above == kModels.begin() ? kModels.front() : above[-1];
+  model.sm = compute_capability;
+  return model;
 }
 
 int shared_room(const GpuModel& gpu, int blocks) {
@@ -243,30 +267,30 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   const std::int64_t of_a_query = spec.pack_gqa ? group : 1, rows = problem.seqlen_q * of_a_query;
 
   const int widest = std::max(spec.head_dim, round_up(columns, 16));
-  const auto take = [&](const Tile& tile) {
+  const auto take = [&](const Row& row) {
+    const auto& tile = row.tile;
     spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.across = tile.across,
     spec.slices = tile.slices, spec.stages = tile.stages;
     spec.head_dim_v = round_up(columns, std::max(16 * tile.across, 8 * tile.slices));
-    spec.swizzled =
-        tile.swizzled && (cuda::swizzled(spec.type, spec.head_dim) || cuda::swizzled(spec.type, spec.head_dim_v));
-    spec.spread_copies = tile.spread, spec.halved_q = tile.halved_q && spec.mma == Mma::kTf32x3,
+    spec.swizzled = tile.swizzled && (swizzled(spec.type, spec.head_dim) || swizzled(spec.type, spec.head_dim_v));
+    spec.spread_copies = tile.spread, spec.halved_q = tile.halved_q && spec.mma == Mma::kTf32x3;
     shape.min_blocks = tile.min_blocks;
     if (!spec.async_copy) spec.stages = 1, spec.spread_copies = spec.swizzled = false;
   };
-  const auto fits = [&](const Tile& tile) {
-    take(tile);
-    return tile.widest >= widest && shared_bytes(spec) <= shared_room(gpu, tile.min_blocks) &&
-           !(tile.block_m > kFewRows && rows <= kFewRows) && rows <= tile.most_rows;
+  const auto fits = [&](const Row& row) {
+    take(row);
+    return row.serves.widest >= widest && shared_bytes(spec) <= shared_room(gpu, shape.min_blocks) &&
+           !(spec.block_m > kFewRows && rows <= kFewRows) && rows <= row.serves.most_rows;
   };
-  const auto suits = [&](const Tile& tile) {
+  const auto suits = [&](const Row& row) {
     const int weight = weight_of(spec);
-    return problem.seqlen_kv >= tile.least_keys && tile.least_options <= weight && weight <= tile.most_options &&
-           (tile.band == Tile::kAnyBand || (tile.band == Tile::kBand) == spec.band);
+    return problem.seqlen_kv >= row.serves.least_keys && row.serves.least_options <= weight &&
+           weight <= row.serves.most_options && row.serves.band.value_or(spec.band) == spec.band;
   };
   TileReader reader(gpu.choices, gpu.names, kPortableName, problem);
-  const Tile* tile = reader.read(table_of(spec), fits, suits, [&] { return name_of(shape); });
-  if (tile == nullptr) return std::nullopt;
-  take(*tile);
+  const Row* row = reader.read(table_of(spec), fits, suits, [&] { return name_of(shape); });
+  if (row == nullptr) return std::nullopt;
+  take(*row);
   shape.measured = reader.measured();
 
   // Packed sequences are one line of blocks, a few of them empty.
@@ -296,9 +320,7 @@ jit::KernelRequest forward_request(const ForwardShape& shape, int arch) {
 
 jit::KernelRequest combine_request(const ForwardShape& shape, int arch) {
   // All that combining depends on, so that one kernel serves every forward of a type.
-  ForwardSpec spec;
-  spec.type = shape.spec.type;
-  spec.dropout = shape.spec.dropout;
+  const ForwardSpec spec{.type = shape.spec.type, .dropout = shape.spec.dropout};
   return jit::render({.function = "combine",
                       .header = "cuda/kernels/combine.cuh",
                       .spec = "ForwardSpec",

@@ -16,7 +16,6 @@ namespace {
 constexpr int kWarps = 8, kStages = 2;
 constexpr std::int64_t kMostAbreast = 4;        // kv heads; more do not fit into L2
 constexpr std::int64_t kInTurnsAbreast = 8;     // where dq is added up in turns, so that fewer of a head's blocks wait
-constexpr std::int64_t kMultiprocessors = 132;  // of an H100, which the table was measured on
 constexpr std::int64_t kPartOfDq = 512 * 1024;  // bytes of sums that a block, or a cluster of two, turns into dq
 constexpr std::int64_t kFewHeads = 3;           // times dq_lag: with fewer heads no block ends dq
 constexpr int kBiasGradientTile = 128;          // rows, and keys
@@ -24,13 +23,12 @@ constexpr std::int64_t kLongWalk = 16;          // heads and sequences that add 
 constexpr int kAtOnce = 128;                    // columns of dk and dv that one product makes
 constexpr std::int64_t kShortRows = 512;        // up to which small tiles that hold dq beat larger ones that add to it
 
-struct Tile {           // a row of `kTiles`
-  std::int64_t widest;  // head dim that it serves
+/// A row of `kTiles`: a tile, and the problems that it is for.
+struct Tile {
+  int widest;  // head dim that it serves
   int block_m, block_n;
-  int most_options;              // see `weight_of`
-  std::int64_t widest_held = 0;  // head dim up to which a block may hold dq
-
-  static constexpr int kAnyOptions = 99;
+  bool holds_dq = false;    // a block has all rows of its heads, and their dq in shared memory
+  int most_options = kAny;  // see `weight_of`
 };
 
 /// How many registers options take, by a rough measure.
@@ -42,10 +40,12 @@ int weight_of(const BackwardSpec& s) {
 std::int64_t tiles_of_rows(const Problem& problem, int block_m) {
   return problem.num_q_heads / problem.num_kv_heads * ceil_div(problem.seqlen_q, block_m);
 }
+/// Of an H100, whatever the GPU at hand: it chooses kernels, and a pack for all GPUs of the architecture has them.
+std::int64_t multiprocessors() { return model_of(kSm90).multiprocessors; }
 /// Whether so many blocks, one for each kv head of a sequence, keep four fifths of the GPU busy, last wave included.
 bool fill_the_gpu(std::int64_t blocks) {
-  const std::int64_t waves = ceil_div(blocks, kMultiprocessors);
-  return blocks > 0 && blocks * 5 >= waves * kMultiprocessors * 4;
+  const std::int64_t waves = ceil_div(blocks, multiprocessors());
+  return blocks > 0 && blocks * 5 >= waves * multiprocessors() * 4;
 }
 
 /// Decides whether some blocks of the main kernel turn the sums of dq into dq, and which.  They start after as many
@@ -57,7 +57,7 @@ void end_dq(const Problem& problem, BackwardShape& shape) {
   const bool ragged = problem.packed() || problem.q_lengths.present || problem.kv_lengths.present;
   if (spec.holds_dq || ragged || shape.row_blocks == 0 || shape.key_blocks == 0) return;
   const std::int64_t heads = problem.batch * problem.num_kv_heads, abreast = shape.heads_abreast,
-                     at_work = kMultiprocessors / blocks_of_cluster(spec);
+                     at_work = multiprocessors() / blocks_of_cluster(spec);
   const auto heads_of = [&](std::int64_t blocks) {
     return abreast * (ceil_div(blocks, abreast * shape.key_blocks) + 1);
   };
@@ -81,25 +81,19 @@ bool is_better_shared_out(const Problem& problem) {
                              ceil_div(problem.seqlen_q, kBiasGradientTile) *
                              ceil_div(problem.seqlen_kv, kBiasGradientTile);
   const std::int64_t walk = count(!own.batch, problem.batch) * count(!own.heads, problem.num_q_heads);
-  return walk >= kLongWalk && 2 * tiles < kMultiprocessors;
+  return walk >= kLongWalk && 2 * tiles < multiprocessors();
 }
 
 // Measured on an H100 where nothing is hidden, else only run there (docs/notes).  The first that fits is taken.
-constexpr std::array kTiles{
-    Tile{64, 128, 128, 1, 48}, Tile{64, 64, 128, Tile::kAnyOptions, 64}, Tile{96, 64, 128, 13}, Tile{128, 64, 128, 9},
-    Tile{256, 64, 128, 9},
-};
-
-struct Way {
-  Tile tile;
-  bool holds;  // a block has all rows of its heads, and their dq in shared memory
-};
-constexpr auto kWays = [] {
-  std::array<Way, 2 * kTiles.size()> ways{};
-  for (std::size_t i = 0; i < kTiles.size(); ++i)
-    ways[i] = {kTiles[i], true}, ways[kTiles.size() + i] = {kTiles[i], false};
-  return ways;
-}();
+constexpr auto kTiles = std::to_array<Tile>({
+    {.widest = 48, .block_m = 128, .block_n = 128, .holds_dq = true, .most_options = 1},
+    {.widest = 64, .block_m = 64, .block_n = 128, .holds_dq = true},
+    {.widest = 64, .block_m = 128, .block_n = 128, .most_options = 1},
+    {.widest = 64, .block_m = 64, .block_n = 128},
+    {.widest = 96, .block_m = 64, .block_n = 128, .most_options = 13},
+    {.widest = 128, .block_m = 64, .block_n = 128, .most_options = 9},
+    {.widest = 256, .block_m = 64, .block_n = 128, .most_options = 9},
+});
 
 class BackwardSm90Plan final : public PlannedKernel {
  public:
@@ -168,7 +162,7 @@ class BackwardSm90Plan final : public PlannedKernel {
 void order_heads(const Problem& problem, BackwardShape& shape) {
   const BackwardSpec& spec = shape.spec;
   if (spec.deterministic && shape.key_blocks > 0) {  // blocks that start together are then of one turn
-    const std::int64_t at_once = kMultiprocessors / blocks_of_cluster(spec);
+    const std::int64_t at_once = multiprocessors() / blocks_of_cluster(spec);
     shape.heads_abreast = kv_heads_abreast(shape, std::max(kInTurnsAbreast, at_once / shape.key_blocks));
   } else if (spec.band) {
     shape.heads_abreast = kv_heads_abreast(shape, kMostAbreast);
@@ -183,35 +177,34 @@ void order_heads(const Problem& problem, BackwardShape& shape) {
 }  // namespace
 
 std::optional<BackwardShape> choose_backward_sm90(const Problem& problem, const GpuModel& gpu) {
-  if (problem.dtype != DType::kFloat16 && problem.dtype != DType::kBFloat16) return std::nullopt;
-  if (problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0) return std::nullopt;
+  if (problem.dtype == DType::kFloat32 || problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0) return std::nullopt;
   BackwardShape shape;
   BackwardSpec& spec = shape.spec;
   spec = backward_spec(problem, kSm90);
   spec.warps = kWarps, spec.stages = kStages;
   const std::int64_t widest = std::max(problem.head_dim, problem.head_dim_v);
   const bool in_turns = spec.deterministic;
-  const auto take = [&](const Way& way) {
-    spec.block_m = way.tile.block_m, spec.block_n = way.tile.block_n;
-    spec.holds_dq = way.holds, spec.deterministic = in_turns && !way.holds;  // dq that is held has one order anyway
+  const auto take = [&](const Tile& tile) {
+    spec.block_m = tile.block_m, spec.block_n = tile.block_n;
+    spec.holds_dq = tile.holds_dq, spec.deterministic = in_turns && !tile.holds_dq;  // held, it has one order
   };
-  const auto fits = [&](const Way& way) {
-    take(way);
+  const auto fits = [&](const Tile& tile) {
+    take(tile);
     const auto shared = BackwardSm90Shared::of(spec);
-    return widest <= (way.holds ? way.tile.widest_held : way.tile.widest) && shared.total <= kMostShared &&
-           (!way.holds || tiles_of_rows(problem, spec.block_m) <= shared.held_tiles);
+    return widest <= tile.widest && shared.total <= kMostShared &&
+           (!tile.holds_dq || tiles_of_rows(problem, spec.block_m) <= shared.held_tiles);
   };
-  const auto has_registers = [&](const Way& way) { return weight_of(spec) <= way.tile.most_options; };
-  const auto adds =
-      std::ranges::find_if(kWays, [&](const Way& way) { return !way.holds && fits(way) && has_registers(way); });
-  if (adds == kWays.end()) return std::nullopt;
+  const auto has_registers = [&](const Tile& tile) { return weight_of(spec) <= tile.most_options; };
+  const auto adds = std::ranges::find_if(
+      kTiles, [&](const Tile& tile) { return !tile.holds_dq && fits(tile) && has_registers(tile); });
+  if (adds == kTiles.end()) return std::nullopt;
   const bool full = fill_the_gpu(problem.batch * problem.num_kv_heads),
              short_rows = std::max(problem.seqlen_q, problem.seqlen_kv) <= kShortRows;
-  const auto suits = [&](const Way& way) {
-    return has_registers(way) && (!way.holds || (full && (short_rows || spec.block_m == adds->tile.block_m)));
+  const auto suits = [&](const Tile& tile) {
+    return has_registers(tile) && (!tile.holds_dq || (full && (short_rows || spec.block_m == adds->block_m)));
   };
   TileReader reader(gpu.choices, gpu.names, kHopperName, problem);
-  take(*reader.read(std::span<const Way>(kWays), fits, suits, [&] { return name_of(shape); }));
+  take(*reader.read(std::span<const Tile>(kTiles), fits, suits, [&] { return name_of(shape); }));
   shape.measured = reader.measured();
   cut_up(problem, shape);
   shape.most_blocks *= blocks_of_cluster(spec);

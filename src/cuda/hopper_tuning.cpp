@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <limits>
 #include <span>
 #include <string>
 
@@ -13,73 +12,87 @@
 namespace fovea::cuda {
 namespace {
 
-/// A row of the table below, in the order of its numbers.
-struct Tile {
-  int widest;  // head dim that it serves
-  int warpgroups, block_n, stages, q_stages;
-  bool hold, turns;
-  int most_options;                               // see `weight_of`
-  bool masks = true;                              // skipping what masks hide takes registers, too
-  bool draws = true;                              // so does dropout
-  int most_idle = kAny;                           // see `idle`
-  std::int64_t least_keys = 0, most_keys = kAny;  // see `most_keys_of_row`
-  int narrowest = 8;                              // head dim
-
-  static constexpr int kAny = std::numeric_limits<int>::max();
+/// A row of the table below: problems, and the tile that serves them.
+struct Row {
+  struct {
+    int narrowest = 8, widest;             // head dim
+    int most_options = kAny;               // see `weight_of`
+    bool mask = true, dropout = true;      // may be there: what they skip and draw takes registers, too
+    int most_idle = kAny;                  // see `idle`
+    int least_keys = 0, most_keys = kAny;  // see `most_keys_of_row`
+  } serves;
+  struct {
+    int warpgroups = 2, block_n, stages = 2, q_stages = 2;  // see ForwardSm90Spec
+    bool hold = false, turns = false;
+  } tile;
 };
 
 /// How many registers options take, by a rough measure.
 int weight_of(const ForwardSm90Spec& s) { return s.mask + s.alibi + 2 * s.dropout + 3 * s.softcap + 8 * s.bias; }
 
-constexpr std::int64_t kLong = 1500, kFew = 600;  // keys
+constexpr int kLong = 1500, kFew = 600;  // keys
 
 // Measured on an H100 (docs/notes).  The first that fits is taken.
-constexpr std::array kTiles{
+constexpr auto kTiles = std::to_array<Row>({
     // Without options.  Where rows see few of many keys (`is_narrow`), warpgroups gain nothing by turns.
-    Tile{64, 4, 64, 6, 2, false, false, 0, true, true, 10, kLong, kFew, 64},
-    Tile{128, 3, 64, 4, 2, true, false, 0, true, true, 10, kLong, kFew, 128},
-    Tile{64, 4, 64, 6, 2, false, true, 0, true, true, 10, 0, kLong},
-    Tile{64, 3, 128, 4, 2, false, true, 0},
-    Tile{96, 3, 96, 2, 2, false, true, 0, true, true, 17, kLong},
-    Tile{128, 3, 64, 4, 2, false, true, 0, true, true, 10, kLong, Tile::kAny, 128},
-    Tile{128, 2, 128, 2, 2, true, true, 0},
-    Tile{192, 2, 80, 2, 2, true, true, 0},
-    Tile{256, 2, 80, 2, 1, false, true, 0},
+    {{.narrowest = 64, .widest = 64, .most_options = 0, .most_idle = 10, .least_keys = kLong, .most_keys = kFew},
+     {.warpgroups = 4, .block_n = 64, .stages = 6}},
+    {{.narrowest = 128, .widest = 128, .most_options = 0, .most_idle = 10, .least_keys = kLong, .most_keys = kFew},
+     {.warpgroups = 3, .block_n = 64, .stages = 4, .hold = true}},
+    {{.widest = 64, .most_options = 0, .most_idle = 10, .most_keys = kLong},
+     {.warpgroups = 4, .block_n = 64, .stages = 6, .turns = true}},
+    {{.widest = 64, .most_options = 0}, {.warpgroups = 3, .block_n = 128, .stages = 4, .turns = true}},
+    {{.widest = 96, .most_options = 0, .most_idle = 17, .least_keys = kLong},
+     {.warpgroups = 3, .block_n = 96, .turns = true}},
+    {{.narrowest = 128, .widest = 128, .most_options = 0, .most_idle = 10, .least_keys = kLong},
+     {.warpgroups = 3, .block_n = 64, .stages = 4, .turns = true}},
+    {{.widest = 128, .most_options = 0}, {.block_n = 128, .hold = true, .turns = true}},
+    {{.widest = 192, .most_options = 0}, {.block_n = 80, .hold = true, .turns = true}},
+    {{.widest = 256, .most_options = 0}, {.block_n = 80, .q_stages = 1, .turns = true}},
     // With options.
-    Tile{64, 3, 128, 4, 2, false, true, 1, false, false, Tile::kAny, kLong},
-    Tile{64, 4, 64, 6, 2, false, true, 4, false, false, 10},
-    Tile{128, 2, 128, 2, 2, true, true, 2, true, false},
-    Tile{128, 3, 80, 3, 2, false, true, 3, false, false, 10, kLong, Tile::kAny, 128},
-    Tile{128, 2, 128, 2, 2, true, true, 3, true, false},
-    Tile{128, 2, 128, 2, 2, false, true, 4, true, false},
-    Tile{128, 2, 128, 2, 2, false, false, 2},
-    Tile{96, 2, 128, 2, 2, false, true, 4},
-    Tile{128, 2, 96, 2, 2, false, false, 3},
-    Tile{128, 2, 128, 2, 2, false, false, 5, false},
-    Tile{128, 2, 96, 2, 2, false, false, 7},
-    Tile{192, 2, 96, 2, 1, false, true, 2, true, false},
-    Tile{192, 2, 96, 2, 1, false, false, 2},
-    Tile{256, 2, 80, 2, 1, false, true, 1, false},
-    Tile{256, 2, 64, 2, 1, false, true, 2, true, false},
-    Tile{256, 2, 48, 2, 1, false, false, 2},
+    {{.widest = 64, .most_options = 1, .mask = false, .dropout = false, .least_keys = kLong},
+     {.warpgroups = 3, .block_n = 128, .stages = 4, .turns = true}},
+    {{.widest = 64, .most_options = 4, .mask = false, .dropout = false, .most_idle = 10},
+     {.warpgroups = 4, .block_n = 64, .stages = 6, .turns = true}},
+    {{.widest = 128, .most_options = 2, .dropout = false}, {.block_n = 128, .hold = true, .turns = true}},
+    {{.narrowest = 128,
+      .widest = 128,
+      .most_options = 3,
+      .mask = false,
+      .dropout = false,
+      .most_idle = 10,
+      .least_keys = kLong},
+     {.warpgroups = 3, .block_n = 80, .stages = 3, .turns = true}},
+    {{.widest = 128, .most_options = 3, .dropout = false}, {.block_n = 128, .hold = true, .turns = true}},
+    {{.widest = 128, .most_options = 4, .dropout = false}, {.block_n = 128, .turns = true}},
+    {{.widest = 128, .most_options = 2}, {.block_n = 128}},
+    {{.widest = 96, .most_options = 4}, {.block_n = 128, .turns = true}},
+    {{.widest = 128, .most_options = 3}, {.block_n = 96}},
+    {{.widest = 128, .most_options = 5, .mask = false}, {.block_n = 128}},
+    {{.widest = 128, .most_options = 7}, {.block_n = 96}},
+    {{.widest = 192, .most_options = 2, .dropout = false}, {.block_n = 96, .q_stages = 1, .turns = true}},
+    {{.widest = 192, .most_options = 2}, {.block_n = 96, .q_stages = 1}},
+    {{.widest = 256, .most_options = 1, .mask = false}, {.block_n = 80, .q_stages = 1, .turns = true}},
+    {{.widest = 256, .most_options = 2, .dropout = false}, {.block_n = 64, .q_stages = 1, .turns = true}},
+    {{.widest = 256, .most_options = 2}, {.block_n = 48, .q_stages = 1}},
     // With a bias.
-    Tile{64, 2, 128, 4, 2, false, true, Tile::kAny},
-    Tile{128, 2, 128, 2, 2, true, true, 9},
-    Tile{128, 2, 96, 2, 2, true, true, 8},
-    Tile{128, 2, 96, 2, 2, false, true, 9},
-    Tile{128, 2, 128, 2, 2, false, false, Tile::kAny, false},
-    Tile{96, 2, 128, 2, 2, false, true, Tile::kAny},
-    Tile{128, 2, 96, 2, 2, false, true, Tile::kAny},
-    Tile{128, 2, 64, 2, 2, false, false, Tile::kAny},
+    {{.widest = 64}, {.block_n = 128, .stages = 4, .turns = true}},
+    {{.widest = 128, .most_options = 9}, {.block_n = 128, .hold = true, .turns = true}},
+    {{.widest = 128, .most_options = 8}, {.block_n = 96, .hold = true, .turns = true}},
+    {{.widest = 128, .most_options = 9}, {.block_n = 96, .turns = true}},
+    {{.widest = 128, .mask = false}, {.block_n = 128}},
+    {{.widest = 96}, {.block_n = 128, .turns = true}},
+    {{.widest = 128}, {.block_n = 96, .turns = true}},
+    {{.widest = 128}, {.block_n = 64}},
     // With one or not.
-    Tile{192, 2, 64, 2, 2, false, true, Tile::kAny, false},
-    Tile{192, 2, 80, 2, 1, false, false, 3},
-    Tile{192, 2, 64, 2, 1, false, true, Tile::kAny},
-    Tile{192, 2, 32, 2, 1, false, true, Tile::kAny},
-    Tile{256, 2, 64, 2, 1, false, true, Tile::kAny, false, false},
-    Tile{256, 2, 48, 2, 1, false, true, 12},
-    Tile{256, 2, 32, 2, 1, false, true, Tile::kAny},
-};
+    {{.widest = 192, .mask = false}, {.block_n = 64, .turns = true}},
+    {{.widest = 192, .most_options = 3}, {.block_n = 80, .q_stages = 1}},
+    {{.widest = 192}, {.block_n = 64, .q_stages = 1, .turns = true}},
+    {{.widest = 192}, {.block_n = 32, .q_stages = 1, .turns = true}},
+    {{.widest = 256, .mask = false, .dropout = false}, {.block_n = 64, .q_stages = 1, .turns = true}},
+    {{.widest = 256, .most_options = 12}, {.block_n = 48, .q_stages = 1, .turns = true}},
+    {{.widest = 256}, {.block_n = 32, .q_stages = 1, .turns = true}},
+});
 
 /// The most keys that a row sees: of the first, the middle and the last row of a longest sequence.
 std::int64_t most_keys_of_row(const Problem& problem) {
@@ -133,8 +146,7 @@ std::string name_of(const ForwardSm90Shape& shape) {
 }
 
 std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem, const GpuModel& gpu) {
-  if (problem.dtype != DType::kFloat16 && problem.dtype != DType::kBFloat16) return std::nullopt;
-  if (problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0) return std::nullopt;
+  if (problem.dtype == DType::kFloat32 || problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0) return std::nullopt;
   ForwardSm90Shape shape;
   ForwardSm90Spec& spec = shape.spec;
   spec.type = type_of(problem.dtype);
@@ -144,25 +156,27 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem, cons
   take_options(problem, spec);
 
   const std::int64_t keys = most_keys_of_row(problem);
-  const auto take = [&](const Tile& tile) {
+  const auto take = [&](const Row& row) {
+    const auto& tile = row.tile;
     spec.warpgroups = tile.warpgroups, spec.block_n = tile.block_n;
     spec.stages = tile.stages, spec.q_stages = tile.q_stages;
     spec.hold = tile.hold, spec.turns = tile.turns;
   };
-  const auto fits = [&](const Tile& tile) {
-    take(tile);
-    return widest <= tile.widest && shared_bytes(spec) <= model_of(kSm90).shared_bytes;
+  const auto fits = [&](const Row& row) {
+    take(row);
+    return widest <= row.serves.widest && shared_bytes(spec) <= model_of(kSm90).shared_bytes;
   };
-  const auto suits = [&](const Tile& tile) {
-    return tile.narrowest <= widest && weight_of(spec) <= tile.most_options && (tile.masks || !spec.mask) &&
-           (tile.draws || !spec.dropout) &&
-           (tile.least_keys <= keys || (tile.block_n <= 64 && is_narrow(problem, keys))) && keys <= tile.most_keys &&
-           idle(problem, block_m(spec)) <= tile.most_idle;
+  const auto suits = [&](const Row& row) {
+    const auto& serves = row.serves;
+    return serves.narrowest <= widest && weight_of(spec) <= serves.most_options && (serves.mask || !spec.mask) &&
+           (serves.dropout || !spec.dropout) &&
+           (serves.least_keys <= keys || (spec.block_n <= 64 && is_narrow(problem, keys))) &&
+           keys <= serves.most_keys && idle(problem, block_m(spec)) <= serves.most_idle;
   };
   TileReader reader(gpu.choices, gpu.names, kHopperName, problem);
-  const Tile* tile = reader.read(std::span<const Tile>(kTiles), fits, suits, [&] { return name_of(shape); });
-  if (tile == nullptr) return std::nullopt;
-  take(*tile);
+  const Row* row = reader.read(std::span<const Row>(kTiles), fits, suits, [&] { return name_of(shape); });
+  if (row == nullptr) return std::nullopt;
+  take(*row);
   shape.measured = reader.measured();
   shape.row_blocks = ceil_div(problem.seqlen_q, block_m(spec));
   shape.tiles = shape.row_blocks * problem.num_q_heads * problem.batch;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <span>
@@ -16,7 +17,8 @@ namespace fovea::cuda {
 
 inline constexpr const char *kHopperName = "cuda_hopper", *kPortableName = "cuda_portable";  // of backends
 inline constexpr int kSm90 = 90;  // compute capability, and architecture, of the Hopper family
-inline constexpr const char* kMeasured = ", by fovea tune";  // behind a tile's name
+inline constexpr int kAny = std::numeric_limits<int>::max();  // in a table's row: as many as there may be
+inline constexpr const char* kMeasured = ", by fovea tune";   // behind a tile's name
 
 /// The measured tile of each kind of problem on one model of GPU, by its name; lines of a file beside the kernel cache.
 /// Safe to use from any number of threads.
