@@ -457,12 +457,12 @@ TEST_F(Jit, TwoProcessesCompileTheSameKernelOnce) {
 
 TEST_F(Jit, AProcessForkedMeanwhileDoesNotKeepTheLock) {
   const Disk disk(folder_ / "cache");
-  auto lock = std::make_unique<Disk::Lock>(disk, 80, content_key(kToy));
+  std::unique_ptr<const FileLock> lock(new FileLock(disk.lock(80, content_key(kToy))));
   const pid_t child = ::fork();
   if (child == 0) ::pause(), ::_exit(0);
   lock.reset();
   const auto start = std::chrono::steady_clock::now();
-  { const Disk::Lock next(disk, 80, content_key(kToy)); }
+  { const FileLock next = disk.lock(80, content_key(kToy)); }
   EXPECT_LT(std::chrono::steady_clock::now() - start, 10s);
   ::kill(child, SIGKILL);
   ::waitpid(child, nullptr, 0);

@@ -1,14 +1,10 @@
 #include "cuda/tiles.h"
 
-#include <fcntl.h>
-#include <sys/file.h>
-#include <unistd.h>
-
 #include <bit>
-#include <cerrno>
 #include <sstream>
 #include <utility>
 
+#include "cuda/jit/disk.h"
 #include "cuda/jit/record.h"
 
 namespace fovea::cuda {
@@ -25,25 +21,6 @@ std::map<std::string, std::string> read_choices(const std::filesystem::path& fil
   }
   return choices;
 }
-
-/// Held while a file is read and replaced, so that nothing another process writes meanwhile is lost.  Where the lock
-/// cannot be taken, the file is written all the same.
-class FileLock {
- public:
-  explicit FileLock(const std::filesystem::path& file)
-      : descriptor_(::open((file.string() + ".lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
-    while (descriptor_ >= 0 && ::flock(descriptor_, LOCK_EX) != 0 && errno == EINTR) {
-    }
-  }
-  ~FileLock() {
-    if (descriptor_ >= 0) ::close(descriptor_);
-  }
-  FileLock(const FileLock&) = delete;
-  FileLock& operator=(const FileLock&) = delete;
-
- private:
-  int descriptor_;
-};
 
 /// The nearest power of two by ratio.
 std::int64_t nearest_power(std::int64_t size) {
@@ -85,9 +62,7 @@ std::map<std::string, std::string> TileChoices::all() const {
 bool TileChoices::save() {
   if (file_.empty()) return false;
   const std::lock_guard lock(mutex_);
-  std::error_code ignored;
-  std::filesystem::create_directories(file_.parent_path(), ignored);
-  const FileLock among_processes(file_);
+  const jit::FileLock among_processes(file_.string() + ".lock");  // so that nothing written meanwhile is lost
   kept_ = read_choices(file_);
   for (auto& [kind, tile] : set_) kept_[kind] = tile;
   std::erase_if(kept_, [](const auto& choice) { return choice.second.empty(); });

@@ -102,7 +102,7 @@ std::shared_ptr<const Binary> Cache::obtain(const KernelRequest& request, const 
 std::shared_ptr<const Binary> Cache::compile(const KernelRequest& request, const std::string& key) const {
   if (compiler_.name(true).empty())
     return std::make_shared<const Binary>(compiler_.compile(request));  // says why there is none
-  const Disk::Lock lock(disk_, request.arch, key);
+  const FileLock lock = disk_.lock(request.arch, key);
   if (auto made_meanwhile = disk_.find(request, key, compiler_.name(true)))
     return std::make_shared<const Binary>(std::move(*made_meanwhile));
   auto compiled = std::make_shared<const Binary>(compiler_.compile(request));

@@ -17,7 +17,7 @@ namespace {
 namespace fs = std::filesystem;
 using namespace std::chrono_literals;
 
-constexpr auto kLongestWait = 30s;  // for a process that compiles the same kernel; then we compile it too
+constexpr auto kLongestWait = 30s;  // for another process; then a kernel is compiled twice
 constexpr auto kBetweenLooks = 5ms;
 constexpr std::size_t kLongestName = 120;
 
@@ -80,19 +80,23 @@ void Disk::store(const Binary& binary) const {
   if (write_file(file, record_of(binary))) (void)write_file(fs::path(file).replace_extension(".json"), json_of(binary));
 }
 
-// One file serves all keys, each with a byte of its own far beyond the end; the lock goes with the descriptor.
-Disk::Lock::Lock(const Disk& disk, int arch, const std::string& key) {
-  if (disk.folder_.empty()) return;
-  const fs::path folder = disk.folder_of(arch);
+FileLock Disk::lock(int arch, const std::string& key) const {
+  std::int64_t number = 0;  // one file serves all keys
+  std::from_chars(key.data(), key.data() + std::min<std::size_t>(key.size(), 15), number, 16);
+  return FileLock(folder_.empty() ? fs::path() : folder_of(arch) / "lock", number);
+}
+
+// A number is a byte, which may lie far beyond the end; the lock goes with the descriptor.
+FileLock::FileLock(const fs::path& file, std::int64_t number) {
   std::error_code ignored;
-  fs::create_directories(folder, ignored);
-  descriptor_ = ::open((folder / "lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+  fs::create_directories(file.parent_path(), ignored);
+  descriptor_ = ::open(file.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
   if (descriptor_ < 0) return;
   struct flock range {};
   range.l_type = F_WRLCK;
   range.l_whence = SEEK_SET;
+  range.l_start = number;
   range.l_len = 1;
-  std::from_chars(key.data(), key.data() + std::min<std::size_t>(key.size(), 15), range.l_start, 16);
   const auto give_up = std::chrono::steady_clock::now() + kLongestWait;
   while (::fcntl(descriptor_, F_OFD_SETLK, &range) != 0 && (errno == EAGAIN || errno == EACCES || errno == EINTR) &&
          std::chrono::steady_clock::now() < give_up) {
@@ -100,7 +104,7 @@ Disk::Lock::Lock(const Disk& disk, int arch, const std::string& key) {
   }
 }
 
-Disk::Lock::~Lock() {
+FileLock::~FileLock() {
   if (descriptor_ < 0) return;
   struct flock everything {};
   everything.l_type = F_UNLCK;

@@ -1,14 +1,27 @@
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
 #include <functional>
 #include <optional>
 #include <string>
-#include <string_view>
 
 #include "cuda/jit/request.h"
 
 namespace fovea::cuda::jit {
+
+/// While it lives, no other process has a lock of this number on the file; so says everybody who could open it, and
+/// nobody waits for long.
+class FileLock {
+ public:
+  explicit FileLock(const std::filesystem::path& file, std::int64_t number = 0);
+  ~FileLock();
+  FileLock(const FileLock&) = delete;
+  FileLock& operator=(const FileLock&) = delete;
+
+ private:
+  int descriptor_;
+};
 
 /// Compiled kernels that outlive the process: FOLDER/BUILD_ID/sm_80/NAME-KEY-COMPILER.cubin, and beside it as .json
 /// what is known of it.  Best effort: what cannot be read or written is as if it were not there.
@@ -24,18 +37,8 @@ class Disk {
                                            const std::function<bool(const Binary&)>& serves = {}) const;
   void store(const Binary& binary) const;
 
-  /// While it lives, no other process compiles this kernel; so says everybody who could open the folder's lock file,
-  /// and nobody waits for long.
-  class Lock {
-   public:
-    Lock(const Disk& disk, int arch, const std::string& key);
-    ~Lock();
-    Lock(const Lock&) = delete;
-    Lock& operator=(const Lock&) = delete;
-
-   private:
-    int descriptor_ = -1;
-  };
+  /// While it lives, no other process compiles this kernel.
+  [[nodiscard]] FileLock lock(int arch, const std::string& key) const;
 
   /// The file of cuda::TileChoices, FOLDER/BUILD_ID/tiles-GPU.txt.
   [[nodiscard]] std::filesystem::path tiles_of(const std::string& gpu) const;
