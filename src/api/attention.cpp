@@ -1,6 +1,6 @@
 #include <fovea/attention.h>
 
-#include "cuda/driver.h"
+#include "dispatch/backend.h"
 #include "problem/operands.h"
 #include "problem/refuse.h"
 
@@ -9,10 +9,8 @@ namespace {
 
 /// Executes a plan with a workspace of its own.
 void execute(const Plan& plan, const Inputs& inputs, const Outputs& outputs) {
-  const Device& device = plan.report().device;
-  if (device.kind == DeviceKind::kCpu) return plan.execute(inputs, outputs);
-  const cuda::DeviceMemory workspace(device.index, plan.workspace_bytes());
-  plan.execute(inputs, outputs, workspace.data());
+  const auto workspace = dispatch::make_workspace(plan.report().device, plan.workspace_bytes());
+  plan.execute(inputs, outputs, workspace.get());
 }
 
 }  // namespace

@@ -1,19 +1,11 @@
 #include <fovea/plan.h>
 
-#include <new>
-
 #include "dispatch/backend.h"
 #include "problem/refuse.h"
 #include "problem/validate.h"
 
 namespace fovea {
 namespace {
-
-constexpr std::align_val_t kAlignment{64};
-
-struct AlignedDelete {
-  void operator()(void* memory) const { ::operator delete(memory, kAlignment); }
-};
 
 std::string reasons_of(const Verdict& verdict) {
   std::string text;
@@ -99,18 +91,11 @@ void Plan::execute(const Inputs& inputs, const Outputs& outputs, void* workspace
     if (kernel_ == nullptr) refuse("the plan has been moved from; execute the one that it was moved to");
     const auto validate_tensors = problem().direction == Direction::kBackward ? validate_backward : validate_forward;
     validate_tensors(problem(), report_.device, inputs, outputs);
-    std::unique_ptr<void, AlignedDelete> owned;
-    if (workspace == nullptr && workspace_bytes() > 0) {
-      if (report_.device.kind != DeviceKind::kCpu)
-        refuse("workspace is null; give ", workspace_bytes(), " bytes on ", name(report_.device));
-      owned.reset(::operator new(workspace_bytes(), kAlignment, std::nothrow));
-      workspace = owned.get();
-      if (workspace == nullptr) {
-        throw Error(ErrorCode::kOutOfMemory, "a workspace of " + std::to_string(workspace_bytes()) +
-                                                 " bytes could not be allocated; free memory or use fewer threads");
-      }
-    }
-    if (reinterpret_cast<std::uintptr_t>(workspace) % static_cast<std::size_t>(kAlignment) != 0)
+    if (workspace == nullptr && workspace_bytes() > 0 && report_.device.kind != DeviceKind::kCpu)
+      refuse("workspace is null; give ", workspace_bytes(), " bytes on ", name(report_.device));
+    const auto owned = workspace == nullptr ? dispatch::make_workspace(report_.device, workspace_bytes()) : nullptr;
+    if (owned != nullptr) workspace = owned.get();
+    if (reinterpret_cast<std::uintptr_t>(workspace) % dispatch::kWorkspaceAlignment != 0)
       refuse("the workspace is not aligned to 64 bytes; allocate it so");
     kernel_->execute(inputs, outputs, workspace, stream);
   });

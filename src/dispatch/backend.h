@@ -52,4 +52,8 @@ struct Choice {
 /// The first backend that says yes, and what all of them said.
 [[nodiscard]] Choice choose(const Problem& problem, const Device& device, const PlanOptions& options);
 
+inline constexpr std::size_t kWorkspaceAlignment = 64;
+/// Memory on a device for a plan's workspace; null for 0 bytes.
+[[nodiscard]] std::shared_ptr<void> make_workspace(const Device& device, std::size_t bytes);
+
 }  // namespace fovea::dispatch

@@ -1,10 +1,13 @@
 #include "cpu/flash_backend.h"
 #include "cpu/reference_backend.h"
+#include "cuda/driver.h"
 #include "cuda/hopper_backend.h"
 #include "cuda/portable_backend.h"
 #include "dispatch/backend.h"
 
 #include <fovea/error.h>
+
+#include <new>
 
 namespace fovea::dispatch {
 
@@ -43,6 +46,19 @@ Choice choose(const Problem& problem, const Device& device, const PlanOptions& o
     throw Error(ErrorCode::kInvalidArgument, "backend '" + options.backend + "' is unknown; name one of " + names);
   }
   return choice;
+}
+
+std::shared_ptr<void> make_workspace(const Device& device, std::size_t bytes) {
+  if (bytes == 0) return nullptr;
+  if (device.kind == DeviceKind::kCuda) {
+    const auto memory = std::make_shared<const cuda::DeviceMemory>(device.index, bytes);
+    return {memory, memory->data()};
+  }
+  constexpr std::align_val_t kAlignment{kWorkspaceAlignment};
+  void* const memory = ::operator new(bytes, kAlignment, std::nothrow);
+  if (memory != nullptr) return {memory, [](void* owned) { ::operator delete(owned, kAlignment); }};
+  throw Error(ErrorCode::kOutOfMemory, "a workspace of " + std::to_string(bytes) +
+                                           " bytes could not be allocated; free memory or use fewer threads");
 }
 
 }  // namespace fovea::dispatch
