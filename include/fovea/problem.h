@@ -2,9 +2,6 @@
 
 #include <fovea/options.h>
 
-#include <array>
-#include <compare>
-#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <string>

@@ -13,13 +13,12 @@ namespace fovea::cuda {
 namespace {
 
 constexpr const char* kLibrary = "libcuda.so.1";
-constexpr int kOutOfMemory = 2;                                        // CUresult
-constexpr std::array kForeignImage{200, 209, 218, 220, 222, 223};      // CUresult: images this driver cannot load
-constexpr int kSmCount = 16, kL2Bytes = 38, kMajor = 75, kMinor = 76;  // CUdevice_attribute
-constexpr int kSharedPerSm = 81, kSharedPerBlock = 97;
-constexpr int kStaticSharedBytes = 1, kMaxDynamicSharedBytes = 8;  // CUfunction_attribute
-constexpr unsigned kNonBlocking = 1;                               // CUstream_flags
-constexpr int kThreadLocalCapture = 1;                             // CUstreamCaptureMode
+constexpr int kOutOfMemory = 2;                                    // CUresult
+constexpr std::array kForeignImage{200, 209, 218, 220, 222, 223};  // CUresult: images this driver cannot load
+constexpr int kSmCount = 16, kL2Bytes = 38, kMajor = 75, kMinor = 76, kSharedPerBlock = 97;  // CUdevice_attribute
+constexpr int kStaticSharedBytes = 1, kMaxDynamicSharedBytes = 8;                            // CUfunction_attribute
+constexpr unsigned kNonBlocking = 1;                                                         // CUstream_flags
+constexpr int kThreadLocalCapture = 1;                                                       // CUstreamCaptureMode
 
 constexpr int kProgrammaticSerialization = 6;  // CUlaunchAttributeID
 constexpr int kCapturesEarlyLaunches = 12030;  // first version that captures such launches into graphs
@@ -153,7 +152,6 @@ void Driver::find_gpus() {
                     .sm_count = attribute(kSmCount),
                     .memory_bytes = static_cast<std::int64_t>(memory),
                     .l2_bytes = attribute(kL2Bytes),
-                    .shared_bytes_per_sm = attribute(kSharedPerSm),
                     .shared_bytes_per_block = attribute(kSharedPerBlock)});
   }
   if (gpus.empty()) why_not = "the NVIDIA driver sees no GPU";

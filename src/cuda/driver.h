@@ -28,7 +28,6 @@ struct Gpu {
   int sm_count = 0;
   std::int64_t memory_bytes = 0;
   std::int64_t l2_bytes = 0;
-  int shared_bytes_per_sm = 0;
   int shared_bytes_per_block = 0;  ///< the most that a kernel may ask for
 };
 

@@ -3,7 +3,6 @@
 #include <memory>
 #include <span>
 #include <string>
-#include <string_view>
 #include <vector>
 
 // NVRTC, NVIDIA's run-time compiler, opened at run time.  Compiling needs no GPU and no driver.

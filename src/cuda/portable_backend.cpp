@@ -1,16 +1,11 @@
 #include "cuda/portable_backend.h"
 
-#include <fovea/error.h>
-
 #include <algorithm>
 #include <limits>
 
 #include "cuda/backward_tuning.h"
 #include "cuda/forward_tuning.h"
-#include "cuda/hopper_backward.h"
-#include "cuda/hopper_tuning.h"
 #include "cuda/planned_backward.h"
-#include "cuda/requests.h"
 #include "dispatch/views.h"
 
 namespace fovea::cuda {

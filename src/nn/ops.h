@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <string>
 
 // What layers are made of, on any device: the only interface between src/nn and devices.  Shapes are [rows, features],
 // with any strides whose last dimension is contiguous.

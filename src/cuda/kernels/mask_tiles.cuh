@@ -9,7 +9,6 @@ namespace fovea::cuda {
 struct Sight {
   TileState band = TileState::kFull, mask = TileState::kFull;
   FOVEA_DEVICE bool hidden() const { return band == TileState::kHidden || mask == TileState::kHidden; }
-  FOVEA_DEVICE bool full() const { return band == TileState::kFull && mask == TileState::kFull; }
 };
 
 /// Whether the mask hides or keeps all of kKeys keys for some rows of some heads.  Judged by whole groups of 32 rows

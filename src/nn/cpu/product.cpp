@@ -4,7 +4,6 @@
 
 #include <oneapi/dnnl/dnnl.hpp>
 #include <string>
-#include <utility>
 
 // Of the OpenMP that oneDNN may have been built with; null where it was not.  fovea shares work out by itself, so
 // inside its tasks a product takes one thread: no second pool beside oneTBB's, and none to wait for after fork.

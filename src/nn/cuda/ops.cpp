@@ -3,7 +3,6 @@
 #include <fovea/error.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "cpu/elements.h"
 #include "cuda/driver.h"

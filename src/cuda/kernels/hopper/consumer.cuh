@@ -94,11 +94,6 @@ struct Consumer {
     state.q_of(group).release(left++);
   }
 
-  FOVEA_DEVICE static void clear(Out& o) {
-#pragma unroll
-    for (int x = 0; x < 4 * Epilogue<S>::kD; ++x) o[0][x / 4].x[x % 4] = 0.0F;
-  }
-
   /// Walks all tiles of keys, and calls end() when all sums are known, while the last P V is added.
   template <class End>
   FOVEA_DEVICE void attend_all(const Work<S>& work, const Rules& rules, Soft& soft, Out& o, float unit,
