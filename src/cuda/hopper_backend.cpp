@@ -109,10 +109,22 @@ class HopperBackend final : public Backend {
     }
     if (!reasons.empty()) return verdict;
     const GpuModel model = model_of_device(device);
+    const auto found = [&](const auto& shape) {
+      if (!shape) {
+        reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " and head_dim_v " +
+                             std::to_string(problem.head_dim_v) + " fits with these options");
+      }
+      return shape.has_value();
+    };
     if (backward) {
-      judge_shape(problem, choose_backward_sm90(problem, model), verdict);
-    } else {
-      judge_shape(problem, choose_forward_sm90(problem, model), verdict);
+      const auto shape = choose_backward_sm90(problem, model);
+      if (found(shape)) limit(verdict, "the number of blocks", shape->most_blocks, std::numeric_limits<int>::max());
+    } else if (const auto shape = choose_forward_sm90(problem, model); found(shape)) {
+      limit(verdict, "the number of tiles", shape->tiles, kMostTiles);
+      if (begins_with_slopes(shape->spec) && problem.scale() < kLeastScale) {
+        reasons.emplace_back("softmax_scale (" + std::to_string(problem.scale()) +
+                             ") is below 0.0001, and slopes are divided by it");
+      }
     }
     return verdict;
   }
@@ -121,23 +133,6 @@ class HopperBackend final : public Backend {
                                                           const PlanOptions& /*options*/) const override {
     if (problem.direction == Direction::kBackward) return plan_backward_sm90(problem, device);
     return std::make_shared<ForwardSm90Plan>(problem, *choose_forward_sm90(problem, model_of_device(device)), device);
-  }
-
- private:
-  template <class Shape>
-  static void judge_shape(const Problem& problem, const std::optional<Shape>& shape, Verdict& verdict) {
-    if (shape) return judge_limits(problem, *shape, verdict);
-    verdict.reasons.emplace_back("no tile of head_dim " + std::to_string(problem.head_dim) + " and head_dim_v " +
-                                 std::to_string(problem.head_dim_v) + " fits with these options");
-  }
-  static void judge_limits(const Problem& problem, const ForwardSm90Shape& shape, Verdict& verdict) {
-    limit(verdict, "the number of tiles", shape.tiles, kMostTiles);
-    if (!begins_with_slopes(shape.spec) || problem.scale() >= kLeastScale) return;
-    verdict.reasons.emplace_back("softmax_scale (" + std::to_string(problem.scale()) +
-                                 ") is below 0.0001, and slopes are divided by it");
-  }
-  static void judge_limits(const Problem& /*problem*/, const BackwardShape& shape, Verdict& verdict) {
-    limit(verdict, "the number of blocks", shape.most_blocks, std::numeric_limits<int>::max());
   }
 };
 

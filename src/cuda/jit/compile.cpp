@@ -109,14 +109,8 @@ Binary compile(const KernelRequest& request) {
 }  // namespace
 
 const char* name(Source source) {
-  switch (source) {
-    case Source::kPack:
-      return "pack";
-    case Source::kDisk:
-      return "disk";
-    default:
-      return "compiled";
-  }
+  constexpr std::array kNames{"pack", "disk", "compiled"};
+  return kNames.at(static_cast<std::size_t>(source));
 }
 
 std::string target_of(const KernelRequest& request) {

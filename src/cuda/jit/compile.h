@@ -16,8 +16,8 @@ struct Compiler {
 };
 
 /// NVRTC, which is opened when it must be: that takes longer than to load a kernel, so a file in `folder` (empty: none)
-/// remembers its version.  It throws Error where there is no NVRTC, where it does not
-/// know the architecture, and where the unit does not compile: with the first error, and where source and log are.
+/// remembers its version.  It throws Error where there is no NVRTC, where it does not know the architecture, and where
+/// the unit does not compile: with the first error, and where source and log are.
 [[nodiscard]] Compiler nvrtc(const std::filesystem::path& folder = {});
 
 /// Registers, spills and so on, out of what the assembler says.

@@ -7,22 +7,19 @@
 namespace fovea::cuda::jit {
 namespace {
 
-constexpr std::array<std::pair<const char*, const char*>, 3> kTypes{
-    {{"kFloat32", "fp32"}, {"kFloat16", "fp16"}, {"kBFloat16", "bf16"}}};
-constexpr std::array<std::pair<const char*, const char*>, 5> kMmas{{{"kHalf16", "half16"},
-                                                                    {"kHalf8", "half8"},
-                                                                    {"kTf32x3", "tf32x3"},
-                                                                    {"kTf32x6", "tf32x6"},
-                                                                    {"kShuffles", "shuffles"}}};
-constexpr std::array<std::pair<std::string_view, std::string_view>, 9> kShort{{{"head_dim", "d"},
-                                                                               {"head_dim_v", "dv"},
-                                                                               {"block_m", "m"},
-                                                                               {"block_n", "n"},
-                                                                               {"warps", "w"},
-                                                                               {"across", "x"},
-                                                                               {"stages", "s"},
-                                                                               {"q_stages", "q"},
-                                                                               {"warpgroups", "g"}}};
+constexpr std::array kTypes{"kFloat32", "kFloat16", "kBFloat16"}, kTypeWords{"fp32", "fp16", "bf16"};
+constexpr std::array kMmas{"kHalf16", "kHalf8", "kTf32x3", "kTf32x6", "kShuffles"};
+constexpr std::array kMmaWords{"half16", "half8", "tf32x3", "tf32x6", "shuffles"};
+using Word = std::pair<std::string_view, std::string_view>;
+constexpr auto kShort = std::to_array<Word>({{"head_dim", "d"},
+                                             {"head_dim_v", "dv"},
+                                             {"block_m", "m"},
+                                             {"block_n", "n"},
+                                             {"warps", "w"},
+                                             {"across", "x"},
+                                             {"stages", "s"},
+                                             {"q_stages", "q"},
+                                             {"warpgroups", "g"}});
 
 }  // namespace
 
@@ -39,14 +36,15 @@ Field field_of(std::string_view name, int value) {
 }
 
 Field field_of(std::string_view name, Type value) {
-  const auto& [enumerator, word] = kTypes.at(static_cast<std::size_t>(value));
-  return {std::string(name), std::string("Type::") + enumerator,
+  const auto i = static_cast<std::size_t>(value);
+  const std::string word = kTypeWords.at(i);
+  return {std::string(name), std::string("Type::") + kTypes.at(i),
           name == "type" ? word : std::string(name) + "_" + word};
 }
 
 Field field_of(std::string_view name, Mma value) {
-  const auto& [enumerator, word] = kMmas.at(static_cast<std::size_t>(value));
-  return {std::string(name), std::string("Mma::") + enumerator, word};
+  const auto i = static_cast<std::size_t>(value);
+  return {std::string(name), std::string("Mma::") + kMmas.at(i), kMmaWords.at(i)};
 }
 
 KernelRequest render(const Template& kernel, const std::vector<Field>& fields, const std::vector<Field>& usual,
