@@ -129,9 +129,9 @@ FOVEA_DEVICE u32 load_shared(u32 address) {
 FOVEA_DEVICE void store_shared(u32 address, u32 x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
-FOVEA_DEVICE uint2 load_shared_8(u32 address) {
-  uint2 x;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+FOVEA_DEVICE float2 load_shared_8(u32 address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
   return x;
 }
 FOVEA_DEVICE void store_shared_8(u32 address, float x, float y) {

@@ -546,14 +546,14 @@ struct Forward {
 #pragma unroll
       for (int s = 0; s < S.slices; ++s) {
         const u32 row = left_by(s, r);
-        const uint2 facts = load_shared_8(row + kFacts);
-        const float weight = exp2(__uint_as_float(facts.x) - top);
-        sum += weight * __uint_as_float(facts.y);
+        const float2 facts = load_shared_8(row + kFacts);
+        const float weight = exp2(facts.x - top);
+        sum += weight * facts.y;
 #pragma unroll
         for (int c = 0; c < kEnd; ++c) {
-          const uint2 x = load_shared_8(row + 4 * (8 * (slice() * kEnd + c) + lane_column));
-          share[i][c].x[2 * h] += weight * __uint_as_float(x.x);
-          share[i][c].x[2 * h + 1] += weight * __uint_as_float(x.y);
+          const float2 x = load_shared_8(row + 4 * (8 * (slice() * kEnd + c) + lane_column));
+          share[i][c].x[2 * h] += weight * x.x;
+          share[i][c].x[2 * h + 1] += weight * x.y;
         }
       }
     });

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "cuda/backward_plan_sm90.h"
-#include "cuda/kernels/backward.cuh"
+#include "cuda/kernels/backward_walk.cuh"
 #include "cuda/kernels/hopper/tensor_copy.cuh"
 
 // The shared memory of a block of the backward: what its warpgroups tell each other, and where tiles are.

@@ -1,7 +1,6 @@
 #pragma once
 
 #include "cuda/backward_plan_sm90.h"
-#include "cuda/kernels/backward.cuh"
 #include "cuda/kernels/hopper/gradient_columns.cuh"
 #include "cuda/kernels/hopper/wgmma.cuh"
 

@@ -107,9 +107,9 @@ struct TileEntries {
       const u32 first = place_of(warp_row() + lane_id() / 4 + 8 * h, lane_id() % 4 / 2) + lane_id() % 2 * 8;
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
-        const uint2 pair = load_shared_8((first ^ j % 4 * 32) + j / 4 * kPanel);
-        s[0][j].x[2 * h] = s[0][j].x[2 * h] * scale + __uint_as_float(pair.x);
-        s[0][j].x[2 * h + 1] = s[0][j].x[2 * h + 1] * scale + __uint_as_float(pair.y);
+        const float2 pair = load_shared_8((first ^ j % 4 * 32) + j / 4 * kPanel);
+        s[0][j].x[2 * h] = s[0][j].x[2 * h] * scale + pair.x;
+        s[0][j].x[2 * h + 1] = s[0][j].x[2 * h + 1] * scale + pair.y;
       }
     }
   }

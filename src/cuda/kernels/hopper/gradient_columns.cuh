@@ -6,13 +6,6 @@
 // What `gradient_tile.cuh` does with rows of S and dP, done with Sᵀ and dPᵀ, the A operands of dv and dk.
 namespace fovea::cuda {
 
-/// Two words that lie side by side.
-FOVEA_DEVICE float2 load_shared_two(u32 address) {
-  float2 two;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(two.x), "=f"(two.y) : "r"(address) : "memory");
-  return two;
-}
-
 FOVEA_DEVICE void store_matrices_transposed(u32 address, const OperandA& a) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a.x[0]),
                "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3])
@@ -77,7 +70,7 @@ struct GradientColumns {
       seen[w] = 0;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float2 two = load_shared_two(mine + (8 * w + j) * 32);
+        const float2 two = load_shared_8(mine + (8 * w + j) * 32);
         const u32 entries = __byte_perm(__float_as_uint(two.x), __float_as_uint(two.y), bytes);
         seen[w] |= (entries >> key % 8 & 0x01010101U) << j;
       }
@@ -180,7 +173,7 @@ struct GradientColumns {
     const u32 mine = log2_lse + lane_id() % 4 * 8;
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      const float2 lse = load_shared_two(mine + 32 * j);
+      const float2 lse = load_shared_8(mine + 32 * j);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float weight = exp2(s[0][j].x[e] * unit - (e % 2 == 0 ? lse.x : lse.y));
@@ -216,7 +209,7 @@ struct GradientColumns {
     const u32 mine = delta + fresh(lane_id()) % 4 * 8;  // anew, or d64 spills
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      const float2 two = load_shared_two(mine + 32 * j);
+      const float2 two = load_shared_8(mine + 32 * j);
       dp[0][j] = {{-two.x, -two.y, -two.x, -two.y}};
     }
   }
@@ -233,7 +226,7 @@ struct GradientColumns {
     const u32 mine = delta + lane_id() % 4 * 8;
 #pragma unroll
     for (int j = 0; j < kN && !kDeltaFirst; ++j) {
-      const float2 two = load_shared_two(mine + 32 * j);
+      const float2 two = load_shared_8(mine + 32 * j);
       sum += two.x * 2.0F + two.y * 2.0F;
     }
     return sum * 0.0F;
@@ -250,7 +243,7 @@ struct GradientColumns {
     const u32 mine = delta + lane_id() % 4 * 8;
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      const float2 two = kDeltaFirst ? float2{} : load_shared_two(mine + 32 * j);
+      const float2 two = kDeltaFirst ? float2{} : load_shared_8(mine + 32 * j);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& d = dp[0][j].x[e];
