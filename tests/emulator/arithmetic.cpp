@@ -25,18 +25,11 @@ void unary(Warp& w, const Instruction& i, u32 lanes) {
   R* d = w.out<R>(i.operands[0]);
   each_lane(lanes, [&](int l) { d[l] = kF(a[l]); });
 }
-template <class T, auto kF>
+template <class A, class B, class R, auto kF>
 void binary(Warp& w, const Instruction& i, u32 lanes) {
-  const T *a = w.in<T>(i.operands[1]), *b = w.in<T>(i.operands[2]);
-  T* d = w.out<T>(i.operands[0]);
-  each_lane(lanes, [&](int l) { d[l] = kF(a[l], b[l]); });
-}
-/// The second operand has 32 bits.
-template <class T, auto kF>
-void shift(Warp& w, const Instruction& i, u32 lanes) {
-  const T* a = w.in<T>(i.operands[1]);
-  const u32* b = w.in<u32>(i.operands[2]);
-  T* d = w.out<T>(i.operands[0]);
+  const A* a = w.in<A>(i.operands[1]);
+  const B* b = w.in<B>(i.operands[2]);
+  R* d = w.out<R>(i.operands[0]);
   each_lane(lanes, [&](int l) { d[l] = kF(a[l], b[l]); });
 }
 template <class T, auto kF>
@@ -45,13 +38,6 @@ void ternary(Warp& w, const Instruction& i, u32 lanes) {
   T* d = w.out<T>(i.operands[0]);
   each_lane(lanes, [&](int l) { d[l] = kF(a[l], b[l], c[l]); });
 }
-template <class T, class R, auto kF>
-void widening(Warp& w, const Instruction& i, u32 lanes) {
-  const T *a = w.in<T>(i.operands[1]), *b = w.in<T>(i.operands[2]);
-  R* d = w.out<R>(i.operands[0]);
-  each_lane(lanes, [&](int l) { d[l] = kF(a[l], b[l]); });
-}
-
 template <class T, auto kF>
 void compare(Warp& w, const Instruction& i, u32 lanes) {
   const T *a = w.in<T>(i.operands[1]), *b = w.in<T>(i.operands[2]);
@@ -240,7 +226,7 @@ T shift_left(T a, u32 b) {
 
 using Table = std::map<std::string, Run, std::less<>>;
 
-#define BINARY(T, EXPRESSION) binary<T, [](T a, T b) -> T { return (EXPRESSION); }>
+#define BINARY(T, EXPRESSION) binary<T, T, T, [](T a, T b) -> T { return (EXPRESSION); }>
 #define UNARY(T, R, EXPRESSION) unary<T, R, [](T a) -> R { return (EXPRESSION); }>
 #define TERNARY(T, EXPRESSION) ternary<T, [](T a, T b, T c) -> T { return (EXPRESSION); }>
 #define COMPARE(T, EXPRESSION) compare<T, [](T a, T b) -> bool { return (EXPRESSION); }>
@@ -257,8 +243,8 @@ void whole_numbers(Table& t, const std::string& type, const std::string& raw) {
   t["rem." + type] = BINARY(T, rest_of(a, b));
   t["neg." + type] = UNARY(T, T, static_cast<T>(U(0) - U(a)));
   t["abs." + type] = UNARY(T, T, a < 0 ? static_cast<T>(U(0) - U(a)) : a);
-  t["shr." + type] = shift<T, [](T a, u32 b) -> T { return shift_right<T>(a, b); }>;
-  t["shl." + raw] = shift<U, [](U a, u32 b) -> U { return shift_left<U>(a, b); }>;
+  t["shr." + type] = binary<T, u32, T, [](T a, u32 b) -> T { return shift_right<T>(a, b); }>;
+  t["shl." + raw] = binary<U, u32, U, [](U a, u32 b) -> U { return shift_left<U>(a, b); }>;
   t["setp.lt." + type] = COMPARE(T, a < b);
   t["setp.le." + type] = COMPARE(T, a <= b);
   t["setp.gt." + type] = COMPARE(T, a > b);
@@ -356,10 +342,10 @@ Table make_table() {
   t["rcp.approx.ftz.f32"] = UNARY(float, float, flushed(1.0F / flushed(a)));
   t["div.approx.ftz.f32"] = BINARY(float, flushed(a / b));
 
-  t["mul.wide.u32"] = widening<u32, u64, [](u32 a, u32 b) { return u64{a} * b; }>;
-  t["mul.wide.s32"] = widening<i32, i64, [](i32 a, i32 b) { return i64{a} * b; }>;
-  t["mul.wide.u16"] = widening<u32, u32, [](u32 a, u32 b) { return (a & 0xffffU) * (b & 0xffffU); }>;
-  t["mul.wide.s16"] = widening<i32, i32, [](i32 a, i32 b) { return i32{std::int16_t(a)} * std::int16_t(b); }>;
+  t["mul.wide.u32"] = binary<u32, u32, u64, [](u32 a, u32 b) { return u64{a} * b; }>;
+  t["mul.wide.s32"] = binary<i32, i32, i64, [](i32 a, i32 b) { return i64{a} * b; }>;
+  t["mul.wide.u16"] = binary<u32, u32, u32, [](u32 a, u32 b) { return (a & 0xffffU) * (b & 0xffffU); }>;
+  t["mul.wide.s16"] = binary<i32, i32, i32, [](i32 a, i32 b) { return i32{std::int16_t(a)} * std::int16_t(b); }>;
   t["dp2a.lo.u32.s32"] = TERNARY(
       u32, c + (a & 0xffffU) * static_cast<u32>(std::int8_t(b)) + (a >> 16) * static_cast<u32>(std::int8_t(b >> 8)));
   t["shf.r.clamp.b32"] = TERNARY(u32, static_cast<u32>((u64{b} << 32 | a) >> std::min(c, 32U)));
