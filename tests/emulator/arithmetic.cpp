@@ -4,20 +4,10 @@
 
 #include "tests/emulator/instructions.h"
 #include "tests/emulator/numbers.h"
-#include "tests/emulator/warp.h"
 
 // What a lane does by itself.
 namespace fovea::emulator {
 namespace {
-
-template <class F>
-void each_lane(u32 lanes, F&& f) {
-  if (lanes == kAllLanes) {
-    for (int l = 0; l < kLanes; ++l) f(l);
-  } else {
-    for (; lanes != 0; lanes &= lanes - 1) f(std::countr_zero(lanes));
-  }
-}
 
 template <class T, class R, auto kF>
 void unary(Warp& w, const Instruction& i, u32 lanes) {
@@ -78,12 +68,7 @@ void move_pieces(Warp& w, const Instruction& i, u32 lanes) {
     }
     for (std::size_t x = 0; x < to.size(); ++x) {
       const u64 part = out_bits == 64 ? whole : whole >> (static_cast<int>(x) * out_bits) & ((u64{1} << out_bits) - 1);
-      if (to[x].kind == Operand::Kind::kSink) continue;
-      if (to[x].width == 64) {
-        w.out<u64>(to[x])[l] = part;
-      } else {
-        w.out<u32>(to[x])[l] = static_cast<u32>(part);
-      }
+      w.put(to[x], l, part);
     }
   });
 }
@@ -139,11 +124,7 @@ void convert(Warp& w, const Instruction& i, u32 lanes) {
     if (to.bits < 64) bits &= (u64{1} << to.bits) - 1;
     if (!to.is_float && to.is_signed && to.bits < 32)
       bits = static_cast<u64>(static_cast<i64>(bits << (64 - to.bits)) >> (64 - to.bits));
-    if (result.width == 64) {
-      w.out<u64>(result)[l] = bits;
-    } else {
-      w.out<u32>(result)[l] = static_cast<u32>(bits);
-    }
+    w.put(result, l, bits);
   });
 }
 

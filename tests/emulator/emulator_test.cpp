@@ -130,7 +130,8 @@ TEST(Emulator, WhatAGpuWouldRefuseIsNamed) {
   EXPECT_NE(Kernel("ld.global.u32 %r3, [%rd2+256];\n").fault(1).find("4 bytes at 256 of an allocation of 256"),
             std::string::npos);
   EXPECT_NE(Kernel("ld.global.u32 %r3, [%rd2+2];\n").fault(1).find("is no multiple of 4"), std::string::npos);
-  EXPECT_NE(Kernel("st.shared.u32 [%r2+4096], %r1;\n").fault(1).find("shared memory at"), std::string::npos);
+  EXPECT_NE(Kernel("st.shared.u32 [%r2+256], %r1;\n").fault(1).find("shared memory at 1280 of 1280"),
+            std::string::npos);
   EXPECT_NE(Kernel("setp.ne.s32 %p1, %r1, 0;\n@%p1 bra $end;\n$spin:\nld.acquire.gpu.global.s32 %r3, [%rd1];\n"
                    "setp.eq.s32 %p2, %r3, 0;\n@%p2 bra $spin;\n$end:\n")
                 .fault(1)

@@ -2,7 +2,6 @@
 
 #include "tests/emulator/instructions.h"
 #include "tests/emulator/numbers.h"
-#include "tests/emulator/warp.h"
 
 // Tensor cores: matrices between shared memory and lanes, and their products.  A tensor core adds up its products
 // exactly, adds that to C and cuts off what does not fit: so is it done here.
@@ -148,8 +147,6 @@ void multiply_warpgroup(Warp& w, const Instruction& i, u32 lanes) {
   multiply(w, x, 16, i.detail, i.group(0), i.group(0), adds);
 }
 
-bool has(const std::string& name, std::string_view word) { return name.find(word) != std::string::npos; }
-
 }  // namespace
 
 bool decode_matrices(const std::string& name, Instruction& i) {
@@ -176,7 +173,7 @@ bool decode_matrices(const std::string& name, Instruction& i) {
     return true;
   }
   if (name.starts_with("wgmma.")) {
-    i.run = [](Warp&, const Instruction&, u32) {};
+    i.run = nothing;
     return true;
   }
   return false;

@@ -4,16 +4,10 @@
 #include "tests/emulator/instructions.h"
 #include "tests/emulator/numbers.h"
 #include "tests/emulator/tensor_map.h"
-#include "tests/emulator/warp.h"
 
 // Loads and stores, additions in memory, copies in the background and the barriers that wait for them.
 namespace fovea::emulator {
 namespace {
-
-template <class F>
-void each(u32 lanes, F&& f) {
-  for (; lanes != 0; lanes &= lanes - 1) f(std::countr_zero(lanes));
-}
 
 u64 address_of(Warp& w, const Operand& o, int lane) {
   const u64 number = w.number(o, lane);
@@ -38,7 +32,7 @@ void load(Warp& w, const Instruction& i, u32 lanes) {
   const auto to = i.group(0);
   const Operand& from = i.operand(1);
   const int count = static_cast<int>(to.size()), all = count * i.bytes;
-  each(lanes, [&](int l) {
+  each_lane(lanes, [&](int l) {
     const std::byte* at = place(w, from, l, i.space, all);
     for (int x = 0; x < count; ++x) {
       u64 bits = 0;
@@ -46,12 +40,7 @@ void load(Warp& w, const Instruction& i, u32 lanes) {
       if (i.is_signed && i.bytes < 8)
         bits = static_cast<u64>(static_cast<i64>(bits << (64 - 8 * i.bytes)) >> (64 - 8 * i.bytes));
       const Operand& result = to[static_cast<std::size_t>(x)];
-      if (result.kind == Operand::Kind::kSink) continue;
-      if (result.width == 64) {
-        w.out<u64>(result)[l] = bits;
-      } else {
-        w.out<u32>(result)[l] = static_cast<u32>(bits);
-      }
+      w.put(result, l, bits);
     }
   });
   if (i.what == 1) w.pauses = true;  // acquire: others may have to write first
@@ -60,7 +49,7 @@ void load(Warp& w, const Instruction& i, u32 lanes) {
 void store(Warp& w, const Instruction& i, u32 lanes) {
   const auto from = i.group(1);
   const int count = static_cast<int>(from.size()), all = count * i.bytes;
-  each(lanes, [&](int l) {
+  each_lane(lanes, [&](int l) {
     std::byte* at = place(w, i.operand(0), l, i.space, all);
     for (int x = 0; x < count; ++x) {
       const u64 bits = w.number(from[static_cast<std::size_t>(x)], l);
@@ -96,7 +85,7 @@ u64 changed(char what, int type, u64 old, u64 by, u64 other) {
 void change(Warp& w, const Instruction& i, u32 lanes, bool gives) {
   const int first = gives ? 1 : 0;
   const auto by = i.group(first + 1);
-  each(lanes, [&](int l) {
+  each_lane(lanes, [&](int l) {
     std::byte* at = place(w, i.operand(first), l, i.space, i.bytes * static_cast<int>(by.size()));
     for (std::size_t x = 0; x < by.size(); ++x) {
       u64 old = 0;
@@ -105,12 +94,7 @@ void change(Warp& w, const Instruction& i, u32 lanes, bool gives) {
       const u64 other = i.groups > first + 2 ? w.number(i.operand(first + 2), l) : 0;
       const u64 now = changed(i.letter, i.detail, old, w.number(by[x], l), other);
       std::memcpy(mine, &now, static_cast<std::size_t>(i.bytes));
-      if (!gives || i.operand(0).kind == Operand::Kind::kSink) continue;
-      if (i.operand(0).width == 64) {
-        w.out<u64>(i.operand(0))[l] = old;
-      } else {
-        w.out<u32>(i.operand(0))[l] = static_cast<u32>(old);
-      }
+      if (gives) w.put(i.operand(0), l, old);
     }
   });
 }
@@ -130,7 +114,7 @@ void perform(const Copies::One& copy) {
 void copy_async(Warp& w, const Instruction& i, u32 lanes) {
   const int bytes = static_cast<int>(w.in<u32>(i.operand(2))[0]);
   const u32 clears = i.groups > 3 && i.operand(3).width == 1 ? w.holds(i.operand(3)) : 0;
-  each(lanes, [&](int l) {
+  each_lane(lanes, [&](int l) {
     const bool clear = (clears >> l & 1U) != 0;
     Copies::One copy{place(w, i.operand(0), l, Space::kShared, bytes), address_of(w, i.operand(1), l), bytes, clear};
     if (!clear) (void)place(w, i.operand(1), l, Space::kGlobal, bytes);
@@ -142,7 +126,7 @@ void copy_async(Warp& w, const Instruction& i, u32 lanes) {
   });
 }
 void close_copies(Warp& w, const Instruction& /*i*/, u32 lanes) {
-  each(lanes, [&](int l) {
+  each_lane(lanes, [&](int l) {
     Copies& of = w.copies.at(static_cast<std::size_t>(l));
     of.closed.push_back(std::move(of.open));
     of.open.clear();
@@ -155,11 +139,11 @@ void await_copies(Copies& of, std::size_t open) {
 }
 void wait_copies(Warp& w, const Instruction& i, u32 lanes) {
   const u32 open = w.in<u32>(i.operand(0))[0];
-  each(lanes, [&](int l) { await_copies(w.copies.at(static_cast<std::size_t>(l)), open); });
+  each_lane(lanes, [&](int l) { await_copies(w.copies.at(static_cast<std::size_t>(l)), open); });
 }
 void wait_all_copies(Warp& w, const Instruction& i, u32 lanes) {
   close_copies(w, i, lanes);
-  each(lanes, [&](int l) { await_copies(w.copies.at(static_cast<std::size_t>(l)), 0); });
+  each_lane(lanes, [&](int l) { await_copies(w.copies.at(static_cast<std::size_t>(l)), 0); });
 }
 
 // ---- mbarriers: the phase, the bytes still to come, and the arrivals expected and missing
@@ -190,24 +174,25 @@ void complete(Mbarrier& b, u64 bytes) {
 }
 
 void begin_mbarrier(Warp& w, const Instruction& i, u32 lanes) {
-  each(lanes, [&](int l) {
+  each_lane(lanes, [&](int l) {
     const u64 count = w.number(i.operand(1), l);
     mbarrier(w.block, address_of(w, i.operand(0), l)) = {
         .missing = count, .expected = count, .bytes = kNone, .phase = 0};
   });
 }
 void arrive_at_mbarrier(Warp& w, const Instruction& i, u32 lanes) {
-  each(lanes, [&](int l) {
+  each_lane(lanes, [&](int l) {
     const u64 bytes = i.groups > 2 ? w.number(i.operand(2), l) : 0;
     arrive(mbarrier(w.block, address_of(w, i.operand(1), l)), bytes);
   });
 }
 void expect_bytes(Warp& w, const Instruction& i, u32 lanes) {
-  each(lanes, [&](int l) { mbarrier(w.block, address_of(w, i.operand(0), l)).bytes += w.number(i.operand(1), l); });
+  each_lane(lanes,
+            [&](int l) { mbarrier(w.block, address_of(w, i.operand(0), l)).bytes += w.number(i.operand(1), l); });
 }
 void test_mbarrier(Warp& w, const Instruction& i, u32 lanes) {
   u32 over = 0;
-  each(lanes, [&](int l) {
+  each_lane(lanes, [&](int l) {
     const u64 parity = w.number(i.operand(2), l) & 1U;
     if (mbarrier(w.block, address_of(w, i.operand(1), l)).phase != parity) over |= 1U << l;
   });
@@ -215,7 +200,7 @@ void test_mbarrier(Warp& w, const Instruction& i, u32 lanes) {
   if (over != lanes) w.pauses = true;
 }
 void arrive_behind_copies(Warp& w, const Instruction& i, u32 lanes) {
-  each(lanes, [&](int l) {
+  each_lane(lanes, [&](int l) {
     Copies& of = w.copies.at(static_cast<std::size_t>(l));
     const u64 address = address_of(w, i.operand(0), l);
     Block* block = &w.block;
@@ -270,7 +255,7 @@ std::array<i32, 4> coordinates(Warp& w, std::span<const Operand> group, int lane
 }
 
 void load_box(Warp& w, const Instruction& i, u32 lanes) {
-  each(lanes, [&](int l) {
+  each_lane(lanes, [&](int l) {
     const u64 to = address_of(w, i.operand(0), l), bar = address_of(w, i.operand(2), l);
     const auto* map = at_address<const TensorMap>(address_of(w, i.operand(1), l));
     const std::array<i32, 4> at = coordinates(w, i.group(1), l);
@@ -293,7 +278,7 @@ void load_box(Warp& w, const Instruction& i, u32 lanes) {
   });
 }
 void store_box(Warp& w, const Instruction& i, u32 lanes) {
-  each(lanes, [&](int l) {
+  each_lane(lanes, [&](int l) {
     const u64 from = address_of(w, i.operand(1), l);
     const auto* map = at_address<const TensorMap>(address_of(w, i.operand(0), l));
     const std::array<i32, 4> at = coordinates(w, i.group(0), l);
@@ -312,7 +297,7 @@ void store_box(Warp& w, const Instruction& i, u32 lanes) {
 /// Contiguous bytes, in multiples of 16, between global memory and shared memory, of this block or another.
 constexpr int kPiece = 16;
 void load_bytes(Warp& w, const Instruction& i, u32 lanes) {
-  each(lanes, [&](int l) {
+  each_lane(lanes, [&](int l) {
     const u64 to = address_of(w, i.operand(0), l), from = address_of(w, i.operand(1), l),
               bar = address_of(w, i.operand(3), l);
     const u64 bytes = w.number(i.operand(2), l);
@@ -329,7 +314,7 @@ void load_bytes(Warp& w, const Instruction& i, u32 lanes) {
   });
 }
 void store_bytes(Warp& w, const Instruction& i, u32 lanes) {
-  each(lanes, [&](int l) {
+  each_lane(lanes, [&](int l) {
     const u64 to = address_of(w, i.operand(0), l), from = address_of(w, i.operand(1), l);
     const u64 bytes = w.number(i.operand(2), l);
     const bool adds = i.what == 1;
@@ -346,8 +331,6 @@ void store_bytes(Warp& w, const Instruction& i, u32 lanes) {
 }
 void await_engine(Warp& w, const Instruction& /*i*/, u32 /*lanes*/) { w.block.drain(); }
 
-bool has(const std::string& name, std::string_view word) { return name.find(word) != std::string::npos; }
-
 }  // namespace
 
 bool decode_memory(const std::string& name, Instruction& i) {
@@ -355,10 +338,7 @@ bool decode_memory(const std::string& name, Instruction& i) {
   const auto typed = [&] {
     i.bytes = std::atoi(last.c_str() + 1) / 8;
     i.is_signed = last[0] == 's';
-    i.space = has(name, ".shared")   ? Space::kShared
-              : has(name, ".param")  ? Space::kParam
-              : has(name, ".global") ? Space::kGlobal
-                                     : Space::kGeneric;
+    i.space = has(name, ".shared") ? Space::kShared : has(name, ".global") ? Space::kGlobal : Space::kGeneric;
   };
   if (name.starts_with("ld.")) {
     typed();
@@ -413,7 +393,7 @@ bool decode_memory(const std::string& name, Instruction& i) {
     i.run = await_engine;
   } else if (name.starts_with("cp.async.bulk.commit_group") || name.starts_with("fence.") ||
              name.starts_with("membar.") || name.starts_with("prefetch")) {
-    i.run = [](Warp&, const Instruction&, u32) {};
+    i.run = nothing;
   } else {
     return false;
   }

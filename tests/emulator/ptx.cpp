@@ -1,17 +1,13 @@
 #include "tests/emulator/ptx.h"
 
 #include <algorithm>
-#include <bit>
 #include <cctype>
-#include <charconv>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
 
 namespace fovea::emulator {
 namespace {
-
-constexpr u32 kSharedBegin = 1024;  // what the system keeps for itself before it
 
 bool in_name(char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '_' || c == '$' || c == '%'; }
 
@@ -192,9 +188,6 @@ class Reader {
   void body() {
     scopes_.push_back({{}, {}, -1});
     std::vector<int> open{0};
-    if (!dynamic_shared_.empty()) {
-      program_.static_shared_bytes = shared_end_;
-    }
     for (skip(); !open.empty(); skip()) {
       scope_ = open.back();
       if (text_[at_] == '{') {
@@ -208,9 +201,8 @@ class Reader {
         statement();
       }
     }
-    if (!dynamic_shared_.empty()) place_of(dynamic_shared_, shared_end_, shared_);
     program_.static_shared_bytes = shared_end_ - kSharedBegin;
-    scopes_.front().labels.emplace("", 0);
+    program_.dynamic_shared = dynamic_shared_.empty() ? shared_end_ : place_of(dynamic_shared_, shared_end_, shared_);
   }
 
   void statement() {
@@ -342,7 +334,6 @@ class Reader {
       made.begins[static_cast<std::size_t>(made.groups++)] = static_cast<std::uint16_t>(made.operands.size());
     };
     bool begins = true;  // a group
-    i64 sign = 1;
     for (std::size_t x = 0; x < rest.size();) {
       const char c = rest[x];
       if (c == '{') {
@@ -358,11 +349,11 @@ class Reader {
       } else if (c == ',') {
         begins = !open && !inside_address_, ++x;
       } else if (c == '+') {
-        sign = 1, ++x;
+        ++x;
         const std::size_t end = std::min(rest.find_first_of("],", x), rest.size());
         const auto number = immediate(trimmed(rest.substr(x, end - x)));
         if (!number) throw std::runtime_error("PTX: an address of " + std::string(rest));
-        made.operands.back().offset += sign * static_cast<i64>(*number);
+        made.operands.back().offset += static_cast<i64>(*number);
         x = end;
       } else if (c == '|') {
         begins = false, ++x;  // a|b is a group of two

@@ -21,12 +21,13 @@ using u64 = std::uint64_t;
 
 inline constexpr int kLanes = 32;
 inline constexpr u32 kAllLanes = 0xffffffffU;
+inline constexpr u32 kSharedBegin = 1024;  ///< the system keeps the shared memory before it
 
 struct Warp;
 struct Instruction;
 using Run = void (*)(Warp&, const Instruction&, u32 lanes);
 
-enum class Space : std::uint8_t { kGeneric, kGlobal, kShared, kParam };
+enum class Space : std::uint8_t { kGeneric, kGlobal, kShared };
 
 /// What lies at an address of global memory or of parameters, which are the host's.
 template <class T>
@@ -82,9 +83,10 @@ struct Program {
 
   std::vector<Instruction> code;
   std::deque<Constant> constants;
-  u32 file_bytes = 0, predicates = 0;            ///< of a warp's registers
-  u32 param_bytes = 0, static_shared_bytes = 0;  ///< dynamic shared memory follows the static
-  u32 cluster = 1;                               ///< blocks
+  u32 file_bytes = 0, predicates = 0;  ///< of a warp's registers
+  u32 param_bytes = 0, static_shared_bytes = 0;
+  u32 dynamic_shared = 0;  ///< where it begins: behind the static
+  u32 cluster = 1;         ///< blocks
   std::vector<std::string> lines;
   std::vector<std::byte> globals;
 

@@ -2,7 +2,6 @@
 
 #include "tests/emulator/instructions.h"
 #include "tests/emulator/numbers.h"
-#include "tests/emulator/warp.h"
 
 // What the lanes of a warp, the warps of a block and the blocks of a cluster do together.
 namespace fovea::emulator {
@@ -11,8 +10,7 @@ namespace {
 u32 members(Warp& w, const Operand& mask, u32 lanes) { return w.in<u32>(mask)[std::countr_zero(lanes)]; }
 
 void shuffle(Warp& w, const Instruction& i, u32 lanes) {
-  const std::size_t last = static_cast<std::size_t>(i.groups) - 1;
-  if (!w.together(lanes, members(w, i.operand(static_cast<int>(last)), lanes))) return;
+  if (!w.together(lanes, members(w, i.operand(i.groups - 1), lanes))) return;
   const auto results = i.group(0);
   std::array<u32, kLanes> from{};
   std::copy_n(w.in<u32>(i.operand(1)), kLanes, from.begin());
@@ -43,9 +41,7 @@ void vote(Warp& w, const Instruction& i, u32 lanes) {
   const u32 yes = w.holds(i.operand(1)) & lanes;
   if (i.letter == 'b') {
     u32* to = w.out<u32>(i.operand(0));
-    for (int l = 0; l < kLanes; ++l) {
-      if ((lanes >> l & 1U) != 0) to[l] = yes;
-    }
+    each_lane(lanes, [&](int l) { to[l] = yes; });
     return;
   }
   const bool result = i.letter == 'a' ? yes != 0 : i.letter == 'l' ? yes == lanes : yes == 0 || yes == lanes;
@@ -72,9 +68,7 @@ void reduce(Warp& w, const Instruction& i, u32 lanes) {
     first = false;
   }
   u32* to = w.out<u32>(i.operand(0));
-  for (int l = 0; l < kLanes; ++l) {
-    if ((lanes >> l & 1U) != 0) to[l] = sum;
-  }
+  each_lane(lanes, [&](int l) { to[l] = sum; });
 }
 
 /// bar.sync id {, threads};  bar.arrive;  bar.red.or p, id {, threads}, q.
@@ -117,12 +111,8 @@ void wait_for_cluster(Warp& w, const Instruction& /*i*/, u32 /*lanes*/) {
 void map_address(Warp& w, const Instruction& i, u32 lanes) {
   const u32 *address = w.in<u32>(i.operand(1)), *rank = w.in<u32>(i.operand(2));
   u32* to = w.out<u32>(i.operand(0));
-  for (int l = 0; l < kLanes; ++l) {
-    if ((lanes >> l & 1U) != 0) to[l] = 1U << 31 | rank[l] << 24 | address[l];
-  }
+  each_lane(lanes, [&](int l) { to[l] = 1U << 31 | rank[l] << 24 | address[l]; });
 }
-
-void nothing(Warp& /*w*/, const Instruction& /*i*/, u32 /*lanes*/) {}
 
 }  // namespace
 

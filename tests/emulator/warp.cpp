@@ -9,30 +9,28 @@ namespace {
 
 constexpr std::size_t kAlignment = 256, kGuard = 4096;
 constexpr int kSlice = 2000;  // instructions of a warp at a time
-constexpr std::array kSpecials{"param",
-                               "%tid.x",
-                               "%tid.y",
-                               "%tid.z",
-                               "%ntid.x",
-                               "%ntid.y",
-                               "%ntid.z",
-                               "%ctaid.x",
-                               "%ctaid.y",
-                               "%ctaid.z",
-                               "%nctaid.x",
-                               "%nctaid.y",
-                               "%nctaid.z",
-                               "%laneid",
-                               "%clock",
-                               "%cluster_ctarank",
-                               "%smid",
-                               "%warpid",
-                               "%clusterid.x",
-                               "%nclusterid.x",
-                               "%cluster_nctarank",
-                               "%cluster_ctaid.x",
-                               "%cluster_nctaid.x",
-                               "%globaltimer"};
+
+/// Special registers; a kernel's parameters are one, too.
+struct Special {
+  const char* name;
+  u64 (*value)(Warp& w, u32 thread);
+};
+constexpr std::array kSpecials{
+    Special{"param", [](Warp& w, u32) { return reinterpret_cast<u64>(w.block.launch.params.data()); }},
+    Special{"%tid.x", [](Warp& w, u32 thread) { return u64{thread % w.block.launch.block.x}; }},
+    Special{"%tid.y", [](Warp& w, u32 thread) { return u64{thread / w.block.launch.block.x}; }},
+    Special{"%ntid.x", [](Warp& w, u32) { return u64{w.block.launch.block.x}; }},
+    Special{"%ntid.y", [](Warp& w, u32) { return u64{w.block.launch.block.y}; }},
+    Special{"%ctaid.x", [](Warp& w, u32) { return u64{w.block.at.x}; }},
+    Special{"%ctaid.y", [](Warp& w, u32) { return u64{w.block.at.y}; }},
+    Special{"%ctaid.z", [](Warp& w, u32) { return u64{w.block.at.z}; }},
+    Special{"%nctaid.x", [](Warp& w, u32) { return u64{w.block.launch.grid.x}; }},
+    Special{"%nctaid.y", [](Warp& w, u32) { return u64{w.block.launch.grid.y}; }},
+    Special{"%nctaid.z", [](Warp& w, u32) { return u64{w.block.launch.grid.z}; }},
+    Special{"%laneid", [](Warp&, u32 thread) { return u64{thread % kLanes}; }},
+    Special{"%clock", [](Warp& w, u32) { return u64{w.block.launch.clock += 7}; }},
+    Special{"%cluster_ctarank", [](Warp& w, u32) { return u64{w.block.rank}; }},
+};
 
 std::string hex(u64 x) {
   std::array<char, 24> text{};
@@ -43,7 +41,7 @@ std::string hex(u64 x) {
 }  // namespace
 
 int special_register(std::string_view name) {
-  const auto found = std::ranges::find(kSpecials, name);
+  const auto found = std::ranges::find(kSpecials, name, &Special::name);
   return found == kSpecials.end() ? -1 : static_cast<int>(found - kSpecials.begin());
 }
 
@@ -110,37 +108,10 @@ void Warp::set(const Operand& predicate, u32 which, u32 lanes) {
 const void* Warp::special(const Operand& o, std::size_t bytes) {
   special_turn_ ^= 1U;
   auto& [words, longs] = specials_.at(special_turn_);
-  Launch& launch = block.launch;
-  const Dimensions& threads = launch.block;
-  for (int l = 0; l < kLanes; ++l) {
-    const u32 thread = static_cast<u32>(index * kLanes + l);
-    const auto value = [&]() -> u64 {
-      const std::string_view name = kSpecials.at(o.at);
-      if (name == "param") return reinterpret_cast<u64>(launch.params.data()) + static_cast<u64>(o.offset);
-      if (name == "%tid.x") return thread % threads.x;
-      if (name == "%tid.y") return thread / threads.x % threads.y;
-      if (name == "%tid.z") return thread / threads.x / threads.y;
-      if (name == "%ntid.x") return threads.x;
-      if (name == "%ntid.y") return threads.y;
-      if (name == "%ntid.z") return threads.z;
-      if (name == "%ctaid.x") return block.at.x;
-      if (name == "%ctaid.y") return block.at.y;
-      if (name == "%ctaid.z") return block.at.z;
-      if (name == "%nctaid.x") return launch.grid.x;
-      if (name == "%nctaid.y") return launch.grid.y;
-      if (name == "%nctaid.z") return launch.grid.z;
-      if (name == "%laneid") return static_cast<u64>(l);
-      if (name == "%warpid") return static_cast<u64>(index);
-      if (name == "%clock" || name == "%globaltimer") return launch.clock += 7;
-      if (name == "%cluster_ctarank" || name == "%cluster_ctaid.x") return block.rank;
-      if (name == "%cluster_nctarank" || name == "%cluster_nctaid.x") return launch.program.cluster;
-      if (name == "%clusterid.x") return block.at.x / launch.program.cluster;
-      if (name == "%nclusterid.x") return launch.grid.x / launch.program.cluster;
-      return 0;  // %smid
-    };
-    const u64 number = value();
-    longs[static_cast<std::size_t>(l)] = number;
-    words[static_cast<std::size_t>(l)] = static_cast<u32>(number);
+  for (std::size_t l = 0; l < kLanes; ++l) {
+    const u64 number = kSpecials.at(o.at).value(*this, static_cast<u32>(index) * kLanes + static_cast<u32>(l));
+    longs.at(l) = number + static_cast<u64>(o.offset);
+    words.at(l) = static_cast<u32>(longs.at(l));
   }
   return bytes == 8 ? static_cast<const void*>(longs.data()) : words.data();
 }
@@ -181,11 +152,8 @@ bool Warp::run(int most) {
   const auto next_of_others = [&] {
     u32 least = ~0U;
     for (const Group& group : others) {
-      if (!group.waits) least = std::min(least, group.at);
-    }
-    // Those who wait are joined where they wait.
-    for (const Group& group : others) {
-      if (group.waits && group.at > now.at) least = std::min(least, group.at);
+      // Those who wait are joined where they wait.
+      if (!group.waits || group.at > now.at) least = std::min(least, group.at);
     }
     return least;
   };
@@ -234,10 +202,7 @@ bool Warp::run(int most) {
       continue;
     }
     ++now.at;
-    if (waits) {
-      return true;
-    }
-    if (pauses) return true;
+    if (waits || pauses) return true;
   }
   return true;
 }
@@ -247,11 +212,11 @@ bool Warp::run(int most) {
 Block::Block(Launch& launch, u32 number, u32 rank) : launch(launch), rank(rank) {
   at = {number % launch.grid.x, number / launch.grid.x % launch.grid.y, number / launch.grid.x / launch.grid.y};
   constexpr std::size_t kSwizzle = 1024;
-  shared_bytes = 1024 + launch.program.static_shared_bytes + 1024 + launch.shared_bytes;
-  memory = std::make_unique<std::byte[]>(shared_bytes + kSwizzle);
+  shared_end = launch.program.dynamic_shared + launch.shared_bytes;
+  memory = std::make_unique<std::byte[]>(shared_end + kSwizzle);
   const auto begin = reinterpret_cast<std::uintptr_t>(memory.get());
   shared = memory.get() + (kSwizzle - begin % kSwizzle) % kSwizzle;
-  std::memset(shared, 0xff, shared_bytes);
+  std::memset(shared, 0xff, shared_end);
   const u32 threads = launch.block.x * launch.block.y * launch.block.z;
   for (u32 first = 0; first < threads; first += kLanes) {
     const u32 count = std::min<u32>(threads - first, kLanes);
@@ -270,8 +235,8 @@ void* Block::shared_at(u64 address, int bytes) {
     of = cluster.at(address >> 24 & 0x7fU);
     address &= 0xffffffU;
   }
-  if (address < 1024 || address + static_cast<u64>(bytes) > of->shared_bytes)
-    throw Fault("shared memory at " + std::to_string(address) + " of " + std::to_string(of->shared_bytes));
+  if (address < kSharedBegin || address + static_cast<u64>(bytes) > of->shared_end)
+    throw Fault("shared memory at " + std::to_string(address) + " of " + std::to_string(of->shared_end));
   if (address % static_cast<u64>(bytes) != 0 && std::has_single_bit(static_cast<u32>(bytes)))
     throw Fault("shared memory at " + std::to_string(address) + " in pieces of " + std::to_string(bytes));
   return of->shared + address;
@@ -327,6 +292,27 @@ bool Block::run() {
   return did;
 }
 
+namespace {
+
+/// Where each warp's threads are.
+std::string places_of(const Block& block) {
+  std::string text;
+  for (const auto& warp : block.warps) {
+    text += "\n  warp " + std::to_string(warp->index) + (warp->done() ? " done" : warp->waits ? " at a barrier" : "");
+    std::vector<Group> groups = warp->others;
+    if (warp->now.lanes != 0) groups.push_back(warp->now);
+    for (const Group& group : groups) {
+      text += ", lanes " + hex(group.lanes) + " at ";
+      text += group.at < block.launch.program.code.size()
+                  ? block.launch.program.text_of(block.launch.program.code[group.at])
+                  : "the end";
+    }
+  }
+  return text;
+}
+
+}  // namespace
+
 void run_grid(Launch& launch, u32 at_once) {
   const u32 size = launch.program.cluster, count = launch.grid.x * launch.grid.y * launch.grid.z;
   std::deque<std::unique_ptr<Block>> blocks;
@@ -357,21 +343,7 @@ void run_grid(Launch& launch, u32 at_once) {
     }
     idle = did ? 0 : idle + 1;
     if (idle > kMostIdle) {
-      std::string where;
-      for (const auto& warp : blocks.front()->warps) {
-        const u32 at_now = warp->now.lanes != 0 ? warp->now.at : warp->others.empty() ? 0 : warp->others[0].at;
-        for (const Group& g : warp->others)
-          where += " [" + std::to_string(g.lanes) + " " + launch.program.text_of(launch.program.code[g.at]) + "]";
-        where +=
-            "\n  warp " + std::to_string(warp->index) +
-            (warp->done()  ? " done"
-             : warp->waits ? " at a barrier before "
-                           : " at ") +
-            (warp->done() ? ""
-                          : launch.program.text_of(
-                                launch.program.code[std::min<std::size_t>(at_now, launch.program.code.size() - 1)]));
-      }
-      throw Fault("all threads wait for one another:" + where);
+      throw Fault("all threads wait for one another:" + places_of(*blocks.front()));
     }
   }
 }

@@ -90,9 +90,17 @@ struct Warp {
   [[nodiscard]] u32 holds(const Operand& o) const;
   void set(const Operand& predicate, u32 which, u32 lanes);
 
-  /// What a lane's operand is, whatever its width.
+  /// What a lane's operand is, or becomes, whatever its width.
   u64 number(const Operand& o, int lane) {
     return o.kind == Operand::Kind::kRegister && o.width <= 32 ? in<u32>(o)[lane] : in<u64>(o)[lane];
+  }
+  void put(const Operand& o, int lane, u64 bits) {
+    if (o.kind == Operand::Kind::kSink) return;
+    if (o.width == 64) {
+      out<u64>(o)[lane] = bits;
+    } else {
+      out<u32>(o)[lane] = static_cast<u32>(bits);
+    }
   }
 
   /// Of the lanes that an instruction names all that live are here.  Else false: it is put off.
@@ -142,8 +150,8 @@ struct Block {
   Dimensions at;
   u32 rank;  ///< in its cluster
   std::unique_ptr<std::byte[]> memory;
-  std::byte* shared;
-  u32 shared_bytes;
+  std::byte* shared;  ///< address 0
+  u32 shared_end;
   std::vector<std::unique_ptr<Warp>> warps;
   std::array<NamedBarrier, 16> barriers;
   std::vector<std::function<void()>> engine;  ///< copies in the background, in their order
