@@ -81,6 +81,28 @@ TEST(Emulator, LanesThatPartMeetAgain) {
   for (u32 lane = 0; lane < kLanes; ++lane) EXPECT_EQ(words[lane], 0xaaaaaaaaU + (lane % 2 != 0 ? lane : 0));
 }
 
+TEST(Emulator, LanesThatPollLetTheOthersGoOn) {
+  const std::vector<u32> words =
+      Kernel(
+          "setp.eq.s32 %p1, %r1, 0;\n@!%p1 bra $begun;\nmbarrier.init.shared::cta.b64 [%r2], 1;\n"
+          "$begun:\nbar.sync 0;\n@%p1 bra $first;\n"
+          "{ .reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%r2], 0;\n@!done bra again; }\n"
+          "bra $after;\n$first:\nmbarrier.arrive.shared::cta.b64 _, [%r2];\n$after:\nst.global.u32 [%rd2], 7;\n")
+          .run(kLanes);
+  for (u32 lane = 0; lane < kLanes; ++lane) EXPECT_EQ(words[lane], 7U);
+}
+
+TEST(Emulator, RegistersOutliveTextThatComesBeforeTheirs) {
+  // The second block of the text runs after the third, whose predicate the last one reads.
+  const std::vector<u32> words =
+      Kernel(
+          "bra $first;\n$second:\nsetp.lt.u32 %p2, %r1, 16;\nselp.u32 %r5, 1, 0, %p2;\nbra $last;\n"
+          "$first:\nsetp.eq.u32 %p3, %r1, 3;\nbra $second;\n$last:\nselp.u32 %r6, 10, 0, %p3;\n"
+          "add.s32 %r7, %r5, %r6;\nst.global.u32 [%rd2], %r7;\n")
+          .run(kLanes);
+  for (u32 lane = 0; lane < kLanes; ++lane) EXPECT_EQ(words[lane], (lane < 16 ? 1U : 0U) + (lane == 3 ? 10U : 0U));
+}
+
 TEST(Emulator, ATensorCoreAddsUpAndCutsOff) {
   // A and B hold bf16 ones, C 2^24: 16 more fit, one more is half of the last digit and does not.
   const std::string product =

@@ -426,6 +426,7 @@ class Reader {
           if (v.begin < begin && v.end >= begin && v.end < end) v.end = end, changed = true;
           if (v.read_first && v.begin > begin && v.begin <= end) v.begin = begin, changed = true;
           if (v.read_first && v.begin == begin && v.end < end) v.end = end, changed = true;
+          if (v.begin > begin && v.begin <= end && v.end > end) v.begin = begin, changed = true;  // taken back and on
         }
       }
     }

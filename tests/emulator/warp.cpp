@@ -146,8 +146,9 @@ void Warp::choose() {
 
 bool Warp::run(int most) {
   if (done() || waits) return false;
-  pauses = false;
   for (Group& group : others) group.waits = false;
+  now.waits = pauses;  // who polls lets the others go on
+  pauses = false;
   choose();
   const auto next_of_others = [&] {
     u32 least = ~0U;
