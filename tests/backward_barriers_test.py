@@ -174,6 +174,29 @@ def held(tiles_of_keys):
     return explore(rings, (producer, owner, owner, dq), f"{tiles_of_keys} tiles")
 
 
+def turns(tiles, lag, places=1):
+    """Deterministic: who makes dq has a warp beside the producer pass a step's turn `lag` steps later, which looks the step up; all
+    turns are announced in one place.  How many states there are."""
+    rings = {"q": (2, 1, 2), "dout": (2, 1, 2), "dS": (2, 2, 1), "turns": (places, 1, 1)}
+    producer, owner, dq, passing = [], [], [], []
+    for n in range(tiles + 1):
+        exists = n < tiles
+        producer += [("write", "step", n), ("wait", "q", "empty", n), ("arrive", "q", "full", n)]
+        owner += [("wait", "q", "full", n)]
+        dq += [("wait", "dS", "full", n)]
+        if exists:
+            producer += [("wait", "dout", "empty", n), ("arrive", "dout", "full", n)]
+            owner += [("wait", "dout", "full", n), ("wait", "dS", "empty", n), ("arrive", "dS", "full", n), ("arrive", "dout", "empty", n),
+                      ("arrive", "q", "empty", n)]
+        else:
+            owner += [("wait", "dS", "empty", n), ("arrive", "dS", "full", n)]
+        for m in range(n - lag, n - lag + 1) if exists else range(n - lag, n + 1):
+            dq += [("wait", "turns", "empty", m), ("arrive", "turns", "full", m)] if m >= 0 else []
+        dq += [("arrive", "dS", "empty", n)] if exists else []
+        passing += [("wait", "turns", "full", n), ("read", "step", n), ("arrive", "turns", "empty", n)]
+    return explore(rings, (producer, owner, owner, dq, passing), f"{tiles} tiles, lag {lag}", {"step": STEPS})
+
+
 def explore(rings, scripts, what, places=None):
     """Each actor is a list of what it does; how many states there are.  places: of what is written and read as use n of it; a read
     is as late as it may be, a copy is there as soon as it is asked for."""
@@ -255,9 +278,9 @@ def bias_gradient(key_panels, panels, places, bias_places, sharers):
                    {"panel": places, "step": steps, "bias 0": bias_places, "bias 1": bias_places, "known": bias_places})
 
 
-def take_turns(blocks, key_blocks, row_tiles, heads, abreast, resident, causal):
+def take_turns(blocks, key_blocks, row_tiles, heads, abreast, resident, causal, lag):
     """Deterministic: clusters of `blocks` begin in the order of their tickets, `resident` of them at once, add to dq of a tile from
-    the last key block that sees it to the first, and each block passes a step's turn when it is at the next step.  One of a pair
+    the last key block that sees it to the first, and each block passes a step's turn when it is `lag` steps further.  One of a pair
     needs the other's dS, whose place both have given back two steps before.  What one may do it may do until it does it, so one
     order tells of all."""
     tickets, walks = collections.Counter(), []
@@ -275,10 +298,11 @@ def take_turns(blocks, key_blocks, row_tiles, heads, abreast, resident, causal):
             for block, n in enumerate(added):
                 if n < len(walk) and n < min(now) + 2 and tickets[walk[n][0]] // blocks == walk[n][1]:
                     now[block] += 1
-                    if n > 0:
-                        tickets[walk[n - 1][0]] += 1
+                    if n >= lag:
+                        tickets[walk[n - lag][0]] += 1
                 elif n == len(walk):
-                    tickets[walk[-1][0]] += 1
+                    for tile, _ in walk[-lag:]:
+                        tickets[tile] += 1
                     now[block] += 1
             if min(now) <= len(walk):
                 running.append((walk, tuple(now)))
@@ -319,10 +343,12 @@ if __name__ == "__main__":
     for key_blocks, parts, abreast, lag, more, resident, seed in cases:
         end_dq(key_blocks, parts, 12, abreast, lag * abreast, (lag + more) * abreast, resident, seed)
     print(f"dq ended by blocks: {len(cases)} grids, nobody waits for ever, no sums are mixed")
-    cases = list(itertools.product((1, 2), (1, 3, 5), (5, 8), (1, 2, 4), (1, 2, 3, 7), (False, True)))
-    for blocks, key_blocks, row_tiles, abreast, resident, causal in cases:
-        take_turns(blocks, key_blocks, row_tiles, 8, abreast, resident, causal)
+    cases = list(itertools.product((1, 2), (1, 3, 5), (5, 8), (1, 2, 4), (1, 2, 3, 7), (False, True), (1, 2)))
+    for blocks, key_blocks, row_tiles, abreast, resident, causal, lag in cases:
+        take_turns(blocks, key_blocks, row_tiles, 8, abreast, resident, causal, lag)
     print(f"turns: {len(cases)} grids, nobody waits for ever")
+    counts = [turns(tiles, lag) for tiles in (0, 1, 2, 5, 12) for lag in (1, 2)]
+    print(f"turns passed by a warp of its own: {sum(counts)} states of {len(counts)} walks, nobody waits for ever, no step is overwritten")
     counts = [held(tiles) for tiles in itertools.chain.from_iterable(itertools.product(range(4 - keys // 2), repeat=keys) for keys in (1, 2, 3))]
     print(f"all keys of a block, dq held: {sum(counts)} states of {len(counts)} walks, nobody waits for ever")
     for name, *of in (("d 128", 2, 4, 5, 2), ("d 128, an fp32 bias", 2, 4, 5, 1), ("d 64", 1, 2, 4, 2), ("d 64, dv 128", 1, 3, 5, 2)):

@@ -41,7 +41,6 @@ FOVEA_FN constexpr int consumer_registers(const BackwardSpec& s) {
   return (4 * 128 - producer_registers(s) - dq_registers(s)) / 16 * 8;
 }
 
-inline constexpr int kDqStages = 2;  // pieces of dq of a warp that wait to be added
 /// Bytes of 16 rows of those columns.
 FOVEA_FN constexpr int dq_piece_bytes(const BackwardSpec& s) { return 16 * dq_columns(s) * 4; }
 /// The most panels of dq of a tile that a block of a pair makes; of an odd number, both take the middle one in turns.
@@ -62,7 +61,7 @@ struct BackwardSm90Shared {
   int ds, ds_stage;        // two tiles, [row][key]: one is written while the other is read; first P, if keys are shared
   int other_ds;            // likewise the other block's of a pair
   int dropped;             // two tiles' of what dropout drops, a word each thread, if keys are shared
-  int dq;                  // what waits to be added, warp by warp, where keys are not shared
+  int dq, dq_stages;       // what waits to be added by the copy engine, warp by warp: so many pieces each
   int statistics;          // log2_lse and delta of each stage
   int statistics_of_tile;  // bytes of one of them
   int words, words_stage;  // a mask's, of each stage: word by word of 32 keys, row by row
@@ -72,7 +71,13 @@ struct BackwardSm90Shared {
   int held, held_tiles;  // of rows whose dq is held: as many as there is room for
   int total;
 
+  /// Pairs of blocks add dq from registers, in turns one of two panels by the engine, where there is room for it.
   FOVEA_FN static constexpr BackwardSm90Shared of(const BackwardSpec& s) {
+    if (s.holds_dq) return with(s, 0);
+    if (!shares_keys(s)) return with(s, 2);
+    return with(s, s.deterministic && with(s, 1).total <= kMostShared ? 1 : 0);
+  }
+  FOVEA_FN static constexpr BackwardSm90Shared with(const BackwardSpec& s, int dq_stages) {
     BackwardSm90Shared at{};
     const int keys = keys_of_block(s);
     at.v = at.k + tile_bytes(keys, s.head_dim);
@@ -86,7 +91,8 @@ struct BackwardSm90Shared {
     at.other_ds = at.ds + 2 * at.ds_stage;
     at.dropped = at.other_ds + (shares_keys(s) ? 2 * at.ds_stage : 0);
     at.dq = at.dropped + (shares_keys(s) && s.dropout ? 2 * kDroppedBytes : 0);
-    at.statistics = at.dq + (shares_keys(s) || s.holds_dq ? 0 : 4 * kDqStages * dq_piece_bytes(s));
+    at.dq_stages = dq_stages;
+    at.statistics = at.dq + 4 * dq_stages * dq_piece_bytes(s);
     at.statistics_of_tile = 4 * s.block_m;
     at.words = at.statistics + 2 * s.stages * at.statistics_of_tile;
     at.words_stage = s.mask ? s.block_m * keys / 8 : 0;

@@ -293,7 +293,7 @@ struct Backward {
           [&](OperandB(&pair)[2], int j, int k) { load_b_columns(pair, b, k, 8 * j); },
           [](int) { return Accumulator{}; });
     }
-    if constexpr (S.deterministic && kBegin == 0) Turn{step(n)}.await(p);
+    if constexpr (S.deterministic && kBegin == 0) Turn::await(p, step(n));
     float* const sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
 #pragma unroll
     for (int i = 0; i < Dq::kM; ++i) {
@@ -321,7 +321,7 @@ struct Backward {
 
   /// Called behind a barrier that all additions of step n, if there is one, came before.
   FOVEA_DEVICE void pass_turn(int n) const {
-    if (n >= 0 && threadIdx.x == 0) Turn{step(n)}.pass(p);
+    if (n >= 0 && threadIdx.x == 0) Turn::pass(p, step(n).slot);
   }
 
   FOVEA_DEVICE float* slope_part(int head) const {

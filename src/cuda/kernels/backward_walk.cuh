@@ -205,14 +205,11 @@ struct Walk {
   }
 };
 
-/// Where results must have the same bits in every run, dq is added up key block by key block.  kAdders: thread blocks
-/// that share a key block.
+/// Where results must have the same bits in every run, dq is added up key block by key block.
 struct Turn {
-  const Step& step;
-
-  /// Waits until all key blocks before this one have added; by a whole warp.
+  /// Waits until all key blocks before this one have added, each of which kAdders thread blocks share; by a whole warp.
   template <int kAdders = 1>
-  FOVEA_DEVICE void await(const BackwardParams& p) const {
+  FOVEA_DEVICE static void await(const BackwardParams& p, const Step& step) {
     const int turn = step.turn;
     const int* ticket = p.tickets + step.slot;
     int now;
@@ -220,14 +217,9 @@ struct Turn {
       asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(ticket) : "memory");
     } while (uniform(now / kAdders != turn));
   }
-  /// Lets the next key block add; by one thread, after a barrier that follows all additions.
-  template <int kAdders = 1>
-  FOVEA_DEVICE void pass(const BackwardParams& p) const {
-    if constexpr (kAdders == 1) {
-      asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p.tickets + step.slot), "r"(step.turn + 1) : "memory");
-    } else {
-      asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(p.tickets + step.slot) : "memory");
-    }
+  /// Lets the next key block add to a slot; by one thread, after a barrier that follows all additions.
+  FOVEA_DEVICE static void pass(const BackwardParams& p, i64 slot) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(p.tickets + slot) : "memory");
   }
 };
 

@@ -51,6 +51,7 @@ FOVEA_DEVICE void backward_sm90(const BackwardSm90Params& p) {
     state.q.begin(S.warps, S.mask ? 1 + kWarp : 1), state.dout.begin(kPairs ? 4 : S.warps);
     state.ds.begin(kPairs ? 8 : 4, kPairs ? 1 : S.warps * kArrivals);
     if constexpr (S.bias) state.bias.begin(kPairs ? 4 : S.warps, p.bias_by_engine ? 1 : 4 * kArrivals);
+    if constexpr (S.deterministic) state.turns.begin(1, 4 * kArrivals);
     if constexpr (S.holds_dq) state.keys_read.begin((S.warps + 4) * kArrivals);
     state.weights.begin(4, 4 * kArrivals), state.looked.begin(4, 4 * kArrivals);
     state.spoiled[0] = state.spoiled[1] = false;

@@ -16,13 +16,18 @@ struct BackwardDq {
   static constexpr int kColumns = dq_columns(S), kPanels = (S.head_dim + kColumns - 1) / kColumns,
                        kKeyPanel = kKeys * kPanelRowBytes;
   static constexpr int kPieces = kColumns / 8;  // of 16 rows of a product
+  static constexpr int kStages = BackwardLayout<S>::kShared.dq_stages;
+  static constexpr bool kOne = kPanels == 1 && S.block_m == kGroupRows;  // a step is one product
   /// Of a step's two products the first is added from registers, so that the second can begin sooner and only half as
-  /// much waits for the copy engine, which adds the second.  Not in turns, which wait for the engine alone, and not
-  /// where the second one is narrow.
+  /// much waits for the copy engine, which adds the second, if it is as wide.  In turns, which wait until all is added,
+  /// the engine, which takes longer, has the first one.
   static constexpr bool kBothWays =
-      !kPairs && !S.deterministic && (kPanels == 1 ? S.block_m > kGroupRows : S.head_dim % kPanelColumns == 0);
-  /// So many pieces of the second, or only one, are added from registers.
-  static constexpr int kDirect = kBothWays ? 2 : kPanels == 1 && kPieces > 8 && !S.deterministic ? 4 : 0;
+      !kPairs && !kOne && (kPanels == 1 ? !S.deterministic : S.deterministic || S.head_dim % kPanelColumns == 0);
+  static constexpr int kUnroll = S.deterministic ? 2 : 1;  // spares registers, and is twice the text
+  /// So many pieces of the engine's are added from registers.
+  static constexpr int kDirect = S.deterministic ? 0 : kBothWays ? 2 : kPanels == 1 && kPieces > 8 ? 4 : 0;
+  /// Turns are passed so many steps later, while a product is made: additions take longer than one.
+  static constexpr u32 kLag = kOne && !kPairs ? 2 : 1;
   /// Pieces of 16 rows that are contiguous in dq_sum.
   static constexpr int kRun =
       Pieces::kM == 1 ? kPieces : math::smaller(Pieces::kN & -Pieces::kN, kDirect > 0 ? kDirect : kPieces);
@@ -56,18 +61,18 @@ struct BackwardDq {
       if (!uniform(step(n).exists)) break;
       const bool spoiled = !kPairs && uniform(state.spoiled[n & 1]);
       if constexpr (kPairs) make_half(n);
-#pragma unroll 1
+#pragma unroll(kUnroll)
       for (int row = 0; row < (kPairs ? 0 : S.block_m); row += kGroupRows) {
-#pragma unroll 1
+#pragma unroll(kUnroll)
         for (int panel = 0; panel < kPanels; ++panel, ++sent) {
           Sum dq;
-          make(dq, n, row, panel, spoiled, row + panel == 0);
-          if (kBothWays && row + panel == 0) {
+          const bool first = row + panel == 0;
+          make(dq, n, row, panel, spoiled, first, kOne || !first);
+          if (kBothWays && first != S.deterministic) {
             add<kPieces>(dq[0], state.dq_tile(n), row + warp() * 16, panel);
           } else {
             add<kDirect>(dq[0], state.dq_tile(n), row + warp() * 16, panel, kBothWays ? n : sent);
           }
-          if (S.deterministic && n > 0 && row + panel == 0) pass_turn<1>(n - 1);
         }
       }
       if (spoiled) {
@@ -76,8 +81,8 @@ struct BackwardDq {
       }
       if constexpr (!kPairs) state.ds.release(n);
     }
-    if (S.deterministic && n > 0) {
-      pass_turn<0>(n - 1);
+    if constexpr (S.deterministic) {
+      for (u32 left = math::smaller(kLag, n) + 1; left > 0; --left) end_turn<0>(n + 1 - left);
     } else if (!kPairs && lane_id() == 0) {
       await_additions<0>();
     }
@@ -105,7 +110,7 @@ struct BackwardDq {
 #pragma unroll 1
       for (int row = 0; row < S.block_m; row += kGroupRows) {
         Sum dq;
-        make(dq, n, row, 0, spoiled, false);
+        make(dq, n, row, 0, spoiled, false, false);
         add(dq[0], part(tile, row), (begun >> tile & 1) != 0);
       }
       begun |= 1U << tile;
@@ -167,44 +172,49 @@ struct BackwardDq {
 
   // ---- dq is added to dq_sum
 
-  /// Passes step n's turn once all its additions are done; kOpen: later ones of the copy engine, which has the next
-  /// step's first piece by then, so that it is never idle.
+  /// Has step n's turn passed once its additions are done, by a producing warp where one has nothing to do; kOpen:
+  /// later additions of the copy engine.
   template <int kOpen>
-  FOVEA_DEVICE void pass_turn(u32 n) const {
-    if constexpr (kPairs) {
-      __threadfence();  // they are each thread's own
+  FOVEA_DEVICE void end_turn(u32 n) const {
+    if (lane_id() == 0) await_additions<kOpen>();
+    if (p.by_engine && (!S.bias || p.bias_by_engine)) {
+      state.turns.await_empty(n);
+      state.turns.announce(n);
     } else {
-      if (lane_id() == 0) await_additions<kOpen>();
+      meet(kMeeting, 128);
+      if (threadIdx.x % 128 == 0 && step(n).exists) Turn::pass(p, step(n).slot);
     }
-    meet(kMeeting, 128);
-    if (threadIdx.x % 128 == 0) Turn{step(n)}.template pass<kBlocks>(p);
   }
-  /// In pairs, whose additions come from registers, those of the last step are awaited during this one's first product.
-  FOVEA_DEVICE void await_turn(u32 n) const {
-    if (kPairs && n > 0) pass_turn<0>(n - 1);
-    Turn{step(n)}.template await<kBlocks>(p);
-  }
+  FOVEA_DEVICE void await_turn(u32 n) const { Turn::await<kBlocks>(p, step(n)); }
 
   /// This block's panels; of an odd number the blocks of a pair make the middle one by turns.  Added from registers,
-  /// because shared memory has no room for them.
+  /// but in turns all but the last by the engine, where there is room.
   FOVEA_DEVICE void make_half(u32 n) const {
     const int half = kPanels / 2 + static_cast<int>(kPanels % 2 & ~n);
     const int first = rank_in_pair() == 0 ? 0 : half, end = rank_in_pair() == 0 ? half : kPanels;
     if (first == end) {
       state.ds.template release<true>(n);
-      if constexpr (S.deterministic) await_turn(n);
+      if constexpr (S.deterministic) {
+        if (n > 0) end_turn<0>(n - 1);
+        await_turn(n);
+      }
     }
 #pragma unroll 1
     for (int panel = first; panel < end; ++panel) {
       Sum dq;
-      make(dq, n, 0, panel, false, panel == first);
-      if (panel + 1 == end) state.ds.template release<true>(n);
-      add<kPieces>(dq[0], state.dq_tile(n), warp() * 16, panel);
+      const bool last = panel + 1 == end;
+      make(dq, n, 0, panel, false, panel == first, last);
+      if (last) state.ds.template release<true>(n);
+      if (kStages > 0 && !last) {
+        add<0>(dq[0], state.dq_tile(n), warp() * 16, panel);
+      } else {
+        add<kPieces>(dq[0], state.dq_tile(n), warp() * 16, panel);
+      }
     }
   }
 
-  /// A panel of 64 rows; begins: the step's first one.
-  FOVEA_DEVICE void make(Sum& dq, u32 n, int row, int panel, bool spoiled, bool begins) const {
+  /// A panel of 64 rows; first, last: of the step.
+  FOVEA_DEVICE void make(Sum& dq, u32 n, int row, int panel, bool spoiled, bool first, bool last) const {
     pin(dq[0]);
     fence_products();
 #pragma unroll
@@ -213,7 +223,16 @@ struct BackwardDq {
           dq[0], matrix_at(ds(n, other) + row * kPanelRowBytes, 16), matrix_at(keys(panel, other), kKeyPanel), other);
     }
     close_products();
-    if (S.deterministic && begins) await_turn(n);
+    if constexpr (S.deterministic) {
+      if (last && n >= kLag) {
+        if (kPairs && kPanels % 2 == 1 && first) {
+          end_turn<0>(n - kLag);
+        } else {
+          end_turn<1>(n - kLag);
+        }
+      }
+      if (first) await_turn(n);
+    }
     await_products<0>();
     pin(dq[0]);
     if (spoiled || (kPairs && !all_finite(dq[0]))) make_seen(dq[0], n, row + warp() * 16, panel);
@@ -268,7 +287,7 @@ struct BackwardDq {
     }
     if constexpr (kFromRegisters < kPieces) {
       const u32 from = at.dq(warp(), sent);
-      if (lane_id() == 0) await_additions_read<kDqStages - 1>();
+      if (lane_id() == 0) await_additions_read<kStages - 1>();
       __syncwarp();
 #pragma unroll
       for (int j = kFromRegisters; j < kPieces; ++j) store_shared_four(from + j * 512 + lane_id() * 16, dq[j]);

@@ -23,7 +23,10 @@ struct BackwardProducer {
     return !kByEngine || S.bias && !p.bias_by_engine ? 128 : S.mask ? 2 * kWarp : S.bias ? kWarp : 1;
   }
   FOVEA_DEVICE void run() {
-    if (kByEngine && threadIdx.x >= hands()) return;
+    if (kByEngine && threadIdx.x >= hands()) {
+      if (S.deterministic && warp_id() == 3) pass_turns();
+      return;
+    }
     HopperWalk<S>& walk = state.walk;
     load_keys_of_block();
     if (walk.keeps()) walk.begin(p);  // meanwhile
@@ -53,6 +56,19 @@ struct BackwardProducer {
       const int dout_place = state.dout.place(again);
       load_rows_of<S.head_dim_v>(step, at.dout(dout_place), at.delta(dout_place), state.dout.full[dout_place],
                                  p.dout_map, p.dout, p.delta, p.head_dim_v);
+    }
+  }
+
+  /// Passes the turns of steps whose dq has been added, by a warp of its own: a release waits for all that was sent.
+  FOVEA_DEVICE void pass_turns() const {
+#pragma unroll 1
+    for (u32 n = 0;; ++n) {
+      state.turns.await_full(n);
+      const bool exists = uniform(state.step(n).exists);
+      const i64 slot = state.step(n).slot;
+      state.turns.release(n);
+      if (!exists) return;
+      if (lane_id() == 0) Turn::pass(p, slot);
     }
   }
 

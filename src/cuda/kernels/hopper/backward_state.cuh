@@ -29,6 +29,7 @@ struct BackwardState {
   Barrier keys_read;  // by all, where a block has one tile of keys after the other
   BlockTask task;
   bool has_keys;  // the block owns keys of the task's sequence
+  Ring<1> turns;  // of steps whose dq has been added
 
   FOVEA_DEVICE const Step& step(u32 n) const { return walk.steps[n % 8]; }
   FOVEA_DEVICE void begin(const BackwardParams& p, int block) {
@@ -63,6 +64,7 @@ FOVEA_DEVICE int first_key_of_block(int key_block, int rank) {
 template <BackwardSpec S>
 struct BackwardLayout {
   static constexpr BackwardSm90Shared kShared = BackwardSm90Shared::of(S);
+  static constexpr u32 kDqStages = math::larger(kShared.dq_stages, 1);
   u32 base;
   FOVEA_DEVICE u32 k() const { return base + kShared.k; }
   FOVEA_DEVICE u32 v() const { return base + kShared.v; }
