@@ -354,7 +354,9 @@ def contenders_of(library, p, direction, tensors):
     return ready, refusals
 
 
-def measure(library, clock, p, direction):
+def measure(library, clock, p, direction, plain=None):
+    """A row, and Fovea's plan.  plain: the plan without options, in turns with this one, for a GPU held to its power is as fast as
+    what runs beside lets it be."""
     tensors = Tensors(p)
     ready, refusals = contenders_of(library, p, direction, tensors)
     row = {"line": p.one_way(direction), "name": p.name, "pass": direction, "refusals": refusals, "milliseconds": {}}
@@ -373,7 +375,10 @@ def measure(library, clock, p, direction):
         if peer and "dropout" not in p.options:
             ready["fovea"]()
             row["difference"] = difference(results_of(tensors, direction, None), results_of(tensors, direction, ready[peer]()))
-    return row
+        if plain:
+            both = clock.compare({"fovea": ready["fovea"], "plain": plain})
+            row["over_plain"] = both["fovea"] / both["plain"]
+    return row, ready.get("fovea")
 
 
 def memory_of(library, p, direction):
@@ -405,7 +410,7 @@ def ceilings(clock):
 # ---- telling -----------------------------------------------------------------------------------------------------------
 
 
-def tell(row, plain):
+def tell(row):
     figures = row.get("gbytes_per_second") or row["tflops"]
     words = [f"{figures[name]:7.0f}" if name in figures else "      -" for name in ("fovea", *PEERS)]
     ratios = [f"{row['speedup'][name]:6.2f}" if name in row.get("speedup", {}) else "     -" for name in PEERS]
@@ -413,8 +418,7 @@ def tell(row, plain):
     text = f"{label:32.32} {row['pass']:8} {row['milliseconds'].get('fovea', math.nan):8.3f} {' '.join(words)}  {' '.join(ratios)}"
     if row.get("to_beat_over_cudnn"):
         text += f"  {row['to_beat_over_cudnn']:5.2f} to beat"
-    if plain and "fovea" in row["milliseconds"]:
-        row["over_plain"] = row["milliseconds"]["fovea"] / plain
+    if "over_plain" in row:
         text += f"  {row['over_plain']:5.2f}"
     if not row.get("difference", 0) <= 0.02:
         text += f"  DIFFERS by {row['difference']:.3f}"
@@ -444,11 +448,10 @@ def run_list(library, clock, problems, title):
     rows, plain = [], {}
     for p in problems:
         for direction in p.passes():
-            row = measure(library, clock, p, direction)
             alike = problems[0].name and p.shape() == problems[0].shape()
-            if p is problems[0]:
-                plain[direction] = row["milliseconds"].get("fovea")
-            tell(row, plain.get(direction) if alike else None)
+            row, plan = measure(library, clock, p, direction, plain.get(direction) if alike else None)
+            plain.setdefault(direction, plan)
+            tell(row)
             rows.append(row)
     summary = summary_of(rows)
     for what, figures in summary.items():

@@ -77,7 +77,7 @@ class Ceilings:
 def measure(library, clock, ceilings, p, direction):
     dtype = p.line.split()[1]
     ceilings.measure(dtype)
-    row = peers.measure(library, clock, p, direction)
+    row, _ = peers.measure(library, clock, p, direction)
     ceilings.measure(dtype)
     row["dtype"] = dtype
     row["gflops"] = {name: 1e3 * figure for name, figure in row.pop("tflops").items()}
