@@ -190,8 +190,8 @@ def turns(tiles, lag, places=1):
                       ("arrive", "q", "empty", n)]
         else:
             owner += [("wait", "dS", "empty", n), ("arrive", "dS", "full", n)]
-        for m in range(n - lag, n - lag + 1) if exists else range(n - lag, n + 1):
-            dq += [("wait", "turns", "empty", m), ("arrive", "turns", "full", m)] if m >= 0 else []
+        for m in range(max(n - lag, 0), n - lag + 1 if exists else n + 1):
+            dq += [("wait", "turns", "empty", m), ("arrive", "turns", "full", m)]
         dq += [("arrive", "dS", "empty", n)] if exists else []
         passing += [("wait", "turns", "full", n), ("read", "step", n), ("arrive", "turns", "empty", n)]
     return explore(rings, (producer, owner, owner, dq, passing), f"{tiles} tiles, lag {lag}", {"step": STEPS})
@@ -349,6 +349,12 @@ if __name__ == "__main__":
     print(f"turns: {len(cases)} grids, nobody waits for ever")
     counts = [turns(tiles, lag) for tiles in (0, 1, 2, 5, 12) for lag in (1, 2)]
     print(f"turns passed by a warp of its own: {sum(counts)} states of {len(counts)} walks, nobody waits for ever, no step is overwritten")
+    try:
+        turns(12, 2, places=2)
+    except AssertionError as fault:
+        assert "step is overwritten" in str(fault)
+    else:
+        raise AssertionError("with two places for turns and two steps between, a step should be overwritten")
     counts = [held(tiles) for tiles in itertools.chain.from_iterable(itertools.product(range(4 - keys // 2), repeat=keys) for keys in (1, 2, 3))]
     print(f"all keys of a block, dq held: {sum(counts)} states of {len(counts)} walks, nobody waits for ever")
     for name, *of in (("d 128", 2, 4, 5, 2), ("d 128, an fp32 bias", 2, 4, 5, 1), ("d 64", 1, 2, 4, 2), ("d 64, dv 128", 1, 3, 5, 2)):
