@@ -173,7 +173,7 @@ ForwardShape shape_forward(const Problem& problem, int workers, const FlashKerne
   shape.workers = workers;
   shape.max_rows = problem.seqlen_q * (problem.num_q_heads / problem.num_kv_heads);
   const i64 heads = problem.batch * problem.num_kv_heads;
-  shape.pairs = kernels.pairs && problem.dtype == DType::kBFloat16 && shape.max_rows > kernels.float_rows;
+  shape.pairs = kernels.pairs && problem.dtype == DType::kBFloat16 && shape.max_rows > kernels.rows_in_place;
   const bool even = !math::BandRule::of(problem).bounded();
   const i64 tasks_a_worker = shape.pairs && even ? 2 : 4;  // so that workers end at about the same time
   const i64 shared = ceil_div(heads * shape.max_rows, tasks_a_worker * workers);

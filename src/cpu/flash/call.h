@@ -62,9 +62,9 @@ struct BackwardShape {
 /// The functions of one instruction set.  With a null workspace, forward and backward only return how many bytes they
 /// need.
 struct FlashKernels {
-  int panel_rows;  // rows that one panel of vectors holds
-  bool pairs;      // whether bf16 can be multiplied in pairs; all else is multiplied as floats
-  i64 float_rows;  // up to so many rows bf16 is faster as floats than in pairs, which have to be put side by side
+  int panel_rows;     // rows that one panel of vectors holds
+  bool pairs;         // whether bf16 can be multiplied in pairs; all else is multiplied as floats
+  i64 rows_in_place;  // up to so many rows reading bf16 where it lies is faster than packing it in pairs
   std::size_t (*forward)(const FlashCall&, const ForwardShape&, std::byte* workspace);
   std::size_t (*backward)(const FlashCall&, const BackwardShape&, std::byte* workspace);
   double (*multiply_add)(i64 rounds);        // runs independent FMAs, returns how many FLOPs that was

@@ -46,7 +46,7 @@ FlashKernels kernels() {
   return {
       .panel_rows = static_cast<int>(kPanelRows),
       .pairs = kHasPairs,
-      .float_rows = kHasTiles ? 4 : 8,
+      .rows_in_place = kHasTiles ? 4 : 16,
       .forward = &run<Forward, ForwardShape>,
       .backward = &run<Backward, BackwardShape>,
       .multiply_add = &run_multiply_adds<Word::kFloat>,

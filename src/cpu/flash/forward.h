@@ -18,6 +18,8 @@ inline constexpr i64 kStripKeys = kWord == Word::kPair ? kTileStrip : kForwardKe
 template <Word kWord>
 inline constexpr i64 kMaskKeys = kWord == Word::kPair ? kPackedKeys<kWord> : kStripKeys<kWord>;
 
+inline constexpr i64 kFloatsInL1 = 4096;  // half of a small one
+
 /// The memory of one worker, for any task.
 template <Word kWord>
 struct ForwardScratch {
@@ -273,12 +275,9 @@ class Forward {
       set_rows(my.panels[p], context,
                {group(), part.kv_head * group(), part.first_row + part.rows, math::larger(shape_.row_lanes, i64{1})},
                part.first_row);
-      if (few_rows()) {
-        pack_few_rows(my, p, context);
-      } else {
+      if (!few_rows())
         pack_panel<kWord>(my.q + p * my.q_floats, my.rows, my.bad, my.panels[p], context, call_.q, call_.head_dim,
                           context.fold());
-      }
     }
     const i64 scores = (few_rows() ? panels * kJoinedKeys : kStripKeys<kWord>)*kPanelRows;
     for (i64 x = 0; x < scores; x += kWidth) store(my.s + x, V{});  // lanes that no product reaches
@@ -299,15 +298,17 @@ class Forward {
       my.reference[x] = -kInfinity;
       my.sum_of_p[x] = 0.0F;
     }
+    for (i64 p = 0; p < panels && few_rows(); ++p) pack_few_rows(my, p, context, in_place);
     const i64 step = few_rows() ? kJoinedKeys : packed_keys(), first = few_rows() ? kJoinedKeys : kForwardKeys;
     for (i64 j = keys.begin / first * first, end = j; j < keys.end; j = end) {
       end = math::smaller((j / step + 1) * step, keys.end);  // the same cuts wherever a task's keys begin
       const Interval tile{j, end};
       if (few_rows()) {
         // Heads whose keys alternate in memory are read together.
-        const i64 together = in_place && call_.k.head < call_.k.row && call_.v.head < call_.v.row ? panels : 1;
+        const bool joined = in_place && call_.k.head < call_.k.row && call_.v.head < call_.v.row;
+        const i64 together = joined ? heads_in_l1(my) : 1;
         for (i64 h = 0; h < panels; h += together)
-          attend_few(my, {h, h + together}, context, tile, block.kv_head, in_place);
+          attend_few(my, {h, math::smaller(h + together, panels)}, context, tile, block.kv_head, in_place);
         continue;
       }
       if (in_place) {
@@ -320,6 +321,13 @@ class Forward {
       }
       my.v_columns.take(my.v, tile.end - tile.begin);
       for (i64 p = 0; p < panels; ++p) attend(my, {p, panels}, context, tile, block.kv_head);
+    }
+    if (few_rows() && in_place && in_pairs(call_.type, call_.head_dim_v)) {
+      for (i64 x = 0; x < panels * my.o_floats; x += 2 * kWidth) {
+        V low = load(my.o + x), high = load(my.o + x + kWidth);
+        swap_halves<kWidth / 4>(low, high, AllLanes{}), swap_halves<kWidth / 2>(low, high, AllLanes{});
+        store(my.o + x, low), store(my.o + x + kWidth, high);
+      }
     }
     V taint{};  // 0·x is NaN where x is not finite
     for (i64 x = 0; x < panels * my.o_floats && in_place; x += kWidth) taint += load(my.o + x) * 0.0F;
@@ -354,15 +362,25 @@ class Forward {
     for (i64 j = keys.begin; j < keys.end; ++j) fetch_row(context.kv_row(view, j, head), call_.type, rows.dim);
   }
 
-  void pack_few_rows(ForwardScratch<kWord>& my, i64 p, const Context& context) const {
+  /// Heads whose q leaves L1 room for what is read.
+  [[nodiscard]] i64 heads_in_l1(const ForwardScratch<kWord>& my) const {
+    const i64 words = in_pairs(call_.type, call_.head_dim) ? my.q_floats / 2 : my.q_floats;
+    return math::larger(kFloatsInL1 / words, i64{1});
+  }
+
+  void pack_few_rows(ForwardScratch<kWord>& my, i64 p, const Context& context, bool in_place) const {
     const RowVectors vectors(call_.head_dim);
     const Panel& panel = my.panels[p];
     float* q = my.q + p * my.q_floats;
     for (i64 x = 0; x < my.q_floats; x += kWidth) store(q + x, V{});
     for (i64 lane = 0; lane < panel.lanes; lane += panel.parts, q += vectors.floats) {
       if (panel.query[lane] >= context.sequence.band.seqlen_q) continue;
-      widen_row(my.rows, context.q_row(call_.q, panel.query[lane], panel.head[lane]), call_.type, vectors.dim,
-                vectors.floats);
+      const char* row = context.q_row(call_.q, panel.query[lane], panel.head[lane]);
+      if (in_place && in_pairs(call_.type, vectors.dim)) {
+        pair_row(q, row, vectors.dim, vectors.dim / 2);
+        continue;
+      }
+      widen_row(my.rows, row, call_.type, vectors.dim, vectors.floats);
       vectors.split(q, my.rows, context.fold());
     }
   }
@@ -377,6 +395,8 @@ class Forward {
                 view.row,
                 view.head,
                 call_.type,
+                in_place && in_pairs(call_.type, packed.dim),
+                context.fold(),
                 RowVectors(packed.dim),
                 (ahead + key_bytes - 1) / key_bytes * view.row,
                 keys.end - keys.begin,
@@ -407,7 +427,7 @@ class Forward {
     FewRows v = few_rows_of(my, call_.v, my.v, context, heads, keys, first_head, in_place);
     k.rows = my.q + heads.begin * my.q_floats;
     v.rows = my.o + heads.begin * my.o_floats;
-    with_rows(kWidth / first.parts, k.type, [&]<int kRows, Element kType>() { score_few<kRows, kType>(k); });
+    with_rows(kWidth / first.parts, k, [&]<int kRows, Word kOf, Element kType>() { score_few<kRows, kOf, kType>(k); });
     for (i64 h = heads.begin; h < heads.end; ++h) {
       const Panel& panel = my.panels[h];
       const Tile s{my.s + h * kJoinedKeys * kPanelRows, kPanelRows, keys};
@@ -425,7 +445,8 @@ class Forward {
                        [&](i64 c, i64 lane) { return lane / panel.parts * v.vectors.floats + v.vectors.at(c); });
       }
     }
-    with_rows(kWidth / first.parts, v.type, [&]<int kRows, Element kType>() { add_values_of_few<kRows, kType>(v); });
+    with_rows(kWidth / first.parts, v,
+              [&]<int kRows, Word kOf, Element kType>() { add_values_of_few<kRows, kOf, kType>(v); });
   }
 
   /// S of a strip becomes P.  True where O has to be multiplied by `rescale`.

@@ -175,6 +175,12 @@ FOVEA_INLINE V round_side_by_side(V first, V second) {
   return V(_mm512_mask_shuffle_epi8(__m512i(odd), 0x3333333333333333U, __m512i(even), from_high));
 }
 
+/// Elements of two rows as pairs, in the order of halves of 128 bits: words 0 to 3 of each, then words 4 to 7.
+FOVEA_INLINE void pair_rows(V (&pairs)[2], V first, V second) {
+  pairs[0] = V(_mm512_unpacklo_epi16(__m512i(first), __m512i(second)));
+  pairs[1] = V(_mm512_unpackhi_epi16(__m512i(first), __m512i(second)));
+}
+
 /// Those two, each to a place of its own.
 FOVEA_INLINE void store_apart(float* first, float* second, V pairs) {
   _mm256_storeu_ps(first, _mm512_castps512_ps256(__m512(pairs)));
@@ -184,6 +190,7 @@ FOVEA_INLINE void store_apart(float* first, float* second, V pairs) {
 V round_to_pairs(V first, V second);  // of a CPU without, and never called
 V side_by_side(V pairs);
 V round_side_by_side(V first, V second);
+void pair_rows(V (&pairs)[2], V first, V second);
 void store_apart(float* first, float* second, V pairs);
 #endif
 
