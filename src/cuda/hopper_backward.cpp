@@ -14,9 +14,9 @@ namespace fovea::cuda {
 namespace {
 
 constexpr int kWarps = 8, kStages = 2;
-constexpr std::int64_t kMostAbreast = 4;    // kv heads; more do not fit into L2
-constexpr std::int64_t kMostInTurns = 32;   // where dq is added up in turns, so that fewer of a head's blocks wait
-constexpr std::int64_t kInTurns = 1 << 22;  // elements of q of those, beside which L2 has room for dout and the sums
+constexpr std::int64_t kMostAbreast = 4;   // kv heads; more do not fit into L2
+constexpr std::int64_t kMostInTurns = 32;  // where dq is added up in turns, so that fewer of a head's blocks wait
+constexpr std::int64_t kInL2 = 1 << 22;    // elements of q of those, beside which L2 has room for dout and the sums
 constexpr std::int64_t kPartOfDq = 512 * 1024;  // bytes of sums that a block, or a cluster of two, turns into dq
 constexpr std::int64_t kFewHeads = 3;           // times dq_lag: with fewer heads no block ends dq
 constexpr int kBiasGradientTile = 128;          // rows, and keys
@@ -33,9 +33,7 @@ struct Tile {
 };
 
 /// How many registers options take, by a rough measure.
-int weight_of(const BackwardSpec& s) {
-  return s.bias + 4 * (s.mask + s.dropout) + 6 * (s.alibi + s.softcap + (s.mask && s.deterministic));
-}
+int weight_of(const BackwardSpec& s) { return s.bias + 4 * (s.mask + s.dropout) + 6 * (s.alibi + s.softcap); }
 
 /// Tiles of all rows that read a kv head.
 std::int64_t tiles_of_rows(const Problem& problem, int block_m) {
@@ -166,7 +164,7 @@ void order_heads(const Problem& problem, BackwardShape& shape) {
     const std::int64_t at_once = multiprocessors() / blocks_of_cluster(spec);
     const std::int64_t of_a_head = problem.seqlen_q * (problem.num_q_heads / problem.num_kv_heads) *
                                    std::max(spec.head_dim, spec.head_dim_v),
-                       together = kInTurns / std::max<std::int64_t>(of_a_head, 1);
+                       together = kInL2 / std::max<std::int64_t>(of_a_head, 1);
     shape.heads_abreast =
         kv_heads_abreast(shape, std::max(std::min(together, kMostInTurns), at_once / shape.key_blocks));
   } else if (spec.band) {
