@@ -14,7 +14,8 @@ struct Spec {
   cuda::Type type = cuda::Type::kBFloat16;
   cuda::Mma mma = cuda::Mma::kHalf16;
   bool async_copy = true;
-  int head_dim = 64;  // 64 or 128
+  int head_dim = 64;                       // 64 or 128
+  static constexpr bool in_place = false;  // operands lie in shared memory
 };
 
 struct Params {

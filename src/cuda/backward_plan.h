@@ -44,11 +44,12 @@ struct BackwardShared {
 
   FOVEA_FN static constexpr BackwardShared of(const BackwardSpec& s) {
     BackwardShared at{};
+    const auto operand = [&](int rows, int dim) { return s.in_place ? 0 : tile_bytes(s.type, rows, dim); };
     at.k = 0;
-    at.v = at.k + tile_bytes(s.type, s.block_n, s.head_dim);
-    at.ring = at.v + tile_bytes(s.type, s.block_n, s.head_dim_v);
-    at.dout = tile_bytes(s.type, s.block_m, s.head_dim);
-    at.statistics = at.dout + tile_bytes(s.type, s.block_m, s.head_dim_v);
+    at.v = at.k + operand(s.block_n, s.head_dim);
+    at.ring = at.v + operand(s.block_n, s.head_dim_v);
+    at.dout = operand(s.block_m, s.head_dim);
+    at.statistics = at.dout + operand(s.block_m, s.head_dim_v);
     at.stage = (at.statistics + 8 * s.block_m + 127) / 128 * 128;
     at.weights = at.ring + s.stages * at.stage;
     at.ds = at.weights + tile_bytes(s.type, s.block_m, s.block_n);

@@ -23,6 +23,7 @@ struct Row {
   struct {
     int block_m, block_n, warps = 8, stages = 1;  // see BackwardSpec
     int min_blocks = 1;                           // on a multiprocessor at once
+    bool in_place = false;                        // operands are read where they lie
   } tile;
 };
 
@@ -31,6 +32,9 @@ constexpr int kBias = 8, kSoftcap = 16;
 int weight_of(const BackwardSpec& s) {
   return s.mask + 2 * s.dropout + 2 * s.alibi + kBias * s.bias + kSoftcap * s.softcap;
 }
+
+// Where shared memory has no room for four tiles of the widest rows.
+constexpr Row kInPlace{{.widest = 512}, {.block_m = 32, .block_n = 16, .in_place = true}};
 
 // Measured on an H100 (docs/notes).  dk and dv of a block fill half of its registers, P and dS a quarter; the first
 // that fits the shared memory is taken.
@@ -69,6 +73,7 @@ constexpr auto kTiles16 = std::to_array<Row>({
     {{.widest = 512, .most_options = 0}, {.block_m = 32, .block_n = 32}},
     {{.widest = 512}, {.block_m = 16, .block_n = 32}},
     {{.widest = 512}, {.block_m = 16, .block_n = 16}},
+    kInPlace,
 });
 constexpr auto kTiles32 = std::to_array<Row>({
     {{.widest = 64, .most_options = 3}, {.block_m = 64, .block_n = 64, .warps = 4}},
@@ -85,12 +90,14 @@ constexpr auto kTiles32 = std::to_array<Row>({
     {{.widest = 256}, {.block_m = 16, .block_n = 16}},
     {{.widest = 512, .most_options = 0}, {.block_m = 16, .block_n = 32}},
     {{.widest = 512}, {.block_m = 16, .block_n = 16}},
+    kInPlace,
 });
 // Without a unit for products, short code matters more than reuse.
 constexpr auto kTilesByShuffles = std::to_array<Row>({
     {{.widest = 512}, {.block_m = 32, .block_n = 32, .warps = 4}},
     {{.widest = 512}, {.block_m = 16, .block_n = 32}},
     {{.widest = 512}, {.block_m = 16, .block_n = 16}},
+    kInPlace,
 });
 
 std::span<const Row> table_of(const BackwardSpec& spec) {
@@ -105,8 +112,11 @@ constexpr std::int64_t kMostSteps = std::int64_t{1} << 31;
 
 int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
 
-/// Columns rounded up to whole products, above 128 to pairs of them, which warps can share out in more ways.
-int whole_products(std::int64_t dim) { return round_up(dim, dim <= 128 ? 16 : 32); }
+/// Columns rounded up to whole products, above 128 to pairs of them, which warps can share out in more ways, and where
+/// they take no shared memory to what all warps share.
+int whole_products(std::int64_t dim, bool in_place = false) {
+  return round_up(dim, dim <= 128 ? 16 : in_place ? 128 : 32);
+}
 
 /// The largest divisor of `of` up to `most`; 1 where `most` is less.
 int largest_divisor(std::int64_t of, std::int64_t most) {
@@ -164,6 +174,9 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
   const auto take = [&](const Row& row) {
     const auto& tile = row.tile;
     spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.stages = tile.stages;
+    spec.in_place = tile.in_place;
+    spec.head_dim = whole_products(problem.head_dim, tile.in_place);
+    spec.head_dim_v = whole_products(problem.head_dim_v, tile.in_place);
     shape.min_blocks = tile.min_blocks;
   };
   const auto fits = [&](const Row& row) {
@@ -194,6 +207,7 @@ std::string name_of(const BackwardShape& shape) {
   std::string name = tile_text(s.block_m, s.block_n, s.stages) + ", " + std::to_string(s.warps) + " warps";
   if (shape.min_blocks > 1) name += ", " + std::to_string(shape.min_blocks) + " blocks";
   if (s.holds_dq) name += ", dq held";
+  if (s.in_place) name += ", operands in place";
   return name;
 }
 

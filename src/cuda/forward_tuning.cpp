@@ -31,6 +31,7 @@ struct Row {
     int block_m, block_n, warps = 4, across = 1, slices = 1, stages = 2;  // see ForwardSpec
     int min_blocks = 1;                                                   // on a multiprocessor at once
     bool spread = false, swizzled = false, halved_q = false;              // spread: copies are
+    bool in_place = false;                                                // Q is read where it lies
   } tile;
 };
 
@@ -143,6 +144,7 @@ constexpr auto kTiles32 = std::to_array<Row>({
 constexpr auto kTilesByShuffles = std::to_array<Row>({
     {{.widest = 256}, {.block_m = 64, .block_n = 16, .stages = 1}},
     {{.widest = 512}, {.block_m = 16, .block_n = 16, .warps = 1, .stages = 1}},
+    {{.widest = 512}, {.block_m = 32, .block_n = 16, .warps = 2, .stages = 1, .in_place = true}},
 });
 
 std::span<const Row> table_of(const ForwardSpec& spec) {
@@ -247,6 +249,7 @@ std::string name_of(const ForwardShape& shape) {
   if (s.spread_copies) name += ", copies spread";
   if (s.swizzled) name += ", swizzled";
   if (s.halved_q) name += ", Q halved";
+  if (s.in_place) name += ", operands in place";
   return name;
 }
 
@@ -274,6 +277,7 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
     spec.head_dim_v = round_up(columns, std::max(16 * tile.across, 8 * tile.slices));
     spec.swizzled = tile.swizzled && (swizzled(spec.type, spec.head_dim) || swizzled(spec.type, spec.head_dim_v));
     spec.spread_copies = tile.spread, spec.halved_q = tile.halved_q && spec.mma == Mma::kTf32x3;
+    spec.in_place = tile.in_place;
     shape.min_blocks = tile.min_blocks;
     if (!spec.async_copy) spec.stages = 1, spec.spread_copies = spec.swizzled = false;
   };

@@ -47,6 +47,7 @@ struct ForwardSpec {
   int stages = 2;              // tiles of keys in flight
   bool spread_copies = false;  // they leave between the steps of a product
   bool swizzled = false;       // tiles of keys are, where their rows may be
+  bool in_place = false;       // Q stays where it lies, and is read there
   bool halved_q = false;       // Q lies as the halves of TF32, and need not be halved for each tile of keys
   bool pack_gqa = false;       // a row is a query and a head of the group, not a query of one head
   bool split = false;          // keys are shared out to several blocks, whose parts are combined
@@ -64,7 +65,8 @@ struct ForwardSpec {
 /// Shared memory of a block: Q, in whose place O leaves; then of each slice `stages` times K and V, in whose place it
 /// leaves O, references and sums for the others; then P, where warps share rows.
 FOVEA_FN constexpr int q_bytes(const ForwardSpec& s) {
-  return s.block_m * math::larger(pitch_of(s.type, s.head_dim) * (s.halved_q ? 2 : 1), pitch_of(s.type, s.head_dim_v));
+  const int pitch = s.in_place ? 0 : pitch_of(s.type, s.head_dim) * (s.halved_q ? 2 : 1);
+  return s.block_m * math::larger(pitch, pitch_of(s.type, s.head_dim_v));
 }
 FOVEA_FN constexpr int stage_bytes(const ForwardSpec& s) {
   return tile_bytes(s.type, s.block_n, s.head_dim, s.swizzled) +
@@ -92,6 +94,7 @@ struct BackwardSpec {
   int block_n = 128;    // keys
   int warps = 8;
   int stages = 2;              // tiles of rows in flight: 1 or 2, or 3 for the leapfrog
+  bool in_place = false;       // q, k, v and dout stay where they lie, and are read there
   bool deterministic = false;  // dq is added up in one order of the key blocks
   bool holds_dq = false;       // a block has all keys of its rows, and their dq in shared memory
   bool ends_dq = false;        // some blocks turn the sums of dq into dq while others add those of later heads
@@ -113,8 +116,8 @@ FOVEA_FN constexpr void each_field(const ForwardSpec& s, F&& f) {
   f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
   f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("across", s.across);
   f("slices", s.slices), f("stages", s.stages);
-  f("spread_copies", s.spread_copies), f("swizzled", s.swizzled), f("halved_q", s.halved_q), f("pack_gqa", s.pack_gqa),
-      f("split", s.split);
+  f("spread_copies", s.spread_copies), f("swizzled", s.swizzled), f("in_place", s.in_place);
+  f("halved_q", s.halved_q), f("pack_gqa", s.pack_gqa), f("split", s.split);
   f("band", s.band), f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
   f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);
 }
@@ -123,6 +126,7 @@ FOVEA_FN constexpr void each_field(const BackwardSpec& s, F&& f) {
   f("type", s.type), f("mma", s.mma), f("async_copy", s.async_copy);
   f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
   f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("stages", s.stages);
+  f("in_place", s.in_place);
   f("deterministic", s.deterministic), f("holds_dq", s.holds_dq), f("ends_dq", s.ends_dq);
   f("band", s.band), f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
   f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);

@@ -95,11 +95,29 @@ struct Backward {
   FOVEA_DEVICE T tile_at(int offset) const {
     return {fresh(shared) + offset};
   }
-  FOVEA_DEVICE KTile k_tile() const { return tile_at<KTile>(kShared.k); }
-  FOVEA_DEVICE VTile v_tile() const { return tile_at<VTile>(kShared.v); }
-  FOVEA_DEVICE QTile q_tile(int stage) const { return tile_at<QTile>(kShared.ring + stage * kShared.stage); }
-  FOVEA_DEVICE DoutTile dout_tile(int stage) const {
-    return tile_at<DoutTile>(kShared.ring + stage * kShared.stage + kShared.dout);
+  template <int kDim>
+  FOVEA_DEVICE auto place_keys(const RowView& view, int keys, int columns) const {
+    return place_tile<S.type, kDim, Order>(sequence.kv_row(view, key(), walk.kv_head), view.row, keys - key(), columns);
+  }
+  template <int kDim>
+  FOVEA_DEVICE auto place_rows(const char* first, i64 stride, int tile, int columns) const {
+    return place_tile<S.type, kDim>(first, stride, sequence.band.seqlen_q - tile * S.block_m, columns);
+  }
+  FOVEA_DEVICE auto k_tile() const {
+    if constexpr (S.in_place) return place_keys<S.head_dim>(p.k, sequence.band.seqlen_kv, p.head_dim);
+    if constexpr (!S.in_place) return tile_at<KTile>(kShared.k);
+  }
+  FOVEA_DEVICE auto v_tile() const {
+    if constexpr (S.in_place) return place_keys<S.head_dim_v>(p.v, sequence.band.seqlen_kv, p.head_dim_v);
+    if constexpr (!S.in_place) return tile_at<VTile>(kShared.v);
+  }
+  FOVEA_DEVICE auto q_tile(const Step& at, int stage) const {
+    if constexpr (S.in_place) return place_rows<S.head_dim>(at.q, p.q.row, at.tile, p.head_dim);
+    if constexpr (!S.in_place) return tile_at<QTile>(kShared.ring + stage * kShared.stage);
+  }
+  FOVEA_DEVICE auto dout_tile(const Step& at, int stage) const {
+    if constexpr (S.in_place) return place_rows<S.head_dim_v>(at.dout, p.dout.row, at.tile, p.head_dim_v);
+    if constexpr (!S.in_place) return tile_at<DoutTile>(kShared.ring + stage * kShared.stage + kShared.dout);
   }
   FOVEA_DEVICE EntryTile weights(int n) const {
     return tile_at<EntryTile>(kShared.weights + (kLeapfrog ? n & 1 : 0) * kShared.entries);
@@ -123,9 +141,10 @@ struct Backward {
     const Step& at = step(n);
     if (at.exists) {
       const int stage = at.stage, rows = sequence.band.seqlen_q - at.tile * S.block_m;
-      load_rows<S.async_copy, kThreads>(q_tile(stage), rows, p.head_dim * kBytes<S.type>, p.q.aligned, at.q, p.q.row);
-      load_rows<S.async_copy, kThreads>(dout_tile(stage), rows, p.head_dim_v * kBytes<S.type>, p.dout.aligned, at.dout,
-                                        p.dout.row);
+      load_rows<S.async_copy, kThreads>(q_tile(at, stage), rows, p.head_dim * kBytes<S.type>, p.q.aligned, at.q,
+                                        p.q.row);
+      load_rows<S.async_copy, kThreads>(dout_tile(at, stage), rows, p.head_dim_v * kBytes<S.type>, p.dout.aligned,
+                                        at.dout, p.dout.row);
       static_assert(S.block_m / 2 <= kThreads);
       if (const int x = static_cast<int>(threadIdx.x); x < S.block_m / 2) {  // log2_lse, then delta
         const float* from = (x < S.block_m / 4 ? p.log2_lse : p.delta) + at.slot * S.block_m + x % (S.block_m / 4) * 4;
@@ -227,7 +246,7 @@ struct Backward {
     const typename GradientTile<S>::Rules rules{p, sequence, rows};
     const math::DropoutStream stream = S.dropout ? uniform(at.stream) : math::DropoutStream{};
     const bool spoiled = tile.template compute<kHides>(
-        q_tile(stage), k_tile(), dout_tile(stage), v_tile(), statistics(stage), rules, key(),
+        q_tile(at, stage), k_tile(), dout_tile(at, stage), v_tile(), statistics(stage), rules, key(),
         Sight{at.full_band ? TileState::kFull : TileState::kPartial, S.mask ? at.mask : TileState::kFull}, stream);
     if constexpr (S.alibi) {
       tile.each([&](int i, int j, int e) {
@@ -253,16 +272,17 @@ struct Backward {
   }
   template <bool kCareful>
   FOVEA_DEVICE void products(int n, Sums& sums) const {
-    const int stage = step(n).stage;
+    const Step& at = step(n);
+    const int stage = at.stage;
     const int lane = fresh(lane_id());
     // Additions to many columns at once would delay the loads of the products, so they come in halves.  But a block
     // that waits for its turn adds last, and with one stage the next rows arrive while dq is made.
     constexpr bool kInHalves = S.head_dim > 128, kLast = S.deterministic || S.stages == 1;
     constexpr int kHalf = kInHalves ? Dq::kN / 4 * 2 : 0;
     if constexpr (kHalf > 0 && !kLast) add_dq<kCareful, 0, kHalf>(n, lane);
-    add_columns<kCareful>(sums.dv, weights(n), dout_tile(stage), lane);
+    add_columns<kCareful>(sums.dv, weights(n), dout_tile(at, stage), lane);
     if constexpr (kInHalves && !kLast) add_dq<kCareful, kHalf, Dq::kN>(n, lane);
-    add_columns<kCareful>(sums.dk, ds_tile(n), q_tile(stage), lane);
+    add_columns<kCareful>(sums.dk, ds_tile(n), q_tile(at, stage), lane);
     if constexpr (S.stages == 1) {
       __syncthreads();
       load(n + 1);
@@ -279,12 +299,12 @@ struct Backward {
     Accumulator dq[Dq::kM][kEnd - kBegin];
     const int column = Dq::column() + 8 * kBegin;
     const EntryTile ds = ds_tile(n);
-    const KTile k_columns = k_tile();
+    const auto k_columns = k_tile();
     if constexpr (kCareful) {
       clear(dq);
-      multiply_seen<S, S.block_n>(
-          dq, Dq::row(), column, [&](int k, int row) { return ds.at(row, k); },
-          [&](int k, int at) { return k_columns.at(k, at); });
+      multiply_seen<S.block_n>(
+          dq, Dq::row(), column, [&](int k, int row) { return read_entry(ds, row, k); },
+          [&](int k, int at) { return read_entry(k_columns, k, at); });
     } else {
       const auto a = corner_a<true>(ds, lane, Dq::row(), 0);
       const auto b = corner_b_columns(k_columns, lane, 0, column);
@@ -307,9 +327,9 @@ struct Backward {
   FOVEA_DEVICE static void add_columns(C& sum, const EntryTile& entries, const RowTile& rows, int lane) {
     if (!C::works()) return;
     if constexpr (kCareful) {
-      multiply_seen<S, S.block_m>(
-          sum.c, C::row(), C::column(), [&](int k, int row) { return entries.at(k, row); },
-          [&](int k, int column) { return rows.at(k, column); });
+      multiply_seen<S.block_m>(
+          sum.c, C::row(), C::column(), [&](int k, int row) { return read_entry(entries, k, row); },
+          [&](int k, int column) { return read_entry(rows, k, column); });
     } else {
       const auto a = corner_a_columns(entries, lane, 0, C::row());
       const auto b = corner_b_columns(rows, lane, 0, C::column());
@@ -339,15 +359,24 @@ struct Backward {
     sum = 0.0F;
   }
 
-  /// Through shared memory, in the place of k and v.
+  /// In the place of k and v, if these have one.
+  FOVEA_DEVICE auto dk_tile() const {
+    if constexpr (S.in_place) return place_keys<S.head_dim>(p.dk, sequence.kv_rows, p.head_dim);
+    if constexpr (!S.in_place) return k_tile();
+  }
+  FOVEA_DEVICE auto dv_tile() const {
+    if constexpr (S.in_place) return place_keys<S.head_dim_v>(p.dv, sequence.kv_rows, p.head_dim_v);
+    if constexpr (!S.in_place) return v_tile();
+  }
+  /// Through shared memory.
   FOVEA_DEVICE void store(Dk& dk, Dv& dv) const {
-    place(k_tile(), dk, p.scale);
-    place(v_tile(), dv, S.dropout ? p.keep_scale : 1.0F);
+    place(dk_tile(), dk, p.scale);
+    place(dv_tile(), dv, S.dropout ? p.keep_scale : 1.0F);
     __syncthreads();
     const int keys = sequence.kv_rows - key();
-    store_rows<kThreads, Order>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.dk.aligned,
+    store_rows<kThreads, Order>(dk_tile(), keys, p.head_dim * kBytes<S.type>, p.dk.aligned,
                                 sequence.kv_row(p.dk, key(), walk.kv_head), p.dk.row);
-    store_rows<kThreads, Order>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.dv.aligned,
+    store_rows<kThreads, Order>(dv_tile(), keys, p.head_dim_v * kBytes<S.type>, p.dv.aligned,
                                 sequence.kv_row(p.dv, key(), walk.kv_head), p.dv.row);
   }
   template <class To, class C>

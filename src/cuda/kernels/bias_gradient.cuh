@@ -20,14 +20,33 @@ struct BiasGradient {
   const BackwardParams& p;
   const u32 shared;
 
-  template <int kRows, int kDim>
-  FOVEA_DEVICE Tile<S.type, kRows, kDim> tile_at(int offset) const {
-    return {fresh(shared) + offset};
+  /// A step's rows or keys, of an operand that has a place in shared memory at `offset`, or none.
+  template <int kDim>
+  FOVEA_DEVICE auto rows_at(int offset, const BiasStep& at, const RowView& view, int columns) const {
+    if constexpr (S.in_place) {
+      const int row = at.row_tile * S.block_m;
+      return place_tile<S.type, kDim>(at.sequence.q_row(view, row, at.head), view.row, at.sequence.band.seqlen_q - row,
+                                      columns);
+    } else {
+      return Tile<S.type, S.block_m, kDim>{fresh(shared) + offset};
+    }
   }
-  FOVEA_DEVICE auto q() const { return tile_at<S.block_m, S.head_dim>(kShared.ring); }
-  FOVEA_DEVICE auto dout() const { return tile_at<S.block_m, S.head_dim_v>(kShared.ring + kShared.dout); }
-  FOVEA_DEVICE auto k() const { return tile_at<S.block_n, S.head_dim>(kShared.k); }
-  FOVEA_DEVICE auto v() const { return tile_at<S.block_n, S.head_dim_v>(kShared.v); }
+  template <int kDim>
+  FOVEA_DEVICE auto keys_at(int offset, const BiasStep& at, const RowView& view, int columns) const {
+    if constexpr (S.in_place) {
+      const int key = at.key_tile * S.block_n;
+      return place_tile<S.type, kDim, Order>(at.sequence.kv_row(view, key, at.head / p.group), view.row,
+                                             at.sequence.band.seqlen_kv - key, columns);
+    } else {
+      return Tile<S.type, S.block_n, kDim>{fresh(shared) + offset};
+    }
+  }
+  FOVEA_DEVICE auto q(const BiasStep& at) const { return rows_at<S.head_dim>(kShared.ring, at, p.q, p.head_dim); }
+  FOVEA_DEVICE auto dout(const BiasStep& at) const {
+    return rows_at<S.head_dim_v>(kShared.ring + kShared.dout, at, p.dout, p.head_dim_v);
+  }
+  FOVEA_DEVICE auto k(const BiasStep& at) const { return keys_at<S.head_dim>(kShared.k, at, p.k, p.head_dim); }
+  FOVEA_DEVICE auto v(const BiasStep& at) const { return keys_at<S.head_dim_v>(kShared.v, at, p.v, p.head_dim_v); }
   FOVEA_DEVICE u32 statistics() const { return fresh(shared) + kShared.ring + kShared.statistics; }
 
   /// Loads the tiles that the step before has not left there.
@@ -36,9 +55,9 @@ struct BiasGradient {
     const Sequence& sequence = at.sequence;
     if (at.new_rows) {
       const int row = at.row_tile * S.block_m, rows = sequence.band.seqlen_q - row;
-      load_rows<S.async_copy, kThreads>(q(), rows, p.head_dim * kSize, p.q.aligned, sequence.q_row(p.q, row, at.head),
+      load_rows<S.async_copy, kThreads>(q(at), rows, p.head_dim * kSize, p.q.aligned, sequence.q_row(p.q, row, at.head),
                                         p.q.row);
-      load_rows<S.async_copy, kThreads>(dout(), rows, p.head_dim_v * kSize, p.dout.aligned,
+      load_rows<S.async_copy, kThreads>(dout(at), rows, p.head_dim_v * kSize, p.dout.aligned,
                                         sequence.q_row(p.dout, row, at.head), p.dout.row);
       const i64 slot = RowSlots(p, sequence, S.block_m).at(at.head, at.row_tile) * S.block_m;
       if (const int x = static_cast<int>(threadIdx.x); x < S.block_m / 2) {  // log2_lse, then delta
@@ -48,9 +67,9 @@ struct BiasGradient {
     }
     if (at.new_keys) {
       const int key = at.key_tile * S.block_n, keys = sequence.band.seqlen_kv - key, kv_head = at.head / p.group;
-      load_rows<S.async_copy, kThreads, Order>(k(), keys, p.head_dim * kSize, p.k.aligned,
+      load_rows<S.async_copy, kThreads, Order>(k(at), keys, p.head_dim * kSize, p.k.aligned,
                                                sequence.kv_row(p.k, key, kv_head), p.k.row);
-      load_rows<S.async_copy, kThreads, Order>(v(), keys, p.head_dim_v * kSize, p.v.aligned,
+      load_rows<S.async_copy, kThreads, Order>(v(at), keys, p.head_dim_v * kSize, p.v.aligned,
                                                sequence.kv_row(p.v, key, kv_head), p.v.row);
     }
     close_copies<S.async_copy>();
@@ -61,7 +80,8 @@ struct BiasGradient {
     const RowMap<false> map{at.row_tile * S.block_m, at.sequence.q_rows, at.head, 1};
     const Rules rules{p, at.sequence, map};
     const math::DropoutStream stream = S.dropout ? uniform(rules.stream(at.head)) : math::DropoutStream{};
-    tile.template compute<true>(q(), k(), dout(), v(), statistics(), rules, at.key_tile * S.block_n, at.sight, stream);
+    tile.template compute<true>(q(at), k(at), dout(at), v(at), statistics(), rules, at.key_tile * S.block_n, at.sight,
+                                stream);
     tile.each([&](int i, int j, int e) { sum[i][j][e] += tile.ds[i][j].x[e]; });
   }
 

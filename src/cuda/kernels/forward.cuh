@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cuda/kernels/placed.cuh"
 #include "cuda/kernels/row_end.cuh"
 
 // FlashAttention's forward (2205.14135, algorithm 1; rows split among warps as in 2307.08691): a block owns block_m
@@ -24,6 +25,7 @@ struct Forward {
   static constexpr int kK = kStep<S.type>;
   static_assert(kN % 2 == 0 && kD % 2 == 0);  // operands come two pieces at a time
   static_assert(S.slices == 1 || (S.across == 1 && !S.halved_q && kD % S.slices == 0));
+  static_assert(!S.in_place || (S.slices == 1 && !S.halved_q));
 
   using QTile = SharedTile<S.type, S.block_m, S.head_dim>;
   using KTile = Tile<S.type, S.block_n, S.head_dim, S.swizzled>;
@@ -80,7 +82,14 @@ struct Forward {
   const Rows& rows = block.rows;
   const Rules rules{p, block.sequence, block.rows};
 
-  FOVEA_DEVICE QTile q_tile() const { return {shared}; }
+  FOVEA_DEVICE auto q_tile() const {
+    if constexpr (S.in_place) {
+      const auto row_at = [this](int r) -> const char* { return sequence.q_row(p.q, rows.query(r), rows.head(r)); };
+      return PlacedTile<S.type, S.head_dim, AsTheyAre, decltype(row_at)>{row_at, rows.left(), p.head_dim};
+    } else {
+      return QTile{shared};
+    }
+  }
   FOVEA_DEVICE QTile q_rests() const { return {shared + QTile::kSize}; }  // where Q is halved
   FOVEA_DEVICE OutTile out_tile() const { return {shared}; }
   FOVEA_DEVICE KTile k_tile(int stage) const { return {ring_of(slice()) + stage * stage_bytes(S)}; }
@@ -185,7 +194,7 @@ struct Forward {
   template <class Between>
   FOVEA_DEVICE void multiply_qk(Scores& s, const KTile& tile, const Between& between) const {
     const int lane = fresh(lane_id());
-    const Corner<QTile> q = corner_a(q_tile(), lane, warp_row(), 0);
+    const auto q = corner_a(q_tile(), lane, warp_row(), 0);
     const Corner<QTile> rests = corner_a(q_rests(), lane, warp_row(), 0);
     const Corner<KTile> k = corner_b_rows(tile, lane, warp_key(), 0);
     const auto load_q = [&](int i, int c) {
@@ -489,7 +498,9 @@ struct Forward {
     const int first = block.keys.begin / S.block_n;
     const int last = block.keys.empty() ? first - 1 : (block.keys.end - 1) / S.block_n;
     const float unit = score_unit<S>(p);
-    if (first <= last) load_q();
+    if constexpr (!S.in_place) {
+      if (first <= last) load_q();
+    }
     if constexpr (S.halved_q) halve_q();
     Out o;
     Running running;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cuda/kernels/copies.cuh"
+#include "cuda/kernels/placed.cuh"
 #include "cuda/kernels/scores.cuh"
 
 // What every part of the backward does with a tile of rows and a tile of keys: recompute P from q, k and lse, and
@@ -174,20 +175,21 @@ struct GradientTile {
   }
 };
 
-/// C += A · B term by term, without the hidden entries of A: for tiles in which something hidden may not be finite.
-template <BackwardSpec S, int kSteps, int kM, int kN, class A, class B>
+/// C += A · B term by term, a(k, row) · b(k, column), without the hidden entries of A: for tiles in which something
+/// hidden may not be finite.
+template <int kSteps, int kM, int kN, class A, class B>
 FOVEA_DEVICE void multiply_seen(Accumulator (&sum)[kM][kN], int first_row, int first_column, const A& a, const B& b) {
   const int row = fresh(first_row + lane_id() / 4), column = fresh(first_column + lane_id() % 4 * 2);
 #pragma unroll 1
   for (int k = 0; k < kSteps; ++k) {
     float factors[kM][2];
 #pragma unroll
-    for (int x = 0; x < 2 * kM; ++x) factors[x / 2][x % 2] = read_shared<S.type>(a(k, row + 8 * x));
+    for (int x = 0; x < 2 * kM; ++x) factors[x / 2][x % 2] = a(k, row + 8 * x);
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float other = read_shared<S.type>(b(k, column + 8 * j + e));
+        const float other = b(k, column + 8 * j + e);
 #pragma unroll
         for (int x = 0; x < 2 * kM; ++x) {
           const float factor = factors[x / 2][x % 2];

@@ -189,6 +189,10 @@ FOVEA_DEVICE float read_shared(u32 address) {
     return widen<kType>(load_shared(address & ~3U) >> (address & 2U) * 8 & 0xffffU);
   }
 }
+template <class Tile>
+FOVEA_DEVICE float read_entry(const Tile& tile, int row, int column) {
+  return read_shared<Tile::kType>(tile.at(row, column));
+}
 
 /// C = A · B + `start`, which is kept.
 template <Type kType, Mma kMma, class A>
@@ -249,6 +253,7 @@ FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& 
   constexpr int kWidth = !kNarrow ? kN : kN % 4 == 0 ? 4 : 2;
   constexpr int kMost = kAtOnce                   ? kSteps
                         : S.mma == Mma::kShuffles ? 1
+                        : S.in_place              ? 1
                         : kHalves                 ? 4
                                                   : 16,
                 kUnroll = math::smaller(kSteps, kMost);

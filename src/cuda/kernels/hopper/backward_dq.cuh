@@ -261,10 +261,10 @@ struct BackwardDq {
       Accumulator one[1][1] = {};
 #pragma unroll 1
       for (int other = 0; other < kBlocks; ++other) {
-        multiply_seen<S, kKeys>(
+        multiply_seen<kKeys>(
             one, row, kPairs ? fresh(8 * j) : 8 * j,
-            [&](int k, int r) { return element<S.block_m>(ds(n, other), r, k); },
-            [&](int k, int column) { return element<kKeys>(keys(panel, other), k, column); });
+            [&](int k, int r) { return read_shared<S.type>(element<S.block_m>(ds(n, other), r, k)); },
+            [&](int k, int column) { return read_shared<S.type>(element<kKeys>(keys(panel, other), k, column)); });
       }
       dq[j] = one[0][0];
     }
