@@ -120,7 +120,9 @@ TEST(HopperBackward, HeadsTakeTurnsUnderABandOrWhereDqDoesAndInWholeGroups) {
   EXPECT_EQ(shape_of("bwd bf16 b3 hq8 hkv8 sq4096 d128").heads_abreast, 1);
   EXPECT_EQ(shape_of("bwd bf16 b3 hq8 hkv8 sq4096 d128 causal=top_left").heads_abreast, 4);
   EXPECT_EQ(shape_of("bwd bf16 b1 hq17 sq4096 d128 causal=top_left").heads_abreast, 1);
-  EXPECT_EQ(shape_of("bwd bf16 b3 hq8 hkv8 sq4096 d128 deterministic").heads_abreast, 8);
+  EXPECT_EQ(shape_of("bwd bf16 b3 hq8 hkv8 sq4096 d128 deterministic").heads_abreast, 8) << "as many as L2 holds";
+  EXPECT_EQ(shape_of("bwd bf16 b1 hq8 hkv8 sq16384 d128 deterministic").heads_abreast, 2) << "likewise";
+  EXPECT_EQ(shape_of("bwd bf16 b1 hq8 hkv2 sq16384 d128 deterministic").heads_abreast, 1) << "with rows of four heads";
   EXPECT_EQ(shape_of("bwd bf16 b4 hq16 hkv16 sq512 d128 deterministic").heads_abreast, 32)
       << "as many as begin together";
   EXPECT_EQ(shape_of("bwd bf16 b4 hq16 hkv16 sq512 d256 deterministic").heads_abreast, 16) << "likewise, of pairs";

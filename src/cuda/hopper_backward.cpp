@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kWarps = 8, kStages = 2;
 constexpr std::int64_t kMostAbreast = 4;   // kv heads; more do not fit into L2
-constexpr std::int64_t kMostInTurns = 32;  // where dq is added up in turns, so that fewer of a head's blocks wait
+constexpr std::int64_t kMostInTurns = 32;  // where dq is added up in turns; half as many of pairs
 constexpr std::int64_t kInL2 = 1 << 22;    // elements of q of those, beside which L2 has room for dout and the sums
 constexpr std::int64_t kPartOfDq = 512 * 1024;  // bytes of sums that a block, or a cluster of two, turns into dq
 constexpr std::int64_t kFewHeads = 3;           // times dq_lag: with fewer heads no block ends dq
@@ -161,12 +161,12 @@ class BackwardSm90Plan final : public PlannedKernel {
 void order_heads(const Problem& problem, BackwardShape& shape) {
   const BackwardSpec& spec = shape.spec;
   if (spec.deterministic && shape.key_blocks > 0) {  // blocks that start together are then of one turn
-    const std::int64_t at_once = multiprocessors() / blocks_of_cluster(spec);
+    const std::int64_t cluster = blocks_of_cluster(spec), at_once = multiprocessors() / cluster;
     const std::int64_t of_a_head = problem.seqlen_q * (problem.num_q_heads / problem.num_kv_heads) *
                                    std::max(spec.head_dim, spec.head_dim_v),
                        together = kInL2 / std::max<std::int64_t>(of_a_head, 1);
     shape.heads_abreast =
-        kv_heads_abreast(shape, std::max(std::min(together, kMostInTurns), at_once / shape.key_blocks));
+        kv_heads_abreast(shape, std::max(std::min(together, kMostInTurns / cluster), at_once / shape.key_blocks));
   } else if (spec.band) {
     shape.heads_abreast = kv_heads_abreast(shape, kMostAbreast);
   } else if (spec.bias) {
