@@ -179,10 +179,14 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
     spec.head_dim_v = whole_products(problem.head_dim_v, tile.in_place);
     shape.min_blocks = tile.min_blocks;
   };
+  bool has_tile = false;  // with operands in shared memory; the others are for where there is none
   const auto fits = [&](const Row& row) {
     take(row);
-    return row.serves.widest >= widest && shared_bytes(spec) <= shared_room(gpu, shape.min_blocks) &&
-           (row.serves.in_turns || !spec.deterministic) && (spec.async_copy || spec.stages == 1);
+    const bool it_fits = row.serves.widest >= widest && shared_bytes(spec) <= shared_room(gpu, shape.min_blocks) &&
+                         (row.serves.in_turns || !spec.deterministic) && (spec.async_copy || spec.stages == 1) &&
+                         !(spec.in_place && has_tile);
+    has_tile |= it_fits;
+    return it_fits;
   };
   const auto suits = [&](const Row& row) {
     const int weight = weight_of(spec);

@@ -281,10 +281,14 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
     shape.min_blocks = tile.min_blocks;
     if (!spec.async_copy) spec.stages = 1, spec.spread_copies = spec.swizzled = false;
   };
+  bool has_tile = false;  // with Q in shared memory; the others are for where there is none
   const auto fits = [&](const Row& row) {
     take(row);
-    return row.serves.widest >= widest && shared_bytes(spec) <= shared_room(gpu, shape.min_blocks) &&
-           !(spec.block_m > kFewRows && rows <= kFewRows) && rows <= row.serves.most_rows;
+    const bool it_fits = row.serves.widest >= widest && shared_bytes(spec) <= shared_room(gpu, shape.min_blocks) &&
+                         !(spec.block_m > kFewRows && rows <= kFewRows) && rows <= row.serves.most_rows &&
+                         !(spec.in_place && has_tile);
+    has_tile |= it_fits;
+    return it_fits;
   };
   const auto suits = [&](const Row& row) {
     const int weight = weight_of(spec);
