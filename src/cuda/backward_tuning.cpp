@@ -112,10 +112,13 @@ constexpr std::int64_t kMostSteps = std::int64_t{1} << 31;
 
 int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
 
-/// Columns rounded up to whole products, above 128 to pairs of them, which warps can share out in more ways, and where
-/// they take no shared memory to what all warps share.
+/// Columns rounded up to whole products, above 128 to pairs of them, which warps can share out in more ways; above 256,
+/// where a block has few rows, so that half of the warps have a share, or all where that takes no shared memory.
 int whole_products(std::int64_t dim, bool in_place = false) {
-  return round_up(dim, dim <= 128 ? 16 : in_place ? 128 : 32);
+  constexpr int kMostWarps = 8;
+  int columns = round_up(dim, dim <= 128 ? 16 : in_place ? 128 : 32);
+  while (columns > 256 && WarpGrid::of(16, columns, kMostWarps).used < kMostWarps / 2) columns += 32;
+  return columns;
 }
 
 /// The largest divisor of `of` up to `most`; 1 where `most` is less.

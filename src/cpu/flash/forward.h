@@ -440,6 +440,10 @@ class Forward {
           for (i64 x = 0; x < v.vectors.floats; x += kWidth) store(row + x, load(row + x) * rescale[lane]);
         }
       }
+      // Rounded as in place: a hidden NaN, for which values are packed, changes no other row.
+      if (!in_place && in_pairs(call_.type, call_.head_dim_v)) {
+        for (i64 r = 0; r < s.rows(); ++r) store(s.row(r), as_float(nearest_bf16(load(s.row(r)))));
+      }
       if (!in_place && my.v.any_bad) {
         add_bad_values(o, s, my.v.bad, panel, context, first_head + h,
                        [&](i64 c, i64 lane) { return lane / panel.parts * v.vectors.floats + v.vectors.at(c); });

@@ -63,14 +63,18 @@ FOVEA_INLINE V element_of_words(V words, Element type, bool second) {
   return type == Element::kBFloat16 ? as_float(bits) : widen_halves(__builtin_convertvector(bits >> 16, Short));
 }
 
+/// The bits of the nearest bf16, in the upper half of each lane; NaN stays NaN.
+FOVEA_INLINE VU nearest_bf16(V x) {
+  const VU bits = as_unsigned(x), rounded = bits + 0x7fffU + ((bits >> 16) & 1U);
+  const VI nan = (bits & 0x7fffffffU) > 0x7f800000U;
+  return (nan ? bits | 0x400000U : rounded) & 0xffff0000U;
+}
+
 FOVEA_INLINE void narrow_vector(char* p, Element type, V x) {
   if (type == Element::kFloat32) return store(reinterpret_cast<float*>(p), x);
   Short r{};
   if (type == Element::kBFloat16) {
-    const VU bits = as_unsigned(x);
-    const VU rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
-    const VI nan = (bits & 0x7fffffffU) > 0x7f800000U;
-    r = __builtin_convertvector(nan ? (bits >> 16) | 0x40U : rounded, Short);
+    r = __builtin_convertvector(nearest_bf16(x) >> 16, Short);
   } else {
 #if defined(__AVX512F__)
     r = Short(_mm512_cvtps_ph(__m512(x), _MM_FROUND_TO_NEAREST_INT));
