@@ -1,4 +1,4 @@
-// How the portable forward is cut: what its kernel takes for granted, whatever the problem.
+// How the portable forward is cut: what its kernel takes for granted, whatever the problem; and which backward is.
 #include "cuda/forward_tuning.h"
 
 #include <gtest/gtest.h>
@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/backward_tuning.h"
 #include "cuda/packed_blocks.h"
 #include "cuda/params.h"
 #include "cuda/requests.h"
@@ -35,18 +36,32 @@ TEST(ForwardTuning, EveryWarpHasPairsOfWholeProducts) {
           "fwd fp16 b1 hq1 sq64 skv700"}) {
       for (int dim = 1; dim <= 512; dim += dim < 128 ? 7 : 8) {
         const std::string line = line_but_dim + (" d" + std::to_string(dim));
-        const auto shape = choose_forward(parse_problem(line), model_of(sm));
-        if (!shape) {
-          EXPECT_TRUE(sm == 75 && dim > 430) << line << " on sm_" << sm;  // 64 KiB of shared memory: refused
-          continue;
-        }
-        const ForwardSpec& s = shape->spec;
+        const ForwardShape shape = shape_of(line, sm);
+        const ForwardSpec& s = shape.spec;
+        ASSERT_TRUE(!s.in_place || (sm == 75 && dim > 432)) << line << " on sm_" << sm;
         ASSERT_EQ(s.head_dim_v % std::max(16 * s.across, 8 * s.slices), 0) << line << " on sm_" << sm;
         ASSERT_TRUE(s.slices == 1 || s.across == 1) << line << " on sm_" << sm;
         ASSERT_EQ(s.block_m % s.slices, 0) << line << " on sm_" << sm;
         ASSERT_EQ(s.block_n % (16 * s.across), 0) << line << " on sm_" << sm;
         ASSERT_EQ(s.block_m % (16 * s.warps / s.across), 0) << line << " on sm_" << sm;
-        ASSERT_GE(std::int64_t{shape->v_chunks} * s.head_dim_v, dim) << line << " on sm_" << sm;
+        ASSERT_GE(std::int64_t{shape.v_chunks} * s.head_dim_v, dim) << line << " on sm_" << sm;
+      }
+    }
+  }
+}
+
+TEST(BackwardTuning, HasATileOfEveryHeadDimAndReadsOperandsInPlaceWhereNoOtherFits) {
+  for (const int sm : {75, 80, 86, 89, 90, 100, 120}) {
+    for (const char* dtype : {"fp32", "fp16", "bf16"}) {
+      for (int dim = 1; dim <= 512; dim += dim < 128 ? 7 : 1) {
+        const std::string line = std::string("bwd ") + dtype + " b1 hq1 sq99 d" + std::to_string(dim);
+        const auto shape = choose_backward(parse_problem(line), model_of(sm));
+        ASSERT_TRUE(shape.has_value()) << line << " on sm_" << sm;
+        const bool fp32 = shape->spec.type == Type::kFloat32, small = model_of(sm).shared_bytes == 99 * 1024;
+        const int widest = sm == 75 ? (fp32 ? 224 : 480) : small && fp32 ? 320 : 512;
+        ASSERT_EQ(shape->spec.in_place, dim > widest) << line << " on sm_" << sm;
+        ASSERT_GE(shape->spec.head_dim, dim) << line << " on sm_" << sm;
+        ASSERT_EQ(name_of(*shape).ends_with(", operands in place"), dim > widest) << line << " on sm_" << sm;
       }
     }
   }
