@@ -90,6 +90,7 @@ constexpr auto kTiles32 = std::to_array<Row>({
     {{.widest = 256}, {.block_m = 16, .block_n = 16}},
     {{.widest = 512, .most_options = 0}, {.block_m = 16, .block_n = 32}},
     {{.widest = 512}, {.block_m = 16, .block_n = 16}},
+    {{.widest = 384}, {.block_m = 16, .block_n = 16, .warps = 2}},  // 352 columns, which more warps cannot share
     kInPlace,
 });
 // Without a unit for products, short code matters more than reuse.
@@ -112,12 +113,11 @@ constexpr std::int64_t kMostSteps = std::int64_t{1} << 31;
 
 int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
 
-/// Columns rounded up to whole products, above 128 to pairs of them, which warps can share out in more ways; above 256,
-/// where a block has few rows, so that half of the warps have a share, or all where that takes no shared memory.
-int whole_products(std::int64_t dim, bool in_place = false) {
-  constexpr int kMostWarps = 8;
+/// Columns rounded up to whole products, above 128 to pairs of them, which warps can share out in more ways; further so
+/// that half of the warps have a share of 16 rows, or all where columns take no shared memory.
+int whole_products(std::int64_t dim, int warps, bool in_place = false) {
   int columns = round_up(dim, dim <= 128 ? 16 : in_place ? 128 : 32);
-  while (columns > 256 && WarpGrid::of(16, columns, kMostWarps).used < kMostWarps / 2) columns += 32;
+  while (columns > 256 && WarpGrid::of(16, columns, warps).used < warps / 2) columns += 32;
   return columns;
 }
 
@@ -161,8 +161,8 @@ BackwardSpec backward_spec(const Problem& problem, int sm) {
   spec.type = type_of(problem.dtype);
   spec.mma = mma_of(problem, sm);
   spec.async_copy = sm >= 80;
-  spec.head_dim = whole_products(problem.head_dim);
-  spec.head_dim_v = whole_products(problem.head_dim_v);
+  spec.head_dim = whole_products(problem.head_dim, spec.warps);
+  spec.head_dim_v = whole_products(problem.head_dim_v, spec.warps);
   spec.deterministic = problem.deterministic;
   spec.band = math::BandRule::of(problem).bounded();
   take_options(problem, spec);
@@ -178,8 +178,8 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
     const auto& tile = row.tile;
     spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.stages = tile.stages;
     spec.in_place = tile.in_place;
-    spec.head_dim = whole_products(problem.head_dim, tile.in_place);
-    spec.head_dim_v = whole_products(problem.head_dim_v, tile.in_place);
+    spec.head_dim = whole_products(problem.head_dim, tile.warps, tile.in_place);
+    spec.head_dim_v = whole_products(problem.head_dim_v, tile.warps, tile.in_place);
     shape.min_blocks = tile.min_blocks;
   };
   bool has_tile = false;  // with operands in shared memory; the others are for where there is none

@@ -129,11 +129,12 @@ FOVEA_INLINE void add_values_of_few(const FewRows& my, i64 key) {
     const float* weights_of[kDepth];  // of a key or a pair of them
     alignas(64) float pairs[kDepth][kWidth];
     FOVEA_UNROLL for (int d = 0; d < kDepth; ++d) {
-      weights_of[d] = my.scores_of(key + d, h);
       if constexpr (kWord == Word::kPair) {
         const V second = 2 * d + 1 < kKeys ? load(my.scores_of(key + 2 * d + 1, h)) : V{};
         store(pairs[d], side_by_side(round_to_pairs(load(my.scores_of(key + 2 * d, h)), second)));
         weights_of[d] = pairs[d];
+      } else {
+        weights_of[d] = my.scores_of(key + d, h);
       }
     }
     for (int first = 0; first < kRows; first += kBlock) {
@@ -151,11 +152,10 @@ FOVEA_INLINE void add_values_of_few(const FewRows& my, i64 key) {
           [&](i64 x, i64 begin) {
             V values[kDepth][kPer];
             FOVEA_UNROLL for (int d = 0; d < kDepth; ++d) {
-              const V value = words_at<kWord, kType>(from[d * kPer] + begin * bytes(kType));
-              values[d][0] = value;
+              const auto value = [&](int k) { return words_at<kWord, kType>(from[k] + begin * bytes(kType)); };
+              if constexpr (kWord == Word::kFloat) values[d][0] = value(d);
               if constexpr (kWord == Word::kPair)
-                pair_rows(values[d], value,
-                          2 * d + 1 < kKeys ? words_at<kWord, kType>(from[2 * d + 1] + begin * bytes(kType)) : V{});
+                pair_rows(values[d], value(2 * d), 2 * d + 1 < kKeys ? value(2 * d + 1) : V{});
             }
             FOVEA_UNROLL for (int r = 0; r < kBlock; ++r) {
               FOVEA_UNROLL for (int v = 0; v < kPer; ++v) {

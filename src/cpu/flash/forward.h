@@ -18,8 +18,6 @@ inline constexpr i64 kStripKeys = kWord == Word::kPair ? kTileStrip : kForwardKe
 template <Word kWord>
 inline constexpr i64 kMaskKeys = kWord == Word::kPair ? kPackedKeys<kWord> : kStripKeys<kWord>;
 
-inline constexpr i64 kFloatsInL1 = 4096;  // half of a small one
-
 /// The memory of one worker, for any task.
 template <Word kWord>
 struct ForwardScratch {
@@ -365,7 +363,8 @@ class Forward {
   /// Heads whose q leaves L1 room for what is read.
   [[nodiscard]] i64 heads_in_l1(const ForwardScratch<kWord>& my) const {
     const i64 words = in_pairs(call_.type, call_.head_dim) ? my.q_floats / 2 : my.q_floats;
-    return math::larger(kFloatsInL1 / words, i64{1});
+    constexpr i64 kHalfOfL1 = 4096;  // words, of a small one
+    return math::larger(kHalfOfL1 / words, i64{1});
   }
 
   void pack_few_rows(ForwardScratch<kWord>& my, i64 p, const Context& context, bool in_place) const {
