@@ -259,9 +259,12 @@ void add_precompile(CLI::App& fovea, Action& action) {
   command.flag("--check", said.check, "exit 1 where a kernel spills, uses local memory, warns or is slow to compile");
   command.path("--known-spills", said.known, "FILE",
                "with --check: lines of KERNEL sm_NN BYTES that may spill so much");
-  command.option("--median-seconds", said.median_seconds, "S", "with --check: what compiling may take in the median")
+  command
+      .option("--median-seconds", said.median_seconds, "S",
+              "with --check: what compiling may take in the median; more where the machine is slow")
       ->take_last();
-  command.option("--most-seconds", said.most_seconds, "S", "with --check: what it may take at most")->take_last();
+  command.option("--most-seconds", said.most_seconds, "S", "with --check: what it may take at most, likewise")
+      ->take_last();
 }
 
 void add_doctor(CLI::App& fovea, Action& action) {

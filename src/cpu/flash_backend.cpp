@@ -26,7 +26,7 @@ struct Isa {
   const char* name;
   const char* needs;  // CPU features, for the report
   bool present;
-  FlashKernels kernels;
+  const FlashKernels* kernels;
 };
 
 #ifdef __x86_64__
@@ -63,14 +63,14 @@ const std::vector<Isa>& isas() {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool bf16 = avx512 && has_avx512_bf16();
     all->push_back(
-        {"amx", "AVX-512 BF16 and AMX BF16, or the system's leave to use them", bf16 && may_use_amx(), amx::kernels()});
-    all->push_back({"avx512_bf16", "AVX-512 F, BW, DQ, VL and BF16", bf16, avx512_bf16::kernels()});
-    all->push_back({"avx512", "AVX-512 F, BW, DQ and VL", avx512, avx512::kernels()});
+        {"amx", "AVX-512 BF16 and AMX BF16, or the system's leave to use them", bf16 && may_use_amx(), &amx::kernels});
+    all->push_back({"avx512_bf16", "AVX-512 F, BW, DQ, VL and BF16", bf16, &avx512_bf16::kernels});
+    all->push_back({"avx512", "AVX-512 F, BW, DQ and VL", avx512, &avx512::kernels});
     // On Intel's processors a dot product of pairs takes as long as four FMAs: floats are twice as fast.
     if (__builtin_cpu_is("intel")) std::swap(all->at(1), all->at(2));
-    all->push_back({"avx2", "AVX2, FMA and F16C", avx2, avx2::kernels()});
+    all->push_back({"avx2", "AVX2, FMA and F16C", avx2, &avx2::kernels});
 #endif
-    all->push_back({"portable", "nothing", true, portable::kernels()});
+    all->push_back({"portable", "nothing", true, &portable::kernels});
     return all.release();
   }();
   return list;
@@ -228,11 +228,11 @@ class FlashPlan final : public PlannedKernel {
         call_(describe_call(problem)),
         sequences_bytes_(static_cast<std::size_t>(round_up(problem.batch * i64{sizeof(Sequence)}, 64))) {
     if (problem.direction == Direction::kBackward) {
-      backward_ = shape_backward(problem, workers, isa.kernels);
-      workspace_bytes_ = sequences_bytes_ + isa.kernels.backward(call_, backward_, nullptr);
+      backward_ = shape_backward(problem, workers, *isa.kernels);
+      workspace_bytes_ = sequences_bytes_ + isa.kernels->backward(call_, backward_, nullptr);
     } else {
-      forward_ = shape_forward(problem, workers, isa.kernels);
-      workspace_bytes_ = sequences_bytes_ + isa.kernels.forward(call_, forward_, nullptr);
+      forward_ = shape_forward(problem, workers, *isa.kernels);
+      workspace_bytes_ = sequences_bytes_ + isa.kernels->forward(call_, forward_, nullptr);
     }
   }
 
@@ -245,7 +245,7 @@ class FlashPlan final : public PlannedKernel {
       list.emplace_back("block", text(backward_.block_keys) + " keys, in tiles of " + text(kGroupRows) + " rows × " +
                                      text(kKeyTile) + " keys");
     } else {
-      list.emplace_back("block", text(forward_.block_rows) + " rows, in tiles of " + text(isa_.kernels.panel_rows) +
+      list.emplace_back("block", text(forward_.block_rows) + " rows, in tiles of " + text(isa_.kernels->panel_rows) +
                                      " rows × " + text(kForwardKeys) + " keys");
       list.emplace_back("key splits", text(forward_.key_splits));
     }
@@ -263,9 +263,9 @@ class FlashPlan final : public PlannedKernel {
     describe_sequences(problem_, inputs, sequences);
     call.sequences = sequences;
     if (backward) {
-      isa_.kernels.backward(call, backward_, memory + sequences_bytes_);
+      isa_.kernels->backward(call, backward_, memory + sequences_bytes_);
     } else {
-      isa_.kernels.forward(call, forward_, memory + sequences_bytes_);
+      isa_.kernels->forward(call, forward_, memory + sequences_bytes_);
     }
   }
 
@@ -328,7 +328,7 @@ std::vector<std::string> available_isas() {
 
 const FlashKernels& flash_kernels(const std::string& isa) {
   for (const Isa& each : isas()) {
-    if (each.present && isa == each.name) return each.kernels;
+    if (each.present && isa == each.name) return *each.kernels;
   }
   throw Error(ErrorCode::kInvalidArgument, "instruction set '" + isa + "' is not one this CPU has; ask `fovea doctor`");
 }

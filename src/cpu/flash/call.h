@@ -73,19 +73,19 @@ struct FlashKernels {
 };
 
 namespace portable {
-FlashKernels kernels();
+extern const FlashKernels kernels;
 }
 namespace avx2 {
-FlashKernels kernels();
+extern const FlashKernels kernels;
 }
 namespace avx512 {
-FlashKernels kernels();
+extern const FlashKernels kernels;
 }
 namespace avx512_bf16 {
-FlashKernels kernels();
+extern const FlashKernels kernels;
 }
 namespace amx {
-FlashKernels kernels();
+extern const FlashKernels kernels;
 }
 
 // Multiples of 16, the keys of a patch of dropout draws, and of the rows that a product holds in registers.

@@ -42,21 +42,20 @@ std::size_t run(const FlashCall& call, const Shape& shape, std::byte* workspace)
 
 }  // namespace
 
-FlashKernels kernels() {
-  return {
-      .panel_rows = static_cast<int>(kPanelRows),
-      .pairs = kHasPairs,
-      .rows_in_place = kHasTiles ? 4 : 16,
-      .forward = &run<Forward, ForwardShape>,
-      .backward = &run<Backward, BackwardShape>,
-      .multiply_add = &run_multiply_adds<Word::kFloat>,
-      .multiply_add_pairs = &run_multiply_adds<kBFloat16Word>,
-      .exp2 =
-          [](float* x, i64 count) {
-            [[maybe_unused]] const FlushToZero flush;
-            for (i64 i = 0; i < count; i += kWidth) store(x + i, exp2(load(x + i)));
-          },
-  };
-}
+// No function: on a CPU without this instruction set none of this file's may run.
+constinit const FlashKernels kernels = {
+    .panel_rows = static_cast<int>(kPanelRows),
+    .pairs = kHasPairs,
+    .rows_in_place = kHasTiles ? 4 : 16,
+    .forward = &run<Forward, ForwardShape>,
+    .backward = &run<Backward, BackwardShape>,
+    .multiply_add = &run_multiply_adds<Word::kFloat>,
+    .multiply_add_pairs = &run_multiply_adds<kBFloat16Word>,
+    .exp2 =
+        [](float* x, i64 count) {
+          [[maybe_unused]] const FlushToZero flush;
+          for (i64 i = 0; i < count; i += kWidth) store(x + i, exp2(load(x + i)));
+        },
+};
 
 }  // namespace fovea::cpu::FOVEA_ISA

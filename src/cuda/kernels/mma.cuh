@@ -121,26 +121,33 @@ FOVEA_DEVICE void multiply_add_tf32(Accumulator& c, const u32 (&a)[4], const u32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-/// The product without a unit for it: element k of the operands comes from the lane that has it.
-template <Type kType>
-FOVEA_DEVICE void multiply_add_by_shuffles(Accumulator& c, const OperandA& a, const OperandB& b) {
+/// Products without a unit for them, sum(i, j) += A[i] · B[j]: element k of the operands comes from the lane that has
+/// it, once for all of them.
+template <Type kType, int kM, int kN, class Sum>
+FOVEA_DEVICE void multiply_add_by_shuffles(const OperandA (&a)[kM], const OperandB (&b)[kN], const Sum& sum) {
   const int row = lane_id() / 4 * 4,
             column = lane_id() % 4 * 8;  // first lanes of the rows of A and of two columns of B
-#pragma unroll
-  for (int part = 0; part < 2; ++part) {
 #pragma unroll 1
-    for (int t = 0; t < 4; ++t) {
-      const u32 low = __shfl_sync(kAllLanes, a.x[2 * part], row + t),
-                high = __shfl_sync(kAllLanes, a.x[2 * part + 1], row + t);
-      const u32 first = __shfl_sync(kAllLanes, b.x[part], column + t),
-                second = __shfl_sync(kAllLanes, b.x[part], column + 4 + t);
+  for (int k = 0; k < 8; ++k) {
+    const bool low = k < 4;  // half of a step
+    u32 rows[kM][2], columns[kN][2];
 #pragma unroll
-      for (int e = 0; e < (kType == Type::kFloat32 ? 1 : 2); ++e) {
-        const auto number = [e](u32 word) { return widen<kType>(e == 0 ? word : word >> 16); };
-        c.x[0] += number(low) * number(first);
-        c.x[1] += number(low) * number(second);
-        c.x[2] += number(high) * number(first);
-        c.x[3] += number(high) * number(second);
+    for (int x = 0; x < 2 * kM; ++x) {
+      const u32(&words)[4] = a[x / 2].x;
+      rows[x / 2][x % 2] = __shfl_sync(kAllLanes, low ? words[x % 2] : words[2 + x % 2], row + k % 4);
+    }
+#pragma unroll
+    for (int x = 0; x < 2 * kN; ++x) {
+      const u32(&words)[2] = b[x / 2].x;
+      columns[x / 2][x % 2] = __shfl_sync(kAllLanes, low ? words[0] : words[1], column + x % 2 * 4 + k % 4);
+    }
+#pragma unroll
+    for (int e = 0; e < (kType == Type::kFloat32 ? 1 : 2); ++e) {
+      const auto number = [e](u32 word) { return widen<kType>(e == 0 ? word : word >> 16); };
+#pragma unroll
+      for (int x = 0; x < 4 * kM * kN; ++x) {
+        const int i = x / 4 / kN, j = x / 4 % kN;
+        sum(i, j).x[x % 4] += number(rows[i][x % 4 / 2]) * number(columns[j][x % 2]);
       }
     }
   }
@@ -190,7 +197,8 @@ FOVEA_DEVICE void multiply_add(Accumulator& c, Accumulator& small, const A& a, c
     multiply_add_tf32(small, of_a.second, of_b.first);
     multiply_add_tf32(c, of_a.first, of_b.first);
   }
-  if constexpr (kMma == Mma::kShuffles) multiply_add_by_shuffles<kType>(c, a, b);
+  if constexpr (kMma == Mma::kShuffles)
+    multiply_add_by_shuffles<kType>({a}, {b}, [&c](int, int) -> Accumulator& { return c; });
 }
 
 // ---- operands

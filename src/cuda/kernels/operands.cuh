@@ -244,20 +244,20 @@ template <auto S, int kSteps, bool kAtOnce = false, int kM, int kN, class A, cla
           class Between = Nothing>
 FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start,
                                  const Between& between = {}) {
-  constexpr bool kOnTop = kIsOnTop<Start>, kHalves = is_tf32(S.mma);
+  constexpr bool kOnTop = kIsOnTop<Start>, kHalves = is_tf32(S.mma), kByShuffles = S.mma == Mma::kShuffles;
   constexpr int kChain = kHalves ? math::smaller(kSteps, 16) : kSteps;
   constexpr bool kApart = (kOnTop && S.type == Type::kFloat32) || kChain < kSteps;
   constexpr bool kTwoSums = kHalves && !(kOnTop && 3 * kSteps <= 16);
   constexpr bool kNarrow =  // sums beside C want registers
       kHalves ? kTwoSums && (kOnTop || kM * kN > 8) : kOnTop && kApart;
   constexpr int kWidth = !kNarrow ? kN : kN % 4 == 0 ? 4 : 2;
-  constexpr int kMost = kAtOnce                   ? kSteps
-                        : S.mma == Mma::kShuffles ? 1
-                        : S.in_place              ? 1
-                        : kHalves                 ? 4
-                                                  : 16,
+  constexpr int kMost = kAtOnce       ? kSteps
+                        : kByShuffles ? 1
+                        : S.in_place  ? 1
+                        : kHalves     ? 4
+                                      : 16,
                 kUnroll = math::smaller(kSteps, kMost);
-  constexpr bool kRolled = kUnroll < kSteps;
+  constexpr bool kRolled = kUnroll < kSteps || kByShuffles;
   if constexpr (kRolled) {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
@@ -286,6 +286,23 @@ FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& 
         decltype(a(0, 0)) rows[kM];
 #pragma unroll
         for (int i = 0; i < kM; ++i) rows[i] = a(i, k * kStep<S.type>);
+        if constexpr (kByShuffles) {
+          constexpr int kAbreast = kWidth % 4 == 0 ? 4 : 2;  // pieces that share what comes from other lanes
+#pragma unroll
+          for (int j = 0; j < kWidth; j += kAbreast) {
+            OperandB columns[kAbreast];
+#pragma unroll
+            for (int x = 0; x < kAbreast; x += 2) {
+              OperandB pair[2];
+              b(pair, first + j + x, k * kStep<S.type>);
+              columns[x] = pair[0], columns[x + 1] = pair[1];
+            }
+            multiply_add_by_shuffles<S.type>(rows, columns, [&](int i, int x) -> Accumulator& {
+              return kApart ? apart[kApart ? i : 0][kApart ? j + x : 0] : c[i][first + j + x];
+            });
+          }
+          continue;
+        }
 #pragma unroll
         for (int j = 0; j < kWidth; j += 2) {
           if (!kRolled) between(k, first + j);
