@@ -1,5 +1,5 @@
 # The rings around the unit tests: problem lists and random problems against the oracle, scripts that drive the command,
-# faults, the installed tree.  Labels: unit, ring, faults, tree (ctest -L).  77 means: skipped, the machine lacks a tool.
+# faults, the installed tree.  Labels: unit, ring, long, faults, tree (ctest -L).  77 means: skipped, the machine lacks a tool.
 set(FOVEA_RANDOM_CHECKS 400 CACHE STRING "Random problems that the tests compare with the oracle")
 set(FOVEA_SANITIZER "" CACHE STRING "What CMAKE_CXX_FLAGS sanitize: address, thread or nothing (CMakePresets.json)")
 find_package(Python3 3.11 REQUIRED COMPONENTS Interpreter)
@@ -21,7 +21,11 @@ foreach(list IN LISTS problem_lists)
   if(FOVEA_SANITIZER AND stem MATCHES "^(masks|many_heads)$")
     continue()  # large for GPUs, and to a CPU nothing that the other lists don't have
   endif()
-  fovea_add_ring(check_${stem} ring fovea_command check @${list})
+  set(labels ring)
+  if(NOT stem MATCHES "^(smoke|traps|composition)$")
+    list(APPEND labels long)  # shapes that matter to GPUs' tiles: left out by `./dev sanitize --short`
+  endif()
+  fovea_add_ring(check_${stem} "${labels}" fovea_command check @${list})
   if(stem MATCHES "^hopper")
     set_tests_properties(check_${stem} PROPERTIES COST 1000)  # the longest begin first
   endif()
