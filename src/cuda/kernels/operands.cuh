@@ -301,25 +301,25 @@ FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& 
               return kApart ? apart[kApart ? i : 0][kApart ? j + x : 0] : c[i][first + j + x];
             });
           }
-          continue;
-        }
+        } else {
 #pragma unroll
-        for (int j = 0; j < kWidth; j += 2) {
-          if (!kRolled) between(k, first + j);
-          OperandB columns[2];
-          b(columns, first + j, k * kStep<S.type>);
+          for (int j = 0; j < kWidth; j += 2) {
+            if (!kRolled) between(k, first + j);
+            OperandB columns[2];
+            b(columns, first + j, k * kStep<S.type>);
 #pragma unroll
-          for (int i = 0; i < kM; ++i) {
+            for (int i = 0; i < kM; ++i) {
 #pragma unroll
-            for (int x = 0; x < 2; ++x) {
-              Accumulator& sum = kApart ? apart[kApart ? i : 0][kApart ? j + x : 0] : c[i][first + j + x];
-              Accumulator& rest = kTwoSums ? small[kTwoSums ? i : 0][kTwoSums ? j + x : 0] : sum;
-              if constexpr (kOnTop || kRolled) {
-                multiply_add<S.type, S.mma>(sum, rest, rows[i], columns[x]);
-              } else if (k == 0) {
-                multiply<S.type, S.mma>(sum, rest, rows[i], columns[x], start(i));
-              } else {
-                multiply_add<S.type, S.mma>(sum, rest, rows[i], columns[x]);
+              for (int x = 0; x < 2; ++x) {
+                Accumulator& sum = kApart ? apart[kApart ? i : 0][kApart ? j + x : 0] : c[i][first + j + x];
+                Accumulator& rest = kTwoSums ? small[kTwoSums ? i : 0][kTwoSums ? j + x : 0] : sum;
+                if constexpr (kOnTop || kRolled) {
+                  multiply_add<S.type, S.mma>(sum, rest, rows[i], columns[x]);
+                } else if (k == 0) {
+                  multiply<S.type, S.mma>(sum, rest, rows[i], columns[x], start(i));
+                } else {
+                  multiply_add<S.type, S.mma>(sum, rest, rows[i], columns[x]);
+                }
               }
             }
           }

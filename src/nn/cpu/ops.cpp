@@ -35,10 +35,10 @@ std::atomic<std::size_t> held_bytes = 0, most_bytes = 0;  // of memory that was 
 RowKernels chosen_kernels() {
   const std::string backend = explain(parse_problem("fwd fp32 b1 hq1 sq1 d1")).backend;
 #ifdef __x86_64__
-  if (backend.starts_with("cpu_avx512") || backend == "cpu_amx") return avx512::row_kernels();
-  if (backend == "cpu_avx2") return avx2::row_kernels();
+  if (backend.starts_with("cpu_avx512") || backend == "cpu_amx") return avx512::row_kernels;
+  if (backend == "cpu_avx2") return avx2::row_kernels;
 #endif
-  return portable::row_kernels();
+  return portable::row_kernels;
 }
 
 i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }

@@ -311,16 +311,14 @@ void convert(const Rows& from, const Rows& to, i64 rows, i64 columns) {
 
 }  // namespace
 
-RowKernels row_kernels() {
-  return {.finish = &finish,
-          .finish_gradient = &finish_gradient,
-          .norm = &norm,
-          .norm_gradient = &norm_gradient,
-          .rotate = &rotate,
-          .squares = &squares,
-          .entropies = &entropies,
-          .add_rows = &add_rows,
-          .convert = &convert};
-}
+constinit const RowKernels row_kernels = {.finish = &finish,
+                                          .finish_gradient = &finish_gradient,
+                                          .norm = &norm,
+                                          .norm_gradient = &norm_gradient,
+                                          .rotate = &rotate,
+                                          .squares = &squares,
+                                          .entropies = &entropies,
+                                          .add_rows = &add_rows,
+                                          .convert = &convert};
 
 }  // namespace fovea::nn::FOVEA_ISA

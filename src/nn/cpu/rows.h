@@ -78,9 +78,9 @@ struct RowKernels {
   void (*convert)(const Rows& from, const Rows& to, i64 rows, i64 columns);
 };
 
-#define FOVEA_DECLARE_ROWS(isa) \
-  namespace isa {               \
-  RowKernels row_kernels();     \
+#define FOVEA_DECLARE_ROWS(isa)        \
+  namespace isa {                      \
+  extern const RowKernels row_kernels; \
   }
 FOVEA_DECLARE_ROWS(portable)
 #ifdef __x86_64__
