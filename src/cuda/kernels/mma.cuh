@@ -132,15 +132,11 @@ FOVEA_DEVICE void multiply_add_by_shuffles(const OperandA (&a)[kM], const Operan
     const bool low = k < 4;  // half of a step
     u32 rows[kM][2], columns[kN][2];
 #pragma unroll
-    for (int x = 0; x < 2 * kM; ++x) {
-      const u32(&words)[4] = a[x / 2].x;
-      rows[x / 2][x % 2] = __shfl_sync(kAllLanes, low ? words[x % 2] : words[2 + x % 2], row + k % 4);
-    }
+    for (int x = 0; x < 2 * kM; ++x)
+      rows[x / 2][x % 2] = __shfl_sync(kAllLanes, low ? a[x / 2].x[x % 2] : a[x / 2].x[2 + x % 2], row + k % 4);
 #pragma unroll
-    for (int x = 0; x < 2 * kN; ++x) {
-      const u32(&words)[2] = b[x / 2].x;
-      columns[x / 2][x % 2] = __shfl_sync(kAllLanes, low ? words[0] : words[1], column + x % 2 * 4 + k % 4);
-    }
+    for (int x = 0; x < 2 * kN; ++x)
+      columns[x / 2][x % 2] = __shfl_sync(kAllLanes, low ? b[x / 2].x[0] : b[x / 2].x[1], column + x % 2 * 4 + k % 4);
 #pragma unroll
     for (int e = 0; e < (kType == Type::kFloat32 ? 1 : 2); ++e) {
       const auto number = [e](u32 word) { return widen<kType>(e == 0 ? word : word >> 16); };

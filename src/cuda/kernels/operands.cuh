@@ -286,27 +286,16 @@ FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& 
         decltype(a(0, 0)) rows[kM];
 #pragma unroll
         for (int i = 0; i < kM; ++i) rows[i] = a(i, k * kStep<S.type>);
-        if constexpr (kByShuffles) {
-          constexpr int kAbreast = kWidth % 4 == 0 ? 4 : 2;  // pieces that share what comes from other lanes
 #pragma unroll
-          for (int j = 0; j < kWidth; j += kAbreast) {
-            OperandB columns[kAbreast];
-#pragma unroll
-            for (int x = 0; x < kAbreast; x += 2) {
-              OperandB pair[2];
-              b(pair, first + j + x, k * kStep<S.type>);
-              columns[x] = pair[0], columns[x + 1] = pair[1];
-            }
+        for (int j = 0; j < kWidth; j += 2) {
+          if (!kRolled) between(k, first + j);
+          OperandB columns[2];
+          b(columns, first + j, k * kStep<S.type>);
+          if constexpr (kByShuffles) {
             multiply_add_by_shuffles<S.type>(rows, columns, [&](int i, int x) -> Accumulator& {
               return kApart ? apart[kApart ? i : 0][kApart ? j + x : 0] : c[i][first + j + x];
             });
-          }
-        } else {
-#pragma unroll
-          for (int j = 0; j < kWidth; j += 2) {
-            if (!kRolled) between(k, first + j);
-            OperandB columns[2];
-            b(columns, first + j, k * kStep<S.type>);
+          } else {
 #pragma unroll
             for (int i = 0; i < kM; ++i) {
 #pragma unroll
