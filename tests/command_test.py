@@ -644,6 +644,17 @@ class Precompile(CommandTest):
                 self.refuse(*words, env={**env, "FOVEA_JIT": "cache"}, says="FOVEA_JIT=cache forbids compiling it")
                 self.refuse(*words, env=env, says="FOVEA_NVRTC names '/nonexistent'", code=3)
 
+    def test_compiling_beyond_its_limits_is_a_fault(self):
+        if json.loads(self.fovea("doctor", "--json"))["cuda"]["nvrtc"] is None:
+            self.skipTest("there is no NVRTC")
+        words = ("precompile", LINE, "--arch", "sm_80", "--check", "--most", "1")
+        with tempfile.TemporaryDirectory() as folder:
+            env = {"FOVEA_CACHE_DIR": folder, "FOVEA_JIT": "on"}
+            text = self.fovea(*words, "--most-seconds", "0.0001", "--median-seconds", "0.0001", code=1, env=env)
+            self.assertRegex(text, r"took .* to compile, more than 0.0001 s")
+            self.assertIn("the median is more than 0.0001 s", text)
+            self.fovea(*words, "--most-seconds", "3600", "--median-seconds", "3600", env=env)
+
 
 class Doctor(CommandTest):
     def test_a_pack_where_it_is_called_is_not_the_one_beside_it(self):
