@@ -1,5 +1,6 @@
 # The rings around the unit tests: problem lists and random problems against the oracle, scripts that drive the command,
-# faults, the installed tree.  Labels: unit, ring, long, faults, tree (ctest -L).  77 means: skipped, the machine lacks a tool.
+# faults, the installed tree.  Labels: unit, ring, long, faults, tree (ctest -L).  77 means: skipped, the machine lacks a
+# tool.
 set(FOVEA_RANDOM_CHECKS 400 CACHE STRING "Random problems that the tests compare with the oracle")
 set(FOVEA_SANITIZER "" CACHE STRING "What CMAKE_CXX_FLAGS sanitize: address, thread or nothing (CMakePresets.json)")
 find_package(Python3 3.11 REQUIRED COMPONENTS Interpreter)
