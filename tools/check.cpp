@@ -139,6 +139,7 @@ struct Case {
 
 std::vector<Case> cases_of(const CheckRun& run) {
   std::vector<Case> cases;
+  cases.reserve(run.problems.size());
   for (const Problem& problem : run.problems) cases.push_back({problem, run.seed});
   const Random seeds(run.seed);
   for (std::int64_t i = 0; i < run.random; ++i) {

@@ -144,6 +144,7 @@ class Precompile {
 void Precompile::collect() {
   std::map<std::string, KernelRequest> unique;
   std::vector<int> archs;
+  archs.reserve(asked_.archs.size());
   for (const std::string& text : asked_.archs) archs.push_back(parsed_arch(text));
   const auto add = [&](std::vector<KernelRequest> requests) {
     for (KernelRequest& request : requests) {

@@ -85,6 +85,7 @@ std::string pad_left(std::string_view text, std::size_t columns) {
 
 std::string Table::text(const Terminal& terminal, std::string_view indent) const {
   std::vector<std::size_t> widths;
+  widths.reserve(columns_.size());
   for (const Column& column : columns_) widths.push_back(std::max(column.least, columns_of(column.heading)));
   for (const auto& row : rows_) {
     for (std::size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], columns_of(row[i].text));

@@ -498,6 +498,7 @@ Problem shortened(Problem problem, std::int64_t longest) {
   for (Lengths* lengths : all) {
     if (lengths->values.empty()) continue;
     std::vector<std::int64_t> kept;
+    kept.reserve(static_cast<std::size_t>(problem.batch));
     for (std::int64_t i = 0; i < problem.batch; ++i) kept.push_back(std::min(lengths->values[order[i]], longest));
     lengths->values = std::move(kept);
   }

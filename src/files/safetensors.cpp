@@ -197,6 +197,7 @@ void SafetensorsFile::check_offsets(std::uint64_t data_bytes) const {
   // The format promises that tensors follow each other without gaps or overlaps and fill the file.
   using Pair = std::pair<const std::string, Entry>;
   std::vector<const Pair*> in_order;
+  in_order.reserve(entries_.size());
   for (const Pair& pair : entries_) in_order.push_back(&pair);
   std::ranges::sort(in_order, {}, [](const Pair* pair) { return std::pair(pair->second.begin, pair->second.end); });
   std::uint64_t reached = 0;

@@ -442,8 +442,9 @@ class MonteCarloArithmetic(torch.utils._python_dispatch.TorchDispatchMode):
         return torch.utils._pytree.tree_map(self.moved, function(*arguments, **(named or {})))
 
 
-def plain_errors(o, weights, tensors, exact):
-    """{result: the plain layer's error}; no less than half a unit in the last place of the largest element."""
+def plain_errors(o, weights, tensors, exact, mine=None):
+    """{result: the plain layer's error}; no less than half a unit in the last place of the largest element.  Every sample can only
+    make it larger: with `mine`, none is drawn once that agrees."""
     errors = {n: UNIT[o["dtype"]] * np.abs(a).max() if a.size else 0.0 for n, a in exact.items()}
 
     def add(plain):
@@ -453,6 +454,8 @@ def plain_errors(o, weights, tensors, exact):
 
     add(compute(o, weights, tensors, TYPES[o["dtype"]]))
     for sample in range(SAMPLES):
+        if mine is not None and judge(exact, errors, mine)[0] <= 2:
+            break
         with MonteCarloArithmetic(UNIT[o["dtype"]], sample):
             add(compute(o, weights, tensors, TYPES[o["dtype"]], formula=True))
     return errors
@@ -505,7 +508,7 @@ def main():
                 print(f"{name}: {result} is off by {quotient:.3g} times the plain layer's error: {json.dumps(cases[name][0])}")
     beyond = sum(is_beyond(o) for o, _, _ in cases.values())
     print(f"{len(cases) - failed} of {len(cases)} agree ({beyond} with options that torch's layers lack); "
-          f"the largest error is {worst[0]:.2f} times the plain layer's, in {worst[1]}; at most 2")
+          f"the largest error is {worst[0]:.2f} times that of as many samples of the plain layer as were drawn, in {worst[1]}; at most 2")
     return 1 if failed else 0
 
 
@@ -527,7 +530,7 @@ def compare_python(cases):
     for name, (o, weights, tensors) in cases.items():
         exact = compute(o, weights, tensors, torch.float64)
         mine = compute(o, weights, tensors, TYPES[o["dtype"]], library=fovea.nn)
-        yield name, *judge(exact, plain_errors(o, weights, tensors, exact), mine)
+        yield name, *judge(exact, plain_errors(o, weights, tensors, exact, mine), mine)
 
 
 def compare(program, device, cases):
@@ -541,7 +544,7 @@ def compare(program, device, cases):
         for name, (o, weights, tensors) in cases.items():
             mine = {n.removeprefix(name + "/"): a for n, a in results.items() if n.startswith(name + "/")}
             exact = compute(o, weights, tensors, torch.float64)
-            quotient, result = judge(exact, plain_errors(o, weights, tensors, exact), mine)
+            quotient, result = judge(exact, plain_errors(o, weights, tensors, exact, mine), mine)
             saved = read(folder / "saved" / name)
             if saved.keys() != weights.keys() or any((saved[n] != a).any() for n, a in weights.items()):
                 quotient, result = math.inf, "the parameters saved"

@@ -18,9 +18,9 @@ namespace {
 class OneThread {
  public:
   OneThread() {
-    if (omp_get_max_threads != nullptr && omp_set_num_threads != nullptr && (before_ = omp_get_max_threads()) != 1) {
-      omp_set_num_threads(1);
-    }
+    if (omp_get_max_threads == nullptr || omp_set_num_threads == nullptr) return;
+    before_ = omp_get_max_threads();
+    if (before_ != 1) omp_set_num_threads(1);
   }
   ~OneThread() {
     if (before_ > 1) omp_set_num_threads(before_);
