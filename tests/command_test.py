@@ -411,6 +411,7 @@ class Run(CommandTest):
         self.refuse("run", good, "--problem", LINE, says="one place")
         self.refuse("run", good, "--q", good, says="one place")
         self.refuse("run", "--q", "", says="--q: the path is empty")
+        self.refuse("check", "--backend", "", LINE, says="--backend: the name is empty")
         self.refuse("check", "@", says="path of a file to read is empty")
         self.refuse("run", "--problem", "", says="--problem: the line is empty")
         self.refuse("run", good, "--heads", "0", says="--heads requires --plot")

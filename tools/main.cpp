@@ -113,9 +113,13 @@ struct Command {
   void runner(bool architectures) const {
     const char* devices = architectures ? "cpu, cuda:N, or an architecture such as sm_90" : "cpu or cuda:N";
     option("--device", said->runner.device, "DEVICE", devices)->capture_default_str();
-    option("--backend", said->runner.options.backend, "NAME", "run this backend or refuse");
+    backend(said->runner.options.backend, "run this backend or refuse");
     number("--threads", said->runner.options.num_threads, 0, kMostThreads,
            "CPU threads; 0: as many as the process may use");
+  }
+  CLI::Option* backend(std::string& value, const char* help) const {
+    return option("--backend", value, "NAME", help)
+        ->check(filled("the name is empty; without --backend Fovea chooses"));
   }
   void strict() const {
     flag("--strict", said->runner.options.strict, "refuse rather than pass over a backend that this device has");
@@ -211,7 +215,7 @@ void add_tune(CLI::App& fovea, Action& action) {
   command.app->add_option("problem", said.lines, "problem lines, or @FILE of them; none: say what is kept")
       ->type_name("\"LINE\"|@FILE");
   command.option("--device", said.runner.device, "DEVICE", "cuda:N")->capture_default_str();
-  command.option("--backend", said.runner.options.backend, "NAME", "for this backend");
+  command.backend(said.runner.options.backend, "for this backend");
   command.option("--seconds", said.effort.seconds, "S", "for each tile that comes into question")
       ->capture_default_str();
   command.number("--jobs", said.jobs, 0, kMostThreads,

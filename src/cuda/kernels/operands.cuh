@@ -236,10 +236,10 @@ struct Nothing {
 };
 
 /// C = A · B + start(i) of its rows, or C += A · B with `OnTop`.  a(i, k) loads 16 rows of A, b(pair, j, k) 16 columns
-/// of B, of step k.  fp32 sums that go on top, and every kChain steps of TF32 and Turing's fp16, are made apart and added
-/// by ordinary additions, for the reason that `multiply_add` gives; where all make no longer chain, one sum will do.
-/// Loops are unrolled in part: whole ones take long to compile and more registers than there are; only where A is in
-/// registers (kAtOnce) must they be.  `between(k, j)` is called once for each step and each two columns of pieces.
+/// of B, of step k.  fp32 sums that go on top, and every kChain steps of TF32 and Turing's fp16, are made apart and
+/// added by ordinary additions, for the reason that `multiply_add` gives; where all make no longer chain, one sum will
+/// do. Loops are unrolled in part: whole ones take long to compile and more registers than there are; only where A is
+/// in registers (kAtOnce) must they be.  `between(k, j)` is called once for each step and each two columns of pieces.
 template <auto S, int kSteps, bool kAtOnce = false, int kM, int kN, class A, class B, class Start,
           class Between = Nothing>
 FOVEA_DEVICE void multiply_steps(Accumulator (&c)[kM][kN], const A& a, const B& b, const Start& start,

@@ -168,9 +168,8 @@ bool CublasLt::multiply(const MatrixProduct& p, const ProductQueue& queue) const
     }
   }
   const std::lock_guard lock(mutex_);
-  const auto [place, unknown] = algorithms_.try_emplace(key);
-  Algorithm& algorithm = place->second;
-  if (unknown) {
+  auto known = algorithms_.find(key);
+  if (known == algorithms_.end()) {
     check(call_.make_preference(&made), call_.make_preference.name);
     const auto preference = own(made, call_.destroy_preference);
     const auto prefer = [&](int attribute, const auto& value) {
@@ -185,10 +184,11 @@ bool CublasLt::multiply(const MatrixProduct& p, const ProductQueue& queue) const
                                     result.get(), preference.get(), 1, &best, &count);
     // Of a bias every answer but yes is a no: it can be added afterwards.
     if (status != kNotSupported && !beside.defined()) check(status, call_.choose.name);
-    algorithm.there = status == 0 && count > 0 && best.state == 0;
-    algorithm.workspace_bytes = best.workspace;
-    std::copy(std::begin(best.algorithm), std::end(best.algorithm), std::begin(algorithm.words));
+    Algorithm chosen{status == 0 && count > 0 && best.state == 0, best.workspace, {}};
+    std::copy(std::begin(best.algorithm), std::end(best.algorithm), std::begin(chosen.words));
+    known = algorithms_.emplace(key, chosen).first;  // not before: what fails is asked for again
   }
+  const Algorithm& algorithm = known->second;
   if (!algorithm.there) return false;
   void* workspace = nullptr;
   if (queue.workspace && algorithm.workspace_bytes > 0) {

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "math/float16.h"
@@ -82,6 +83,7 @@ std::vector<float> rows_of(const void* data, const Layout& layout, bool columns_
 bool aligned(const void* data, std::uint64_t bytes) { return reinterpret_cast<std::uintptr_t>(data) % bytes == 0; }
 
 char something;  // what handles point to
+bool fails_next = false;
 
 }  // namespace
 
@@ -122,8 +124,10 @@ FAKE int cublasLtMatmulPreferenceSetAttribute(void* made, int which, const void*
   return set(static_cast<Preference*>(made)->alignments.at(static_cast<std::size_t>(which - kFirstAlignment)), value,
              bytes);
 }
+FAKE void fail_next_heuristic() { fails_next = true; }
 FAKE int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void* preference, int,
                                         Heuristic* best, int* count) {
+  if (std::exchange(fails_next, false)) return kInvalid;
   *best = {};
   for (std::size_t i = 0; i < 4; ++i) best->algorithm.at(i) = static_cast<Preference*>(preference)->alignments.at(i);
   return *count = 1, 0;

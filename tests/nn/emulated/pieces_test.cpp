@@ -1,4 +1,5 @@
 // What the Python layers use of a GPU beside the C++ layers' own pieces, on the emulated one: its memory is the host's.
+#include <dlfcn.h>
 #include <fovea/nn/array.h>
 #include <gtest/gtest.h>
 
@@ -30,6 +31,20 @@ TEST(Products, GiveTheSumsOfTheLeftOperandsColumns) {
     EXPECT_EQ(floats(sums)[out], sum);
     EXPECT_EQ(floats(dw)[out * kIn], first);
   }
+}
+
+TEST(Products, AreAskedForAgainWhereTheChoiceOfAnAlgorithmHasFailed) {
+  const Array a(DType::kFloat32, {1, 2}, kGpu), b(DType::kFloat32, {2, 1}, kGpu), d(DType::kFloat32, {1, 1}, kGpu);
+  for (int i = 0; i < 2; ++i) floats(a)[i] = 3.0F, floats(b)[i] = 2.0F;
+  const CublasLt products(0);
+  const MatrixProduct product{.a = a.view(), .b = b.view(), .d = d.view()};
+  void* const library = dlopen("libcublasLt.so.13", RTLD_NOW);
+  ASSERT_NE(library, nullptr);
+  reinterpret_cast<void (*)()>(dlsym(library, "fail_next_heuristic"))();
+  EXPECT_THROW((void)products.multiply(product), Error);
+  ASSERT_TRUE(products.multiply(product));
+  EXPECT_EQ(floats(d)[0], 12.0F);
+  dlclose(library);
 }
 
 TEST(MoveRows, TakesTheRowsOfItsIndexAndZerosWhereThatIsNegative) {
