@@ -41,6 +41,7 @@ void bind_report(nb::module_& module) {
 }  // namespace
 }  // namespace fovea::python
 
+// NOLINTNEXTLINE(misc-use-anonymous-namespace): what the macro makes is static
 NB_MODULE(_core, module) {
   using namespace fovea::python;
   namespace nb = nanobind;
