@@ -19,8 +19,8 @@ endfunction()
 file(GLOB problem_lists CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/problems/*.txt)
 foreach(list IN LISTS problem_lists)
   cmake_path(GET list STEM stem)
-  if(stem MATCHES "^(masks|many_heads)$")
-    continue()  # large for GPUs, and to a CPU nothing that the other lists don't have; kernels are compiled for them below
+  if(FOVEA_SANITIZER AND stem MATCHES "^(masks|many_heads)$")
+    continue()  # large for GPUs, and to a CPU nothing that the other lists don't have
   endif()
   set(labels ring)
   if(NOT stem MATCHES "^(smoke|traps|composition)$")
@@ -99,12 +99,6 @@ endif()
 
 if(FOVEA_SANITIZER STREQUAL "address")
   add_subdirectory(fuzz)
-  foreach(isa IN ITEMS portable avx2 avx512 avx512_bf16 amx)
-    if(TARGET fovea_flash_${isa})
-      # A wrong pointer is seen where it is read by; to watch these two takes more time to compile than all the rest.
-      target_compile_options(fovea_flash_${isa} PRIVATE -fno-sanitize=null,pointer-overflow)
-    endif()
-  endforeach()
 elseif(FOVEA_SANITIZER STREQUAL "thread")
   # tests/tsan_threads.cpp says why.
   set_source_files_properties(${PROJECT_SOURCE_DIR}/src/cpu/threads.cpp TARGET_DIRECTORY fovea_objects PROPERTIES

@@ -53,10 +53,10 @@ def compiled(**arguments: Any) -> Any:
     return torch.compile(eager, fullgraph=True, backend="aot_eager", dynamic=False)(**arguments)
 
 
-@pytest.mark.parametrize(("attention", "step"), [(eager, 1), (compiled, 3)])  # to compile takes half a second
-def test_random_problems_keep_the_error_rule(attention: Callable[..., Any], step: int) -> None:
+@pytest.mark.parametrize("attention", [eager, compiled])
+def test_random_problems_keep_the_error_rule(attention: Callable[..., Any]) -> None:
     failures = []
-    for seed in range(0, COUNT, step):
+    for seed in range(COUNT):
         judged = Judged(seed)
         heads_first = seed % 2 == 1 and "cu_seqlens_q" not in judged.inputs
         failures += judged.failures(solve(judged, attention, heads_first))
