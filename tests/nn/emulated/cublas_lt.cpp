@@ -82,7 +82,7 @@ std::vector<float> rows_of(const void* data, const Layout& layout, bool columns_
 
 bool aligned(const void* data, std::uint64_t bytes) { return reinterpret_cast<std::uintptr_t>(data) % bytes == 0; }
 
-char something;  // what handles point to
+char something;           // what handles point to
 bool fails_next = false;  // the choice of an algorithm
 
 }  // namespace
