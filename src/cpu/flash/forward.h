@@ -138,11 +138,12 @@ template <int kVectors>
     base[n] = load(reference + n * kWidth);
     if (any(base[n] == splat(-kInfinity))) return false;
   }
-  product_rows<Word::kFloat, ALayout::kRowMajor, kVectors>(args, 0, rows, [&](float* to, V(&x)[kVectors]) {
-    FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) top[n] = larger(x[n] -= base[n], top[n]);
-    exp2(x);
-    FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) store(to + n * kWidth, x[n]), total[n] += x[n];
-  });
+  product_rows<Word::kFloat, ALayout::kRowMajor, kVectors>(
+      args, 0, rows, [&](float* to, V(&x)[kVectors]) __attribute__((always_inline)) {
+        FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) top[n] = larger(x[n] -= base[n], top[n]);
+        exp2(x);
+        FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) store(to + n * kWidth, x[n]), total[n] += x[n];
+      });
   bool stays = true;
   FOVEA_UNROLL for (const V& x : top) stays = stays && !any(x > splat(kSlack));
   if (!stays) return false;

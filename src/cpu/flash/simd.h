@@ -12,8 +12,10 @@
 #define FOVEA_INLINE [[gnu::always_inline]] inline
 #ifdef __clang__
 #define FOVEA_UNROLL _Pragma("unroll")
+#define FOVEA_UNROLL_BY_4 _Pragma("unroll 4")
 #else
 #define FOVEA_UNROLL _Pragma("GCC unroll 32")
+#define FOVEA_UNROLL_BY_4 _Pragma("GCC unroll 4")
 #endif
 
 namespace fovea::cpu::FOVEA_ISA {
