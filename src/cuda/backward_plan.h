@@ -30,6 +30,15 @@ struct WarpGrid {
   }
 };
 
+/// Whether a tile of rows or keys is swizzled: steps from where a warp's columns begin must not carry.
+FOVEA_FN constexpr bool swizzles(const BackwardSpec& s, int dim) {
+  return is_power_of_2(WarpGrid::of(s.block_n, dim, s.warps).across) &&
+         is_power_of_2(WarpGrid::of(s.block_m, dim, s.warps).across);
+}
+FOVEA_FN constexpr int entry_bytes(const BackwardSpec& s) {  // P, dS; of these a warp's columns are side by side
+  return tile_bytes(s.type, s.block_m, s.block_n, is_power_of_2(s.block_n));
+}
+
 inline constexpr int kWalkBytes = 384;  // of cuda::Walk
 
 /// Where things lie in the main kernel's shared memory, in bytes.
@@ -44,7 +53,9 @@ struct BackwardShared {
 
   FOVEA_FN static constexpr BackwardShared of(const BackwardSpec& s) {
     BackwardShared at{};
-    const auto operand = [&](int rows, int dim) { return s.in_place ? 0 : tile_bytes(s.type, rows, dim); };
+    const auto operand = [&](int rows, int dim) {
+      return s.in_place ? 0 : tile_bytes(s.type, rows, dim, swizzles(s, dim));
+    };
     at.k = 0;
     at.v = at.k + operand(s.block_n, s.head_dim);
     at.ring = at.v + operand(s.block_n, s.head_dim_v);
@@ -52,8 +63,8 @@ struct BackwardShared {
     at.statistics = at.dout + operand(s.block_m, s.head_dim_v);
     at.stage = (at.statistics + 8 * s.block_m + 127) / 128 * 128;
     at.weights = at.ring + s.stages * at.stage;
-    at.ds = at.weights + tile_bytes(s.type, s.block_m, s.block_n);
-    at.entries = at.ds + tile_bytes(s.type, s.block_m, s.block_n) - at.weights;
+    at.ds = at.weights + entry_bytes(s);
+    at.entries = 2 * entry_bytes(s);
     at.walk = at.weights + (s.stages == 3 ? 2 : 1) * at.entries;
     at.total = at.walk + kWalkBytes;
     return at;

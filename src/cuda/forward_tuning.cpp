@@ -82,11 +82,12 @@ constexpr auto kTiles16 = std::to_array<Row>({
     {{.widest = 64, .most_options = 0, .band = false}, {.block_m = 128, .block_n = 64, .min_blocks = 3}},
     {{.widest = 64, .most_options = 0, .band = true}, {.block_m = 64, .block_n = 64, .min_blocks = 4}},
     {{.widest = 80, .most_options = 0}, {.block_m = 128, .block_n = 96, .min_blocks = 2, .spread = true}},
-    {{.widest = 96, .most_options = 0}, {.block_m = 128, .block_n = 96, .stages = 1, .min_blocks = 2}},
+    {{.widest = 96, .most_options = 0},
+     {.block_m = 128, .block_n = 96, .stages = 1, .min_blocks = 2, .swizzled = true}},
     {{.widest = 128, .most_options = 0}, {.block_m = 128, .block_n = 64, .min_blocks = 2, .swizzled = true}},
     {{.widest = 128, .most_options = 0},
      {.block_m = 64, .block_n = 64, .stages = 1, .min_blocks = 2, .swizzled = true}},
-    {{.widest = 192, .most_options = 0}, {.block_m = 128, .block_n = 96, .warps = 8, .spread = true}},
+    {{.widest = 192, .most_options = 0}, {.block_m = 128, .block_n = 96, .warps = 8, .spread = true, .swizzled = true}},
     {{.widest = 256, .most_options = 0},
      {.block_m = 128, .block_n = 64, .warps = 8, .across = 2, .spread = true, .swizzled = true}},
     {{.widest = 256, .most_options = 0},
@@ -275,7 +276,9 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
     spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.across = tile.across,
     spec.slices = tile.slices, spec.stages = tile.stages;
     spec.head_dim_v = round_up(columns, std::max(16 * tile.across, 8 * tile.slices));
-    spec.swizzled = tile.swizzled && (swizzled(spec.type, spec.head_dim) || swizzled(spec.type, spec.head_dim_v));
+    const auto may_be = [&](int dim) { return swizzled(spec.type, dim) && swizzles(spec, dim); };
+    spec.swizzled = tile.swizzled;
+    spec.swizzled = may_be(spec.head_dim) || may_be(spec.head_dim_v);
     spec.spread_copies = tile.spread, spec.halved_q = tile.halved_q && spec.mma == Mma::kTf32x3;
     spec.in_place = tile.in_place;
     shape.min_blocks = tile.min_blocks;

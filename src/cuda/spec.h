@@ -14,11 +14,10 @@ FOVEA_FN constexpr int bytes_of(Type type) { return type == Type::kFloat32 ? 4 :
 /// Bytes from row to row of a tile in shared memory: an odd number of 16-byte pieces, so that a column of pieces, read
 /// down the rows, meets every bank.
 FOVEA_FN constexpr int pitch_of(Type type, int dim) { return (dim * bytes_of(type) / 16 | 1) * 16; }
-/// Or swizzled, which rows of 64, 128, 256 or 512 16-bit elements may be.
-FOVEA_FN constexpr bool swizzled(Type type, int dim) {
-  return type != Type::kFloat32 && dim >= 64 && (dim & (dim - 1)) == 0;
-}
-FOVEA_FN constexpr int tile_bytes(Type type, int rows, int dim, bool swizzles = true) {
+/// Or swizzled, which rows of whole 64 bytes may be, of 64 16-bit elements or more.
+FOVEA_FN constexpr bool swizzled(Type type, int dim) { return type != Type::kFloat32 && dim >= 64 && dim % 32 == 0; }
+FOVEA_FN constexpr bool is_power_of_2(int n) { return (n & (n - 1)) == 0; }
+FOVEA_FN constexpr int tile_bytes(Type type, int rows, int dim, bool swizzles) {
   return rows * (swizzles && swizzled(type, dim) ? dim * bytes_of(type) : pitch_of(type, dim));
 }
 
@@ -68,9 +67,13 @@ FOVEA_FN constexpr int q_bytes(const ForwardSpec& s) {
   const int pitch = s.in_place ? 0 : pitch_of(s.type, s.head_dim) * (s.halved_q ? 2 : 1);
   return s.block_m * math::larger(pitch, pitch_of(s.type, s.head_dim_v));
 }
+/// Where warps share columns, steps from where one's begin must not carry.
+FOVEA_FN constexpr bool swizzles(const ForwardSpec& s, int dim) {
+  return s.swizzled && (s.across == 1 || is_power_of_2(dim));
+}
 FOVEA_FN constexpr int stage_bytes(const ForwardSpec& s) {
-  return tile_bytes(s.type, s.block_n, s.head_dim, s.swizzled) +
-         tile_bytes(s.type, s.block_n, s.head_dim_v, s.swizzled);
+  return tile_bytes(s.type, s.block_n, s.head_dim, swizzles(s, s.head_dim)) +
+         tile_bytes(s.type, s.block_n, s.head_dim_v, swizzles(s, s.head_dim_v));
 }
 FOVEA_FN constexpr int left_pitch(const ForwardSpec& s) { return 4 * s.head_dim_v + 32; }  // rows meet other banks
 FOVEA_FN constexpr int slice_bytes(const ForwardSpec& s) {

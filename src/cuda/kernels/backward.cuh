@@ -43,37 +43,54 @@ struct Backward {
   static constexpr bool kLeapfrog = S.stages == 3;
 
   using Order = typename GradientTile<S>::Order;
-  using KTile = Tile<S.type, S.block_n, S.head_dim>;
-  using VTile = Tile<S.type, S.block_n, S.head_dim_v>;
-  using QTile = Tile<S.type, S.block_m, S.head_dim>;
-  using DoutTile = Tile<S.type, S.block_m, S.head_dim_v>;
-  using EntryTile = Tile<S.type, S.block_m, S.block_n>;  // P, dS
-  static_assert(KTile::kSize == tile_bytes(S.type, S.block_n, S.head_dim));
-  static_assert(EntryTile::kSize == tile_bytes(S.type, S.block_m, S.block_n));
+  using KTile = Tile<S.type, S.block_n, S.head_dim, swizzles(S, S.head_dim)>;
+  using VTile = Tile<S.type, S.block_n, S.head_dim_v, swizzles(S, S.head_dim_v)>;
+  using QTile = Tile<S.type, S.block_m, S.head_dim, swizzles(S, S.head_dim)>;
+  using DoutTile = Tile<S.type, S.block_m, S.head_dim_v, swizzles(S, S.head_dim_v)>;
+  using EntryTile = Tile<S.type, S.block_m, S.block_n, is_power_of_2(S.block_n)>;  // P, dS
+  static_assert(EntryTile::kSize == entry_bytes(S));
 
-  /// A warp's piece of a product that all warps share.
+  /// A warp's piece of a product that all warps share.  Its columns are side by side, or every `across`th 16 of them
+  /// where steps among others would carry.
   template <int kRows, int kColumns>
   struct Share {
     static constexpr WarpGrid kGrid = WarpGrid::of(kRows, kColumns, S.warps);
     static constexpr int kM = kGrid.rows / 16, kN = kGrid.columns / 8;
+    static constexpr bool kDealt = !is_power_of_2(kColumns) && swizzled(S.type, kColumns) && !S.in_place;
     Accumulator c[kM][kN];
 
     FOVEA_DEVICE static bool works() { return kGrid.used == S.warps || warp_id() < kGrid.used; }
     FOVEA_DEVICE static int row() { return fresh(warp_id()) / kGrid.across * kGrid.rows; }
-    FOVEA_DEVICE static int column() { return fresh(warp_id()) % kGrid.across * kGrid.columns; }
+    FOVEA_DEVICE static int column() { return fresh(warp_id()) % kGrid.across * (kDealt ? 16 : kGrid.columns); }
+    /// From there to the j-th 8 columns.
+    FOVEA_DEVICE static constexpr int offset(int j) { return kDealt ? j / 2 * kGrid.across * 16 + j % 2 * 8 : 8 * j; }
   };
   using Dk = Share<S.block_n, S.head_dim>;
   using Dv = Share<S.block_n, S.head_dim_v>;
   struct Dq : Share<S.block_m, S.head_dim> {
     using Share<S.block_m, S.head_dim>::kM, Share<S.block_m, S.head_dim>::kN;
     static constexpr int kFloats = kM * kN * 128;  // of a warp
-    /// The place in dq_sum, in floats, of a tile's piece in row `i` and column `j` of pieces.
+    static constexpr int kOfRow = S.head_dim / 8;  // pieces
+    /// The place in dq_sum, in floats, of a tile's piece in row `i` and column `j` of pieces: warp by warp, or, where
+    /// columns are dealt, row by row.
     FOVEA_DEVICE static int piece(int i, int j) {
+      if constexpr (Dq::kDealt) return (i * kOfRow + j) * 128;
       return (((i / kM * Dq::kGrid.across + j / kN) * kM + i % kM) * kN + j % kN) * 128;
     }
     /// Of the n-th piece there.
-    FOVEA_DEVICE static int row_of(int n) { return n / (kM * kN * Dq::kGrid.across) * kM + n / kN % kM; }
-    FOVEA_DEVICE static int column_of(int n) { return n / (kM * kN) % Dq::kGrid.across * kN + n % kN; }
+    FOVEA_DEVICE static int row_of(int n) {
+      return Dq::kDealt ? n / kOfRow : n / (kM * kN * Dq::kGrid.across) * kM + n / kN % kM;
+    }
+    FOVEA_DEVICE static int column_of(int n) {
+      return Dq::kDealt ? n % kOfRow : n / (kM * kN) % Dq::kGrid.across * kN + n % kN;
+    }
+    /// Where this warp's pieces begin there, and from there each of them.
+    FOVEA_DEVICE static int first_piece() {
+      return Dq::kDealt ? piece(Dq::row() / 16, Dq::column() / 8) : warp_id() * kFloats;
+    }
+    FOVEA_DEVICE static constexpr int own_piece(int i, int j) {
+      return (Dq::kDealt ? i * kOfRow + Dq::offset(j) / 8 : i * kN + j) * 128;
+    }
   };
 
   /// What a block sums over its tiles of rows.
@@ -297,12 +314,16 @@ struct Backward {
   FOVEA_DEVICE void add_dq(int n, int lane) const {
     if (!Dq::works()) return;
     Accumulator dq[Dq::kM][kEnd - kBegin];
-    const int column = Dq::column() + 8 * kBegin;
+    constexpr int kFrom = Dq::kDealt ? 0 : Dq::offset(kBegin);
+    const int column = Dq::column() + kFrom;
+    struct Columns {
+      FOVEA_DEVICE static constexpr int offset(int j) { return Dq::offset(kBegin + j) - kFrom; }
+    };
     const EntryTile ds = ds_tile(n);
     const auto k_columns = k_tile();
     if constexpr (kCareful) {
       clear(dq);
-      multiply_seen<S.block_n>(
+      multiply_seen<S.block_n, Columns>(
           dq, Dq::row(), column, [&](int k, int row) { return read_entry(ds, row, k); },
           [&](int k, int at) { return read_entry(k_columns, k, at); });
     } else {
@@ -310,15 +331,15 @@ struct Backward {
       const auto b = corner_b_columns(k_columns, lane, 0, column);
       multiply_steps<S, S.block_n / kStep<S.type>>(
           dq, [&](int i, int k) { return load_a<true>(a, 16 * i, k); },
-          [&](OperandB(&pair)[2], int j, int k) { load_b_columns(pair, b, k, 8 * j); },
+          [&](OperandB(&pair)[2], int j, int k) { load_b_columns(pair, b, k, Columns::offset(j)); },
           [](int) { return Accumulator{}; });
     }
     if constexpr (S.deterministic && kBegin == 0) Turn::await(p, step(n));
-    float* const sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + warp_id() * Dq::kFloats;
+    float* const sum = p.dq_sum + step(n).slot * (S.block_m * S.head_dim) + Dq::first_piece();
 #pragma unroll
     for (int i = 0; i < Dq::kM; ++i) {
 #pragma unroll
-      for (int j = kBegin; j < kEnd; ++j) reduce(sum + (i * Dq::kN + j) * 128, dq[i][j - kBegin]);
+      for (int j = kBegin; j < kEnd; ++j) reduce(sum + Dq::own_piece(i, j), dq[i][j - kBegin]);
     }
   }
 
@@ -327,7 +348,7 @@ struct Backward {
   FOVEA_DEVICE static void add_columns(C& sum, const EntryTile& entries, const RowTile& rows, int lane) {
     if (!C::works()) return;
     if constexpr (kCareful) {
-      multiply_seen<S.block_m>(
+      multiply_seen<S.block_m, C>(
           sum.c, C::row(), C::column(), [&](int k, int row) { return read_entry(entries, k, row); },
           [&](int k, int column) { return read_entry(rows, k, column); });
     } else {
@@ -335,7 +356,7 @@ struct Backward {
       const auto b = corner_b_columns(rows, lane, 0, C::column());
       multiply_steps<S, S.block_m / kStep<S.type>>(
           sum.c, [&](int i, int k) { return load_a_columns(a, 16 * i, k); },
-          [&](OperandB(&pair)[2], int j, int k) { load_b_columns(pair, b, k, 8 * j); }, OnTop{});
+          [&](OperandB(&pair)[2], int j, int k) { load_b_columns(pair, b, k, C::offset(j)); }, OnTop{});
     }
   }
 
@@ -390,7 +411,7 @@ struct Backward {
         for (float& x : c.x) x *= scale;
       }
     }
-    store_accumulators(corner_c<C::kN>(tile, lane_id(), C::row(), C::column()), sum.c);
+    store_accumulators<C>(corner_c<C::kN>(tile, lane_id(), C::row(), C::column()), sum.c);
   }
 };
 

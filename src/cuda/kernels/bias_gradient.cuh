@@ -28,7 +28,7 @@ struct BiasGradient {
       return place_tile<S.type, kDim>(at.sequence.q_row(view, row, at.head), view.row, at.sequence.band.seqlen_q - row,
                                       columns);
     } else {
-      return Tile<S.type, S.block_m, kDim>{fresh(shared) + offset};
+      return Tile<S.type, S.block_m, kDim, swizzles(S, kDim)>{fresh(shared) + offset};
     }
   }
   template <int kDim>
@@ -38,7 +38,7 @@ struct BiasGradient {
       return place_tile<S.type, kDim, Order>(at.sequence.kv_row(view, key, at.head / p.group), view.row,
                                              at.sequence.band.seqlen_kv - key, columns);
     } else {
-      return Tile<S.type, S.block_n, kDim>{fresh(shared) + offset};
+      return Tile<S.type, S.block_n, kDim, swizzles(S, kDim)>{fresh(shared) + offset};
     }
   }
   FOVEA_DEVICE auto q(const BiasStep& at) const { return rows_at<S.head_dim>(kShared.ring, at, p.q, p.head_dim); }

@@ -28,8 +28,8 @@ struct Forward {
   static_assert(!S.in_place || (S.slices == 1 && !S.halved_q));
 
   using QTile = SharedTile<S.type, S.block_m, S.head_dim>;
-  using KTile = Tile<S.type, S.block_n, S.head_dim, S.swizzled>;
-  using VTile = Tile<S.type, S.block_n, S.head_dim_v, S.swizzled>;
+  using KTile = Tile<S.type, S.block_n, S.head_dim, swizzles(S, S.head_dim)>;
+  using VTile = Tile<S.type, S.block_n, S.head_dim_v, swizzles(S, S.head_dim_v)>;
   using WeightTile = SharedTile<S.type, S.block_m, S.block_n>;  // P, where warps share rows
   using OutTile = SharedTile<S.type, S.block_m, S.head_dim_v>;  // in the place of Q
 

@@ -177,7 +177,7 @@ struct GradientTile {
 
 /// C += A · B term by term, a(k, row) · b(k, column), without the hidden entries of A: for tiles in which something
 /// hidden may not be finite.
-template <int kSteps, int kM, int kN, class A, class B>
+template <int kSteps, class Columns = SideBySide, int kM, int kN, class A, class B>
 FOVEA_DEVICE void multiply_seen(Accumulator (&sum)[kM][kN], int first_row, int first_column, const A& a, const B& b) {
   const int row = fresh(first_row + lane_id() / 4), column = fresh(first_column + lane_id() % 4 * 2);
 #pragma unroll 1
@@ -189,7 +189,7 @@ FOVEA_DEVICE void multiply_seen(Accumulator (&sum)[kM][kN], int first_row, int f
     for (int j = 0; j < kN; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float other = b(k, column + 8 * j + e);
+        const float other = b(k, column + Columns::offset(j) + e);
 #pragma unroll
         for (int x = 0; x < 2 * kM; ++x) {
           const float factor = factors[x / 2][x % 2];

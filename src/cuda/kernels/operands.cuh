@@ -7,7 +7,8 @@
 // and each load adds a constant.
 namespace fovea::cuda {
 
-/// A tile without padding: pieces of 16 bytes are permuted within 128 bytes, in another way in each of 8 rows.
+/// A tile without padding: pieces of 16 bytes are permuted within 128 bytes, in another way in each of 8 rows; within
+/// 64 bytes, in another way in each of 4 pairs of rows, where a row is an odd number of these.
 template <Type kElement, int kRowCount, int kDim>
 struct SwizzledTile {
   static constexpr Type kType = kElement;
@@ -16,11 +17,13 @@ struct SwizzledTile {
   static constexpr int kPitch = kPieces * 16;
   static constexpr int kSize = kRows * kPitch;
   static constexpr bool kSwizzled = true;
-  u32 base;  // a multiple of 128
+  static constexpr int kTurns = kPieces % 8 == 0 ? 8 : 4;  // pieces that change places
+  u32 base;                                                // a multiple of 128
 
   FOVEA_DEVICE u32 at(int row, int column) const {
-    const u32 piece = static_cast<u32>(column) / 8, r = static_cast<u32>(row);
-    return base + r * kPitch + piece / 8 * 128 + ((piece ^ r) & 7) * 16 + static_cast<u32>(column) % 8 * 2;
+    const u32 piece = static_cast<u32>(column) / 8, r = static_cast<u32>(row), turned = kTurns == 8 ? r : r / 2;
+    return base + r * kPitch + piece / kTurns * (kTurns * 16) + ((piece ^ turned) & (kTurns - 1)) * 16 +
+           static_cast<u32>(column) % 8 * 2;
   }
 };
 
@@ -32,7 +35,7 @@ template <Type kType, int kRows, int kDim>
 struct TileOf<kType, kRows, kDim, true> {
   using Is = SwizzledTile<kType, kRows, kDim>;
 };
-template <Type kType, int kRows, int kDim, bool kSwizzles = true>
+template <Type kType, int kRows, int kDim, bool kSwizzles>
 using Tile = typename TileOf<kType, kRows, kDim, kSwizzles && swizzled(kType, kDim)>::Is;
 
 /// The address of a lane's part of an operand at one place of a tile, from which those at a constant distance follow:
@@ -42,7 +45,9 @@ struct Corner {
   u32 lane;
   FOVEA_DEVICE u32 at(int row, int column) const {
     if constexpr (Tile::kSwizzled) {
-      return (lane ^ static_cast<u32>(column / 8 % 8 * 16)) + static_cast<u32>(column / 64 * 128 + row * Tile::kPitch);
+      constexpr int kColumns = 8 * Tile::kTurns;
+      return (lane ^ static_cast<u32>(column % kColumns / 8 * 16)) +
+             static_cast<u32>(column / kColumns * kColumns * 2 + row * Tile::kPitch);
     } else {
       return lane + static_cast<u32>(row * Tile::kPitch + column * kBytes<Tile::kType>);
     }
@@ -152,8 +157,12 @@ FOVEA_DEVICE void load_b_columns(OperandB (&b)[2], const Corner<Tile>& corner, i
     b[1] = {x[2], x[3]};
   }
 }
+/// Where accumulators of 8 columns lie, side by side.
+struct SideBySide {
+  FOVEA_DEVICE static constexpr int offset(int j) { return 8 * j; }
+};
 /// Writes a piece of a tile from its corner's column `column` on, a multiple of 8 · N.
-template <class Tile, int kM, int kN>
+template <class Columns = SideBySide, class Tile, int kM, int kN>
 FOVEA_DEVICE void store_accumulators(const Corner<Tile>& corner, const Accumulator (&c)[kM][kN], int column = 0) {
 #pragma unroll
   for (int i = 0; i < kM; ++i) {
@@ -163,20 +172,20 @@ FOVEA_DEVICE void store_accumulators(const Corner<Tile>& corner, const Accumulat
       if constexpr (Tile::kType == Type::kFloat32) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const u32 at = corner.at(16 * i + 8 * h, column + 8 * j);
+          const u32 at = corner.at(16 * i + 8 * h, column + Columns::offset(j));
           store_shared(at, __float_as_uint(left.x[2 * h]));
           store_shared(at + 4, __float_as_uint(left.x[2 * h + 1]));
         }
       } else if constexpr (kByMatrices<Tile, kN>) {
         const Accumulator& right = c[i][j | 1];
         if (j % 2 == 0) {
-          store_matrices(corner.at(16 * i, column + 8 * j), pack<Tile::kType>(left.x[0], left.x[1]),
+          store_matrices(corner.at(16 * i, column + Columns::offset(j)), pack<Tile::kType>(left.x[0], left.x[1]),
                          pack<Tile::kType>(left.x[2], left.x[3]), pack<Tile::kType>(right.x[0], right.x[1]),
                          pack<Tile::kType>(right.x[2], right.x[3]));
         }
       } else {
-        store_shared(corner.at(16 * i, column + 8 * j), pack<Tile::kType>(left.x[0], left.x[1]));
-        store_shared(corner.at(16 * i + 8, column + 8 * j), pack<Tile::kType>(left.x[2], left.x[3]));
+        store_shared(corner.at(16 * i, column + Columns::offset(j)), pack<Tile::kType>(left.x[0], left.x[1]));
+        store_shared(corner.at(16 * i + 8, column + Columns::offset(j)), pack<Tile::kType>(left.x[2], left.x[3]));
       }
     }
   }

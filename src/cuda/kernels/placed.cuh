@@ -97,12 +97,12 @@ FOVEA_DEVICE void load_b_columns(OperandB (&b)[2], const PlacedCorner<Tile>& cor
     }
   }
 }
-template <class Tile, int kM, int kN>
+template <class Columns = SideBySide, class Tile, int kM, int kN>
 FOVEA_DEVICE void store_accumulators(const PlacedCorner<Tile>& corner, const Accumulator (&c)[kM][kN]) {
 #pragma unroll
   for (int x = 0; x < kM * kN * 4; ++x) {
     const int i = x / 4 / kN, j = x / 4 % kN, e = x % 4;
-    const int row = corner.row + 16 * i + e / 2 * 8, column = corner.column + 8 * j + e % 2;
+    const int row = corner.row + 16 * i + e / 2 * 8, column = corner.column + Columns::offset(j) + e % 2;
     if (corner.tile.has(row, column)) write<Tile::kType>(corner.tile.at(row, column), c[i][j].x[e]);
   }
 }
