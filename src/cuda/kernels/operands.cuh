@@ -35,7 +35,8 @@ template <Type kType, int kRows, int kDim>
 struct TileOf<kType, kRows, kDim, true> {
   using Is = SwizzledTile<kType, kRows, kDim>;
 };
-template <Type kType, int kRows, int kDim, bool kSwizzles>
+/// Of any row of a power of 2: there no step carries, wherever a warp's columns begin.
+template <Type kType, int kRows, int kDim, bool kSwizzles = is_power_of_2(kDim)>
 using Tile = typename TileOf<kType, kRows, kDim, kSwizzles && swizzled(kType, kDim)>::Is;
 
 /// The address of a lane's part of an operand at one place of a tile, from which those at a constant distance follow:
