@@ -40,25 +40,22 @@ template <Word kWord, ALayout kLayout, int kRows, int kVectors, class Put>
 FOVEA_INLINE void product_block(const ProductArgs& args, i64 row, Put& put) {
   V acc[kRows][kVectors] = {};
   constexpr bool kRowMajor = kLayout == ALayout::kRowMajor;
+  constexpr bool kFewRows = kRows < kVectors;
+  constexpr int kFewer = kFewRows ? kRows : kVectors, kMore = kFewRows ? kVectors : kRows;
   const i64 a_row = kRowMajor ? args.a_stride : 1, a_step = kRowMajor ? 1 : args.a_stride;
   const float* a = args.a + row * a_row;
   const float* b = args.b;
   // By 4: a core that runs two threads is bound by instructions, and a fifth of them only counted.
   FOVEA_UNROLL_BY_4 for (i64 k = 0; k < args.depth; ++k) {
     // The fewer operands stay in registers, the others pass by one at a time: 12 sums, 3 and 1 are 16 registers.
-    if constexpr (kRows < kVectors) {
-      V am[kRows];
-      FOVEA_UNROLL for (int m = 0; m < kRows; ++m) am[m] = splat(a[m * a_row]);
-      FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) {
-        const V bk = load(b + n * kWidth);
-        FOVEA_UNROLL for (int m = 0; m < kRows; ++m) acc[m][n] = multiply_add<kWord>(am[m], bk, acc[m][n]);
-      }
-    } else {
-      V bk[kVectors];
-      FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) bk[n] = load(b + n * kWidth);
-      FOVEA_UNROLL for (int m = 0; m < kRows; ++m) {
-        const V am = splat(a[m * a_row]);
-        FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) acc[m][n] = multiply_add<kWord>(am, bk[n], acc[m][n]);
+    const auto operand = [&](bool of_row, int i) { return of_row ? splat(a[i * a_row]) : load(b + i * kWidth); };
+    V few[kFewer];
+    FOVEA_UNROLL for (int i = 0; i < kFewer; ++i) few[i] = operand(kFewRows, i);
+    FOVEA_UNROLL for (int j = 0; j < kMore; ++j) {
+      const V one = operand(!kFewRows, j);
+      FOVEA_UNROLL for (int i = 0; i < kFewer; ++i) {
+        V& sum = kFewRows ? acc[i][j] : acc[j][i];
+        sum = multiply_add<kWord>(one, few[i], sum);
       }
     }
     a += a_step;

@@ -47,7 +47,7 @@ struct Backward {
   using VTile = Tile<S.type, S.block_n, S.head_dim_v, swizzles(S, S.head_dim_v)>;
   using QTile = Tile<S.type, S.block_m, S.head_dim, swizzles(S, S.head_dim)>;
   using DoutTile = Tile<S.type, S.block_m, S.head_dim_v, swizzles(S, S.head_dim_v)>;
-  using EntryTile = Tile<S.type, S.block_m, S.block_n, is_power_of_2(S.block_n)>;  // P, dS
+  using EntryTile = Tile<S.type, S.block_m, S.block_n>;  // P, dS
   static_assert(EntryTile::kSize == entry_bytes(S));
 
   /// A warp's piece of a product that all warps share.  Its columns are side by side, or every `across`th 16 of them
@@ -314,7 +314,7 @@ struct Backward {
   FOVEA_DEVICE void add_dq(int n, int lane) const {
     if (!Dq::works()) return;
     Accumulator dq[Dq::kM][kEnd - kBegin];
-    constexpr int kFrom = Dq::kDealt ? 0 : Dq::offset(kBegin);
+    constexpr int kFrom = Dq::kDealt ? 0 : Dq::offset(kBegin);  // from dealt columns' first steps do not carry
     const int column = Dq::column() + kFrom;
     struct Columns {
       FOVEA_DEVICE static constexpr int offset(int j) { return Dq::offset(kBegin + j) - kFrom; }

@@ -35,7 +35,7 @@ template <Type kType, int kRows, int kDim>
 struct TileOf<kType, kRows, kDim, true> {
   using Is = SwizzledTile<kType, kRows, kDim>;
 };
-/// Of any row of a power of 2: there no step carries, wherever a warp's columns begin.
+/// By default swizzled where rows are a power of 2: no step carries there, wherever a warp's columns begin.
 template <Type kType, int kRows, int kDim, bool kSwizzles = is_power_of_2(kDim)>
 using Tile = typename TileOf<kType, kRows, kDim, kSwizzles && swizzled(kType, kDim)>::Is;
 
