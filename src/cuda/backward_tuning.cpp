@@ -56,6 +56,8 @@ constexpr auto kTiles16 = std::to_array<Row>({
     {{.widest = 128, .least_options = kBias, .most_options = 13}, {.block_m = 64, .block_n = 128, .stages = 2}},
     {{.widest = 128, .least_options = kBias, .most_options = 13}, {.block_m = 64, .block_n = 64, .warps = 4}},
     {{.widest = 96, .least_options = kSoftcap, .most_options = kSoftcap}, {.block_m = 64, .block_n = 64, .warps = 4}},
+    {{.widest = 128, .least_options = kSoftcap, .most_options = kSoftcap},
+     {.block_m = 64, .block_n = 128, .stages = 3}},
     {{.widest = 128}, {.block_m = 32, .block_n = 128, .stages = 3}},
     {{.widest = 128}, {.block_m = 32, .block_n = 128, .stages = 2}},
     {{.widest = 128}, {.block_m = 32, .block_n = 64, .warps = 4, .stages = 2}},

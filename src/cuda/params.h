@@ -29,6 +29,12 @@ struct IndexView {
   i64 stride;
 };
 
+/// log2 e · softcap · tanh(s · scale / softcap) is s · Σ terms[i] · (s² + square)ⁱ where s² is below `square`, a power
+/// of 2.
+struct CappedExponent {
+  float square, terms[6];
+};
+
 /// What forward and backward both need to know.
 struct CallParams {
   int batch, q_heads, kv_heads, group;  // group: q_heads / kv_heads
@@ -45,10 +51,11 @@ struct CallParams {
   HeadView slopes;
   const float* sink;  // [head]
   float scale, softcap, per_softcap;
-  // Below small_score, softcap · tanh(s · scale / softcap) is s · Σ small_terms[i] · s²ⁱ.
+  // Below small_score, tanh(s · scale / softcap) is s · Σ small_terms[i] · s²ⁱ.
   float small_score, small_terms[4];
-  u32 keep_threshold;  // draws below it, of 65536, keep their entry
-  float keep_scale;    // that kept entries are multiplied by
+  CappedExponent few_terms, more_terms;  // 3 and 5, for products up to 0.25 and 0.6 of the softcap at least
+  u32 keep_threshold;                    // draws below it, of 65536, keep their entry
+  float keep_scale;                      // that kept entries are multiplied by
   u64 seed, offset;
 };
 

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
+#include <numbers>
 
 #include "cuda/driver.h"
 #include "dispatch/views.h"
@@ -44,15 +45,41 @@ WordView word_view(const CallParams& p, bool by_lanes, bool batch, bool heads, b
   return view;
 }
 
-/// tanh(x) / x = Σ terms[i] · x²ⁱ for |x| < 0.35, of relative error 4e-8 (Remez), in scores: x = s · scale / softcap.
+/// tanh(x) / x = Σ terms[i] · x²ⁱ for x² below `most_square`, as an exponent; x = s · to_x.  Nothing where a term has
+/// too few digits.
+template <std::size_t kTerms>
+CappedExponent capped_exponent(const std::array<double, kTerms>& terms, double most_square, double to_x, double scale) {
+  const double to_square = to_x * to_x, square = std::exp2(std::floor(std::log2(most_square / to_square)));
+  std::array<double, kTerms> shifted{};  // Σ terms[i] · ((z − square) · to_square)ⁱ by powers of z
+  for (std::size_t i = kTerms; i-- > 0;) {
+    for (std::size_t k = kTerms; k-- > 0;) {
+      shifted[k] = to_square * ((k > 0 ? shifted[k - 1] : 0.0) - square * shifted[k]);
+    }
+    shifted[0] += terms[i];
+  }
+  CappedExponent exponent{static_cast<float>(square), {}};
+  for (std::size_t k = 0; k < kTerms; ++k) {
+    exponent.terms[k] = static_cast<float>(scale * std::numbers::log2e * shifted[k]);
+  }
+  return std::isnormal(exponent.terms[kTerms - 1]) ? exponent : CappedExponent{};
+}
+
+/// Polynomials for tanh(x) / x (Remez), of relative error 4e-8; 4e-7 with few terms, for |x| below 0.24, where it is
+/// one of a small score.
 void expand_softcap(CallParams& p) {
+  constexpr double kMost = 0.35, kMostOfFew = 0.06, kMostOfMore = 0.6;  // |x|, x², x²
   constexpr std::array kTerms{1.0, -0.333326627, 0.132998254, -0.0491485022};
+  constexpr std::array kFew{0.9999996494, -0.3332278842, 0.1286074912};
+  constexpr std::array kMore{0.999999959, -0.3333283625, 0.1332345431, -0.05323766544, 0.0193478438, -0.004537121355};
   const double to_x = static_cast<double>(p.scale) * p.per_softcap;
-  double power = p.scale;
+  double power = to_x;
   for (std::size_t i = 0; i < kTerms.size(); ++i, power *= to_x * to_x) {
     p.small_terms[i] = static_cast<float>(kTerms[i] * power);
   }
-  p.small_score = std::isnormal(p.small_terms[3]) ? static_cast<float>(0.35 / std::abs(to_x)) : 0.0F;
+  if (!std::isnormal(p.small_terms[3])) return;
+  p.small_score = static_cast<float>(kMost / std::abs(to_x));
+  p.few_terms = capped_exponent(kFew, kMostOfFew, to_x, p.scale);
+  p.more_terms = capped_exponent(kMore, kMostOfMore, to_x, p.scale);
 }
 
 }  // namespace

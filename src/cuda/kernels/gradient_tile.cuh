@@ -71,8 +71,7 @@ struct GradientTile {
   template <bool kHides, class Q, class K, class Dout, class V>
   FOVEA_DEVICE bool compute(const Q& q, const K& k, const Dout& dout, const V& v, u32 statistics, const Rules& rules,
                             int key, const Sight& sight, const math::DropoutStream& stream) {
-    const float unit =
-        (kBareScores<S> ? rules.p.scale : 1.0F) * kLog2E;  // of any sign: hidden entries are told apart first
+    const float unit = any_score_unit<S>(rules.p);  // hidden entries are told apart first
     const int lane = fresh(lane_id());
     Entries<S, kM, kN> entries;
     rules.template fetch<S.mask && kHides>(entries, row(), key + column());

@@ -46,7 +46,7 @@ FOVEA_DEVICE void mend_row(const Rules& rules, Interval keys, int kv_head, int r
 #pragma unroll 1
       for (int c = 0; c < p.head_dim; ++c)
         qk += read<S.type>(q + c * kBytes<S.type>) * read<S.type>(k + c * kBytes<S.type>);
-      weight = exp2(rules.finished(qk, r, j, nullptr) * score_unit<S>(p) - reference) * factor;
+      weight = exp2(rules.finished(qk, r, j) * score_unit<S>(p) - reference) * factor;
       if (S.dropout && !rules.kept(r, j)) weight *= 0.0F;  // NaN stays so
     }
 #pragma unroll 1

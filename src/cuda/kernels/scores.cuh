@@ -48,10 +48,20 @@ FOVEA_DEVICE bool is_hidden_score(float s) {
   return S.bias ? s < kLowestBias : s == -infinity();
 }
 
-/// What the softmax multiplies finished scores by to have them in units of log2.
+/// What products, or with a softcap their tanh, are multiplied by to be scores.
+template <auto S>
+FOVEA_DEVICE float score_factor(const CallParams& p) {
+  return S.softcap ? p.softcap : p.scale;
+}
+/// What finished scores are multiplied by to be in units of log2: of any sign, and as the softmax needs it, which looks
+/// for the largest score.
+template <auto S>
+FOVEA_DEVICE float any_score_unit(const CallParams& p) {
+  return (S.alibi || S.bias ? 1.0F : score_factor<S>(p)) * kLog2E;
+}
 template <auto S>
 FOVEA_DEVICE float score_unit(const CallParams& p) {
-  return (kBareScores<S> && p.scale > 0.0F ? p.scale : 1.0F) * kLog2E;
+  return kBareScores<S> && p.scale <= 0.0F ? kLog2E : any_score_unit<S>(p);
 }
 
 /// kBytes from a multiple of kBytes, at most of 16.
@@ -122,19 +132,6 @@ struct ScoreRules {
   const RowMap<kPacked>& rows;
   float one_slope = 0.0F;
 
-  /// softcap · tanh(x / softcap) − slope · distance + bias for the entry of row r and key j.
-  FOVEA_DEVICE float score(float qk, int r, int j, float bias, float* tanh_of_it) const {
-    float s = S.softcap ? capped(qk, tanh_of_it) : qk * p.scale;
-    if constexpr (S.alibi) s -= slope(r) * distance(r, j);
-    if constexpr (S.bias) s += bias;
-    return s;
-  }
-  /// The division keeps ptxas from taking all entries of a backward's tile at once, for which it has no registers.
-  FOVEA_DEVICE float capped(float qk, float* tanh_of_it) const {
-    const float s = qk * p.scale, t = tanh(tanh_of_it == nullptr ? s * p.per_softcap : s / p.softcap);
-    if (tanh_of_it != nullptr) *tanh_of_it = t;
-    return p.softcap * t;
-  }
   FOVEA_DEVICE float bias_at(int r, int j) const {
     if constexpr (S.bias) {
       if (inside(r, j)) return read<S.bias_type>(sequence.entry(p.bias, rows.query(r), j, rows.head(r)));
@@ -149,10 +146,15 @@ struct ScoreRules {
     return fabsf(static_cast<float>(rows.query(r) + static_cast<int>(sequence.band.offset) - j));
   }
 
-  /// One entry as `finish` leaves it.
-  FOVEA_DEVICE float finished(float qk, int r, int j, float* tanh_of_it) const {
+  /// One entry as `finish` leaves it: tanh(x / softcap) · softcap − slope · distance + bias, where the factor is left
+  /// to the softmax if nothing is added.
+  FOVEA_DEVICE float finished(float qk, int r, int j) const {
     if constexpr (kBareScores<S>) return p.scale > 0.0F ? qk : qk * p.scale;
-    return score(qk, r, j, bias_at(r, j), tanh_of_it);
+    float s = S.softcap ? tanh(qk * p.scale * p.per_softcap) : qk;
+    if constexpr (S.alibi || S.bias) s *= score_factor<S>(p);
+    if constexpr (S.alibi) s -= slope(r) * distance(r, j);
+    if constexpr (S.bias) s += bias_at(r, j);
+    return s;
   }
 
   /// The entry exists, so that masks and biases may be asked for it.
@@ -257,33 +259,38 @@ struct ScoreRules {
     hide(s, row, key, sight, entries);
   }
 
-  /// What `score` makes of each entry.  `tanhs`, where the backward wants it, receives softcap's.
+  /// Softcap, ALiBi and bias.  `tanhs`, where the backward wants it, receives softcap's.
   template <int kM, int kN, class Found>
   FOVEA_DEVICE void score_all(Accumulator (&s)[kM][kN], int row, int key, Accumulator (*tanhs)[kN],
                               const Found& entries) const {
     if constexpr (S.softcap) {
-      if (tanhs != nullptr || !cap_small(s)) {
-        for_each_entry<kM, kN>([&](int i, int j, int e) {
-          s[i][j].x[e] = capped(s[i][j].x[e], tanhs == nullptr ? nullptr : &tanhs[i][j].x[e]);
-        });
-      }
+      cap(s);
+      if (tanhs != nullptr) for_each_entry<kM, kN>([&](int i, int j, int e) { tanhs[i][j].x[e] = s[i][j].x[e]; });
     }
-    if constexpr (S.alibi) add_slopes(s, S.softcap ? 1.0F : p.scale, row, key);
-    if constexpr (S.bias) entries.add_bias(s, S.softcap || S.alibi ? 1.0F : p.scale);
+    if constexpr (S.alibi) add_slopes(s, score_factor<S>(p), row, key);
+    if constexpr (S.bias) entries.add_bias(s, S.alibi ? 1.0F : score_factor<S>(p));
   }
 
-  /// Softcap where all of a warp's scores are small beside it.  False where they are not.
+  /// Products become tanh(s · scale / softcap), by a polynomial where all of a warp's are small enough.
   template <int kM, int kN>
-  FOVEA_DEVICE bool cap_small(Accumulator (&s)[kM][kN]) const {
+  FOVEA_DEVICE void cap(Accumulator (&s)[kM][kN]) const {
     float most = 0.0F;
     for_each_entry<kM, kN>([&](int i, int j, int e) { most = fmaxf(most, fabsf(s[i][j].x[e])); });
-    if (__any_sync(kAllLanes, !(most < p.small_score))) return false;
-    const auto& a = p.small_terms;
-    for_each_entry<kM, kN>([&](int i, int j, int e) {
-      const float x = s[i][j].x[e], z = x * x;
-      s[i][j].x[e] = x * (((a[3] * z + a[2]) * z + a[1]) * z + a[0]);
-    });
-    return true;
+    const float to_x = p.scale * p.per_softcap;
+    if (__all_sync(kAllLanes, most < p.small_score)) {
+      const auto& a = p.small_terms;
+      for_each_entry<kM, kN>([&](int i, int j, int e) {
+        const float x = s[i][j].x[e], z = x * x;
+        s[i][j].x[e] = x * (((a[3] * z + a[2]) * z + a[1]) * z + a[0]);
+      });
+    } else if (__all_sync(kAllLanes, most * fabsf(to_x) < 1.0F)) {
+      for_each_entry<kM, kN>([&](int i, int j, int e) { s[i][j].x[e] = tanh_below_1(s[i][j].x[e] * to_x); });
+    } else {
+      for_each_entry<kM, kN>([&](int i, int j, int e) {
+        float& x = s[i][j].x[e];
+        x = S.type == Type::kFloat32 ? tanh(x * to_x) : tanh_beside_16_bits(x * to_x);
+      });
+    }
   }
 
   /// s · scale − slope · distance.  Away from the diagonal one multiply-add has it; near it that costs digits.

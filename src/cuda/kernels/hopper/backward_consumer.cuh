@@ -97,7 +97,8 @@ struct BackwardConsumer : BackwardOwner<S> {
     }
     await_products<0>();
     pin(s[0]);
-    const float check = hides ? Columns::not_finite(s) : 0.0F;
+    float check = hides ? Columns::not_finite(s) : 0.0F;
+    if constexpr (S.softcap) pin(check), pin(s[0]);  // or products are kept beside what softcap makes of them
     columns.finish(s), add_bias(columns, s, n);
     if (hides) {
       go_on<true>(n, state.q.place(fresh(n)), columns, s, check, ahead, sums);
@@ -141,7 +142,7 @@ struct BackwardConsumer : BackwardOwner<S> {
     if constexpr (kTermByTerm) columns.hide_by_bias(weights);
     columns.template differentiate<kTermByTerm>(dp, weights, at.delta(place));
     if constexpr (S.alibi) columns.key = lane_key(fresh(n)), add_slope(n, columns.slope_part(dp), sums.slope);
-    if constexpr (S.softcap) columns.pass_softcap(dp);
+    if constexpr (S.softcap) columns.template pass_softcap<kTermByTerm>(dp);
     columns.pack(ds, dp);
     if constexpr (S.dropout) columns.drop(weights);
     if constexpr (!kTermByTerm) {  // hides what a shared dS costs

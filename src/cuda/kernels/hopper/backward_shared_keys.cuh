@@ -57,7 +57,9 @@ struct WeightsConsumer : BackwardOwner<S> {
     if constexpr (kHides) see(columns, n);
     await_products<0>();
     pin(s[0]);
-    const float check = kChecks ? Columns::not_finite(s) : 0.0F;
+    float check = kChecks ? Columns::not_finite(s) : 0.0F;
+    if constexpr (kChecks && S.softcap)
+      pin(check), pin(s[0]);  // or products are kept beside what softcap makes of them
     columns.finish(s), this->add_bias(columns, s, n);
     if constexpr (S.dropout) columns.draw();
     columns.template weigh<kHides>(s, at.log2_lse(state.q.place(n)));
@@ -66,7 +68,7 @@ struct WeightsConsumer : BackwardOwner<S> {
     state.ds.await_empty(n);
     if constexpr (S.softcap) {
       Packed sloped;
-      columns.pass_softcap(s);
+      columns.template pass_softcap<kHides>(s);
       columns.pack(sloped, s);
       put(sloped, n);
     } else {

@@ -243,15 +243,22 @@ struct Consumer {
     pin(s[0]);
     state.k.release(keys);
     if constexpr (!S.hold) values_done(o, weights);
-    finish(rules, s, sight_of(work, step), entries);
     Weights held;
     Weights& next = S.hold ? held : weights;
     float total[2];
-    soft.weigh(s, next, total, unit, rules, row, key, stream_of(work));
-    if (Soft::outgrown(total)) {
-      if constexpr (S.hold) await_products<0>(), pin(o[0]);
-      raise(soft, s, o, unit, entries, true);
+    bool weighed = false;
+    if constexpr (Soft::kWeighsCapped) {
+      weighed = sight_of(work, step).band == TileState::kFull &&
+                soft.weigh_capped(s, next, total, rules, row, key, stream_of(work)) && !Soft::outgrown(total);
+    }
+    if (!weighed) {
+      finish(rules, s, sight_of(work, step), entries);
       soft.weigh(s, next, total, unit, rules, row, key, stream_of(work));
+      if (Soft::outgrown(total)) {
+        if constexpr (S.hold) await_products<0>(), pin(o[0]);
+        raise(soft, s, o, unit, entries, true);
+        soft.weigh(s, next, total, unit, rules, row, key, stream_of(work));
+      }
     }
     soft.add(total);
     if constexpr (S.hold) {

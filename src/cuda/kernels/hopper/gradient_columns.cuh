@@ -53,7 +53,7 @@ struct GradientColumns {
   math::DropoutStream stream;
   Bits seen;                          // what mask and band leave: j + 8e
   Bits dropped;                       // by dropout; see `bit_of_drop`
-  u32 slopes[S.softcap ? kN : 1][2];  // 1 − tanh² of entries e and e + 1, as fp16
+  u32 slopes[S.softcap ? kN : 1][2];  // of softcap, 1 − tanh² of entries e and e + 1, as fp16
 
   FOVEA_DEVICE static int row_of(int j, int e) { return 8 * j + lane_id() % 4 * 2 + e % 2; }
   FOVEA_DEVICE int key_of(int e) const { return key + e / 2 * 8; }
@@ -98,7 +98,7 @@ struct GradientColumns {
   /// S · scale + bias, of the bias that lies [row][key] in panels of as many rows; keys: the warp's first, counted from
   /// the first panel's.  shared: by all rows, which then read the first one.
   FOVEA_DEVICE void add_bias(Entries& s, u32 panels, int keys, bool shared) const {
-    const float scale = S.softcap || S.alibi ? 1.0F : rules.p.scale;
+    const float scale = S.alibi ? 1.0F : score_factor<S>(rules.p);
     if constexpr (S.bias_type == Type::kFloat32) {
       const int lane = fresh(lane_id()), first = lane % 4 * 2;
       const u32 mine =
@@ -154,22 +154,25 @@ struct GradientColumns {
 
   /// What softcap and ALiBi make of the scores, alike whether entries are hidden or not.
   FOVEA_DEVICE void finish(Entries& s) {
-    if constexpr (S.softcap || S.alibi) {
+    if constexpr (S.softcap) {
+      rules.cap(s);
       for_each_two([&](int j, int e) {
-        float t[2];
-#pragma unroll
-        for (int x = 0; x < 2; ++x) {
-          float& score = s[0][j].x[e + x];
-          score = rules.score(score, row_of(j, e + x), key_of(e), 0.0F, &t[x]);
-        }
-        if constexpr (S.softcap) slopes[j][e / 2] = cuda::pack<Type::kFloat16>(1.0F - t[0] * t[0], 1.0F - t[1] * t[1]);
+        const float a = s[0][j].x[e], b = s[0][j].x[e + 1];
+        slopes[j][e / 2] = cuda::pack<Type::kFloat16>(1.0F - a * a, 1.0F - b * b);
+      });
+    }
+    if constexpr (S.alibi) {
+      const float factor = score_factor<S>(rules.p);
+      each([&](int j, int e) {
+        float& score = s[0][j].x[e];
+        score = score * factor - rules.slope(row_of(j, e)) * rules.distance(row_of(j, e), key_of(e));
       });
     }
   }
   /// Sᵀ becomes Pᵀ.  kHides: some entry may be hidden, `seen` says which.
   template <bool kHides>
   FOVEA_DEVICE void weigh(Entries& s, u32 log2_lse) const {
-    const float unit = (kBareScores<S> ? rules.p.scale : 1.0F) * kLog2E;
+    const float unit = any_score_unit<S>(rules.p);
     const u32 mine = log2_lse + lane_id() % 4 * 8;
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
@@ -275,12 +278,17 @@ struct GradientColumns {
     return widen<S.type>(e % 2 == 0 ? two & 0xffffU : two >> 16);
   }
 
-  /// dS becomes the gradient of the scores before the softcap.
+  /// dS becomes the gradient of the scores before the softcap.  kHides: a hidden entry's slope may be NaN.
+  template <bool kHides>
   FOVEA_DEVICE void pass_softcap(Entries& ds) const {
     each([&](int j, int e) {
       float& d = ds[0][j].x[e];
       const float slope = widen<Type::kFloat16>(e % 2 == 0 ? slopes[j][e / 2] & 0xffffU : slopes[j][e / 2] >> 16);
-      if (!is_hidden(d)) d = d * slope + 0.0F;
+      if constexpr (!kHides) {
+        d *= slope;
+      } else if (!is_hidden(d)) {
+        d = d * slope + 0.0F;
+      }
     });
   }
 

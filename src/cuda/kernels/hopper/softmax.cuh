@@ -15,6 +15,8 @@ struct Softmax {
   using Weights = OperandA[kSteps];
   using Rules = ScoreRules<S, false, AsTheyAre, true>;
   static constexpr bool kBeginsWithSlopes = begins_with_slopes(S);
+  /// Softcap is part of weighing where nothing comes between them; beside dropout there are no registers for it.
+  static constexpr bool kWeighsCapped = S.softcap && !S.alibi && !S.bias && !S.mask && !S.dropout;
 
   /// Below every score but −infinity, whose distance from it still is −infinity.
   static constexpr float kUnseen = -3.40282347e38F;
@@ -24,18 +26,53 @@ struct Softmax {
   float reference[2] = {kUnseen, kUnseen};  // of a lane's two rows, in units of log2
   float sum[2] = {};                        // this lane's part
   float beside[2] = {};                     // what slopes leave out of a tile's scores, likewise
+  int steps = 0;                            // of `weigh_capped` that products have outgrown
 
   /// P = 2^(unit·S − reference) of the first keys, its sums, and dropout's share.
   template <int kPieces>
   FOVEA_DEVICE void weigh(const Accumulator (&s)[1][kPieces], Weights& weights, float (&total)[2], float unit,
                           const Rules& rules, int row, int key, const math::DropoutStream& stream) const {
+    weigh_all(s, weights, total, rules, row, key, stream, [&](float x, int h) { return __fmaf_rn(x, unit, from(h)); });
+  }
+  /// Likewise of products that a softcap has yet to make scores of.  False where some are too large for that.
+  FOVEA_DEVICE bool weigh_capped(const Scores& s, Weights& weights, float (&total)[2], const Rules& rules, int row,
+                                 int key, const math::DropoutStream& stream) {
+    const CallParams& p = rules.p;
+    if (steps == 0) {
+      if (weigh_by<3>(p.few_terms, s, weights, total, rules, row, key, stream)) return true;
+      steps = 1;
+    }
+    if (steps == 1) {
+      if (weigh_by<6>(p.more_terms, s, weights, total, rules, row, key, stream)) return true;
+      steps = 2;
+    }
+    return false;
+  }
+  template <int kTerms>
+  FOVEA_DEVICE bool weigh_by(const CappedExponent& exponent, const Scores& s, Weights& weights, float (&total)[2],
+                             const Rules& rules, int row, int key, const math::DropoutStream& stream) const {
+    u32 all = 0;  // squares lie within a power of two, so that one beyond shows in the bits of all
+    weigh_all(s, weights, total, rules, row, key, stream, [&](float x, int h) {
+      const float z = __fmaf_rn(x, x, exponent.square);
+      all |= __float_as_uint(z);
+      float factor = exponent.terms[kTerms - 1];
+#pragma unroll
+      for (int i = kTerms - 2; i >= 0; --i) factor = __fmaf_rn(factor, z, exponent.terms[i]);
+      return __fmaf_rn(x, factor, from(h));
+    });
+    return __all_sync(kAllLanes, __uint_as_float(all) < 2.0F * exponent.square);
+  }
+  template <int kPieces, class Exponent>
+  FOVEA_DEVICE static void weigh_all(const Accumulator (&s)[1][kPieces], Weights& weights, float (&total)[2],
+                                     const Rules& rules, int row, int key, const math::DropoutStream& stream,
+                                     const Exponent& exponent) {
     total[0] = total[1] = 0.0F;
 #pragma unroll
     for (int k = 0; k < kPieces / 2; ++k) {
       Accumulator two[2];
 #pragma unroll
       for (int x = 0; x < 8; ++x) {
-        const float w = exp2(__fmaf_rn(s[0][2 * k + x / 4].x[x % 4], unit, from(x % 4 / 2)));
+        const float w = exp2(exponent(s[0][2 * k + x / 4].x[x % 4], x % 4 / 2));
         two[x / 4].x[x % 4] = w;
         total[x % 4 / 2] += w;
       }

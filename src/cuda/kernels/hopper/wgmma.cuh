@@ -43,6 +43,8 @@ FOVEA_DEVICE void pin(OperandA (&a)[kN]) {
     asm volatile("" : "+r"(a[k].x[0]), "+r"(a[k].x[1]), "+r"(a[k].x[2]), "+r"(a[k].x[3])::"memory");
 }
 
+FOVEA_DEVICE void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+
 /// A move that ptxas does not merge with what comes before it.
 template <int kN>
 FOVEA_DEVICE void move(OperandA (&to)[kN], const OperandA (&from)[kN]) {
