@@ -103,14 +103,15 @@ struct MaskWords {
   }
 };
 
-inline void add_bias(const Tile& s, const Panel& panel, const Context& context, float* scratch) {
+/// s · factor + bias.
+inline void add_bias(const Tile& s, const Panel& panel, const Context& context, float factor, float* scratch) {
   const Element type = context.call.bias_type;
   const i64 size = bytes(type);
   gather(panel, context, context.call.bias, size, s.keys,
          [&](i64 word, i64 lane, V x) { store(scratch + word * kPanelRows + lane, x); });
   for_each_vector(s, [&](i64 r, int lane, float* at) {
     const V bias = element_of_words(load(scratch + r * size / 4 * kPanelRows + lane), type, r * size % 4 != 0);
-    store(at, bias < splat(kLowestBias) ? splat(-kInfinity) : load(at) + bias * kLog2E);
+    store(at, bias < splat(kLowestBias) ? splat(-kInfinity) : load(at) * factor + bias * kLog2E);
   });
 }
 
@@ -161,26 +162,30 @@ template <Word kWord>
 inline float finish_scores(const Tile& s, const Panel& panel, const Context& context, math::TileState state,
                            const float* mask, float* scratch, const Tile* tanhs) {
   const FlashCall& call = context.call;
-  float factor = kWord == Word::kPair ? context.fold() : 1.0F;
-  // A factor above 0 moves neither the order of scores nor a hidden −inf, and can wait for the exponential.
-  if (factor != 1.0F && (call.softcap > 0 || call.alibi || call.bias.data != nullptr || !(factor > 0.0F))) {
-    for_each_vector(s, [&](i64 /*r*/, int /*lane*/, float* at) { store(at, load(at) * factor); });
+  float factor = kWord == Word::kPair ? context.fold() : 1.0F;  // that scores still lack
+  const auto pass = [&](const auto& f) {
+    const float by = factor;
+    for_each_vector(s, [&](i64 r, int lane, float* at) { store(at, f(r, lane, load(at) * by)); });
     factor = 1.0F;
-  }
+  };
   if (call.softcap > 0) {
     const V cap = splat(call.softcap * kLog2E);
-    for_each_vector(s, [&](i64 r, int lane, float* at) {
-      const V t = tanh(load(at));
+    pass([&](i64 r, int lane, V x) {
+      const V t = tanh(x);
       if (tanhs != nullptr) store(tanhs->row(r) + lane, t);
-      store(at, t * cap);
+      return t * cap;
     });
   }
   if (call.alibi) {
     const Distance distance(panel, context, s.keys);
-    for_each_vector(
-        s, [&](i64 r, int lane, float* at) { store(at, load(at) - load(panel.slope + lane) * distance.at(r, lane)); });
+    pass([&](i64 r, int lane, V x) { return x - load(panel.slope + lane) * distance.at(r, lane); });
   }
-  if (call.bias.data != nullptr) add_bias(s, panel, context, scratch);
+  if (call.bias.data != nullptr) {
+    add_bias(s, panel, context, factor, scratch);
+    factor = 1.0F;
+  }
+  // A factor above 0 moves neither the order of scores nor a hidden −inf, and can wait for the exponential.
+  if (!(factor > 0.0F)) pass([](i64 /*r*/, int /*lane*/, V x) { return x; });
   if (call.mask.data != nullptr) {
     for_each_vector(s, [&](i64 r, int lane, float* at) {
       const VU keep = as_unsigned(load(mask + r / 4 * kPanelRows + lane)) & (0xffU << (r % 4 * 8));
