@@ -32,7 +32,7 @@ struct IndexView {
 /// log2 e · softcap · tanh(s · scale / softcap) is s · Σ terms[i] · (s² + square)ⁱ where s² is below `square`, a power
 /// of 2.
 struct CappedExponent {
-  float square, terms[6];
+  float square, terms[7];  // 32 bytes, or what lies behind is loaded in other pieces (some kernels spill more then)
 };
 
 /// What forward and backward both need to know.

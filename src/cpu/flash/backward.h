@@ -9,6 +9,9 @@
 // blocks: each row group has a ticket that says how many blocks have added, so the bits never depend on threads.
 namespace fovea::cpu::FOVEA_ISA {
 
+/// The most keys of a task of the bias gradient, for which rows are packed once.
+inline constexpr i64 kBiasKeys = 4 * kKeyTile;
+
 /// Floats of dq of one row group.
 template <Word kWord>
 inline i64 dq_floats(const FlashCall& call) {
@@ -23,7 +26,7 @@ struct BackwardScratch {
   PackedColumns<kWord> k_columns;
   float *dk, *dv;   // [key][padded dim]
   float* dq;        // [panel][dim][lane]
-  float* tile_sum;  // [kKeyTile][kGroupRows]: of dbias
+  float* tile_sum;  // [kBiasKeys][kGroupRows]: of dbias
   double* dslopes;  // [head of the group]
 
   BackwardScratch(Arena& arena, const FlashCall& call, const BackwardShape& shape)
@@ -35,7 +38,7 @@ struct BackwardScratch {
     dk = arena.take<float>(shape.block_keys * rows.q.padded);
     dv = arena.take<float>(shape.block_keys * rows.dout.padded);
     dq = arena.take<float>(dq_floats<kWord>(call));
-    tile_sum = arena.take<float>(kKeyTile * kGroupRows);
+    tile_sum = arena.take<float>(kBiasKeys * kGroupRows);
     dslopes = arena.take<double>(call.q_heads / call.kv_heads);
   }
 };
@@ -66,11 +69,12 @@ class Backward {
     const i64 heads = call_.batch * call_.kv_heads;
     for (i64 t = 0; t < call_.kv_heads * shape_.total_groups; ++t) tickets_[t] = 0;
     each<&Backward::row_statistics>(heads * shape_.max_groups);
+    if (bias_is_ds()) each<&Backward::clear_bias>(call_.batch * call_.q_heads);
     each<&Backward::key_block>(heads * shape_.blocks);
     if (call_.dslopes.data != nullptr)
       each<&Backward::sum_dslopes>((call_.slopes.per_batch ? call_.batch : 1) * call_.q_heads);
     if (call_.dsink != nullptr) each<&Backward::sum_dsink>(call_.q_heads);
-    if (call_.dbias.data != nullptr) each<&Backward::bias_block>(bias_tile(0).tiles);
+    if (call_.dbias.data != nullptr && !bias_is_ds()) each<&Backward::bias_block>(bias_tile(0).tiles);
   }
 
  private:
@@ -229,11 +233,13 @@ class Backward {
   void add_tile(BackwardScratch<kWord>& my, const Context& context, Interval keys, i64 offset) {
     RowGroup<kWord>& rows = my.rows;
     const i64 count = keys.end - keys.begin;
-    const bool any_bad = rows.any_bad || my.k.any_bad, floats = kWord == Word::kFloat || any_bad || call_.alibi;
+    const bool any_bad = rows.any_bad || my.k.any_bad,
+               floats = kWord == Word::kFloat || any_bad || call_.alibi || bias_is_ds();
     Interval seen[RowGroup<kWord>::kPanels];  // of the tile's keys
     for (i64 p = 0; p < rows.kPanels; ++p) {
       const Tile ds = rows.tile_of(rows.ds, p, keys);
       const auto [first, end] = seen[p] = rows.recompute(p, context, keys, my.k, my.v, offset, floats);
+      if (bias_is_ds()) store_bias(context, ds, rows.panels[p], my.tile_sum);
       if (seen[p].empty()) continue;
       if (call_.alibi) add_slope_gradient(my, context, ds, rows.panels[p]);
       if (call_.softcap > 0 && floats) {
@@ -356,8 +362,41 @@ class Backward {
     call_.dsink[head] = static_cast<float>(total);
   }
 
-  // ---- dbias: each task owns a tile of it (one entry long where broadcast) and recomputes and sums its part of dS
+  // ---- dbias where nothing is broadcast: it is dS
 
+  [[nodiscard]] bool bias_rows_are_whole() const {
+    return call_.dbias.data != nullptr && call_.dbias.query != 0 && call_.dbias.key == bytes(call_.bias_type);
+  }
+  [[nodiscard]] bool bias_is_ds() const {
+    return bias_rows_are_whole() && (call_.dbias.head != 0 || call_.q_heads == 1) &&
+           (call_.dbias.batch != 0 || call_.batch == 1);
+  }
+
+  /// Zeros for a head of a sequence, unless its rows see all keys: then every entry is written.
+  void clear_bias(i64 task, int /*worker*/) {
+    const i64 batch = task / call_.q_heads, head = task % call_.q_heads;
+    const Sequence& sequence = call_.sequences[batch];
+    const Context context{call_, sequence, batch};
+    if (sequence.band.tile({0, shape_.max_queries}, {0, shape_.max_keys}) == math::TileState::kFull) return;
+    for (i64 i = 0; i < shape_.max_queries; ++i) {
+      char* to = const_cast<char*>(context.entry(call_.dbias, i, 0, head));
+      for (i64 b = 0; b < shape_.max_keys * bytes(call_.bias_type); ++b) to[b] = 0;
+    }
+  }
+
+  /// Writes a panel's part of a tile, [key][lane], by way of room for [lane][key].
+  void store_bias(const Context& context, const Tile& tile, const Panel& panel, float* room) const {
+    const i64 count = tile.rows();
+    transpose_words<Word::kFloat>(room, kKeyTile, tile.data, tile.stride, whole(count, kWidth), kPanelRows, 1.0F);
+    for (i64 lane = 0; lane < panel.lanes; ++lane) {
+      const char* to = context.entry(call_.dbias, panel.query[lane], tile.keys.begin, panel.head[lane]);
+      narrow_row(const_cast<char*>(to), room + lane * kKeyTile, call_.bias_type, count);
+    }
+  }
+
+  // ---- else each task owns a tile of it (one entry long where broadcast) and recomputes and sums its part of dS
+
+  static constexpr i64 kTasksAWorker = 4;
   struct BiasTile {
     Interval batches, heads, rows, keys;
     i64 tiles;  // of dbias
@@ -370,10 +409,12 @@ class Backward {
       tiles *= count;
       return Interval{at, math::smaller(at + step, size)};
     };
-    const Interval keys = part(call_.dbias.key != 0, shape_.max_keys, kKeyTile);
     const Interval rows = part(call_.dbias.query != 0, shape_.max_queries, kGroupRows);
     const Interval heads = part(call_.dbias.head != 0, call_.q_heads, 1);
     const Interval batches = part(call_.dbias.batch != 0, call_.batch, 1);
+    i64 step = kBiasKeys;  // fewer where workers would have nothing to do
+    while (step > kKeyTile && tiles * shape_.max_keys < kTasksAWorker * shape_.workers * step) step -= kKeyTile;
+    const Interval keys = part(call_.dbias.key != 0, shape_.max_keys, step);
     return {batches, heads, rows, keys, tiles};
   }
 
@@ -383,7 +424,7 @@ class Backward {
     BackwardScratch<kWord> my = scratch(worker);
     [[maybe_unused]] const Tiles tiles;
     [[maybe_unused]] const FlushToZero flush;
-    for (i64 x = 0; x < kKeyTile * kGroupRows; ++x) my.tile_sum[x] = 0.0F;
+    for (i64 x = 0; x < kBiasKeys * kGroupRows; ++x) my.tile_sum[x] = 0.0F;
     for (i64 b = batches.begin; b < batches.end; ++b) {
       for (i64 h = heads.begin; h < heads.end; ++h) {
         for (i64 i = rows.begin; i < rows.end; i += kGroupRows)
@@ -391,10 +432,21 @@ class Backward {
       }
     }
     const Context context{call_, call_.sequences[batches.begin], batches.begin};
+    if (own_key && bias_rows_are_whole()) {
+      for (i64 p = 0; p < my.rows.kPanels; ++p) {
+        Panel& panel = my.rows.panels[p];
+        set_rows(panel, context, {1, heads.begin, rows.end}, rows.begin + p * kPanelRows);
+        for (i64 j = keys.begin; j < keys.end; j += kKeyTile) {
+          const Interval tile{j, math::smaller(j + kKeyTile, keys.end)};
+          store_bias(context, my.rows.tile_of(my.tile_sum + (j - keys.begin) * kGroupRows, p, tile), panel, my.rows.s);
+        }
+      }
+      return;
+    }
     for (i64 i = 0; i < (own_row ? rows.end - rows.begin : 1); ++i) {
       for (i64 j = 0; j < (own_key ? keys.end - keys.begin : 1); ++j) {
         double total = 0.0;
-        for (i64 r = own_key ? j : 0; r < (own_key ? j + 1 : kKeyTile); ++r) {
+        for (i64 r = own_key ? j : 0; r < (own_key ? j + 1 : kBiasKeys); ++r) {
           for (i64 x = own_row ? i : 0; x < (own_row ? i + 1 : kGroupRows); ++x)
             total += static_cast<double>(my.tile_sum[r * kGroupRows + x]);
         }
@@ -404,12 +456,12 @@ class Backward {
     }
   }
 
-  /// Adds dS of some rows of one head against keys to the tile sum: entry (i, j) at (j mod kKeyTile, i mod
-  /// kGroupRows).
+  /// Adds dS of some rows of one head against keys to the tile sum: entry (i, j) at (j − the first one, mod
+  /// kBiasKeys, i mod kGroupRows).
   void add_bias_gradient(BackwardScratch<kWord>& my, i64 batch, i64 head, Interval queries, Interval keys) {
     const Context context{call_, call_.sequences[batch], batch};
     const Sequence& sequence = context.sequence;
-    const i64 kv_head = head / group_size();
+    const i64 kv_head = head / group_size(), first_key = keys.begin;
     queries.end = math::smaller(queries.end, sequence.q_rows);
     const Interval seen = sequence.band.keys_of_rows(queries);
     keys = {math::larger(keys.begin, seen.begin / kKeyTile * kKeyTile), math::smaller(keys.end, seen.end)};
@@ -421,7 +473,7 @@ class Backward {
       my.v.pack(context, call_.v, tile, kv_head);
       for (i64 p = 0; p < my.rows.kPanels; ++p) {
         if (my.rows.recompute(p, context, tile, my.k, my.v, 0, true).empty()) continue;
-        const Tile sum = my.rows.tile_of(my.tile_sum, p, tile);
+        const Tile sum = my.rows.tile_of(my.tile_sum + (j - first_key) % kBiasKeys * kGroupRows, p, tile);
         for_each_vector(my.rows.tile_of(my.rows.ds, p, tile), [&](i64 r, int lane, const float* x) {
           store(sum.row(r) + lane, load(sum.row(r) + lane) + load(x));
         });

@@ -61,7 +61,11 @@ FOVEA_DEVICE float any_score_unit(const CallParams& p) {
 }
 template <auto S>
 FOVEA_DEVICE float score_unit(const CallParams& p) {
-  return kBareScores<S> && p.scale <= 0.0F ? kLog2E : any_score_unit<S>(p);
+  if constexpr (kBareScores<S>) {
+    return (p.scale > 0.0F ? p.scale : 1.0F) * kLog2E;
+  } else {
+    return any_score_unit<S>(p);
+  }
 }
 
 /// kBytes from a multiple of kBytes, at most of 16.
