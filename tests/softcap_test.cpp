@@ -69,6 +69,13 @@ TEST(Softcap, PolynomialsKeepTheirDigits) {
   }
 }
 
+TEST(Softcap, ScaleOverItIsFinite) {
+  for (const char* softcap : {"1e-38 scale=10", "1e-38 scale=-1e30", "1e-20 scale=1e20", "1e-38"}) {
+    const CallParams p = params_of(softcap);
+    EXPECT_TRUE(std::isfinite(p.scale * p.per_softcap)) << softcap;
+  }
+}
+
 TEST(Softcap, NoPolynomialWhereItsTermsAreNoNumbers) {
   for (const char* softcap : {"30 scale=1e-9", "1e30", "5 scale=0"}) {
     const CallParams p = params_of(softcap);

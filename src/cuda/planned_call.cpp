@@ -98,7 +98,9 @@ void describe_call(const Problem& problem, CallParams& p) {
   p.band = math::BandRule::of(problem);
   p.scale = problem.scale();
   p.softcap = problem.softcap;
-  p.per_softcap = 1.0F / std::max(problem.softcap, std::numeric_limits<float>::min());
+  // With the scale it stays finite, so that products of 0 stay 0.
+  p.per_softcap = std::min(1.0F / std::max(problem.softcap, std::numeric_limits<float>::min()),
+                           0.5F * std::numeric_limits<float>::max() / std::max(1.0F, std::abs(p.scale)));
   expand_softcap(p);
   p.keep_threshold = dispatch::keep_threshold(problem.dropout.probability);
   p.keep_scale = 65536.0F / static_cast<float>(p.keep_threshold);
