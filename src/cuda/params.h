@@ -53,7 +53,7 @@ struct CallParams {
   float scale, softcap, per_softcap;
   // Below small_score, tanh(s · scale / softcap) is s · Σ small_terms[i] · s²ⁱ.
   float small_score, small_terms[4];
-  CappedExponent few_terms, more_terms;  // 3 and 5, for products up to 0.25 and 0.6 of the softcap at least
+  CappedExponent few_terms, more_terms;  // 3 and 6, for scores to 0.17 and 0.54 of the softcap at least
   u32 keep_threshold;                    // draws below it, of 65536, keep their entry
   float keep_scale;                      // that kept entries are multiplied by
   u64 seed, offset;
