@@ -28,12 +28,9 @@ constexpr std::int64_t kShortRows = 512;        // up to which small tiles that 
 struct Tile {
   int widest;  // head dim that it serves
   int block_m, block_n;
-  bool holds_dq = false;    // a block has all rows of its heads, and their dq in shared memory
-  int most_options = kAny;  // see `weight_of`
+  bool holds_dq = false;  // a block has all rows of its heads, and their dq in shared memory
+  bool bare = false;      // for problems without options, a bias apart: others have no registers for it
 };
-
-/// How many registers options take, by a rough measure.
-int weight_of(const BackwardSpec& s) { return s.bias + 4 * (s.mask + s.dropout) + 6 * (s.alibi + s.softcap); }
 
 /// Tiles of all rows that read a kv head.
 std::int64_t tiles_of_rows(const Problem& problem, int block_m) {
@@ -85,9 +82,9 @@ bool is_better_shared_out(const Problem& problem) {
 
 // Measured on an H100 where nothing is hidden, else only run there (docs/notes).  The first that fits is taken.
 constexpr auto kTiles = std::to_array<Tile>({
-    {.widest = 48, .block_m = 128, .block_n = 128, .holds_dq = true, .most_options = 1},
+    {.widest = 48, .block_m = 128, .block_n = 128, .holds_dq = true, .bare = true},
     {.widest = 64, .block_m = 64, .block_n = 128, .holds_dq = true},
-    {.widest = 64, .block_m = 128, .block_n = 128, .most_options = 1},
+    {.widest = 64, .block_m = 128, .block_n = 128, .bare = true},
     {.widest = 64, .block_m = 64, .block_n = 128},
     {.widest = 256, .block_m = 64, .block_n = 128},
 });
@@ -197,7 +194,8 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem, const 
   };
   // Who makes dS there does not know softcap's tanh, and the gradient of slopes is one of dS before it.
   if (shares_keys(spec) && spec.alibi && spec.softcap) return std::nullopt;
-  const auto has_registers = [&](const Tile& tile) { return weight_of(spec) <= tile.most_options; };
+  const bool bare = !spec.mask && !spec.dropout && !spec.alibi && !spec.softcap;
+  const auto has_registers = [&](const Tile& tile) { return bare || !tile.bare; };
   const auto adds = std::ranges::find_if(
       kTiles, [&](const Tile& tile) { return !tile.holds_dq && fits(tile) && has_registers(tile); });
   if (adds == kTiles.end()) return std::nullopt;

@@ -9,9 +9,6 @@
 // blocks: each row group has a ticket that says how many blocks have added, so the bits never depend on threads.
 namespace fovea::cpu::FOVEA_ISA {
 
-/// The most keys of a task of the bias gradient, for which rows are packed once.
-inline constexpr i64 kBiasKeys = 4 * kKeyTile;
-
 /// Floats of dq of one row group.
 template <Word kWord>
 inline i64 dq_floats(const FlashCall& call) {
@@ -26,7 +23,7 @@ struct BackwardScratch {
   PackedColumns<kWord> k_columns;
   float *dk, *dv;   // [key][padded dim]
   float* dq;        // [panel][dim][lane]
-  float* tile_sum;  // [kBiasKeys][kGroupRows]: of dbias
+  float* tile_sum;  // [kBiasKeys][kGroupRows]: of dbias, or room to turn its tiles
   double* dslopes;  // [head of the group]
 
   BackwardScratch(Arena& arena, const FlashCall& call, const BackwardShape& shape)
@@ -69,7 +66,7 @@ class Backward {
     const i64 heads = call_.batch * call_.kv_heads;
     for (i64 t = 0; t < call_.kv_heads * shape_.total_groups; ++t) tickets_[t] = 0;
     each<&Backward::row_statistics>(heads * shape_.max_groups);
-    if (bias_is_ds()) each<&Backward::clear_bias>(call_.batch * call_.q_heads);
+    if (bias_is_ds()) each<&Backward::clear_bias_gradient>(call_.batch * call_.q_heads);
     each<&Backward::key_block>(heads * shape_.blocks);
     if (call_.dslopes.data != nullptr)
       each<&Backward::sum_dslopes>((call_.slopes.per_batch ? call_.batch : 1) * call_.q_heads);
@@ -239,7 +236,7 @@ class Backward {
     for (i64 p = 0; p < rows.kPanels; ++p) {
       const Tile ds = rows.tile_of(rows.ds, p, keys);
       const auto [first, end] = seen[p] = rows.recompute(p, context, keys, my.k, my.v, offset, floats);
-      if (bias_is_ds()) store_bias(context, ds, rows.panels[p], my.tile_sum);
+      if (bias_is_ds()) store_bias_gradient(context, ds, rows.panels[p], my.tile_sum);
       if (seen[p].empty()) continue;
       if (call_.alibi) add_slope_gradient(my, context, ds, rows.panels[p]);
       if (call_.softcap > 0 && floats) {
@@ -373,11 +370,10 @@ class Backward {
   }
 
   /// Zeros for a head of a sequence, unless its rows see all keys: then every entry is written.
-  void clear_bias(i64 task, int /*worker*/) {
+  void clear_bias_gradient(i64 task, int /*worker*/) {
     const i64 batch = task / call_.q_heads, head = task % call_.q_heads;
-    const Sequence& sequence = call_.sequences[batch];
-    const Context context{call_, sequence, batch};
-    if (sequence.band.tile({0, shape_.max_queries}, {0, shape_.max_keys}) == math::TileState::kFull) return;
+    const Context context{call_, call_.sequences[batch], batch};
+    if (context.sequence.band.tile({0, shape_.max_queries}, {0, shape_.max_keys}) == math::TileState::kFull) return;
     for (i64 i = 0; i < shape_.max_queries; ++i) {
       char* to = const_cast<char*>(context.entry(call_.dbias, i, 0, head));
       for (i64 b = 0; b < shape_.max_keys * bytes(call_.bias_type); ++b) to[b] = 0;
@@ -385,7 +381,7 @@ class Backward {
   }
 
   /// Writes a panel's part of a tile, [key][lane], by way of room for [lane][key].
-  void store_bias(const Context& context, const Tile& tile, const Panel& panel, float* room) const {
+  void store_bias_gradient(const Context& context, const Tile& tile, const Panel& panel, float* room) const {
     const i64 count = tile.rows();
     transpose_words<Word::kFloat>(room, kKeyTile, tile.data, tile.stride, whole(count, kWidth), kPanelRows, 1.0F);
     for (i64 lane = 0; lane < panel.lanes; ++lane) {
@@ -397,6 +393,7 @@ class Backward {
   // ---- else each task owns a tile of it (one entry long where broadcast) and recomputes and sums its part of dS
 
   static constexpr i64 kTasksAWorker = 4;
+  [[nodiscard]] i64 bias_slots() const { return call_.dbias.key != 0 ? kBiasKeys : kKeyTile; }  // keys of a sum
   struct BiasTile {
     Interval batches, heads, rows, keys;
     i64 tiles;  // of dbias
@@ -424,7 +421,7 @@ class Backward {
     BackwardScratch<kWord> my = scratch(worker);
     [[maybe_unused]] const Tiles tiles;
     [[maybe_unused]] const FlushToZero flush;
-    for (i64 x = 0; x < kBiasKeys * kGroupRows; ++x) my.tile_sum[x] = 0.0F;
+    for (i64 x = 0; x < bias_slots() * kGroupRows; ++x) my.tile_sum[x] = 0.0F;
     for (i64 b = batches.begin; b < batches.end; ++b) {
       for (i64 h = heads.begin; h < heads.end; ++h) {
         for (i64 i = rows.begin; i < rows.end; i += kGroupRows)
@@ -432,13 +429,14 @@ class Backward {
       }
     }
     const Context context{call_, call_.sequences[batches.begin], batches.begin};
-    if (own_key && bias_rows_are_whole()) {
+    if (bias_rows_are_whole()) {
       for (i64 p = 0; p < my.rows.kPanels; ++p) {
         Panel& panel = my.rows.panels[p];
         set_rows(panel, context, {1, heads.begin, rows.end}, rows.begin + p * kPanelRows);
         for (i64 j = keys.begin; j < keys.end; j += kKeyTile) {
           const Interval tile{j, math::smaller(j + kKeyTile, keys.end)};
-          store_bias(context, my.rows.tile_of(my.tile_sum + (j - keys.begin) * kGroupRows, p, tile), panel, my.rows.s);
+          store_bias_gradient(context, my.rows.tile_of(my.tile_sum + (j - keys.begin) * kGroupRows, p, tile), panel,
+                              my.rows.s);
         }
       }
       return;
@@ -446,7 +444,7 @@ class Backward {
     for (i64 i = 0; i < (own_row ? rows.end - rows.begin : 1); ++i) {
       for (i64 j = 0; j < (own_key ? keys.end - keys.begin : 1); ++j) {
         double total = 0.0;
-        for (i64 r = own_key ? j : 0; r < (own_key ? j + 1 : kBiasKeys); ++r) {
+        for (i64 r = own_key ? j : 0; r < (own_key ? j + 1 : bias_slots()); ++r) {
           for (i64 x = own_row ? i : 0; x < (own_row ? i + 1 : kGroupRows); ++x)
             total += static_cast<double>(my.tile_sum[r * kGroupRows + x]);
         }
@@ -456,8 +454,8 @@ class Backward {
     }
   }
 
-  /// Adds dS of some rows of one head against keys to the tile sum: entry (i, j) at (j − the first one, mod
-  /// kBiasKeys, i mod kGroupRows).
+  /// Adds dS of some rows of one head against keys to the tile sum: entry (i, j) at (j − the first key,
+  /// mod bias_slots(), i mod kGroupRows).
   void add_bias_gradient(BackwardScratch<kWord>& my, i64 batch, i64 head, Interval queries, Interval keys) {
     const Context context{call_, call_.sequences[batch], batch};
     const Sequence& sequence = context.sequence;
@@ -473,7 +471,7 @@ class Backward {
       my.v.pack(context, call_.v, tile, kv_head);
       for (i64 p = 0; p < my.rows.kPanels; ++p) {
         if (my.rows.recompute(p, context, tile, my.k, my.v, 0, true).empty()) continue;
-        const Tile sum = my.rows.tile_of(my.tile_sum + (j - first_key) % kBiasKeys * kGroupRows, p, tile);
+        const Tile sum = my.rows.tile_of(my.tile_sum + (j - first_key) % bias_slots() * kGroupRows, p, tile);
         for_each_vector(my.rows.tile_of(my.rows.ds, p, tile), [&](i64 r, int lane, const float* x) {
           store(sum.row(r) + lane, load(sum.row(r) + lane) + load(x));
         });

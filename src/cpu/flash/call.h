@@ -89,9 +89,10 @@ extern const FlashKernels kernels;
 }
 
 // Multiples of 16, the keys of a patch of dropout draws, and of the rows that a product holds in registers.
-inline constexpr i64 kKeyTile = 96;      // keys of one tile in the backward
-inline constexpr i64 kForwardKeys = 96;  // keys of one tile in the forward
-inline constexpr i64 kGroupRows = 96;    // rows of one tile in the backward; a multiple of every panel's rows
+inline constexpr i64 kKeyTile = 96;             // keys of one tile in the backward
+inline constexpr i64 kBiasKeys = 4 * kKeyTile;  // the most of a task of a bias's gradient, which packs its rows once
+inline constexpr i64 kForwardKeys = 96;         // keys of one tile in the forward
+inline constexpr i64 kGroupRows = 96;           // rows of one tile in the backward; a multiple of every panel's rows
 /// With few rows: keys whose scores are made before their values are read, of all heads of a task.
 inline constexpr i64 kJoinedKeys = 32;
 

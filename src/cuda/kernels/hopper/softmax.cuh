@@ -15,7 +15,7 @@ struct Softmax {
   using Weights = OperandA[kSteps];
   using Rules = ScoreRules<S, false, AsTheyAre, true>;
   static constexpr bool kBeginsWithSlopes = begins_with_slopes(S);
-  /// Softcap is part of weighing where nothing comes between them; beside dropout there are no registers for it.
+  /// Softcap is part of weighing where nothing comes between them; beside dropout some tiles have no registers for it.
   static constexpr bool kWeighsCapped = S.softcap && !S.alibi && !S.bias && !S.mask && !S.dropout;
 
   /// Below every score but −infinity, whose distance from it still is −infinity.
