@@ -64,7 +64,7 @@ struct BackwardSm90Shared {
   int dq, dq_stages;       // what waits to be added by the copy engine, warp by warp: so many pieces each
   int statistics;          // log2_lse and delta of each stage
   int statistics_of_tile;  // bytes of one of them
-  int words, words_stage;  // a mask's, of each stage: word by word of 32 keys, row by row
+  int words, words_stage;  // a mask's, of each stage, in `WordOrder::kColumns`
   int state;               // cuda::BackwardState
   int bias, bias_stage;    // tiles of a bias, [row][key] in panels, two where there is room
   int bias_places;

@@ -27,7 +27,7 @@ class ForwardSm90Plan final : public PlannedKernel {
         packed_(problem.packed()),
         device_(device),
         multiprocessors_(model_of_device(device).multiprocessors),
-        mask_words_(problem, kTicketBytes, device, kSm90, true),
+        mask_words_(problem, kTicketBytes, device, kSm90, WordOrder::kLanes),
         forward_(forward_sm90_request(shape), device) {
     describe_call(problem, params_);
     params_.row_blocks = static_cast<int>(shape.row_blocks);

@@ -92,7 +92,9 @@ constexpr auto kTiles = std::to_array<Tile>({
 class BackwardSm90Plan final : public PlannedKernel {
  public:
   BackwardSm90Plan(const Problem& problem, const BackwardShape& shape, const Device& device)
-      : device_(device), call_(problem, shape, device, kSm90), main_(backward_sm90_request(shape), device) {
+      : device_(device),
+        call_(problem, shape, device, kSm90, WordOrder::kColumns),
+        main_(backward_sm90_request(shape), device) {
     if (const auto request = bias_gradient_sm90_request(problem, shape)) bias_gradient_.emplace(*request, device);
   }
 
@@ -132,7 +134,7 @@ class BackwardSm90Plan final : public PlannedKernel {
       p.dbias.data = nullptr;
     }
     const BackwardParams& common = p;
-    call_.after(common, outputs, stream);
+    call_.after(common, outputs, workspace, stream);
   }
 
  private:

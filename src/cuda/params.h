@@ -6,15 +6,22 @@
 // What a GPU kernel is called with: run-time values.  Host and device compile this text.
 namespace fovea::cuda {
 
-/// A mask as words of 32 keys, [batch][head][word][row], and after each head a summary: two words for each 32 words of
-/// 32 rows (`MaskTiles`).  Strides in words, 0 where broadcast.  By lanes: [batch][head][128 keys][row][4], one word
-/// for each of the four lanes that share a row of an accumulator, in the order of the lane's entries.
+/// How the bits of a mask lie in words of each sequence and head.
+enum class WordOrder {
+  kRows,     // [32 keys][row]
+  kLanes,    // [128 keys][row][4]: for each of the four lanes that share a row of an accumulator its entries, in order
+  kColumns,  // [64 rows][16 keys][lane]: a warp's entries of a transposed tile, whose rows are keys; bit 16 (j / 4) +
+             // 8 (e % 2) + 2 (j % 4) + e / 2
+};
+
+/// A mask as words of 32 bits, and after each head a summary: two words for each 32 rows of 32 times 32 keys
+/// (`mask_tile`).  Strides in words, 0 where broadcast.
 struct WordView {
   u32* data;
   i64 batch, head, row;
-  int rows, count;    // count: words of a row
+  int rows, count;    // rows that there are words of; count: words of a row
   int heads, planes;  // heads, and sequences × heads, that have words of their own
-  bool by_lanes;
+  WordOrder order;
 
   FOVEA_FN constexpr int groups() const { return (rows + 31) / 32; }
   FOVEA_FN constexpr int spans() const { return (count + 31) / 32; }

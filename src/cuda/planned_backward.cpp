@@ -7,10 +7,13 @@ namespace fovea::cuda {
 
 using dispatch::entry_view, dispatch::row_view, dispatch::head_view, dispatch::stat_view;
 
-BackwardCall::BackwardCall(const Problem& problem, const BackwardShape& shape, const Device& device, int arch)
+BackwardCall::BackwardCall(const Problem& problem, const BackwardShape& shape, const Device& device, int arch,
+                           WordOrder order)
     : shape_(shape),
-      mask_words_(problem, shape.workspace_bytes, device, arch),
+      mask_words_(problem, shape.workspace_bytes, device, arch, order),
       rows_(backward_rows_request(shape, arch), device) {
+  if (problem.mask && problem.bias && order != WordOrder::kRows)
+    bias_words_.emplace(problem, mask_words_.workspace_bytes(), device, arch);
   if (!shape.spec.holds_dq && !shape.spec.ends_dq) queries_.emplace(backward_queries_request(shape, arch), device);
   if (shape.spec.alibi || problem.sink) sums_.emplace(backward_sums_request(shape, arch), device);
   if (shape.spec.bias) bias_.emplace(bias_gradient_request(shape, arch), device);
@@ -69,11 +72,12 @@ void BackwardCall::before(BackwardParams& p, void* workspace, void* stream) cons
   launch(rows_, p.row_slots * p.q_heads, p, stream);
 }
 
-void BackwardCall::after(BackwardParams p, const Outputs& outputs, void* stream) const {
+void BackwardCall::after(BackwardParams p, const Outputs& outputs, void* workspace, void* stream) const {
   if (queries_) launch(*queries_, p.row_slots * p.q_heads, p, stream);
   if (p.dslopes.data != nullptr || p.dsink != nullptr)
     launch(*sums_, p.q_heads * (p.slopes.per_batch ? p.batch : 1), p, stream);
   if (p.dbias.data == nullptr) return;
+  if (bias_words_) bias_words_->make(p, workspace, stream);
   const Tensor& t = outputs.dbias;
   const BackwardSpec spec = bias_gradient_spec(shape_.spec);
   p.key_blocks = (p.seqlen_kv + spec.block_n - 1) / spec.block_n;

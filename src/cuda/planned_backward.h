@@ -13,16 +13,20 @@ namespace fovea::cuda {
 /// dq, the gradients of slopes and sink, and that of the bias after it.
 class BackwardCall {
  public:
-  BackwardCall(const Problem& problem, const BackwardShape& shape, const Device& device, int arch);
+  /// order: of the mask's words that the main kernel reads.
+  BackwardCall(const Problem& problem, const BackwardShape& shape, const Device& device, int arch,
+               WordOrder order = WordOrder::kRows);
 
-  [[nodiscard]] std::size_t workspace_bytes() const { return mask_words_.workspace_bytes(); }
+  [[nodiscard]] std::size_t workspace_bytes() const {
+    return (bias_words_ ? *bias_words_ : mask_words_).workspace_bytes();
+  }
   [[nodiscard]] const BackwardShape& shape() const { return shape_; }
   /// The kernels around the main one.
   [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const;
 
   [[nodiscard]] BackwardParams params(const Inputs& inputs, const Outputs& outputs, void* workspace) const;
   void before(BackwardParams& p, void* workspace, void* stream) const;
-  void after(BackwardParams p, const Outputs& outputs, void* stream) const;
+  void after(BackwardParams p, const Outputs& outputs, void* workspace, void* stream) const;
   /// Blocks of the main kernel, which may be none.
   [[nodiscard]] int main_blocks(const BackwardParams& p) const {
     return (p.key_lines + p.dq_parts) * (shape_.turns + p.dq_lag);
@@ -31,6 +35,7 @@ class BackwardCall {
  private:
   BackwardShape shape_;
   MaskWords mask_words_;
+  std::optional<MaskWords> bias_words_;  // for the bias gradient, where the main kernel wants another order
   PlannedLaunch rows_;
   std::optional<PlannedLaunch> queries_, sums_, bias_, bias_sums_;
   BackwardParams params_{};

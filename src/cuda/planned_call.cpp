@@ -32,11 +32,12 @@ IndexView index_view(const Tensor& t) {
 }
 
 /// The layout of the words of a mask that has these dimensions of its own.
-WordView word_view(const CallParams& p, bool by_lanes, bool batch, bool heads, bool queries) {
+WordView word_view(const CallParams& p, WordOrder order, bool batch, bool heads, bool queries) {
   WordView view{};
   view.rows = queries ? p.seqlen_q : 1;
-  view.count = by_lanes ? (p.seqlen_kv + 127) / 128 * 4 : (p.seqlen_kv + 31) / 32;
-  view.by_lanes = by_lanes;
+  if (order == WordOrder::kColumns) view.rows = (view.rows + 63) / 64 * 64;
+  view.count = order == WordOrder::kRows ? (p.seqlen_kv + 31) / 32 : (p.seqlen_kv + 127) / 128 * 4;
+  view.order = order;
   view.heads = heads ? p.q_heads : 1;
   view.planes = batch ? view.heads * p.batch : view.heads;
   view.row = queries ? 1 : 0;
@@ -154,20 +155,21 @@ void require_gpu(const PlannedLaunch& launch, const Device& device) {
               "this plan is for " + name(device) + ", a description; plan for cuda:0 to execute");
 }
 
-MaskWords::MaskWords(const Problem& problem, std::size_t workspace_bytes, const Device& device, int arch, bool by_lanes)
-    : begin_((workspace_bytes + 127) / 128 * 128), bytes_(workspace_bytes), by_lanes_(by_lanes) {
+MaskWords::MaskWords(const Problem& problem, std::size_t workspace_bytes, const Device& device, int arch,
+                     WordOrder order)
+    : begin_((workspace_bytes + 127) / 128 * 128), bytes_(workspace_bytes), order_(order) {
   if (!problem.mask) return;
   launch_.emplace(mask_words_request(arch), device);
   CallParams p{};
   describe_call(problem, p);
-  const WordView view = word_view(p, by_lanes_, problem.mask->batch, problem.mask->heads, problem.mask->queries);
+  const WordView view = word_view(p, order_, problem.mask->batch, problem.mask->heads, problem.mask->queries);
   bytes_ = begin_ + static_cast<std::size_t>(view.plane() * view.planes) * sizeof(u32);
 }
 
 void MaskWords::make(CallParams& p, void* workspace, void* stream) const {
   if (!launch_) return;
   WordView& view = p.mask_words;  // by strides: a dimension expanded by stride 0 is read once
-  view = word_view(p, by_lanes_, p.mask.batch != 0, p.mask.head != 0, p.mask.query != 0);
+  view = word_view(p, order_, p.mask.batch != 0, p.mask.head != 0, p.mask.query != 0);
   view.data = reinterpret_cast<u32*>(static_cast<std::byte*>(workspace) + begin_);
   if (view.plane() == 0) return;
   launch_->kernel->launch({.x = static_cast<unsigned>(view.spans() * view.groups()),

@@ -56,7 +56,8 @@ void launch(const PlannedLaunch& what, int blocks, const Params& params, void* s
 /// The bits of a boolean mask, 32 keys a word, made by a kernel of their own at the end of a pass's workspace.
 class MaskWords {
  public:
-  MaskWords(const Problem& problem, std::size_t workspace_bytes, const Device& device, int arch, bool by_lanes = false);
+  MaskWords(const Problem& problem, std::size_t workspace_bytes, const Device& device, int arch,
+            WordOrder order = WordOrder::kRows);
 
   /// Of the whole workspace, what comes before included.
   [[nodiscard]] std::size_t workspace_bytes() const { return bytes_; }
@@ -65,7 +66,7 @@ class MaskWords {
 
  private:
   std::size_t begin_, bytes_;
-  bool by_lanes_;
+  WordOrder order_;
   std::optional<PlannedLaunch> launch_;
 };
 

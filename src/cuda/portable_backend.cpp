@@ -86,7 +86,7 @@ class BackwardPlan final : public PlannedKernel {
     BackwardParams p = call_.params(inputs, outputs, workspace);
     call_.before(p, workspace, stream);
     launch(main_, call_.main_blocks(p), p, stream);
-    call_.after(p, outputs, stream);
+    call_.after(p, outputs, workspace, stream);
   }
 
  private:

@@ -32,6 +32,18 @@ FOVEA_DEVICE u32 word_of_lane(const u32 (&words)[4], int t) {
   return all;
 }
 
+/// What a lane has of 16 keys, from a bit on, of 32 rows of a word, in `WordOrder::kColumns`: of rows 8j + 2 (lane % 4)
+/// and the next, keys lane / 4 and 8 on.
+FOVEA_DEVICE u32 half_of_lane(const u32* words, int first_bit) {
+  u32 all = 0;
+#pragma unroll
+  for (int x = 0; x < 8; ++x) {
+    const u32 two = words[x / 2 * 8 + lane_id() % 4 * 2 + x % 2] >> (first_bit + lane_id() / 4) & 0x101U;
+    all |= ((two | two >> 7) & 3U) << (x % 2 * 8 + x / 2 * 2);
+  }
+  return all;
+}
+
 /// Blocks: x: 32 words of 32 rows; y: sequences × heads that have a mask of their own, some of them at once.
 template <ForwardSpec S>
 __device__ void mask_words(const CallParams& p) {
@@ -40,11 +52,13 @@ __device__ void mask_words(const CallParams& p) {
   const int span = static_cast<int>(blockIdx.x) % to.spans(), group = static_cast<int>(blockIdx.x) / to.spans();
   const int first_word = span * kWarp, first_row = group * kWarp;
   constexpr int kWarps = kMaskThreads / kWarp, kTurns = kWarp / kWarps;
-  const int lane = lane_id();
+  const int lane = lane_id(), last_row = p.mask.query == 0 ? 0 : p.seqlen_q - 1;  // read once more past it
   if (threadIdx.x < 2) facts[threadIdx.x] = 0;
   for (int plane = static_cast<int>(blockIdx.y); plane < to.planes; plane += static_cast<int>(gridDim.y)) {
     const char* const from = p.mask.data + plane / to.heads * p.mask.batch + plane % to.heads * p.mask.head;
-    const auto row_of = [&](int x) { return first_row + warp_id() + x / 2 * kWarps; };
+    const auto row_at = [&](int x) {
+      return from + math::smaller(first_row + warp_id() + x / 2 * kWarps, last_row) * p.mask.query;
+    };
     const auto key_of = [&](int x) { return first_word * 32 + (x % 2 * kWarp + lane) * 16; };
     const auto keep = [&](int x, u32 half) {
       const u32 word = half | __shfl_down_sync(kAllLanes, half, 1) << 16;
@@ -56,16 +70,14 @@ __device__ void mask_words(const CallParams& p) {
 #pragma unroll
       for (int x = 0; x < 2 * kTurns; ++x) {
         bytes[x] = {};
-        if (row_of(x) < to.rows && key_of(x) < p.seqlen_kv)
-          bytes[x] = __ldcs(reinterpret_cast<const uint4*>(from + row_of(x) * p.mask.query + key_of(x)));
+        if (key_of(x) < p.seqlen_kv) bytes[x] = __ldcs(reinterpret_cast<const uint4*>(row_at(x) + key_of(x)));
       }
 #pragma unroll
       for (int x = 0; x < 2 * kTurns; ++x) keep(x, seen_of_bytes(bytes[x]));
     } else {
 #pragma unroll 1
       for (int x = 0; x < 2 * kTurns; ++x) {
-        const char* const row = from + row_of(x) * p.mask.query;
-        keep(x, row_of(x) < to.rows ? seen_one_by_one(row, p.mask.key, key_of(x), p.seqlen_kv) : 0);
+        keep(x, seen_one_by_one(row_at(x), p.mask.key, key_of(x), p.seqlen_kv));
       }
     }
     __syncthreads();
@@ -75,13 +87,20 @@ __device__ void mask_words(const CallParams& p) {
       const int keys = p.seqlen_kv - (first_word + w) * 32;  // that exist; only these and rows that exist count
       const u32 most = keys >= 32 ? ~0U : keys > 0 ? (1U << keys) - 1 : 0;
       const bool exists = first_row + lane < to.rows;
-      if (!to.by_lanes && exists && keys > 0) out[i64{first_word + w} * to.rows + first_row + lane] = word;
+      if (to.order == WordOrder::kRows && exists && keys > 0)
+        out[i64{first_word + w} * to.rows + first_row + lane] = word;
       const bool any = __any_sync(kAllLanes, word != 0), all = __all_sync(kAllLanes, word == most || !exists);
       if (lane < 2 && (lane == 0 ? any : all)) atomicOr(&facts[lane], 1U << w);
     }
-    if (to.by_lanes && first_row + lane < to.rows) {
-      const int w = 4 * warp_id();
-      static_assert(4 * kWarps == kWarp);
+    const int w = 4 * warp_id();
+    static_assert(4 * kWarps == kWarp);
+    if (to.order == WordOrder::kColumns && first_word + w < to.count) {
+      u16* const halves = reinterpret_cast<u16*>(out + (i64{group / 2} * to.count + first_word + w) * 2 * kWarp);
+#pragma unroll 1
+      for (int x = 0; x < 8; ++x)
+        halves[(x * kWarp + lane) * 2 + group % 2] = half_of_lane(words[w + x / 2], x % 2 * 16);
+    }
+    if (to.order == WordOrder::kLanes && first_row + lane < to.rows) {
       const u32 of[] = {words[w][lane], words[w + 1][lane], words[w + 2][lane], words[w + 3][lane]};
       uint4* const to_lanes = reinterpret_cast<uint4*>(out) + i64{(first_word + w) / 4} * to.rows + first_row + lane;
       if (first_word + w < to.count)

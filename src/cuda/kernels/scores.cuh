@@ -101,7 +101,6 @@ struct Entries {
     return (mask[i][e / 2][at / 32] & kBit << at % 32) != 0;
   }
   /// Of row h of piece i only keys [begin, end), counted from the lane's first one; `all`: whatever the mask.
-  static constexpr bool kNarrows = true;
   FOVEA_DEVICE void narrow(int i, int h, int begin, int end, bool all) {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
@@ -253,6 +252,11 @@ struct ScoreRules {
   /// row `row` of the block and key `key`.
   template <int kM, int kN, class Found>
   FOVEA_DEVICE void finish(Accumulator (&s)[kM][kN], int row, int key, const Sight& sight, const Found& entries) const {
+    score(s, row, key, entries);
+    hide(s, row, key, sight, entries);
+  }
+  template <int kM, int kN, class Found>
+  FOVEA_DEVICE void score(Accumulator (&s)[kM][kN], int row, int key, const Found& entries) const {
     if constexpr (kBareScores<S>) {
       if (p.scale <= 0.0F) {  // the largest product is not the largest score
         for_each_entry<kM, kN>([&](int i, int j, int e) { s[i][j].x[e] *= p.scale; });
@@ -260,7 +264,6 @@ struct ScoreRules {
     } else {
       score_all(s, row, key, static_cast<Accumulator(*)[kN]>(nullptr), entries);
     }
-    hide(s, row, key, sight, entries);
   }
 
   /// Softcap, ALiBi and bias.  `tanhs`, where the backward wants it, receives softcap's.
@@ -355,22 +358,18 @@ struct ScoreRules {
 
   template <int kM, int kN, class Found>
   FOVEA_DEVICE void hide(Accumulator (&s)[kM][kN], int row, int key, const Sight& sight, const Found& entries) const {
-    bool partial = sight.band == TileState::kPartial;
+    const bool partial = sight.band == TileState::kPartial;
     if constexpr (S.mask) {
       Found seen = entries;
       const bool all = sight.mask == TileState::kFull;
-      if constexpr (Found::kNarrows) {
-        if (all && !partial) return;
-        if (partial) {
-          each_row<kM>(row, key, [&](int i, int h, int begin, int end) { seen.narrow(i, h, begin, end, all); });
-        }
-        partial = false;
+      if (all && !partial) return;
+      if (partial) {
+        each_row<kM>(row, key, [&](int i, int h, int begin, int end) { seen.narrow(i, h, begin, end, all); });
       }
-      if (Found::kNarrows || !all) {
-        for_each_entry<kM, kN>([&](int i, int j, int e) {
-          if (!seen.template sees<Order>(i, j, e)) s[i][j].x[e] = -infinity();
-        });
-      }
+      for_each_entry<kM, kN>([&](int i, int j, int e) {
+        if (!seen.template sees<Order>(i, j, e)) s[i][j].x[e] = -infinity();
+      });
+      return;
     }
     if (!partial) return;
     static_assert(2 * kN <= 32);

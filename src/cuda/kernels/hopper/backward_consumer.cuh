@@ -112,8 +112,9 @@ struct BackwardConsumer : BackwardOwner<S> {
     Entries dp;
     Packed weights;
     if constexpr (S.dropout) columns.draw();  // under dP it takes 8 to 13% longer
-    columns.template weigh<kHides>(s, at.log2_lse(place));
+    columns.weigh(s, at.log2_lse(place));
     columns.pack(weights, s);
+    if constexpr (kHides) columns.hide(weights);
     pin(weights);  // before dP takes as many registers as S had
     issue_dp(dp, n);
     if constexpr (!kHides && !S.dropout) issue_dv(weights, place, sums);

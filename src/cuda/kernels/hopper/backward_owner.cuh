@@ -130,7 +130,7 @@ struct BackwardOwner {
   /// Which entries are seen, found while the scores are made.
   FOVEA_DEVICE void see(Columns& columns, u32 n) const {
     if (S.mask && uniform(step(n).mask == TileState::kPartial)) {
-      columns.look_up(at.words(state.q.place(n)) + warp_key() / 32 * (S.block_m * 4));
+      columns.look_up(at.words(state.q.place(n)) + warp_key() / 16 * (kWarp * 4));
     } else {
       columns.see_all();
     }

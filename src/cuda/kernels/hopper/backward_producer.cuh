@@ -15,10 +15,11 @@ struct BackwardProducer {
 
   static constexpr u32 kMeeting = 1;                                         // the producers' barrier
   static constexpr Keep kKeepRows = S.ends_dq ? Keep::kAwhile : Keep::kYes;  // dq_sum comes first where L2 can hold it
-  FOVEA_DEVICE static bool leads() { return threadIdx.x == 0; }
+  /// Whether this thread asks the copy engine.  With a mask that is one of the second warp, for the first one, which looks
+  /// the mask up, is as busy as who computes.
+  FOVEA_DEVICE static bool leads() { return threadIdx.x == (S.mask ? kWarp : 0); }
 
-  /// The threads that produce: one; with a mask two warps, one that looks it up and one that copies its words; all
-  /// where the copy engine cannot read a tensor.
+  /// The threads that produce: one, with a bias a warp, with a mask two; all where the copy engine cannot read a tensor.
   FOVEA_DEVICE u32 hands() const {
     return !kByEngine || S.bias && !p.bias_by_engine ? 128 : S.mask ? 2 * kWarp : S.bias ? kWarp : 1;
   }
@@ -38,18 +39,19 @@ struct BackwardProducer {
       const Step& step = state.step(n);
       const int place = state.q.place(n);
       Barrier& q = state.q.full[place];
-      state.q.await_empty(n);
+      if (!looks_up()) state.q.await_empty(n);
       if (!(kByEngine && !S.mask && !S.bias ? step.exists : uniform(step.exists))) {
         if constexpr (S.holds_dq) pass_places(n);
         if (leads()) q.arrive();
-        if (S.mask && warp_id() == 1) q.arrive();
         if (!S.holds_dq || state.last_keys(walk.key_block)) return;
         go_on_to_next_keys();
         first = n + 1;
         continue;
       }
-      load_rows_of<S.head_dim>(step, at.q(place), at.log2_lse(place), q, p.q_map, p.q, p.log2_lse, p.head_dim);
-      if (S.mask && warp_id() == 1) load_words(step, at.words(place), q);
+      if (looks_up()) continue;
+      const int words = S.mask && step.mask == TileState::kPartial ? BackwardLayout<S>::kShared.words_stage : 0;
+      load_rows_of<S.head_dim>(step, at.q(place), at.log2_lse(place), q, p.q_map, p.q, p.log2_lse, p.head_dim, words);
+      if (words > 0 && leads()) load_bytes(at.words(place), words_of(step), words, q);
       if constexpr (S.bias) load_bias(step, fresh(n));  // whose places take no registers before
       const u32 again = fresh(n);                       // nor have these
       state.dout.await_empty(again);
@@ -58,6 +60,9 @@ struct BackwardProducer {
                                  p.dout_map, p.dout, p.delta, p.head_dim_v);
     }
   }
+
+  /// Whether this thread goes ahead with the walk while others copy.
+  FOVEA_DEVICE bool looks_up() const { return S.mask && warp_id() == 0 && hands() == 2 * kWarp; }
 
   /// Passes the turns of steps whose dq has been added, by a warp of its own: a release waits for all that was sent.
   FOVEA_DEVICE void pass_turns() const {
@@ -136,45 +141,31 @@ struct BackwardProducer {
 
   template <int kDim>
   FOVEA_DEVICE void load_rows_of(const Step& step, u32 to, u32 statistics_to, Barrier& full, const TensorMap& map,
-                                 const RowView& view, const float* statistics, int dim) const {
+                                 const RowView& view, const float* statistics, int dim, int more = 0) const {
     constexpr int kBytesOfStatistics = BackwardLayout<S>::kShared.statistics_of_tile;
     const int row = step.tile * S.block_m;
     const Sequence& sequence = state.walk.sequence;
     if constexpr (kByEngine) {
       if (!leads()) return;
       load_panels<S.block_m, kDim>(to, map, full, {sequence.q_begin + row, step.head, batch()}, kKeepRows,
-                                   kBytesOfStatistics);
+                                   kBytesOfStatistics + more);
     } else {
       copy<S.block_m, kDim>(to, sequence.band.seqlen_q - row, dim, view, sequence.q_row(view, row, step.head));
       fence_engine();
       share();
       if (!leads()) return;
-      full.arrive_with(kBytesOfStatistics);
+      full.arrive_with(kBytesOfStatistics + more);
     }
     load_bytes(statistics_to, statistics + step.slot * S.block_m, kBytesOfStatistics, full);
   }
 
-  /// Copies a mask's words of a tile, by a warp.  Past the last row or key the last one is read.
-  FOVEA_DEVICE void load_words(const Step& step, u32 to, Barrier& full) const {
+  /// A mask's words of a tile.
+  FOVEA_DEVICE const u32* words_of(const Step& step) const {
     const WordView& view = p.mask_words;
     const HopperWalk<S>& walk = state.walk;
-    constexpr int kWords = keys_of_block(S) / 32;
-    const int row = step.tile * S.block_m + lane_id();
-    int word = walk.key_block * (S.block_n / 32);
-    if constexpr (shares_keys(S)) word = math::smaller(word + rank_of_block<S>() * kWords, view.count - 1);
-    const u32* from = view.data + walk.sequence.batch * view.batch + step.head * view.head + i64{word} * view.rows;
-    if (step.mask == TileState::kPartial) {
-#pragma unroll
-      for (int r = 0; r < S.block_m; r += kWarp) {
-        const u32* mine = from + math::smaller(row + r, walk.sequence.q_rows - 1) * view.row;
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          copy_word(to + (w * S.block_m + r + lane_id()) * 4, mine);
-          if (word + w + 1 < view.count) mine += view.rows;
-        }
-      }
-    }
-    full.arrive_behind_copies();
+    const int word = first_key_of_block<S>(walk.key_block, rank_of_block<S>()) / 32;
+    return view.data + walk.sequence.batch * view.batch + step.head * view.head +
+           (step.tile * view.row * view.count + word) * S.block_m;
   }
 
   /// Loads the bias of a tile.

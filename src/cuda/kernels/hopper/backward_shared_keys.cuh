@@ -62,14 +62,16 @@ struct WeightsConsumer : BackwardOwner<S> {
       pin(check), pin(s[0]);  // or products are kept beside what softcap makes of them
     columns.finish(s), this->add_bias(columns, s, n);
     if constexpr (S.dropout) columns.draw();
-    columns.template weigh<kHides>(s, at.log2_lse(state.q.place(n)));
+    columns.weigh(s, at.log2_lse(state.q.place(n)));
     state.q.release(n);
     columns.pack(weights, s);
+    if constexpr (kHides) columns.hide(weights);
     state.ds.await_empty(n);
     if constexpr (S.softcap) {
       Packed sloped;
-      columns.template pass_softcap<kHides>(s);
+      columns.template pass_softcap<false>(s);
       columns.pack(sloped, s);
+      if constexpr (kHides) columns.hide(sloped);
       put(sloped, n);
     } else {
       put(weights, n);

@@ -278,7 +278,7 @@ struct BiasGradientSm90 {
     columns.finish(c);
     columns.add_bias(c, bias_at(t), fresh(warp_key()), false);
     if constexpr (S.dropout) columns.draw();
-    columns.template weigh<kHides>(c, log2_lse_at(step));
+    columns.weigh(c, log2_lse_at(step));
     if constexpr (kAtOnce) {
       state.ring.await_full(step * kPanels + kKeyPanels);  // known, but a branch: else dP is awaited before S is P
       await_products<0>();
@@ -288,6 +288,7 @@ struct BiasGradientSm90 {
     } else {
       typename Columns::Packed weights;
       columns.pack(weights, c);
+      if constexpr (kHides) columns.hide(weights);
       if constexpr (Columns::kDeltaFirst) Columns::begin_with_delta(d, delta_at(step));
       multiply<S.head_dim_v>(d, step * kPanels + kKeyPanels, Columns::kDeltaFirst ? 1 : 0);
       await_products<0>();

@@ -1,6 +1,5 @@
 #pragma once
 
-#include "cuda/kernels/hopper/entries.cuh"
 #include "cuda/kernels/hopper/epilogue.cuh"
 #include "cuda/kernels/hopper/softmax.cuh"
 #include "cuda/kernels/hopper/state.cuh"
@@ -14,9 +13,9 @@ struct Consumer {
   using Soft = Softmax<S>;
   using Scores = typename Soft::Scores;
   using Weights = typename Soft::Weights;
-  using Rules = typename Soft::Rules;
   using Out = typename Epilogue<S>::Out;
-  using Found = TileEntries<S>;
+  using Found = typename Soft::Found;
+  using Rules = typename Found::Rules;
 
   const ForwardSm90Params& p;
   State<S>& state;
@@ -219,7 +218,7 @@ struct Consumer {
     finish(rules, s, sight_of(work, step), entries);
     float total[2];
     raise(soft, s, o, unit, entries, false);
-    soft.weigh(s, weights, total, unit, rules, row, key, stream_of(work));
+    soft.weigh(s, weights, total, unit, entries, stream_of(work));
     soft.add(total);
 #pragma unroll
     for (int k = kKeys / 16; k < Soft::kSteps; ++k) weights[k] = {};
@@ -249,15 +248,15 @@ struct Consumer {
     bool weighed = false;
     if constexpr (Soft::kWeighsCapped) {
       weighed = sight_of(work, step).band == TileState::kFull &&
-                soft.weigh_capped(s, next, total, rules, row, key, stream_of(work)) && !Soft::outgrown(total);
+                soft.weigh_capped(s, next, total, entries, stream_of(work)) && !Soft::outgrown(total);
     }
     if (!weighed) {
       finish(rules, s, sight_of(work, step), entries);
-      soft.weigh(s, next, total, unit, rules, row, key, stream_of(work));
+      soft.weigh(s, next, total, unit, entries, stream_of(work));
       if (Soft::outgrown(total)) {
         if constexpr (S.hold) await_products<0>(), pin(o[0]);
         raise(soft, s, o, unit, entries, true);
-        soft.weigh(s, next, total, unit, rules, row, key, stream_of(work));
+        soft.weigh(s, next, total, unit, entries, stream_of(work));
       }
     }
     soft.add(total);
@@ -295,11 +294,15 @@ struct Consumer {
     auto& ring = state.entries[group];
     const bool ahead = S.mask || S.bias && p.bias_by_engine;
     if (!S.mask && ahead) ring.await_full(fetched);
-    if constexpr (kBeginsWithSlopes) {
-      if constexpr (S.bias) entries.add_bias(s, p.scale);
-      rules.hide(s, entries.row, entries.key, sight, entries);
+    if constexpr (!kBeginsWithSlopes) rules.score(s, entries.row, entries.key, entries);
+    if constexpr (kBeginsWithSlopes && S.bias) entries.add_bias(s, p.scale);
+    if constexpr (S.mask) {
+      if (sight.mask != TileState::kFull || sight.band == TileState::kPartial) {
+        entries.narrow(sight);
+        entries.hide(s);
+      }
     } else {
-      rules.finish(s, entries.row, entries.key, sight, entries);
+      rules.hide(s, entries.row, entries.key, sight, entries);
     }
     if (ahead) ring.release(fetched++);
   }

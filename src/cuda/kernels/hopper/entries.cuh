@@ -9,7 +9,6 @@ namespace fovea::cuda {
 template <ForwardSm90Spec S>
 struct TileEntries {
   static constexpr int kN = S.block_n / 8, kPanel = kGroupRows * kPanelRowBytes;
-  static constexpr bool kNarrows = false;  // no registers to intersect the band with `seen`
   using Scores = Accumulator[1][kN];
   using Rules = ScoreRules<S, false, AsTheyAre, true>;
 
@@ -17,13 +16,25 @@ struct TileEntries {
   const Rules& rules;
   int row, key;  // of the warp's piece
   u32 bias;      // address of the warpgroup's tile of the bias
-  u32 seen[2];   // by the mask, of each of two rows: bit 2j + e
+  u32 seen[2];   // with a mask, of each of two rows: bit 2j + e
 
   FOVEA_DEVICE static int warp_row() { return warp_id() % 4 * 16; }
 
-  template <class Order>
-  FOVEA_DEVICE bool sees(int /*i*/, int j, int e) const {
-    return (seen[e / 2] >> (2 * j + e % 2) & 1) != 0;
+  /// Leaves what the band lets through, too.
+  FOVEA_DEVICE void narrow(const Sight& sight) {
+    if (sight.mask == TileState::kFull) seen[0] = seen[1] = ~0U;
+    if (sight.band != TileState::kPartial) return;
+    rules.template each_row<1>(row, key, [&](int /*i*/, int h, int begin, int end) {
+      seen[h] &= bits_between(AsTheyAre::before(begin), AsTheyAre::before(end));
+    });
+  }
+  template <int kPieces>
+  FOVEA_DEVICE void hide(Accumulator (&s)[1][kPieces]) const {
+#pragma unroll
+    for (int y = 0; y < 4 * kPieces; ++y) {
+      const int h = y / (2 * kPieces), x = y % (2 * kPieces);
+      if ((seen[h] & 1U << x) == 0) s[0][x / 2].x[2 * h + x % 2] = -infinity();
+    }
   }
 
   /// Reads the tile's bits of the lane's words (`WordView`).

@@ -51,7 +51,7 @@ struct GradientColumns {
   const Rules& rules;
   int key;  // the lane's first
   math::DropoutStream stream;
-  Bits seen;                          // what mask and band leave: j + 8e
+  Bits seen;                          // what mask and band leave, in `WordOrder::kColumns`
   Bits dropped;                       // by dropout; see `bit_of_drop`
   u32 slopes[S.softcap ? kN : 1][2];  // of softcap, 1 − tanh² of entries e and e + 1, as fp16
 
@@ -62,19 +62,10 @@ struct GradientColumns {
 #pragma unroll
     for (u32& word : seen) word = ~0U;
   }
-  /// What a mask leaves, from words in shared memory: both keys of a lane have the same bit, of neighbouring bytes.
+  /// What a mask leaves, from the warp's words in shared memory.
   FOVEA_DEVICE void look_up(u32 words) {
-    const u32 mine = words + lane_id() % 4 * 8, bytes = key % 32 < 16 ? 0x5140 : 0x7362;
-#pragma unroll
-    for (int w = 0; w < kN / 8; ++w) {
-      seen[w] = 0;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 two = load_shared_8(mine + (8 * w + j) * 32);
-        const u32 entries = __byte_perm(__float_as_uint(two.x), __float_as_uint(two.y), bytes);
-        seen[w] |= (entries >> key % 8 & 0x01010101U) << j;
-      }
-    }
+    static_assert(!S.mask || kN == 8);
+    seen[0] = load_shared(words + lane_id() * 4);
   }
   /// And what the band leaves of that.
   FOVEA_DEVICE void keep_to_band() {
@@ -87,10 +78,11 @@ struct GradientColumns {
         u32 rows = 0;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int here = first + 64 * w + e;
-          rows |= (rows_below(seers.end - here) & ~rows_below(seers.begin - here)) << 8 * e;
+          const int here = first + 64 * w + e, begin = twice_before(seers.begin - here),
+                    end = twice_before(seers.end - here);
+          rows |= ((bits_between(begin, end) & 0x55U) | (bits_between(begin - 8, end - 8) & 0x55U) << 16) << 8 * e;
         }
-        seen[w] &= rows << 16 * h | 0xffffU << 16 * (1 - h);
+        seen[w] &= rows << h | 0x55555555U << (1 - h);
       }
     }
   }
@@ -135,19 +127,16 @@ struct GradientColumns {
       const Sequence& sequence = rules.sequence;
 #pragma unroll
       for (int w = 0; w < kN / 8; ++w) {
-        u32 hidden = 0;  // as `seen`
+        u32 visible = 0;  // as `seen`
 #pragma unroll 1
         for (int x = 31; x >= 0; --x) {  // without a branch, which would leave a warp in parts
-          const int i = math::smaller(rules.rows.first + row_of(8 * w + x % 8, x / 8), sequence.q_rows - 1);
-          const int j = math::smaller(key_of(x / 8), sequence.kv_rows - 1);
+          const int row = row_of(8 * w + x / 16 * 4 + x % 8 / 2, x / 8);
+          const int i = math::smaller(rules.rows.first + row, sequence.q_rows - 1);
+          const int j = math::smaller(key_of(x % 2 * 2), sequence.kv_rows - 1);
           const float of = read<S.bias_type>(sequence.entry(rules.p.bias, i, j, rules.rows.first_head));
-          hidden = 2 * hidden + (of < kLowestBias ? 1 : 0);
+          visible = 2 * visible + (of < kLowestBias ? 0 : 1);
         }
-#pragma unroll
-        for (int x = 0; x < 32; ++x) {
-          u32& two = entries[(8 * w + x % 8) / 2].x[x % 2 * 2 + x / 16];
-          if ((hidden >> x & 1) != 0) two = __byte_perm(two, 0x8000, x / 8 % 2 == 0 ? 0x3254 : 0x5410);
-        }
+        hide(entries, w, visible);
       }
     }
   }
@@ -169,8 +158,7 @@ struct GradientColumns {
       });
     }
   }
-  /// Sᵀ becomes Pᵀ.  kHides: some entry may be hidden, `seen` says which.
-  template <bool kHides>
+  /// Sᵀ becomes Pᵀ.
   FOVEA_DEVICE void weigh(Entries& s, u32 log2_lse) const {
     const float unit = any_score_unit<S>(rules.p);
     const u32 mine = log2_lse + lane_id() % 4 * 8;
@@ -179,10 +167,14 @@ struct GradientColumns {
       const float2 lse = load_shared_8(mine + 32 * j);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float weight = exp2(s[0][j].x[e] * unit - (e % 2 == 0 ? lse.x : lse.y));
-        s[0][j].x[e] = kHides && !sees(j, e) ? -0.0F : weight;
+        s[0][j].x[e] = exp2(s[0][j].x[e] * unit - (e % 2 == 0 ? lse.x : lse.y));
       }
     }
+  }
+  /// Once packed, what mask and band hide becomes −0.
+  FOVEA_DEVICE void hide(Packed& entries) const {
+#pragma unroll
+    for (int w = 0; w < kN / 8; ++w) hide(entries, w, seen[w]);
   }
 
   /// What dropout drops.  Four entries share a draw: rows 8 apart and keys 8 apart.  Few at once: registers are full.
@@ -223,13 +215,12 @@ struct GradientColumns {
     each([&](int j, int e) { sums[e] += c[0][j].x[e] * margin; });
     return (sums[0] + sums[1] + sums[2] + sums[3]) * 0.0F;
   }
-  /// Likewise of delta.
+  /// Likewise of delta: a warp's lanes have two rows each.
   FOVEA_DEVICE static float not_finite_delta(u32 delta) {
     float sum = 0.0F;
-    const u32 mine = delta + lane_id() % 4 * 8;
 #pragma unroll
-    for (int j = 0; j < kN && !kDeltaFirst; ++j) {
-      const float2 two = load_shared_8(mine + 32 * j);
+    for (int row = 0; row < S.block_m && !kDeltaFirst; row += 2 * kWarp) {
+      const float2 two = load_shared_8(delta + row * 4 + lane_id() * 8);
       sum += two.x * 2.0F + two.y * 2.0F;
     }
     return sum * 0.0F;
@@ -328,18 +319,29 @@ struct GradientColumns {
       f(k, words);
     }
   }
+  /// Of rows 64w on.  The highest bits of two bytes become masks of the two halves of a word: conditions, seven at a
+  /// time, would keep the next product from starting before the last weight is made.
+  FOVEA_DEVICE static void hide(Packed& entries, int w, u32 visible) {
+#pragma unroll
+    for (int x = 0; x < 16; ++x) {
+      const int j = 8 * w + x / 8 * 4 + x % 8 / 2;
+      u32& two = entries[j / 2].x[j % 2 * 2 + x % 2];
+      u32 mask;
+      asm("prmt.b32 %0, %1, 0, %2;" : "=r"(mask) : "r"(visible << (7 - x % 8)), "r"(x < 8 ? 0x9988 : 0xbbaa));
+      two = two & mask | 0x80008000U & ~mask;
+    }
+  }
   template <class F>
   FOVEA_DEVICE static void for_each_two(const F& f) {
 #pragma unroll
     for (int j = 0; j < kN; ++j) f(j, 0), f(j, 2);
   }
-  FOVEA_DEVICE bool sees(int j, int e) const { return (seen[j / 8] >> (j % 8 + 8 * e) & 1) != 0; }
   /// Both entries of a packed word, e and e + 1, have their bits 16 apart.
   FOVEA_FN static constexpr int bit_of_drop(int j, int e) { return 15 - j % 8 * 2 - e / 2 + e % 2 * 16; }
   FOVEA_DEVICE bool drops(int j, int e) const { return (dropped[j / 8] >> bit_of_drop(j, e) & 1) != 0; }
 
-  /// Of rows 0, 8, 16 to 56 those below `end`, a bit each.
-  FOVEA_DEVICE static u32 rows_below(int end) { return (1U << math::smaller(math::larger(end + 7 >> 3, 0), 8)) - 1; }
+  /// Twice how many of rows 0, 8, 16 and on lie before `end`.
+  FOVEA_DEVICE static int twice_before(int end) { return (end + 7 >> 3) * 2; }
 };
 
 }  // namespace fovea::cuda

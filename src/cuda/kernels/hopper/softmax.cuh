@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cuda/kernels/hopper/entries.cuh"
 #include "cuda/kernels/hopper/wgmma.cuh"
 #include "cuda/kernels/scores.cuh"
 
@@ -13,7 +14,7 @@ struct Softmax {
   static constexpr int kN = S.block_n / 8, kSteps = S.block_n / 16;
   using Scores = Accumulator[1][kN];
   using Weights = OperandA[kSteps];
-  using Rules = ScoreRules<S, false, AsTheyAre, true>;
+  using Found = TileEntries<S>;
   static constexpr bool kBeginsWithSlopes = begins_with_slopes(S);
   /// Softcap is part of weighing where nothing comes between them; beside dropout some tiles have no registers for it.
   static constexpr bool kWeighsCapped = S.softcap && !S.alibi && !S.bias && !S.mask && !S.dropout;
@@ -31,28 +32,28 @@ struct Softmax {
   /// P = 2^(unit·S − reference) of the first keys, its sums, and dropout's share.
   template <int kPieces>
   FOVEA_DEVICE void weigh(const Accumulator (&s)[1][kPieces], Weights& weights, float (&total)[2], float unit,
-                          const Rules& rules, int row, int key, const math::DropoutStream& stream) const {
-    weigh_all(s, weights, total, rules, row, key, stream, [&](float x, int h) { return __fmaf_rn(x, unit, from(h)); });
+                          const Found& entries, const math::DropoutStream& stream) const {
+    weigh_all(s, weights, total, entries, stream, [&](float x, int h) { return __fmaf_rn(x, unit, from(h)); });
   }
   /// Likewise of products that a softcap has yet to make scores of.  False where some are too large for that.
-  FOVEA_DEVICE bool weigh_capped(const Scores& s, Weights& weights, float (&total)[2], const Rules& rules, int row,
-                                 int key, const math::DropoutStream& stream) {
-    const CallParams& p = rules.p;
+  FOVEA_DEVICE bool weigh_capped(const Scores& s, Weights& weights, float (&total)[2], const Found& entries,
+                                 const math::DropoutStream& stream) {
+    const CallParams& p = entries.rules.p;
     if (steps == 0) {
-      if (weigh_by<3>(p.few_terms, s, weights, total, rules, row, key, stream)) return true;
+      if (weigh_by<3>(p.few_terms, s, weights, total, entries, stream)) return true;
       steps = 1;
     }
     if (steps == 1) {
-      if (weigh_by<6>(p.more_terms, s, weights, total, rules, row, key, stream)) return true;
+      if (weigh_by<6>(p.more_terms, s, weights, total, entries, stream)) return true;
       steps = 2;
     }
     return false;
   }
   template <int kTerms>
   FOVEA_DEVICE bool weigh_by(const CappedExponent& exponent, const Scores& s, Weights& weights, float (&total)[2],
-                             const Rules& rules, int row, int key, const math::DropoutStream& stream) const {
+                             const Found& entries, const math::DropoutStream& stream) const {
     u32 all = 0;  // squares lie within a power of two, so that one beyond shows in the bits of all
-    weigh_all(s, weights, total, rules, row, key, stream, [&](float x, int h) {
+    weigh_all(s, weights, total, entries, stream, [&](float x, int h) {
       const float z = __fmaf_rn(x, x, exponent.square);
       all |= __float_as_uint(z);
       float factor = exponent.terms[kTerms - 1];
@@ -64,7 +65,7 @@ struct Softmax {
   }
   template <int kPieces, class Exponent>
   FOVEA_DEVICE static void weigh_all(const Accumulator (&s)[1][kPieces], Weights& weights, float (&total)[2],
-                                     const Rules& rules, int row, int key, const math::DropoutStream& stream,
+                                     const Found& entries, const math::DropoutStream& stream,
                                      const Exponent& exponent) {
     total[0] = total[1] = 0.0F;
 #pragma unroll
@@ -72,16 +73,18 @@ struct Softmax {
       Accumulator two[2];
 #pragma unroll
       for (int x = 0; x < 8; ++x) {
-        const float w = exp2(exponent(s[0][2 * k + x / 4].x[x % 4], x % 4 / 2));
+        const int h = x % 4 / 2, j = 2 * k + x / 4;
+        const float w = exp2(exponent(s[0][j].x[x % 4], h));
         two[x / 4].x[x % 4] = w;
-        total[x % 4 / 2] += w;
+        total[h] += w;
       }
       if constexpr (S.dropout) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          rules.for_each_draw(0, 2 * k, e, row, key, stream, [&](int piece, int entry, bool kept) {
-            if (!kept) two[piece - 2 * k].x[entry] = 0.0F;
-          });
+          entries.rules.for_each_draw(0, 2 * k, e, entries.row, entries.key, stream,
+                                      [&](int piece, int entry, bool kept) {
+                                        if (!kept) two[piece - 2 * k].x[entry] = 0.0F;
+                                      });
         }
       }
       weights[k] = operand_a<S.type>(two, 0);

@@ -58,11 +58,8 @@ FOVEA_DEVICE void load_bytes(u32 to, const void* from, u32 bytes, const Barrier&
                : "memory");
 }
 
-/// Copies a word, or four, that `Barrier::arrive_behind_copies` waits for.  Through L1: where all rows share a mask,
-/// every lane of every block would otherwise ask L2 for the same line (docs/notes).
-FOVEA_DEVICE void copy_word(u32 to, const u32* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
+/// Copies four words, which `Barrier::arrive_behind_copies` waits for.  Through L1: where all rows share a mask, every
+/// lane of every block would otherwise ask L2 for the same line (docs/notes).
 FOVEA_DEVICE void copy_four_words(u32 to, const u32* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
