@@ -193,7 +193,11 @@ struct RowGroup {
         FOVEA_UNROLL for (int x = 0; x < kVectors; ++x) f(x, r + x / kPanelVectors, x % kPanelVectors * kWidth);
       };
       each([&](int x, i64 row, int lane) { score[x] = load(scores.row(row) + lane); });
-      each([&](int x, i64 /*row*/, int lane) { weight[x] = score[x] * scale - load(lse + lane); });
+      // No weight is above 1, whatever the digits lost in scores of a million; NaN stays.
+      each([&](int x, i64 /*row*/, int lane) {
+        const V log = score[x] * scale - load(lse + lane);
+        weight[x] = log > V{} ? V{} : log;
+      });
       exp2(weight);
       each([&](int x, i64 row, int lane) { gradient[x] = load(dp.row(row) + lane); });
       if (dropout) each([&](int x, i64 row, int lane) { gradient[x] *= load(extra + row * kPanelRows + lane); });

@@ -97,9 +97,14 @@ struct Context {
     narrow_row(const_cast<char*>(row), from, call.type, dim);
   }
 
-  /// What makes S = K Qᵀ scores in units of log2, or the argument of softcap's tanh.  Floats of Q are multiplied by it
-  /// as they are packed; pairs must stay what they are, so there S is.
-  [[nodiscard]] float fold() const { return call.softcap > 0 ? call.scale / call.softcap : call.scale * kLog2E; }
+  /// What makes S = K Qᵀ scores in units of log2, where no softcap comes first.  Floats of Q are multiplied by it as
+  /// they are packed; pairs must stay what they are, so there S is.
+  [[nodiscard]] float fold() const { return call.softcap > 0 ? 1.0F : call.scale * kLog2E; }
+  /// What makes S the argument of softcap's tanh: finite, so that products of 0 stay 0.
+  [[nodiscard]] float per_softcap() const {
+    constexpr float kMost = 3.40282347e38F;
+    return math::larger(math::smaller(call.scale / call.softcap, kMost), -kMost);
+  }
 
   /// The rule for one entry; for the rare places where a tile's bulk answer does not do.
   [[nodiscard]] bool visible(i64 i, i64 j, i64 head) const {

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstring>
+
 #include "cpu/flash/panel.h"
 
 // What happens to a tile of scores S[key][lane] between Q Kᵀ and the softmax, option by option:  s = softcap · tanh(s /
@@ -38,7 +40,7 @@ struct Distance {
 };
 
 /// Reads the part of a mask or bias under a tile as words of 4 / entry_bytes keys, and calls put(word, first lane,
-/// vector of lanes) for each.  Lanes without a row repeat the last row.
+/// vector of lanes) for each.  Lanes without a row repeat the last row.  What all keys share is read once.
 template <class Put>
 FOVEA_INLINE void gather(const Panel& panel, const Context& context, const EntryView& view, i64 entry_bytes,
                          Interval keys, Put&& put) {
@@ -49,15 +51,26 @@ FOVEA_INLINE void gather(const Panel& panel, const Context& context, const Entry
       const i64 lane = math::smaller(first + i, panel.lanes - 1);
       from[i] = context.entry(view, panel.query[lane], keys.begin, panel.head[lane]);
     }
+    if (view.key == 0) {
+      alignas(64) char one[kWidth * 4];
+      for (i64 b = 0; b < kWidth * 4; ++b) one[b] = from[b / 4][b % entry_bytes];
+      for (i64 w = 0; w < words; ++w) put(w, first, load(reinterpret_cast<const float*>(one)));
+      continue;
+    }
     for (i64 w = 0, r = 0; r < n; w += kWidth, r += step) {
       V x[kWidth];
       if (view.key == entry_bytes && keys.begin + r + step <= context.sequence.kv_rows) {
         FOVEA_UNROLL for (int i = 0; i < kWidth; ++i) x[i] = load(reinterpret_cast<const float*>(from[i] + 4 * w));
       } else {
+        const i64 count = math::smaller(step, n - r);
         for (i64 i = 0; i < kWidth; ++i) {
           alignas(64) char row[kWidth * 4] = {};
-          for (i64 b = 0; b < math::smaller(step, n - r) * entry_bytes; ++b)
-            row[b] = from[i][(r + b / entry_bytes) * view.key + b % entry_bytes];
+          if (view.key == entry_bytes) {
+            std::memcpy(row, from[i] + 4 * w, static_cast<std::size_t>(count * entry_bytes));
+          } else {
+            for (i64 b = 0; b < count * entry_bytes; ++b)
+              row[b] = from[i][(r + b / entry_bytes) * view.key + b % entry_bytes];
+          }
           x[i] = load(reinterpret_cast<const float*>(row));
         }
       }
@@ -162,7 +175,8 @@ template <Word kWord>
 inline float finish_scores(const Tile& s, const Panel& panel, const Context& context, math::TileState state,
                            const float* mask, float* scratch, const Tile* tanhs) {
   const FlashCall& call = context.call;
-  float factor = kWord == Word::kPair ? context.fold() : 1.0F;  // that scores still lack
+  // What scores still lack.
+  float factor = call.softcap > 0 ? context.per_softcap() : kWord == Word::kPair ? context.fold() : 1.0F;
   const auto pass = [&](const auto& f) {
     const float by = factor;
     for_each_vector(s, [&](i64 r, int lane, float* at) { store(at, f(r, lane, load(at) * by)); });

@@ -146,7 +146,9 @@ struct GradientTile {
     load_statistics(log2_lse);
     each([&](int i, int j, int e) {
       const float s = p[i][j].x[e];
-      const float weight = exp2(s * unit - statistic[i][e / 2]);
+      float log = s * unit - statistic[i][e / 2];
+      if (S.type == Type::kFloat32 && log > 0.0F) log = 0.0F;  // what digits of large scores have lost; NaN stays
+      const float weight = exp2(log);
       p[i][j].x[e] = kHides && is_hidden_score<S>(s) ? -0.0F : weight;
     });
   }
