@@ -284,6 +284,28 @@ TEST(AtomicWriting, RefusesWhatIsNoPlaceForAFile) {
   EXPECT_TRUE(std::filesystem::is_symlink(folder.file("link"))) << "the link was replaced, not its target";
 }
 
+TEST(AtomicWriting, KeepsWhatStoodThereButTheContent) {
+  const Folder folder;
+  const auto write = [](const std::string& path) {
+    files::write_atomically(path, [](std::ostream& stream) { stream << "x"; });
+  };
+  std::filesystem::create_symlink("later", folder.file("between"));
+  std::filesystem::create_symlink(folder.file("between"), folder.file("link"));
+  write(folder.file("link"));
+  EXPECT_TRUE(std::filesystem::is_symlink(folder.file("link"))) << "the link was replaced, though its file was to come";
+  EXPECT_TRUE(std::filesystem::is_regular_file(std::filesystem::symlink_status(folder.file("later"))));
+  std::filesystem::create_symlink("circle", folder.file("circle"));
+  EXPECT_TRUE(contains(refusal([&] { write(folder.file("circle")); }), "can't be written"));
+
+  const auto mine = std::filesystem::perms::owner_read | std::filesystem::perms::owner_write;
+  std::filesystem::permissions(folder.file("later"), mine);
+  write(folder.file("later"));
+  EXPECT_EQ(std::filesystem::status(folder.file("later")).permissions(), mine);
+
+  write(folder.file(std::string(255, 'n')));
+  EXPECT_TRUE(contains(refusal([&] { files::require_writable(folder.file(std::string(256, 'n'))); }), "too long"));
+}
+
 TEST(InputFiles, WhatIsNoFileIsRefused) {
   const Folder folder;
   EXPECT_TRUE(contains(refusal([&] { (void)files::SafetensorsFile::open(folder.file("absent")); }), "No such file"));

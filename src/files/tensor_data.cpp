@@ -20,11 +20,15 @@ constexpr std::align_val_t kAlignment{64};
 
 std::string system_reason(int code) { return std::generic_category().message(code); }
 
-/// The path that a write reaches in the end: symbolic links are followed, so that a replaced file stays behind its
-/// link.
+/// The path that a write reaches in the end: symbolic links are followed, those to no file yet too, so that what is
+/// written stays behind its link.
 std::filesystem::path target_of(const std::string& path) {
+  constexpr int kMostLinks = 40;  // as many as Linux follows
   std::error_code problem;
-  std::filesystem::path target = std::filesystem::weakly_canonical(path, problem);
+  std::filesystem::path target = path;
+  for (int i = 0; i < kMostLinks && std::filesystem::is_symlink(target, problem); ++i)
+    target = target.parent_path() / std::filesystem::read_symlink(target, problem);
+  target = std::filesystem::weakly_canonical(target, problem);
   return problem ? std::filesystem::path(path) : target;
 }
 
@@ -142,6 +146,7 @@ void require_writable(const std::string& path) {
   std::error_code problem;
   const auto status = std::filesystem::status(target, problem);
   if (path.empty()) refuse("the path of a file to write is empty");
+  if (!std::filesystem::status_known(status)) refuse(fmt::format("{}: can't be written: {}", path, problem.message()));
   if (std::filesystem::exists(status) && !std::filesystem::is_regular_file(status)) {
     refuse(path + ": is not a regular file, so it is not replaced");
   }
@@ -159,11 +164,15 @@ void require_apart(const char* option, const std::string& path, const char* othe
 void write_atomically(const std::string& path, const std::function<void(std::ostream&)>& write) {
   require_writable(path);
   const auto target = target_of(path);
-  const std::string growing = fmt::format("{}.{}.part", target.string(), ::getpid());
+  constexpr std::size_t kLongestStem = 200;  // of names, which systems let have 255 bytes
+  const auto growing =
+      folder_of(target) / fmt::format("{}.{}.part", target.filename().string().substr(0, kLongestStem), ::getpid());
   std::ofstream stream(growing, std::ios::binary | std::ios::trunc);
   if (!stream) refuse(fmt::format("{}: can't be written: {}", path, system_reason(errno)));
   std::error_code problem;
   try {
+    if (const auto before = std::filesystem::status(target, problem); std::filesystem::exists(before))
+      std::filesystem::permissions(growing, before.permissions());
     errno = 0;
     write(stream);
     stream.close();
