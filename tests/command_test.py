@@ -260,7 +260,9 @@ class Run(CommandTest):
         dout = numbers(random.Random(3), 2, 3, 4, 6)
         turned["dout"] = ("F32", [[[row[h] for row in rows] for h in range(4)] for rows in dout])
         self.fovea("run", self.file({**tensors, "dout": ("F32", dout)}), "--grad", "--out", self.path("a"))
-        self.fovea("run", self.file(turned), "--grad", "--options", "layout=bhsd", "--out", self.path("b"))
+        page = json.loads(self.fovea("run", self.file(turned), "--grad", "--options", "layout=bhsd", "--json", "--out", self.path("b")))
+        for name, (_, values) in turned.items():
+            self.assertEqual(page["inputs"][name]["shape"], shape_of(values))
         a, b = read_safetensors(self.path("a")), read_safetensors(self.path("b"))
         self.assertEqual(b["out"][1], [2, 4, 3, 6])
         self.assertEqual(b["dk"][1], [2, 2, 5, 8])
@@ -325,6 +327,7 @@ class Run(CommandTest):
         packed = {name: ("F32", values) for name, values in rows.items()}
         for name in ("cu_seqlens_q", "cu_seqlens_kv"):
             packed[name] = ("I32", ends)
+        self.refuse("run", self.file(packed), "--options", "layout=bhsd", says="layout=bhsd belongs to padded tensors")
         self.fovea("run", self.file(packed), "--options", "causal=bottom_right", "--out", self.path("out"))
         found = read_safetensors(self.path("out"))
         self.assertEqual(found["lse"][1], [2, 7])
@@ -355,13 +358,13 @@ class Run(CommandTest):
         self.refuse("run", *words, says="q.npy")
 
     def test_summary_says_who_ran_it_and_what_was_not_read(self):
-        source = self.file({**self.tensors(), "attn_mask": ("BOOL", [[True]])})
+        source = self.file({**self.tensors(), "alibi_slopes": ("F32", [0.5] * 4), "attn_mask": ("BOOL", [[True]])})
         text = self.fovea("run", source)
-        for word in ("q", "fp32 [2, 3, 4, 8]", "cpu", "GFLOP/s", "workspace", "not read", "'attn_mask'", "lse"):
+        for word in ("q", "fp32 [2, 3, 4, 8]", "alibi_slopes fp32 [4]", "cpu", "GFLOP/s", "workspace", "not read", "'attn_mask'", "lse"):
             self.assertIn(word, text)
         page = json.loads(self.fovea("run", source, "--json"))
         self.assertEqual(page["not_read"], ["attn_mask"])
-        self.assertEqual(page["problem"], "fwd fp32 b2 hq4 hkv2 sq3 skv5 d8 dv6")
+        self.assertEqual(page["problem"], "fwd fp32 b2 hq4 hkv2 sq3 skv5 d8 dv6 alibi")
         report = page["passes"][0]["report"]
         self.assertTrue(report["backend"].startswith("cpu"))
         self.assertGreater(page["passes"][0]["median_seconds"], 0)
@@ -374,8 +377,8 @@ class Run(CommandTest):
         self.assertIn("rabbit", picture)
         self.assertIn("right", self.fovea("run", SAMPLE, "--check"))
         self.fovea("run", "--plot", self.path("p.html"), "--heads", "0,3", SAMPLE)
-        self.refuse("run", SAMPLE, "--plot", self.path("p.html"), "--heads", "0,12", says="12")
-        self.refuse("run", SAMPLE, "--plot", self.path("p.html"), "--sequence", "1")
+        for words, says in ((("--heads", "0,12"), "12"), (("--sequence", "1"), "sequence (1)")):
+            self.refuse("run", SAMPLE, "--plot", self.path("p.html"), *words, "--out", self.path("out"), says=says)
 
     def test_infinite_keys_are_judged_like_others(self):
         tensors = self.tensors(batch=1, sq=2, skv=3, hq=2, hkv=1, d=2, dv=2)
@@ -442,6 +445,13 @@ class Run(CommandTest):
             with self.subTest(name=name):
                 self.refuse("run", self.file({**tensors, name: tensor}, "bad.safetensors"), says="bad.safetensors: ")
         self.refuse("run", self.file({"q": tensors["q"]}, "bad.safetensors"), says="no tensor 'k'")
+
+    def test_names_that_would_steer_a_terminal_are_shown_escaped(self):
+        name = self.path("\x1b[31m\r\n")
+        self.refuse("run", name, says=self.path(r"\x1b[31m\x0d\x0a") + ": No such file")
+        self.refuse("explain", LINE, "--backend", "\x1b[31m", says=r"backend '\x1b[31m' is unknown")
+        self.file(self.tensors(), "\x1b[31m\r\n")
+        self.assertIn(r"\x1b[31m\x0d\x0a", self.fovea("run", name, "--out", self.path("\x1b[32m")))
 
     def test_names_that_are_no_utf8_do_no_harm(self):
         path = os.fsencode(self.file(self.tensors())) + b"\xff"
@@ -685,6 +695,14 @@ class Doctor(CommandTest):
             text = self.fovea("doctor", env=env)
             self.assertIn(f"0, 0 B in {folder}", text)
             self.assertIn("no kernel is compiled", text)
+
+    def test_it_tells_of_variables_that_stop_all_else(self):
+        page = json.loads(self.fovea("doctor", "--json", env={"FOVEA_CPU_ISA": "foo", "FOVEA_PACK": "/dev/null"}))
+        self.assertIn("FOVEA_CPU_ISA ('foo') is no instruction set", page["backends"]["cpu_portable"]["fwd fp32"][0])
+        self.assertIn("pack /dev/null cannot be read", page["cuda"]["cache_problem"])
+        text = self.fovea("doctor", env={"FOVEA_CPU_ISA": "foo", "FOVEA_JIT": "foo"})
+        for words in ("FOVEA_CPU_ISA ('foo') is no instruction set", "FOVEA_JIT ('foo') must be on, cache or off"):
+            self.assertIn(words, text)
 
     def test_a_pinned_instruction_set_makes_the_others_refuse(self):
         page = json.loads(self.fovea("doctor", "--json", env={"FOVEA_CPU_ISA": "portable"}))

@@ -104,6 +104,19 @@ AttentionOptions with_tensors(AttentionOptions options, const Inputs& in) {
 /// [batch, heads, seqlen, dim] seen as [batch, seqlen, heads, dim], and back.
 Tensor exchange_heads(const Tensor& tensor) { return tensor.rank == 4 ? tensor.transposed(1, 2) : tensor; }
 
+template <typename Set, std::size_t N>
+NamedTensors as_files_hold(Layout layout, const Set& set, const Named<Set> (&names)[N]) {
+  NamedTensors tensors;
+  for (const auto& [name, member] : names) {
+    const Tensor& tensor = set.*member;
+    const std::string_view of = name;
+    const bool of_scores = of == "mask" || of.ends_with("bias");
+    if (tensor.defined())
+      tensors.emplace_back(name, layout == Layout::kBhsd && !of_scores ? exchange_heads(tensor) : tensor);
+  }
+  return tensors;
+}
+
 void make_outputs(AttentionCall& call) {
   const Problem& p = call.problem;
   const Inputs& in = call.inputs;
@@ -149,6 +162,8 @@ AttentionCall from_tensors(const CallSource& source) {
     if (source.gradients && !in.dout.defined()) refuse("there is no tensor 'dout', which --grad needs (shape of out)");
     const Layout layout = call.problem.layout;
     if (layout == Layout::kBhsd) {
+      if (in.cu_seqlens_q.defined() || in.cu_seqlens_kv.defined())
+        refuse("layout=bhsd belongs to padded tensors; packed ones are [total, heads, dim], so leave it out");
       for (Tensor* tensor : {&in.q, &in.k, &in.v, &in.dout}) *tensor = exchange_heads(*tensor);
     }
     call.problem = describe(source.gradients ? Direction::kForwardBackward : Direction::kForward, in.q, in.k, in.v,
@@ -179,16 +194,8 @@ AttentionCall AttentionCall::prepare(const CallSource& source) {
   return source.problem.empty() ? from_tensors(source) : from_problem(source);
 }
 
-std::vector<std::pair<std::string, Tensor>> AttentionCall::results() const {
-  std::vector<std::pair<std::string, Tensor>> named;
-  for (const auto& [name, member] : kOutputNames) {
-    const Tensor& tensor = outputs.*member;
-    if (!tensor.defined()) continue;
-    const bool heads_first = problem.layout == Layout::kBhsd && tensor.rank == 4 && member != &Outputs::dbias;
-    named.emplace_back(name, heads_first ? exchange_heads(tensor) : tensor);
-  }
-  return named;
-}
+NamedTensors AttentionCall::given() const { return as_files_hold(problem.layout, inputs, kInputNames); }
+NamedTensors AttentionCall::results() const { return as_files_hold(problem.layout, outputs, kOutputNames); }
 
 std::vector<Allocation> AttentionCall::allocations() const {
   std::vector<Allocation> all;

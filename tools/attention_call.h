@@ -7,6 +7,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "files/tensor_data.h"
@@ -46,6 +47,8 @@ inline constexpr Named<Outputs> kOutputNames[] = {
     {"dsink", &Outputs::dsink},
 };
 
+using NamedTensors = std::vector<std::pair<std::string, Tensor>>;
+
 /// Where a call's tensors come from.
 struct CallSource {
   std::string file;                           ///< FILE.safetensors, or
@@ -70,8 +73,9 @@ struct AttentionCall {
   /// Every fault of the tensors or options is an Error(kInvalidArgument) that starts with the file's name.
   [[nodiscard]] static AttentionCall prepare(const CallSource& source);
 
-  /// The results as files hold them: by name, in the axis order of the inputs given.
-  [[nodiscard]] std::vector<std::pair<std::string, Tensor>> results() const;
+  /// Inputs and results as files hold them: by name, in the axis order that --options name.
+  [[nodiscard]] NamedTensors given() const;
+  [[nodiscard]] NamedTensors results() const;
 
   [[nodiscard]] std::vector<Allocation> allocations() const;
 };

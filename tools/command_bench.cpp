@@ -328,8 +328,8 @@ ExitCode Bench::run() {
   write_files(results);
   if (!table) return kDone;
   terminal.line();
-  if (!asked_.json.empty()) terminal.write(labelled(terminal, "numbers", asked_.json));
-  if (!asked_.html.empty()) terminal.write(labelled(terminal, "picture", asked_.html));
+  if (!asked_.json.empty()) terminal.write(labelled(terminal, "numbers", printable(asked_.json)));
+  if (!asked_.html.empty()) terminal.write(labelled(terminal, "picture", printable(asked_.html)));
   return kDone;
 }
 

@@ -58,7 +58,13 @@ std::vector<Ability> abilities() {
     for (const char* direction : {"fwd", "bwd"}) {
       for (const char* dtype : {"fp32", "fp16", "bf16"}) {
         const Problem problem = parse_problem(fmt::format("{} {} b1 hq1 sq128 d64", direction, dtype));
-        ability.answers.emplace_back(fmt::format("{} {}", direction, dtype), backend->judge(problem, Device{}).reasons);
+        std::vector<std::string> reasons;
+        try {
+          reasons = backend->judge(problem, Device{}).reasons;
+        } catch (const Error& error) {  // a variable of the environment is wrong
+          reasons = {error.what()};
+        }
+        ability.answers.emplace_back(fmt::format("{} {}", direction, dtype), std::move(reasons));
       }
     }
     all.push_back(std::move(ability));
@@ -71,8 +77,21 @@ struct CudaFound {
   int driver = cuda::driver_version();
   const std::string& driver_why = cuda::why_no_driver();
   const cuda::Nvrtc* nvrtc = cuda::Nvrtc::find();
-  cuda::jit::Cache& cache = cuda::jit::Cache::shared();
-  cuda::jit::Disk::Usage usage = cache.disk().usage();
+  cuda::jit::Cache* cache = nullptr;
+  std::string cache_why;  // there is none: a variable or the pack is wrong
+  cuda::jit::Disk::Usage usage;
+
+  CudaFound() {
+    try {
+      cache = &cuda::jit::Cache::shared();
+      usage = cache->disk().usage();
+    } catch (const Error& error) {
+      cache_why = error.what();
+    }
+  }
+  [[nodiscard]] std::size_t tuned_kinds(const cuda::Gpu& gpu) const {
+    return cache == nullptr ? 0 : cache->tiles(gpu.name).all().size();
+  }
 };
 
 struct Diagnosis {
@@ -100,25 +119,28 @@ ordered_json json_of(const CudaFound& found) {
                     {"nvrtc_problem", or_null(cuda::Nvrtc::why_none())},
                     {"nvrtc_archs", ordered_json::array()},
                     {"gpus", ordered_json::array()},
-                    {"FOVEA_JIT", name(found.cache.mode())},
                     {"build_id", std::string(cuda::jit::build_id)},
-                    {"cache",
-                     {{"folder", or_null(found.cache.disk().folder())},
-                      {"writable", found.usage.writable},
-                      {"kernels", found.usage.kernels},
-                      {"bytes", found.usage.bytes}}},
+                    {"FOVEA_JIT", nullptr},
+                    {"cache", nullptr},
+                    {"cache_problem", or_null(found.cache_why)},
                     {"packs", ordered_json::array()}};
   for (int i = 0; i < cuda::gpu_count(); ++i) {
     const cuda::Gpu& gpu = cuda::gpu(i);
     json["gpus"].push_back({{"name", gpu.name},
                             {"compute_capability", gpu.compute_capability},
                             {"memory_bytes", gpu.memory_bytes},
-                            {"tuned_kinds", found.cache.tiles(gpu.name).all().size()}});
+                            {"tuned_kinds", found.tuned_kinds(gpu)}});
   }
   for (const int arch : cuda::jit::kArchs) {
     if (found.nvrtc != nullptr && found.nvrtc->knows(arch)) json["nvrtc_archs"].push_back(fmt::format("sm_{}", arch));
   }
-  for (const cuda::jit::Pack& pack : found.cache.packs()) {
+  if (found.cache == nullptr) return json;
+  json["FOVEA_JIT"] = name(found.cache->mode());
+  json["cache"] = {{"folder", or_null(found.cache->disk().folder())},
+                   {"writable", found.usage.writable},
+                   {"kernels", found.usage.kernels},
+                   {"bytes", found.usage.bytes}};
+  for (const cuda::jit::Pack& pack : found.cache->packs()) {
     json["packs"].push_back({{"file", pack.file().string()}, {"kernels", pack.size()}, {"build_id", pack.build()}});
   }
   return json;
@@ -160,7 +182,7 @@ void print_cpu(const Terminal& terminal, const Diagnosis& found) {
                                       size(found.cpu.l3_bytes))));
   terminal.write(labelled(terminal, "memory", size(found.cpu.memory_bytes)));
   if (found.pinned != nullptr)
-    terminal.write(labelled(terminal, "pinned to", fmt::format("{} (FOVEA_CPU_ISA)", found.pinned)));
+    terminal.write(labelled(terminal, "pinned to", printable(fmt::format("{} (FOVEA_CPU_ISA)", found.pinned))));
 
   Table rates({{"multiply-add, GFLOP/s"}, {"1 thread", true}, {fmt::format("{} threads", found.threads), true}});
   for (const FmaRate& rate : found.rates) {
@@ -178,27 +200,32 @@ void print_cuda(const Terminal& terminal, const CudaFound& found) {
     terminal.write(labelled(terminal, "GPU",
                             fmt::format("{}, sm_{}, {}", gpu.name, gpu.compute_capability,
                                         bytes_text(static_cast<double>(gpu.memory_bytes)))));
-    if (const std::size_t kinds = found.cache.tiles(gpu.name).all().size(); kinds > 0)
+    if (const std::size_t kinds = found.tuned_kinds(gpu); kinds > 0)
       terminal.write(labelled(terminal, "", fmt::format("tiles by fovea tune for {} kinds of problems", kinds)));
   }
   terminal.write(labelled(terminal, "NVRTC",
-                          found.nvrtc == nullptr ? cuda::Nvrtc::why_none()
+                          found.nvrtc == nullptr ? printable(cuda::Nvrtc::why_none())
                                                  : fmt::format("{}, {}", found.nvrtc->version(), found.nvrtc->path())));
-  const cuda::jit::Disk& disk = found.cache.disk();
+  if (found.cache == nullptr) {
+    terminal.write(labelled(terminal, "GPU kernels", printable(found.cache_why)));
+    return;
+  }
+  const cuda::jit::Disk& disk = found.cache->disk();
   terminal.write(labelled(
       terminal, "GPU kernels",
       disk.folder().empty()
           ? "not kept: there is no home folder; name one in FOVEA_CACHE_DIR"
           : fmt::format("{}, {} in {}{}", found.usage.kernels, bytes_text(static_cast<double>(found.usage.bytes)),
-                        disk.folder().string(), found.usage.writable ? "" : ", which cannot be written")));
-  for (const cuda::jit::Pack& pack : found.cache.packs()) {
+                        printable(disk.folder().string()), found.usage.writable ? "" : ", which cannot be written")));
+  for (const cuda::jit::Pack& pack : found.cache->packs()) {
     const bool ours = pack.build() == cuda::jit::build_id;
     terminal.write(labelled(terminal, "pack",
-                            fmt::format("{} in {}{}", pack.size(), pack.file().string(),
+                            fmt::format("{} in {}{}", pack.size(), printable(pack.file().string()),
                                         ours ? "" : ", made by another version and of no use to this one")));
   }
-  if (found.cache.mode() != cuda::jit::Mode::kOn) {
-    terminal.write(labelled(terminal, "FOVEA_JIT", fmt::format("{}: no kernel is compiled", name(found.cache.mode()))));
+  if (found.cache->mode() != cuda::jit::Mode::kOn) {
+    terminal.write(
+        labelled(terminal, "FOVEA_JIT", fmt::format("{}: no kernel is compiled", name(found.cache->mode()))));
   }
 }
 
@@ -216,7 +243,7 @@ void print_backends(const Terminal& terminal, const std::vector<Ability>& backen
       cells.push_back(reasons.empty() ? Table::Cell{"yes", Ink::kGood} : Table::Cell{"no", Ink::kBad});
       const std::string text = fmt::format("{}", fmt::join(reasons, ", "));
       if (text.empty() || std::ranges::find(told, text) != told.end()) continue;
-      why += labelled(terminal, why.empty() ? "not" : "", ability.backend + ": " + text);
+      why += labelled(terminal, why.empty() ? "not" : "", ability.backend + ": " + printable(text));
       told.push_back(text);
     }
     table.add(std::move(cells));

@@ -394,11 +394,11 @@ ExitCode LadderRun::run() {
   const ordered_json told = page();
   if (!asked_.json.empty()) {
     files::write_atomically(asked_.json, [&](std::ostream& stream) { stream << json_text(told) << '\n'; });
-    terminal.write(labelled(terminal, "numbers", asked_.json));
+    terminal.write(labelled(terminal, "numbers", printable(asked_.json)));
   }
   if (!asked_.html.empty()) {
     write_ladder_page(asked_.html, told, facts());
-    terminal.write(labelled(terminal, "picture", asked_.html));
+    terminal.write(labelled(terminal, "picture", printable(asked_.html)));
   }
   return kDone;
 }

@@ -143,11 +143,9 @@ std::string check_text(const Terminal& terminal, const Summary& summary) {
 
 void Run::print(const AttentionCall& call, const Summary& summary) const {
   const Terminal terminal(stdout);
-  terminal.line(fmt::format("\n  {}  {}\n", terminal.paint(Ink::kStrong, title()),
+  terminal.line(fmt::format("\n  {}  {}\n", terminal.paint(Ink::kStrong, printable(title())),
                             terminal.paint(Ink::kDim, to_string(call.problem))));
-  for (const auto& [name, member] : kInputNames) {
-    if ((call.inputs.*member).defined()) terminal.write(labelled(terminal, name, tensor_text(call.inputs.*member)));
-  }
+  for (const auto& [name, tensor] : call.given()) terminal.write(labelled(terminal, name, tensor_text(tensor)));
   for (const std::string& name : call.unused) {
     terminal.write(labelled(terminal, "not read", terminal.paint(Ink::kDim, files::in_quotes(name))));
   }
@@ -163,8 +161,8 @@ void Run::print(const AttentionCall& call, const Summary& summary) const {
   if (asked_.check) terminal.write('\n' + check_text(terminal, summary));
   terminal.line();
   for (const auto& [name, tensor] : call.results()) terminal.write(labelled(terminal, name, tensor_text(tensor)));
-  if (!asked_.out.empty()) terminal.write(labelled(terminal, "written to", asked_.out));
-  if (!asked_.plot.empty()) terminal.write(labelled(terminal, "picture", asked_.plot));
+  if (!asked_.out.empty()) terminal.write(labelled(terminal, "written to", printable(asked_.out)));
+  if (!asked_.plot.empty()) terminal.write(labelled(terminal, "picture", printable(asked_.plot)));
   terminal.line();
 }
 
@@ -175,9 +173,7 @@ ordered_json Run::to_json(const AttentionCall& call, const Summary& summary) con
   };
   ordered_json page{{"version", FOVEA_VERSION}, {"tensors", title()}, {"problem", to_string(call.problem)}};
   page["inputs"] = ordered_json::object();
-  for (const auto& [name, member] : kInputNames) {
-    if ((call.inputs.*member).defined()) page["inputs"][name] = described(call.inputs.*member);
-  }
+  for (const auto& [name, tensor] : call.given()) page["inputs"][name] = described(tensor);
   page["not_read"] = call.unused;
   page["passes"] = ordered_json::array();
   for (const Pass& pass : summary.passes) {
@@ -225,6 +221,7 @@ ExitCode Run::run() const {
   files::require_apart("--out", asked_.out, "--plot", asked_.plot);
   Place place(asked_.runner.parsed_device(false));
   const AttentionCall call = AttentionCall::prepare(asked_.source);
+  if (!asked_.plot.empty()) require_drawable(call.problem, asked_.sequence, asked_.heads);
   const PlacedCall placed(place, call.inputs, call.outputs, call.allocations());
   placed.upload();
   Summary summary;

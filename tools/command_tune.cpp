@@ -97,7 +97,7 @@ void Tune::tell() const {
     terminal_.line(fmt::format("  {}: {}", kind, terminal_.paint(Ink::kStrong, tile)));
   terminal_.line(fmt::format("{} kinds of problems have a tile of their own on {}", all.size(),
                              cuda::gpu(place_.device().index).name));
-  if (!all.empty()) terminal_.write(labelled(terminal_, "kept in", choices_.file().string()));
+  if (!all.empty()) terminal_.write(labelled(terminal_, "kept in", printable(choices_.file().string())));
 }
 
 ExitCode Tune::forget() {
@@ -277,7 +277,7 @@ ExitCode Tune::run() {
     if (!choices_.save())
       throw Error(ErrorCode::kDevice, fmt::format("{} cannot be written", choices_.file().string()));
   }
-  terminal_.write("\n" + labelled(terminal_, "kept in", choices_.file().string()));
+  terminal_.write("\n" + labelled(terminal_, "kept in", printable(choices_.file().string())));
   return kDone;
 }
 

@@ -42,7 +42,7 @@ ExitCode exit_code(ErrorCode code) {
 
 ExitCode complain(ExitCode code, std::string_view sentence) {
   const Terminal terminal(stderr);
-  terminal.line(fmt::format("{} {}", terminal.paint(Ink::kBad, "fovea:"), sentence));
+  terminal.line(fmt::format("{} {}", terminal.paint(Ink::kBad, "fovea:"), printable(sentence)));
   return code;
 }
 

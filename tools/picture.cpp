@@ -171,23 +171,28 @@ void write_page(const std::string& path, std::string_view page, const nlohmann::
 
 }  // namespace
 
-AttentionPicture make_attention_picture(const Problem& problem, const Inputs& inputs, std::int64_t batch_index,
-                                        std::vector<std::int64_t> heads) {
+void require_drawable(const Problem& problem, std::int64_t batch_index, const std::vector<std::int64_t>& heads) {
   if (batch_index < 0 || batch_index >= problem.batch) {
     throw Error(ErrorCode::kInvalidArgument, "the picture's sequence (" + std::to_string(batch_index) +
                                                  ") must be one of the batch: 0 to " +
                                                  std::to_string(problem.batch - 1));
   }
+  for (const std::int64_t head : heads) {
+    if (head >= 0 && head < problem.num_q_heads) continue;
+    throw Error(ErrorCode::kInvalidArgument, "the picture's head (" + std::to_string(head) +
+                                                 ") must be a query head: 0 to " +
+                                                 std::to_string(problem.num_q_heads - 1));
+  }
+}
+
+AttentionPicture make_attention_picture(const Problem& problem, const Inputs& inputs, std::int64_t batch_index,
+                                        std::vector<std::int64_t> heads) {
+  require_drawable(problem, batch_index, heads);
   if (heads.empty()) {
     for (std::int64_t h = 0; h < problem.num_q_heads; ++h) heads.push_back(h);
   }
   AttentionPicture picture;
   for (const std::int64_t head : heads) {
-    if (head < 0 || head >= problem.num_q_heads) {
-      throw Error(ErrorCode::kInvalidArgument, "the picture's head (" + std::to_string(head) +
-                                                   ") must be a query head: 0 to " +
-                                                   std::to_string(problem.num_q_heads - 1));
-    }
     const SingleHead single(problem, inputs, batch_index, head);
     if (picture.weights.empty()) {
       picture.seqlen_q = single.problem.seqlen_q;

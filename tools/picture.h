@@ -29,6 +29,9 @@ struct AttentionPicture {
                                ///< less what a sink took
 };
 
+/// Throws Error(kInvalidArgument) where the call has no such sequence, or a head is none of its query heads.
+void require_drawable(const Problem& problem, std::int64_t batch_index, const std::vector<std::int64_t>& heads);
+
 /// Computes the weights of one sequence of the batch through the library itself, so every mask, bias and length means
 /// what it means in the call (dropout is left out): v is replaced by indicator columns, one for each block of keys, so
 /// that out is the weights.  `heads` empty: all.  Long sequences are averaged in blocks until the page stays below

@@ -73,6 +73,18 @@ std::size_t columns_of(std::string_view text) {
   return static_cast<std::size_t>(std::ranges::count_if(text, [](char c) { return (c & 0xc0) != 0x80; }));
 }
 
+std::string printable(std::string_view text) {
+  std::string out;
+  for (const char c : text) {
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) {
+      out += fmt::format("\\x{:02x}", c);
+    } else {
+      out += c;
+    }
+  }
+  return out;
+}
+
 std::string pad_right(std::string_view text, std::size_t columns) {
   const std::size_t taken = columns_of(text);
   return std::string(text) + std::string(columns > taken ? columns - taken : 0, ' ');
@@ -110,7 +122,7 @@ std::string Table::text(const Terminal& terminal, std::string_view indent) const
 }
 
 std::string labelled(const Terminal& terminal, std::string_view label, std::string_view content) {
-  return "  " + terminal.paint(Ink::kDim, pad_right(label, kLabelColumns)) + std::string(content) + '\n';
+  return "  " + terminal.paint(Ink::kDim, pad_right(label, kLabelColumns - 1) + ' ') + std::string(content) + '\n';
 }
 
 ProgressBar::ProgressBar() : terminal_(stderr) {}

@@ -33,6 +33,9 @@ class Terminal {
 /// Columns that a text takes on a screen (UTF-8, every character one column wide).
 [[nodiscard]] std::size_t columns_of(std::string_view text);
 
+/// A text from outside with its control characters escaped: it can neither steer a terminal nor end a line.
+[[nodiscard]] std::string printable(std::string_view text);
+
 /// The text filled with spaces up to `columns`, on the right or, for numbers, on the left.
 [[nodiscard]] std::string pad_right(std::string_view text, std::size_t columns);
 [[nodiscard]] std::string pad_left(std::string_view text, std::size_t columns);
