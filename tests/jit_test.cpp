@@ -547,6 +547,9 @@ TEST_F(Jit, ADamagedKernelInAPackIsCompiled) {
   Cache::Options with_pack = options();
   with_pack.packs.push_back(file);
   EXPECT_EQ(Cache(with_pack).binary(kToy)->source, Source::kCompiled);
+  with_pack.mode = Mode::kOff;
+  EXPECT_TRUE(contains(words(ErrorCode::kUnsupported, [&] { (void)Cache(with_pack).binary(kToy); }),
+                       "kernel toy for sm_80 is damaged in pack " + file.string() + ", and FOVEA_JIT=off forbids"));
 }
 
 TEST_F(Jit, APackThatIsNoneIsRefused) {

@@ -58,10 +58,12 @@ add_library(fovea_fake_driver SHARED faults/fake_driver.cpp)
 set_target_properties(fovea_fake_driver PROPERTIES
   OUTPUT_NAME cuda SOVERSION 1 LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/fake_driver
 )
+add_library(fovea_failing_nvrtc SHARED faults/failing_nvrtc.cpp)
 add_executable(fovea_driver_faults faults/device_call_faults.cpp faults/driver_faults.cpp)
 target_include_directories(fovea_driver_faults PRIVATE ${PROJECT_SOURCE_DIR})
 target_link_libraries(fovea_driver_faults PRIVATE fovea_tools fovea_internal fovea_warnings GTest::gtest_main)
-add_dependencies(fovea_driver_faults fovea_fake_driver)
+target_compile_definitions(fovea_driver_faults PRIVATE FOVEA_FAILING_NVRTC="$<TARGET_FILE:fovea_failing_nvrtc>")
+add_dependencies(fovea_driver_faults fovea_fake_driver fovea_failing_nvrtc)
 gtest_discover_tests(fovea_driver_faults DISCOVERY_TIMEOUT 60 PROPERTIES LABELS faults TIMEOUT 60
   ENVIRONMENT LD_LIBRARY_PATH=${CMAKE_CURRENT_BINARY_DIR}/fake_driver
 )

@@ -97,6 +97,14 @@ const Functions& functions() {
   return instance;
 }
 
+std::string words(const Functions& call, int status) {
+  const char *name = nullptr, *text = nullptr;
+  call.error_name(status, &name);
+  call.error_string(status, &text);
+  return std::string(text == nullptr ? "unknown error" : text) + " (" +
+         (name == nullptr ? "error " + std::to_string(status) : name) + ")";
+}
+
 struct Driver {
   const Functions& call = functions();
   std::string why_not;  // empty: the driver works
@@ -106,15 +114,13 @@ struct Driver {
 
   Driver();
   void find_gpus();
+  template <class Call, class... Arguments>
+  void ask(const Call& function, Arguments... arguments) {
+    const int status = function(arguments...);
+    if (status != 0 && why_not.empty())
+      why_not = std::string("the NVIDIA driver does not start: ") + function.name + " says " + words(call, status);
+  }
 };
-
-std::string words(const Functions& call, int status) {
-  const char *name = nullptr, *text = nullptr;
-  call.error_name(status, &name);
-  call.error_string(status, &text);
-  return std::string(text == nullptr ? "unknown error" : text) + " (" +
-         (name == nullptr ? "error " + std::to_string(status) : name) + ")";
-}
 
 Driver::Driver() {
   if (call.library.handle == nullptr) {
@@ -125,28 +131,25 @@ Driver::Driver() {
     why_not = "the NVIDIA driver is too old: it has no " + call.library.missing + "; update it";
     return;
   }
-  if (const int status = call.init(0); status != 0) {
-    why_not = "the NVIDIA driver does not start: cuInit says " + words(call, status);
-    return;
-  }
-  find_gpus();
+  ask(call.init, 0U);
+  if (why_not.empty()) find_gpus();
 }
 
 void Driver::find_gpus() {
   int count = 0;
-  call.device_count(&count);
+  ask(call.device_count, &count);
   for (int i = 0; i < count; ++i) {
     int device = 0;
-    call.device(&device, i);
+    ask(call.device, &device, i);
     const auto attribute = [&](int which) {
       int value = 0;
-      call.device_attribute(&value, which, device);
+      ask(call.device_attribute, &value, which, device);
       return value;
     };
     std::array<char, 256> name{};
     std::size_t memory = 0;
-    call.device_name(name.data(), static_cast<int>(name.size()), device);
-    call.device_memory(&memory, device);
+    ask(call.device_name, name.data(), static_cast<int>(name.size()), device);
+    ask(call.device_memory, &memory, device);
     gpus.push_back({.name = name.data(),
                     .compute_capability = attribute(kMajor) * 10 + attribute(kMinor),
                     .sm_count = attribute(kSmCount),
@@ -154,7 +157,8 @@ void Driver::find_gpus() {
                     .l2_bytes = attribute(kL2Bytes),
                     .shared_bytes_per_block = attribute(kSharedPerBlock)});
   }
-  if (gpus.empty()) why_not = "the NVIDIA driver sees no GPU";
+  if (!why_not.empty()) gpus.clear();
+  if (gpus.empty() && why_not.empty()) why_not = "the NVIDIA driver sees no GPU";
   once = std::make_unique<std::once_flag[]>(gpus.size());
   contexts.resize(gpus.size());
 }
@@ -163,13 +167,6 @@ void Driver::find_gpus() {
 Driver& driver() {
   static auto& instance = *std::make_unique<Driver>().release();  // kept: threads may call at exit
   return instance;
-}
-
-/// `what`: the driver's function, and its object where that helps.
-void check(int status, const std::string& what, int gpu) {
-  if (status == 0) return;
-  throw Error(status == kOutOfMemory ? ErrorCode::kOutOfMemory : ErrorCode::kDevice,
-              what + " failed on cuda:" + std::to_string(gpu) + ": the driver says " + words(driver().call, status));
 }
 
 /// The driver; throws Error where it does not work or has no such GPU.
@@ -212,6 +209,12 @@ int driver_version() {
 int gpu_count() { return static_cast<int>(driver().gpus.size()); }
 const Gpu& gpu(int index) { return driver_with(index).gpus[static_cast<std::size_t>(index)]; }
 
+void check(int status, const std::string& what, int gpu) {
+  if (status == 0) return;
+  throw Error(status == kOutOfMemory ? ErrorCode::kOutOfMemory : ErrorCode::kDevice,
+              what + " failed on cuda:" + std::to_string(gpu) + ": the driver says " + words(driver().call, status));
+}
+
 CurrentGpu::CurrentGpu(int index) {
   Driver& found = driver_with(index);
   const auto i = static_cast<std::size_t>(index);
@@ -232,7 +235,7 @@ void Release::operator()(void* handle) const {
   try {
     const CurrentGpu current(gpu);
     function(handle);
-  } catch (const Error&) {  // a GPU that has failed has nothing to take back
+  } catch (...) {  // a GPU that has failed has nothing to take back
   }
 }
 

@@ -37,6 +37,10 @@ struct Gpu {
 /// Throws Error(kDevice) where there is no driver, Error(kInvalidArgument) where there is no such GPU.
 [[nodiscard]] FOVEA_API const Gpu& gpu(int index);
 
+/// Throws Error with the driver's message unless a status of it (CUresult) is 0.  `what`: its function, and the object
+/// where that helps.
+FOVEA_API void check(int status, const std::string& what, int gpu);
+
 /// Makes a GPU's primary context, which the CUDA runtime and PyTorch use too, this thread's current one; its end
 /// restores the one before.
 class FOVEA_API CurrentGpu {

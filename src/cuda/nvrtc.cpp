@@ -49,13 +49,16 @@ std::string Nvrtc::open(const std::string& file) {
   if (call.library.handle == nullptr) return "cannot be opened";
   if (!call.library.missing.empty()) return "has no " + call.library.missing;
   int major = 0, minor = 0, count = 0;
-  check(call.version(&major, &minor), call.version.name);
+  const auto fault = [&](const auto& function, int status) {
+    return std::string("fails at ") + function.name + ": " + call.error_string(status);
+  };
+  if (const int status = call.version(&major, &minor); status != 0) return fault(call.version, status);
   number_ = major * 1000 + minor * 10;
   version_ = std::to_string(major) + "." + std::to_string(minor);
   if (number_ < kOldest) return "is " + version_ + ", older than 12.4";
-  check(call.arch_count(&count), call.arch_count.name);
+  if (const int status = call.arch_count(&count); status != 0) return fault(call.arch_count, status);
   archs_.resize(static_cast<std::size_t>(count));
-  check(call.archs(archs_.data()), call.archs.name);
+  if (const int status = call.archs(archs_.data()); status != 0) return fault(call.archs, status);
   Dl_info info{};
   const bool named = ::dladdr(reinterpret_cast<void*>(call.version.address), &info) != 0 && info.dli_fname != nullptr;
   path_ = named ? info.dli_fname : file;
@@ -80,7 +83,8 @@ struct Nvrtc::Found {
     for (const std::string& file : library_candidates("libnvrtc.so", kNames, kWheels)) {
       Nvrtc candidate;
       const std::string why = candidate.open(file);
-      if (why.starts_with("is ")) why_none += (why_none.empty() ? "" : ", ") + file + " " + why;
+      if (!why.empty() && candidate.call_->library.handle != nullptr)
+        why_none += (why_none.empty() ? "" : ", ") + file + " " + why;
       if (!why.empty()) continue;
       // A driver takes what compilers of its own major version or an older one make.
       const bool fits = driver == 0 || candidate.number_ / 1000 <= driver / 1000;

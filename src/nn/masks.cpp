@@ -11,7 +11,7 @@ void check(const char* name, const Tensor& t, const MaskSizes& s) {
   if (t.dtype != DType::kBool && !is_float(t, s)) {
     refuse(name, " is ", fovea::name(t.dtype), " but must be bool, fp32 or the layer's ", fovea::name(s.dtype));
   }
-  if (t.device.kind != s.device.kind) refuse(name, " is on ", fovea::name(t.device), ", not on the layer's device");
+  check_device(name, t.device, "the layer is on", s.device);
   if (t.data == nullptr && s.seqlen_kv > 0) refuse(name, " has no data");
 }
 

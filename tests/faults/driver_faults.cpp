@@ -13,6 +13,7 @@
 
 #include "cuda/driver.h"
 #include "cuda/jit/cache.h"
+#include "cuda/nvrtc.h"
 #include "fake_driver.h"
 #include "tests/support.h"
 
@@ -55,6 +56,10 @@ TEST(DriverStartDeathTest, SaysWhyThereIsNoGpu) {
   const auto exited = ::testing::ExitedWithCode(0);
   EXPECT_EXIT(say_why_no_driver([] { fake().faults["cuInit"] = 100; }), exited,
               "\\[the NVIDIA driver does not start: cuInit says something else \\(CUDA_ERROR_OTHER\\)\\] 13000 0");
+  for (const std::string function : {"cuDeviceGetCount", "cuDeviceGetAttribute"}) {
+    EXPECT_EXIT(say_why_no_driver([&] { fake().faults[function] = 101; }), exited,
+                "\\[the NVIDIA driver does not start: " + function + " says something else .* 13000 0");
+  }
   EXPECT_EXIT(say_why_no_driver([] { fake().gpus = 0; }), exited, "\\[the NVIDIA driver sees no GPU\\] 13000 0");
   EXPECT_EXIT(say_why_no_driver([] {}), exited, "\\[\\] 13000 2");
 }
@@ -71,6 +76,17 @@ TEST(DriverStartDeathTest, AnArchitectureIsPlannedForWithoutIt) {
     std::exit(0);
   };
   EXPECT_EXIT(plan(), ::testing::ExitedWithCode(0), "\\[cuda_hopper\\] 13000 0");
+}
+
+TEST(NvrtcDeathTest, SaysWhatFailsInTheOneThatIsNamed) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto say_why = [] {
+    ::setenv("FOVEA_NVRTC", FOVEA_FAILING_NVRTC, 1);
+    std::cerr << Nvrtc::why_none();
+    std::exit(0);
+  };
+  EXPECT_EXIT(say_why(), ::testing::ExitedWithCode(0),
+              "which fails at nvrtcVersion: NVRTC_ERROR_OUT_OF_MEMORY; name an NVRTC of 12.4 or later");
 }
 
 TEST_F(DriverTest, TellsOfEveryGpu) {

@@ -37,7 +37,7 @@ FAKE int cuGetErrorString(int error, const char** text) {
   *text = error == 2 ? "out of memory" : error == 209 ? "no kernel image is available" : "something else";
   return 0;
 }
-FAKE int cuDeviceGetCount(int* count) { return *count = fake_driver.gpus, 0; }
+FAKE int cuDeviceGetCount(int* count) { return *count = fake_driver.gpus, status("cuDeviceGetCount"); }
 FAKE int cuDeviceGet(int* device, int index) { return *device = index, 0; }
 FAKE int cuDeviceGetName(char* name, int, int device) {
   std::memcpy(name, device == 0 ? "Fake A" : "Fake B", sizeof "Fake A");
@@ -46,7 +46,7 @@ FAKE int cuDeviceGetName(char* name, int, int device) {
 FAKE int cuDeviceGetAttribute(int* value, int which, int device) {
   const int capability = device == 0 ? 90 : 75;
   *value = which == 75 ? capability / 10 : which == 76 ? capability % 10 : which == 97 ? 100'000 : which;
-  return 0;
+  return status("cuDeviceGetAttribute");
 }
 FAKE int cuDeviceTotalMem_v2(std::size_t* bytes, int) { return *bytes = 1 << 30, 0; }
 FAKE int cuDevicePrimaryCtxRetain(void** context, int device) {

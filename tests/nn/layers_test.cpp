@@ -802,8 +802,15 @@ TEST(Layers, RefuseWhatCannotBeInOneSentence) {
   EXPECT_EQ(refusal([&] { (void)layer.forward(elsewhere, elsewhere, elsewhere); }),
             "query is on " + name(elsewhere.device) + " but the layer is on " + name(kDevice));
   elsewhere.device.kind = kDevice.kind;
+  const Array square(DType::kBool, {3, 3}, kDevice);
+  Tensor far_mask = square.view();
+  far_mask.device = elsewhere.device;
+  const auto far = [&] { (void)layer.forward(x.view(), x.view(), x.view(), {.attn_mask = far_mask}); };
   if (kDevice.kind == DeviceKind::kCpu) {  // of which there is one, whatever its index
     EXPECT_NO_THROW((void)layer.forward(elsewhere, elsewhere, elsewhere));
+    EXPECT_NO_THROW(far());
+  } else {
+    EXPECT_EQ(refusal(far), "attn_mask is on " + name(far_mask.device) + " but the layer is on " + name(kDevice));
   }
   EXPECT_TRUE(contains(call(x, other, {}), "query has 2 sequences but key has 1"));
   EXPECT_TRUE(contains(call(x, x, {.attn_mask = mask.view()}), "attn_mask is [3, 4] but must be [3, 3] or [4, 3, 3]"));

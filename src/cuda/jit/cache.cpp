@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <fovea/error.h>
 
+#include <algorithm>
 #include <cstdlib>
 
 namespace fovea::cuda::jit {
@@ -91,7 +92,9 @@ std::shared_ptr<const Binary> Cache::look(const KernelRequest& request, const st
 std::shared_ptr<const Binary> Cache::obtain(const KernelRequest& request, const std::string& key) const {
   if (auto found = look(request, key)) return found;
   if (mode_ != Mode::kOn) {
-    throw Error(ErrorCode::kUnsupported, called(request) + " is in no pack" +
+    const auto damaged = std::ranges::find_if(packs_, [&](const Pack& pack) { return pack.lists(key); });
+    const std::string where = damaged == packs_.end() ? "in no pack" : "damaged in pack " + damaged->file().string();
+    throw Error(ErrorCode::kUnsupported, called(request) + " is " + where +
                                              (mode_ == Mode::kCache ? " and not in the cache" : "") +
                                              ", and FOVEA_JIT=" + (mode_ == Mode::kCache ? "cache" : "off") +
                                              " forbids compiling it; set FOVEA_JIT=on, or make it by fovea precompile");

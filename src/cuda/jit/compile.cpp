@@ -60,12 +60,12 @@ std::string name_of(const Nvrtc& nvrtc) { return "NVRTC " + nvrtc.version(); }
 
 /// What is remembered of a library, and all that must still be so for it to be the one that would be found.
 std::string note_of(const std::string& name, const std::string& library) {
-  std::error_code error;
-  const std::uintmax_t size = fs::file_size(library, error);
-  const auto time = fs::last_write_time(library, error).time_since_epoch().count();
-  return error ? ""
-               : name + "\n" + library + "\n" + std::to_string(size) + " " + std::to_string(time) + "\ndriver " +
-                     std::to_string(driver_version()) + "\n" + Nvrtc::named() + "\n";
+  std::error_code no_size, no_time;
+  const std::uintmax_t size = fs::file_size(library, no_size);
+  const auto time = fs::last_write_time(library, no_time).time_since_epoch().count();
+  return no_size || no_time ? ""
+                            : name + "\n" + library + "\n" + std::to_string(size) + " " + std::to_string(time) +
+                                  "\ndriver " + std::to_string(driver_version()) + "\n" + Nvrtc::named() + "\n";
 }
 
 /// Of this thread's processor: what else the machine does makes no kernel slower to compile.

@@ -23,6 +23,7 @@ class Pack {
 
   /// Nothing where it is not in the pack, or its record is damaged.
   [[nodiscard]] std::optional<Binary> find(const std::string& key) const;
+  [[nodiscard]] bool lists(const std::string& key) const { return index_.contains(key); }
 
   [[nodiscard]] const std::filesystem::path& file() const { return file_; }
   [[nodiscard]] const std::string& build() const { return build_; }  ///< the build id it was made with

@@ -13,6 +13,8 @@
 namespace fovea::nn {
 namespace {
 
+using cuda::check;
+
 constexpr int kOutOfMemory = 2;                      // CUresult
 constexpr int kPinned = 1, kOnDevice = 1;            // CUmemAllocationType, CUmemLocationType
 constexpr int kReleaseThreshold = 4, kUsedHigh = 8;  // CUmemPool_attribute
@@ -44,12 +46,6 @@ const Functions& call() {
   return functions;
 }
 
-void check(int status, const char* what, int gpu) {
-  if (status == 0) return;
-  throw Error(ErrorCode::kDevice, std::string(what) + " failed on cuda:" + std::to_string(gpu) + " with CUresult " +
-                                      std::to_string(status) + "; layers need a driver of CUDA 11.2 or later");
-}
-
 /// Made once for each GPU, for as long as the process lives.
 void* pool_of(int gpu) {
   static std::mutex mutex;
@@ -58,14 +54,16 @@ void* pool_of(int gpu) {
   void*& pool = pools[gpu];
   if (pool != nullptr) return pool;
   if (!call().library.missing.empty()) {
-    throw Error(ErrorCode::kDevice, "the NVIDIA driver has no " + call().library.missing + "; update it for layers");
+    throw Error(ErrorCode::kDevice,
+                "the NVIDIA driver has no " + call().library.missing + "; layers need one of CUDA 11.2 or later");
   }
   PoolProperties properties;
   check(call().device(&properties.location, gpu), call().device.name, gpu);
-  check(call().make_pool(&pool, &properties), call().make_pool.name, gpu);
+  void* made = nullptr;
+  check(call().make_pool(&made, &properties), call().make_pool.name, gpu);
   std::uint64_t everything = ~std::uint64_t{0};
-  check(call().set_attribute(pool, kReleaseThreshold, &everything), call().set_attribute.name, gpu);
-  return pool;
+  check(call().set_attribute(made, kReleaseThreshold, &everything), call().set_attribute.name, gpu);
+  return pool = made;
 }
 
 }  // namespace
