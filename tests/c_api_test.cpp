@@ -307,6 +307,21 @@ TEST(CLastError, BelongsToItsThread) {
   EXPECT_EQ(fovea_last_error(), mine);
 }
 
+TEST(CLastError, IsCutWhereACharacterBegins) {
+  std::string name;
+  for (int i = 0; i < 1000; ++i) name += "×…";
+  for (const char* shift : {"", "1", "12", "123", "1234"}) {
+    fovea_plan_options options{};
+    options.size = sizeof options;
+    const std::string backend = shift + name;
+    options.backend = backend.c_str();
+    EXPECT_NE(fovea_explain("fwd fp32 b1 hq1 sq1 d1", nullptr, &options, nullptr, 0, nullptr), FOVEA_OK);
+    const std::string said = fovea_last_error();
+    EXPECT_GE(said.size(), 2045U);
+    EXPECT_TRUE(said.ends_with("×") || said.ends_with("…")) << shift;
+  }
+}
+
 TEST(CExplain, GivesTheLengthAndNeverWritesPastTheCapacity) {
   const char* const line = "bwd bf16 b1 hq2 sq4 d8";
   const std::string report = to_string(explain(parse_problem(line)));

@@ -125,6 +125,7 @@ TEST(Dispatch, ProblemsThatGpusCannotCountAreRefused) {
                      "batch × num_q_heads (1073741824) is above 536870912"},
            std::pair{"bwd bf16 b65536 hq16384 hkv1 sq1 skv64 d16",
                      "batch × num_q_heads (1073741824) is above 536870912"},
+           std::pair{"bwd bf16 b1 hq536870912 sq536870912 skv1 d1", "the number of blocks ("},
            std::pair{"fwd bf16 b2 hq64 hkv1 sq30000000 skv9 d16 packed_q=random:40000000 packed_kv=random:9",
                      "total_q × num_q_heads / num_kv_heads (2560000000) is above 2147483647"},
        }) {

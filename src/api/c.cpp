@@ -22,8 +22,15 @@ namespace {
 constexpr std::size_t kLongestSentence = 2048;
 thread_local std::array<char, kLongestSentence> last_sentence{};
 
+/// Bytes of the text that fit into so many, in whole characters of UTF-8.
+std::size_t fitting(std::string_view text, std::size_t most) noexcept {
+  if (text.size() <= most) return text.size();
+  while (most > 0 && (text[most] & 0xc0) == 0x80) --most;
+  return most;
+}
+
 fovea_status fail(ErrorCode code, std::string_view sentence) noexcept {
-  const std::size_t length = std::min(sentence.size(), kLongestSentence - 1);
+  const std::size_t length = fitting(sentence, kLongestSentence - 1);
   std::memmove(last_sentence.data(), sentence.data(), length);
   last_sentence[length] = '\0';
   return static_cast<fovea_status>(code);
@@ -258,7 +265,7 @@ fovea_status fovea_explain(const char* line, const fovea_device* device, const f
     const std::string report =
         to_string(explain(parse_problem(&need(line, "line")), to_device(device), to_plan_options(options)));
     if (length != nullptr) *length = report.size();
-    if (capacity > 0) text[report.copy(text, capacity - 1)] = '\0';
+    if (capacity > 0) text[report.copy(text, fitting(report, capacity - 1))] = '\0';
   });
 }
 

@@ -20,6 +20,8 @@
 namespace fovea::cpu {
 namespace {
 
+using math::ceil_div, math::round_up;
+
 using dispatch::entry_view, dispatch::row_view, dispatch::head_view, dispatch::stat_view;
 
 struct Isa {
@@ -92,9 +94,6 @@ Element element(DType dtype) {
   if (dtype == DType::kFloat16) return Element::kFloat16;
   return dtype == DType::kBFloat16 ? Element::kBFloat16 : Element::kFloat32;
 }
-
-i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
 
 std::int32_t value(const Tensor& t, i64 index) {
   return static_cast<const std::int32_t*>(t.data)[index * t.strides[0]];

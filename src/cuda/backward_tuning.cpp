@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <span>
 #include <string>
 
@@ -113,12 +114,10 @@ constexpr std::int64_t kTurnsOfParts = 2;  // times the blocks that run at once,
 constexpr std::int64_t kLeastSteps = 2;    // of a part, which costs about one step itself
 constexpr std::int64_t kMostSteps = std::int64_t{1} << 31;
 
-int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
-
 /// Columns rounded up to whole products, above 128 to pairs of them, which warps can share out in more ways; further so
 /// that half of the warps have a share of 16 rows, or all where columns take no shared memory.
 int whole_products(std::int64_t dim, int warps, bool in_place = false) {
-  int columns = round_up(dim, dim <= 128 ? 16 : in_place ? 128 : 32);
+  auto columns = static_cast<int>(round_up(dim, dim <= 128 ? 16 : in_place ? 128 : 32));
   while (columns > 256 && WarpGrid::of(16, columns, warps).used < warps / 2) columns += 32;
   return columns;
 }
@@ -259,6 +258,8 @@ BiasParts bias_parts(const Problem& problem, const BackwardSpec& spec, const Gpu
 }
 
 void share_out(const Problem& problem, const GpuModel& gpu, BackwardShape& shape) {
+  // Backends refuse so many blocks, whose workspace 64 bits need not count.
+  if (shape.most_blocks > std::numeric_limits<int>::max()) return;
   const BackwardSpec& spec = shape.spec;
   const std::int64_t batch = problem.batch, heads = problem.num_q_heads, slots = shape.row_slots,
                      tiles = spec.ends_dq    ? shape.dq_places * heads / problem.num_kv_heads * shape.row_blocks
@@ -266,7 +267,7 @@ void share_out(const Problem& problem, const GpuModel& gpu, BackwardShape& shape
                                              : heads * slots;
   const auto take = [&shape](std::int64_t words) {
     const std::size_t at = shape.workspace_bytes;
-    shape.workspace_bytes += static_cast<std::size_t>(ceil_div(words * 4, 128) * 128);
+    shape.workspace_bytes += static_cast<std::size_t>(round_up(words * 4, 128));
     return at;
   };
   shape.log2_lse = take(heads * slots * spec.block_m);

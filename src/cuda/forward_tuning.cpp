@@ -16,8 +16,6 @@ namespace {
 // Columns of O that a block's registers hold; fp32 keeps sums of tiles beside it.
 constexpr std::int64_t widest_v(Type type) { return type == Type::kFloat32 ? 128 : 256; }
 
-int round_up(std::int64_t a, int b) { return static_cast<int>(ceil_div(a, b) * b); }
-
 /// A row of the tables below: problems, and the tile that serves them.
 struct Row {
   struct {
@@ -261,7 +259,7 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   spec.mma = mma_of(problem, gpu.sm);
   spec.async_copy = gpu.sm >= 80;
   shape.v_chunks = static_cast<int>(std::max<std::int64_t>(1, ceil_div(problem.head_dim_v, widest_v(spec.type))));
-  spec.head_dim = round_up(problem.head_dim, 16);
+  spec.head_dim = static_cast<int>(round_up(problem.head_dim, 16));
   const std::int64_t columns = ceil_div(problem.head_dim_v, shape.v_chunks);
   spec.band = math::BandRule::of(problem).bounded();
   take_options(problem, spec);
@@ -270,12 +268,12 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   spec.pack_gqa = group > 1 && problem.seqlen_q * group <= kFewRows;
   const std::int64_t of_a_query = spec.pack_gqa ? group : 1, rows = problem.seqlen_q * of_a_query;
 
-  const int widest = std::max(spec.head_dim, round_up(columns, 16));
+  const int widest = std::max(spec.head_dim, static_cast<int>(round_up(columns, 16)));
   const auto take = [&](const Row& row) {
     const auto& tile = row.tile;
     spec.block_m = tile.block_m, spec.block_n = tile.block_n, spec.warps = tile.warps, spec.across = tile.across,
     spec.slices = tile.slices, spec.stages = tile.stages;
-    spec.head_dim_v = round_up(columns, std::max(16 * tile.across, 8 * tile.slices));
+    spec.head_dim_v = static_cast<int>(round_up(columns, std::max(16 * tile.across, 8 * tile.slices)));
     const auto may_be = [&](int dim) { return swizzled(spec.type, dim) && swizzles(spec, dim); };
     spec.swizzled = tile.swizzled;
     spec.swizzled = may_be(spec.head_dim) || may_be(spec.head_dim_v);

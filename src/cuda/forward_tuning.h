@@ -10,6 +10,7 @@
 #include "cuda/jit/render.h"
 #include "cuda/spec.h"
 #include "cuda/tiles.h"
+#include "math/fn.h"
 
 namespace fovea::cuda {
 
@@ -68,7 +69,7 @@ void take_options(const Problem& problem, Spec& spec) {
 /// Rows of a kv head up to which a problem counts as decoding: tall blocks gain nothing.
 inline constexpr std::int64_t kFewRows = 64;
 
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+using math::ceil_div, math::round_up;
 
 [[nodiscard]] jit::KernelRequest forward_request(const ForwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest combine_request(const ForwardShape& shape, int arch);

@@ -29,4 +29,7 @@ FOVEA_FN constexpr T larger(T a, T b) {
   return a < b ? b : a;
 }
 
+FOVEA_FN constexpr i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+FOVEA_FN constexpr i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
+
 }  // namespace fovea::math

@@ -21,6 +21,10 @@
 namespace fovea::nn {
 namespace {
 
+using math::ceil_div;
+
+static_assert(kRelu == static_cast<int>(Activation::kRelu) && kGelu == static_cast<int>(Activation::kGelu));
+
 // ---- which kernels, which tiles
 
 constexpr i64 kTileRows = 192, kTileColumns = 512;  // of a product: 384 KiB of fp32, within a core's L2
@@ -40,8 +44,6 @@ RowKernels chosen_kernels() {
 #endif
   return portable::row_kernels;
 }
-
-i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 bool is_floating(DType dtype) { return dtype != DType::kBool && dtype != DType::kInt32; }
 
@@ -247,6 +249,7 @@ class CpuOps final : public Ops {
       kernels_.norm_gradient(t);
     });
     const auto add_up = [&](const Tensor& to, i64 c, i64 offset) {
+      if (!to.defined()) return;
       auto total = static_cast<double>(static_cast<float*>(to.data)[c]);
       for (i64 tile = 0; tile < tiles; ++tile) total += static_cast<double>(sums[2 * tile * room + offset + c]);
       static_cast<float*>(to.data)[c] = static_cast<float>(total);
@@ -254,7 +257,7 @@ class CpuOps final : public Ops {
     in_steps(columns, kRowsAtOnce, workers, [&](i64 first, i64 count, int) {
       for (i64 c = first; c < first + count; ++c) {
         add_up(dweight, c, 0);
-        if (dbias.defined()) add_up(dbias, c, room);
+        add_up(dbias, c, room);
       }
     });
   }

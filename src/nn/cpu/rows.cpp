@@ -58,8 +58,6 @@ FOVEA_INLINE Normal normal(V x) {
   return {absolute(x) < splat(1.5F) ? near : far, e * splat(0.39894228040143268F)};
 }
 
-constexpr int kRelu = 1, kGelu = 2;  // of nn::Activation
-
 FOVEA_INLINE V activate(int activation, V x) {
   if (activation == kRelu) return x < V{} ? V{} : x;
   if (activation == kGelu) {

@@ -11,6 +11,8 @@ using math::i64;
 using math::u32;
 using math::u64;
 
+inline constexpr int kRelu = 1, kGelu = 2;  // of nn::Activation
+
 /// Rows of one dtype; the stride in bytes.  Null: not given.
 struct Rows {
   char* data = nullptr;
@@ -29,7 +31,7 @@ struct FinishTile {
   i64 rows = 0, columns = 0, first_column = 0;
   Rows in{}, out{}, before{}, residual{};
   const char* bias = nullptr;  // of in's columns, out's type
-  int activation = 0;          // nn::Activation
+  int activation = 0;          // none, kRelu or kGelu
   DropoutDraws dropout{};
   const std::int32_t* places = nullptr;
   float* scratch = nullptr;  // columns + 32

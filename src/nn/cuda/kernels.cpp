@@ -26,6 +26,7 @@ constexpr std::array<Text, kKernelNames> kTexts{{{"finish", kRows, "FinishParams
                                                  {"lengths", kElements, "LengthsParams"},
                                                  {"put", kElements, "PutParams"},
                                                  {"move_rows", kElements, "MoveRowsParams"}}};
+static_assert(kTexts.back().function != nullptr);
 
 int arch_of_gpu(int gpu) {
   const int capability = cuda::gpu(gpu).compute_capability, arch = cuda::jit::arch_of(capability);

@@ -28,7 +28,7 @@ enum class KernelName : std::uint8_t {
   kPut,
   kMoveRows
 };
-inline constexpr std::size_t kKernelNames = 15;
+inline constexpr auto kKernelNames = static_cast<std::size_t>(KernelName::kMoveRows) + 1;
 
 /// What is compiled of a kernel for rows of a dtype; needs no GPU.
 [[nodiscard]] cuda::jit::KernelRequest kernel_request(KernelName name, DType dtype, int arch);

@@ -16,14 +16,14 @@
 namespace fovea::nn {
 namespace {
 
-using math::i64;
+using math::ceil_div, math::i64;
 
+static_assert(cuda::kRelu == static_cast<int>(Activation::kRelu) && cuda::kGelu == static_cast<int>(Activation::kGelu));
 static_assert(static_cast<int>(DType::kFloat16) == static_cast<int>(cuda::Type::kFloat16) &&
               static_cast<int>(DType::kBFloat16) == static_cast<int>(cuda::Type::kBFloat16));
+static_assert(static_cast<int>(DType::kBool) == 3 && static_cast<int>(DType::kInt32) == 4);  // in elements.cuh
 
 constexpr i64 kMostParts = 256;  // that the rows of a sum are shared out to
-
-i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 i64 blocks_of(i64 threads) { return ceil_div(threads, cuda::kLayerThreads); }
 i64 blocks_of_rows(i64 rows) { return ceil_div(rows, cuda::kRowsOfLayerBlock); }

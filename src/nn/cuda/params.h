@@ -25,6 +25,8 @@ inline constexpr int kRowsOfLayerBlock = kLayerThreads / kLanes * kRowsOfWarp;
 inline constexpr int kColumnsOfSum = 32;  // of a block that sums columns
 inline constexpr int kRowsOfSum = 128;    // of such a block, at least, and its multiple: 16 for each warp
 
+inline constexpr int kRelu = 1, kGelu = 2;  // of nn::Activation
+
 /// Rows of the spec's type.  Null: not given.
 struct LayerRows {
   char* data;

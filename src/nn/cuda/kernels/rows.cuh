@@ -38,8 +38,6 @@ FOVEA_DEVICE float element(const char* data, int column) {
 
 // ---- activation
 
-inline constexpr int kRelu = 1, kGelu = 2;  // of nn::Activation
-
 /// Φ(x) of the standard normal distribution; digits of small results stay.
 FOVEA_DEVICE float cumulative(float x) { return 0.5F * erfcf(-0.70710678118654752F * x); }
 
