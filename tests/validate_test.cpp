@@ -68,8 +68,10 @@ TEST(Problems, AreRefusedByTheRuleTheyBreak) {
   const Case packed[] = {
       {[](Problem& p) {
          p.packed_q.values = {5, 2, 0};
+         p.packed_kv.values = {3, 7, 0};
        },
        "packed_q has 3 lengths but batch is 2"},
+      {[](Problem& p) { p.packed_kv.values = {10}; }, "packed_q has 2 sequences but packed_kv has 1"},
       {[](Problem& p) {
          p.packed_q.values = {5, -2};
        },
@@ -305,6 +307,8 @@ TEST(Describe, RefusesTensorsThatDoNotFitTogether) {
   };
   using O = AttentionOptions;
   EXPECT_TRUE(contains(with(padded, [](O& o) { o.mask.rank = 2; }), "mask has 2 dimensions"));
+  EXPECT_TRUE(contains(with(padded, [](O& o) { o.bias.dtype = DType::kBFloat16; }),
+                       "bias is bf16 but must be fp32 or q's dtype, fp16"));
   EXPECT_TRUE(contains(with(padded, [](O& o) { o.kv_lengths.dtype = DType::kBool; }), "kv_lengths is bool"));
   EXPECT_TRUE(contains(with(padded, [](O& o) { o.kv_lengths.data = nullptr; }), "kv_lengths has 2 elements but"));
   EXPECT_TRUE(contains(with(padded, [](O& o) { o.kv_lengths.shape[0] = 3; }), "kv_lengths has the shape [3]"));

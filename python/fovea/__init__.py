@@ -231,5 +231,5 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'fovea' has no attribute {name!r}")
 
 
-if "torch" in sys.modules:
+if sys.modules.get("torch") is not None:  # None where somebody forbids its import
     _load_torch()

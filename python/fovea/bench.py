@@ -70,7 +70,7 @@ class Bench:
         self.lengths = torch.linspace(seqlen // 4, seqlen, batch).int().to(device)
 
     def cases(self) -> list[Case]:
-        """What the issue of cliffs is about: everything that composes, one after the other."""
+        """Where PyTorch's fused attention is at home, and the options at which it stops, one after the other."""
         square = (self.seqlen, self.seqlen)
         mask = torch.rand(square, device=self.device) > 0.25
         mask.fill_diagonal_(True)
@@ -104,12 +104,11 @@ class Bench:
         def ours(q: Any, k: Any, v: Any) -> Any:
             return fovea.attention(q, k, v, layout="bhsd", **case.ours)
 
-        options = {name: value for name, value in case.ours.items()}
         row = Row(
             case.name,
             str(leaves[0].dtype).removeprefix("torch."),
             self._measure(theirs, leaves, extra, torch_kernel(lambda: theirs(*leaves))),
-            self._measure(ours, leaves, extra, self._fovea_kernel(leaves, options, case.ragged)),
+            self._measure(ours, leaves, extra, self._fovea_kernel(leaves, case.ours, case.ragged)),
         )
         if row.torch.refused is None and row.fovea.refused is None and "dropout_p" not in case.ours:
             with torch.no_grad():

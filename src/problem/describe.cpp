@@ -107,6 +107,8 @@ Problem describe(Direction direction, const Tensor& q, const Tensor& k, const Te
   p.mask = extent_of("mask", o.mask, false);
   p.bias = extent_of("bias", o.bias, true);
   if (p.bias) p.bias_dtype = o.bias.dtype;
+  if (p.bias_dtype != DType::kFloat32 && p.bias_dtype != p.dtype)
+    refuse("bias is ", name(p.bias_dtype), " but must be fp32 or q's dtype, ", name(p.dtype));
   if (o.alibi_slopes.rank != 0) p.alibi = o.alibi_slopes.rank == 2 ? Alibi::kPerBatchAndHead : Alibi::kPerHead;
   p.sink = o.sink.rank != 0;
   p.q_lengths = lengths_of("q_lengths", o.q_lengths, p.batch);

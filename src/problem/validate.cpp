@@ -112,6 +112,9 @@ void validate(const Problem& p) {
   }
   if (p.packed_q.present != p.packed_kv.present) refuse("packed_q and packed_kv must be given together");
   if (p.packed()) {
+    const auto &of_q = p.packed_q.values, &of_kv = p.packed_kv.values;
+    if (!of_q.empty() && !of_kv.empty() && of_q.size() != of_kv.size())
+      refuse("packed_q has ", of_q.size(), " sequences but packed_kv has ", of_kv.size());
     check_packed("packed_q", p.packed_q, p.batch, {"seqlen_q", p.seqlen_q}, {"total_q", p.total_q});
     check_packed("packed_kv", p.packed_kv, p.batch, {"seqlen_kv", p.seqlen_kv}, {"total_kv", p.total_kv});
   } else if (p.total_q != 0 || p.total_kv != 0 || !p.packed_q.values.empty() || !p.packed_kv.values.empty()) {

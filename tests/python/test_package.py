@@ -89,6 +89,16 @@ assert torch.equal(call(q), fovea.attention(q, q, q)) and torch.equal(call(q), f
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 
+def test_a_process_may_forbid_pytorch():
+    program = """
+import sys
+sys.modules["torch"] = None
+import fovea, numpy
+fovea.attention(*[numpy.ones((1, 3, 1, 8), numpy.float32)] * 3)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
 def test_every_adapter_takes_the_arguments_in_one_order():
     from fovea import _arguments, _arrays
     from fovea.torch import _adapter

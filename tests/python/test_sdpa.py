@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fovea
 from fovea.torch import replace_sdpa, scaled_dot_product_attention
@@ -199,8 +200,8 @@ def test_masks_of_other_dtypes_are_refused_by_their_name(dtype):
 @pytest.mark.parametrize(
     "sentence, q, k, v, mask",
     [
-        ("seqlen_kv differs: 7 in k and 1 in v", (3, 5, 16), (3, 7, 16), (3, 1, 8), None),
-        ("seqlen_kv differs: 1 in k and 7 in v", (1, 3, 5, 16), (2, 3, 1, 16), (2, 3, 7, 8), None),
+        ("seqlen_kv differs: 7 in key and 1 in value", (3, 5, 16), (3, 7, 16), (3, 1, 8), None),
+        ("seqlen_kv differs: 1 in key and 7 in value", (1, 3, 5, 16), (2, 3, 1, 16), (2, 3, 7, 8), None),
         (r"the leading dimensions \[2\] of query, \[4\] of key", (2, 3, 5, 16), (4, 3, 7, 16), (4, 3, 7, 8), None),
         ("key has 2 heads but value 3", (2, 6, 5, 16), (2, 2, 7, 16), (2, 3, 7, 8), None),
         (
@@ -216,6 +217,58 @@ def test_shapes_that_do_not_fit_are_refused_in_a_sentence(sentence, q, k, v, mas
     mask = None if mask is None else torch.ones(mask, dtype=torch.bool)
     with pytest.raises(ValueError, match=sentence):
         scaled_dot_product_attention(*map(torch.randn, (q, k, v)), attn_mask=mask, enable_gqa=True)
+
+
+def test_sentences_call_arguments_as_the_caller_does():
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
+    for mask in (torch.zeros(5, 6), torch.ones(5, 6, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"^attn_mask has the shape \[1, 1, 5, 6\] but must have"):
+            scaled_dot_product_attention(q, k, k, attn_mask=mask)
+    with pytest.raises(ValueError, match="^head_dim differs: 8 in query and 9 in key$"):
+        scaled_dot_product_attention(q, torch.randn(1, 2, 7, 9), k)
+    with pytest.raises(ValueError, match="^query, key and value must share one dtype"):
+        scaled_dot_product_attention(q, k.half(), k)
+    with pytest.raises(ValueError, match=r"^scale \(nan\) must be finite"):
+        scaled_dot_product_attention(q, k, k, scale=float("nan"))
+
+
+class Copies(TorchDispatchMode):
+    """Elements of what is copied meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.clone.default:
+            self.elements.append(out.numel())
+        return out
+
+
+@pytest.mark.parametrize("lead", [(2, 3), (4, 2, 3)])
+def test_an_expanded_mask_is_copied_once(lead):
+    q, k = torch.randn(*lead, 5, 8), torch.randn(*lead, 7, 8)
+    for mask in (torch.randn(7, 5).T, torch.rand(7, 5).T > 0.3):
+        expanded = mask.expand(*lead, 5, 7)
+        with Copies() as copies:
+            out = scaled_dot_product_attention(q, k, k, attn_mask=expanded)
+        assert copies.elements == [35]
+        assert torch.equal(out, scaled_dot_product_attention(q, k, k, attn_mask=mask))
+    for shape in ((*lead, 6, 7), (*lead[:-1], 4, 5, 7)):
+        with pytest.raises(ValueError, match="^attn_mask has the shape"):
+            scaled_dot_product_attention(q, k, k, attn_mask=mask[:1].expand(shape))
+
+
+def test_gradients_of_an_expanded_mask():
+    q, k, mask = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(7, 5, requires_grad=True)
+    leaf = mask.detach().T.expand(2, 3, 5, 7).requires_grad_()
+    for attn_mask, wanted in ((mask.T.expand(2, 3, 5, 7), mask), (leaf, leaf)):
+        ours, theirs = (
+            torch.autograd.grad(attend(q, k, k, attn_mask=attn_mask).square().sum(), wanted)
+            for attend in (scaled_dot_product_attention, F.scaled_dot_product_attention)
+        )
+        torch.testing.assert_close(ours[0], theirs[0])
 
 
 def test_dropout_keeps_its_share_and_its_scale():

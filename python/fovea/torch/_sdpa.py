@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ from fovea import _core
 from fovea._arguments import rules
 from fovea.torch import _adapter
 from fovea.torch._ops import in_rows
+
+#: What the library's sentences call the arguments.
+_NAMES = {"q": "query", "k": "key", "v": "value", "mask": "attn_mask", "bias": "attn_mask", "softmax_scale": "scale"}
+_NAME = re.compile(rf"\b({'|'.join(_NAMES)})\b")
 
 
 def scaled_dot_product_attention(
@@ -44,30 +49,33 @@ def scaled_dot_product_attention(
         ValueError: shapes or dtypes that Fovea does not take, in one sentence; fp64 among them.
         RuntimeError: an attn_mask together with is_causal, as in PyTorch.
     """
-    corner = "top_left" if is_causal else None
-    if dropout_p == 1.0:  # every weight is dropped, as in PyTorch
-        value, dropout_p = value * 0, 0.0
-    if attn_mask is None and _adapter.plainly_eager(query, key, value):
-        call_rules = rules(scale, corner, None, None, 0.0, dropout_p, False, "bhsd", None, False)
-        if dropout_p or query.requires_grad or key.requires_grad or value.requires_grad:
-            if _core.regular(query, key, value):
-                return _adapter.run(query, key, value, None, call_rules, dropout_p)
-        elif (out := _core.forward_regular(query, key, value, call_rules)) is not None:
-            return out
-    _adapter.only_tensors(query=query, key=key, value=value)
-    if attn_mask is not None:
-        _adapter.only_tensors(attn_mask=attn_mask)
-        if is_causal:
-            raise RuntimeError("Explicit attn_mask should not be set when is_causal=True; give one of the two")
-        if type(attn_mask) is CausalBias:
-            corner = _corner(attn_mask, query.size(-2), key.size(-2))
-            attn_mask = None
-        else:
-            attn_mask = _with_rank(attn_mask, 1)
-    nested = query.is_nested or key.is_nested or value.is_nested
-    if nested or (query.dim() == 4 and _regular(query, key, value, enable_gqa)):
-        return _attend(query, key, value, attn_mask, dropout_p, corner, scale)
-    return _irregular(query, key, value, attn_mask, dropout_p, corner, scale, enable_gqa)
+    try:
+        corner = "top_left" if is_causal else None
+        if dropout_p == 1.0:  # every weight is dropped, as in PyTorch
+            value, dropout_p = value * 0, 0.0
+        if attn_mask is None and _adapter.plainly_eager(query, key, value):
+            call_rules = rules(scale, corner, None, None, 0.0, dropout_p, False, "bhsd", None, False)
+            if dropout_p or query.requires_grad or key.requires_grad or value.requires_grad:
+                if _core.regular(query, key, value):
+                    return _adapter.run(query, key, value, None, call_rules, dropout_p)
+            elif (out := _core.forward_regular(query, key, value, call_rules)) is not None:
+                return out
+        _adapter.only_tensors(query=query, key=key, value=value)
+        if attn_mask is not None:
+            _adapter.only_tensors(attn_mask=attn_mask)
+            if is_causal:
+                raise RuntimeError("Explicit attn_mask should not be set when is_causal=True; give one of the two")
+            if type(attn_mask) is CausalBias:
+                corner = _corner(attn_mask, query.size(-2), key.size(-2))
+                attn_mask = None
+            else:
+                attn_mask = _with_rank(attn_mask, 1)
+        nested = query.is_nested or key.is_nested or value.is_nested
+        if nested or (query.dim() == 4 and _regular(query, key, value, enable_gqa)):
+            return _attend(query, key, value, attn_mask, dropout_p, corner, scale)
+        return _irregular(query, key, value, attn_mask, dropout_p, corner, scale, enable_gqa)
+    except ValueError as error:
+        raise ValueError(_NAME.sub(lambda name: _NAMES[name[0]], str(error))) from None
 
 
 def _corner(mask: CausalBias, length: int, kv_length: int) -> str:
@@ -108,7 +116,9 @@ def _attend(
     mask = bias = None
     if attn_mask is not None:
         _adapter.check_mask("attn_mask", attn_mask, query)
-        if attn_mask.stride(-1) != 0:
+        if attn_mask.stride(-1) not in (0, 1):
+            if not attn_mask.requires_grad:  # a gradient has all the places that the mask was expanded to
+                attn_mask = _narrowed(attn_mask, (*query.shape[:-1], key.shape[-2]))
             attn_mask = in_rows(attn_mask)
         if attn_mask.dtype == torch.bool:
             mask = attn_mask
@@ -125,6 +135,14 @@ def _attend(
         dropout_p=dropout_p,
         layout="bhsd",
     )
+
+
+def _narrowed(mask: Tensor, scores: tuple[int, ...]) -> Tensor:
+    """The mask with size 1 where it was expanded to the scores' shape, so that a copy of it repeats nothing."""
+    for dim in range(-min(mask.dim(), len(scores)), 0):
+        if mask.stride(dim) == 0 and mask.shape[dim] == scores[dim]:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
 
 
 def _irregular(
