@@ -32,8 +32,9 @@ struct ProductQueue {
 /// The products of one GPU; from any number of threads at once.
 class CublasLt {
  public:
-  /// By the library that FOVEA_CUBLASLT names, or else the first of at least version 12 among a library already loaded,
-  /// the system's, the toolkit's and those of Python wheels.  Throws Error(kDevice) where there is none.
+  /// By the library that FOVEA_CUBLASLT names, or else the first of version 12 or later and no newer than the driver
+  /// among a library already loaded, the system's, the toolkit's and those of Python wheels.  Throws Error(kDevice)
+  /// where there is none.
   explicit CublasLt(int gpu);
 
   /// False where the library has no way to do this in one step.  Throws Error where it fails.
