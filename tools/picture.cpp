@@ -11,15 +11,16 @@
 #include "cpu/elements.h"
 #include "embedded.h"
 #include "files/tensor_data.h"
+#include "math/fn.h"
 
 namespace fovea::tools {
 namespace {
 
+using math::ceil_div;
+
 constexpr std::int64_t kMaxSide = 512;        // cells of one map in one direction
 constexpr std::int64_t kMaxCells = 1L << 22;  // of all maps together: 11 MB of base64
 constexpr std::int64_t kNanCell = 65535;      // 0 is exactly 0, 1 to 65534 is the weight in steps of 1/65534
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 /// A view of `count` places of one dimension; a dimension of size 1 is broadcast and stays.
 Tensor narrow(Tensor t, int dim, std::int64_t begin, std::int64_t count = 1) {
