@@ -251,6 +251,32 @@ TEST_P(EveryIsa, ARowOfNanReachesEveryKeyButThoseOfScoresOfMinusInfinity) {
   }
 }
 
+// Few rows read values where they lie, and otherwise once one is not finite: to the bit alike for rows that do not see
+// it.
+TEST_P(EveryIsa, ANanThatARowDoesNotSeeChangesNoBitOfIt) {
+  for (const char* rest : {"b1 hq8 hkv1 sq2 skv300 d64", "b1 hq1 sq5 skv130 d128", "b1 hq4 hkv2 sq3 skv97 d40 dv72",
+                           "b1 hq2 sq40 skv200 d64"}) {
+    Attention clean(line("fwd", std::string(rest) + " causal=bottom_right")),
+        tainted(line("fwd", std::string(rest) + " causal=bottom_right"));
+    const std::int64_t last = clean.problem.seqlen_kv - 1, rows = clean.problem.seqlen_q - 1;  // that do not see it
+    for (std::int64_t h = 0; h < clean.problem.num_kv_heads; ++h) Attention::put_nan(tainted.in.v, last, h, 3);
+    for (Attention* each : {&clean, &tainted})
+      plan_forward(each->problem, {}, {.backend = backend()}).execute(each->in, each->out);
+    for (std::int64_t h = 0; h < clean.problem.num_q_heads; ++h) {
+      EXPECT_TRUE(std::isnan(Attention::at(tainted.out.out, rows, h, 3))) << rest;
+      for (std::int64_t i = 0; i < rows; ++i) {
+        for (std::int64_t c = 0; c < clean.problem.head_dim_v; ++c)
+          ASSERT_EQ(Attention::at(clean.out.out, i, h, c), Attention::at(tainted.out.out, i, h, c)) << rest << " " << i;
+      }
+      for (std::int64_t c = 0; c < clean.problem.head_dim_v; ++c) {
+        if (c == 3) continue;
+        EXPECT_NEAR(Attention::at(clean.out.out, rows, h, c), Attention::at(tainted.out.out, rows, h, c), 0.02) << c;
+      }
+    }
+    EXPECT_EQ(cpu::load_all(clean.out.lse), cpu::load_all(tainted.out.lse)) << rest;
+  }
+}
+
 // What is expanded by strides of 0 is read as its copies would be.
 TEST_P(EveryIsa, ReadsExpandedInputsAsTheirCopies) {
   for (const int axis : {0, 1, 2}) {

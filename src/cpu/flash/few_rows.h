@@ -36,6 +36,20 @@ FOVEA_INLINE bool in_pairs(Element type, i64 dim) {
   return kHasPairs && type == Element::kBFloat16 && dim % (2 * kWidth) == 0;
 }
 
+/// Two vectors of O that were summed in pairs, to the order of their columns.
+FOVEA_INLINE void unpair_columns(float* o) {
+  V low = load(o), high = load(o + kWidth);
+  swap_halves<kWidth / 4>(low, high, AllLanes{}), swap_halves<kWidth / 2>(low, high, AllLanes{});
+  store(o, low), store(o + kWidth, high);
+}
+/// Where column c is until then.
+inline i64 place_in_pairs(i64 c) {
+  alignas(64) float places[2 * kWidth];
+  for (int x = 0; x < 2 * kWidth; ++x) places[x] = static_cast<float>(x);
+  unpair_columns(places);
+  return c / (2 * kWidth) * (2 * kWidth) + static_cast<i64>(places[c % (2 * kWidth)]);
+}
+
 /// Keys or values of some heads, and what few rows make of them.
 struct FewRows {
   const char* data;

@@ -297,7 +297,7 @@ class Forward {
       my.reference[x] = -kInfinity;
       my.sum_of_p[x] = 0.0F;
     }
-    for (i64 p = 0; p < panels && few_rows(); ++p) pack_few_rows(my, p, context, in_place);
+    for (i64 p = 0; p < panels && few_rows(); ++p) pack_few_rows(my, p, context);
     const i64 step = few_rows() ? kJoinedKeys : packed_keys(), first = few_rows() ? kJoinedKeys : kForwardKeys;
     for (i64 j = keys.begin / first * first, end = j; j < keys.end; j = end) {
       end = math::smaller((j / step + 1) * step, keys.end);  // the same cuts wherever a task's keys begin
@@ -321,12 +321,8 @@ class Forward {
       my.v_columns.take(my.v, tile.end - tile.begin);
       for (i64 p = 0; p < panels; ++p) attend(my, {p, panels}, context, tile, block.kv_head);
     }
-    if (few_rows() && in_place && in_pairs(call_.type, call_.head_dim_v)) {
-      for (i64 x = 0; x < panels * my.o_floats; x += 2 * kWidth) {
-        V low = load(my.o + x), high = load(my.o + x + kWidth);
-        swap_halves<kWidth / 4>(low, high, AllLanes{}), swap_halves<kWidth / 2>(low, high, AllLanes{});
-        store(my.o + x, low), store(my.o + x + kWidth, high);
-      }
+    if (few_rows() && in_pairs(call_.type, call_.head_dim_v)) {
+      for (i64 x = 0; x < panels * my.o_floats; x += 2 * kWidth) unpair_columns(my.o + x);
     }
     V taint{};  // 0·x is NaN where x is not finite
     for (i64 x = 0; x < panels * my.o_floats && in_place; x += kWidth) taint += load(my.o + x) * 0.0F;
@@ -368,7 +364,7 @@ class Forward {
     return math::larger(kHalfOfL1 / words, i64{1});
   }
 
-  void pack_few_rows(ForwardScratch<kWord>& my, i64 p, const Context& context, bool in_place) const {
+  void pack_few_rows(ForwardScratch<kWord>& my, i64 p, const Context& context) const {
     const RowVectors vectors(call_.head_dim);
     const Panel& panel = my.panels[p];
     float* q = my.q + p * my.q_floats;
@@ -376,7 +372,7 @@ class Forward {
     for (i64 lane = 0; lane < panel.lanes; lane += panel.parts, q += vectors.floats) {
       if (panel.query[lane] >= context.sequence.band.seqlen_q) continue;
       const char* row = context.q_row(call_.q, panel.query[lane], panel.head[lane]);
-      if (in_place && in_pairs(call_.type, vectors.dim)) {
+      if (in_pairs(call_.type, vectors.dim)) {
         pair_row(q, row, vectors.dim, vectors.dim / 2);
         continue;
       }
@@ -385,46 +381,51 @@ class Forward {
     }
   }
 
-  /// Keys or values of some heads of a task for its few rows, in place or packed.
-  [[nodiscard]] FewRows few_rows_of(const ForwardScratch<kWord>& my, const RowView& view,
-                                    const PackedRows<kWord>& packed, const Context& context, Interval heads,
-                                    Interval keys, i64 first_head, bool in_place) const {
-    const i64 count = heads.end - heads.begin, key_bytes = count * packed.dim * bytes(call_.type);
+  /// Keys or values of some heads of a task for its few rows.
+  [[nodiscard]] FewRows few_rows_of(const ForwardScratch<kWord>& my, const RowView& view, i64 dim,
+                                    const Context& context, Interval heads, Interval keys, i64 first_head) const {
+    const i64 count = heads.end - heads.begin, key_bytes = count * dim * bytes(call_.type);
     const i64 ahead = count > 1 ? 8192 : 16384;  // bytes to prefetch; more for one head, whose rows lie apart
-    FewRows few{context.kv_row(view, keys.begin, first_head + heads.begin),
-                view.row,
-                view.head,
-                call_.type,
-                in_place && in_pairs(call_.type, packed.dim),
-                context.fold(),
-                RowVectors(packed.dim),
-                (ahead + key_bytes - 1) / key_bytes * view.row,
-                keys.end - keys.begin,
-                count,
-                my.s + heads.begin * kJoinedKeys * kPanelRows,
-                nullptr};
-    if (!in_place) {
-      few.data = reinterpret_cast<const char*>(packed.data);
-      few.row = packed.stride * i64{sizeof(float)};
-      few.type = Element::kFloat32;
-      few.ahead = 0;
-    }
-    return few;
+    return {context.kv_row(view, keys.begin, first_head + heads.begin),
+            view.row,
+            view.head,
+            call_.type,
+            in_pairs(call_.type, dim),
+            context.fold(),
+            RowVectors(dim),
+            (ahead + key_bytes - 1) / key_bytes * view.row,
+            keys.end - keys.begin,
+            count,
+            my.s + heads.begin * kJoinedKeys * kPanelRows,
+            nullptr};
   }
 
-  /// Few rows of some heads against some keys: all heads in place, or one whose keys and values are packed.
+  /// Few rows of some heads against some keys, in place, or of one head whose values are copied without those that are
+  /// not finite, and keys if they fill no vector.  The same products in the same order: a hidden NaN changes no bit of
+  /// other rows.
   void attend_few(ForwardScratch<kWord>& my, Interval heads, const Context& context, Interval keys, i64 first_head,
                   bool in_place) {
     const Panel& first = my.panels[heads.begin];
     const math::TileState state = context.sequence.band.tile(first.queries, keys);
     if (state == math::TileState::kHidden) return;
+    FewRows k = few_rows_of(my, call_.k, call_.head_dim, context, heads, keys, first_head);
+    FewRows v = few_rows_of(my, call_.v, call_.head_dim_v, context, heads, keys, first_head);
+    const auto take = [&](FewRows& few, PackedRows<kWord>& rows, const RowView& view) {
+      rows.pack(context, view, keys, first_head + heads.begin);  // and finds what is not finite
+      if (rows.dim >= kWidth) {
+        rows.copy(context, view, keys, first_head + heads.begin);
+      } else {
+        few.type = Element::kFloat32;
+      }
+      few.data = reinterpret_cast<const char*>(rows.data);
+      few.row = rows.stride * i64{sizeof(float)};
+      few.ahead = 0;
+    };
     if (!in_place) {
-      my.k.pack(context, call_.k, keys, first_head + heads.begin);
-      my.v.pack(context, call_.v, keys, first_head + heads.begin);
+      take(v, my.v, call_.v);
       my.v.clear_bad(keys.end - keys.begin);
+      if (call_.head_dim < kWidth) take(k, my.k, call_.k);
     }
-    FewRows k = few_rows_of(my, call_.k, my.k, context, heads, keys, first_head, in_place);
-    FewRows v = few_rows_of(my, call_.v, my.v, context, heads, keys, first_head, in_place);
     k.rows = my.q + heads.begin * my.q_floats;
     v.rows = my.o + heads.begin * my.o_floats;
     with_rows(kWidth / first.parts, k, [&]<int kRows, Word kOf, Element kType>() { score_few<kRows, kOf, kType>(k); });
@@ -440,13 +441,10 @@ class Forward {
           for (i64 x = 0; x < v.vectors.floats; x += kWidth) store(row + x, load(row + x) * rescale[lane]);
         }
       }
-      // Rounded as in place: a hidden NaN, for which values are packed, changes no other row.
-      if (!in_place && in_pairs(call_.type, call_.head_dim_v)) {
-        for (i64 r = 0; r < s.rows(); ++r) store(s.row(r), as_float(nearest_bf16(load(s.row(r)))));
-      }
       if (!in_place && my.v.any_bad) {
-        add_bad_values(o, s, my.v.bad, panel, context, first_head + h,
-                       [&](i64 c, i64 lane) { return lane / panel.parts * v.vectors.floats + v.vectors.at(c); });
+        add_bad_values(o, s, my.v.bad, panel, context, first_head + h, [&](i64 c, i64 lane) {
+          return lane / panel.parts * v.vectors.floats + (v.pairs ? place_in_pairs(c) : v.vectors.at(c));
+        });
       }
     }
     with_rows(kWidth / first.parts, v,

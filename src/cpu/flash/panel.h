@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstring>
+
 #include "cpu/flash/product.h"
 #include "cpu/threads.h"
 
@@ -219,6 +221,13 @@ struct PackedRows : Rows {
     }
     count = keys.end - keys.begin;
     for (i64 r = count; kWord == Word::kPair && r < whole(count, kKeyStep<kWord>); ++r) clear(r);
+  }
+
+  /// The same rows as the caller keeps them.
+  void copy(const Context& context, const RowView& view, Interval keys, i64 head) {
+    const i64 size = dim * bytes(context.call.type);
+    for (i64 r = 0; r < count; ++r)
+      std::memcpy(row(r), context.kv_row(view, keys.begin + r, head), static_cast<std::size_t>(size));
   }
 
   /// Zeros in the place of rows that are not finite, so that a hidden entry's 0 annihilates them; visible ones are

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <cstring>
-
 #include "cpu/flash/panel.h"
 
 // What happens to a tile of scores S[key][lane] between Q Kᵀ and the softmax, option by option:  s = softcap · tanh(s /
