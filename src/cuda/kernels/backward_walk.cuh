@@ -106,6 +106,8 @@ struct Walk {
   }
   /// Whether this thread updates the walk: the first one, or the first warp, which looks up a mask.
   FOVEA_DEVICE static bool keeps() { return S.mask ? warp_id() == 0 : threadIdx.x == 0; }
+  /// Whether this one writes its steps down.
+  FOVEA_DEVICE static bool writes() { return threadIdx.x == 0; }
 
  private:
   struct Seen {
@@ -134,7 +136,7 @@ struct Walk {
     step.full_band = step.tile >= first_full && step.tile < end_full;
     if (S.deterministic && step.exists) step.turn = turn_at(p, step.head, step.tile);
     if constexpr (S.holds_dq) step.turn = key_block;
-    if (!S.mask || lane_id() == 0) {
+    if (writes()) {
       steps[n % kSteps] = step;
       if constexpr (S.ends_dq)
         dq_tiles[n % kSteps] = first_dq_tile + (step.head - first_head) * p.row_blocks + step.tile;

@@ -48,7 +48,7 @@ FOVEA_DEVICE void backward_sm90(const BackwardSm90Params& p) {
   if (threadIdx.x == 0) {
     const int number = kPairs ? 0 : number_of_block<S>(p);
     state.k.begin(1), state.v.begin(1);
-    state.q.begin(S.warps), state.dout.begin(kPairs ? 4 : S.warps);
+    state.q.begin(S.warps, S.mask ? 2 : 1), state.dout.begin(kPairs ? 4 : S.warps);
     state.ds.begin(kPairs ? 8 : 4, kPairs ? 1 : S.warps * kArrivals);
     if constexpr (S.bias) state.bias.begin(kPairs ? 4 : S.warps, p.bias_by_engine ? 1 : 4 * kArrivals);
     if constexpr (S.deterministic) state.turns.begin(1, 4 * kArrivals);

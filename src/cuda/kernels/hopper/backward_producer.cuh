@@ -15,11 +15,12 @@ struct BackwardProducer {
 
   static constexpr u32 kMeeting = 1;                                         // the producers' barrier
   static constexpr Keep kKeepRows = S.ends_dq ? Keep::kAwhile : Keep::kYes;  // dq_sum comes first where L2 can hold it
-  /// Whether this thread asks the copy engine.  With a mask that is one of the second warp, for the first one, which looks
-  /// the mask up, is as busy as who computes.
+  /// Whether this thread asks the copy engine.  With a mask that is one of the second warp, for the first one, which
+  /// looks the mask up, is as busy as who computes.
   FOVEA_DEVICE static bool leads() { return threadIdx.x == (S.mask ? kWarp : 0); }
 
-  /// The threads that produce: one, with a bias a warp, with a mask two; all where the copy engine cannot read a tensor.
+  /// The threads that produce: one, with a bias a warp, with a mask two; all where the copy engine cannot read a
+  /// tensor.
   FOVEA_DEVICE u32 hands() const {
     return !kByEngine || S.bias && !p.bias_by_engine ? 128 : S.mask ? 2 * kWarp : S.bias ? kWarp : 1;
   }
@@ -39,16 +40,18 @@ struct BackwardProducer {
       const Step& step = state.step(n);
       const int place = state.q.place(n);
       Barrier& q = state.q.full[place];
-      if (!looks_up()) state.q.await_empty(n);
+      state.q.await_empty(n);
       if (!(kByEngine && !S.mask && !S.bias ? step.exists : uniform(step.exists))) {
         if constexpr (S.holds_dq) pass_places(n);
         if (leads()) q.arrive();
+        if (S.mask && walk.writes()) q.arrive();
         if (!S.holds_dq || state.last_keys(walk.key_block)) return;
         go_on_to_next_keys();
         first = n + 1;
         continue;
       }
-      if (looks_up()) continue;
+      if (S.mask && walk.writes()) q.arrive();  // for its step
+      if (looks_up()) continue;                 // to write the next one while others copy
       const int words = S.mask && step.mask == TileState::kPartial ? BackwardLayout<S>::kShared.words_stage : 0;
       load_rows_of<S.head_dim>(step, at.q(place), at.log2_lse(place), q, p.q_map, p.q, p.log2_lse, p.head_dim, words);
       if (words > 0 && leads()) load_bytes(at.words(place), words_of(step), words, q);
@@ -61,7 +64,7 @@ struct BackwardProducer {
     }
   }
 
-  /// Whether this thread goes ahead with the walk while others copy.
+  /// Whether this thread copies nothing.
   FOVEA_DEVICE bool looks_up() const { return S.mask && warp_id() == 0 && hands() == 2 * kWarp; }
 
   /// Passes the turns of steps whose dq has been added, by a warp of its own: a release waits for all that was sent.
