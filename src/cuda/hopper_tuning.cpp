@@ -54,7 +54,6 @@ constexpr auto kTiles = std::to_array<Row>({
      {.warpgroups = 3, .block_n = 128, .stages = 4, .turns = true}},
     {{.widest = 64, .most_options = 4, .mask = false, .dropout = false, .most_idle = 10},
      {.warpgroups = 4, .block_n = 64, .stages = 6, .turns = true}},
-    {{.widest = 128, .most_options = 2, .dropout = false}, {.block_n = 128, .hold = true, .turns = true}},
     {{.widest = 128, .most_options = 3, .dropout = false}, {.block_n = 128, .hold = true, .turns = true}},
     {{.widest = 128, .most_options = 4, .dropout = false}, {.block_n = 128, .turns = true}},
     {{.widest = 128, .most_options = 2}, {.block_n = 128}},

@@ -247,8 +247,8 @@ struct Consumer {
     float total[2];
     bool weighed = false;
     if constexpr (Soft::kWeighsCapped) {
-      weighed = sight_of(work, step).band == TileState::kFull &&
-                soft.weigh_capped(s, next, total, entries, stream_of(work)) && !Soft::outgrown(total);
+      weighed = sight_of(work, step).band == TileState::kFull && soft.weigh_capped(s, next, total, entries) &&
+                !Soft::outgrown(total);
     }
     if (!weighed) {
       finish(rules, s, sight_of(work, step), entries);

@@ -36,24 +36,23 @@ struct Softmax {
     weigh_all(s, weights, total, entries, stream, [&](float x, int h) { return __fmaf_rn(x, unit, from(h)); });
   }
   /// Likewise of products that a softcap has yet to make scores of.  False where some are too large for that.
-  FOVEA_DEVICE bool weigh_capped(const Scores& s, Weights& weights, float (&total)[2], const Found& entries,
-                                 const math::DropoutStream& stream) {
+  FOVEA_DEVICE bool weigh_capped(const Scores& s, Weights& weights, float (&total)[2], const Found& entries) {
     const CallParams& p = entries.rules.p;
     if (steps == 0) {
-      if (weigh_by<3>(p.few_terms, s, weights, total, entries, stream)) return true;
+      if (weigh_by<3>(p.few_terms, s, weights, total, entries)) return true;
       steps = 1;
     }
     if (steps == 1) {
-      if (weigh_by<6>(p.more_terms, s, weights, total, entries, stream)) return true;
+      if (weigh_by<6>(p.more_terms, s, weights, total, entries)) return true;
       steps = 2;
     }
     return false;
   }
   template <int kTerms>
   FOVEA_DEVICE bool weigh_by(const CappedExponent& exponent, const Scores& s, Weights& weights, float (&total)[2],
-                             const Found& entries, const math::DropoutStream& stream) const {
+                             const Found& entries) const {
     u32 all = 0;  // squares lie within a power of two, so that one beyond shows in the bits of all
-    weigh_all(s, weights, total, entries, stream, [&](float x, int h) {
+    weigh_all(s, weights, total, entries, {}, [&](float x, int h) {
       const float z = __fmaf_rn(x, x, exponent.square);
       all |= __float_as_uint(z);
       float factor = exponent.terms[kTerms - 1];
