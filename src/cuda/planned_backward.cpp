@@ -80,7 +80,7 @@ void BackwardCall::after(BackwardParams p, const Outputs& outputs, void* workspa
   if (bias_words_) bias_words_->make(p, workspace, stream);
   const Tensor& t = outputs.dbias;
   const BackwardSpec spec = bias_gradient_spec(shape_.spec);
-  p.key_blocks = (p.seqlen_kv + spec.block_n - 1) / spec.block_n;
+  p.key_blocks = static_cast<int>(ceil_div(p.seqlen_kv, spec.block_n));
   const auto count = [](std::int64_t extent, int full) { return extent == 1 ? 1 : full; };
   const int tiles = count(t.shape[0], p.batch) * count(t.shape[1], p.q_heads) * count(t.shape[2], p.row_blocks) *
                     count(t.shape[3], p.key_blocks);

@@ -34,9 +34,10 @@ IndexView index_view(const Tensor& t) {
 /// The layout of the words of a mask that has these dimensions of its own.
 WordView word_view(const CallParams& p, WordOrder order, bool batch, bool heads, bool queries) {
   WordView view{};
-  view.rows = queries ? p.seqlen_q : 1;
-  if (order == WordOrder::kColumns) view.rows = (view.rows + 63) / 64 * 64;
-  view.count = order == WordOrder::kRows ? (p.seqlen_kv + 31) / 32 : (p.seqlen_kv + 127) / 128 * 4;
+  // There are words of whole multiples of these.
+  const int rows = order == WordOrder::kColumns ? 64 : 1, keys = order == WordOrder::kRows ? 32 : 128;
+  view.rows = static_cast<int>(math::round_up(queries ? p.seqlen_q : 1, rows));
+  view.count = static_cast<int>(math::round_up(p.seqlen_kv, keys) / 32);
   view.order = order;
   view.heads = heads ? p.q_heads : 1;
   view.planes = batch ? view.heads * p.batch : view.heads;

@@ -103,7 +103,7 @@ struct Context {
   /// they are packed; pairs must stay what they are, so there S is.
   [[nodiscard]] float fold() const { return call.softcap > 0 ? 1.0F : call.scale * kLog2E; }
   /// What makes S the argument of softcap's tanh: finite, so that products of 0 stay 0.
-  [[nodiscard]] float per_softcap() const {
+  [[nodiscard]] float tanh_factor() const {
     constexpr float kMost = 3.40282347e38F;
     return math::larger(math::smaller(call.scale / call.softcap, kMost), -kMost);
   }

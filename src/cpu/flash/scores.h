@@ -174,7 +174,7 @@ inline float finish_scores(const Tile& s, const Panel& panel, const Context& con
                            const float* mask, float* scratch, const Tile* tanhs) {
   const FlashCall& call = context.call;
   // What scores still lack.
-  float factor = call.softcap > 0 ? context.per_softcap() : kWord == Word::kPair ? context.fold() : 1.0F;
+  float factor = call.softcap > 0 ? context.tanh_factor() : kWord == Word::kPair ? context.fold() : 1.0F;
   const auto pass = [&](const auto& f) {
     const float by = factor;
     for_each_vector(s, [&](i64 r, int lane, float* at) { store(at, f(r, lane, load(at) * by)); });

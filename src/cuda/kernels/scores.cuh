@@ -84,6 +84,17 @@ FOVEA_DEVICE void load_run(u32* words, const char* from) {
   }
 }
 
+/// Of row h of a lane's two, entry y becomes −infinity where bit y is not set.  Row by row, so that bits become
+/// conditions seven at a time.
+template <int kN>
+FOVEA_DEVICE void keep_bits(Accumulator (&s)[kN], int h, u32 bits) {
+#pragma unroll
+  for (int y = 0; y < 2 * kN; ++y) {
+    float& x = s[y / 2].x[2 * h + y % 2];
+    x = (bits >> y & 1) != 0 ? x : -infinity();
+  }
+}
+
 /// Mask and bias under a lane's entries, so that they can be on their way while the product is made.  Of each row: the
 /// mask's words, shifted so that a lane finds its bits at the same places as all others; the bias of the lane's keys in
 /// the order of its entries.
@@ -374,12 +385,7 @@ struct ScoreRules {
     if (!partial) return;
     static_assert(2 * kN <= 32);
     each_row<kM>(row, key, [&](int i, int h, int begin, int end) {
-      const u32 bits = bits_between(Order::before(begin), Order::before(end));
-#pragma unroll
-      for (int y = 0; y < 2 * kN; ++y) {
-        float& x = s[i][y / 2].x[2 * h + y % 2];
-        x = (bits >> y & 1) != 0 ? x : -infinity();
-      }
+      keep_bits(s[i], h, bits_between(Order::before(begin), Order::before(end)));
     });
   }
 

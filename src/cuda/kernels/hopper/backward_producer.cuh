@@ -41,17 +41,16 @@ struct BackwardProducer {
       const int place = state.q.place(n);
       Barrier& q = state.q.full[place];
       state.q.await_empty(n);
+      if (S.mask && walk.writes()) q.arrive();  // for the step; who leads arrives for the rest
       if (!(kByEngine && !S.mask && !S.bias ? step.exists : uniform(step.exists))) {
         if constexpr (S.holds_dq) pass_places(n);
         if (leads()) q.arrive();
-        if (S.mask && walk.writes()) q.arrive();
         if (!S.holds_dq || state.last_keys(walk.key_block)) return;
         go_on_to_next_keys();
         first = n + 1;
         continue;
       }
-      if (S.mask && walk.writes()) q.arrive();  // for its step
-      if (looks_up()) continue;                 // to write the next one while others copy
+      if (looks_up()) continue;  // to write the next step while others copy
       const int words = S.mask && step.mask == TileState::kPartial ? BackwardLayout<S>::kShared.words_stage : 0;
       load_rows_of<S.head_dim>(step, at.q(place), at.log2_lse(place), q, p.q_map, p.q, p.log2_lse, p.head_dim, words);
       if (words > 0 && leads()) load_bytes(at.words(place), words_of(step), words, q);

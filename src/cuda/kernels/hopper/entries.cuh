@@ -20,7 +20,7 @@ struct TileEntries {
 
   FOVEA_DEVICE static int warp_row() { return warp_id() % 4 * 16; }
 
-  /// Leaves what the band lets through, too.
+  /// Leaves only what a tile's band lets through, too.
   FOVEA_DEVICE void narrow(const Sight& sight) {
     if (sight.mask == TileState::kFull) seen[0] = seen[1] = ~0U;
     if (sight.band != TileState::kPartial) return;
@@ -30,11 +30,8 @@ struct TileEntries {
   }
   template <int kPieces>
   FOVEA_DEVICE void hide(Accumulator (&s)[1][kPieces]) const {
-#pragma unroll
-    for (int y = 0; y < 4 * kPieces; ++y) {
-      const int h = y / (2 * kPieces), x = y % (2 * kPieces);
-      if ((seen[h] & 1U << x) == 0) s[0][x / 2].x[2 * h + x % 2] = -infinity();
-    }
+    keep_bits(s[0], 0, seen[0]);
+    keep_bits(s[0], 1, seen[1]);
   }
 
   /// Reads the tile's bits of the lane's words (`WordView`).
