@@ -175,7 +175,7 @@ void MaskWords::make(CallParams& p, void* workspace, void* stream) const {
   if (view.plane() == 0) return;
   launch_->kernel->launch({.x = static_cast<unsigned>(view.spans() * view.groups()),
                            .y = static_cast<unsigned>(std::min<std::int64_t>(view.planes, kMostInGrid)),
-                           .z = 1,
+                           .z = static_cast<unsigned>(ceil_div(view.planes, kMostInGrid)),
                            .threads = static_cast<unsigned>(launch_->request.threads),
                            .shared_bytes = 0},
                           p, stream);

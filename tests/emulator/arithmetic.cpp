@@ -337,6 +337,10 @@ Table make_table() {
   t["shf.r.wrap.b32"] = TERNARY(u32, static_cast<u32>((u64{b} << 32 | a) >> (c & 31U)));
   t["shf.l.wrap.b32"] = TERNARY(u32, static_cast<u32>((u64{b} << 32 | a) << (c & 31U) >> 32));
   t["prmt.b32"] = TERNARY(u32, permute_bytes(a, b, c));
+  t["dp4a.u32.u32"] = TERNARY(u32, [](u32 x, u32 y, u32 sum) {
+    for (int bit = 0; bit < 32; bit += 8) sum += (x >> bit & 0xffU) * (y >> bit & 0xffU);
+    return sum;
+  }(a, b, c));
   t["popc.b32"] = UNARY(u32, u32, static_cast<u32>(std::popcount(a)));
   t["clz.b32"] = UNARY(u32, u32, static_cast<u32>(std::countl_zero(a)));
   t["brev.b32"] = UNARY(u32, u32, [](u32 x) {

@@ -82,6 +82,7 @@ FAKE int cuLaunchKernel(void*, unsigned x, unsigned y, unsigned z, unsigned bx, 
 }
 FAKE int cuLaunchKernelEx(const void* config, void* function, void** params, void** extra) {
   const auto* sizes = static_cast<const unsigned*>(config);
+  ++fake_driver.early_launches;
   return cuLaunchKernel(function, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], nullptr, params,
                         extra);
 }

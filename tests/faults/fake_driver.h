@@ -22,4 +22,5 @@ struct FakeDriver {
   std::vector<unsigned> launch;  // grid, block, shared bytes
   std::vector<void*> launch_contexts;
   int launched_with = 0;  // what the params began with
+  int early_launches = 0;
 };

@@ -21,44 +21,54 @@ FOVEA_DEVICE float dot_pieces(uint4 a, uint4 b) {
   return sum;
 }
 
-/// 16 bytes, or zeros, without a branch, so that many loads are in flight at once.
-FOVEA_DEVICE uint4 read_or_clear(const char* from, bool real) {
-  uint4 x;
-  asm volatile(
-      "{\n.reg .pred real;\nsetp.ne.s32 real, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@real ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
-      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-      : "l"(from), "r"(static_cast<int>(real)));
-  return x;
+inline constexpr int kRowsAtOnce = 2;  // of a thread
+
+/// Lanes that share a row: those that read all of it at once, so that a warp reads whole lines of memory.
+template <BackwardSpec S>
+FOVEA_DEVICE constexpr int lanes_of_row() {
+  int lanes = math::larger(kSideThreads / S.block_m, 1);
+  while (lanes < kWarp && lanes * 16 < S.head_dim_v * kBytes<S.type>) lanes *= 2;
+  return lanes;
 }
 
-/// A lane's part of the inner product of two rows: every kLanes-th of their 16-byte pieces, or of their elements.
-template <BackwardSpec S, int kLanes>
-FOVEA_DEVICE float dot_of_rows(const BackwardParams& p, const char* out, const char* dout, int lane) {
-  constexpr int kPieces = (S.head_dim_v * kBytes<S.type> / 16 + kLanes - 1) / kLanes,
-                kAtOnce = math::smaller(kPieces, 4);
-  const int bytes = p.head_dim_v * kBytes<S.type>;
-  float sum = 0.0F;
-  if (p.out.aligned && p.dout.aligned && bytes % 16 == 0) {
+/// The inner products of the rows of two tensors, from `out` and `dout` on, by a whole block.
+template <BackwardSpec S>
+FOVEA_DEVICE void dots_of_rows(const BackwardParams& p, const char* out, const char* dout, int rows,
+                               float (&dots)[S.block_m]) {
+  constexpr int kLanes = lanes_of_row<S>(), kApart = kSideThreads / kLanes;
+  constexpr int kRows = math::larger(math::smaller(S.block_m / kApart, kRowsAtOnce), 1);
+  const int bytes = p.head_dim_v * kBytes<S.type>, lane = static_cast<int>(threadIdx.x) % kLanes;
+  const bool in_pieces = p.out.aligned && p.dout.aligned && bytes % 16 == 0;
 #pragma unroll 1
-    for (int at = lane * 16; at < bytes; at += kAtOnce * kLanes * 16) {
-      uint4 x[kAtOnce], y[kAtOnce];
+  for (int r = static_cast<int>(threadIdx.x) / kLanes; r < S.block_m; r += kRows * kApart) {
+    const auto offset = [&](int n, i64 stride) { return math::smaller(r + n * kApart, rows - 1) * stride; };
+    float sums[kRows] = {};
+    if (in_pieces) {
+#pragma unroll 1
+      for (int at = lane * 16; at < bytes; at += kLanes * 16) {
+        uint4 x[kRows], y[kRows];  // asked for all at once
 #pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const int here = at + n * kLanes * 16;
-        x[n] = read_or_clear(out + here, here < bytes);
-        y[n] = read_or_clear(dout + here, here < bytes);
+        for (int n = 0; n < kRows; ++n) {
+          x[n] = read_once(out + offset(n, p.out.row) + at);
+          y[n] = read_once(dout + offset(n, p.dout.row) + at);
+        }
+#pragma unroll
+        for (int n = 0; n < kRows; ++n) sums[n] += dot_pieces<S.type>(x[n], y[n]);
       }
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) sum += dot_pieces<S.type>(x[n], y[n]);
-    }
-    return sum;
-  }
+    } else {
 #pragma unroll 1
-  for (int at = lane * kBytes<S.type>; at < bytes; at += kLanes * kBytes<S.type>) {
-    sum += read<S.type>(out + at) * read<S.type>(dout + at);
+      for (int at = lane * kBytes<S.type>; at < bytes; at += kLanes * kBytes<S.type>) {
+#pragma unroll
+        for (int n = 0; n < kRows; ++n)
+          sums[n] += read<S.type>(out + offset(n, p.out.row) + at) * read<S.type>(dout + offset(n, p.dout.row) + at);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      for (int step = kLanes / 2; step > 0; step /= 2) sums[n] += __shfl_xor_sync(kAllLanes, sums[n], step);
+      if (lane == 0 && r + n * kApart < S.block_m) dots[r + n * kApart] = sums[n];
+    }
   }
-  return sum;
 }
 
 /// The sum over all threads, in the same order every time; for thread 0.
@@ -83,7 +93,6 @@ FOVEA_DEVICE void clear_sums(const BackwardParams& p, i64 tile) {
 /// Blocks: `RowBlock`.  Writes log2_lse, delta and the sink's parts, clears the tickets and what is added to of dq_sum.
 template <BackwardSpec S>
 __device__ void backward_rows(const BackwardParams& p) {
-  constexpr int kLanes = math::larger(kSideThreads / S.block_m, 4);  // that share a row
   const auto [batch, head, tile] = RowBlock::of(p, S.block_m);
   const Sequence sequence = Sequence::of(p, batch);
   if ((S.deterministic || S.ends_dq) && blockIdx.x + threadIdx.x == 0) *p.begun = 0;
@@ -93,34 +102,28 @@ __device__ void backward_rows(const BackwardParams& p) {
     if (of_group + tile == 0 && threadIdx.x == 0) p.added[turn] = 0;
     if (turn < p.dq_places) clear_sums<S>(p, places.first_tile(turn) + of_group * p.row_blocks + tile);
   }
+  static_assert(S.block_m <= kSideThreads);
   if (tile * S.block_m >= sequence.q_rows) return;
   const i64 slot = RowSlots(p, sequence, S.block_m).at(head, tile);
   if constexpr (!S.holds_dq && !S.ends_dq) clear_sums<S>(p, slot);
   if (S.deterministic && threadIdx.x == 0) p.tickets[slot] = 0;
 
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  float sink_part = 0.0F;
-#pragma unroll 1
-  for (int pass = 0; pass * kSideThreads < S.block_m * kLanes; ++pass) {
-    const int r = (pass * kSideThreads + static_cast<int>(threadIdx.x)) / kLanes;
-    const int i = tile * S.block_m + r;
-    const bool real = r < S.block_m && i < sequence.band.seqlen_q;
-    const float lse = real ? *sequence.statistic(p.lse, i, head) : -infinity();
-    float delta = 0.0F;
-    if (real) {  // without waiting for lse
-      delta = dot_of_rows<S, kLanes>(p, sequence.q_row(p.out, i, head), sequence.q_row(p.dout, i, head), lane);
-    }
-    for (int step = kLanes / 2; step > 0; step /= 2) delta += __shfl_xor_sync(kAllLanes, delta, step);
-    if (lane != 0 || r >= S.block_m) continue;
-    if (real && p.dlse.data != nullptr) delta -= *sequence.statistic(p.dlse, i, head);
-    if (lse == -infinity()) delta = 0.0F;
-    p.log2_lse[slot * S.block_m + r] = lse == -infinity() ? infinity() : lse * kLog2E;
+  __shared__ float dots[S.block_m];
+  const int r = static_cast<int>(threadIdx.x), first = tile * S.block_m;
+  const int rows = math::smaller(sequence.band.seqlen_q - first, S.block_m);
+  const float lse = r < rows ? *sequence.statistic(p.lse, first + r, head) : -infinity();  // awaited at the end
+  const float dlse = r < rows && p.dlse.data != nullptr ? *sequence.statistic(p.dlse, first + r, head) : 0.0F;
+  if (rows > 0) dots_of_rows<S>(p, sequence.q_row(p.out, first, head), sequence.q_row(p.dout, first, head), rows, dots);
+  __syncthreads();
+  const bool sees = lse != -infinity();
+  const float delta = sees ? dots[r] - dlse : 0.0F;
+  if (r < S.block_m) {
+    p.log2_lse[slot * S.block_m + r] = sees ? lse * kLog2E : infinity();
     p.delta[slot * S.block_m + r] = delta;
-    if (p.dsink != nullptr && lse != -infinity()) sink_part -= delta * exp2((p.sink[head] - lse) * kLog2E);
   }
   if (p.dsink != nullptr) {
-    sink_part = sum_of_block(sink_part);
-    if (threadIdx.x == 0) p.sink_parts[slot] = sink_part;
+    const float sink_part = sum_of_block(sees ? -delta * exp2((p.sink[head] - lse) * kLog2E) : 0.0F);
+    if (r == 0) p.sink_parts[slot] = sink_part;
   }
 }
 

@@ -92,15 +92,20 @@ FOVEA_DEVICE void transpose_quad(u32 (&w)[4]) {
   }
 }
 
-/// Programmatic dependent launch (`Grid::early`): a kernel launched early waits for the one ahead to end, which lets it
-/// begin once all of its own blocks have said so.
-FOVEA_DEVICE void await_kernel_ahead() {
+/// 16 bytes that this multiprocessor reads once.
+FOVEA_DEVICE uint4 read_once(const void* from) {
+  uint4 x;
+  asm("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "l"(from));
+  return x;
+}
+
+/// Programmatic dependent launch, with which all kernels are launched from sm_90 on: the next one may take room as soon
+/// as all blocks of this one have begun, and waits here until this one has ended.
+FOVEA_DEVICE void follow_kernel_ahead() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-FOVEA_DEVICE void let_next_kernel_begin() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }

@@ -7,15 +7,17 @@
 // or visible as a whole are found at the same time.
 namespace fovea::cuda {
 
-/// Which of eight bytes are not 0.
-FOVEA_DEVICE u32 bits_of_bytes(u32 low, u32 high) {
-  const auto tops = [](u32 x) { return (((x & 0x7f7f7f7fU) + 0x7f7f7f7fU) | x) & 0x80808080U; };
-  // A byte's bit moves to 24 and on, or to 28 and on; what else comes about falls below or out, and nowhere meet two.
-  return (tops(low) >> 7 | tops(high) >> 3) * 0x01020408U >> 24;
+/// Of each of four bytes 1 where it is not 0.
+FOVEA_DEVICE u32 ones_of_bytes(u32 x) { return ((((x & 0x7f7f7f7fU) + 0x7f7f7f7fU) | x) & 0x80808080U) >> 7; }
+FOVEA_DEVICE uint4 ones_of_bytes(const uint4& x) {
+  return {ones_of_bytes(x.x), ones_of_bytes(x.y), ones_of_bytes(x.z), ones_of_bytes(x.w)};
 }
 
-/// Which of 16 keys are seen.
-FOVEA_DEVICE u32 seen_of_bytes(const uint4& x) { return bits_of_bytes(x.x, x.y) | bits_of_bytes(x.z, x.w) << 8; }
+/// Which of 16 keys are seen, by bytes of 0 and 1.
+FOVEA_DEVICE u32 seen_of_ones(const uint4& x) {
+  const auto eight = [](u32 low, u32 high) { return __dp4a(high, 0x80402010U, __dp4a(low, 0x08040201U, 0U)); };
+  return eight(x.x, x.y) | eight(x.z, x.w) << 8;
+}
 /// Past the last one none.
 FOVEA_DEVICE u32 seen_one_by_one(const char* row, i64 stride, int key, int keys) {
   const char* const from = row + key * stride;
@@ -24,94 +26,127 @@ FOVEA_DEVICE u32 seen_one_by_one(const char* row, i64 stride, int key, int keys)
   return seen;
 }
 
-/// What lane t of four has of 128 keys: of each word two neighbouring bits of eight, joined by a product.
-FOVEA_DEVICE u32 word_of_lane(const u32 (&words)[4], int t) {
-  u32 all = 0;
+/// What each of four lanes has of 128 keys: of every byte two neighbouring bits.
+FOVEA_DEVICE uint4 words_of_lanes(const u32 (&words)[4]) {
+  u32 x[4];  // a word's 4 × 4 pairs of bits, transposed
 #pragma unroll
-  for (int w = 0; w < 4; ++w) all |= ((words[w] >> 2 * t & 0x03030303U) * 0x01041040U) >> 24 << 8 * w;
-  return all;
-}
-
-/// What a lane has of 16 keys, from a bit on, of 32 rows of a word, in `WordOrder::kColumns`: of rows 8j + 2 (lane % 4)
-/// and the next, keys lane / 4 and 8 on.
-FOVEA_DEVICE u32 half_of_lane(const u32* words, int first_bit) {
-  u32 all = 0;
-#pragma unroll
-  for (int x = 0; x < 8; ++x) {
-    const u32 two = words[x / 2 * 8 + lane_id() % 4 * 2 + x % 2] >> (first_bit + lane_id() / 4) & 0x101U;
-    all |= ((two | two >> 7) & 3U) << (x % 2 * 8 + x / 2 * 2);
+  for (int w = 0; w < 4; ++w) {
+    const auto swap = [&](int distance, u32 of) {
+      const u32 differ = (x[w] ^ x[w] >> distance) & of;
+      x[w] ^= differ ^ differ << distance;
+    };
+    x[w] = words[w];
+    swap(6, 0x00cc00ccU), swap(12, 0x0000f0f0U);
   }
-  return all;
+  const u32 low[] = {__byte_perm(x[0], x[1], 0x5140), __byte_perm(x[2], x[3], 0x5140)};
+  const u32 high[] = {__byte_perm(x[0], x[1], 0x7362), __byte_perm(x[2], x[3], 0x7362)};
+  return {__byte_perm(low[0], low[1], 0x5410), __byte_perm(low[0], low[1], 0x7632),
+          __byte_perm(high[0], high[1], 0x5410), __byte_perm(high[0], high[1], 0x7632)};
 }
 
-/// Blocks: x: 32 words of 32 rows; y: sequences × heads that have a mask of their own, some of them at once.
+/// What a lane has of the 32 keys of a word's 8 rows 8j + 2 (lane % 4) and the next, in `WordOrder::kColumns`: of the
+/// first 16 keys, and of the others above them, lane / 4 and 8 on.
+FOVEA_DEVICE u32 halves_of_lane(const u32* words) {
+  u32 rows[2] = {};  // even, odd: a byte a key, with every second bit
+#pragma unroll
+  for (int j = 3; j >= 0; --j) {
+    const uint2 two = *reinterpret_cast<const uint2*>(words + 8 * j + lane_id() % 4 * 2);
+    rows[0] = (rows[0] << 2) + (two.x >> lane_id() / 4 & 0x01010101U);
+    rows[1] = (rows[1] << 2) + (two.y >> lane_id() / 4 & 0x01010101U);
+  }
+  return __byte_perm(rows[0] | rows[0] >> 7, rows[1] | rows[1] >> 7, 0x6240);
+}
+
+/// Blocks: x: 32 words of 32 rows; y and z: sequences × heads that have a mask of their own.
 template <ForwardSpec S>
 __device__ void mask_words(const CallParams& p) {
-  __shared__ u32 words[kWarp][kWarp + 1], facts[2];  // a lane for half a word, then for each row
+  __shared__ alignas(8) u32 words[kWarp][kWarp + 2];  // even, and no two lanes of a warp store to one bank
+  __shared__ u32 facts[2];                            // a bit a word: any key of it seen, all
   const WordView& to = p.mask_words;
   const int span = static_cast<int>(blockIdx.x) % to.spans(), group = static_cast<int>(blockIdx.x) / to.spans();
   const int first_word = span * kWarp, first_row = group * kWarp;
-  constexpr int kWarps = kMaskThreads / kWarp, kTurns = kWarp / kWarps;
-  const int lane = lane_id(), last_row = p.mask.query == 0 ? 0 : p.seqlen_q - 1;  // read once more past it
+  constexpr int kRows = kWarp / (kMaskThreads / kWarp), kPieces = 2;  // a warp's rows, of 32 × 16 keys each
+  static_assert(kRows == 4);
+  const int lane = lane_id(), warp_row = kRows * warp_id();
+  const int last_row = p.mask.query == 0 ? 0 : p.seqlen_q - 1;  // read once more past it
+  const int plane = static_cast<int>(blockIdx.z * gridDim.y + blockIdx.y);
+  if (plane >= to.planes) return;
   if (threadIdx.x < 2) facts[threadIdx.x] = 0;
-  for (int plane = static_cast<int>(blockIdx.y); plane < to.planes; plane += static_cast<int>(gridDim.y)) {
-    const char* const from = p.mask.data + plane / to.heads * p.mask.batch + plane % to.heads * p.mask.head;
-    const auto row_at = [&](int x) {
-      return from + math::smaller(first_row + warp_id() + x / 2 * kWarps, last_row) * p.mask.query;
-    };
-    const auto key_of = [&](int x) { return first_word * 32 + (x % 2 * kWarp + lane) * 16; };
-    const auto keep = [&](int x, u32 half) {
-      const u32 word = half | __shfl_down_sync(kAllLanes, half, 1) << 16;
-      if (lane % 2 == 0) words[x % 2 * kWarp / 2 + lane / 2][warp_id() + x / 2 * kWarps] = word;
-    };
-    if (p.mask.key == 1 && (reinterpret_cast<u64>(from) | p.mask.query) % 16 == 0 &&
-        (p.seqlen_kv % 16 == 0 || (first_word + kWarp) * 32 <= p.seqlen_kv)) {
-      uint4 bytes[2 * kTurns];  // asked for all at once
+  const char* const from = p.mask.data + plane / to.heads * p.mask.batch + plane % to.heads * p.mask.head;
+  const auto row_at = [&](int r) { return from + math::smaller(first_row + warp_row + r, last_row) * p.mask.query; };
+  const auto key_of = [&](int piece) { return (first_word + piece * kWarp / 2) * 32 + lane * 16; };
+  // Of two rows two lanes have half a word each: they leave with one of each row.
+  const auto keep = [&](int r, int piece, u32 seen, u32 seen_below) {
+    const u32 other = __shfl_xor_sync(kAllLanes, lane % 2 == 0 ? seen_below : seen, 1);
+    words[piece * kWarp / 2 + lane / 2][warp_row + r + lane % 2] =
+        lane % 2 == 0 ? seen | other << 16 : other | seen_below << 16;
+  };
+  if (p.mask.key == 1 && (reinterpret_cast<u64>(from) | p.mask.query) % 16 == 0 &&
+      (p.seqlen_kv % 16 == 0 || (first_word + kWarp) * 32 <= p.seqlen_kv)) {
+    uint4 bytes[kRows][kPieces];  // asked for all at once
+    u32 bits = 0;
 #pragma unroll
-      for (int x = 0; x < 2 * kTurns; ++x) {
-        bytes[x] = {};
-        if (key_of(x) < p.seqlen_kv) bytes[x] = __ldcs(reinterpret_cast<const uint4*>(row_at(x) + key_of(x)));
-      }
+    for (int x = 0; x < kRows * kPieces; ++x) {
+      uint4& to_bytes = bytes[x / kPieces][x % kPieces];
+      to_bytes = {};
+      if (key_of(x % kPieces) < p.seqlen_kv) to_bytes = read_once(row_at(x / kPieces) + key_of(x % kPieces));
+    }
 #pragma unroll
-      for (int x = 0; x < 2 * kTurns; ++x) keep(x, seen_of_bytes(bytes[x]));
-    } else {
-#pragma unroll 1
-      for (int x = 0; x < 2 * kTurns; ++x) {
-        keep(x, seen_one_by_one(row_at(x), p.mask.key, key_of(x), p.seqlen_kv));
+    for (int x = 0; x < kRows * kPieces; ++x) {
+      const uint4& of = bytes[x / kPieces][x % kPieces];
+      bits |= of.x | of.y | of.z | of.w;
+    }
+    const auto keep_all = [&](bool are_ones) {
+      const auto seen = [&](const uint4& x) { return seen_of_ones(are_ones ? x : ones_of_bytes(x)); };
+#pragma unroll
+      for (int x = 0; x < kRows * kPieces / 2; ++x) {
+        const int r = x / kPieces * 2, piece = x % kPieces;
+        keep(r, piece, seen(bytes[r][piece]), seen(bytes[r + 1][piece]));
       }
+    };
+    if (__all_sync(kAllLanes, (bits & 0xfefefefeU) == 0)) {
+      keep_all(true);
+    } else {  // bool is 0 or 1; who made these bytes had others
+      keep_all(false);
     }
-    __syncthreads();
-    u32* const out = to.data + plane * to.plane();
-    for (int w = warp_id(); w < kWarp; w += kWarps) {
-      const u32 word = words[w][lane];
-      const int keys = p.seqlen_kv - (first_word + w) * 32;  // that exist; only these and rows that exist count
-      const u32 most = keys >= 32 ? ~0U : keys > 0 ? (1U << keys) - 1 : 0;
-      const bool exists = first_row + lane < to.rows;
-      if (to.order == WordOrder::kRows && exists && keys > 0)
-        out[i64{first_word + w} * to.rows + first_row + lane] = word;
-      const bool any = __any_sync(kAllLanes, word != 0), all = __all_sync(kAllLanes, word == most || !exists);
-      if (lane < 2 && (lane == 0 ? any : all)) atomicOr(&facts[lane], 1U << w);
-    }
-    const int w = 4 * warp_id();
-    static_assert(4 * kWarps == kWarp);
-    if (to.order == WordOrder::kColumns && first_word + w < to.count) {
-      u16* const halves = reinterpret_cast<u16*>(out + (i64{group / 2} * to.count + first_word + w) * 2 * kWarp);
+  } else {
 #pragma unroll 1
-      for (int x = 0; x < 8; ++x)
-        halves[(x * kWarp + lane) * 2 + group % 2] = half_of_lane(words[w + x / 2], x % 2 * 16);
-    }
-    if (to.order == WordOrder::kLanes && first_row + lane < to.rows) {
-      const u32 of[] = {words[w][lane], words[w + 1][lane], words[w + 2][lane], words[w + 3][lane]};
-      uint4* const to_lanes = reinterpret_cast<uint4*>(out) + i64{(first_word + w) / 4} * to.rows + first_row + lane;
-      if (first_word + w < to.count)
-        *to_lanes = {word_of_lane(of, 0), word_of_lane(of, 1), word_of_lane(of, 2), word_of_lane(of, 3)};
-    }
-    __syncthreads();
-    if (threadIdx.x < 2) {
-      out[i64{to.rows} * to.count + 2 * (i64{span} * to.groups() + group) + threadIdx.x] = facts[threadIdx.x];
-      facts[threadIdx.x] = 0;
+    for (int x = 0; x < kRows * kPieces / 2; ++x) {
+      const int r = x / kPieces * 2, piece = x % kPieces;
+      const auto seen = [&](int row) { return seen_one_by_one(row_at(row), p.mask.key, key_of(piece), p.seqlen_kv); };
+      keep(r, piece, seen(r), seen(r + 1));
     }
   }
+  __syncthreads();
+  u32* const out = to.data + plane * to.plane();
+  const int w = 4 * warp_id(), row = first_row + lane;  // four words of a row
+  const bool exists = row < to.rows;
+  u32 of[4], any = 0, all = 0;
+#pragma unroll
+  for (int x = 0; x < 4; ++x) {
+    of[x] = words[w + x][lane];
+    const int keys = p.seqlen_kv - (first_word + w + x) * 32;  // that exist; only these and rows that exist count
+    const u32 most = keys >= 32 ? ~0U : keys > 0 ? (1U << keys) - 1 : 0;
+    if (to.order == WordOrder::kRows && exists && keys > 0) out[i64{first_word + w + x} * to.rows + row] = of[x];
+    any |= (__any_sync(kAllLanes, of[x] != 0) ? 1U : 0U) << x;
+    all |= (__all_sync(kAllLanes, of[x] == most || !exists) ? 1U : 0U) << x;
+  }
+  if (lane < 2) atomicOr(&facts[lane], (lane == 0 ? any : all) << w);
+  if (to.order == WordOrder::kColumns && first_word + w < to.count) {
+    u16* const halves = reinterpret_cast<u16*>(out + (i64{group / 2} * to.count + first_word + w) * 2 * kWarp);
+#pragma unroll
+    for (int x = 0; x < 4; ++x) {
+      const u32 two = halves_of_lane(words[w + x]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        halves[((2 * x + half) * kWarp + lane) * 2 + group % 2] = static_cast<u16>(two >> 16 * half);
+    }
+  }
+  if (to.order == WordOrder::kLanes && exists && first_word + w < to.count)
+    reinterpret_cast<uint4*>(out)[i64{(first_word + w) / 4} * to.rows + row] = words_of_lanes(of);
+  __syncthreads();
+  if (threadIdx.x < 2)
+    out[i64{to.rows} * to.count + 2 * (i64{span} * to.groups() + group) + threadIdx.x] = facts[threadIdx.x];
 }
 
 }  // namespace fovea::cuda

@@ -178,6 +178,11 @@ FAKE int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned, unsign
   kernel_of_cubin (*static_cast<const std::string*>(function))(x, y, params[0]);
   return 0;
 }
+FAKE int cuLaunchKernelEx(const void* config, void* function, void** params, void** extra) {
+  const auto* sizes = static_cast<const unsigned*>(config);
+  return cuLaunchKernel(function, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], nullptr, params,
+                        extra);
+}
 FAKE int cuMemPoolCreate(void** pool, const void*) { return *pool = &something, 0; }
 FAKE int cuMemPoolSetAttribute(void*, int which, void*) {
   const std::lock_guard lock(mutex);
