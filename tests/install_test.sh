@@ -98,11 +98,12 @@ mkdir "$work/parent"
 cp "$source_dir/examples/cpp_minimal/main.cpp" "$work/parent"
 sed "s,find_package(fovea.*,add_subdirectory($source_dir fovea)," "$source_dir/examples/cpp_minimal/CMakeLists.txt" \
   >"$work/parent/CMakeLists.txt"
-cmake -S "$work/parent" -B "$work/parent_build" -G Ninja -DCMAKE_BUILD_TYPE=Debug \
+cmake -S "$work/parent" -B "$work/parent_build" -G Ninja -DCMAKE_UNITY_BUILD=ON -DCMAKE_BUILD_TYPE=Debug \
   -DCMAKE_CXX_FLAGS_DEBUG='-O0 -Wshadow -Wconversion -Werror' >"$work/log" || { cat "$work/log"; fail "add_subdirectory failed"; }
 cmake --build "$work/parent_build" --target help >"$work/log"
 grep -q '^fovea: ' "$work/log" || fail "add_subdirectory makes no library"
 ! grep -E '^fovea_(tests|command): |^test: ' "$work/log" || fail "add_subdirectory makes more than the library"
+! grep -q 'fovea_objects.dir/Unity' "$work/parent_build/build.ninja" || fail "another project's unity build merges the library's files"
 cmake --build "$work/parent_build" --target fovea_flash_portable >"$work/log" ||
   { cat "$work/log"; fail "warnings that are errors in the other project are errors in the library"; }
 
