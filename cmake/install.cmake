@@ -31,6 +31,10 @@ install(FILES ${PROJECT_BINARY_DIR}/foveaConfig.cmake ${PROJECT_BINARY_DIR}/fove
 
 function(fovea_install_pc name description requires libs)
   file(RELATIVE_PATH prefix ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
+  foreach(folder LIBDIR INCLUDEDIR)  # relative to the prefix, or absolute, as Nix gives them
+    set(${folder} "\${prefix}")
+    cmake_path(APPEND ${folder} ${CMAKE_INSTALL_${folder}})
+  endforeach()
   configure_file(cmake/pkgconfig.pc.in ${name}.pc @ONLY)
   install(FILES ${PROJECT_BINARY_DIR}/${name}.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
 endfunction()

@@ -107,6 +107,14 @@ grep -q '^fovea: ' "$work/log" || fail "add_subdirectory makes no library"
 cmake --build "$work/parent_build" --target fovea_flash_portable >"$work/log" ||
   { cat "$work/log"; fail "warnings that are errors in the other project are errors in the library"; }
 
+echo "== in folders of its own, beside the prefix"
+cmake -S "$source_dir" -B "$work/absolute" -G Ninja -DBUILD_TESTING=OFF -DCMAKE_INSTALL_LIBDIR="$work/a/lib" \
+  -DCMAKE_INSTALL_INCLUDEDIR="$work/b/include" >"$work/log" || { cat "$work/log"; fail "absolute folders are refused"; }
+for folder in libdir=a/lib includedir=b/include; do
+  [[ $(pkg-config --variable="${folder%=*}" "$work/absolute/fovea.pc") == "$work/${folder#*=}" ]] ||
+    fail "fovea.pc does not say where an absolute ${folder%=*} is"
+done
+
 echo "== as built in $build_dir"
 cmake --install "$build_dir" --prefix "$work/built" >/dev/null
 use_installed "$work/built"
