@@ -61,7 +61,7 @@ CPP
 
 # use_installed PREFIX: both examples, both ways.
 use_installed() {
-  local prefix=$1 example language compiler layers
+  local prefix=$1 example language compiler layers version
   local -x PKG_CONFIG_PATH
   PKG_CONFIG_PATH=$(dirname "$(find "$prefix" -name fovea.pc)")
   for example in cpp_minimal c_minimal; do
@@ -72,6 +72,9 @@ use_installed() {
     cp "$source_dir/examples/c_minimal/main.c" "$work/c_alone"
     sed 's/LANGUAGES C CXX.*/LANGUAGES C)/' "$source_dir/examples/c_minimal/CMakeLists.txt" >"$work/c_alone/CMakeLists.txt"
     by_find_package "$prefix" "$work/c_alone" c_minimal
+    # What find_package takes for another interface, the loader does, too.
+    version=$(pkg-config --modversion fovea)
+    [[ -e $PKG_CONFIG_PATH/../libfovea.so.${version%.*} ]] || fail "the soname is not that of versions ${version%.*}"
     layers=$(find "$prefix" -name libfovea_nn.so)
     [[ -z $layers || $(ldd "$layers") != *'libfovea.so'*'not found'* ]] || fail "libfovea_nn does not find libfovea beside it"
   fi
