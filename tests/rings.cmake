@@ -75,6 +75,9 @@ foreach(script command picture)
   )
 endforeach()
 
+# What developers type, where packages are missing.
+fovea_add_ring(dev tree bash ${CMAKE_CURRENT_SOURCE_DIR}/dev_test.sh ${PROJECT_SOURCE_DIR})
+
 # The documents point at things that exist.
 fovea_add_ring(docs tree Python3::Interpreter ${CMAKE_CURRENT_SOURCE_DIR}/docs_test.py)
 
