@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import fovea
-from fovea._observe import device_name, device_option, file_option, torch_kernel
+from fovea._observe import device_name, device_option, file_option, print_everywhere, torch_kernel
 
 
 @dataclass
@@ -268,6 +268,7 @@ def _count(word: str) -> int:
 
 def main() -> None:
     """The command."""
+    print_everywhere()
     parser = argparse.ArgumentParser(prog="python -m fovea.bench", description=__doc__.splitlines()[0])
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device_option, default=here, help="cpu, cuda or cuda:N")

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import fovea
 import fovea.nn
-from fovea._observe import device_name, device_option, file_option, torch_kernel
+from fovea._observe import device_name, device_option, file_option, print_everywhere, torch_kernel
 
 CHECKED = 4  # steps whose losses are compared: later ones grow apart, however small the first difference is
 LEARNING_RATE = 1e-3
@@ -496,6 +496,7 @@ def page(title: str, cells: list[Cell], text: str) -> str:
 
 def main(words: list[str] | None = None) -> int:
     """The command; 1 where losses do not agree."""
+    print_everywhere()
     parser = argparse.ArgumentParser(prog="python -m fovea.minitest", description=__doc__.splitlines()[0])
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device_option, default=here, help="cpu, cuda or cuda:N")
@@ -537,7 +538,7 @@ def main(words: list[str] | None = None) -> int:
     lines = "\n".join(summary(cells))
     print("\n" + lines)
     shown = table(cells, test.absent, str) + "\n\n" + lines
-    Path(arguments.html).write_text(page(title, cells, shown))
+    Path(arguments.html).write_text(page(title, cells, shown), encoding="utf-8")
     print(f"\nthe picture: {Path(arguments.html).resolve().as_uri()}")
     if arguments.json:
         results = {"title": title, "absent": test.absent, "cells": [asdict(cell) for cell in cells]}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ SHORT = ["--device", "cpu", "--steps", "3", "--size", "3,40,16", "--heads", "2"]
 def run(tmp_path, *words):
     files = ["--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
     status = minitest.main([*SHORT, *files, *words])
-    return status, json.loads((tmp_path / "r.json").read_text()), (tmp_path / "r.html").read_text()
+    return status, json.loads((tmp_path / "r.json").read_text()), (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_everyone_trains_to_the_same_losses(tmp_path, capsys):
@@ -39,6 +41,14 @@ def test_everyone_trains_to_the_same_losses(tmp_path, capsys):
         assert cells["Fovea C++", "mask"]["kernel"] == cells["Fovea Python", "mask"]["kernel"]
     assert "flash_attn" in results["absent"] and "flash_attn: absent" in printed
     assert page.count('class="bar"') == len(cells) and "http" not in page
+
+
+def test_a_locale_without_utf_8_ends_nothing_and_spoils_no_page(tmp_path):
+    ascii_alone = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [*SHORT, "--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
+    run = [sys.executable, "-W", "ignore", "-m", "fovea.minitest", *words]
+    printed = subprocess.run(run, env=ascii_alone, capture_output=True, check=True).stdout
+    assert b"N?N formula" in printed and "N×N formula" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_one_who_computes_something_else_is_told_in_red(tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def test_the_benchmark_prints_a_row_for_every_case_and_writes_json(tmp_path):
         capture_output=True,
         text=True,
         check=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},  # a terminal may lack some signs
     )
     results = json.loads(file.read_text())
     cases = [row["case"] for row in results["rows"]]
