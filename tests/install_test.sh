@@ -99,7 +99,7 @@ use_installed() {
 echo "== as a part of another project: the library alone, whose tests and command are nobody's there"
 mkdir "$work/parent"
 cp "$source_dir/examples/cpp_minimal/main.cpp" "$work/parent"
-sed "s,find_package(fovea.*,add_subdirectory($source_dir fovea)," "$source_dir/examples/cpp_minimal/CMakeLists.txt" \
+sed "s,find_package(fovea.*,add_subdirectory(\"$source_dir\" fovea)," "$source_dir/examples/cpp_minimal/CMakeLists.txt" \
   >"$work/parent/CMakeLists.txt"
 cmake -S "$work/parent" -B "$work/parent_build" -G Ninja -DCMAKE_UNITY_BUILD=ON -DCMAKE_BUILD_TYPE=Debug \
   -DCMAKE_CXX_FLAGS_DEBUG='-O0 -Wshadow -Wconversion -Werror' >"$work/log" || { cat "$work/log"; fail "add_subdirectory failed"; }
