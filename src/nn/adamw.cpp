@@ -31,6 +31,14 @@ void AdamW::set_learning_rate(float lr) {
 
 void AdamW::step() {
   or_out_of_memory([&] {
+    for (const Slot& slot : slots_) {
+      const Tensor &value = slot.parameter->value.view(), &mean = slot.mean.view();
+      const bool fits = value.rank == mean.rank && value.shape == mean.shape && value.device == mean.device &&
+                        (value.dtype == DType::kFloat32) != slot.master.defined();
+      if (fits || !slot.parameter->gradient.defined()) continue;
+      refuse("a parameter of shape ", shape_text(mean), " has become ", name(value.dtype), " ", shape_text(value),
+             " on ", name(value.device), " since its AdamW was made; make another AdamW");
+    }
     ++steps_;
     for (const Slot& slot : slots_) {
       if (!slot.parameter->gradient.defined()) continue;

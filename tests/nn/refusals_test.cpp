@@ -89,6 +89,24 @@ TEST(AdamWRates, BelowZeroOrNotANumberAreRefused) {
   EXPECT_EQ(refusal([&] { adamw.set_learning_rate(-1.0F); }), "lr (-1) must be at least 0");
 }
 
+TEST(AdamWParameters, ThatBecameOthersAreRefusedBeforeAnyStep) {
+  Linear layer({.in_features = 4, .out_features = 3, .device = kDevice});
+  AdamW adamw(layer);
+  const Array x(DType::kFloat32, {2, 4}, kDevice), dy(DType::kFloat32, {2, 3}, kDevice);
+  (void)layer.backward(x.view(), dy.view());
+  const auto refused = [&](const std::string& has_become) {
+    EXPECT_EQ(refusal([&] { adamw.step(); }), "a parameter of shape [3, 4] has become " + has_become + " on " +
+                                                  name(kDevice) + " since its AdamW was made; make another AdamW");
+  };
+  const Array before = layer.weight.value;
+  layer.weight.value = Array(DType::kFloat32, {3, 400}, kDevice);
+  refused("fp32 [3, 400]");
+  layer.weight.value = Array(DType::kBFloat16, {3, 4}, kDevice);
+  refused("bf16 [3, 4]");
+  layer.weight.value = before;
+  adamw.step();
+}
+
 TEST(MovedFrom, ArraysHoldNothing) {
   Array from(DType::kFloat32, {2, 3}, kDevice), to = std::move(from);
   // NOLINTBEGIN(bugprone-use-after-move,clang-analyzer-cplusplus.Move): that is what this is about.
