@@ -23,6 +23,11 @@ void check_range(const Size& size, std::int64_t least, std::int64_t most) {
   if (size.value > most) refuse(size.name, " (", size.value, ") must be at most ", most);
 }
 
+template <typename Enum>
+void check_named(const char* field, Enum value, Enum last) {
+  if (value > last) refuse(field, " (", static_cast<int>(value), ") must be one of the values that have names");
+}
+
 /// Refuses tensors of more than kMaxElements.  A size of 0 counts as 1, so that products of the others fit as well.
 void check_product(const char* tensor, std::initializer_list<Size> sizes) {
   std::int64_t product = 1;
@@ -103,6 +108,7 @@ bool is_floating(DType dtype) {
 }  // namespace
 
 void validate(const Problem& p) {
+  check_named("direction", p.direction, Direction::kForwardBackward);
   if (!is_floating(p.dtype)) refuse("dtype (", name(p.dtype), ") must be fp32, fp16 or bf16");
   check_range({"batch", p.batch}, 1, kMaxElements);
   check_range({"num_q_heads", p.num_q_heads}, 1, kMaxElements);
@@ -129,6 +135,9 @@ void validate(const Problem& p) {
   check_lengths("q_lengths", p.q_lengths, p.batch, {"seqlen_q", p.seqlen_q}, p.packed_q);
   check_lengths("kv_lengths", p.kv_lengths, p.batch, {"seqlen_kv", p.seqlen_kv}, p.packed_kv);
 
+  check_named("causal", p.causal, Causal::kBottomRight);
+  check_named("alibi", p.alibi, Alibi::kPerBatchAndHead);
+  check_named("layout", p.layout, Layout::kQkvPacked);
   if (p.window_left) check_range({"window_left", *p.window_left}, 0, kMaxElements);
   if (p.window_right) check_range({"window_right", *p.window_right}, 0, kMaxElements);
   if (p.bias_dtype != DType::kFloat32 && (!p.bias || p.bias_dtype != p.dtype)) {
