@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.resources
 import inspect
 import json
@@ -99,6 +100,13 @@ import fovea, numpy
 fovea.attention(*[numpy.ones((1, 3, 1, 8), numpy.float32)] * 3)
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+def test_the_compiled_half_lends_the_library_to_nobody_and_borrows_nobody_s():
+    module = ctypes.CDLL(fovea._core.__file__)
+    assert module.PyInit__core
+    with pytest.raises(AttributeError):  # what is visible would be taken from a program's own libfovea first
+        _ = module["_ZN5fovea12plan_forwardERKNS_7ProblemERKNS_6DeviceERKNS_11PlanOptionsE"]
 
 
 def test_every_adapter_takes_the_arguments_in_one_order():
