@@ -127,7 +127,6 @@ constexpr ForwardSpec kSpec{
   EXPECT_TRUE(request.unit.ends_with(R"(};
 
 extern "C" __global__ __launch_bounds__(128, 2) void fovea_kernel(const __grid_constant__ ForwardParams params) {
-  follow_kernel_ahead();
   forward<kSpec>(params);
 }
 

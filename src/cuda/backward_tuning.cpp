@@ -144,7 +144,8 @@ jit::KernelRequest side_request(std::string_view function, std::string_view head
                       .spec = "BackwardSpec",
                       .params = "BackwardParams",
                       .threads = kSideThreads,
-                      .min_blocks = kSideBlocks},
+                      .min_blocks = kSideBlocks,
+                      .early = true},
                      spec, arch);
 }
 

@@ -330,14 +330,13 @@ void* load_function(int gpu, const std::string& cubin, const char* name, std::st
   return function;
 }
 
-void launch(int gpu, void* function, std::string_view title, const Grid& grid, const void* params, void* stream,
-            bool early) {
+void launch(int gpu, void* function, std::string_view title, const Grid& grid, const void* params, void* stream) {
   const CurrentGpu current(gpu);
   std::array<void*, 1> parameters{const_cast<void*>(params)};
-  const LaunchAttribute attribute{.id = kProgrammaticSerialization, .value = {1}};
+  const LaunchAttribute early{.id = kProgrammaticSerialization, .value = {1}};
   const LaunchConfig config{
-      {grid.x, grid.y, grid.z}, {grid.threads, grid.threads_y, 1}, grid.shared_bytes, stream, &attribute, 1};
-  const int status = early && driver_version() >= kCapturesEarlyLaunches
+      {grid.x, grid.y, grid.z}, {grid.threads, grid.threads_y, 1}, grid.shared_bytes, stream, &early, 1};
+  const int status = grid.early && driver_version() >= kCapturesEarlyLaunches
                          ? driver().call.launch_with(&config, function, parameters.data(), nullptr)
                          : driver().call.launch(function, grid.x, grid.y, grid.z, grid.threads, grid.threads_y, 1U,
                                                 grid.shared_bytes, stream, parameters.data(), nullptr);

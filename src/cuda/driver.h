@@ -131,11 +131,11 @@ struct Grid {
   unsigned x = 1, y = 1, z = 1;
   unsigned threads = 128, threads_y = 1;
   unsigned shared_bytes = 0;  ///< dynamic
+  bool early = false;         ///< programmatic dependent launch (sm_90): the kernel itself waits for the one before
 };
 
-/// `params` is the kernel's one parameter, copied before this returns.  `early`: by programmatic dependent launch, for
-/// kernels that wait for the one ahead themselves.
+/// `params` is the kernel's one parameter, copied before this returns.
 FOVEA_API void launch(int gpu, void* function, std::string_view title, const Grid& grid, const void* params,
-                      void* stream, bool early);
+                      void* stream);
 
 }  // namespace fovea::cuda

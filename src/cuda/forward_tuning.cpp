@@ -334,7 +334,8 @@ jit::KernelRequest combine_request(const ForwardShape& shape, int arch) {
                       .header = "cuda/kernels/combine.cuh",
                       .spec = "ForwardSpec",
                       .params = "ForwardParams",
-                      .threads = kMostSplits},
+                      .threads = kMostSplits,
+                      .early = true},
                      spec, arch);
 }
 
@@ -344,7 +345,8 @@ jit::KernelRequest mask_words_request(int arch) {
                       .spec = "ForwardSpec",
                       .params = "CallParams",
                       .threads = kMaskThreads,
-                      .min_blocks = 4},
+                      .min_blocks = 4,
+                      .early = true},
                      ForwardSpec{}, arch);
 }
 

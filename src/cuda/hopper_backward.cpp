@@ -232,7 +232,8 @@ jit::KernelRequest backward_sm90_request(const BackwardShape& shape) {
                       .cluster = blocks_of_cluster(spec),
                       .shared_bytes = BackwardSm90Shared::of(spec).total,
                       .text = products,
-                      .arch_specific = true},
+                      .arch_specific = true,
+                      .early = true},
                      spec, kSm90);
 }
 

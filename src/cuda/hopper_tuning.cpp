@@ -188,7 +188,8 @@ jit::KernelRequest forward_sm90_request(const ForwardSm90Shape& shape) {
                       .threads = threads_of(spec),
                       .shared_bytes = shared_bytes(spec),
                       .text = products,
-                      .arch_specific = true},
+                      .arch_specific = true,
+                      .early = true},
                      spec, kSm90);
 }
 

@@ -177,7 +177,8 @@ void MaskWords::make(CallParams& p, void* workspace, void* stream) const {
                            .y = static_cast<unsigned>(std::min<std::int64_t>(view.planes, kMostInGrid)),
                            .z = static_cast<unsigned>(ceil_div(view.planes, kMostInGrid)),
                            .threads = static_cast<unsigned>(launch_->request.threads),
-                           .shared_bytes = 0},
+                           .shared_bytes = 0,
+                           .early = launch_->request.early},
                           p, stream);
 }
 

@@ -49,7 +49,8 @@ void launch(const PlannedLaunch& what, int blocks, const Params& params, void* s
   what.kernel->launch({.x = static_cast<unsigned>(blocks),
                        .threads = static_cast<unsigned>(what.request.threads / threads_y),
                        .threads_y = static_cast<unsigned>(threads_y),
-                       .shared_bytes = static_cast<unsigned>(what.request.shared_bytes)},
+                       .shared_bytes = static_cast<unsigned>(what.request.shared_bytes),
+                       .early = what.request.early},
                       params, stream);
 }
 

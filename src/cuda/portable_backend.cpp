@@ -53,7 +53,8 @@ class ForwardPlan final : public PlannedKernel {
     if (!combine_) return;
     combine_->kernel->launch({.x = static_cast<unsigned>(params.batch * params.q_heads * params.seqlen_q),
                               .y = static_cast<unsigned>(params.v_chunks),
-                              .threads = static_cast<unsigned>(combine_->request.threads)},
+                              .threads = static_cast<unsigned>(combine_->request.threads),
+                              .early = combine_->request.early},
                              params, stream);
   }
 

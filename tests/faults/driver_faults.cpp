@@ -207,11 +207,9 @@ TEST_F(KernelTest, LaunchesWithWhatItIsGiven) {
   EXPECT_EQ(fake().launch, (std::vector<unsigned>{3, 4, 5, 256, 1, 1, 7000}));
   EXPECT_EQ(fake().launched_with, 42);
   EXPECT_EQ(fake().launch_contexts.size(), 1U);
+  EXPECT_EQ(fake().early_launches, 0);
+  kernel.launch({.x = 7, .threads = 32, .threads_y = 4, .early = true}, Params{.first = 43}, nullptr);
   EXPECT_EQ(fake().early_launches, 1);
-  jit::KernelRequest older = kRequest;
-  older.arch = 80;
-  cache.load(older, 1).launch({.x = 7, .threads = 32, .threads_y = 4}, Params{.first = 43}, nullptr);
-  EXPECT_EQ(fake().early_launches, 1) << "kernels of older architectures do not wait for the one ahead";
   EXPECT_EQ(fake().launch, (std::vector<unsigned>{7, 1, 1, 32, 4, 1, 0}));
   EXPECT_EQ(fake().launched_with, 43);
   fake().faults["cuLaunchKernel"] = 701;

@@ -22,11 +22,10 @@ class Kernel {
 
   [[nodiscard]] const Binary& binary() const { return *binary_; }
 
-  /// `params` is the struct that the kernel takes; copied before this returns.  The kernel begins early where it waits
-  /// for the one ahead (kernels/device.cuh).
+  /// `params` is the struct that the kernel takes; copied before this returns.
   template <class Params>
   void launch(const Grid& grid, const Params& params, void* stream) const {
-    cuda::launch(gpu_, function_, binary_->name, grid, &params, stream, binary_->arch >= 90);
+    cuda::launch(gpu_, function_, binary_->name, grid, &params, stream);
   }
 
  private:

@@ -55,7 +55,8 @@ KernelRequest render(const Template& kernel, const std::vector<Field>& fields, c
                         .arch = arch,
                         .arch_specific = kernel.arch_specific,
                         .threads = kernel.threads,
-                        .shared_bytes = kernel.shared_bytes};
+                        .shared_bytes = kernel.shared_bytes,
+                        .early = kernel.early && arch >= 90};
   std::string values, dim;
   for (std::size_t i = 0; i < fields.size(); ++i) {
     const Field& field = fields[i];
@@ -71,8 +72,8 @@ KernelRequest render(const Template& kernel, const std::vector<Field>& fields, c
                   "};\n\nextern \"C\" __global__ __launch_bounds__(" + std::to_string(kernel.threads) + ", " +
                   std::to_string(kernel.min_blocks) + ") " +
                   (kernel.cluster > 1 ? "__cluster_dims__(" + std::to_string(kernel.cluster) + ") " : "") + "void " +
-                  kEntryPoint + "(const __grid_constant__ " + params + " params) {\n  follow_kernel_ahead();\n  " +
-                  function + "<kSpec>(params);\n}\n\n}  // namespace fovea::cuda\n";
+                  kEntryPoint + "(const __grid_constant__ " + params + " params) {\n  " + function +
+                  "<kSpec>(params);\n}\n\n}  // namespace fovea::cuda\n";
   return request;
 }
 

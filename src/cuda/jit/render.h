@@ -22,6 +22,7 @@ struct Template {
   int shared_bytes = 0;        ///< dynamic
   std::string_view text{};     ///< that the template needs beside its header
   bool arch_specific = false;  ///< `KernelRequest::arch_specific`
+  bool early = false;          ///< `KernelRequest::early`, where the architecture has it
 };
 
 struct Field {

@@ -15,7 +15,8 @@ struct KernelRequest {
   int arch = 0;                ///< 90 for sm_90
   bool arch_specific = false;  ///< uses what only this architecture has: compiled for sm_90a, not sm_90
   int threads = 0;             ///< of a block, and
-  int shared_bytes = 0;        ///< what it is launched with, for reports: the key does not know them
+  int shared_bytes = 0;        ///< what it is launched with, for reports: the key does not know them, nor
+  bool early = false;          ///< whether it waits for the kernel ahead itself (`await_kernel_ahead`)
 };
 
 /// The kernel of every unit.

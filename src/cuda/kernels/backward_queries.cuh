@@ -41,6 +41,7 @@ FOVEA_DEVICE void write_dq(const BackwardParams& p, const Sequence& sequence, in
 /// row.
 template <BackwardSpec S>
 __device__ void backward_queries(const BackwardParams& p) {
+  await_kernel_ahead();
   const auto [batch, head, tile] = RowBlock::of(p, S.block_m);
   const Sequence sequence = Sequence::of(p, batch);
   const float* sum = p.dq_sum + RowSlots(p, sequence, S.block_m).at(head, tile) * (S.block_m * S.head_dim);

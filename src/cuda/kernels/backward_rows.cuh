@@ -93,6 +93,8 @@ FOVEA_DEVICE void clear_sums(const BackwardParams& p, i64 tile) {
 /// Blocks: `RowBlock`.  Writes log2_lse, delta and the sink's parts, clears the tickets and what is added to of dq_sum.
 template <BackwardSpec S>
 __device__ void backward_rows(const BackwardParams& p) {
+  await_kernel_ahead();
+  let_next_kernel_begin();
   const auto [batch, head, tile] = RowBlock::of(p, S.block_m);
   const Sequence sequence = Sequence::of(p, batch);
   if ((S.deterministic || S.ends_dq) && blockIdx.x + threadIdx.x == 0) *p.begun = 0;

@@ -146,6 +146,7 @@ __device__ void bias_gradient(const BackwardParams& p) {
 /// After `bias_gradient` in parts.  Blocks: tiles of dbias × pieces of them; threads that share an entry add up parts.
 template <BackwardSpec S>
 __device__ void bias_sums(const BackwardParams& p) {
+  await_kernel_ahead();
   __shared__ double shares[kSideThreads];
   const int pieces = bias_pieces(S, p.dbias.query != 0, p.dbias.key != 0), block = static_cast<int>(blockIdx.x);
   const int tiles = static_cast<int>(gridDim.x) / pieces;

@@ -17,6 +17,8 @@ __device__ void combine(const ForwardParams& p) {
   const Sequence sequence = Sequence::of(p, line / p.q_heads);
   if (query >= sequence.q_rows) return;
   const float* const parts = p.partials + (i64{blockIdx.x} * p.v_chunks + chunk) * p.splits * stride;
+
+  await_kernel_ahead();
   const float2 facts = *reinterpret_cast<const float2*>(parts + math::smaller(thread, p.splits - 1) * stride + width);
   const bool there = thread < p.splits && facts.y != 0.0F;
   float reference = there ? facts.x : -infinity(), total = 0.0F;

@@ -101,11 +101,16 @@ FOVEA_DEVICE uint4 read_once(const void* from) {
   return x;
 }
 
-/// Programmatic dependent launch, with which all kernels are launched from sm_90 on: the next one may take room as soon
-/// as all blocks of this one have begun, and waits here until this one has ended.
-FOVEA_DEVICE void follow_kernel_ahead() {
+/// Programmatic dependent launch (`Template::early`): a kernel launched early waits for the one ahead to end, before any
+/// thread reads what may be its work, which lets it begin once all of its own blocks have said so.  Who says so waits
+/// before that, too, so that what ran before it has ended.
+FOVEA_DEVICE void await_kernel_ahead() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+FOVEA_DEVICE void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }

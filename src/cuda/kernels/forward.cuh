@@ -782,6 +782,7 @@ template <ForwardSpec S>
 __device__ void forward(const ForwardParams& p) {
   using Kernel = Forward<S>;
   extern __shared__ __align__(128) char shared[];
+  if constexpr (S.split) let_next_kernel_begin();
   static_assert(sizeof(typename Kernel::Block) <= block_bytes(S));
   typename Kernel::Block& block = *reinterpret_cast<typename Kernel::Block*>(shared + shared_bytes(S) - block_bytes(S));
   Kernel::describe_block(p, block);

@@ -60,6 +60,8 @@ FOVEA_DEVICE u32 halves_of_lane(const u32* words) {
 /// Blocks: x: 32 words of 32 rows; y and z: sequences × heads that have a mask of their own.
 template <ForwardSpec S>
 __device__ void mask_words(const CallParams& p) {
+  await_kernel_ahead();
+  let_next_kernel_begin();
   __shared__ alignas(8) u32 words[kWarp][kWarp + 2];  // even, and no two lanes of a warp store to one bank
   __shared__ u32 facts[2];                            // a bit a word: any key of it seen, all
   const WordView& to = p.mask_words;

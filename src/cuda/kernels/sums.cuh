@@ -8,6 +8,7 @@ namespace fovea::cuda {
 /// Blocks: heads × batch, or heads alone where slopes are per head.
 template <BackwardSpec S>
 __device__ void backward_sums(const BackwardParams& p) {
+  await_kernel_ahead();
   const int head = static_cast<int>(blockIdx.x) % p.q_heads, first = static_cast<int>(blockIdx.x) / p.q_heads;
   const int thread = static_cast<int>(threadIdx.x);
   if (p.dslopes.data != nullptr) {

@@ -46,6 +46,7 @@ FOVEA_DEVICE void backward_sm90(const BackwardSm90Params& p) {
   static_assert(sizeof(BackwardState<S>) <= kStateBytes);
   BackwardState<S>& state = *reinterpret_cast<BackwardState<S>*>(shared + kShared.state);
   if (threadIdx.x == 0) {
+    await_kernel_ahead();
     const int number = kPairs ? 0 : number_of_block<S>(p);
     state.k.begin(1), state.v.begin(1);
     state.q.begin(S.warps, S.mask ? 2 : 1), state.dout.begin(kPairs ? 4 : S.warps);

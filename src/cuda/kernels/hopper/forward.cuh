@@ -33,6 +33,7 @@ __device__ void forward_sm90(const ForwardSm90Params& p) {
     state.packed = {};
     fence_barriers();
     fence_engine();
+    await_kernel_ahead();
   }
   __syncthreads();
   const int group = static_cast<int>(uniform(threadIdx.x / 128));
