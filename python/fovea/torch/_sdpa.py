@@ -71,7 +71,7 @@ def scaled_dot_product_attention(
             else:
                 attn_mask = _with_rank(attn_mask, 1)
         nested = query.is_nested or key.is_nested or value.is_nested
-        if nested or (query.dim() == 4 and _regular(query, key, value, enable_gqa)):
+        if nested or (query.dim() == key.dim() == value.dim() == 4 and _regular(query, key, value, enable_gqa)):
             return _attend(query, key, value, attn_mask, dropout_p, corner, scale)
         return _irregular(query, key, value, attn_mask, dropout_p, corner, scale, enable_gqa)
     except ValueError as error:
