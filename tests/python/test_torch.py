@@ -264,6 +264,12 @@ def test_arrays_of_other_frameworks_may_be_masks_biases_and_lengths():
         assert same(*(torch.autograd.grad(out.sum(), (q, k, v)) for out in (one, other)))
 
 
+def test_another_frameworks_array_read_backwards_is_refused():
+    q, k, v = tensors(grad=False)
+    with pytest.raises(ValueError, match=r"^mask's stride of dimension 1 \(-1 bytes\) must not be negative$"):
+        fovea.attention(q, k, v, mask=np.ones((q.shape[1], k.shape[1]), bool)[:, ::-1])
+
+
 def test_flags_may_be_any_truth():
     assert all(len(fovea.attention(*tensors(grad=False), return_lse=flag)) == 2 for flag in (1, np.True_))
 

@@ -329,6 +329,9 @@ def _from_elsewhere(name: str, array: Any) -> Tensor:
     if not hasattr(array, "__dlpack__"):
         raise ValueError(f"{name} is a {type(array).__name__}, which is no array: give a tensor, or what speaks DLPack")
     refuse_masked(type(array))
+    for dimension, stride in enumerate(getattr(array, "strides", None) or ()):
+        if stride < 0:  # at which from_dlpack ends the process
+            raise ValueError(f"{name}'s stride of dimension {dimension} ({stride} bytes) must not be negative")
     try:
         return torch.from_dlpack(array)
     except (BufferError, RuntimeError) as error:
