@@ -76,6 +76,20 @@ def test_results_can_be_viewed_as_rows(batch_first, need_weights, cross):
         assert out.view(-1, 32).shape == (15, 32)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights, packs", [(False, False), (False, True), (True, False)])
+def test_results_can_be_written_over(batch_first, need_weights, packs):
+    layer = fovea.nn.MultiheadAttention(32, 4, batch_first=batch_first)
+    layer.pack_padding = packs
+    x, padding = batch(batch_first)
+    x.requires_grad_()
+    gradients = []
+    for add in (torch.Tensor.add, torch.Tensor.add_):
+        out, _ = layer(x, x, x, padding if packs else None, need_weights)
+        gradients += torch.autograd.grad(add(out, x).square().sum(), x)
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("pads, packs", [(False, False), (True, False), (True, True)])

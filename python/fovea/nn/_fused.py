@@ -133,6 +133,7 @@ class _Attention(torch.autograd.Function):
             *arrays, ctx.max_seqlen_q, ctx.max_seqlen_kv = others
         if not (ctx.needs_input_grad[3] or ctx.needs_input_grad[4]):
             query = key = None
+        y = y.detach()  # no view, over which callers could not write
         place = y.new_empty(0)  # in the graph, that of y, which need not be kept for it
         ctx.save_for_backward(place, query, key, in_weight, out_weight, q, kv, out, lse, *arrays)
         return y, place
