@@ -672,6 +672,21 @@ def test_a_padding_mask_of_another_shape_is_refused_where_padding_is_left_out(sh
                 call()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_a_layer_makes_of_masks_is_not_of_the_default_dtype(dtype):
+    layer = fovea.nn.MultiheadAttention(32, 4, add_zero_attn=True, batch_first=True)
+    x, padding = batch()
+    padding[0, 2] = True
+    square = torch.rand(9, 9) < 0.3
+    expected, _ = layer(x, x, x, padding, attn_mask=square)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(layer(x, x, x, padding, attn_mask=square)[0], expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_masks_whose_last_dimension_has_a_stride_are_read():
     layer, theirs = (nn.MultiheadAttention(16, 2, batch_first=True) for nn in (fovea.nn, torch.nn))
     theirs.load_state_dict(layer.state_dict())

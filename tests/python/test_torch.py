@@ -430,6 +430,16 @@ def test_compiled_calls_draw_a_fresh_seed_each_and_follow_the_generator():
     assert torch.equal(torch.compile(dropped)(q, k, v, seed=2**64 - 2), dropped(q, k, v, seed=2**64 - 2))
 
 
+def test_seeds_come_from_the_tensors_device_whatever_the_default_one():
+    q, k, v = tensors(grad=False)
+    torch.manual_seed(3)
+    expected = fovea.attention(q, k, v, dropout_p=0.3)
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        assert torch.equal(fovea.attention(q, k, v, dropout_p=0.3), expected)
+        assert torch.ops.fovea.draw_seed(q).device == q.device
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, lambda f: torch.compile(f, backend="aot_eager")])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_recompute_the_same_dropout(reentrant, wrap):

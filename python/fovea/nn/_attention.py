@@ -206,7 +206,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _options(self, q: Tensor) -> dict[str, Any]:
         """What is the same for all calls of attention."""
         # A key of score 0 without a value is a sink.
-        sink = torch.zeros(self.num_heads, device=q.device) if self.add_zero_attn else None
+        sink = torch.zeros(self.num_heads, dtype=torch.float32, device=q.device) if self.add_zero_attn else None
         return {"dropout_p": self.dropout if self.training and not self.drops_all() else 0.0, "sink": sink}
 
     def _weights(self, q: Tensor, k: Tensor, lse: Tensor, options: dict[str, Any], average: bool) -> Tensor:

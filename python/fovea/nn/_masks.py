@@ -60,7 +60,7 @@ def options_of(
     if "mask" not in options:
         options["mask"] = _with_more(~padding, extra_keys, True)
     else:  # a boolean attn_mask leaves the bias free
-        hidden = torch.zeros(padding.shape, device=padding.device).masked_fill(padding, -torch.inf)
+        hidden = torch.zeros(padding.shape, dtype=torch.float32, device=padding.device).masked_fill(padding, -torch.inf)
         options["bias"] = _with_more(hidden, extra_keys, 0.0)
     return options
 

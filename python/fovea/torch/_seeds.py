@@ -13,7 +13,7 @@ def draw(device: torch.device) -> tuple[int, int]:
     On a GPU the generator's state is two numbers on the host: nothing waits for the GPU.
     """
     if device.type != "cuda":
-        return int(torch.empty((), dtype=torch.int64).random_().item()), 0
+        return int(torch.empty((), dtype=torch.int64, device="cpu").random_().item()), 0
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "dropout inside a CUDA graph would drop the same entries in every replay; give seed= to say that this is"
@@ -29,7 +29,7 @@ def draw(device: torch.device) -> tuple[int, int]:
 
 def to_tensor(seed: int, offset: int) -> torch.Tensor:
     """Both numbers as one int64 tensor on the CPU, their bits kept: how seeds travel through graphs."""
-    return torch.tensor([_signed(seed), _signed(offset)], dtype=torch.int64)
+    return torch.tensor([_signed(seed), _signed(offset)], dtype=torch.int64, device="cpu")
 
 
 def from_tensor(seed: torch.Tensor) -> tuple[int, int]:
