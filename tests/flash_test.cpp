@@ -355,10 +355,11 @@ TEST_P(EveryIsa, TouchesOnlyTensorsOfItsOwnPass) {
 }
 
 // What a row's largest score is measured from moves only when it must: a late key that towers over the others, by less
-// and by more than that takes, and one that leaves them all behind.
+// and by more than that takes, one that leaves them all behind, and one by so much that a unit in its last place is
+// thousands.
 TEST_P(EveryIsa, ALateGreatScoreTakesOver) {
-  for (const float size : {4.0F, 40.0F, 400.0F}) {
-    Attention run(line("fwd", "b1 hq1 sq60 skv700 d16 scale=1"));
+  for (const auto& [size, scale] : {std::pair{4.0, 1.0}, {40.0, 1.0}, {400.0, 1.0}, {3.0, 0x1p35}}) {
+    Attention run(line("fwd", "b1 hq1 sq60 skv700 d16 scale=" + std::to_string(scale)));
     for (std::int64_t c = 0; c < 16; ++c) {
       for (std::int64_t i = 0; i < 60; ++i) cpu::store(run.in.q, Attention::offset(run.in.q, i, 0, c), c == 0 ? 1 : 0);
       for (std::int64_t j = 0; j < 700; ++j) {
@@ -367,14 +368,14 @@ TEST_P(EveryIsa, ALateGreatScoreTakesOver) {
       }
     }
     plan_forward(run.problem, {}, {.backend = backend()}).execute(run.in, run.out);
-    const double top = 2 * size, sum = 1 + std::exp(size - top) + 698 * std::exp(-top);
+    const double top = 2 * size * scale, sum = 1 + std::exp(-top / 2) + 698 * std::exp(-top);
     for (std::int64_t i = 0; i < 60; ++i) {
       EXPECT_NEAR(cpu::load(run.out.lse, i), top + std::log(sum), 2e-7 * (10 + top)) << size;
       for (std::int64_t c = 0; c < 16; ++c) {
         double expected = 0;
         for (std::int64_t j = 0; j < 700; ++j) {
           const double score = j == 300 ? size : j == 650 ? 2 * size : 0;
-          expected += std::exp(score - top) / sum * Attention::at(run.in.v, j, 0, c);
+          expected += std::exp(score * scale - top) / sum * Attention::at(run.in.v, j, 0, c);
         }
         EXPECT_NEAR(Attention::at(run.out.out, i, 0, c), expected, 0.02) << size << " " << i << " " << c;
       }

@@ -80,6 +80,10 @@ inline void add_bad_values(float* o, const Tile& p, const bool* bad, const Panel
 /// is hardly ever rescaled.
 inline constexpr float kSlack = 8.0F, kMostWeight = 256.0F;
 
+/// S · scale − base rounds once, base, which is such a product, by itself: they differ by up to |base| · 2^-24, of
+/// which P takes the power.  From this on S is multiplied first, and a row's largest P is 2^0 whatever the scores.
+inline constexpr float kFar = 0x1p24F;
+
 /// Inputs and results of the softmax of a strip of scores.
 struct SoftmaxOf {
   float scale;                            // of S
@@ -112,13 +116,13 @@ FOVEA_INLINE void weigh(const Tile& s, const SoftmaxOf& of, bool keep_floats, co
 }
 
 /// S becomes P by the reference it has, without a search for larger scores.  False, and S unchanged, where the
-/// reference has to move or there is none yet.
+/// reference has to move, is far or there is none yet.
 template <Word kWord, int kVectors>
 inline bool softmax_by_old_reference(const Tile& s, const SoftmaxOf& of) {
   V base[kVectors], total[kVectors] = {};
   FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) {
     base[n] = load(of.reference + n * kWidth);
-    if (any(base[n] == splat(-kInfinity))) return false;
+    if (any(absolute(base[n]) > splat(kFar))) return false;  // −inf, too
   }
   weigh<kWord>(s, of, false, base, total);
   bool stays = true;
@@ -153,7 +157,7 @@ template <int kVectors>
 
 /// S becomes P with dropout; updates reference and sum.  True where O has to be multiplied by `rescale`.
 template <Word kWord, int kVectors>
-inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats) {
+inline bool online_softmax(const Tile& s, SoftmaxOf of, bool keep_floats) {
   if (kWord == Word::kPair && !keep_floats && softmax_by_old_reference<kWord, kVectors>(s, of)) return false;
   V top[kVectors], base[kVectors], sum_before[kVectors], total[kVectors] = {};
   FOVEA_UNROLL for (V& x : top) x = splat(-kInfinity);
@@ -161,7 +165,7 @@ inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats)
     V& x = top[lane / kWidth];
     x = larger(load(at), x);
   });
-  bool moved = false;
+  bool moved = false, far = false;
   FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) {
     const V highest = top[n] * of.scale, before = load(of.reference + n * kWidth);
     const V after = highest > before + kSlack ? highest : before;
@@ -171,6 +175,11 @@ inline bool online_softmax(const Tile& s, const SoftmaxOf& of, bool keep_floats)
     moved = moved || any((after != before) & (before != splat(-kInfinity)));
     store(of.reference + n * kWidth, after);
     store(of.rescale + n * kWidth, factor);
+    far = far || any(absolute(base[n]) > splat(kFar));
+  }
+  if (kWord == Word::kPair && far) {
+    for_each_vector<kVectors>(s, [&](i64 /*r*/, int /*lane*/, float* at) { store(at, load(at) * of.scale); });
+    of.scale = 1.0F;
   }
   weigh<kWord>(s, of, keep_floats, base, total);
   FOVEA_UNROLL for (int n = 0; n < kVectors; ++n) store(of.sum_of_p + n * kWidth, sum_before[n] + total[n]);
