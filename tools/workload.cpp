@@ -355,7 +355,7 @@ class Workload::Maker {
     constexpr std::int64_t kSizes[] = {17, 32, 64, 100, 128, 192};
     const std::int64_t block_rows = blocks.one_of(kSizes), block_keys = blocks.one_of(kSizes);
     const Random kinds(blocks.bits());
-    const double seen = hostile_ && blocks.chance(0.25) ? blocks.one_of({2.0, 128.0, 255.0}) : 1.0;  // any byte but 0
+    const double seen = hostile_ && blocks.chance(0.5) ? blocks.one_of({2.0, 128.0, 255.0}) : 1.0;  // any byte but 0
     fill(mask, [&, random = Random(seed_, kMask)](std::int64_t index) {
       const std::int64_t j = index % width, i = index / width % height;
       const double kind = blocky ? kinds.uniform((index / width - i + i / block_rows) * width + j / block_keys) : 1.0;
