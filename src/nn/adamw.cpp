@@ -32,12 +32,20 @@ void AdamW::set_learning_rate(float lr) {
 void AdamW::step() {
   or_out_of_memory([&] {
     for (const Slot& slot : slots_) {
-      const Tensor &value = slot.parameter->value.view(), &mean = slot.mean.view();
-      const bool fits = value.rank == mean.rank && value.shape == mean.shape && value.device == mean.device &&
-                        (value.dtype == DType::kFloat32) != slot.master.defined();
-      if (fits || !slot.parameter->gradient.defined()) continue;
-      refuse("a parameter of shape ", shape_text(mean), " has become ", name(value.dtype), " ", shape_text(value),
-             " on ", name(value.device), " since its AdamW was made; make another AdamW");
+      const Tensor &value = slot.parameter->value.view(), &gradient = slot.parameter->gradient.view();
+      const Tensor& mean = slot.mean.view();
+      const auto like_mean = [&](const Tensor& t) {
+        return t.rank == mean.rank && t.shape == mean.shape && t.device == mean.device;
+      };
+      if (!gradient.defined()) continue;
+      if (!like_mean(value) || (value.dtype == DType::kFloat32) == slot.master.defined()) {
+        refuse("a parameter of shape ", shape_text(mean), " has become ", name(value.dtype), " ", shape_text(value),
+               " on ", name(value.device), " since its AdamW was made; make another AdamW");
+      }
+      if (!like_mean(gradient) || gradient.dtype != DType::kFloat32) {
+        refuse("the gradient of a parameter of shape ", shape_text(mean), " is ", name(gradient.dtype), " ",
+               shape_text(gradient), " on ", name(gradient.device), " but must be fp32, of its shape and device");
+      }
     }
     ++steps_;
     for (const Slot& slot : slots_) {

@@ -3,6 +3,7 @@
 #include "nn/initial.h"
 #include "nn/layout.h"
 #include "nn/options.h"
+#include "nn/parameters.h"
 
 namespace fovea::nn {
 
@@ -17,7 +18,7 @@ LayerNorm::LayerNorm(const Options& options) : options_(options) {
 
 Array LayerNorm::forward(const Tensor& x, Array* statistics) const {
   return or_out_of_memory([&] {
-    check_held(weight);
+    check_parameters(*this);
     check_features("x", x, options_.features, options_.dtype, options_.device);
     Array dense, y = like(x, options_.features);
     const Tensor rows = as_rows(x, dense);
@@ -30,7 +31,7 @@ Array LayerNorm::forward(const Tensor& x, Array* statistics) const {
 
 Array LayerNorm::backward(const Tensor& x, const Array& statistics, const Tensor& dy, const Tensor& plus) {
   return or_out_of_memory([&] {
-    check_held(weight);
+    check_parameters(*this);
     check_features("x", x, options_.features, options_.dtype, options_.device);
     check_features("dy", dy, options_.features, options_.dtype, options_.device);
     check_same_rows("dy", dy, "x", x);

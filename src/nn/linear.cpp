@@ -5,6 +5,7 @@
 #include "nn/initial.h"
 #include "nn/layout.h"
 #include "nn/options.h"
+#include "nn/parameters.h"
 #include "problem/refuse.h"
 
 namespace fovea::nn {
@@ -23,7 +24,7 @@ Linear::Linear(const Options& options) : options_(options) {
 
 Array Linear::forward(const Tensor& x) const {
   return or_out_of_memory([&] {
-    check_held(weight);
+    check_parameters(*this);
     check_features("x", x, options_.in_features, options_.dtype, options_.device);
     Array dense, y = like(x, options_.out_features);
     ops_of(x.device).linear(as_rows(x, dense), weight.value.view(), {.bias = bias.value.view()}, {}, rows_of(y), {});
@@ -33,7 +34,7 @@ Array Linear::forward(const Tensor& x) const {
 
 Array Linear::backward(const Tensor& x, const Tensor& dy) {
   return or_out_of_memory([&] {
-    check_held(weight);
+    check_parameters(*this);
     check_features("x", x, options_.in_features, options_.dtype, options_.device);
     check_features("dy", dy, options_.out_features, options_.dtype, options_.device);
     check_same_rows("dy", dy, "x", x);

@@ -8,6 +8,7 @@
 #include "nn/attention_state.h"
 #include "nn/initial.h"
 #include "nn/options.h"
+#include "nn/parameters.h"
 
 namespace fovea::nn {
 namespace {
@@ -328,7 +329,7 @@ MultiheadAttention::Result MultiheadAttention::forward(const Tensor& query, cons
 
 MultiheadAttention::Result MultiheadAttention::run(const Tensor& query, const Tensor& key, const Tensor& value,
                                                    const AttentionCall& call, const Tail& tail) const {
-  check_held(out_proj_weight);
+  check_parameters(*this);
   const Options& o = options_;
   auto state = std::make_shared<State>();
   State& s = *state;
@@ -366,7 +367,7 @@ MultiheadAttention::InputGradients MultiheadAttention::backward(const State& sta
 
 MultiheadAttention::InputGradients MultiheadAttention::gradients(const State& s, const Tensor& dout,
                                                                  const Tensor& plus) {
-  check_held(out_proj_weight);
+  check_parameters(*this);
   const Options& o = options_;
   if (s.options != o) {
     refuse("the state given to backward is of another layer's forward; give the one that this layer returned");

@@ -20,9 +20,4 @@ inline void check_not_negative(const char* name, float value) { check_real(name,
 
 inline void check_positive(const char* name, float value) { check_real(name, value, value > 0, "above 0"); }
 
-/// A parameter that every layer of its kind has is absent only where it went with a move.
-inline void check_held(const Parameter& parameter) {
-  if (!parameter.value.defined()) refuse("the layer has been moved from; use the one that it was moved to");
-}
-
 }  // namespace fovea::nn

@@ -3,6 +3,7 @@
 #include "nn/attention_state.h"
 #include "nn/layout.h"
 #include "nn/options.h"
+#include "nn/parameters.h"
 
 namespace fovea::nn {
 namespace {
@@ -93,6 +94,7 @@ TransformerEncoderLayer::Result TransformerEncoderLayer::forward(const Tensor& s
 
 TransformerEncoderLayer::Result TransformerEncoderLayer::compute(const Tensor& src, const AttentionCall& call) const {
   const Options& o = options_;
+  check_parameters(*this);
   check_features("src", src, o.d_model, o.dtype, o.device, 2);
   auto state = std::make_shared<State>();
   State& s = *state;
@@ -125,7 +127,6 @@ TransformerEncoderLayer::Result TransformerEncoderLayer::compute(const Tensor& s
 Array TransformerEncoderLayer::feed_forward(const Tensor& x, const Tensor& residual, State& s) const {
   const Options& o = options_;
   const Ops& ops = ops_of(o.device);
-  check_held(linear1.weight), check_held(linear2.weight);
   s.before = like(x, o.dim_feedforward);
   s.hidden = like(x, o.dim_feedforward);
   Array memory, residual_memory, out = like(x, o.d_model);
@@ -143,6 +144,7 @@ Array TransformerEncoderLayer::feed_forward(const Tensor& x, const Tensor& resid
 
 Array TransformerEncoderLayer::backward(const State& state, const Tensor& dout) {
   return or_out_of_memory([&] {
+    check_parameters(*this);
     if (state.options != options_) {
       refuse("the state given to backward is of another layer's forward; give the one that this layer returned");
     }
@@ -180,7 +182,6 @@ Array TransformerEncoderLayer::feed_forward_backward(const State& s, const Tenso
   const Ops& ops = ops_of(o.device);
   Array dout_memory;
   const Tensor dout_rows = as_rows(dout, dout_memory);
-  check_held(linear1.weight), check_held(linear2.weight);
   const Finish last{.dropout = dropout_of(o, s.call, kAfterNetwork)};
   const Finish within{.activation = o.activation, .dropout = dropout_of(o, s.call, kWithinNetwork)};
 
@@ -255,6 +256,7 @@ Array TransformerEncoder::backward(const State& state, const Tensor& dout) {
       refuse("the state given to backward has ", s.layers.size(), " layers but this stack ", layers.size(),
              "; give the one that this stack's forward returned");
     }
+    for (const TransformerEncoderLayer& layer : layers) check_parameters(layer);  // before any gradient is added to
     Array gradient;
     Tensor d = dout;
     if (norm) {

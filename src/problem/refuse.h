@@ -27,9 +27,14 @@ template <typename... Parts>
   throw Error(ErrorCode::kInvalidArgument, sentence.str());
 }
 
-/// Refuses a tensor on another device; `wants`: "the plan is for".  There is one CPU, whatever its index.
+/// There is one CPU, whatever its index.
+[[nodiscard]] inline bool on_one(const Device& a, const Device& b) {
+  return a.kind == b.kind && (a.kind == DeviceKind::kCpu || a.index == b.index);
+}
+
+/// Refuses a tensor on another device; `wants`: "the plan is for".
 inline void check_device(const char* tensor, const Device& device, const char* wants, const Device& wanted) {
-  if (device.kind == wanted.kind && (device.kind == DeviceKind::kCpu || device.index == wanted.index)) return;
+  if (on_one(device, wanted)) return;
   refuse(tensor, " is on ", name(device), " but ", wants, " ", name(wanted));
 }
 

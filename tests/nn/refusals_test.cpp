@@ -5,9 +5,11 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <functional>
 #include <limits>
 #include <utility>
 
+#include "problem/refuse.h"
 #include "tests/support.h"
 
 namespace fovea::test {
@@ -104,7 +106,69 @@ TEST(AdamWParameters, ThatBecameOthersAreRefusedBeforeAnyStep) {
   layer.weight.value = Array(DType::kBFloat16, {3, 4}, kDevice);
   refused("bf16 [3, 4]");
   layer.weight.value = before;
+  const Array gradient = std::exchange(layer.weight.gradient, Array(DType::kFloat32, {4, 3}, kDevice));
+  EXPECT_TRUE(contains(refusal([&] { adamw.step(); }), "the gradient of a parameter of shape [3, 4] is fp32 [4, 3]"));
+  layer.weight.gradient = gradient;
   adamw.step();
+}
+
+TEST(Parameters, ThatTheLayerWasNotMadeWithAreRefused) {
+  const Array x(DType::kFloat32, {2, 3, 8}, kDevice);
+  const auto other = [](std::initializer_list<std::int64_t> shape, DType dtype = DType::kFloat32) {
+    return Array(dtype, shape, kDevice);
+  };
+  // Puts `with` into the place of what a layer holds, and back where the calls were refused.
+  const auto refused = [](Array& held, const Array& with, const std::string& sentence, const auto&... calls) {
+    const Array before = std::exchange(held, with);
+    for (const std::function<void()>& call : {std::function<void()>(calls)...}) {
+      EXPECT_EQ(refusal(call), sentence + " on " + name(kDevice) + ", as the layer was made");
+    }
+    held = before;
+  };
+  const std::string on = " on " + name(kDevice) + " but must be ";
+
+  Linear linear({.in_features = 8, .out_features = 4, .device = kDevice});
+  const Array dy(DType::kFloat32, {2, 3, 4}, kDevice);
+  const auto forward = [&] { (void)linear.forward(x.view()); };
+  const auto backward = [&] { (void)linear.backward(x.view(), dy.view()); };
+  refused(linear.weight.value, other({1, 8}), "weight is fp32 [1, 8]" + on + "fp32 [4, 8]", forward, backward);
+  refused(linear.weight.value, other({4, 8}, DType::kBFloat16), "weight is bf16 [4, 8]" + on + "fp32 [4, 8]", forward);
+  refused(linear.weight.gradient, other({8, 4}), "weight's gradient is fp32 [8, 4]" + on + "fp32 [4, 8]", backward);
+  refused(linear.bias.value, other({1}), "bias is fp32 [1]" + on + "fp32 [4]", forward);
+  refused(linear.bias.value, {}, "bias is absent but must be fp32 [4]", forward);
+  Linear plain({.in_features = 8, .out_features = 4, .bias = false, .device = kDevice});
+  plain.bias.value = other({4});
+  EXPECT_EQ(refusal([&] { (void)plain.forward(x.view()); }), "bias is fp32 [4]" + on + "absent, as the layer was made");
+
+  LayerNorm norm({.features = 8, .device = kDevice});
+  const auto norm_forward = [&] { (void)norm.forward(x.view()); };
+  const auto norm_backward = [&] { (void)norm.backward(x.view(), {}, x.view()); };
+  refused(norm.weight.value, other({7}), "weight is fp32 [7]" + on + "fp32 [8]", norm_forward, norm_backward);
+  refused(norm.bias.value, other({7}), "bias is fp32 [7]" + on + "fp32 [8]", norm_forward);
+
+  for (const std::int64_t kdim : {8, 6}) {
+    MultiheadAttention attention(
+        {.embed_dim = 8, .num_heads = 2, .add_bias_kv = true, .kdim = kdim, .batch_first = true, .device = kDevice});
+    const Array keys(DType::kFloat32, {2, 3, kdim}, kDevice);
+    const auto of = attention.forward(x.view(), keys.view(), x.view(), {.training = true});
+    attention.visit("", [&](const std::string& name, Parameter& parameter) {
+      refused(
+          parameter.value, other({1, 1}), name + " is fp32 [1, 1]" + on + "fp32 " + shape_text(parameter.value.view()),
+          [&] { (void)attention.forward(x.view(), keys.view(), x.view()); },
+          [&] { (void)attention.backward(*of.state, x.view()); });
+    });
+  }
+
+  TransformerEncoder stack({.layer = {.d_model = 8, .nhead = 2, .dim_feedforward = 6, .device = kDevice}});
+  TransformerEncoderLayer& layer = stack.layers[0];
+  const auto of_stack = stack.forward(x.view(), {.training = true});
+  layer.visit("", [&](const std::string& name, Parameter& parameter) {
+    refused(
+        parameter.value, other({1, 1}), name + " is fp32 [1, 1]" + on + "fp32 " + shape_text(parameter.value.view()),
+        [&] { (void)stack.forward(x.view()); }, [&] { (void)stack.backward(*of_stack.state, x.view()); });
+  });
+  layer.linear1 = Linear({.in_features = 8, .out_features = 7, .device = kDevice});
+  EXPECT_TRUE(contains(refusal([&] { (void)layer.forward(x.view()); }), "linear1.weight is fp32 [7, 8]"));
 }
 
 TEST(MovedFrom, ArraysHoldNothing) {
