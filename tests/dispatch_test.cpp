@@ -84,6 +84,8 @@ TEST(Dispatch, AnUnknownBackendIsRefusedWithTheNamesThereAre) {
   const std::string sentence = sentence_of([] { (void)plan_forward(kProblem, {}, {.backend = "cpu_mmx"}); });
   EXPECT_NE(sentence.find("'cpu_mmx'"), std::string::npos) << sentence;
   EXPECT_NE(sentence.find("cpu_portable"), std::string::npos) << sentence;
+  const std::string quoted = sentence_of([] { (void)explain(kProblem, {}, {.backend = "a\n\x1b\xffz"}); });
+  EXPECT_TRUE(quoted.starts_with("backend 'a???z' is unknown; name one of ")) << quoted;
 }
 
 TEST(Dispatch, AnInstructionSetCanBePinned) {

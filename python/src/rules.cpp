@@ -31,9 +31,11 @@ bool to_bool(nb::handle value, const char* name) {
 }
 
 std::string to_word(nb::handle value, const char* name, const char* rule) {
-  const char* word = nullptr;
-  if (value.is_none() || !nb::try_cast(value, word)) refuse(name, value, rule);
-  return word;
+  Py_ssize_t length = 0;  // a NUL does not end it
+  const char* const word = PyUnicode_Check(value.ptr()) ? PyUnicode_AsUTF8AndSize(value.ptr(), &length) : nullptr;
+  if (word != nullptr) return {word, static_cast<std::size_t>(length)};
+  PyErr_Clear();
+  refuse(name, value, rule);
 }
 
 /// The value as an integer; floats and bools are refused.

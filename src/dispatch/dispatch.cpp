@@ -4,6 +4,7 @@
 #include "cuda/hopper_backend.h"
 #include "cuda/portable_backend.h"
 #include "dispatch/backend.h"
+#include "problem/refuse.h"
 
 #include <fovea/error.h>
 
@@ -43,7 +44,7 @@ Choice choose(const Problem& problem, const Device& device, const PlanOptions& o
   if (!known) {
     std::string names;
     for (const Verdict& verdict : choice.verdicts) names += (names.empty() ? "" : ", ") + verdict.backend;
-    throw Error(ErrorCode::kInvalidArgument, "backend '" + options.backend + "' is unknown; name one of " + names);
+    refuse("backend ", quote(options.backend), " is unknown; name one of ", names);
   }
   return choice;
 }

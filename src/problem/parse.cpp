@@ -2,7 +2,6 @@
 
 #include "problem/refuse.h"
 
-#include <cctype>
 #include <concepts>
 #include <utility>
 
@@ -59,14 +58,6 @@ std::string list(const Word<T> (&words)[N]) {
   std::string text;
   for (std::size_t i = 0; i < N; ++i) text.append(i == 0 ? "" : i + 1 == N ? " or " : ", ").append(words[i].name);
   return text;
-}
-
-/// The user's text, safe to print: short, and without control characters.
-std::string quote(std::string_view text) {
-  constexpr std::size_t kLongest = 60;
-  std::string quoted = "'";
-  for (const char c : text.substr(0, kLongest)) quoted += std::isprint(static_cast<unsigned char>(c)) != 0 ? c : '?';
-  return quoted + (text.size() > kLongest ? "...'" : "'");
 }
 
 /// The Levenshtein distance.

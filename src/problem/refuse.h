@@ -61,6 +61,14 @@ inline void check_real(const char* field, float value, bool in_range, const char
   if (!std::isfinite(value) || !in_range) refuse(field, " (", shortest(value), ") must be ", rule);
 }
 
+/// The user's text, safe to print: short, and without control characters, the same in every locale.
+[[nodiscard]] inline std::string quote(std::string_view text) {
+  constexpr std::size_t kLongest = 60;
+  std::string quoted = "'";
+  for (const char c : text.substr(0, kLongest)) quoted += c >= ' ' && c <= '~' ? c : '?';
+  return quoted + (text.size() > kLongest ? "...'" : "'");
+}
+
 /// "700+1300+96" with separator "+".
 [[nodiscard]] inline std::string join(std::span<const std::int64_t> values, std::string_view separator) {
   std::string text;

@@ -171,6 +171,7 @@ REFUSED = {
     "seed (-1) must be a whole number from 0 to 2^64 - 1": dict(dropout_p=0.1, seed=-1),
     "layout ('hsbd') must be 'bshd' or 'bhsd'": dict(layout="hsbd"),
     "backend 'warp' is unknown; name one of": dict(backend="warp"),
+    "backend 'a?b?c' is unknown; name one of": dict(backend="a\nb\0c"),
     "deterministic ('no') must be True or False": dict(deterministic="no"),
     "sink has no dimensions": dict(sink=np.float32(1.0)[...]),
     "bias is a float, which is no array": dict(bias=1.0),
