@@ -88,6 +88,11 @@ TEST(Dispatch, AnUnknownBackendIsRefusedWithTheNamesThereAre) {
   EXPECT_TRUE(quoted.starts_with("backend 'a???z' is unknown; name one of ")) << quoted;
 }
 
+TEST(Dispatch, ADeviceOfNoKindThereIsIsRefused) {
+  EXPECT_EQ(sentence_of([] { (void)plan_forward(kProblem, {static_cast<DeviceKind>(9)}); }),
+            "device kind (9) must be one of the values that have names");
+}
+
 TEST(Dispatch, AnInstructionSetCanBePinned) {
   const Pinned pinned("portable");
   const Report report = explain(kProblem);

@@ -314,7 +314,8 @@ TEST(Describe, RefusesTensorsThatDoNotFitTogether) {
   EXPECT_TRUE(contains(with(padded, [](O& o) { o.bias.dtype = DType::kBFloat16; }),
                        "bias is bf16 but must be fp32 or q's dtype, fp16"));
   EXPECT_TRUE(contains(with(padded, [](O& o) { o.kv_lengths.dtype = DType::kBool; }), "kv_lengths is bool"));
-  EXPECT_TRUE(contains(with(padded, [](O& o) { o.kv_lengths.data = nullptr; }), "kv_lengths has 2 elements but"));
+  EXPECT_TRUE(
+      contains(with(padded, [](O& o) { o.kv_lengths.data = nullptr; }), "kv_lengths is [2] but its data is null"));
   EXPECT_TRUE(contains(with(padded, [](O& o) { o.kv_lengths.shape[0] = 3; }), "kv_lengths has the shape [3]"));
   EXPECT_TRUE(contains(with(padded, [](O& o) { o.softcap = -1; }), "softcap (-1)"));
   EXPECT_TRUE(contains(with(packed, [](O& o) { o.cu_seqlens_kv = {}; }), "together"));

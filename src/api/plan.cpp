@@ -44,6 +44,7 @@ Prepared prepare(Problem problem, Direction direction, const Device& device, con
   const auto at_least_0 = [](const char* name, int value, const char* meaning_of_0) {
     if (value < 0) refuse(name, " (", value, ") must be at least 0, where 0 ", meaning_of_0);
   };
+  check_named("device kind", device.kind, DeviceKind::kCuda);
   at_least_0("num_threads", options.num_threads, "means as many as the process may use");
   at_least_0("compute_capability", device.compute_capability, "asks the driver");
   if (device.kind == DeviceKind::kCuda) at_least_0("device index", device.index, "is the first GPU");

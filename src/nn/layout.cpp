@@ -1,6 +1,7 @@
 #include "nn/layout.h"
 
 #include "problem/refuse.h"
+#include "problem/validate.h"
 
 namespace fovea::nn {
 
@@ -12,15 +13,10 @@ void check_features(const char* name, const Tensor& x, std::int64_t features, DT
   }
   if (x.dtype != dtype) refuse(name, " is ", fovea::name(x.dtype), " but the layer is ", fovea::name(dtype));
   check_device(name, x.device, "the layer is on", device);
-  std::int64_t elements = 1;
   for (int i = 0; i < x.rank; ++i) {
     if (x.shape[i] < 0) refuse(name, " is ", shape_text(x), "; a dimension must not be negative");
-    elements *= x.shape[i];
   }
-  if (x.strides[x.rank - 1] != 1 && features > 1) {
-    refuse(name, "'s last dimension has stride ", x.strides[x.rank - 1], " but must be contiguous");
-  }
-  if (x.data == nullptr && elements > 0) refuse(name, " has no data");
+  check_memory(name, x, Use::kInput);
 }
 
 bool dense(const Tensor& x) {
@@ -85,25 +81,25 @@ Sequences Sequences::of(const char* name, const Tensor& x, const Tensor& cu_seql
   s.cu_seqlens = cu_seqlens;
   if (cu_seqlens.defined()) {
     if (x.rank != 2) refuse(name, " is ", shape_text(x), " but packed sequences are [total, features]");
-    if (cu_seqlens.dtype != DType::kInt32 || cu_seqlens.rank != 1 || cu_seqlens.shape[0] < 1 ||
-        cu_seqlens.data == nullptr) {
-      refuse(name, "'s cu_seqlens is ", fovea::name(cu_seqlens.dtype), " ", shape_text(cu_seqlens),
-             " but must be int32 [batch + 1]");
+    const std::string of = std::string(name) + "'s cu_seqlens";
+    if (cu_seqlens.dtype != DType::kInt32 || cu_seqlens.rank != 1 || cu_seqlens.shape[0] < 1) {
+      refuse(of, " is ", fovea::name(cu_seqlens.dtype), " ", shape_text(cu_seqlens), " but must be int32 [batch + 1]");
     }
     if (cu_seqlens.device.kind != DeviceKind::kCpu) {
-      refuse(name, "'s cu_seqlens is on ", fovea::name(cu_seqlens.device), "; give it on the CPU, where it is read");
+      refuse(of, " is on ", fovea::name(cu_seqlens.device), "; give it on the CPU, where it is read");
     }
+    check_memory(of.c_str(), cu_seqlens, Use::kStrided);
     const auto* ends = static_cast<const std::int32_t*>(cu_seqlens.data);
     s.rows = x.shape[0];
     s.batch = cu_seqlens.shape[0] - 1;
     for (std::int64_t b = 0; b < s.batch; ++b) {
       const std::int64_t length = ends[(b + 1) * cu_seqlens.strides[0]] - ends[b * cu_seqlens.strides[0]];
-      if (length < 0) refuse(name, "'s cu_seqlens decreases at sequence ", b, "; give the ends in order");
+      if (length < 0) refuse(of, " decreases at sequence ", b, "; give the ends in order");
       s.seqlen = std::max(s.seqlen, length);
     }
     if (ends[0] != 0 || ends[s.batch * cu_seqlens.strides[0]] != s.rows) {
-      refuse(name, "'s cu_seqlens runs from ", ends[0], " to ", ends[s.batch * cu_seqlens.strides[0]],
-             " but must run from 0 to its ", s.rows, " rows");
+      refuse(of, " runs from ", ends[0], " to ", ends[s.batch * cu_seqlens.strides[0]], " but must run from 0 to its ",
+             s.rows, " rows");
     }
     if (x.device.kind != DeviceKind::kCpu) {
       s.memory = Array::unset(DType::kInt32, {s.batch + 1}, x.device);

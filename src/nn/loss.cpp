@@ -4,6 +4,7 @@
 
 #include "nn/layout.h"
 #include "problem/refuse.h"
+#include "problem/validate.h"
 
 namespace fovea::nn {
 namespace {
@@ -30,7 +31,7 @@ void check_classes(const Tensor& classes, std::int64_t rows, const Device& devic
   if (!dense(classes)) {
     refuse("classes is ", shape_text(classes), ", its elements not one behind the other; make it contiguous");
   }
-  if (classes.data == nullptr && rows > 0) refuse("classes has no data");
+  check_memory("classes", classes, Use::kInput);
 }
 
 /// The rows of a tensor that is written to.

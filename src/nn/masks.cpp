@@ -1,6 +1,7 @@
 #include "nn/masks.h"
 
 #include "problem/refuse.h"
+#include "problem/validate.h"
 
 namespace fovea::nn {
 namespace {
@@ -12,7 +13,6 @@ void check(const char* name, const Tensor& t, const MaskSizes& s) {
     refuse(name, " is ", fovea::name(t.dtype), " but must be bool, fp32 or the layer's ", fovea::name(s.dtype));
   }
   check_device(name, t.device, "the layer is on", s.device);
-  if (t.data == nullptr && s.seqlen_kv > 0) refuse(name, " has no data");
 }
 
 /// attn_mask as [1 or batch, 1 or heads, seqlen_q, seqlen_kv].
@@ -69,6 +69,7 @@ class Translation {
 
   void attention(const Tensor& given) {
     const Tensor t = four_dimensions(given, s_);
+    check_memory("attn_mask", given, Use::kStrided);
     if (t.dtype == DType::kBool) {
       hide(t);
     } else if (s_.extra == 0 && t.strides[3] <= 1) {  // keys side by side, or one for all: attention takes no others
@@ -80,6 +81,7 @@ class Translation {
 
   void keys(const Tensor& given) {
     const Tensor t = padding(given, s_);
+    check_memory("key_padding_mask", given, Use::kStrided);
     if (t.dtype != DType::kBool) return add_bias(t);
     if (s_.lengths_serve && s_.extra == 0 && by_lengths(t)) return;
     if (!masks_.mask.defined()) return hide(t);

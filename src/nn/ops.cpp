@@ -6,10 +6,12 @@
 
 #include "nn/cpu/ops.h"
 #include "nn/cuda/ops.h"
+#include "problem/refuse.h"
 
 namespace fovea::nn {
 // Never taken apart: threads and arrays of static storage may outlive everything here, and the driver with it.
 const Ops& ops_of(const Device& device) {
+  check_named("device kind", device.kind, DeviceKind::kCuda);
   if (device.kind == DeviceKind::kCpu) {
     static const Ops& cpu = *make_cpu_ops().release();
     return cpu;

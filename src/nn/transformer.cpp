@@ -67,7 +67,9 @@ TransformerEncoderLayer::TransformerEncoderLayer(const Options& options)
       linear2(linear_options(options, options.dim_feedforward, options.d_model, options.seed + 10)),
       norm1(norm_options(options)),
       norm2(norm_options(options)),
-      options_(options) {}
+      options_(options) {
+  check_named("activation", options.activation, Activation::kGelu);
+}
 
 void TransformerEncoderLayer::visit(const std::string& prefix, const Visit& visit) {
   self_attn.visit(prefix + "self_attn.", visit);

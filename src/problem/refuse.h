@@ -69,6 +69,11 @@ inline void check_real(const char* field, float value, bool in_range, const char
   return quoted + (text.size() > kLongest ? "...'" : "'");
 }
 
+template <typename Enum>
+void check_named(const char* field, Enum value, Enum last) {
+  if (value > last) refuse(field, " (", static_cast<int>(value), ") must be one of the values that have names");
+}
+
 /// "700+1300+96" with separator "+".
 [[nodiscard]] inline std::string join(std::span<const std::int64_t> values, std::string_view separator) {
   std::string text;

@@ -23,11 +23,6 @@ void check_range(const Size& size, std::int64_t least, std::int64_t most) {
   if (size.value > most) refuse(size.name, " (", size.value, ") must be at most ", most);
 }
 
-template <typename Enum>
-void check_named(const char* field, Enum value, Enum last) {
-  if (value > last) refuse(field, " (", static_cast<int>(value), ") must be one of the values that have names");
-}
-
 /// Refuses tensors of more than kMaxElements.  A size of 0 counts as 1, so that products of the others fit as well.
 void check_product(const char* tensor, std::initializer_list<Size> sizes) {
   std::int64_t product = 1;
@@ -162,13 +157,6 @@ void validate(const Problem& p) {
 
 namespace {
 
-/// What a tensor is used for, and so what its strides may be.
-enum class Use {
-  kInput,      // last dimension contiguous
-  kBroadcast,  // an input whose last dimension may also have stride 0
-  kOutput,     // contiguous last dimension, and no two elements in one place
-};
-
 void check_shape(const char* name, const Tensor& t, const Tensor& wanted) {
   if (t.rank < 1 || t.rank > Tensor::kMaxRank) {
     refuse(name, " has ", t.rank, " dimensions but must have the shape ", shape_text(wanted));
@@ -192,11 +180,12 @@ bool overlaps_itself(const Tensor& t) {
   return false;
 }
 
+}  // namespace
+
 void check_memory(const char* name, const Tensor& t, Use use) {
-  std::int64_t elements = 1, last = 0;
-  for (int i = 0; i < t.rank; ++i) elements *= t.shape[i];
-  if (elements == 0) return;
-  if (t.data == nullptr) refuse(name, " has ", elements, " elements but its data is null");
+  std::int64_t last = 0;
+  if (std::find(t.shape.begin(), t.shape.begin() + t.rank, 0) != t.shape.begin() + t.rank) return;
+  if (t.data == nullptr) refuse(name, " is ", shape_text(t), " but its data is null");
   if (reinterpret_cast<std::uintptr_t>(t.data) % static_cast<std::uintptr_t>(size_bytes(t.dtype)) != 0) {
     refuse(name, "'s data must be aligned to the ", size_bytes(t.dtype), " bytes of its elements");
   }
@@ -209,7 +198,7 @@ void check_memory(const char* name, const Tensor& t, Use use) {
     }
   }
   const std::int64_t stride = t.strides[t.rank - 1];
-  if (t.shape[t.rank - 1] > 1 && stride != 1 && !(use == Use::kBroadcast && stride == 0)) {
+  if (t.shape[t.rank - 1] > 1 && stride != 1 && !(use == Use::kBroadcast && stride == 0) && use != Use::kStrided) {
     refuse(name, "'s last dimension must be contiguous, but its stride is ", stride);
   }
   if (use == Use::kOutput && overlaps_itself(t)) {
@@ -217,6 +206,8 @@ void check_memory(const char* name, const Tensor& t, Use use) {
            "] put several elements in one place");
   }
 }
+
+namespace {
 
 enum class Presence { kRequired, kOptional };
 

@@ -679,7 +679,7 @@ TEST(Losses, RefuseWhatTheirKernelsWouldMisread) {
   every_other.strides[0] = 2;
   EXPECT_TRUE(contains(entropy(x.view(), every_other), "classes is [3], its elements not one behind the other"));
   absent.data = nullptr;
-  EXPECT_EQ(entropy(x.view(), absent), "classes has no data");
+  EXPECT_EQ(entropy(x.view(), absent), "classes is [3] but its data is null");
   elsewhere.device = {DeviceKind::kCuda, 7};
   EXPECT_TRUE(contains(entropy(x.view(), elsewhere), "classes is on cuda:7 but logits is on "));
   Tensor negative = three;
@@ -696,10 +696,10 @@ TEST(Losses, RefuseWhatTheirKernelsWouldMisread) {
   spread.shape[1] = 4;
   spread.strides[1] = 2;
   nowhere.data = nullptr;
-  EXPECT_TRUE(contains(entropy(spread, three), "logits's last dimension has stride 2"));
-  EXPECT_EQ(entropy(nowhere, three), "logits has no data");
+  EXPECT_EQ(entropy(spread, three), "logits's last dimension must be contiguous, but its stride is 2");
+  EXPECT_EQ(entropy(nowhere, three), "logits is [3, 4] but its data is null");
   EXPECT_TRUE(
-      contains(refusal([&] { (void)mean_square(spread, x.view(), x.view()); }), "out's last dimension has str"));
+      contains(refusal([&] { (void)mean_square(spread, x.view(), x.view()); }), "out's last dimension must be c"));
 }
 
 // ---- memory

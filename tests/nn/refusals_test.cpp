@@ -9,6 +9,7 @@
 #include <limits>
 #include <utility>
 
+#include "nn/layout.h"
 #include "problem/refuse.h"
 #include "tests/support.h"
 
@@ -225,6 +226,38 @@ TEST(Masks, OfRanksThatNoTensorHasAreRefused) {
   }
 }
 
+TEST(Tensors, ThatLieAsNoneMayAreRefused) {
+  const Array x(DType::kFloat32, {2, 3, 8}, kDevice), mask(DType::kFloat32, {3, 3}, kDevice),
+      classes(DType::kInt32, {6});
+  const Linear linear({.in_features = 8, .out_features = 8, .device = kDevice});
+  const MultiheadAttention attention({.embed_dim = 8, .num_heads = 2, .batch_first = true, .device = kDevice});
+  const auto backwards = [](Tensor t) {
+    t.strides[0] = -t.strides[0];
+    return t;
+  };
+  const auto odd = [](Tensor t) {
+    t.data = static_cast<std::byte*>(t.data) + 1;
+    return t;
+  };
+  const auto refused = [&](const std::string& name, const Tensor& t, const auto& call) {
+    EXPECT_EQ(refusal([&] { call(odd(t)); }), name + "'s data must be aligned to the 4 bytes of its elements");
+    const std::string stride = name + "'s stride of dimension 0 (-" + std::to_string(t.strides[0]);
+    EXPECT_EQ(refusal([&] { call(backwards(t)); }), stride + ") must not be negative");
+  };
+  refused("x", x.view(), [&](const Tensor& t) { (void)linear.forward(t); });
+  refused("key", x.view(), [&](const Tensor& t) { (void)attention.forward(x.view(), t, t); });
+  refused("attn_mask", mask.view(),
+          [&](const Tensor& t) { (void)attention.forward(x.view(), x.view(), x.view(), {.attn_mask = t}); });
+  refused("key_padding_mask", slice(mask.view(), 0, 0, 2),
+          [&](const Tensor& t) { (void)attention.forward(x.view(), x.view(), x.view(), {.key_padding_mask = t}); });
+  Tensor rows = x.view();
+  rows.rank = 2;
+  rows.shape = {6, 8};
+  rows.strides = {8, 1};
+  refused("query's cu_seqlens", slice(classes.view(), 0, 0, 2),
+          [&](const Tensor& t) { (void)attention.forward(rows, rows, rows, {.cu_seqlens_q = t, .cu_seqlens_kv = t}); });
+}
+
 TEST(Names, ThatAFileCannotHoldAreRefused) {
   const std::string path = testing::TempDir() + "names.safetensors";
   Linear layer({.in_features = 3, .out_features = 2, .device = kDevice});
@@ -260,6 +293,13 @@ TEST(Options, OutOfRangeAreRefusedWhereTheLayerIsMade) {
   EXPECT_EQ(refused([](auto& o) { o.num_heads = std::int64_t{1} << 55, o.head_dim = 512; }),
             "num_heads (36028797018963968) must be at most 2^40");
   EXPECT_EQ(refused([](auto& o) { o.num_kv_heads = 0; }), "num_kv_heads (0) must be at least 1");
+  EXPECT_EQ(refused([](auto& o) { o.device.kind = static_cast<DeviceKind>(9); }),
+            "device kind (9) must be one of the values that have names");
+  EXPECT_EQ(refusal([] {
+              const TransformerEncoderLayer layer(
+                  {.d_model = 8, .nhead = 2, .activation = static_cast<Activation>(9), .device = kDevice});
+            }),
+            "activation (9) must be one of the values that have names");
 }
 
 }  // namespace
