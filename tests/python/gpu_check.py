@@ -155,8 +155,7 @@ def composed(seed: int) -> tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]:
 def random_composed_problems_are_as_right_as_the_formula() -> str:
     problems = [composed(seed) for seed in range(60)]
     with ThreadPoolExecutor() as pool:  # compiles all kernels, several at once
-        for backward in (False, True):
-            list(pool.map(lambda x: fovea.explain(*x[0], **x[1], backward=backward), problems))
+        list(pool.map(lambda x: [fovea.explain(*x[0], **x[1], backward=pass_) for pass_ in (False, True)], problems))
     ratios = []
     for seed, (given, options, dout) in enumerate(problems):
         dtype = given[0].dtype
