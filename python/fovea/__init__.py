@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from fovea import _core
 from fovea._arguments import extras as _extras
@@ -30,7 +30,50 @@ _adapters: dict[type, Callable[..., Any]] = {}
 #: The one for PyTorch's.
 _torch_adapter: Callable[..., Any] | None = None
 
+#: A framework's type of arrays: the results are of what q, k and v are.
+_Array = TypeVar("_Array")
 
+
+class _Options(TypedDict, total=False):
+    """What attention takes whatever it returns, for those who check types."""
+
+    softmax_scale: float | None
+    causal: str | None
+    window_left: int | None
+    window_right: int | None
+    mask: Any
+    bias: Any
+    alibi_slopes: Any
+    sink: Any
+    softcap: float
+    dropout_p: float
+    seed: int | None
+    offset: int
+    q_lengths: Any
+    kv_lengths: Any
+    cu_seqlens_q: Any
+    cu_seqlens_kv: Any
+    max_seqlen_q: int | None
+    max_seqlen_kv: int | None
+    deterministic: bool
+    layout: str
+    out: Any
+    backend: str | None
+    strict: bool
+
+
+@overload
+def attention(
+    q: _Array, k: _Array, v: _Array, *, return_lse: Literal[False] = False, **options: Unpack[_Options]
+) -> _Array: ...
+@overload
+def attention(
+    q: _Array, k: _Array, v: _Array, *, return_lse: Literal[True], **options: Unpack[_Options]
+) -> tuple[_Array, _Array]: ...
+@overload
+def attention(
+    q: _Array, k: _Array, v: _Array, *, return_lse: bool, **options: Unpack[_Options]
+) -> _Array | tuple[_Array, _Array]: ...
 def attention(
     q: Any,
     k: Any,

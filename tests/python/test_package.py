@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import jax
@@ -115,6 +116,22 @@ def test_every_adapter_takes_the_arguments_in_one_order():
 
     for function in (fovea.attention, _arrays.attention, _adapter.attention):
         assert tuple(inspect.signature(function).parameters) == ("q", "k", "v", *_arguments.KEYWORDS)
+
+
+@pytest.mark.parametrize(
+    "function, options, array",
+    [(fovea.attention, fovea._Options, "_Array"), (fovea.jax.attention, fovea.jax._attention._Options, "jax.Array")],
+)
+def test_results_are_typed_as_the_arrays_given_whatever_the_options(function, options, array):
+    parameters = inspect.signature(function).parameters.values()
+    keywords = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert keywords.pop("return_lse") == "bool"
+    assert {name: hint.__forward_arg__ for name, hint in options.__annotations__.items()} == keywords
+    hints = [overload.__annotations__ for overload in typing.get_overloads(function)]
+    assert all(h[name] == array for h in hints for name in "qkv")
+    pair = f"tuple[{array}, {array}]"
+    returns = {"Literal[False]": array, "Literal[True]": pair, "bool": f"{array} | {pair}"}
+    assert {h["return_lse"]: h["return"] for h in hints} == returns
 
 
 def test_types_and_documentation_come_along():

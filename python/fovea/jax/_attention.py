@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,44 @@ class _Static(NamedTuple):
     max_seqlen_kv: int
 
 
+class _Options(TypedDict, total=False):
+    """What attention takes whatever it returns, for those who check types."""
+
+    softmax_scale: float | None
+    causal: str | None
+    window_left: int | None
+    window_right: int | None
+    mask: jax.Array | None
+    bias: jax.Array | None
+    alibi_slopes: jax.Array | None
+    sink: jax.Array | None
+    softcap: float
+    dropout_p: float
+    seed: int | jax.Array | None
+    offset: int
+    q_lengths: jax.Array | None
+    kv_lengths: jax.Array | None
+    cu_seqlens_q: jax.Array | None
+    cu_seqlens_kv: jax.Array | None
+    max_seqlen_q: int | None
+    max_seqlen_kv: int | None
+    deterministic: bool
+    layout: str
+    backend: str | None
+
+
+@overload
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, return_lse: Literal[False] = False, **options: Unpack[_Options]
+) -> jax.Array: ...
+@overload
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, return_lse: Literal[True], **options: Unpack[_Options]
+) -> tuple[jax.Array, jax.Array]: ...
+@overload
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, return_lse: bool, **options: Unpack[_Options]
+) -> jax.Array | tuple[jax.Array, jax.Array]: ...
 def attention(
     q: jax.Array,
     k: jax.Array,
