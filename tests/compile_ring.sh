@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Every GPU kernel that the problem lists ask for, compiled with no GPU: warnings, slow compiles, spills and local memory
-# fail, those beyond what known_spills.txt has of a kernel.  Usage: compile_ring.sh FOVEA TABLE ARCH,... [options of `fovea precompile --check`]
+# Every GPU kernel that the problem lists and the benchmarks ask for, compiled with no GPU: warnings, slow compiles, spills
+# and local memory fail, those beyond what known_spills.txt has of a kernel.
+# Usage: compile_ring.sh FOVEA TABLE ARCH,... [options of `fovea precompile --check`]
 set -euo pipefail
 fovea=$1 table=$2 wanted=$3
 shift 3
 lists=()
-for list in "$(dirname "${BASH_SOURCE[0]}")"/problems/*.txt; do lists+=("@$list"); done
+here=$(dirname "${BASH_SOURCE[0]}")
+for list in "$here"/problems/*.txt "$here"/../bench/{grid,beyond}.txt; do lists+=("@$list"); done
 
 # Those of the architectures that this NVRTC knows.
 archs=$("$fovea" doctor --json | python3 -c '
@@ -17,4 +19,4 @@ if [[ -z $archs ]]; then
   exit 77
 fi
 FOVEA_JIT=on "$fovea" precompile "${lists[@]}" --arch "$archs" --check --table "$table" \
-  --known-spills "$(dirname "${BASH_SOURCE[0]}")/known_spills.txt" "$@"
+  --known-spills "$here/known_spills.txt" "$@"
