@@ -69,8 +69,8 @@ inline void check_real(const char* field, float value, bool in_range, const char
   return quoted + (text.size() > kLongest ? "...'" : "'");
 }
 
-template <typename Enum>
-void check_named(const char* field, Enum value, Enum last) {
+/// Refuses what no enumerator has, as a cast of a wrong number gives it; `last`: the greatest.
+void check_named(const char* field, auto value, decltype(value) last) {
   if (value > last) refuse(field, " (", static_cast<int>(value), ") must be one of the values that have names");
 }
 

@@ -103,7 +103,7 @@ FOVEA_DEVICE uint4 read_once(const void* from) {
 
 /// Programmatic dependent launch (`Template::early`): a kernel launched early waits for the one ahead to end, before
 /// any thread reads what may be its work, which lets it begin once all of its own blocks have said so.  Who says so
-/// waits before that, too, so that what ran before it has ended.
+/// has waited before, or was not launched early: what ran before it has ended then.
 FOVEA_DEVICE void await_kernel_ahead() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -98,18 +98,17 @@ __device__ void mask_words(const CallParams& p) {
       const uint4& of = bytes[x / kPieces][x % kPieces];
       bits |= of.x | of.y | of.z | of.w;
     }
-    const auto keep_all = [&](bool are_ones) {
-      const auto seen = [&](const uint4& x) { return seen_of_ones(are_ones ? x : ones_of_bytes(x)); };
+    if (__any_sync(kAllLanes, (bits & 0xfefefefeU) != 0)) {  // bool is 0 or 1; who made these bytes had others
 #pragma unroll
-      for (int x = 0; x < kRows * kPieces / 2; ++x) {
-        const int r = x / kPieces * 2, piece = x % kPieces;
-        keep(r, piece, seen(bytes[r][piece]), seen(bytes[r + 1][piece]));
+      for (int x = 0; x < kRows * kPieces; ++x) {
+        uint4& of = bytes[x / kPieces][x % kPieces];
+        of = ones_of_bytes(of);
       }
-    };
-    if (__all_sync(kAllLanes, (bits & 0xfefefefeU) == 0)) {
-      keep_all(true);
-    } else {  // bool is 0 or 1; who made these bytes had others
-      keep_all(false);
+    }
+#pragma unroll
+    for (int x = 0; x < kRows * kPieces / 2; ++x) {
+      const int r = x / kPieces * 2, piece = x % kPieces;
+      keep(r, piece, seen_of_ones(bytes[r][piece]), seen_of_ones(bytes[r + 1][piece]));
     }
   } else {
 #pragma unroll 1
