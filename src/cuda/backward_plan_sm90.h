@@ -19,6 +19,8 @@ inline constexpr int kMostShared = 227 * 1024;  // bytes of a block
 FOVEA_FN constexpr bool shares_keys(const BackwardSpec& s) { return math::larger(s.head_dim, s.head_dim_v) > 128; }
 FOVEA_FN constexpr int blocks_of_cluster(const BackwardSpec& s) { return shares_keys(s) ? 2 : 1; }
 FOVEA_FN constexpr int keys_of_block(const BackwardSpec& s) { return s.block_n / blocks_of_cluster(s); }
+/// Without options, a bias apart.
+FOVEA_FN constexpr bool is_bare(const BackwardSpec& s) { return !s.mask && !s.dropout && !s.alibi && !s.softcap; }
 /// Tiles of dout in flight.
 FOVEA_FN constexpr int dout_stages(const BackwardSpec& s) { return shares_keys(s) ? 1 : s.stages; }
 

@@ -196,8 +196,7 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem, const 
   };
   // Who makes dS there does not know softcap's tanh, and the gradient of slopes is one of dS before it.
   if (shares_keys(spec) && spec.alibi && spec.softcap) return std::nullopt;
-  const bool bare = !spec.mask && !spec.dropout && !spec.alibi && !spec.softcap;
-  const auto has_registers = [&](const Tile& tile) { return bare || !tile.bare; };
+  const auto has_registers = [&](const Tile& tile) { return is_bare(spec) || !tile.bare; };
   const auto adds = std::ranges::find_if(
       kTiles, [&](const Tile& tile) { return !tile.holds_dq && fits(tile) && has_registers(tile); });
   if (adds == kTiles.end()) return std::nullopt;

@@ -85,8 +85,9 @@ struct BackwardConsumer : BackwardOwner<S> {
   /// hides: some entry may be hidden.  Where all of S and dP is finite, so are q, dout and K, and weights of 0 add
   /// zeros: then the tile goes on as if nothing were hidden.  A bias may hide any entry.
   FOVEA_DEVICE void tile(u32 n, bool hides, Ahead& ahead, Sums& sums) const {
-    Entries s;
-    issue_scores(s, n);
+    Entries own;
+    if constexpr (!Owner::kAsksAhead) issue_scores(own, n);
+    Entries& s = Owner::kAsksAhead ? ahead.scores : own;
     const RowMap<false> rows = rows_of(step(n));
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
     Columns columns{rules, lane_key(n), S.dropout ? uniform(step(n).stream) : math::DropoutStream{}, {}, {}, {}};
@@ -155,7 +156,7 @@ struct BackwardConsumer : BackwardOwner<S> {
     if constexpr (kTermByTerm) add_seen(n, place, weights, sums);
     if constexpr (kLooksAhead) this->look_ahead(ahead, fresh(n) + 1);
     if constexpr (!kTermByTerm) {
-      await_products<0>();
+      await_products<Owner::kAsksAhead ? 1 : 0>();
       pin(sums.dv[0]), pin(sums.dk[0]), pin(weights), pin(ds);
     }
     state.dout.release(n);

@@ -30,14 +30,21 @@ struct BackwardOwner {
 
   // ---- the walk
 
-  /// Whether there is a tile, and whether all of it is seen.
+  /// Whether S of the next tile is asked for before this one ends.  Where dq is held, tiles without options wait for
+  /// each product; others keep shared memory or their instructions busy, or have no registers for it.
+  static constexpr bool kAsksAhead = S.holds_dq && is_bare(S) && !S.bias;
+
+  /// Whether there is a tile, and whether all of it is seen; of one that was asked for, its scores, once they are
+  /// there.
   struct Ahead {
     bool exists, full;
+    Entries scores;
   };
   FOVEA_DEVICE void look_ahead(Ahead& ahead, u32 n) const {
     state.q.await_full(n);
     ahead.exists = uniform(step(n).exists);
     ahead.full = full(n);
+    if constexpr (kAsksAhead) issue_scores(ahead.scores, n);  // where there is none, of what lies there
   }
   /// Calls self.tile for tile after tile from n on, with whether some entry may be hidden; returns the end.  A `self`
   /// that looks ahead fills in `ahead` for the next tile.
@@ -51,7 +58,10 @@ struct BackwardOwner {
         state.q.await_full(n);
         ahead.exists = uniform(step(n).exists);
       }
-      if (!ahead.exists) break;
+      if (!ahead.exists) {
+        if constexpr (kAsksAhead) await_products<0>();
+        break;
+      }
       const bool whole = Self::kLooksAhead ? ahead.full : full(n);          // known by looking ahead, or asked now
       if constexpr (!shares_keys(S) && (S.bias || S.softcap || S.alibi)) {  // one text for much of both kinds
         self.tile(n, !whole, ahead, sums);
