@@ -640,6 +640,12 @@ class Bench(CommandTest):
         self.assertAlmostEqual(second["time_ratio"], second["median_seconds"] / first["median_seconds"])
         self.assertIn("×", self.fovea("bench", LINE, "--repeat", 3, "--against", "reference"))
         self.refuse("bench", LINE, "--against", "rocket", says="rocket")
+        self.refuse("bench", LINE, "--against", "", says="--against: the name is empty; name a backend")
+
+    def test_the_word_after_another_backend_is_the_line(self):
+        words = ("--against", "reference", "--against", "cpu_portable", LINE, "--repeat", 2, "--json", "-")
+        backends = [result["backend"] for result in json.loads(self.fovea("bench", *words))["results"]]
+        self.assertEqual(backends[1:], ["reference", "cpu_portable"])
 
     def test_nothing_is_measured_where_a_line_is_wrong(self):
         self.refuse("bench", LINE, "fwd fp32 b1 sq8 d8", says="hq")

@@ -198,8 +198,8 @@ void add_bench(CLI::App& fovea, Action& action) {
   command.runner(false);
   command.strict();
   command.option("--against", said.against, "BACKEND", "time this backend too, in turns; may be repeated")
-      ->expected(1)
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+      ->allow_extra_args(false)  // the word after it is a positional again
+      ->check(filled("the name is empty; name a backend"));
   command.number("--repeat", said.effort.repeats, 1, 1'000'000, "executions of each pass");
   command.option("--seconds", said.effort.seconds, "S", "or: time for each pass")->capture_default_str();
   command.seed(said.seed, "N", "of the random tensors");
