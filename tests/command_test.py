@@ -206,6 +206,8 @@ class Help(CommandTest):
         for option in ("--median-seconds", "--most-seconds"):
             for seconds in ("-5", "nan"):
                 self.refuse("precompile", LINE, "--arch", "sm_80", "--check", f"{option}={seconds}", says=f"{option} ({seconds}) must be at least 0")
+        for option in ("--known-spills", "--median-seconds", "--most-seconds"):
+            self.refuse("precompile", LINE, "--arch", "sm_80", "--out", self.path("pack"), option, "1", says=f"{option} requires --check")
         known.write_text("# a comment\nforward_bf16_d64 sm_80\n")
         self.refuse("precompile", LINE, "--arch", "sm_80", "--check", "--known-spills", known, says="write KERNEL sm_NN BYTES")
 
@@ -419,6 +421,7 @@ class Run(CommandTest):
         self.refuse("run", "--problem", "", says="--problem: the line is empty")
         self.refuse("run", good, "--heads", "0", says="--heads requires --plot")
         self.refuse("run", good, "--sequence", "0", says="--sequence requires --plot")
+        self.refuse("run", good, "--options", "dropout=0.1", "--seed", "7", says="--seed requires --problem")
         self.refuse("run", "--problem", LINE, "--options", "causal=top_left", says="--options")
         self.refuse("run", "--problem", "fwd fp32 b1 sq8 d8", says="hq")
         self.refuse("run", self.path("absent.safetensors"), says="absent.safetensors")
@@ -760,6 +763,8 @@ class Ladder(CommandTest):
         self.refuse("ladder", "--device", "sm_90", says="sm_90")
         self.refuse("ladder", "--seconds", "0", says="--seconds (0)")
         self.refuse("ladder", "--html", self.path("no/such/folder.html"), says="written")
+        for option in ("--json", "--html"):  # there would be nothing in them
+            self.refuse("ladder", "--check", option, self.path("page"), says=f"--check excludes {option}")
 
 
 class OnATerminal(CommandTest):

@@ -131,9 +131,10 @@ void add_run(CLI::App& fovea, Action& action) {
                                       command_run, action);
   RunArguments& said = *command.said;
   command.path("file", said.source.file, "FILE.safetensors", "q, k, v and what the call needs, by name");
-  command.option("--problem", said.source.problem, "\"LINE\"", "random tensors for a problem line instead")
-      ->check(filled("the line is empty; write one, as in 'fwd fp32 b1 hq8 sq1024 d64'"));
-  command.seed(said.source.seed, "N", "of the random tensors");
+  CLI::Option* problem =
+      command.option("--problem", said.source.problem, "\"LINE\"", "random tensors for a problem line instead")
+          ->check(filled("the line is empty; write one, as in 'fwd fp32 b1 hq8 sq1024 d64'"));
+  command.seed(said.source.seed, "N", "of the random tensors")->needs(problem);  // dropout's is a token
   command.option("--options", said.source.options, "\"TOKENS\"",
                  "tokens of a problem line: \"causal=top_left dropout=0.1\"");
   command.flag("--grad", said.source.gradients, "the gradients too; the tensors must hold dout");
@@ -243,9 +244,11 @@ void add_ladder(CLI::App& fovea, Action& action) {
   command.list("--mask", said.masks, "LIST", "full, causal, or both");
   command.number("--repeat", said.effort.repeats, 1, 1'000'000, "executions of each pass");
   command.option("--seconds", said.effort.seconds, "S", "or: time for each pass")->capture_default_str();
-  command.flag("--check", said.check, "hold every rung against the double reference, and measure nothing");
-  command.path("--json", said.json, "FILE", "write the numbers");
-  command.path("--html", said.html, "FILE", "draw time and memory over sequence length, one self-contained page");
+  CLI::Option* check =
+      command.flag("--check", said.check, "hold every rung against the double reference, and measure nothing");
+  command.path("--json", said.json, "FILE", "write the numbers")->excludes(check);
+  command.path("--html", said.html, "FILE", "draw time and memory over sequence length, one self-contained page")
+      ->excludes(check);
 }
 
 void add_precompile(CLI::App& fovea, Action& action) {
@@ -260,15 +263,19 @@ void add_precompile(CLI::App& fovea, Action& action) {
   command.path("--table", said.table, "FILE", "write each kernel's registers, shared memory and compile time");
   command.number("--jobs", said.jobs, 0, kMostThreads, "kernels at once; 0: as many as the process may use threads");
   command.number("--most", said.most, 1, 1'000'000, "so many kernels at most, spread over all")->take_last();
-  command.flag("--check", said.check, "exit 1 where a kernel spills, uses local memory, warns or is slow to compile");
-  command.path("--known-spills", said.known, "FILE",
-               "with --check: lines of KERNEL sm_NN BYTES that may spill so much");
+  CLI::Option* check = command.flag("--check", said.check,
+                                    "exit 1 where a kernel spills, uses local memory, warns or is slow to compile");
+  command
+      .path("--known-spills", said.known, "FILE", "with --check: lines of KERNEL sm_NN BYTES that may spill so much")
+      ->needs(check);
   command
       .option("--median-seconds", said.median_seconds, "S",
               "with --check: what compiling may take in the median; more where the machine is slow")
-      ->take_last();
+      ->take_last()
+      ->needs(check);
   command.option("--most-seconds", said.most_seconds, "S", "with --check: what it may take at most, likewise")
-      ->take_last();
+      ->take_last()
+      ->needs(check);
 }
 
 void add_doctor(CLI::App& fovea, Action& action) {
