@@ -109,6 +109,11 @@ grep -q '^fovea: ' "$work/log" || fail "add_subdirectory makes no library"
 ! grep -q 'fovea_objects.dir/Unity' "$work/parent_build/build.ninja" || fail "another project's unity build merges the library's files"
 cmake --build "$work/parent_build" --target fovea_flash_portable >"$work/log" ||
   { cat "$work/log"; fail "warnings that are errors in the other project are errors in the library"; }
+cmake -S "$work/parent" -B "$work/bare_build" -G Ninja -DCMAKE_DISABLE_FIND_PACKAGE_fmt=ON >"$work/log" ||
+  { cat "$work/log"; fail "attention alone asks for fmt, which only layers and command use"; }
+cmake --build "$work/bare_build" --target help >"$work/log"
+grep -q '^fovea: ' "$work/log" || fail "without fmt add_subdirectory makes no library"
+! grep '^fovea_nn: ' "$work/log" || fail "without fmt there are layers that cannot be built"
 
 echo "== in folders of its own, beside the prefix"
 cmake -S "$source_dir" -B "$work/absolute" -G Ninja -DBUILD_TESTING=OFF -DCMAKE_INSTALL_LIBDIR="$work/a/lib" \
