@@ -67,11 +67,11 @@ use_installed() {
   for example in cpp_minimal c_minimal; do
     by_find_package "$prefix" "$source_dir/examples/$example" "$example"
   done
+  mkdir -p "$work/c_and_cpp"  # that example asks for no C++ compiler; a project that has one may link by it
+  cp "$source_dir/examples/c_minimal/main.c" "$work/c_and_cpp"
+  sed 's/LANGUAGES C)/LANGUAGES C CXX)/' "$source_dir/examples/c_minimal/CMakeLists.txt" >"$work/c_and_cpp/CMakeLists.txt"
+  by_find_package "$prefix" "$work/c_and_cpp" c_minimal
   if [[ -n $(find "$prefix" -name libfovea.so) ]]; then
-    mkdir -p "$work/c_alone"  # a shared fovea asks for no C++ compiler
-    cp "$source_dir/examples/c_minimal/main.c" "$work/c_alone"
-    sed 's/LANGUAGES C CXX.*/LANGUAGES C)/' "$source_dir/examples/c_minimal/CMakeLists.txt" >"$work/c_alone/CMakeLists.txt"
-    by_find_package "$prefix" "$work/c_alone" c_minimal
     # What find_package takes for another interface, the loader does, too.
     version=$(pkg-config --modversion fovea)
     [[ -e $PKG_CONFIG_PATH/../libfovea.so.${version%.*} ]] || fail "the soname is not that of versions ${version%.*}"
