@@ -1,5 +1,6 @@
 """What the documents point at exists: linked files, headings and lines, and paths of this repository named in code style.
-A linked line has the symbol that the link's text names in code style: [`Class::name`](file.h#L12).
+A linked line has the symbol that the link's text names in code style: [`Class::name`](file.h#L12).  A list of a page's
+contents names all of its sections.
 
     python3 tests/docs_test.py [--fix]
 
@@ -23,6 +24,13 @@ def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, by GitHub's rule: lower case, words joined by hyphens, punctuation dropped."""
     headings = re.findall(r"^#+ +(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+def left_out(page: Path) -> list[str]:
+    """The sections that a page's list of contents, where there is one, does not name."""
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"^- \[([^\]]+)\]\(#", text, re.MULTILINE)
+    return [section for section in re.findall(r"^## (.*)$", text, re.MULTILINE) if named and section not in named]
 
 
 def symbol_of(text: str) -> tuple[str, str] | None:
@@ -118,6 +126,7 @@ def main() -> int:
     for page in pages:
         if options.fix:
             fix(page)
+        faults += [f"{page.relative_to(ROOT)}: its contents leave out '{section}'" for section in left_out(page)]
         for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
             named = [(text, target, page.parent) for text, target in LINK.findall(line) if not re.match(r"[a-z]+:", target)]
             named += [("", target, ROOT) for target in CODE.findall(line)]
@@ -125,7 +134,7 @@ def main() -> int:
             for text, target, base in named:
                 if why := fault(page, text, target, base):
                     faults.append(f"{page.relative_to(ROOT)}:{number}: {target} {why}")
-    print(*faults, f"{len(pages)} pages, {targets} references, {len(faults)} lead nowhere", sep="\n")
+    print(*faults, f"{len(pages)} pages, {targets} references, {len(faults)} at fault", sep="\n")
     return 1 if faults or not targets else 0
 
 
