@@ -672,6 +672,24 @@ def test_a_padding_mask_of_another_shape_is_refused_where_padding_is_left_out(sh
                 call()
 
 
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("shape", [(3, 3), (2, 9, 9)])
+def test_a_causal_mask_of_another_shape_is_refused_where_padding_is_left_out(shape, packs):
+    x, padding = batch()
+    model = fovea.nn.convert(encoder(), pack_padding=packs)
+    layer, mask = model.layers[0], torch.ones(shape, dtype=torch.bool).triu(1)
+    attention, masks = layer.self_attn, dict(is_causal=True, src_key_padding_mask=padding)
+    for call in (
+        lambda: model(x, mask, **masks),
+        lambda: layer(x, mask, **masks),
+        lambda: attention(x, x, x, padding, False, mask, is_causal=True),
+        lambda: model.explain(x, mask=mask, **masks),
+        lambda: attention.explain(x, mask=mask, key_padding_mask=padding, is_causal=True),
+    ):
+        with pytest.raises(ValueError, match=r"^attn_mask has the shape \[.*\] but must be \[9, 9\] or \[12, 9, 9\]"):
+            call()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_what_a_layer_makes_of_masks_is_not_of_the_default_dtype(dtype):
     layer = fovea.nn.MultiheadAttention(32, 4, add_zero_attn=True, batch_first=True)

@@ -241,7 +241,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             self.pack_padding
             and key_padding_mask is not None
             and query is key is value
-            and can_pack(key_padding_mask, query, self.batch_first)
+            and can_pack(key_padding_mask, attn_mask, query, self)
             and (attn_mask is None or is_causal)
             and not need_weights
             and self.bias_k is None

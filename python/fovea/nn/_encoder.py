@@ -38,7 +38,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     ) -> Tensor:
         """torch.nn.TransformerEncoderLayer's."""
         batch_first = self.self_attn.batch_first
-        if self.pack_padding and _packs(src, src_mask, src_key_padding_mask, is_causal, batch_first):
+        if self.pack_padding and _packs(src, src_mask, src_key_padding_mask, is_causal, self.self_attn):
             packing = Packing(src_key_padding_mask)
             packed = packing.pack(src if batch_first else src.transpose(0, 1))
             out = packing.pad(self._layer(packed, None, None, is_causal).values())
@@ -59,8 +59,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             src: as forward takes it, but neither nested nor of an empty batch.
             mask: forward's src_mask.
         """
-        batch_first = self.self_attn.batch_first
-        packed = self.pack_padding and _packs(src, mask, src_key_padding_mask, is_causal, batch_first)
+        packed = self.pack_padding and _packs(src, mask, src_key_padding_mask, is_causal, self.self_attn)
         return _explain.of_layer(self, src, mask, src_key_padding_mask, is_causal, packed)
 
     def _layer(self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Tensor:
@@ -147,7 +146,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     def _packing(self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Packing | None:
         """How padding is left out, where it is."""
         if not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers) or not _packs(
-            src, mask, padding, is_causal, self.layers[0].self_attn.batch_first
+            src, mask, padding, is_causal, self.layers[0].self_attn
         ):
             return None
         if self.pack_padding:
@@ -164,12 +163,14 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         return Packing(padding) if only_tails else None
 
 
-def _packs(src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool, batch_first: bool) -> bool:
+def _packs(
+    src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool, attention: torch.nn.MultiheadAttention
+) -> bool:
     """Whether the padding of a call can be left out."""
     return (
         padding is not None
         and not src.is_nested
         and src.dim() == 3
-        and can_pack(padding, src, batch_first)
+        and can_pack(padding, mask, src, attention)
         and is_causal == (mask is not None)  # causal without a mask is refused where masks are read
     )

@@ -93,6 +93,11 @@ def _lengths(ignore: Tensor) -> tuple[Tensor, bool]:
     return lengths, torch.equal(lengths, keep.sum(1, dtype=torch.int32))
 
 
+def fits(mask: Tensor, batch: int, heads: int, seqlen_q: int, seqlen_kv: int) -> bool:
+    """Whether attn_mask has a shape that it may have."""
+    return mask.shape in ((seqlen_q, seqlen_kv), (batch * heads, seqlen_q, seqlen_kv))
+
+
 def _shape_of(mask: Tensor, batch: int, heads: int, seqlen_q: int, seqlen_kv: int) -> tuple[int, ...]:
     """attn_mask's shape with batch and heads apart."""
     if mask.shape == (seqlen_q, seqlen_kv):

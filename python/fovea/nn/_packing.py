@@ -9,14 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fovea import _core
+from fovea.nn._masks import fits
 from fovea.torch._adapter import tracing
 from fovea.torch._nested import check_jagged
 
 
-def can_pack(padding: Tensor, x: Tensor, batch_first: bool) -> bool:
-    """Whether a key_padding_mask tells of x's tokens, some; what does not fit is refused where masks are read."""
-    shape = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
-    return padding.dtype == torch.bool and padding.shape == shape and padding.device == x.device and padding.numel() > 0
+def can_pack(padding: Tensor, mask: Tensor | None, x: Tensor, layer: torch.nn.MultiheadAttention) -> bool:
+    """Whether a key_padding_mask tells of x's tokens, some; what does not fit is refused where masks are read.
+
+    Args:
+        mask: the causal triangle, which is not looked at but for its shape.
+    """
+    batch, seqlen = (x.shape[0], x.shape[1]) if layer.batch_first else (x.shape[1], x.shape[0])
+    if mask is not None and not fits(mask, batch, layer.num_heads, seqlen, seqlen):
+        return False
+    told = padding.dtype == torch.bool and padding.shape == (batch, seqlen) and padding.device == x.device
+    return told and padding.numel() > 0
 
 
 class Packing:
