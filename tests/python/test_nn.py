@@ -265,6 +265,31 @@ def test_convert_changes_classes_and_nothing_else():
     assert type(alone) is fovea.nn.MultiheadAttention and alone.pack_padding
 
 
+class SomebodysAttention(torch.nn.MultiheadAttention):
+    pass
+
+
+class SomebodysLayer(torch.nn.TransformerEncoderLayer):
+    pass
+
+
+def test_attention_of_somebody_else_s_gets_its_padding_and_is_not_explained():
+    x, padding = batch()
+    model = encoder()
+    for layer in model.layers:
+        layer.self_attn = SomebodysAttention(32, 4, batch_first=True)
+    expected = model(x, src_key_padding_mask=padding)
+    fovea.nn.convert(model, pack_padding=True)
+    torch.testing.assert_close(model(x, src_key_padding_mask=padding), expected)
+    assert model.layers[0](x, None, padding).shape == x.shape
+    with pytest.raises(ValueError, match="^a TransformerEncoderLayer whose attention is a SomebodysAttention "):
+        model.explain(x, src_key_padding_mask=padding)
+    stack = fovea.nn.TransformerEncoder(SomebodysLayer(32, 4, batch_first=True), 2)
+    with pytest.raises(ValueError, match="^a SomebodysLayer whose attention is a MultiheadAttention is not Fovea's"):
+        stack.explain(x)
+    assert fovea.nn.convert(stack).explain(x).forward.backend
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_padding_changes_no_row_that_is_read(batch_first, causal):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """torch.nn.TransformerEncoderLayer's."""
-        batch_first = self.self_attn.batch_first
-        if self.pack_padding and _packs(src, src_mask, src_key_padding_mask, is_causal, self.self_attn):
+        if self.pack_padding and _packs([self], src, src_mask, src_key_padding_mask, is_causal):
+            batch_first = self.self_attn.batch_first
             packing = Packing(src_key_padding_mask)
             packed = packing.pack(src if batch_first else src.transpose(0, 1))
             out = packing.pad(self._layer(packed, None, None, is_causal).values())
@@ -59,7 +60,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             src: as forward takes it, but neither nested nor of an empty batch.
             mask: forward's src_mask.
         """
-        packed = self.pack_padding and _packs(src, mask, src_key_padding_mask, is_causal, self.self_attn)
+        packed = self.pack_padding and _packs([self], src, mask, src_key_padding_mask, is_causal)
         return _explain.of_layer(self, src, mask, src_key_padding_mask, is_causal, packed)
 
     def _layer(self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Tensor:
@@ -145,9 +146,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
     def _packing(self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Packing | None:
         """How padding is left out, where it is."""
-        if not all(isinstance(layer, TransformerEncoderLayer) for layer in self.layers) or not _packs(
-            src, mask, padding, is_causal, self.layers[0].self_attn
-        ):
+        if not _packs(self.layers, src, mask, padding, is_causal):
             return None
         if self.pack_padding:
             return Packing(padding)
@@ -164,13 +163,18 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
 
 def _packs(
-    src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool, attention: torch.nn.MultiheadAttention
+    layers: Iterable[torch.nn.Module], src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
 ) -> bool:
-    """Whether the padding of a call can be left out."""
+    """Whether the padding of a call can be left out, which a layer or an attention of somebody else's may not know."""
     return (
         padding is not None
         and not src.is_nested
         and src.dim() == 3
-        and can_pack(padding, mask, src, attention)
         and is_causal == (mask is not None)  # causal without a mask is refused where masks are read
+        and all(
+            isinstance(layer, TransformerEncoderLayer)
+            and isinstance(layer.self_attn, MultiheadAttention)
+            and can_pack(padding, mask, src, layer.self_attn)
+            for layer in layers
+        )
     )

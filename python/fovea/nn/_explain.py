@@ -88,7 +88,12 @@ def of_layer(
 ) -> LayerReport:
     """TransformerEncoderLayer.explain; `packed`: it leaves padding out itself, or gets a batch without."""
     _refuse_nested(src)
-    attention = layer.self_attn
+    attention = getattr(layer, "self_attn", None)
+    if not isinstance(attention, fovea.nn.MultiheadAttention):
+        raise ValueError(
+            f"a {type(layer).__name__} whose attention is a {type(attention).__name__} is not Fovea's to explain;"
+            " fovea.nn.convert makes torch.nn's attention Fovea's"
+        )
     packed = packed or attention._packs(src, src, src, padding, mask, False, is_causal)
     fast = ("_transformer_encoder_layer_fwd", why_no_fast_layer(layer, src, mask, padding))
     return _report(attention, src, src, src, mask, padding, False, is_causal, packed, *fast)
