@@ -60,9 +60,8 @@ const char* stored_name(DType dtype) {
 json parse_header(const std::string& text) {
   std::vector<std::set<std::string>> names;  // of the objects being read, outermost first
   const auto watch = [&](int depth, json::parse_event_t event, json& parsed) {
-    if (event == json::parse_event_t::object_start || event == json::parse_event_t::array_start) {
-      if (depth > kDeepest) refuse("the header nests deeper than a safetensors header does");
-    }
+    if (depth > kDeepest && (event == json::parse_event_t::object_start || event == json::parse_event_t::array_start))
+      refuse("the header nests deeper than a safetensors header does");
     if (event == json::parse_event_t::object_start) names.emplace_back();
     if (event == json::parse_event_t::object_end) names.pop_back();
     if (event == json::parse_event_t::key && !names.back().insert(parsed.get<std::string>()).second) {
@@ -220,12 +219,13 @@ void SafetensorsFile::check_offsets(std::uint64_t data_bytes) const {
 OwnedTensor SafetensorsFile::load(const std::string& tensor) const {
   return in_context(name_ + ": tensor " + in_quotes(tensor), [&] {
     const auto found = entries_.find(tensor);
-    if (found == entries_.end()) refuse("is not there");
+    if (found == entries_.end())
+      refuse(fmt::format("is not there; the file has {}{}", entries_.size(),
+                         entries_.empty() ? "" : ", from " + in_quotes(entries_.begin()->first) + " on"));
     const Entry& entry = found->second;
     const StoredType* type = find_type(entry.dtype);
-    if (type == nullptr || !type->as) {
+    if (type == nullptr || !type->as)
       refuse(fmt::format("its dtype {} is not read; use F32, F16, BF16, BOOL, U8, I32 or I64", in_quotes(entry.dtype)));
-    }
     OwnedTensor loaded(*type->as, entry.shape);
     stream_->clear();
     stream_->seekg(static_cast<std::streamoff>(data_start_ + entry.begin));
