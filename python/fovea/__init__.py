@@ -5,7 +5,8 @@
     print(fovea.explain(q, k, v, causal="bottom_right"))     # who runs it, and why the others do not
 
 Submodules, imported when they are first used: ``fovea.torch`` (PyTorch's scaled_dot_product_attention, and
-``replace_sdpa`` for unmodified models), ``fovea.flash_attn`` (flash_attn's functions), ``fovea.jax``.
+``replace_sdpa`` for unmodified models), ``fovea.nn`` (torch.nn's attention layers), ``fovea.flash_attn`` (flash_attn's
+functions), ``fovea.jax``.
 """
 
 # A submodule is called `torch`, so that this name is never PyTorch here; the same holds for `jax`.

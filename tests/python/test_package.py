@@ -144,6 +144,7 @@ def test_types_and_documentation_come_along():
             "batch" if function is not fovea.torch.scaled_dot_product_attention else "num_q_heads",
         ):
             assert word in function.__doc__
+    assert all(f"``fovea.{submodule}``" in fovea.__doc__ for submodule in fovea._SUBMODULES)
     assert fovea.__version__ in (ROOT / "include/fovea/version.h").read_text()
     assert f'version = "{fovea.__version__}"' in (ROOT / "pyproject.toml").read_text()
 

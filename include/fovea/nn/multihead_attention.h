@@ -23,7 +23,7 @@ struct AttentionCall {
   Tensor attn_mask{};  ///< bool, true = ignore, or fp32 or the layer's dtype, added: [Sq, Skv] or [B·H, Sq, Skv]
   Causal causal = Causal::kNone;     ///< torch's is_causal is kTopLeft; no mask is needed with it
   Tensor cu_seqlens_q{};             ///< int32 [B + 1] on the CPU: packed sequences, query is [total_q, embed_dim]
-  Tensor cu_seqlens_kv{};            ///< the same for key and value; for self-attention the same tensor
+  Tensor cu_seqlens_kv{};            ///< the same for key and value; for self-attention the same tensor, or none
   bool training = false;             ///< dropout happens only in training
   std::uint64_t seed = 0;            ///< with `offset` names all dropout of this forward; the same two replay it
   std::uint64_t offset = 0;          ///< attention draws at `offset`, an encoder layer at offset … offset + 3
