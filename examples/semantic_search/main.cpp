@@ -21,6 +21,7 @@ constexpr double kTolerance = 1e-4;
 
 std::vector<std::string> lines_of(const std::string& path) {
   std::ifstream file(path);
+  if (!file) throw std::runtime_error(path + ": cannot be read");
   std::vector<std::string> lines;
   for (std::string line; std::getline(file, line);) {
     if (line.find_first_not_of(" \t\r") != std::string::npos) lines.push_back(line);

@@ -85,6 +85,7 @@ bool is_ideograph(char32_t c) {
 
 WordPiece::WordPiece(const std::string& vocabulary_file) {
   std::ifstream file(vocabulary_file);
+  if (!file) throw std::runtime_error(vocabulary_file + ": cannot be read; give the folder of all-MiniLM-L6-v2");
   for (std::string piece; std::getline(file, piece);) ids_.emplace(piece, static_cast<std::int32_t>(ids_.size()));
   for (const char* needed : {"[CLS]", "[SEP]", "[UNK]"}) {
     if (!ids_.contains(needed))

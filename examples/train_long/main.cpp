@@ -1,5 +1,3 @@
-// usage: train_long TEXT [--device cpu|cuda] [--lengths 2048,4096,...] [--steps N] [--layers N] [--width N] [--heads N]
-//                        [--json FILE]
 // A small language model learns TEXT byte by byte, sequences of each length in turn: a stack of encoder layers with
 // dropout, causal, in which a byte sees its own document alone.  Documents stand packed one behind the other, so
 // nothing of size length × length is ever made; what a step takes and the most memory that it held are printed.
@@ -21,6 +19,11 @@ namespace {
 
 using namespace fovea;
 
+constexpr const char* kUsage =
+    "usage: train_long TEXT [--device cpu|cuda] [--lengths 2048,4096,...] [--steps N] [--layers N] [--width N]\n"
+    "                  [--heads N] [--json FILE]";
+constexpr std::string_view kOptions[] = {"--device", "--lengths", "--steps", "--layers",
+                                         "--width",  "--heads",   "--json"};
 constexpr std::int64_t kBytes = 256;
 constexpr char kEndOfDocument = '\f';
 
@@ -56,8 +59,12 @@ Settings settings_of(int count, char** words) {
   for (int i = 1; i < count; ++i) {
     const std::string_view word = words[i];
     if (!word.starts_with("--")) {
+      if (!s.text.empty()) throw Error(ErrorCode::kInvalidArgument, "'" + std::string(word) + "' is a second text");
       s.text = word;
       continue;
+    }
+    if (std::ranges::find(kOptions, word) == std::end(kOptions)) {
+      throw Error(ErrorCode::kInvalidArgument, "unknown option '" + std::string(word) + "'; see train_long --help");
     }
     if (++i == count) throw Error(ErrorCode::kInvalidArgument, std::string(word) + " needs a value");
     const std::string value = words[i];
@@ -76,10 +83,8 @@ Settings settings_of(int count, char** words) {
       s.width = number(value);
     } else if (word == "--heads") {
       s.heads = number(value);
-    } else if (word == "--json") {
-      s.json = value;
     } else {
-      throw Error(ErrorCode::kInvalidArgument, "unknown option '" + std::string(word) + "'; see the top of main.cpp");
+      s.json = value;
     }
   }
   if (s.text.empty()) throw Error(ErrorCode::kInvalidArgument, "name a text to learn; documents end in form feeds");
@@ -208,6 +213,10 @@ void run(const Settings& s) {
 }  // namespace
 
 int main(int count, char** words) {
+  if (count == 2 && words[1] == std::string_view("--help")) {
+    std::puts(kUsage);
+    return 0;
+  }
   try {
     run(settings_of(count, words));
   } catch (const std::exception& error) {
