@@ -568,6 +568,18 @@ def test_traced_layers_keep_neither_padding_nor_results():
         torch.jit.trace(lambda x: model(x, src_key_padding_mask=padding), (x,))
 
 
+def test_symbolic_tracing_takes_layers_for_leaves_where_it_is_told_to():
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return type(module) in [ours for ours, _ in PAIRS] or super().is_leaf_module(module, name)
+
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), fovea.nn.convert(encoder()))
+    x, _ = batch()
+    with pytest.raises(torch.fx.proxy.TraceError):
+        torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(torch.fx.GraphModule(model, Tracer().trace(model))(x), model(x))
+
+
 def test_autocast_gives_what_torch_gives():
     theirs = encoder()
     ours = fovea.nn.convert(copy.deepcopy(theirs))

@@ -631,3 +631,13 @@ def test_alibi_and_sink_gradients_have_the_shape_of_their_tensors():
                 pair = (moved, sink) if tensor is slopes else (slopes, moved)
                 ends.append(fovea.attention(q, k, v, alibi_slopes=pair[0], sink=pair[1]).double().square().sum())
             assert math.isclose((ends[0] - ends[1]) / (2 * step), gradient[place], rel_tol=1e-2, abs_tol=1e-3)
+
+
+def test_pytorch_s_number_of_threads_is_that_of_its_own_pool():
+    q = torch.randn(1, 64, 4, 16)
+    before, details = torch.get_num_threads(), fovea.explain(q, q, q).details
+    try:
+        torch.set_num_threads(1)
+        assert fovea.explain(q, q, q).details == details
+    finally:
+        torch.set_num_threads(before)
