@@ -185,6 +185,22 @@ def test_what_torch_refuses_is_refused():
         scaled_dot_product_attention(q.double(), q.double(), q.double())
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_a_mask_beside_is_causal_is_pytorch_s_to_take_or_to_refuse(dropout_p):
+    q, mask = torch.randn(1, 2, 4, 8), torch.ones(4, 4, dtype=torch.bool)
+    try:
+        expected = F.scaled_dot_product_attention(q, q, q, mask, dropout_p, True)
+    except RuntimeError:
+        expected = None
+    with replace_sdpa() as report:
+        if expected is None:
+            with pytest.raises(RuntimeError, match="attn_mask should not be set when is_causal=True$"):
+                F.scaled_dot_product_attention(q, q, q, mask, dropout_p, True)
+        else:
+            assert torch.equal(F.scaled_dot_product_attention(q, q, q, mask, dropout_p, True), expected)
+    assert report.left.total() == 1 and "attn_mask stands beside is_causal" in str(report)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.uint8])
 def test_masks_of_other_dtypes_are_refused_by_their_name(dtype):
     q, layer = torch.randn(1, 4, 8), fovea.nn.MultiheadAttention(8, 2, batch_first=True)

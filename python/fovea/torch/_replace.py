@@ -113,7 +113,7 @@ def _dispatch(
 ) -> Any:
     """Fovea's where it takes the call, else PyTorch's."""
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-    reason = _why_not(query, key, value, attn_mask)
+    reason = _why_not(query, key, value, attn_mask, is_causal)
     if reason is None:
         try:
             out = scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa)
@@ -126,7 +126,7 @@ def _dispatch(
     return _original(*arguments, scale=scale, enable_gqa=enable_gqa)
 
 
-def _why_not(query: Any, key: Any, value: Any, attn_mask: Any) -> str | None:
+def _why_not(query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool) -> str | None:
     """What makes a call PyTorch's before Fovea is asked; a graph that is traced cannot ask."""
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
@@ -137,6 +137,8 @@ def _why_not(query: Any, key: Any, value: Any, attn_mask: Any) -> str | None:
         return f"query is {query.dtype}, and Fovea takes float32, float16 and bfloat16"
     if query.device.type not in ("cpu", "cuda"):
         return f"query is on {query.device}, and Fovea runs on CPUs and NVIDIA GPUs"
+    if attn_mask is not None and is_causal:
+        return "attn_mask stands beside is_causal, which some of PyTorch's kernels take"
     if any(tensor.is_nested and tensor.layout != torch.jagged for tensor in tensors):
         return "a nested tensor is of strided layout, and Fovea takes jagged ones"
     return None
