@@ -146,6 +146,14 @@ def test_refusals_carry_the_library_s_sentence():
         jax.block_until_ready(fovea.attention(q, k, v, backend="warp"))
 
 
+def test_refusals_carry_it_from_a_compiled_call_that_has_run_before():
+    q, k, v = arrays()
+    attend = jax.jit(lambda lengths: fovea.attention(q, k, v, kv_lengths=lengths))
+    jax.block_until_ready(attend(jnp.full(len(k), 3)))
+    with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=r"kv_lengths\[0\] \(99\) must be at most"):
+        jax.block_until_ready(attend(jnp.full(len(k), 99)))
+
+
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 def test_no_sequences_and_no_heads_are_refused_as_by_the_other_adapters(layout):
     given = dict(zip("qkv", arrays(layout)))

@@ -112,7 +112,8 @@ def attention(
 
     Raises:
         ValueError: an option of the wrong kind.
-        jax.errors.JaxRuntimeError: everything that shapes and values break, in the library's sentence.
+        jax.errors.JaxRuntimeError: everything that shapes and values break, in the library's sentence; JAX makes a
+            ValueError of it where the compiled call has run before.
     """
     rules(softmax_scale, causal, window_left, window_right, softcap, dropout_p, deterministic, layout, backend, False)
     arrays = dict(
