@@ -185,6 +185,8 @@ class Help(CommandTest):
         self.refuse("explain", LINE, "--threads", "-1", says="--threads")
         self.refuse("bench", LINE, "--repeat", "0", says="--repeat")
         self.refuse("bench", LINE, "--seconds", "nan", says="--seconds")
+        for command in (("bench", LINE), ("ladder",)):
+            self.refuse(*command, "--repeat", "2", "--seconds", "1", says="--repeat excludes --seconds")
         self.refuse("check", "--random", "-5", says="--random")
         for command in (("run", SAMPLE), ("check", LINE), ("bench", LINE)):
             for seed in ("-1", "18446744073709551616", "99999999999999999999", "1.5", "0x1", ""):

@@ -121,6 +121,10 @@ struct Command {
     return option("--backend", value, "NAME", help)
         ->check(filled("the name is empty; without --backend Fovea chooses"));
   }
+  void effort() const {
+    CLI::Option* repeat = number("--repeat", said->effort.repeats, 1, 1'000'000, "executions of each pass");
+    option("--seconds", said->effort.seconds, "S", "or: time for each pass")->capture_default_str()->excludes(repeat);
+  }
   void strict() const {
     flag("--strict", said->runner.options.strict, "refuse rather than pass over a backend that this device has");
   }
@@ -199,10 +203,11 @@ void add_bench(CLI::App& fovea, Action& action) {
   command.runner(false);
   command.strict();
   command.option("--against", said.against, "BACKEND", "time this backend too, in turns; may be repeated")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
       ->allow_extra_args(false)  // the word after it is a positional again
       ->check(filled("the name is empty; name a backend"));
-  command.number("--repeat", said.effort.repeats, 1, 1'000'000, "executions of each pass");
-  command.option("--seconds", said.effort.seconds, "S", "or: time for each pass")->capture_default_str();
+  command.effort();
   command.seed(said.seed, "N", "of the random tensors");
   command.path("--json", said.json, "FILE", "write the numbers; '-' prints them instead of the table");
   command.path("--html", said.html, "FILE", "write one self-contained page");
@@ -242,8 +247,7 @@ void add_ladder(CLI::App& fovea, Action& action) {
       ->check(CLI::Range(std::int64_t{0}, std::int64_t{5}).description(""));
   command.list("--dtype", said.dtypes, "LIST", "fp32 on the CPU, bf16 and fp16 on a GPU");
   command.list("--mask", said.masks, "LIST", "full, causal, or both");
-  command.number("--repeat", said.effort.repeats, 1, 1'000'000, "executions of each pass");
-  command.option("--seconds", said.effort.seconds, "S", "or: time for each pass")->capture_default_str();
+  command.effort();
   CLI::Option* check =
       command.flag("--check", said.check, "hold every rung against the double reference, and measure nothing");
   command.path("--json", said.json, "FILE", "write the numbers")->excludes(check);
