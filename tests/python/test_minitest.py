@@ -43,6 +43,12 @@ def test_everyone_trains_to_the_same_losses(tmp_path, capsys):
     assert page.count('class="bar"') == len(cells) and "http" not in page
 
 
+@pytest.mark.parametrize("size", ["2,16,32", "3,40,32", "2,100,64"])
+def test_nobody_is_told_in_red_for_another_draw(size, tmp_path, capsys):
+    status, results, _ = run(tmp_path, "--size", size, "--steps", "4", "--heads", "4")
+    assert status == 0 and all(cell["error"] <= 2 for cell in results["cells"]), capsys.readouterr().out
+
+
 def test_a_locale_without_utf_8_ends_nothing_and_spoils_no_page(tmp_path):
     ascii_alone = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     words = [*SHORT, "--json", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html")]
