@@ -85,7 +85,6 @@ constexpr auto kTiles = std::to_array<Tile>({
     {.widest = 48, .block_m = 128, .block_n = 128, .holds_dq = true, .bare = true},
     {.widest = 64, .block_m = 64, .block_n = 128, .holds_dq = true},
     {.widest = 64, .block_m = 128, .block_n = 128, .bare = true},
-    {.widest = 64, .block_m = 64, .block_n = 128},
     {.widest = 256, .block_m = 64, .block_n = 128},
 });
 

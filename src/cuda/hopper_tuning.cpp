@@ -48,7 +48,6 @@ constexpr auto kTiles = std::to_array<Row>({
      {.warpgroups = 3, .block_n = 64, .stages = 4, .turns = true}},
     {{.widest = 128, .most_options = 0}, {.block_n = 128, .hold = true, .turns = true}},
     {{.widest = 192, .most_options = 0}, {.block_n = 80, .hold = true, .turns = true}},
-    {{.widest = 256, .most_options = 0}, {.block_n = 80, .q_stages = 1, .turns = true}},
     // With options.
     {{.widest = 64, .most_options = 3, .mask = false, .dropout = false, .least_keys = kLong},
      {.warpgroups = 3, .block_n = 128, .stages = 4, .turns = true}},
@@ -71,7 +70,6 @@ constexpr auto kTiles = std::to_array<Row>({
     {{.widest = 64}, {.block_n = 128, .stages = 4, .turns = true}},
     {{.widest = 128, .most_options = 9}, {.block_n = 128, .hold = true, .turns = true}},
     {{.widest = 128, .most_options = 8}, {.block_n = 96, .hold = true, .turns = true}},
-    {{.widest = 128, .most_options = 9}, {.block_n = 96, .turns = true}},
     {{.widest = 128, .mask = false}, {.block_n = 128}},
     {{.widest = 96}, {.block_n = 128, .turns = true}},
     {{.widest = 128}, {.block_n = 96, .turns = true}},
@@ -80,7 +78,6 @@ constexpr auto kTiles = std::to_array<Row>({
     {{.widest = 192, .mask = false}, {.block_n = 64, .turns = true}},
     {{.widest = 192, .most_options = 3}, {.block_n = 80, .q_stages = 1}},
     {{.widest = 192}, {.block_n = 64, .q_stages = 1, .turns = true}},
-    {{.widest = 192}, {.block_n = 32, .q_stages = 1, .turns = true}},
     {{.widest = 256, .mask = false, .dropout = false}, {.block_n = 64, .q_stages = 1, .turns = true}},
     {{.widest = 256, .most_options = 12}, {.block_n = 48, .q_stages = 1, .turns = true}},
     {{.widest = 256}, {.block_n = 32, .q_stages = 1, .turns = true}},
