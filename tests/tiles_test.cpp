@@ -98,6 +98,17 @@ TEST_F(Choices, OfTwoThatSaveAtOnceAreAllKept) {
   EXPECT_EQ(TileChoices(file_).all().size(), 2U * kSaves);
 }
 
+TEST_F(Choices, ThatCouldNotBeWrittenAreAtTheNextSave) {
+  TileChoices choices(file_);
+  choices.set("a kind", "a tile");
+  std::ofstream(file_.parent_path()) << "where the folder should be";
+  EXPECT_FALSE(choices.save());
+  EXPECT_EQ(choices.find("a kind"), "a tile");
+  fs::remove(file_.parent_path());
+  EXPECT_TRUE(choices.save());
+  EXPECT_EQ(TileChoices(file_).find("a kind"), "a tile");
+}
+
 TEST_F(Choices, AFileThatIsNoneIsNone) {
   fs::create_directories(file_.parent_path());
   std::ofstream(file_, std::ios::binary) << "no tab here\n\n\t\n"

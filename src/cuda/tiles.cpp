@@ -66,10 +66,11 @@ bool TileChoices::save() {
   kept_ = read_choices(file_);
   for (auto& [kind, tile] : set_) kept_[kind] = tile;
   std::erase_if(kept_, [](const auto& choice) { return choice.second.empty(); });
-  set_.clear();
   std::string text;
   for (const auto& [kind, tile] : kept_) text += kind + kBetween + tile + '\n';
-  return jit::write_file(file_, text);
+  if (!jit::write_file(file_, text)) return false;
+  set_.clear();
+  return true;
 }
 
 std::string tile_text(int rows, int keys, int stages) {
