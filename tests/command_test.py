@@ -199,6 +199,7 @@ class Help(CommandTest):
         self.refuse("precompile", LINE, says="--arch")
         self.refuse("precompile", LINE, "--arch", "sm_80", says="--out")
         self.refuse("precompile", "--arch", "sm_80,sm_90", LINE, says="--out")  # a list ends where its word does
+        self.refuse("precompile", LINE, "--arch", "sm_88", "--check", says="use one of sm_75, sm_80, sm_86, sm_87, sm_89, sm_90, sm_100, sm_110, sm_120")
         for arch in ("sm_8", "sm_80a", "sm_a", "sm_90aa", "90a"):
             self.refuse("precompile", LINE, "--arch", f"sm_80,{arch}", "--check", says=f"--arch '{arch}' is no architecture")
         self.refuse("precompile", "fwd fp64", "--arch", "sm_80", "--check", says="fp64")

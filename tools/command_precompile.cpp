@@ -28,9 +28,8 @@ int parsed_arch(const std::string& text) {
   const int arch = parsed_architecture(text).value_or(0);
   if (arch == 0 || cuda::jit::arch_of(arch) != arch) {
     throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("--arch {} is no architecture that kernels are made for; use sm_75, sm_80, sm_86, sm_89, "
-                            "sm_90, sm_100 or sm_120",
-                            files::in_quotes(text)));
+                fmt::format("--arch {} is no architecture that kernels are made for; use one of sm_{}",
+                            files::in_quotes(text), fmt::join(cuda::jit::kArchs, ", sm_")));
   }
   return arch;
 }
