@@ -22,8 +22,10 @@ std::int64_t check_floats(const char* name, const Tensor& x) {
 /// Refuses all but one number for each row, each behind the last: kernels step through them.
 void check_classes(const Tensor& classes, std::int64_t rows, const Device& device) {
   std::int64_t count = classes.rank == 0 ? 0 : 1;
-  for (int i = 0; i < classes.rank; ++i) count *= std::max<std::int64_t>(0, classes.shape[i]);
-  if (classes.dtype != DType::kInt32 || count != rows) {
+  bool known = classes.rank >= 0 && classes.rank <= Tensor::kMaxRank;  // and a number of 64 bits
+  for (int i = 0; known && i < classes.rank; ++i)
+    known = !__builtin_mul_overflow(count, std::max<std::int64_t>(0, classes.shape[i]), &count);
+  if (classes.dtype != DType::kInt32 || !known || count != rows) {
     refuse("classes is ", name(classes.dtype), " ", shape_text(classes), " but must be int32, one for each of the ",
            rows, " rows");
   }

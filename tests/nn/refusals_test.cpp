@@ -1,6 +1,7 @@
 // What layers refuse, in one sentence and before anything is read or written.  On the CPU, or with
 // FOVEA_LAYERS_DEVICE=cuda on a GPU.
 #include <fovea/nn/adamw.h>
+#include <fovea/nn/loss.h>
 #include <fovea/nn/transformer.h>
 #include <gtest/gtest.h>
 
@@ -256,6 +257,18 @@ TEST(Tensors, ThatLieAsNoneMayAreRefused) {
   rows.strides = {8, 1};
   refused("query's cu_seqlens", slice(classes.view(), 0, 0, 2),
           [&](const Tensor& t) { (void)attention.forward(rows, rows, rows, {.cu_seqlens_q = t, .cu_seqlens_kv = t}); });
+}
+
+TEST(Tensors, OfMoreDimensionsOrClassesThanThereMayBeAreRefused) {
+  const Array x(DType::kFloat32, {3, 4}, kDevice), classes(DType::kInt32, {3}, kDevice);
+  const auto why_not = [&](const Tensor& t) { return refusal([&] { (void)cross_entropy(x.view(), t, x.view()); }); };
+  Tensor deep = classes.view(), vast = classes.view();
+  deep.rank = 5;
+  deep.shape = {1, 1, 1, 3};
+  EXPECT_TRUE(contains(why_not(deep), "classes is int32 [1, 1, 1, 3] but must be int32, one for each of the 3 rows"));
+  vast.rank = 2;
+  vast.shape = {5, 7378697629483820647};  // 2^65 + 3 elements
+  EXPECT_TRUE(contains(why_not(vast), "classes is int32 [5, 7378697629483820647] but must be int32"));
 }
 
 TEST(Names, ThatAFileCannotHoldAreRefused) {
