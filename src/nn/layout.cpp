@@ -93,7 +93,8 @@ Sequences Sequences::of(const char* name, const Tensor& x, const Tensor& cu_seql
     s.rows = x.shape[0];
     s.batch = cu_seqlens.shape[0] - 1;
     for (std::int64_t b = 0; b < s.batch; ++b) {
-      const std::int64_t length = ends[(b + 1) * cu_seqlens.strides[0]] - ends[b * cu_seqlens.strides[0]];
+      const std::int64_t begin = ends[b * cu_seqlens.strides[0]];
+      const std::int64_t length = ends[(b + 1) * cu_seqlens.strides[0]] - begin;
       if (length < 0) refuse(of, " decreases at sequence ", b, "; give the ends in order");
       s.seqlen = std::max(s.seqlen, length);
     }

@@ -5,6 +5,7 @@
 #include <fovea/nn/transformer.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <functional>
 #include <limits>
@@ -269,6 +270,17 @@ TEST(Tensors, OfMoreDimensionsOrClassesThanThereMayBeAreRefused) {
   vast.rank = 2;
   vast.shape = {5, 7378697629483820647};  // 2^65 + 3 elements
   EXPECT_TRUE(contains(why_not(vast), "classes is int32 [5, 7378697629483820647] but must be int32"));
+}
+
+TEST(Tensors, OfEndsWhoseDifferencesOnly64BitsHoldAreRefused) {
+  const MultiheadAttention attention({.embed_dim = 8, .num_heads = 2, .device = kDevice});
+  const Array rows(DType::kFloat32, {3, 8}, kDevice), ends(DType::kInt32, {5});
+  constexpr std::int32_t kLeast = std::numeric_limits<std::int32_t>::min(), kMost = -(kLeast + 1);
+  const std::int32_t around[] = {0, kMost, kLeast, -1, 3};  // whose differences are all positive in 32 bits
+  std::copy(std::begin(around), std::end(around), static_cast<std::int32_t*>(ends.view().data));
+  EXPECT_TRUE(contains(
+      refusal([&] { (void)attention.forward(rows.view(), rows.view(), rows.view(), {.cu_seqlens_q = ends.view()}); }),
+      "query's cu_seqlens decreases at sequence 1"));
 }
 
 TEST(Names, ThatAFileCannotHoldAreRefused) {
