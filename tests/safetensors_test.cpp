@@ -4,11 +4,13 @@
 #include <fovea/error.h>
 #include <gtest/gtest.h>
 
+#include <barrier>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <random>
 #include <sstream>
+#include <thread>
 
 #include "tests/support.h"
 #include "tools/npy.h"
@@ -269,6 +271,25 @@ TEST(AtomicWriting, LeavesTheOldFileWhereWritingFails) {
   std::ifstream stream(path);
   EXPECT_EQ(std::string(std::istreambuf_iterator<char>(stream), {}), "old");
   EXPECT_EQ(folder.count(), 1U) << "a temporary file stayed behind";
+}
+
+TEST(AtomicWriting, OfTwoThreadsAtOnceIsOneOrTheOther) {
+  const Folder folder;
+  const std::string path = folder.file("a");
+  std::barrier both(2);
+  const auto write = [&](const std::string& words) {
+    files::write_atomically(path, [&](std::ostream& stream) {
+      both.arrive_and_wait();
+      stream << words;
+    });
+  };
+  std::thread other([&] { EXPECT_NO_THROW(write("the other's")); });
+  EXPECT_NO_THROW(write("one's"));
+  other.join();
+  std::ifstream stream(path);
+  const std::string found(std::istreambuf_iterator<char>(stream), {});
+  EXPECT_TRUE(found == "one's" || found == "the other's") << found;
+  EXPECT_EQ(folder.count(), 1U);
 }
 
 TEST(AtomicWriting, RefusesWhatIsNoPlaceForAFile) {

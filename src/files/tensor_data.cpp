@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -164,9 +165,9 @@ void require_apart(const char* option, const std::string& path, const char* othe
 void write_atomically(const std::string& path, const std::function<void(std::ostream&)>& write) {
   require_writable(path);
   const auto target = target_of(path);
-  constexpr std::size_t kLongestStem = 200;  // of names, which systems let have 255 bytes
-  const auto growing =
-      folder_of(target) / fmt::format("{}.{}.part", target.filename().string().substr(0, kLongestStem), ::getpid());
+  static std::atomic<unsigned> writes{0};                              // so that no two threads grow one file
+  const std::string stem = target.filename().string().substr(0, 200);  // of a name, which may have 255 bytes
+  const auto growing = folder_of(target) / fmt::format("{}.{}.{}.part", stem, ::getpid(), writes++);
   std::ofstream stream(growing, std::ios::binary | std::ios::trunc);
   if (!stream) refuse(fmt::format("{}: can't be written: {}", path, system_reason(errno)));
   std::error_code problem;
