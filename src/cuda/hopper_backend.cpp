@@ -1,6 +1,8 @@
 #include "cuda/hopper_backend.h"
 
 #include <algorithm>
+#include <array>
+#include <charconv>
 #include <limits>
 
 #include "cuda/driver.h"
@@ -122,7 +124,9 @@ class HopperBackend final : public Backend {
     } else if (const auto shape = choose_forward_sm90(problem, model); found(shape)) {
       limit(verdict, "the number of tiles", shape->tiles, kMostTiles);
       if (begins_with_slopes(shape->spec) && problem.scale() < kLeastScale) {
-        reasons.emplace_back("softmax_scale (" + std::to_string(problem.scale()) +
+        std::array<char, 32> digits{};
+        const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), problem.scale()).ptr;
+        reasons.emplace_back("softmax_scale (" + std::string(digits.data(), end) +
                              ") is below 0.0001, and slopes are divided by it");
       }
     }
