@@ -336,16 +336,17 @@ void launch(int gpu, void* function, std::string_view title, const Grid& grid, c
   const LaunchAttribute early{.id = kProgrammaticSerialization, .value = {1}};
   const LaunchConfig config{
       {grid.x, grid.y, grid.z}, {grid.threads, grid.threads_y, 1}, grid.shared_bytes, stream, &early, 1};
-  const int status = grid.early && driver_version() >= kCapturesEarlyLaunches
-                         ? driver().call.launch_with(&config, function, parameters.data(), nullptr)
-                         : driver().call.launch(function, grid.x, grid.y, grid.z, grid.threads, grid.threads_y, 1U,
-                                                grid.shared_bytes, stream, parameters.data(), nullptr);
+  const bool ahead = grid.early && driver_version() >= kCapturesEarlyLaunches;
+  const Functions& call = driver().call;
+  const int status = ahead ? call.launch_with(&config, function, parameters.data(), nullptr)
+                           : call.launch(function, grid.x, grid.y, grid.z, grid.threads, grid.threads_y, 1U,
+                                         grid.shared_bytes, stream, parameters.data(), nullptr);
   if (status == 0) return;  // without making the text below
   const auto text = [](unsigned number) { return std::to_string(number); };
   check(status,
-        "cuLaunchKernel of " + std::string(title) + " with " + text(grid.x) + " × " + text(grid.y) + " × " +
-            text(grid.z) + " blocks of " + text(grid.threads * grid.threads_y) + " threads and " +
-            text(grid.shared_bytes) + " dynamic shared bytes",
+        std::string(ahead ? call.launch_with.name : call.launch.name) + " of " + std::string(title) + " with " +
+            text(grid.x) + " × " + text(grid.y) + " × " + text(grid.z) + " blocks of " +
+            text(grid.threads * grid.threads_y) + " threads and " + text(grid.shared_bytes) + " dynamic shared bytes",
         gpu);
 }
 

@@ -217,6 +217,9 @@ TEST_F(KernelTest, LaunchesWithWhatItIsGiven) {
       words(ErrorCode::kDevice, [&] { kernel.launch({.x = 2, .threads = 64}, Params{}, nullptr); }),
       "cuLaunchKernel of toy with 2 × 1 × 1 blocks of 64 threads and 0 dynamic shared bytes failed on cuda:1: the "
       "driver says something else (CUDA_ERROR_OTHER)");
+  EXPECT_TRUE(contains(
+      words(ErrorCode::kDevice, [&] { kernel.launch({.x = 2, .threads = 64, .early = true}, Params{}, nullptr); }),
+      "cuLaunchKernelEx of toy with 2 × 1 × 1 blocks"));
 }
 
 TEST_F(KernelTest, ADriverOlderThanTheCompilerIsNamed) {
