@@ -65,8 +65,6 @@ struct Functions {
   Call<int(const void*, void*, void**, void**)> launch_with{newer, "cuLaunchKernelEx"};  // a LaunchConfig
   Call<int(void**, Size)> allocate{library, "cuMemAlloc_v2"};
   Call<int(void*)> free{library, "cuMemFree_v2"};
-  Call<int(void*, const void*, Size)> to_device{library, "cuMemcpyHtoD_v2"};
-  Call<int(void*, const void*, Size)> to_host{library, "cuMemcpyDtoH_v2"};
   Call<int(void*, const void*, Size, void*)> copy_async{library, "cuMemcpyAsync"};
   Call<int(void*, U8, Size, void*)> fill_async{library, "cuMemsetD8Async"};
   Call<int(void**, U32)> make_stream{library, "cuStreamCreate"};
@@ -246,20 +244,6 @@ DeviceMemory::DeviceMemory(int gpu, std::size_t bytes) : bytes_(bytes) {
   void* memory = nullptr;
   check(call.allocate(&memory, bytes), "cuMemAlloc of " + std::to_string(bytes) + " bytes", gpu);
   memory_ = Handle(memory, Release{gpu, call.free.address});
-}
-
-void DeviceMemory::upload(const void* from, std::size_t bytes) const {
-  if (bytes != 0) run(gpu_of(memory_), &Functions::to_device, data(), from, bytes);
-}
-
-void DeviceMemory::download(void* to, std::size_t bytes) const {
-  if (bytes != 0) run(gpu_of(memory_), &Functions::to_host, to, data(), bytes);
-}
-
-void DeviceMemory::fill(std::uint8_t value) const {
-  if (bytes_ == 0) return;
-  fill_async(gpu_of(memory_), data(), value, bytes_, nullptr);
-  run(gpu_of(memory_), &Functions::synchronize_stream, nullptr);
 }
 
 Stream::Stream(int gpu) : stream_(made(gpu, &Functions::make_stream, &Functions::destroy_stream, kNonBlocking)) {}

@@ -68,11 +68,6 @@ class DeviceMemory {
   [[nodiscard]] void* data() const { return memory_.get(); }
   [[nodiscard]] std::size_t bytes() const { return bytes_; }
 
-  // All three take the start of the memory, and return when done.
-  void upload(const void* from, std::size_t bytes) const;
-  void download(void* to, std::size_t bytes) const;
-  void fill(std::uint8_t value) const;
-
  private:
   Handle memory_;
   std::size_t bytes_ = 0;

@@ -153,8 +153,6 @@ EMULATED int cuMemFree_v2(void* memory) {
   const std::lock_guard lock(gpu().mutex);
   return gpu().memory.free(memory) ? 0 : kInvalid;
 }
-EMULATED int cuMemcpyHtoD_v2(void* to, const void* from, std::size_t bytes) { return std::memcpy(to, from, bytes), 0; }
-EMULATED int cuMemcpyDtoH_v2(void* to, const void* from, std::size_t bytes) { return std::memcpy(to, from, bytes), 0; }
 EMULATED int cuMemcpyAsync(void* to, const void* from, std::size_t bytes, void*) {
   return now_or_captured([=] { return std::memcpy(to, from, bytes), 0; });
 }

@@ -98,8 +98,6 @@ FAKE int cuMemFree_v2(void* memory) {
   std::free(memory);
   return 0;
 }
-FAKE int cuMemcpyHtoD_v2(void* to, const void* from, std::size_t bytes) { return std::memcpy(to, from, bytes), 0; }
-FAKE int cuMemcpyDtoH_v2(void* to, const void* from, std::size_t bytes) { return std::memcpy(to, from, bytes), 0; }
 FAKE int cuMemcpyAsync(void* to, const void* from, std::size_t bytes, void*) { return std::memcpy(to, from, bytes), 0; }
 FAKE int cuMemsetD8Async(void* to, unsigned char value, std::size_t bytes, void*) {
   return std::memset(to, value, bytes), 0;

@@ -221,8 +221,6 @@ FAKE int cuMemsetD8Async(void* to, unsigned char value, std::size_t bytes, void*
   FAKE int name() { return 1; }
 FOVEA_UNUSED(cuMemAlloc_v2)
 FOVEA_UNUSED(cuMemFree_v2)
-FOVEA_UNUSED(cuMemcpyHtoD_v2)
-FOVEA_UNUSED(cuMemcpyDtoH_v2)
 FOVEA_UNUSED(cuStreamCreate)
 FOVEA_UNUSED(cuStreamSynchronize)
 FOVEA_UNUSED(cuStreamDestroy_v2)
