@@ -65,11 +65,6 @@ OwnedTensor::OwnedTensor(DType dtype, std::span<const std::int64_t> shape) {
   }
 }
 
-OwnedTensor OwnedTensor::like(const Tensor& tensor) {
-  if (!tensor.defined()) return {};
-  return {tensor.dtype, std::span(tensor.shape).first(tensor.rank)};
-}
-
 std::int64_t packed_bytes(std::span<const std::int64_t> shape, std::int64_t element_bytes) {
   std::int64_t bytes = element_bytes;
   bool overflow = false;

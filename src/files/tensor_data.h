@@ -23,7 +23,6 @@ class OwnedTensor {
   /// Throws Error(kInvalidArgument) for more than four dimensions, a negative one or a size beyond 63 bits, and
   /// Error(kOutOfMemory).
   OwnedTensor(DType dtype, std::span<const std::int64_t> shape);
-  [[nodiscard]] static OwnedTensor like(const Tensor& tensor);  ///< dtype and shape of another, undefined if that is
 
   [[nodiscard]] const Tensor& view() const { return view_; }
   [[nodiscard]] std::span<std::byte> bytes() const { return {memory_.get(), size_}; }
