@@ -31,6 +31,10 @@ IndexView index_view(const Tensor& t) {
   return {static_cast<const int*>(t.data), t.strides[0]};
 }
 
+int capability_of(const Device& device) {
+  return device.compute_capability != 0 ? device.compute_capability : gpu(device.index).compute_capability;
+}
+
 /// The layout of the words of a mask that has these dimensions of its own.
 WordView word_view(const CallParams& p, WordOrder order, bool batch, bool heads, bool queries) {
   WordView view{};
@@ -209,10 +213,6 @@ void refuse_long(const Problem& problem, Verdict& verdict) {
   // Kernels that pack the heads of a group count rows of all of them.
   const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
   limit(verdict, "total_q × num_q_heads / num_kv_heads", problem.total_q * group, std::numeric_limits<int>::max());
-}
-
-int capability_of(const Device& device) {
-  return device.compute_capability != 0 ? device.compute_capability : gpu(device.index).compute_capability;
 }
 
 GpuModel model_of_device(const Device& device) {

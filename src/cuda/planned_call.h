@@ -79,7 +79,6 @@ void refuse_long(const Problem& problem, Verdict& verdict);
 /// Whether `value` is at most `most`.
 void limit(Verdict& verdict, const char* what, std::int64_t value, std::int64_t most);
 
-[[nodiscard]] int capability_of(const Device& device);
 [[nodiscard]] GpuModel model_of_device(const Device& device);
 
 }  // namespace fovea::cuda
