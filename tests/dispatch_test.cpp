@@ -3,12 +3,15 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <iostream>
+#include <limits>
 
 #include "cpu/flash_backend.h"
 #include "cuda/driver.h"
 #include "dispatch/backend.h"
+#include "dispatch/views.h"
 #include "support.h"
 
 namespace fovea {
@@ -184,6 +187,19 @@ TEST(Dispatch, ADryRunStatesTheWorkspaceThatThePlanNeeds) {
     EXPECT_EQ(explain(problem).workspace_bytes, plan.workspace_bytes());
     EXPECT_GT(plan.workspace_bytes(), 0U);
   }
+}
+
+TEST(Views, TakeAnyStrideOfADimensionThatNobodyWalks) {  // without the overflow that a sanitizer tells of
+  constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
+  alignas(16) std::array<float, 8> numbers{};
+  Tensor t = Tensor::contiguous(numbers.data(), DType::kFloat32, {1, 2, 1, 4});
+  t.strides[0] = t.strides[2] = kMost;
+  EXPECT_TRUE(dispatch::row_view(t).aligned);
+  EXPECT_EQ(dispatch::row_view(t).row, 16);
+  EXPECT_EQ(dispatch::entry_view(t).batch, 0);
+  t.shape[0] = 0;
+  EXPECT_EQ(dispatch::entry_view(t).query, 0);
+  EXPECT_EQ(dispatch::entry_view(t).head, 16);
 }
 
 TEST(Workspace, OfAMaskExpandedByStridesOf0IsThatOfWhatItHas) {

@@ -22,7 +22,7 @@ bool in_runs(const Tensor& t) {
   if (!t.defined()) return true;
   const std::int64_t size = size_bytes(t.dtype), run = std::min<std::int64_t>(8 * size, 16);
   bool runs = t.shape[3] > 1 && t.strides[3] == 1 && reinterpret_cast<std::uintptr_t>(t.data) % run == 0;
-  for (int axis = 0; axis < 3; ++axis) runs = runs && (t.shape[axis] == 1 || t.strides[axis] * size % run == 0);
+  for (int axis = 0; axis < 3; ++axis) runs = runs && (t.shape[axis] == 1 || dispatch::byte_stride(t, axis) % run == 0);
   return runs;
 }
 

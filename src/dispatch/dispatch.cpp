@@ -6,8 +6,6 @@
 #include "dispatch/backend.h"
 #include "problem/refuse.h"
 
-#include <fovea/error.h>
-
 #include <new>
 
 namespace fovea::dispatch {

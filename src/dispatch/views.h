@@ -10,16 +10,18 @@
 // The views that kernels are called with, made of the caller's tensors, which have been validated.
 namespace fovea::dispatch {
 
+/// A stride in bytes.  That of a dimension which nobody walks may be any number, and wraps.
+inline i64 byte_stride(const Tensor& t, int axis) {
+  return static_cast<i64>(static_cast<u64>(t.strides[axis]) * static_cast<u64>(size_bytes(t.dtype)));
+}
+
 /// [batch, seqlen, heads, dim], or packed [rows, heads, dim].
 inline RowView row_view(const Tensor& t) {
   if (!t.defined()) return {};
-  const i64 size = size_bytes(t.dtype);
-  const int token = t.rank - 3;
-  RowView view{static_cast<char*>(t.data), t.rank == 4 ? t.strides[0] * size : 0, t.strides[token] * size,
-               t.strides[token + 1] * size, reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0};
-  for (int axis = 0; axis + 1 < t.rank; ++axis) {
-    view.aligned = view.aligned && (t.shape[axis] == 1 || t.strides[axis] * size % 16 == 0);
-  }
+  RowView view{static_cast<char*>(t.data), t.rank == 4 ? byte_stride(t, 0) : 0, byte_stride(t, t.rank - 3),
+               byte_stride(t, t.rank - 2), reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0};
+  for (int axis = 0; axis + 1 < t.rank; ++axis)
+    view.aligned = view.aligned && (t.shape[axis] == 1 || byte_stride(t, axis) % 16 == 0);
   return view;
 }
 
@@ -33,7 +35,7 @@ inline StatView stat_view(const Tensor& t) {
 /// [batch, heads, seqlen_q, seqlen_kv], any of them 1.
 inline EntryView entry_view(const Tensor& t) {
   if (!t.defined()) return {};
-  const auto stride = [&t](int axis) { return t.shape[axis] == 1 ? 0 : t.strides[axis] * size_bytes(t.dtype); };
+  const auto stride = [&t](int axis) { return t.shape[axis] == 1 ? 0 : byte_stride(t, axis); };
   return {static_cast<char*>(t.data), stride(0), stride(1), stride(2), stride(3)};
 }
 
