@@ -26,9 +26,9 @@ Array Array::unset(DType dtype, std::span<const std::int64_t> shape, const Devic
       refuse("a tensor of shape [", join(shape, ", "), "] is larger than any memory");
     }
   }
-  auto held = std::make_shared<Held>();
+  auto held = or_out_of_memory([] { return std::make_shared<Held>(); });
   held->size_bytes = empty ? 0 : static_cast<std::size_t>(bytes);
-  held->memory = ops_of(device).allocate(held->size_bytes);
+  held->memory = or_out_of_memory([&] { return ops_of(device).allocate(held->size_bytes); });
   Tensor& view = held->view;
   view.data = held->memory.get();
   view.dtype = dtype;

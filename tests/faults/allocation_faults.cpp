@@ -2,6 +2,7 @@
 // An executable of its own, because it replaces operator new for the whole process.
 #include <fovea/c.h>
 #include <fovea/fovea.h>
+#include <fovea/nn/array.h>
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -159,6 +160,16 @@ TEST(WorkspaceFault, NamesTheSizeThatCouldNotBeHad) {
   }
   allocations_left = -1;
 }
+
+#ifdef FOVEA_LAYERS
+TEST(ArrayFault, IsReportedAndLeavesTheBytesHeldAsTheyWere) {
+  const nn::Array another(DType::kFloat32, {10});
+  (void)nn::peak_bytes({}, true);
+  fail_each_allocation(
+      [] {}, [] { return runs_out([] { const nn::Array a(DType::kFloat32, {1000}); }); },
+      [&](bool told) { EXPECT_EQ(nn::peak_bytes({}, true), another.size_bytes() + (told ? 0 : 4000)); });
+}
+#endif
 
 }  // namespace
 }  // namespace fovea

@@ -151,11 +151,11 @@ class CpuOps final : public Ops {
       throw Error(ErrorCode::kOutOfMemory, "a tensor of " + std::to_string(bytes) +
                                                " bytes could not be allocated; free memory or use a smaller batch");
     }
+    const std::size_t held = held_bytes += bytes;  // before the owner, who takes it back where it cannot be made, too
     std::shared_ptr<std::byte> owner(memory, [bytes](std::byte* p) {
       ::operator delete(p, kAlignment);
       held_bytes -= bytes;
     });
-    const std::size_t held = held_bytes += bytes;
     for (std::size_t most = most_bytes; held > most && !most_bytes.compare_exchange_weak(most, held);) {
     }
     return owner;
