@@ -16,12 +16,14 @@ const Tensor& Parameter::gradient_sum() {
 
 std::vector<std::pair<std::string, Parameter*>> parameters(Module& module) {
   std::vector<std::pair<std::string, Parameter*>> all;
-  module.visit("", [&](const std::string& name, Parameter& parameter) { all.emplace_back(name, &parameter); });
+  const auto add = [&](const std::string& name, Parameter& parameter) { all.emplace_back(name, &parameter); };
+  or_out_of_memory([&] { module.visit("", add); });
   return all;
 }
 
 void zero_gradients(Module& module) {
-  module.visit("", [](const std::string&, Parameter& parameter) { parameter.gradient = {}; });
+  or_out_of_memory(
+      [&] { module.visit("", [](const std::string&, Parameter& parameter) { parameter.gradient = {}; }); });
 }
 
 void load(Module& module, const std::string& path, const std::string& prefix) {

@@ -219,7 +219,7 @@ TransformerEncoder::TransformerEncoder(const Options& options) : options_(option
   for (std::int64_t l = 0; l < options.num_layers; ++l) {
     TransformerEncoderLayer::Options layer = options.layer;
     layer.seed += kSeedsOfALayer * static_cast<std::uint64_t>(l);
-    layers.emplace_back(layer);
+    or_out_of_memory([&] { layers.emplace_back(layer); });
   }
   if (options.norm) norm.emplace(norm_options(options.layer));
 }

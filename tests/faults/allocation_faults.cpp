@@ -2,7 +2,7 @@
 // An executable of its own, because it replaces operator new for the whole process.
 #include <fovea/c.h>
 #include <fovea/fovea.h>
-#include <fovea/nn/array.h>
+#include <fovea/nn/transformer.h>
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -168,6 +168,16 @@ TEST(ArrayFault, IsReportedAndLeavesTheBytesHeldAsTheyWere) {
   fail_each_allocation(
       [] {}, [] { return runs_out([] { const nn::Array a(DType::kFloat32, {1000}); }); },
       [&](bool told) { EXPECT_EQ(nn::peak_bytes({}, true), another.size_bytes() + (told ? 0 : 4000)); });
+}
+
+TEST(LayerFault, IsReportedByStacksAndTheirParameters) {
+  const nn::TransformerEncoder::Options options{
+      .layer = {.d_model = 8, .nhead = 2, .dim_feedforward = 8}, .num_layers = 2, .norm = true};
+  const auto each = [](const auto& call) { fail_each_allocation([] {}, [&] { return runs_out(call); }, [](bool) {}); };
+  each([&] { const nn::TransformerEncoder made(options); });
+  nn::TransformerEncoder stack(options);
+  each([&] { (void)nn::parameters(stack); });
+  each([&] { nn::zero_gradients(stack); });
 }
 #endif
 
