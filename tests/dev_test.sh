@@ -50,3 +50,22 @@ build libdnnl-dev
 [[ $status == 0 && $said == *'going on without libdnnl-dev; '*'cmake --build '* ]] || fail "it wants what apt-get cannot install"
 build g++
 [[ $status == 1 && $said == *'could not install g++'* ]] || fail "it goes on without a compiler"
+
+# `./dev test` without what Python's tests need: all others run, and it fails in the end.
+for tool in tee sed grep; do ln -s "$(command -v "$tool")" "$work/bin"; done
+mkdir "$work/build/release"
+printf '#!/bin/bash\necho \x27"nvrtc": "here"\x27\n' >"$work/build/release/fovea"
+chmod 755 "$work/build/release/fovea"
+chmod 777 "$work/build/release"
+fake nproc 'echo 2'
+fake ctest 'echo "100% tests passed, 0 tests failed out of 3"'
+status=0
+said=$(env -u CXX MISSING= PATH="$work/bin" "${user[@]}" "$work/dev" test 2>&1) || status=$?
+[[ $status == 1 && $said == *'3 passed, 0 failed, 0 skipped'*'the Python package was not tested'* ]] || fail "it needs Python's environment"
+mkdir -p "$work/tests/python" "$work/build/venv/bin"
+touch "$work/tests/python/environment.sh"
+printf '#!/bin/bash\n' >"$work/build/venv/bin/python"
+chmod 755 "$work/build/venv/bin/python"
+status=0
+said=$(env -u CXX MISSING= PATH="$work/bin" "${user[@]}" "$work/dev" test 2>&1) || status=$?
+[[ $status == 0 && $said == *'3 passed, 0 failed, 0 skipped' ]] || fail "it fails with Python's environment"
