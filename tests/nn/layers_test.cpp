@@ -710,11 +710,8 @@ TEST(Memory, OfTrainingGrowsWithTheLengthAndNotItsSquare) {
   const auto peak_of = [&](std::int64_t length) {
     TransformerEncoderLayer layer(options);
     const Array x = random_array({1, length, 24}, 1);
-    AttentionCall call;
-    call.training = true;
-    call.causal = Causal::kTopLeft;
     (void)peak_bytes(kDevice, true);
-    const auto result = layer.forward(x.view(), call);
+    const auto result = layer.forward(x.view(), AttentionCall{.causal = Causal::kTopLeft, .training = true});
     (void)layer.backward(*result.state, x.view());
     return static_cast<double>(peak_bytes(kDevice));
   };
