@@ -33,7 +33,12 @@ def options_of(
     """
     options: dict[str, Any] = {}
     if attn_mask is not None:
-        shape = _shape_of(attn_mask, batch, heads, seqlen_q, seqlen_kv)
+        shape = shape_of(attn_mask, batch, heads, seqlen_q, seqlen_kv)
+        if shape is None:
+            raise ValueError(
+                f"attn_mask has the shape {list(attn_mask.shape)} but must be [{seqlen_q}, {seqlen_kv}]"
+                f" or [{batch * heads}, {seqlen_q}, {seqlen_kv}]"
+            )
         if is_causal and extra_keys == 0:
             options["causal"] = "top_left"
         else:
@@ -93,21 +98,13 @@ def _lengths(ignore: Tensor) -> tuple[Tensor, bool]:
     return lengths, torch.equal(lengths, keep.sum(1, dtype=torch.int32))
 
 
-def fits(mask: Tensor, batch: int, heads: int, seqlen_q: int, seqlen_kv: int) -> bool:
-    """Whether attn_mask has a shape that it may have."""
-    return mask.shape in ((seqlen_q, seqlen_kv), (batch * heads, seqlen_q, seqlen_kv))
-
-
-def _shape_of(mask: Tensor, batch: int, heads: int, seqlen_q: int, seqlen_kv: int) -> tuple[int, ...]:
-    """attn_mask's shape with batch and heads apart."""
+def shape_of(mask: Tensor, batch: int, heads: int, seqlen_q: int, seqlen_kv: int) -> tuple[int, ...] | None:
+    """attn_mask's shape with batch and heads apart; None of one that it may not have."""
     if mask.shape == (seqlen_q, seqlen_kv):
         return (1, 1, seqlen_q, seqlen_kv)
     if mask.shape == (batch * heads, seqlen_q, seqlen_kv):
         return (batch, heads, seqlen_q, seqlen_kv)
-    raise ValueError(
-        f"attn_mask has the shape {list(mask.shape)} but must be [{seqlen_q}, {seqlen_kv}]"
-        f" or [{batch * heads}, {seqlen_q}, {seqlen_kv}]"
-    )
+    return None
 
 
 def _with_more(mask: Tensor, extra_keys: int, value: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fovea import _core
-from fovea.nn._masks import fits
+from fovea.nn._masks import shape_of
 from fovea.torch._adapter import tracing
 from fovea.torch._nested import check_jagged
 
@@ -21,7 +21,7 @@ def can_pack(padding: Tensor, mask: Tensor | None, x: Tensor, layer: torch.nn.Mu
         mask: the causal triangle, which is not looked at but for its shape.
     """
     batch, seqlen = (x.shape[0], x.shape[1]) if layer.batch_first else (x.shape[1], x.shape[0])
-    if mask is not None and not fits(mask, batch, layer.num_heads, seqlen, seqlen):
+    if mask is not None and shape_of(mask, batch, layer.num_heads, seqlen, seqlen) is None:
         return False
     told = padding.dtype == torch.bool and padding.shape == (batch, seqlen) and padding.device == x.device
     return told and padding.numel() > 0
