@@ -202,6 +202,23 @@ TEST(ErrorRule, HoldsLargeElementsAgainstThePeersOfLargeOnes) {
   EXPECT_GT(judge(out, peers, work.outputs().out).ratio, kMostRatio);
 }
 
+TEST(ErrorRule, LetsScoreGradientsBelowTheSmallestNormalNumberBe0) {
+  const Workload work(parse_problem("bwd fp32 b1 hq1 sq1 skv2 d1 scale=1"), 1, Data::kHostile);
+  cpu::Operands x = work.operands();
+  x.q = {1000.0}, x.k = {0.0, -0.0832};               // p is 2^-120
+  x.v = {0.001, 0.002}, x.dout = {1.0}, x.dlse = {};  // and ds a thousandth of it
+  const Peers peers(x, cpu::reference(x));
+  const ResultKind& dk = result_kinds()[3];
+  std::vector<double> result = peers.exact.dk;
+  ASSERT_GT(std::abs(result[1]), 0x1p-126);
+  result[1] = 0.0;  // what comes of ds flushed to 0
+  cpu::store_all(work.outputs().dk, result);
+  EXPECT_LE(judge(dk, peers, work.outputs().dk).ratio, 1.0);
+  result[1] = 1e-33;
+  cpu::store_all(work.outputs().dk, result);
+  EXPECT_GT(judge(dk, peers, work.outputs().dk).ratio, kMostRatio);
+}
+
 TEST(Check, CatchesASwallowedNaN) {
   int planted = 0;
   for (std::uint64_t seed = 0; seed < 200; ++seed) {

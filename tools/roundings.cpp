@@ -10,8 +10,9 @@
 namespace fovea::tools {
 namespace {
 
-// Numbers below 2^-126 may become 0 in fp32: in units of 2^-24.
-constexpr double kLost = 0x1p-102;
+// Numbers below the smallest normal one may become 0 in fp32: what is lost then, in units of 2^-24.
+constexpr double kSmallest = 0x1p-126, kLost = 0x1p24 * kSmallest;
+double lost(double value) { return value == 0.0 ? 0.0 : kLost; }
 
 /// Roundings are independent, so their errors add up in squares.
 double together(std::initializer_list<double> errors) {
@@ -246,7 +247,8 @@ class Bookkeeper {
 
       const double factor = e.derivative * scale_, p = e.p.value * factor;
       Rounded dqk = ds.times(factor);
-      dqk.computed = together({dqk.computed, dqk.value, dqk.value, ds.value * scale_ * e.derivative_error});
+      dqk.computed =
+          together({dqk.computed, dqk.value, dqk.value, ds.value * scale_ * e.derivative_error, lost(dqk.value)});
       dk_.add(e.kv_row * d, alone(dqk, p), &x_.q[row * d], d);
       const double* const k = &x_.k[e.kv_row * d];
       dq_.add(row * d, dqk, k, d);
@@ -271,8 +273,8 @@ class Bookkeeper {
   /// p·(dp − delta + dlse), apart from the errors of delta and lse.
   [[nodiscard]] Rounded score_gradient(const Rounded& p, double dp, double dp_error, double delta, double dlse) const {
     const double difference = dp - delta, sum = difference + dlse;
-    const double sum_error = (p.value + kLost) * together({dp_error, difference, sum});
-    return {p.value * sum, together({p.computed * sum, sum_error, p.value * sum}),
+    const double sum_error = (p.value + kSmallest) * together({dp_error, difference, sum});
+    return {p.value * sum, together({p.computed * sum, sum_error, p.value * sum, lost(p.value * sum)}),
             p.stored * std::abs(sum) + smallest_};
   }
 
