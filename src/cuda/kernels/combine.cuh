@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cuda/kernels/forward.cuh"
+#include "cuda/kernels/row_end.cuh"
 
 // Combines the parts of rows whose keys were split (flash decoding): each is rescaled to the common reference.
 namespace fovea::cuda {
