@@ -202,6 +202,26 @@ TEST(CDoor, DrawsByAnotherSeedThanThePlansWhereOneIsGiven) {
             planned);
 }
 
+TEST(CDoor, DoesNotLookAtTensorsOfTheOtherDirection) {
+  Workload data(parse_problem("fwd+bwd fp32 b1 hq2 sq5 d8 sink"), 1);
+  Views view;
+  const auto* const gone = reinterpret_cast<const fovea_tensor*>(8);  // of a scope that is over
+  for (const char* line : {"fwd fp32 b1 hq2 sq5 d8 sink", "bwd fp32 b1 hq2 sq5 d8 sink"}) {
+    fovea_inputs in = to_c(view, data.inputs());
+    fovea_outputs out = to_c(view, data.outputs());
+    if (line[0] == 'f') {
+      in.out = in.lse = in.dout = in.dlse = gone;
+      out.dq = out.dk = out.dv = out.dbias = out.dalibi_slopes = out.dsink = gone;
+    } else {
+      out.out = out.lse = gone;
+    }
+    fovea_plan* plan = nullptr;
+    ASSERT_EQ(fovea_plan_from_line(line, nullptr, nullptr, &plan), FOVEA_OK) << fovea_last_error();
+    EXPECT_EQ(fovea_plan_execute(plan, &in, &out, nullptr, nullptr), FOVEA_OK) << fovea_last_error();
+    fovea_plan_destroy(plan);
+  }
+}
+
 TEST(CDoor, HonoursTheNamedBackendAndRefusesUnknownOnes) {
   const char* const line = "fwd fp32 b1 hq1 sq4 d8";
   fovea_plan_options options{};

@@ -76,6 +76,29 @@ TEST(Dispatch, APlanThatWasMovedFromIsRefused) {
             "the plan has been moved from; execute the one that it was moved to");
 }
 
+TEST(Dispatch, TensorsOfTheOtherDirectionAreNotLookedAt) {
+  std::array<float, 4> some{1, 2, 3, 4}, more{}, lse{};
+  const auto rows = [](void* data) { return Tensor::contiguous(data, DType::kFloat32, {1, 2, 1, 2}); };
+  const Tensor stats = Tensor::contiguous(lse.data(), DType::kFloat32, {1, 1, 2});
+  Tensor gone = rows(reinterpret_cast<void*>(64));  // memory that is nobody's
+  Tensor odd = gone;
+  odd.rank = 1;
+  const Inputs own{.q = rows(some.data()), .k = rows(some.data()), .v = rows(some.data())};
+  for (const char* backend : {"", "reference"}) {
+    Inputs in = own;
+    in.dout = gone, in.dlse = in.out = in.lse = odd;
+    const Plan forward = plan_forward(parse_problem("fwd fp32 b1 hq1 sq2 d2"), {}, {.backend = backend});
+    forward.execute(in, {.out = rows(more.data()), .lse = stats, .dq = gone, .dk = odd, .dv = gone, .dsink = odd});
+    in = own;
+    in.out = in.dout = rows(more.data()), in.lse = stats;
+    std::array<float, 4> dq{}, dk{}, dv{};
+    const Plan backward = plan_backward(forward.problem(), {}, {.backend = backend});
+    backward.execute(in,
+                     {.out = gone, .lse = odd, .dq = rows(dq.data()), .dk = rows(dk.data()), .dv = rows(dv.data())});
+    EXPECT_NE(dv[0], 0.0F) << backend;
+  }
+}
+
 TEST(Dispatch, AnyBackendCanBeNamed) {
   for (const std::string& isa : cpu::available_isas()) {
     EXPECT_EQ(plan_forward(kProblem, {}, {.backend = "cpu_" + isa}).report().backend, "cpu_" + isa);

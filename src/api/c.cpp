@@ -123,29 +123,22 @@ void convert(const C& from, Cpp& to, const Field<C, Cpp> (&fields)[N]) {
   for (const auto& field : fields) to.*field.to = to_tensor(field.name, from.*field.from);
 }
 
-#define FOVEA_FIELD(C, Cpp, name) \
+#define FOVEA_FIELD(name) \
   { #name, &C::name, &Cpp::name }
-#define FOVEA_OPTION_FIELDS(C, Cpp)                                                                                   \
-  FOVEA_FIELD(C, Cpp, mask), FOVEA_FIELD(C, Cpp, bias), FOVEA_FIELD(C, Cpp, alibi_slopes), FOVEA_FIELD(C, Cpp, sink), \
-      FOVEA_FIELD(C, Cpp, q_lengths), FOVEA_FIELD(C, Cpp, kv_lengths), FOVEA_FIELD(C, Cpp, cu_seqlens_q),             \
-      FOVEA_FIELD(C, Cpp, cu_seqlens_kv)
-#define FOVEA_GRADIENT_FIELDS(C, Cpp)                                                                    \
-  FOVEA_FIELD(C, Cpp, dq), FOVEA_FIELD(C, Cpp, dk), FOVEA_FIELD(C, Cpp, dv), FOVEA_FIELD(C, Cpp, dbias), \
-      FOVEA_FIELD(C, Cpp, dalibi_slopes), FOVEA_FIELD(C, Cpp, dsink)
-
-constexpr Field<fovea_options, AttentionOptions> kOptionFields[] = {
-    FOVEA_OPTION_FIELDS(fovea_options, AttentionOptions)};
-constexpr Field<fovea_inputs, Inputs> kInputFields[] = {
-    FOVEA_FIELD(fovea_inputs, Inputs, q),    FOVEA_FIELD(fovea_inputs, Inputs, k),
-    FOVEA_FIELD(fovea_inputs, Inputs, v),    FOVEA_OPTION_FIELDS(fovea_inputs, Inputs),
-    FOVEA_FIELD(fovea_inputs, Inputs, out),  FOVEA_FIELD(fovea_inputs, Inputs, lse),
-    FOVEA_FIELD(fovea_inputs, Inputs, dout), FOVEA_FIELD(fovea_inputs, Inputs, dlse)};
-constexpr Field<fovea_outputs, Outputs> kOutputFields[] = {FOVEA_FIELD(fovea_outputs, Outputs, out),
-                                                           FOVEA_FIELD(fovea_outputs, Outputs, lse),
-                                                           FOVEA_GRADIENT_FIELDS(fovea_outputs, Outputs)};
-constexpr Field<fovea_outputs, Gradients> kGradientFields[] = {FOVEA_GRADIENT_FIELDS(fovea_outputs, Gradients)};
-#undef FOVEA_GRADIENT_FIELDS
-#undef FOVEA_OPTION_FIELDS
+template <typename C, typename Cpp>
+constexpr Field<C, Cpp> kOptionFields[] = {
+    FOVEA_FIELD(mask),      FOVEA_FIELD(bias),       FOVEA_FIELD(alibi_slopes), FOVEA_FIELD(sink),
+    FOVEA_FIELD(q_lengths), FOVEA_FIELD(kv_lengths), FOVEA_FIELD(cu_seqlens_q), FOVEA_FIELD(cu_seqlens_kv)};
+template <typename C, typename Cpp>
+constexpr Field<C, Cpp> kInputFields[] = {FOVEA_FIELD(q), FOVEA_FIELD(k), FOVEA_FIELD(v)};
+template <typename C, typename Cpp>
+constexpr Field<C, Cpp> kBackwardFields[] = {FOVEA_FIELD(out), FOVEA_FIELD(lse), FOVEA_FIELD(dout), FOVEA_FIELD(dlse)};
+template <typename C, typename Cpp>
+constexpr Field<C, Cpp> kOutputFields[] = {FOVEA_FIELD(out), FOVEA_FIELD(lse)};
+template <typename C, typename Cpp>
+constexpr Field<C, Cpp> kGradientFields[] = {
+    FOVEA_FIELD(dq),   FOVEA_FIELD(dk), FOVEA_FIELD(dv), FOVEA_FIELD(dbias), FOVEA_FIELD(dalibi_slopes),
+    FOVEA_FIELD(dsink)};
 #undef FOVEA_FIELD
 
 PlanOptions plan_options_of(const auto& c) {
@@ -155,7 +148,7 @@ PlanOptions plan_options_of(const auto& c) {
 AttentionOptions to_options(const fovea_options* given) {
   const fovea_options c = read("fovea_options", given);
   AttentionOptions o;
-  convert(c, o, kOptionFields);
+  convert(c, o, kOptionFields<fovea_options, AttentionOptions>);
   o.causal = to_enum("causal", c.causal, Causal::kBottomRight);
   if (c.has_softmax_scale != 0) o.softmax_scale = c.softmax_scale;
   if (c.has_window_left != 0) o.window_left = c.window_left;
@@ -206,7 +199,7 @@ fovea_status fovea_attention_backward(const fovea_tensor* q, const fovea_tensor*
                                       const fovea_tensor* dlse) {
   return guard([&] {
     Gradients wanted;
-    convert(read("fovea_outputs", &need(gradients, "gradients")), wanted, kGradientFields);
+    convert(read("fovea_outputs", &need(gradients, "gradients")), wanted, kGradientFields<fovea_outputs, Gradients>);
     attention_backward(to_tensor("q", q), to_tensor("k", k), to_tensor("v", v), to_tensor("out", out),
                        to_tensor("lse", lse), to_tensor("dout", dout), to_options(options), wanted,
                        to_tensor("dlse", dlse));
@@ -247,12 +240,18 @@ fovea_status fovea_plan_execute(const fovea_plan* plan, const fovea_inputs* inpu
                                 void* workspace, void* stream) {
   return guard([&] {
     const fovea_inputs given = read("fovea_inputs", &need(inputs, "inputs"));
+    const fovea_outputs results = read("fovea_outputs", &need(outputs, "outputs"));
+    const Plan& ready = need(plan, "plan").plan;
     Inputs in;
     Outputs out;
-    convert(given, in, kInputFields);
+    convert(given, in, kInputFields<fovea_inputs, Inputs>);
+    convert(given, in, kOptionFields<fovea_inputs, Inputs>);
     if (const auto* draws = given.dropout_draws) in.dropout_draws = {draws->seed, draws->offset};
-    convert(read("fovea_outputs", &need(outputs, "outputs")), out, kOutputFields);
-    need(plan, "plan").plan.execute(in, out, workspace, stream);
+    const bool forward = ready.problem().forward();
+    if (forward) convert(results, out, kOutputFields<fovea_outputs, Outputs>);
+    if (!forward) convert(given, in, kBackwardFields<fovea_inputs, Inputs>);
+    if (!forward) convert(results, out, kGradientFields<fovea_outputs, Outputs>);
+    ready.execute(in, out, workspace, stream);
   });
 }
 

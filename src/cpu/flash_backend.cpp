@@ -124,18 +124,19 @@ void attach_tensors(FlashCall& call, bool backward, const Inputs& in, const Outp
   call.k = row_view(in.k);
   call.v = row_view(in.v);
   call.out = row_view(backward ? in.out : out.out);
+  call.lse = stat_view(backward ? in.lse : out.lse);
+  call.mask = entry_view(in.mask);
+  call.bias = entry_view(in.bias);
+  call.slopes = head_view(in.alibi_slopes);
+  call.sink = head_view(in.sink).data;
+  if (!backward) return;
   call.dout = row_view(in.dout);
+  call.dlse = stat_view(in.dlse);
   call.dq = row_view(out.dq);
   call.dk = row_view(out.dk);
   call.dv = row_view(out.dv);
-  call.lse = stat_view(backward ? in.lse : out.lse);
-  call.dlse = stat_view(in.dlse);
-  call.mask = entry_view(in.mask);
-  call.bias = entry_view(in.bias);
   call.dbias = entry_view(out.dbias);
-  call.slopes = head_view(in.alibi_slopes);
   call.dslopes = head_view(out.dalibi_slopes);
-  call.sink = head_view(in.sink).data;
   call.dsink = head_view(out.dsink).data;
 }
 

@@ -70,8 +70,8 @@ Operands::Operands(const Problem& p, const Inputs& in)
       v(load_all(in.v)),
       alibi_slopes(load_all(in.alibi_slopes)),
       sink(load_all(in.sink)),
-      dout(load_all(in.dout)),
-      dlse(load_all(in.dlse)),
+      dout(load_all(p.backward() ? in.dout : Tensor{})),
+      dlse(load_all(p.backward() ? in.dlse : Tensor{})),
       mask(load_matrix(in.mask)),
       bias(load_matrix(in.bias)) {
   const auto starts_q = load_integers(in.cu_seqlens_q), starts_kv = load_integers(in.cu_seqlens_kv);
