@@ -527,13 +527,20 @@ class Run(CommandTest):
         whole = Path(source).read_bytes()
         for option in ("--out", "--plot"):
             for name in (source, self.path("link"), self.path("./in.safetensors")):
-                self.refuse("run", source, option, name, says=f"{option} '{name}' is where tensors are read from")
+                self.refuse("run", source, option, name, says=f"{option} '{name}' is a file that is read")
         words = []
         for name, (_, values) in self.tensors().items():
             write_npy(self.path(name + ".npy"), "<f4", values)
             words += ["--" + name, self.path(name + ".npy")]
-        self.refuse("run", *words, "--out", self.path("k.npy"), says="k.npy' is where tensors are read from")
+        self.refuse("run", *words, "--out", self.path("k.npy"), says="k.npy' is a file that is read")
         self.assertEqual(Path(source).read_bytes(), whole)
+        lines = Path(self.path("lines"))
+        lines.write_text(LINE)
+        for words, options in ((("bench", "--repeat", 1), ("--json", "--html")), (("precompile", "--arch", "sm_80", "--check"), ("--out", "--table"))):
+            for option in options:
+                self.refuse(*words, f"@{lines}", option, self.path("./lines"), says=f"{option} '{self.path('./lines')}' is a file that is read")
+        self.refuse("precompile", LINE, "--arch", "sm_80", "--check", "--known-spills", lines, "--table", lines, says="is a file that is read")
+        self.assertEqual(lines.read_text(), LINE)
 
     def test_memory_that_is_not_there_is_a_failure_of_the_system(self):
         for command in (("run", "--problem"), ("bench",), ("check",)):

@@ -35,6 +35,13 @@ struct Runner {
 /// The problems of lines as given, those of a file for each "@FILE": blank lines and what follows a '#' are left out.
 [[nodiscard]] std::vector<Problem> problems_of(const std::vector<std::string>& arguments);
 
+/// The files among them.
+[[nodiscard]] std::vector<std::string> files_of(const std::vector<std::string>& arguments);
+
+/// Before any work: throws Error(kInvalidArgument) where a file to write can't be written, or is one of those that are
+/// read.  An empty path is none.
+void require_output(const char* option, const std::string& path, const std::vector<std::string>& inputs);
+
 /// Throws Error(kInvalidArgument) where --seconds is no time that anybody waits.
 void require_duration(const Effort& effort);
 

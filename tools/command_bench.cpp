@@ -313,8 +313,8 @@ void Bench::write_files(const std::vector<Result>& results) const {
 ExitCode Bench::run() {
   require_duration(asked_.effort);
   const bool table = asked_.json != kStandardOutput;
-  if (!asked_.json.empty() && table) files::require_writable(asked_.json);
-  if (!asked_.html.empty()) files::require_writable(asked_.html);
+  if (table) require_output("--json", asked_.json, files_of(asked_.lines));
+  require_output("--html", asked_.html, files_of(asked_.lines));
   if (table) files::require_apart("--json", asked_.json, "--html", asked_.html);
   const std::vector<Problem> problems = problems_of(asked_.lines);
   const Terminal terminal(stdout);

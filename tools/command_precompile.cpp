@@ -291,8 +291,10 @@ ExitCode command_precompile(const PrecompileArguments& arguments) {
     if (!(seconds >= 0))
       throw Error(ErrorCode::kInvalidArgument, fmt::format("{} ({}) must be at least 0 (0: any)", option, seconds));
   }
-  if (!arguments.out.empty()) files::require_writable(arguments.out);
-  if (!arguments.table.empty()) files::require_writable(arguments.table);
+  std::vector<std::string> inputs = files_of(arguments.lines);
+  inputs.push_back(arguments.known);
+  require_output("--out", arguments.out, inputs);
+  require_output("--table", arguments.table, inputs);
   files::require_apart("--out", arguments.out, "--table", arguments.table);
   Precompile work(arguments);
   work.compile();

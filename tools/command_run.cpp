@@ -2,7 +2,6 @@
 #include <fovea/version.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -52,22 +51,9 @@ class Run {
   void print(const AttentionCall& call, const Summary& summary) const;
   [[nodiscard]] ordered_json to_json(const AttentionCall& call, const Summary& summary) const;
   [[nodiscard]] std::string title() const;
-  void require_no_input(const char* option, const std::string& path) const;
 
   const RunArguments& asked_;
 };
-
-/// The file to write is none of those that are read.
-void Run::require_no_input(const char* option, const std::string& path) const {
-  const auto check = [&](const std::string& input) {
-    std::error_code absent;
-    if (!std::filesystem::equivalent(path, input, absent)) return;
-    throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("{} {} is where tensors are read from; name another file", option, files::in_quotes(path)));
-  };
-  check(asked_.source.file);
-  for (const auto& [name, input] : asked_.source.arrays) check(input);
-}
 
 std::string Run::title() const {
   if (!asked_.source.problem.empty()) return "random tensors";
@@ -213,11 +199,10 @@ ExitCode Run::run() const {
   if (!asked_.source.problem.empty() && !asked_.source.options.empty()) {
     throw Error(ErrorCode::kInvalidArgument, "--options go with tensors; write the tokens into the --problem line");
   }
-  for (const auto& [option, path] : {std::pair("--out", asked_.out), std::pair("--plot", asked_.plot)}) {
-    if (path.empty()) continue;
-    files::require_writable(path);
-    require_no_input(option, path);
-  }
+  std::vector<std::string> inputs{asked_.source.file};
+  for (const auto& [name, path] : asked_.source.arrays) inputs.push_back(path);
+  require_output("--out", asked_.out, inputs);
+  require_output("--plot", asked_.plot, inputs);
   files::require_apart("--out", asked_.out, "--plot", asked_.plot);
   Place place(asked_.runner.parsed_device(false));
   const AttentionCall call = AttentionCall::prepare(asked_.source);

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <charconv>
+#include <filesystem>
+#include <system_error>
 
 #include "command.h"
 #include "cuda/driver.h"
@@ -52,6 +54,25 @@ void require_duration(const Effort& effort) {
   if (effort.seconds >= 0.001 && effort.seconds <= 3600) return;  // NaN is none
   throw Error(ErrorCode::kInvalidArgument,
               fmt::format("--seconds ({}) must lie between 0.001 and 3600", effort.seconds));
+}
+
+std::vector<std::string> files_of(const std::vector<std::string>& arguments) {
+  std::vector<std::string> paths;
+  for (const std::string& argument : arguments) {
+    if (argument.starts_with('@')) paths.push_back(argument.substr(1));
+  }
+  return paths;
+}
+
+void require_output(const char* option, const std::string& path, const std::vector<std::string>& inputs) {
+  if (path.empty()) return;
+  files::require_writable(path);
+  for (const std::string& input : inputs) {
+    std::error_code absent;
+    if (!std::filesystem::equivalent(path, input, absent)) continue;
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("{} {} is a file that is read; name another file", option, files::in_quotes(path)));
+  }
 }
 
 std::vector<Problem> problems_of(const std::vector<std::string>& arguments) {
