@@ -580,6 +580,8 @@ class Explain(CommandTest):
     def test_lines_of_a_file_are_explained_one_by_one(self):
         Path(self.path("lines")).write_text(f"# problems\n\n{LINE}  # one\r\nbwd fp16 b1 hq1 sq8 d8\n")
         self.assertEqual(len(json.loads(self.fovea("explain", "@" + self.path("lines"), "--json"))), 2)
+        Path(self.path("mark")).write_text(LINE, encoding="utf-8-sig")
+        self.assertEqual(self.fovea("explain", "@" + self.path("mark")), self.fovea("explain", LINE))
         Path(self.path("empty")).write_text("# nothing\n")
         self.refuse("explain", "@" + self.path("empty"), says="no problem line")
         self.refuse("explain", "@" + self.path("absent"), says="absent")

@@ -23,6 +23,8 @@ std::optional<int> number_after(std::string_view text, std::string_view prefix) 
   return value;
 }
 
+constexpr std::string_view kByteOrderMark = "\xef\xbb\xbf";  // which some editors put before UTF-8
+
 }  // namespace
 
 std::optional<int> parsed_architecture(std::string_view text) {
@@ -87,6 +89,7 @@ std::vector<Problem> problems_of(const std::vector<std::string>& arguments) {
     int number = 0;
     for (std::string line; std::getline(file.stream, line);) {
       ++number;
+      if (number == 1 && line.starts_with(kByteOrderMark)) line.erase(0, kByteOrderMark.size());
       line.resize(std::min(line.find('#'), line.size()));
       if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
       problems.push_back(files::in_context(fmt::format("{}:{}", path, number), [&] { return parse_problem(line); }));
