@@ -189,6 +189,8 @@ void run(const Settings& s) {
   std::ifstream file(s.text, std::ios::binary);
   const std::string text{std::istreambuf_iterator<char>(file), {}};
   if (text.empty()) throw Error(ErrorCode::kInvalidArgument, "'" + s.text + "' cannot be read or is empty");
+  if (!s.json.empty() && !std::ofstream(s.json, std::ios::app))  // said now, not after hours of training
+    throw Error(ErrorCode::kInvalidArgument, "'" + s.json + "' cannot be written");
   std::printf("%zu bytes of text, %lld layers of %lld features, dropout 0.1, on %s\n\n", text.size(),
               static_cast<long long>(s.layers), static_cast<long long>(s.width), name(s.device).c_str());
   std::puts("   length  documents        a step     tokens/s    most memory  a token     loss");
@@ -207,7 +209,11 @@ void run(const Settings& s) {
                   o.milliseconds, o.peak_bytes, o.loss);
     json += line;
   }
-  if (!s.json.empty()) std::ofstream(s.json) << "[" << json << "]\n";
+  if (s.json.empty()) return;
+  std::ofstream written(s.json);
+  written << "[" << json << "]\n";
+  written.close();
+  if (!written) throw Error(ErrorCode::kDevice, "'" + s.json + "' cannot be written");
 }
 
 }  // namespace
