@@ -71,6 +71,8 @@ void answer(const MiniLm& model, const std::vector<std::string>& lines, const st
 int run(std::vector<std::string> words) {
   fovea::Device device;
   if (words.size() > 1 && words[0] == "--device") {
+    if (words[1] != "cpu" && words[1] != "cuda")
+      throw std::runtime_error("--device '" + words[1] + "' is unknown; use cpu or cuda");
     if (words[1] == "cuda") device.kind = fovea::DeviceKind::kCuda;
     words.erase(words.begin(), words.begin() + 2);
   }
@@ -79,6 +81,7 @@ int run(std::vector<std::string> words) {
                stderr);
     return 2;
   }
+  if (words.back() == "--check") throw std::runtime_error("--check needs a file of embeddings");
   const MiniLm model(words[0], device);
   const std::vector<std::string> lines = lines_of(words[1]);
   const auto seconds = [start = std::chrono::steady_clock::now()] {
