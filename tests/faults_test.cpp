@@ -4,16 +4,19 @@
 #include <fovea/fovea.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
+#include <tbb/task_group.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <limits>
 #include <random>
 #include <thread>
 
+#include "cpu/threads.h"
 #include "tests/bytes.h"
 #include "tools/workload.h"
 
@@ -71,6 +74,34 @@ TEST(Threads, ShareOnePlan) {
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(agreed, kThreads);
+}
+
+TEST(Threads, TakeNoTaskOfTheCallersWhileTheyWait) {  // it may want a lock that the caller holds
+#ifdef FOVEA_TSAN
+  GTEST_SKIP() << "the sanitizer cannot see the order that TBB keeps";
+#endif
+  if (cpu::worker_count(0) < 2) GTEST_SKIP() << "there is one thread";
+  static constexpr std::chrono::milliseconds kShort{1}, kLong{50};
+  static thread_local bool calls = false;
+  std::atomic<int> taken{0};
+  tbb::task_group others;
+  for (int i = 0; i < 200; ++i) {
+    others.run([&] {
+      if (calls) ++taken;
+      std::this_thread::sleep_for(kShort);
+    });
+  }
+  std::atomic<int> begun{0};
+  const auto meet = [](void* context, std::int64_t, int) {  // two threads; the caller's is done first
+    auto& count = *static_cast<std::atomic<int>*>(context);
+    for (++count; count < 2;) std::this_thread::yield();
+    if (!calls) std::this_thread::sleep_for(kLong);
+  };
+  calls = true;
+  cpu::run_tasks(2, 2, meet, &begun);
+  calls = false;
+  others.wait();
+  EXPECT_EQ(taken, 0);
 }
 
 TEST(Fork, ChildComputesAfterTheParentDid) {

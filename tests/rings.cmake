@@ -114,6 +114,7 @@ elseif(FOVEA_SANITIZER STREQUAL "thread")
     COMPILE_OPTIONS -fno-sanitize=thread COMPILE_DEFINITIONS run_tasks=run_tasks_unseen
   )
   target_sources(fovea_objects PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/tsan_threads.cpp)
+  target_compile_definitions(fovea_tests PRIVATE FOVEA_TSAN)
 endif()
 
 # The Python package, which `./dev test` builds and installs into an environment of its own beforehand: its tests, the

@@ -25,7 +25,7 @@ void run_tasks(std::int64_t tasks, int workers, void (*task)(void* context, std:
   };
   const auto share_out = [&] { tbb::parallel_for(0, workers, work, tbb::static_partitioner{}); };
   if (workers <= tbb::this_task_arena::max_concurrency()) {
-    share_out();
+    tbb::this_task_arena::isolate(share_out);  // who waits takes no task of the caller's: it may want its locks
   } else {
     const tbb::global_control allow(tbb::global_control::max_allowed_parallelism, static_cast<std::size_t>(workers));
     tbb::task_arena(workers).execute(share_out);
