@@ -4,6 +4,7 @@
 
 #include "nn/layout.h"
 #include "problem/refuse.h"
+#include "problem/validate.h"
 
 namespace fovea::nn {
 
@@ -48,24 +49,23 @@ Array Array::unset(DType dtype, std::span<const std::int64_t> shape, const Devic
 namespace {
 
 /// Refuses what cannot be walked.
-void check_elements(const char* name, const Tensor& t) {
+void check_elements(const std::string& name, const Tensor& t) {
   if (t.rank < 1 || t.rank > Tensor::kMaxRank) {
-    refuse("the tensor to copy ", name, " has ", t.rank, " dimensions but must have 1 to ", Tensor::kMaxRank);
+    refuse(name, " has ", t.rank, " dimensions but must have 1 to ", Tensor::kMaxRank);
   }
-  const auto shape = std::span(t.shape).first(static_cast<std::size_t>(t.rank));
-  if (std::ranges::any_of(shape, [](std::int64_t extent) { return extent < 0; })) {
-    refuse("the tensor to copy ", name, " is ", shape_text(t), "; a dimension must not be negative");
+  if (std::any_of(t.shape.begin(), t.shape.begin() + t.rank, [](std::int64_t extent) { return extent < 0; })) {
+    refuse(name, " is ", shape_text(t), "; a dimension must not be negative");
   }
-  if (t.data == nullptr && std::ranges::find(shape, 0) == shape.end())
-    refuse("the tensor to copy ", name, " has no data");
+  check_named((name + "'s dtype").c_str(), t.dtype, DType::kInt32);
+  check_memory(name.c_str(), t, Use::kStrided);
 }
 
 }  // namespace
 
 void copy(const Tensor& from, const Tensor& to) {
   or_out_of_memory([&] {
-    check_elements("from", from);
-    check_elements("to", to);
+    check_elements("the tensor to copy from", from);
+    check_elements("the tensor to copy to", to);
     if (from.rank != to.rank || !std::equal(from.shape.begin(), from.shape.begin() + from.rank, to.shape.begin())) {
       refuse("a tensor of shape ", shape_text(from), " cannot be copied to one of shape ", shape_text(to));
     }

@@ -29,10 +29,17 @@ TEST(Copy, RefusesWhatCannotBeWalked) {
   negative.shape[0] = -2;
   deep.rank = 5;
   EXPECT_EQ(refusal([] { copy({}, {}); }), "the tensor to copy from has 0 dimensions but must have 1 to 4");
-  EXPECT_EQ(refusal([&] { copy(absent, a.view()); }), "the tensor to copy from has no data");
-  EXPECT_EQ(refusal([&] { copy(a.view(), absent); }), "the tensor to copy to has no data");
+  EXPECT_EQ(refusal([&] { copy(absent, a.view()); }), "the tensor to copy from is [2, 3] but its data is null");
+  EXPECT_EQ(refusal([&] { copy(a.view(), absent); }), "the tensor to copy to is [2, 3] but its data is null");
   EXPECT_TRUE(contains(refusal([&] { copy(negative, negative); }), "[-2, 3]; a dimension must not be negative"));
   EXPECT_TRUE(contains(refusal([&] { copy(deep, deep); }), "has 5 dimensions"));
+  Tensor back = a.view(), odd = a.view(), strange = a.view();
+  back.strides[0] = -3;
+  odd.data = static_cast<char*>(odd.data) + 1;
+  strange.dtype = static_cast<DType>(9);
+  EXPECT_TRUE(contains(refusal([&] { copy(a.view(), back); }), "copy to's stride of dimension 0 (-3) must not be"));
+  EXPECT_TRUE(contains(refusal([&] { copy(odd, a.view()); }), "copy from's data must be aligned to the 4 bytes"));
+  EXPECT_TRUE(contains(refusal([&] { copy(strange, a.view()); }), "copy from's dtype (9) must be one of"));
   absent.shape[1] = 0;
   EXPECT_NO_THROW(copy(absent, absent));
 }
