@@ -606,6 +606,7 @@ class Check(CommandTest):
         text = self.fovea("check", LINE, "bwd bf16 b1 hq2 hkv1 sq5 skv9 d16 causal=top_left")
         self.assertEqual(text.count("ok"), 2)
         self.fovea("check", "--random", 5, "--seed", 3)
+        self.assertRegex(self.fovea("check", LINE), r"\n1 problem, 0 violations in .*; \w+ ran 1 pass\n")
 
     def test_what_does_not_run_is_a_failed_check(self):
         self.fovea("check", LINE, "--backend", "cpu_portable", code=1, env={"FOVEA_CPU_ISA": "avx2"})

@@ -165,7 +165,8 @@ class Printer {
       results_[next_]->figures.clear();
     }
     bar_.show(static_cast<double>(next_) / static_cast<double>(cases_.size()),
-              fmt::format("{} of {} problems, {} violations", next_, cases_.size(), failed_));
+              fmt::format("{} of {}, {}", next_, count_text(cases_.size(), "problem", "problems"),
+                          count_text(failed_, "violation", "violations")));
   }
 
   /// How many problems failed or were not run.
@@ -176,13 +177,15 @@ class Printer {
       worst += fmt::format("{}{} {:.2f}", worst.empty() ? "" : ", ", name, ratio);
     std::string backends;
     for (const auto& [name, passes] : passes_) {
-      backends += fmt::format("{}{} ran {} passes", backends.empty() ? "" : ", ", name, passes);
+      backends += fmt::format("{}{} ran {}", backends.empty() ? "" : ", ", name, count_text(passes, "pass", "passes"));
     }
     const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start_;
-    out_.line(fmt::format("{} problems, {} violations in {}; {}", cases_.size(), failed_, seconds_text(time.count()),
+    out_.line(fmt::format("{}, {} in {}; {}", count_text(cases_.size(), "problem", "problems"),
+                          count_text(failed_, "violation", "violations"), seconds_text(time.count()),
                           backends.empty() ? "nothing ran" : backends));
     if (not_run_ > 0) {
-      out_.line(out_.paint(Ink::kBad, fmt::format("{} problems were not run: {}", not_run_, why_not_run_)));
+      out_.line(out_.paint(Ink::kBad, fmt::format("{} not run: {}",
+                                                  count_text(not_run_, "problem was", "problems were"), why_not_run_)));
     }
     out_.line(fmt::format("largest errors over those of their peers (at most {}): {}", kMostRatio,
                           worst.empty() ? "none" : worst));

@@ -258,12 +258,11 @@ ExitCode Precompile::tell() const {
   double allowed = asked_.check ? asked_.median_seconds : 0, stretch = 1;
   if (allowed > 0 && median > allowed) allowed *= stretch = slowness();
   const bool slow = allowed > 0 && median > allowed;
-  const std::string count =
-      requests_.size() == wanted_ ? fmt::format("{}", wanted_) : fmt::format("{} of {}", requests_.size(), wanted_);
+  const std::string some = requests_.size() == wanted_ ? "" : fmt::format("{} of ", requests_.size());
   const std::string judged = asked_.check || faults > 0 ? fmt::format("{} at fault; ", faults) : "";
-  terminal.line(fmt::format("{} kernels for {}: {}compiling took {} in all, {} in the median, {} at most", count,
-                            fmt::join(asked_.archs, ", "), judged, seconds_text(seconds), seconds_text(median),
-                            seconds_text(slowest)));
+  terminal.line(fmt::format("{}{} for {}: {}compiling took {} in all, {} in the median, {} at most", some,
+                            count_text(wanted_, "kernel", "kernels"), fmt::join(asked_.archs, ", "), judged,
+                            seconds_text(seconds), seconds_text(median), seconds_text(slowest)));
   if (slow) {
     terminal.line(
         terminal.paint(Ink::kBad, fmt::format("the median is more than {} s{}", asked_.median_seconds, here(stretch))));

@@ -95,7 +95,8 @@ void Tune::tell() const {
   const auto all = choices_.all();
   for (const auto& [kind, tile] : all)
     terminal_.line(fmt::format("  {}: {}", kind, terminal_.paint(Ink::kStrong, tile)));
-  terminal_.line(fmt::format("{} kinds of problems have a tile of their own on {}", all.size(),
+  terminal_.line(fmt::format("{} of their own on {}",
+                             count_text(all.size(), "kind of problems has a tile", "kinds of problems have a tile"),
                              cuda::gpu(place_.device().index).name));
   if (!all.empty()) terminal_.write(labelled(terminal_, "kept in", printable(choices_.file().string())));
 }

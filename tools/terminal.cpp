@@ -164,6 +164,10 @@ std::string bytes_text(double bytes) {
   return unit == 0 ? fmt::format("{:.0f} B", bytes) : fmt::format("{} {}", digits(bytes), kUnits[unit]);
 }
 
+std::string count_text(std::size_t count, std::string_view one, std::string_view more) {
+  return fmt::format("{} {}", count, count == 1 ? one : more);
+}
+
 std::string seconds_text(double seconds) {
   if (seconds < 1e-3) return digits(seconds * 1e6) + " µs";
   if (seconds < 1.0) return digits(seconds * 1e3) + " ms";

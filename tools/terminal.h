@@ -82,7 +82,9 @@ class ProgressBar {
   double last_shown_ = 0.0;  // seconds of a steady clock
 };
 
-[[nodiscard]] std::string bytes_text(double bytes);      ///< "1.5 MiB"
+[[nodiscard]] std::string bytes_text(double bytes);  ///< "1.5 MiB"
+/// "1 problem", "2 problems".
+[[nodiscard]] std::string count_text(std::size_t count, std::string_view one, std::string_view more);
 [[nodiscard]] std::string seconds_text(double seconds);  ///< "12.3 ms", three significant digits
 [[nodiscard]] std::string number_text(double value);     ///< three significant digits, without exponent
 

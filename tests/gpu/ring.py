@@ -101,14 +101,14 @@ class Ring:
                   variables={"FOVEA_LAYERS_DEVICE": "cuda", "FOVEA_TORCH_CASES": str(HERE / "torch_cases.safetensors")})
         for file in sorted((HERE / "problems").glob("*.txt")):
             listed = [FOVEA, "check", f"@{file}", "--seed", said.seed, *DEVICE]
-            self.step(f"check {file.stem}", listed, summary="violations")
-            self.step(f"portable {file.stem}", [*listed, "--backend", "cuda_portable"], summary="violations")
+            self.step(f"check {file.stem}", listed, summary="violation")
+            self.step(f"portable {file.stem}", [*listed, "--backend", "cuda_portable"], summary="violation")
         self.step("ladder", [FOVEA, "ladder", "--check", "--dtype", "bf16,fp16", "--dim", "64,128", *DEVICE],
                   summary=r"wrong in|right in")
         count = said.random if said.random is not None else (300 if quick else 5000)
         if count:
             kinds = ["--kinds", str(said.kinds)] if said.kinds else []
-            self.step("random", [FOVEA, "check", "--random", count, *kinds, "--seed", said.seed, *DEVICE], summary="violations")
+            self.step("random", [FOVEA, "check", "--random", count, *kinds, "--seed", said.seed, *DEVICE], summary="violation")
         short = HERE / "problems/gpu_short.txt"
         for tool in ("memcheck", "racecheck"):
             command = [sanitizer(), "--tool", tool, "--error-exitcode", SANITIZER_FAULT, FOVEA, "check", f"@{short}", *DEVICE]
