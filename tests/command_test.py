@@ -192,6 +192,11 @@ class Help(CommandTest):
             for seed in ("-1", "18446744073709551616", "99999999999999999999", "1.5", "0x1", ""):
                 self.refuse(*command, "--seed", seed, says=f"--seed: '{seed}' is no whole number from 0 to 18446744073709551615")
         self.fovea("check", LINE, "--seed", "18446744073709551615")
+        self.assertEqual(json.loads(self.fovea("bench", LINE, "--repeat", "010", "--json", "-"))["results"][0]["runs"], 10)
+        self.assertEqual(self.fovea("check", "--random", "3", "--seed", "010", "--list"), self.fovea("check", "--random", "3", "--seed", "10", "--list"))
+        for option, words in (("--repeat", ("bench", LINE)), ("--threads", ("check", LINE)), ("--seqlen", ("ladder",))):
+            for given in ("0x10", "1e1", " 5", "five", "99999999999999999999"):
+                self.refuse(*words, option, given, says=f"{option}: '{given}' is no whole number from ")
         self.refuse("check", LINE, "--kinds", "2", says="--kinds requires --random")
         self.refuse("tune", LINE, "--device", "cpu", says="--device cpu has no tiles to choose; name a GPU, as in cuda:0")
         for seconds in ("0", "nan", "-nan", "inf"):

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <exception>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <new>
 
@@ -69,6 +70,21 @@ CLI::Validator filled(const char* complaint) {
   return {[complaint](const std::string& given) { return std::string(given.empty() ? complaint : ""); }, ""};
 }
 
+/// A whole number, in decimals as they are written: CLI11 by itself takes 010 for 8.
+template <typename T>
+CLI::Validator whole(T least, T most) {
+  const auto normalise = [=](std::string& given) {
+    T number{};
+    const char* end = given.data() + given.size();
+    const auto [read, error] = std::from_chars(given.data(), end, number);
+    if (error != std::errc{} || read != end || number < least || number > most)
+      return fmt::format("{} is no whole number from {} to {}", files::in_quotes(given), least, most);
+    given = std::to_string(number);
+    return std::string();
+  };
+  return {normalise, ""};
+}
+
 /// A command and its arguments, which live as long as the action does.
 template <typename Arguments>
 struct Command {
@@ -84,26 +100,22 @@ struct Command {
     return app->add_option(name, value, help)->type_name(type);
   }
   CLI::Option* number(const char* name, auto& value, std::int64_t least, std::int64_t most, const char* help) const {
-    return option(name, value, "N", help)->check(CLI::Range(least, most).description(""));
+    return option(name, value, "N", help)->transform(whole(least, most));
   }
   /// Values with commas between them; the word after them is a positional again.
   CLI::Option* list(const char* name, auto& value, const char* type, const char* help) const {
     return option(name, value, type, help)->delimiter(',')->allow_extra_args(false);
+  }
+  CLI::Option* numbers(const char* name, auto& value, std::int64_t least, std::int64_t most, const char* help) const {
+    return list(name, value, "LIST", help)->transform(whole(least, most));
   }
   /// An option that names a file: an empty name is a slip.
   CLI::Option* path(const char* name, std::string& value, const char* type, const char* help) const {
     return option(name, value, type, help)->check(filled("the path is empty"));
   }
   CLI::Option* seed(std::uint64_t& value, const char* type, const char* help) const {
-    const auto fault = [](const std::string& given) {
-      std::uint64_t number = 0;
-      const char* end = given.data() + given.size();
-      const auto [read, error] = std::from_chars(given.data(), end, number);
-      return error == std::errc{} && read == end
-                 ? std::string()
-                 : fmt::format("{} is no whole number from 0 to 18446744073709551615", files::in_quotes(given));
-    };
-    return option("--seed", value, type, help)->capture_default_str()->check(CLI::Validator(fault, ""));
+    constexpr std::uint64_t kMost = std::numeric_limits<std::uint64_t>::max();
+    return option("--seed", value, type, help)->capture_default_str()->transform(whole<std::uint64_t>(0, kMost));
   }
   CLI::Option* flag(const char* name, bool& value, const char* help) const { return app->add_flag(name, value, help); }
 
@@ -145,8 +157,9 @@ void add_run(CLI::App& fovea, Action& action) {
   command.path("--out", said.out, "OUT.safetensors", "write the results");
   CLI::Option* plot =
       command.path("--plot", said.plot, "FILE.html", "draw the attention weights as one self-contained page");
-  command.list("--heads", said.heads, "LIST", "heads to draw, as in 0,3,5; all where left out")->needs(plot);
-  command.option("--sequence", said.sequence, "N", "batch element or packed sequence to draw")
+  constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
+  command.numbers("--heads", said.heads, 0, kMost, "heads to draw, as in 0,3,5; all where left out")->needs(plot);
+  command.number("--sequence", said.sequence, 0, kMost, "batch element or packed sequence to draw")
       ->capture_default_str()
       ->needs(plot);
   command.runner(false);
@@ -237,14 +250,11 @@ void add_ladder(CLI::App& fovea, Action& action) {
   LadderArguments& said = *command.said;
   constexpr std::int64_t kMost = std::int64_t{1} << 29;
   command.option("--device", said.device, "DEVICE", "cpu or cuda:N")->capture_default_str();
-  command.list("--seqlen", said.seqlens, "LIST", "sequence lengths, as in 512,1024")
-      ->check(CLI::Range(std::int64_t{1}, kMost).description(""));
+  command.numbers("--seqlen", said.seqlens, 1, kMost, "sequence lengths, as in 512,1024");
   command.number("--batch", said.batch, 1, kMost, "sequences");
   command.number("--heads", said.heads, 1, kMost, "heads");
-  command.list("--dim", said.head_dims, "LIST", "head dims; on a GPU 64 and 128")
-      ->check(CLI::Range(std::int64_t{1}, std::int64_t{512}).description(""));
-  command.list("--rungs", said.rungs, "LIST", "some of them, as in 0,3,5")
-      ->check(CLI::Range(std::int64_t{0}, std::int64_t{5}).description(""));
+  command.numbers("--dim", said.head_dims, 1, 512, "head dims; on a GPU 64 and 128");
+  command.numbers("--rungs", said.rungs, 0, 5, "some of them, as in 0,3,5");
   command.list("--dtype", said.dtypes, "LIST", "fp32 on the CPU, bf16 and fp16 on a GPU");
   command.list("--mask", said.masks, "LIST", "full, causal, or both");
   command.effort();
