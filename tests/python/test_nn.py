@@ -556,9 +556,15 @@ def test_compiled_weights_without_graph_breaks(average):
     )
 
 
-def test_traced_layers_keep_neither_padding_nor_results():
+def test_traced_layers_keep_neither_masks_nor_padding_nor_results():
     model = fovea.nn.convert(encoder()).requires_grad_(False).eval()
     x, padding = batch()
+    masks = [torch.zeros(9, 9, dtype=torch.bool) for _ in range(2)]
+    masks[0] |= torch.ones(9, 9, dtype=torch.bool).triu(1)  # which an eager call knows for causal
+    masks[1][:, 3] = True
+    traced = torch.jit.trace(model, (x, masks[0]))
+    for mask in masks:
+        torch.testing.assert_close(traced(x, mask), model(x, mask))
     traced = torch.jit.trace(lambda x, padding: model(x, src_key_padding_mask=padding), (x, padding))
     x, padding = x.flip(1), padding.flip(1)  # now it is at the beginning
     out, expected = traced(x, padding), model(x, src_key_padding_mask=padding)

@@ -71,8 +71,8 @@ def options_of(
 
 
 def is_triangle(mask: Tensor | None) -> bool:
-    """Whether a mask is the causal triangle; looks at its values, where it has any."""
-    if mask is None or not has_values(mask) or mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
+    """Whether a mask is the causal triangle; looks at its values, where it has any that a trace would not keep."""
+    if mask is None or not has_values(mask) or tracing() or mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
         return False
     hidden = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)
     if mask.dtype == torch.bool:
