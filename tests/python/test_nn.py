@@ -677,6 +677,20 @@ def test_explain_of_the_encoder_layers():
         "attn_mask is int64 but must be bool, float32 or query's dtype, float32": lambda layer, x: layer(
             x, x, x, attn_mask=torch.ones(9, 9, dtype=torch.int64)
         ),
+        "key_padding_mask has the shape [1, 9] but must be [9]": lambda layer, x: layer(
+            x[0], x[0], x[0], torch.zeros(1, 9, dtype=torch.bool)
+        ),
+        "key_padding_mask has the shape [1, 8] but must be [9]": lambda layer, x: layer.explain(
+            x[0], key_padding_mask=torch.zeros(1, 8, dtype=torch.bool)
+        ),
+        "key is a NoneType, which is no PyTorch tensor": lambda layer, x: layer(x, None, None),
+        "attn_mask is a list, which is no PyTorch tensor": lambda layer, x: layer(x, x, x, attn_mask=[[True] * 9] * 9),
+        "key_padding_mask is a ndarray, which is no PyTorch tensor": lambda layer, x: fovea.nn.convert(encoder())(
+            x, src_key_padding_mask=torch.zeros(3, 9, dtype=torch.bool).numpy()
+        ),
+        "attn_mask is a ndarray, which is no PyTorch tensor": lambda layer, x: fovea.nn.convert(encoder()).explain(
+            x, mask=torch.zeros(9, 9).numpy()
+        ),
     }.items(),
 )
 def test_wrong_calls_are_one_sentence(sentence, call):

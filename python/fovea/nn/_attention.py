@@ -43,7 +43,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """torch.nn.MultiheadAttention's."""
-        self._check(query, key, value, attn_mask, is_causal)
+        self._check(query, key, value, attn_mask, key_padding_mask, is_causal)
         if query.is_nested:
             if key_padding_mask is not None or (attn_mask is not None and not is_causal) or need_weights:
                 raise ValueError(
@@ -57,7 +57,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if value is key:
                 batched[2] = batched[1]
             if key_padding_mask is not None:
-                key_padding_mask = key_padding_mask.unsqueeze(0)
+                key_padding_mask = _masks.of_one(key_padding_mask, len(key))
             out, weights = self.forward(
                 *batched, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -247,7 +247,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             and self.bias_k is None
         )
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool,
+    ) -> None:
+        _adapter.only_tensors(query=query, key=key, value=value)
+        for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+            if mask is not None:
+                _adapter.only_tensors(**{name: mask})
         if is_causal and attn_mask is None and not query.is_nested:
             raise RuntimeError("is_causal is a hint that attn_mask is the causal triangle; give attn_mask, too")
         if query is key is value and query.dim() in (2, 3) and query.size(-1) == self.kdim == self.vdim:

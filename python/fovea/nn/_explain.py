@@ -73,6 +73,7 @@ def of_attention(
 ) -> LayerReport:
     """MultiheadAttention.explain."""
     _refuse_nested(query, key, value)
+    layer._check(query, key, value, mask, padding, is_causal)
     packed = layer._packs(query, key, value, padding, mask, need_weights, is_causal)
     fast = ("_native_multi_head_attention", why_no_fast_path(layer, query, key, value, mask, padding))
     return _report(layer, query, key, value, mask, padding, need_weights, is_causal, packed, *fast)
@@ -94,13 +95,14 @@ def of_layer(
             f"a {type(layer).__name__} whose attention is a {type(attention).__name__} is not Fovea's to explain;"
             " fovea.nn.convert makes torch.nn's attention Fovea's"
         )
+    attention._check(src, src, src, mask, padding, is_causal)
     packed = packed or attention._packs(src, src, src, padding, mask, False, is_causal)
     fast = ("_transformer_encoder_layer_fwd", why_no_fast_layer(layer, src, mask, padding))
     return _report(attention, src, src, src, mask, padding, False, is_causal, packed, *fast)
 
 
 def _refuse_nested(*inputs: Tensor) -> None:
-    if any(x.is_nested for x in inputs):
+    if any(isinstance(x, Tensor) and x.is_nested for x in inputs):
         raise ValueError("a layer's explain takes no nested tensors; give the padded batch, or ask fovea.explain")
 
 
@@ -118,7 +120,6 @@ def _report(
     why_not_fast: str,
 ) -> LayerReport:
     """torch runs `fast_kernel` where nothing stands against it."""
-    layer._check(query, key, value, mask, is_causal)
     if query.dim() == 3 and query.shape[0 if layer.batch_first else 1] == 0:
         raise ValueError(f"the batch is empty ({list(query.shape)}), and nothing runs for it; give a sequence")
     forward, backward = _ours(layer, query, key, mask, padding, is_causal, packed)
@@ -151,7 +152,7 @@ def _ours(
         options["causal"] = "top_left" if is_causal else None
     else:
         if padding is not None and query.dim() == 2:
-            padding = padding.unsqueeze(0)
+            padding = _masks.of_one(padding, len(key))
         extra = int(layer.bias_k is not None)
         sizes = (q.shape[0], layer.num_heads, q.shape[1], k.shape[1] - extra)
         options = _masks.options_of(mask, padding, is_causal, query, *sizes, extra)

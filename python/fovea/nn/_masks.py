@@ -70,9 +70,19 @@ def options_of(
     return options
 
 
+def of_one(key_padding_mask: Tensor, seqlen_kv: int) -> Tensor:
+    """The key_padding_mask of a single sequence [seqlen_kv], as of a batch of it."""
+    if key_padding_mask.shape != (seqlen_kv,):
+        shape = list(key_padding_mask.shape)
+        raise ValueError(f"key_padding_mask has the shape {shape} but must be [{seqlen_kv}], for there is no batch")
+    return key_padding_mask.unsqueeze(0)
+
+
 def is_triangle(mask: Tensor | None) -> bool:
     """Whether a mask is the causal triangle; looks at its values, where it has any that a trace would not keep."""
-    if mask is None or not has_values(mask) or tracing() or mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
+    if not isinstance(mask, Tensor) or not has_values(mask) or tracing():
+        return False
+    if mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
         return False
     hidden = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)
     if mask.dtype == torch.bool:
