@@ -344,6 +344,20 @@ def test_replacement_decorates_nests_and_reaches_names_imported_before():
     del module.imported_before
 
 
+def test_a_decorated_function_that_runs_inside_itself_counts_every_call_once():
+    report = replace_sdpa()
+    q = torch.randn(1, 1, 4, 8)
+
+    @report
+    def layers(count):
+        F.scaled_dot_product_attention(q, q, q)
+        if count > 1:
+            layers(count - 1)
+
+    layers(3)
+    assert report.replaced.total() == 3
+
+
 def test_what_torch_runs_runs_under_replacement():
     attend = F.scaled_dot_product_attention
     q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))

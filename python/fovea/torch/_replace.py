@@ -156,7 +156,7 @@ def _count(arguments: tuple[Any, ...], reason: str | None) -> None:
         call += f", {str(attn_mask.dtype).removeprefix('torch.')} mask {_shape(attn_mask)}"
     call += (", causal" if is_causal else "") + (f", dropout {dropout_p:g}" if dropout_p else "")
     with _lock:
-        for replacement in _active:
+        for replacement in set(_active):  # a decorated function may run inside itself, or in several threads
             if reason is None:
                 replacement.replaced[call] += 1
             else:
