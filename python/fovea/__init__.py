@@ -22,7 +22,8 @@ from fovea._arguments import extras as _extras
 from fovea._arguments import rules as _rules
 from fovea._core import Report, __version__
 
-__all__ = ["Report", "__version__", "attention", "explain", "flash_attn", "jax", "nn", "torch"]
+# Without the submodules: `from fovea import *` would put one in the place of the caller's `torch`, and import JAX.
+__all__ = ["Report", "__version__", "attention", "explain"]
 
 _SUBMODULES = ("flash_attn", "jax", "nn", "torch")
 
@@ -273,6 +274,10 @@ def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f"fovea.{name}")
     raise AttributeError(f"module 'fovea' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})
 
 
 if sys.modules.get("torch") is not None:  # None where somebody forbids its import

@@ -103,6 +103,19 @@ fovea.attention(*[numpy.ones((1, 3, 1, 8), numpy.float32)] * 3)
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 
+def test_importing_everything_takes_nobody_s_name_and_needs_no_other_framework():
+    program = """
+import sys
+sys.modules["jax"] = None
+import torch
+from fovea import *
+assert torch.__name__ == "torch" and attention and explain
+import fovea
+assert {"torch", "jax", "nn", "flash_attn"} <= set(dir(fovea))
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
 def test_the_compiled_half_lends_the_library_to_nobody_and_borrows_nobody_s():
     module = ctypes.CDLL(fovea._core.__file__)
     assert module.PyInit__core
