@@ -556,6 +556,26 @@ def test_compiled_weights_without_graph_breaks(average):
     )
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda layer, x: torch.compile(layer, fullgraph=True, backend="aot_eager"),
+        lambda layer, x: torch.export.export(layer, (x, x, x)).module(),
+        lambda layer, x: torch.jit.trace(layer, (x, x, x), check_trace=False),
+    ],
+)
+def test_weights_of_a_graph_are_dropped_by_a_fresh_seed_in_every_call(make):
+    layer = fovea.nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True)
+    x = torch.randn(2, 9, 8)
+    graph = make(layer, x)
+    torch.manual_seed(7)
+    expected = layer(x, x, x)
+    torch.manual_seed(7)
+    first, second = graph(x, x, x), graph(x, x, x)
+    torch.testing.assert_close(first, expected)
+    assert not torch.equal(first[1] == 0, second[1] == 0)
+
+
 def test_traced_layers_keep_neither_masks_nor_padding_nor_results():
     model = fovea.nn.convert(encoder()).requires_grad_(False).eval()
     x, padding = batch()

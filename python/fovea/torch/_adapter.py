@@ -173,6 +173,8 @@ def attention(
             seed_tensor = None
         elif seed is None:
             seed_tensor = _ops.draw_seed(q)
+        elif isinstance(seed, _seeds.Drawn):
+            seed_tensor = seed.tensor
         else:
             seed_tensor = _seeds.to_tensor(whole("seed", seed), whole("offset", offset))
         if out is not None:
@@ -193,6 +195,8 @@ def attention(
         return (result, lse) if return_lse else result
 
     call_rules = rules(*options)
+    if isinstance(seed, _seeds.Drawn):
+        seed, offset = _seeds.from_tensor(seed.tensor)
     try:
         result = run(q, k, v, others, call_rules, dropout_p, seed, offset, bool(return_lse), out)
     except ValueError as error:

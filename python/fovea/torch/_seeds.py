@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 _OFFSET_STEP = 4  # a CUDA generator counts its offset in groups of four draws
+
+
+class Drawn(NamedTuple):
+    """A seed for several calls of fovea.torch's attention, which takes it as seed.
+
+    It is what the operator gives that draws one: in a graph no number, so that no trace keeps it.
+    """
+
+    tensor: torch.Tensor
 
 
 def draw(device: torch.device) -> tuple[int, int]:
