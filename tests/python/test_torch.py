@@ -480,6 +480,21 @@ def test_nested_tensors_are_packed_sequences():
     torch.testing.assert_close(dq.values(), dq2.values())
 
 
+@pytest.mark.parametrize("layer", [None, fovea.nn.MultiheadAttention(16, 2)])
+def test_compiled_nested_tensors_may_have_sequences_of_any_length(layer):
+    def attend(x):
+        if layer is None:
+            return fovea.attention(*[x.unflatten(-1, (2, 8))] * 3)
+        return layer(x, x, x, need_weights=False)[0]
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for lengths in ((3, 8, 5), (2, 4, 1, 3), (1, 1), (0, 6)):  # of which torch.compile takes 0 and 1 for constants
+        x = torch.nested.nested_tensor([torch.randn(n, 16) for n in lengths], layout=torch.jagged)
+        out = compiled(x)
+        torch.testing.assert_close(out.values(), attend(x).values())
+        assert (out._min_seqlen, out._max_seqlen) == (min(lengths), max(lengths))
+
+
 def test_nested_tensors_of_another_layout_are_refused():
     parts = [torch.randn(3, 4, 16), torch.randn(5, 4, 16)]
     strided, jagged = (torch.nested.nested_tensor(parts, layout=layout) for layout in (torch.strided, torch.jagged))

@@ -70,7 +70,7 @@ class Rows:
         self.nested: Callable[[Tensor], Tensor]
         if nested.layout == torch.jagged:
             check_jagged("a nested input", nested, 1)
-            offsets, shortest, longest = nested.offsets(), nested._get_min_seqlen(), nested._get_max_seqlen()
+            offsets, shortest, longest = nested.offsets(), nested._min_seqlen, nested._max_seqlen
             self.rows, self.offsets, self.longest = nested.values(), offsets, longest
             self.cu_seqlens = offsets.to(torch.int32)
             self.nested = lambda rows: torch.nested.nested_tensor_from_jagged(

@@ -25,9 +25,10 @@ def unpack(
     if layout != "bshd":
         q, k, v = (tensor.transpose(1, 2) for _, tensor in given)
     offsets = q.offsets()
-    shortest, longest = q._get_min_seqlen(), q._get_max_seqlen()
+    # No method calls: to torch.compile a length of 0 or 1 is a constant, which it takes from attributes alone.
+    shortest, longest = q._min_seqlen, q._max_seqlen
     check_lengths("k", k.offsets(), "v", v.offsets())
-    longest_kv = longest if k.offsets() is offsets else k._get_max_seqlen()
+    longest_kv = longest if k.offsets() is offsets else k._max_seqlen
 
     def nested(out: Tensor) -> Tensor:
         jagged = torch.nested.nested_tensor_from_jagged(out, offsets, min_seqlen=shortest, max_seqlen=longest)
