@@ -112,6 +112,13 @@ def test_grouped_heads():
     agree((2, 6, 5, 16), (2, 2, 7, 16), (2, 2, 7, 16), enable_gqa=True)
     with pytest.raises(ValueError, match="the query has 6 heads and key and value 2; give enable_gqa=True"):
         scaled_dot_product_attention(torch.randn(2, 6, 5, 16), torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16))
+    query, key = (
+        torch.nested.nested_tensor([torch.randn(n, heads, 8) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
+        for heads in (6, 2)
+    )
+    with pytest.raises(ValueError, match="the query has 6 heads and key and value 2; give enable_gqa=True"):
+        scaled_dot_product_attention(query, key, key)
+    assert scaled_dot_product_attention(query, key, key, enable_gqa=True).size(1) == 6
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,12 @@ def check_jagged(name: str, tensor: Tensor, dimension: int) -> None:
         raise ValueError(f"{name} is jagged in dimension {tensor._ragged_idx} but must be in {dimension}; transpose it")
 
 
+def heads(tensor: Tensor) -> int | None:
+    """How many heads a jagged tensor [batch, heads, seqlen*, dim] has; None of any other, which `unpack` refuses."""
+    jagged = tensor.is_nested and tensor.layout == torch.jagged and tensor.dim() == 4 and tensor._ragged_idx == 2
+    return tensor.shape[1] if jagged else None
+
+
 def named(error: ValueError, q: Tensor, k: Tensor, v: Tensor) -> ValueError:
     """A refusal, or why strided nested tensors are refused; asked afterwards, so that other calls do not pay for it."""
     try:

@@ -11,7 +11,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from fovea import _core
 from fovea._arguments import rules
-from fovea.torch import _adapter
+from fovea.torch import _adapter, _nested
 from fovea.torch._ops import in_rows
 
 #: What the library's sentences call the arguments.
@@ -71,6 +71,8 @@ def scaled_dot_product_attention(
             else:
                 attn_mask = _with_rank(attn_mask, 1)
         nested = query.is_nested or key.is_nested or value.is_nested
+        if nested and not enable_gqa:
+            _refuse_groups(_nested.heads(query), _nested.heads(key))
         if nested or (query.dim() == key.dim() == value.dim() == 4 and _regular(query, key, value, enable_gqa)):
             return _attend(query, key, value, attn_mask, dropout_p, corner, scale)
         return _irregular(query, key, value, attn_mask, dropout_p, corner, scale, enable_gqa)
@@ -176,11 +178,8 @@ def _irregular(
     kv_heads = max(key_heads, value_heads)
     if heads == 1 and kv_heads > 1 and not enable_gqa:
         heads = kv_heads
-    if not enable_gqa and kv_heads not in (1, heads):
-        raise ValueError(
-            f"the query has {heads} heads and key and value {kv_heads}; give enable_gqa=True if groups of query heads"
-            " share theirs"
-        )
+    if not enable_gqa:
+        _refuse_groups(heads, kv_heads)
     length, dim, dim_v, batch = query.shape[-2], query.shape[-1], value.shape[-1], math.prod(lead)
     if batch * heads * kv_heads * dim_v == 0:  # nothing to compute, but a place in the graph
         out = query.new_zeros((*lead, heads, length, dim_v)) + 0 * (query.sum() + key.sum() + value.sum())
@@ -205,6 +204,15 @@ def _irregular(
                 attn_mask = attn_mask.reshape(1, *attn_mask.shape[-3:])
     out = _attend(query, key, value, attn_mask, dropout_p, corner, scale)
     return out.reshape((*lead, heads, length, dim_v)[max(rank, 4) - rank :])
+
+
+def _refuse_groups(heads: int | None, kv_heads: int | None) -> None:
+    """Refuses heads that only enable_gqa lets share keys and values; None is not known."""
+    if None not in (heads, kv_heads) and kv_heads not in (1, heads):
+        raise ValueError(
+            f"the query has {heads} heads and key and value {kv_heads}; give enable_gqa=True if groups of query heads"
+            " share theirs"
+        )
 
 
 def _with_rank(tensor: Tensor, rank: int) -> Tensor:
