@@ -162,6 +162,20 @@ def test_one_node_under_autocast_gives_what_operators_give(masked):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("packs", [False, True])
+def test_autocast_around_a_backward_pass_changes_nothing_in_it(packs):
+    layer = fovea.nn.MultiheadAttention(32, 4, batch_first=True)
+    layer.pack_padding = packs
+    x, padding = batch()
+    x.requires_grad_()
+    out, _ = layer(x, x, x, padding, need_weights=False)
+    sources = [x, *layer.parameters()]
+    expected = torch.autograd.grad(out.square().sum(), sources, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = torch.autograd.grad(out.square().sum(), sources)
+    assert all(map(torch.equal, gradients, expected))
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("weights, packs", [(False, False), (False, True), (True, False)])
 def test_gradients_are_not_differentiable_again(weights, packs, frozen):

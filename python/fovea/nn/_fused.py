@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,7 +153,10 @@ class _Attention(torch.autograd.Function):
             wanted = sum(1 << i for i, need in enumerate(needed[1:]) if need)
             gradients = _core.backward_layer(dy.resolve_neg().contiguous(), *saved, *rest, index, wanted)
         if gradients is None:
-            gradients = _backward(dy, *saved, rest, packing, needed[1:])
+            # Where backward is called under autocast, products would have another dtype than those of forward.
+            kept = torch.autocast(dy.device.type, enabled=False) if _adapter.autocasts(dy) else nullcontext()
+            with kept:
+                gradients = _backward(dy, *saved, rest, packing, needed[1:])
         return (None, *(gradient if need else None for gradient, need in zip(gradients, needed[1:])))
 
 
