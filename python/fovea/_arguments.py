@@ -38,7 +38,7 @@ KEYWORDS = (
 )
 
 #: What `rules` takes, in its order.
-_RULES = (
+RULES = (
     "softmax_scale",
     "causal",
     "window_left",
@@ -69,7 +69,7 @@ def _shared(*options: Any) -> _core.Rules:
 
 def numbers(*options: Any) -> tuple[Any, ...]:
     """What `rules` takes, with arrays replaced by their numbers."""
-    return tuple(now(name, option) for name, option in zip(_RULES, options, strict=True))
+    return tuple(now(name, option) for name, option in zip(RULES, options, strict=True))
 
 
 def now(name: str, value: Any) -> Any:

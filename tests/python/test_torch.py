@@ -568,6 +568,30 @@ def test_numbers_in_arrays_are_read_anew_in_every_call(make, subclass):
     assert "scale=2" in fovea.explain(q.as_subclass(torch.Tensor), k, v, softmax_scale=given["softmax_scale"]).problem
 
 
+@pytest.mark.parametrize("make", [np.float32, np.float64, torch.tensor])
+def test_numbers_in_arrays_are_read_by_compiled_calls_too(make):
+    q, k, v = tensors(grad=False)
+    compiled = torch.compile(lambda q, scale: fovea.attention(q, k, v, softmax_scale=scale), backend="aot_eager")
+    for scale in (0.5, 0.3):
+        assert torch.equal(compiled(q, make(scale)), fovea.attention(q, k, v, softmax_scale=float(make(scale))))
+    with pytest.raises(ValueError, match="^softmax_scale wants a gradient"):
+        compiled(q, torch.tensor(0.5, requires_grad=True))
+
+
+def test_a_compiled_call_takes_numbers_of_numpy_seeds_and_longest_lengths_without_graph_breaks():
+    def attend(q, ends, longest, seed):
+        packed = dict(cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+        scale = 1 / np.sqrt(q.shape[-1])
+        return fovea.attention(*[q[0]] * 3, softmax_scale=scale, dropout_p=0.3, seed=seed, **packed)
+
+    q = tensors(grad=False)[0]
+    ends = torch.tensor([0, 4, q.shape[1]], dtype=torch.int32)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for seed in (3, 4):
+        arguments = (q, ends, ends.diff().max(), torch.tensor(seed))
+        assert torch.equal(compiled(*arguments), attend(*arguments))
+
+
 @pytest.mark.parametrize("subclass", [False, True], ids=["plain", "subclass"])
 def test_a_number_that_wants_a_gradient_is_refused_and_one_of_many_elements(subclass):
     q, k, v = (x.as_subclass(Subclass) if subclass else x for x in tensors(grad=False))

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 
 from fovea import _core
-from fovea._arguments import now, numbers, rules, whole
+from fovea._arguments import RULES, now, rules, whole
 from fovea._frameworks import refuse_masked
 from fovea.torch import _nested, _ops, _seeds
 
@@ -152,8 +152,8 @@ def attention(
         )
     if dropout_p and seed is None and offset:
         raise ValueError(f"offset ({offset}) belongs to a seed, and each call draws both; give seed=, or leave it out")
-    if dropout_p and not is_dynamo_compiling():
-        seed, offset = now("seed", seed), now("offset", offset)
+    if dropout_p:
+        seed, offset = _number("seed", seed), _number("offset", offset)
     if not plainly_eager(q, k, v):
         q, k, v, others, layout, packed_again = _prepared(q, k, v, others, layout, out)
     options = (
@@ -185,7 +185,7 @@ def attention(
             v,
             *(others or _NO_EXTRAS),
             seed_tensor,
-            *(options if is_dynamo_compiling() else numbers(*options)),
+            *[_number(name, option) for name, option in zip(RULES, options, strict=True)],
         )
         if out is not None:
             _check_like(out, result)
@@ -316,16 +316,24 @@ def check_mask(name: str, mask: Tensor, query: Tensor) -> None:
 
 def _readable(*others: Any) -> tuple[Any, ...]:
     """What `extras` gives, with arrays of any framework as PyTorch tensors without a negation bit."""
-    if is_dynamo_compiling():
-        return others
     *arrays, max_seqlen_q, max_seqlen_kv = others
-    for place, array in enumerate(arrays):
+    for place, array in enumerate(() if is_dynamo_compiling() else arrays):
         if array is None or (type(array) in _PLAIN and not array.is_neg()):
             continue
         if not isinstance(array, Tensor):
             array = _from_elsewhere(_EXTRAS[place], array)
         arrays[place] = array.resolve_neg()
-    return (*arrays, now("max_seqlen_q", max_seqlen_q), now("max_seqlen_kv", max_seqlen_kv))
+    return (*arrays, _number("max_seqlen_q", max_seqlen_q), _number("max_seqlen_kv", max_seqlen_kv))
+
+
+def _number(name: str, value: Any) -> Any:
+    """The number in an array as it is now, also under torch.compile, to which every number of NumPy is an array."""
+    if not is_dynamo_compiling():
+        number = now(name, value)
+        return number.item() if hasattr(number, "item") else number  # NumPy's own, too, for a graph that goes on
+    if isinstance(value, Tensor):
+        return now(name, value)
+    return value if value is None or isinstance(value, (int, float, str, _seeds.Drawn)) else value.item()
 
 
 def _from_elsewhere(name: str, array: Any) -> Tensor:
