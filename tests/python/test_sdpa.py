@@ -365,6 +365,18 @@ def test_a_decorated_function_that_runs_inside_itself_counts_every_call_once():
     assert report.replaced.total() == 3
 
 
+def test_decorating_what_runs_after_its_call_is_refused():
+    def steps():
+        yield 1
+
+    async def serve():
+        pass
+
+    for function in (steps, serve):
+        with pytest.raises(ValueError, match=f"{function.__name__} runs when its call has returned"):
+            replace_sdpa()(function)
+
+
 def test_what_torch_runs_runs_under_replacement():
     attend = F.scaled_dot_product_attention
     q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 from collections import Counter
@@ -48,6 +49,13 @@ class Replacement:
                 _restore()
 
     def __call__(self, function: _Function) -> _Function:
+        kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+        if any(kind(function) for kind in kinds):
+            raise ValueError(
+                f"{function.__qualname__} runs when its call has returned, and would run on PyTorch; use"
+                " `with replace_sdpa():` inside it"
+            )
+
         @functools.wraps(function)
         def on_fovea(*args: Any, **kwargs: Any) -> Any:
             with self:
