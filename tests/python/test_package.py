@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import importlib.resources
 import inspect
@@ -145,6 +146,14 @@ def test_results_are_typed_as_the_arrays_given_whatever_the_options(function, op
     pair = f"tuple[{array}, {array}]"
     returns = {"Literal[False]": array, "Literal[True]": pair, "bool": f"{array} | {pair}"}
     assert {h["return_lse"]: h["return"] for h in hints} == returns
+
+
+def test_layers_are_constructed_as_torch_s_are_for_those_who_check_types():
+    source = importlib.resources.files("fovea.nn").joinpath("_encoder.py").read_text()
+    layers = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    assert len(layers) == 2
+    for layer in layers:  # what stands under TYPE_CHECKING is no part of the class itself
+        assert "__init__" not in [part.name for part in layer.body if isinstance(part, ast.FunctionDef)]
 
 
 def test_types_and_documentation_come_along():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,10 +25,12 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
     pack_padding = False
 
-    @functools.wraps(torch.nn.TransformerEncoderLayer.__init__)
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self.self_attn.__class__ = MultiheadAttention  # the same parameters, another forward
+    if not TYPE_CHECKING:  # to those who check types the constructor is torch.nn's
+
+        @functools.wraps(torch.nn.TransformerEncoderLayer.__init__)
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            self.self_attn.__class__ = MultiheadAttention  # the same parameters, another forward
 
     def forward(
         self,
@@ -97,13 +99,15 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
     pack_padding = False
 
-    @functools.wraps(torch.nn.TransformerEncoder.__init__)
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        for layer in self.layers:
-            if type(layer) is torch.nn.TransformerEncoderLayer:
-                layer.__class__ = TransformerEncoderLayer
-                layer.self_attn.__class__ = MultiheadAttention
+    if not TYPE_CHECKING:  # to those who check types the constructor is torch.nn's
+
+        @functools.wraps(torch.nn.TransformerEncoder.__init__)
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            for layer in self.layers:
+                if type(layer) is torch.nn.TransformerEncoderLayer:
+                    layer.__class__ = TransformerEncoderLayer
+                    layer.self_attn.__class__ = MultiheadAttention
 
     def forward(
         self,
