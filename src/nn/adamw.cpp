@@ -47,8 +47,7 @@ void AdamW::step() {
                shape_text(gradient), " on ", name(gradient.device), " but must be fp32, of its shape and device");
       }
     }
-    ++steps_;
-    for (const Slot& slot : slots_) {
+    for (Slot& slot : slots_) {
       if (!slot.parameter->gradient.defined()) continue;
       const Tensor& value = slot.parameter->value.view();
       ops_of(value.device)
@@ -62,7 +61,7 @@ void AdamW::step() {
                   .beta2 = options_.beta2,
                   .eps = options_.eps,
                   .weight_decay = options_.weight_decay,
-                  .step = steps_});
+                  .step = ++slot.steps});
     }
   });
 }

@@ -23,8 +23,8 @@ class FOVEA_API AdamW {
   explicit AdamW(Module& module) : AdamW(module, Options()) {}
   AdamW(Module& module, const Options& options);
 
-  /// One step along the gradients that backward has summed; parameters without a gradient stay.  Gradients stay too:
-  /// zero_gradients() before the next backward.
+  /// One step along the gradients that backward has summed; parameters without a gradient stay, and so do their counts
+  /// of steps.  Gradients stay too: zero_gradients() before the next backward.
   void step();
 
   void set_learning_rate(float lr);
@@ -32,14 +32,14 @@ class FOVEA_API AdamW {
  private:
   struct Slot {
     Parameter* parameter = nullptr;
-    Array mean;      // fp32, shape of the parameter
-    Array variance;  // fp32
-    Array master;    // fp32, where the parameter is not
+    Array mean;              // fp32, shape of the parameter
+    Array variance;          // fp32
+    Array master;            // fp32, where the parameter is not
+    std::int64_t steps = 0;  // with a gradient
   };
 
   Options options_;
   std::vector<Slot> slots_;
-  std::int64_t steps_ = 0;
 };
 
 }  // namespace fovea::nn

@@ -1,0 +1,56 @@
+// What a training loop may count on besides the numbers of a step.  On the CPU, or with FOVEA_LAYERS_DEVICE=cuda on a
+// GPU.
+#include <fovea/nn/nn.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <vector>
+
+#include "tests/support.h"
+
+namespace fovea::test {
+namespace {
+
+using namespace nn;
+
+const Device kDevice{std::getenv("FOVEA_LAYERS_DEVICE") == nullptr ? DeviceKind::kCpu : DeviceKind::kCuda};
+
+/// A view of fp32 numbers on the host, shaped as the array is.
+Tensor on_host(std::vector<float>& numbers, const Array& like) {
+  numbers.resize(like.size_bytes() / sizeof(float));
+  Tensor host = like.view();
+  host.data = numbers.data();
+  host.device = {};
+  return host;
+}
+
+std::vector<float> values(const Array& a) {
+  std::vector<float> numbers;
+  copy(a.view(), on_host(numbers, a));
+  return numbers;
+}
+
+/// sin(first), sin(first + 1), …
+Array waves(std::initializer_list<std::int64_t> shape, float first = 0.0F) {
+  Array a(DType::kFloat32, shape, kDevice);
+  std::vector<float> numbers;
+  const Tensor host = on_host(numbers, a);
+  for (float& number : numbers) number = std::sin(first++);
+  copy(host, a.view());
+  return a;
+}
+
+TEST(AdamWStep, OfAParameterIsTheFirstWhereItsFirstGradientIs) {
+  Linear layer({.in_features = 1, .out_features = 1, .device = kDevice});
+  AdamW optimiser(layer, {.lr = 0.125F, .weight_decay = 0.0F});
+  layer.bias.gradient = waves({1}, 1.5F);
+  for (int step = 0; step < 9; ++step) optimiser.step();
+  const float before = values(layer.weight.value)[0];
+  layer.weight.gradient = waves({1, 1}, 1.5F);
+  optimiser.step();
+  EXPECT_NEAR(values(layer.weight.value)[0], before - 0.125F, 1e-5F);  // the whole rate, as every first step
+}
+
+}  // namespace
+}  // namespace fovea::test
