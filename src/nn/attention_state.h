@@ -21,7 +21,7 @@ struct MultiheadAttention::State {
   Tensor q{}, k{}, v{};           // as attention takes them
   Array out, lse;                 // [rows, num_heads · head_dim]
   Masks masks;
-  Array sink;
+  Array alibi_slopes, sink;
   bool drops_all = false;  // in training with a dropout of 1
   AttentionOptions attention;
 };

@@ -250,7 +250,7 @@ void project(MultiheadAttention::State& s, const InputWeights& w) {
 }
 
 /// The options that attention is called with.
-void set_options(MultiheadAttention::State& s, const AttentionCall& call, const Tensor& slopes) {
+void set_options(MultiheadAttention::State& s, const AttentionCall& call) {
   const MultiheadAttention::Options& o = s.options;
   AttentionOptions& a = s.attention;
   a.causal = call.causal;
@@ -268,7 +268,7 @@ void set_options(MultiheadAttention::State& s, const AttentionCall& call, const 
                             .device = o.device});
   a.mask = s.masks.mask, a.bias = s.masks.bias, a.kv_lengths = s.masks.kv_lengths;
   if (o.add_zero_attn) s.sink = Array(DType::kFloat32, {o.num_heads}, o.device);  // a key of score 0 without a value
-  a.alibi_slopes = slopes, a.sink = s.sink.view();
+  a.alibi_slopes = s.alibi_slopes.view(), a.sink = s.sink.view();
   a.cu_seqlens_q = s.of_q.cu_seqlens, a.cu_seqlens_kv = s.of_kv.cu_seqlens;
   if (s.of_q.packed()) a.max_seqlen_q = s.of_q.seqlen, a.max_seqlen_kv = s.of_kv.seqlen;
 }
@@ -333,7 +333,7 @@ MultiheadAttention::Result MultiheadAttention::run(const Tensor& query, const Te
   const Options& o = options_;
   auto state = std::make_shared<State>();
   State& s = *state;
-  s.options = o;
+  s.options = o, s.alibi_slopes = alibi_slopes_;  // held: the layer may go before its state
   take_inputs(s, query, key, value, call, in_proj_weight.value.defined());
   if (o.rotary || tail.dropout.probability > 0.0F) s.q_places = s.of_q.places(o.device);
   if (o.rotary) s.kv_places = s.alike ? s.q_places : s.of_kv.places(o.device);
@@ -344,7 +344,7 @@ MultiheadAttention::Result MultiheadAttention::run(const Tensor& query, const Te
     s.extended_v = extended(s.v, bias_v.value.view());
     s.k = s.extended_k.view(), s.v = s.extended_v.view();
   }
-  set_options(s, call, alibi_slopes_.view());
+  set_options(s, call);
   s.out = Array::unset(o.dtype, {s.of_q.rows, o.num_heads * *o.head_dim}, o.device);
   s.lse = s.of_q.packed() ? Array::unset(DType::kFloat32, {o.num_heads, s.of_q.rows}, o.device)
                           : Array::unset(DType::kFloat32, {s.of_q.batch, o.num_heads, s.of_q.seqlen}, o.device);

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <optional>
 #include <vector>
 
 #include "tests/support.h"
@@ -50,6 +51,21 @@ TEST(AdamWStep, OfAParameterIsTheFirstWhereItsFirstGradientIs) {
   layer.weight.gradient = waves({1, 1}, 1.5F);
   optimiser.step();
   EXPECT_NEAR(values(layer.weight.value)[0], before - 0.125F, 1e-5F);  // the whole rate, as every first step
+}
+
+TEST(State, OutlivesItsLayer) {
+  const MultiheadAttention::Options options{
+      .embed_dim = 8, .num_heads = 4, .batch_first = true, .alibi = true, .device = kDevice};
+  const Array x = waves({2, 5, 8}), dout = waves({2, 5, 8}, 7.0F);
+  std::optional<MultiheadAttention> layer(options);
+  const auto result = layer->forward(x.view(), x.view(), x.view());
+  const auto expected = values(layer->backward(*result.state, dout.view()).query);
+  layer.reset();
+  std::vector<Array> in_its_place(50);  // whoever comes next into the memory of what the layer held
+  for (Array& next : in_its_place) next = waves({4});
+  MultiheadAttention alike(options);
+  const auto got = values(alike.backward(*result.state, dout.view()).query);
+  for (std::size_t i = 0; i < got.size(); ++i) ASSERT_NEAR(got[i], expected[i], 1e-5F);
 }
 
 }  // namespace
