@@ -1,6 +1,6 @@
 #include <fovea/nn/adamw.h>
 
-#include "nn/ops.h"
+#include "nn/layout.h"
 #include "nn/options.h"
 
 namespace fovea::nn {
@@ -17,8 +17,7 @@ AdamW::AdamW(Module& module, const Options& options) : options_(options) {
     check_beta("beta2", options.beta2);
     for (const auto& [name, parameter] : parameters(module)) {
       const Tensor& value = parameter->value.view();
-      const auto shape = std::span(value.shape).first(static_cast<std::size_t>(value.rank));
-      const auto zeros = [&] { return Array(DType::kFloat32, shape, value.device); };
+      const auto zeros = [&] { return Array(DType::kFloat32, shape_of(value), value.device); };
       slots_.push_back({parameter, zeros(), zeros(), value.dtype == DType::kFloat32 ? Array() : zeros()});
     }
   });

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/elements.h"
 #include "nn/layout.h"
 #include "problem/refuse.h"
 #include "problem/validate.h"
@@ -53,7 +54,7 @@ void check_elements(const std::string& name, const Tensor& t) {
   if (t.rank < 1 || t.rank > Tensor::kMaxRank) {
     refuse(name, " has ", t.rank, " dimensions but must have 1 to ", Tensor::kMaxRank);
   }
-  if (std::any_of(t.shape.begin(), t.shape.begin() + t.rank, [](std::int64_t extent) { return extent < 0; })) {
+  if (std::ranges::any_of(shape_of(t), [](std::int64_t extent) { return extent < 0; })) {
     refuse(name, " is ", shape_text(t), "; a dimension must not be negative");
   }
   check_named((name + "'s dtype").c_str(), t.dtype, DType::kInt32);
@@ -66,10 +67,10 @@ void copy(const Tensor& from, const Tensor& to) {
   or_out_of_memory([&] {
     check_elements("the tensor to copy from", from);
     check_elements("the tensor to copy to", to);
-    if (from.rank != to.rank || !std::equal(from.shape.begin(), from.shape.begin() + from.rank, to.shape.begin())) {
+    if (!std::ranges::equal(shape_of(from), shape_of(to))) {
       refuse("a tensor of shape ", shape_text(from), " cannot be copied to one of shape ", shape_text(to));
     }
-    if (std::find(to.shape.begin(), to.shape.begin() + to.rank, 0) != to.shape.begin() + to.rank) return;
+    if (cpu::element_count(to) == 0) return;
     ops_of(to.device.kind == DeviceKind::kCpu ? from.device : to.device).copy(from, to);
   });
 }

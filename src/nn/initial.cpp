@@ -2,7 +2,7 @@
 
 #include "cpu/elements.h"
 #include "math/philox.h"
-#include "nn/ops.h"
+#include "nn/layout.h"
 
 namespace fovea::nn {
 namespace {
@@ -16,7 +16,7 @@ double uniform(std::uint64_t seed, std::int64_t i) {
 }  // namespace
 
 void fill_by(const Tensor& x, const std::function<double(std::int64_t)>& value) {
-  const Array host = Array::unset(DType::kFloat32, std::span(x.shape).first(static_cast<std::size_t>(x.rank)));
+  const Array host = Array::unset(DType::kFloat32, shape_of(x));
   cpu::for_each_element(
       host.view(), [&](std::int64_t index, std::int64_t offset) { cpu::store(host.view(), offset, value(index)); });
   copy(host.view(), x);

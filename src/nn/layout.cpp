@@ -47,13 +47,8 @@ Tensor as_rows(const Tensor& x, Array& owner) {
 }
 
 Tensor rows_of(const Array& x) {
-  const Tensor& v = x.view();
-  Tensor rows = v;
-  rows.rank = 2;
-  rows.shape = {1, v.shape[v.rank - 1]};
-  for (int i = 0; i + 1 < v.rank; ++i) rows.shape[0] *= v.shape[i];
-  rows.strides = {rows.shape[1], 1};
-  return rows;
+  Array none;  // dense rows are evenly spaced
+  return as_rows(x.view(), none);
 }
 
 void check_same_rows(const char* a_name, const Tensor& a, const char* b_name, const Tensor& b) {
@@ -63,9 +58,9 @@ void check_same_rows(const char* a_name, const Tensor& a, const char* b_name, co
 }
 
 Array like(const Tensor& x, std::int64_t features) {
-  std::array<std::int64_t, Tensor::kMaxRank> shape = x.shape;
-  shape[x.rank - 1] = features;
-  return Array::unset(x.dtype, std::span(shape).first(static_cast<std::size_t>(x.rank)), x.device);
+  Tensor t = x;
+  t.shape[x.rank - 1] = features;
+  return Array::unset(x.dtype, shape_of(t), x.device);
 }
 
 Tensor heads_of_rows(const Tensor& rows, std::int64_t first_column, std::int64_t heads, std::int64_t head_dim) {

@@ -9,6 +9,11 @@ namespace fovea::nn {
 void check_features(const char* name, const Tensor& x, std::int64_t features, DType dtype, const Device& device,
                     int least = 1);
 
+/// As many extents as x has dimensions.
+[[nodiscard]] inline std::span<const std::int64_t> shape_of(const Tensor& x) {
+  return std::span(x.shape).first(static_cast<std::size_t>(x.rank));
+}
+
 /// Whether the elements lie one behind the other, the last dimension fastest.
 [[nodiscard]] bool dense(const Tensor& x);
 

@@ -8,8 +8,7 @@ namespace fovea::nn {
 
 const Tensor& Parameter::gradient_sum() {
   if (value.defined() && !gradient.defined()) {
-    const Tensor& v = value.view();
-    gradient = Array(DType::kFloat32, std::span(v.shape).first(static_cast<std::size_t>(v.rank)), v.device);
+    gradient = Array(DType::kFloat32, shape_of(value.view()), value.view().device);
   }
   return gradient.view();
 }
@@ -54,7 +53,7 @@ void save(Module& module, const std::string& path, const std::string& prefix) {
     module.visit(prefix, [&](const std::string& name, Parameter& parameter) {
       Tensor value = parameter.value.view();
       if (value.device.kind != DeviceKind::kCpu) {
-        hosts.push_back(Array::unset(value.dtype, std::span(value.shape).first(static_cast<std::size_t>(value.rank))));
+        hosts.push_back(Array::unset(value.dtype, shape_of(value)));
         copy(value, hosts.back().view());
         value = hosts.back().view();
       }

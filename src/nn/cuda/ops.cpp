@@ -42,8 +42,6 @@ cuda::LayerView view_of(const Tensor& t) {
   return view;
 }
 
-std::span<const i64> shape_of(const Tensor& t) { return std::span(t.shape).first(static_cast<std::size_t>(t.rank)); }
-
 bool on_gpu(const Tensor& t) { return t.device.kind == DeviceKind::kCuda; }
 
 class CudaOps final : public Ops {
