@@ -369,9 +369,7 @@ MultiheadAttention::InputGradients MultiheadAttention::gradients(const State& s,
                                                                  const Tensor& plus) {
   check_parameters(*this);
   const Options& o = options_;
-  if (s.options != o) {
-    refuse("the state given to backward is of another layer's forward; give the one that this layer returned");
-  }
+  check_state(s.options, o);
   check_features("dout", dout, o.embed_dim, o.dtype, o.device, 2);
   check_same_rows("dout", dout, "query", s.query);
   const std::int64_t q_size = o.num_heads * *o.head_dim, kv_size = *o.num_kv_heads * *o.head_dim;

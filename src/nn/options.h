@@ -20,4 +20,10 @@ inline void check_not_negative(const char* name, float value) { check_real(name,
 
 inline void check_positive(const char* name, float value) { check_real(name, value, value > 0, "above 0"); }
 
+/// Refuses a state whose forward had other options.
+void check_state(const auto& options_of_state, const auto& options) {
+  if (options_of_state == options) return;
+  refuse("the state given to backward is of another layer's forward; give the one that this layer returned");
+}
+
 }  // namespace fovea::nn

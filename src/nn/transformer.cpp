@@ -147,9 +147,7 @@ Array TransformerEncoderLayer::feed_forward(const Tensor& x, const Tensor& resid
 Array TransformerEncoderLayer::backward(const State& state, const Tensor& dout) {
   return or_out_of_memory([&] {
     check_parameters(*this);
-    if (state.options != options_) {
-      refuse("the state given to backward is of another layer's forward; give the one that this layer returned");
-    }
+    check_state(state.options, options_);
     check_features("dout", dout, options_.d_model, options_.dtype, options_.device, 2);
     check_same_rows("dout", dout, "src", state.src);
     const auto again = state.to_be_computed_again ? compute(state.src, state.call).state : nullptr;
@@ -253,20 +251,22 @@ TransformerEncoder::Result TransformerEncoder::forward(const Tensor& src, const 
 
 Array TransformerEncoder::backward(const State& state, const Tensor& dout) {
   return or_out_of_memory([&] {
-    const State& s = state;
-    if (s.layers.size() != layers.size()) {
-      refuse("the state given to backward has ", s.layers.size(), " layers but this stack ", layers.size(),
+    if (state.layers.size() != layers.size()) {
+      refuse("the state given to backward has ", state.layers.size(), " layers but this stack ", layers.size(),
              "; give the one that this stack's forward returned");
     }
-    for (const TransformerEncoderLayer& layer : layers) check_parameters(layer);  // before any gradient is added to
+    for (std::size_t l = 0; l < layers.size(); ++l) {  // before any gradient is added to
+      check_parameters(layers[l]);
+      check_state(state.layers[l]->options, layers[l].options());
+    }
     Array gradient;
     Tensor d = dout;
     if (norm) {
-      gradient = norm->backward(s.outputs.back().view(), s.statistics, d);
+      gradient = norm->backward(state.outputs.back().view(), state.statistics, d);
       d = gradient.view();
     }
     for (std::size_t l = layers.size(); l-- > 0;) {
-      gradient = layers[l].backward(*s.layers[l], d);
+      gradient = layers[l].backward(*state.layers[l], d);
       d = gradient.view();
     }
     return gradient;

@@ -80,6 +80,17 @@ TEST(States, OfAnotherLayerAreRefused) {
   refused(layer, [](Layer& o) { o.recompute = true; });
 }
 
+TEST(States, OfAnotherStackAreRefusedBeforeAnyGradientIsAddedTo) {
+  TransformerEncoder::Options options{
+      .layer = {.d_model = 8, .nhead = 2, .dim_feedforward = 6, .device = kDevice}, .num_layers = 2, .norm = true};
+  const Array x(DType::kFloat32, {2, 3, 8}, kDevice);
+  const auto forward = TransformerEncoder(options).forward(x.view(), {.training = true});
+  options.layer.activation = Activation::kGelu;
+  TransformerEncoder other(options);
+  EXPECT_TRUE(contains(refusal([&] { (void)other.backward(*forward.state, x.view()); }), "of another layer's forward"));
+  for (const auto& [name, parameter] : parameters(other)) EXPECT_FALSE(parameter->gradient.defined()) << name;
+}
+
 TEST(Statistics, ThatForwardDidNotGiveAreRefused) {
   LayerNorm norm({.features = 3, .device = kDevice});
   const Array x(DType::kFloat32, {2, 3}, kDevice);
