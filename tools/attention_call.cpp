@@ -8,12 +8,11 @@
 
 #include "files/safetensors.h"
 #include "npy.h"
+#include "problem/refuse.h"
 #include "problem/validate.h"
 
 namespace fovea::tools {
 namespace {
-
-[[noreturn]] void refuse(const std::string& sentence) { throw Error(ErrorCode::kInvalidArgument, sentence); }
 
 bool is_gradient(const char* name) { return name[0] == 'd'; }
 

@@ -10,11 +10,10 @@
 #include <vector>
 
 #include "files/safetensors.h"
+#include "problem/refuse.h"
 
 namespace fovea::tools {
 namespace {
-
-[[noreturn]] void refuse(const std::string& sentence) { throw Error(ErrorCode::kInvalidArgument, sentence); }
 
 struct ArrayType {
   const char* descr;

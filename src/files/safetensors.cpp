@@ -46,8 +46,6 @@ constexpr std::array<StoredType, 14> kTypes{{
     {"F8_E4M3", 1, {}},
 }};
 
-[[noreturn]] void refuse(const std::string& sentence) { throw Error(ErrorCode::kInvalidArgument, sentence); }
-
 const StoredType* find_type(const std::string& name) {
   const auto found = std::ranges::find_if(kTypes, [&](const StoredType& type) { return name == type.name; });
   return found == kTypes.end() ? nullptr : &*found;

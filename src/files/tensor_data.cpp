@@ -17,8 +17,6 @@ namespace {
 
 constexpr std::align_val_t kAlignment{64};
 
-[[noreturn]] void refuse(const std::string& sentence) { throw Error(ErrorCode::kInvalidArgument, sentence); }
-
 std::string system_reason(int code) { return std::generic_category().message(code); }
 
 /// The path that a write reaches in the end: symbolic links are followed, those to no file yet too, so that what is

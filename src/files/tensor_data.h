@@ -15,6 +15,9 @@
 
 namespace fovea::files {
 
+/// Throws Error(kInvalidArgument).
+[[noreturn]] inline void refuse(const std::string& sentence) { throw Error(ErrorCode::kInvalidArgument, sentence); }
+
 /// A densely packed tensor together with its memory, aligned to 64 bytes and zero at first.
 class OwnedTensor {
  public:
