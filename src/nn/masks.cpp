@@ -6,10 +6,8 @@
 namespace fovea::nn {
 namespace {
 
-bool is_float(const Tensor& t, const MaskSizes& s) { return t.dtype == DType::kFloat32 || t.dtype == s.dtype; }
-
 void check(const char* name, const Tensor& t, const MaskSizes& s) {
-  if (t.dtype != DType::kBool && !is_float(t, s)) {
+  if (t.dtype != DType::kBool && t.dtype != DType::kFloat32 && t.dtype != s.dtype) {
     refuse(name, " is ", fovea::name(t.dtype), " but must be bool, fp32 or the layer's ", fovea::name(s.dtype));
   }
   check_device(name, t.device, "the layer is on", s.device);

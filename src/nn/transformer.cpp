@@ -41,8 +41,7 @@ LayerNorm::Options norm_options(const Layer::Options& o) {
 }
 
 Dropout dropout_of(const Layer::Options& o, const AttentionCall& call, std::uint64_t place) {
-  if (!call.training) return {};
-  return {o.dropout, call.seed, call.offset + place};
+  return {call.training ? o.dropout : 0.0F, call.seed, call.offset + place};
 }
 
 }  // namespace
@@ -98,6 +97,7 @@ TransformerEncoderLayer::Result TransformerEncoderLayer::compute(const Tensor& s
   const Options& o = options_;
   check_parameters(*this);
   check_features("src", src, o.d_model, o.dtype, o.device, 2);
+  if (call.need_weights) refuse("need_weights asks for what an encoder layer does not give; call its self_attn");
   auto state = std::make_shared<State>();
   State& s = *state;
   s.options = o;

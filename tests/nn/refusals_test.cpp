@@ -246,6 +246,13 @@ TEST(Masks, OfRanksThatNoTensorHasAreRefused) {
   }
 }
 
+TEST(Weights, ThatAnEncoderLayerDoesNotGiveAreRefused) {
+  const TransformerEncoder stack({.layer = {.d_model = 8, .nhead = 2, .dim_feedforward = 6, .device = kDevice}});
+  const Array x(DType::kFloat32, {2, 3, 8}, kDevice);
+  EXPECT_EQ(refusal([&] { (void)stack.forward(x.view(), {.need_weights = true}); }),
+            "need_weights asks for what an encoder layer does not give; call its self_attn");
+}
+
 TEST(Tensors, ThatLieAsNoneMayAreRefused) {
   const Array x(DType::kFloat32, {2, 3, 8}, kDevice), mask(DType::kFloat32, {3, 3}, kDevice),
       classes(DType::kInt32, {6});

@@ -27,7 +27,7 @@ struct AttentionCall {
   bool training = false;             ///< dropout happens only in training
   std::uint64_t seed = 0;            ///< with `offset` names all dropout of this forward; the same two replay it
   std::uint64_t offset = 0;          ///< attention draws at `offset`, an encoder layer at offset … offset + 3
-  bool need_weights = false;         ///< the attention weights as well, computed by tiles, in O(B·H·Sq·Skv) memory
+  bool need_weights = false;         ///< of MultiheadAttention: its weights too, by tiles, in O(B·H·Sq·Skv) memory
   bool average_attn_weights = true;  ///< over heads
 };
 
