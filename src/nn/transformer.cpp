@@ -16,6 +16,9 @@ constexpr std::uint64_t kAfterAttention = 1, kWithinNetwork = 2, kAfterNetwork =
 constexpr std::uint64_t kSeedsOfALayer = 16;  // seeds of initial values that a layer's parts use up, and more
 
 MultiheadAttention::Options attention_options(const Layer::Options& o) {
+  check_at_least("d_model", o.d_model, 1);  // by the names that the caller knows
+  check_at_least("nhead", o.nhead, 1);
+  check_at_least("dim_feedforward", o.dim_feedforward, 1);
   return {.embed_dim = o.d_model,
           .num_heads = o.nhead,
           .dropout = o.dropout,

@@ -345,10 +345,13 @@ TEST(Options, OutOfRangeAreRefusedWhereTheLayerIsMade) {
   EXPECT_EQ(refused([](auto& o) { o.num_kv_heads = 0; }), "num_kv_heads (0) must be at least 1");
   EXPECT_EQ(refused([](auto& o) { o.device.kind = static_cast<DeviceKind>(9); }),
             "device kind (9) must be one of the values that have names");
-  EXPECT_EQ(refusal([] {
-              const TransformerEncoderLayer layer(
-                  {.d_model = 8, .nhead = 2, .activation = static_cast<Activation>(9), .device = kDevice});
-            }),
+  const auto refused_layer = [](const TransformerEncoderLayer::Options& o) {
+    return refusal([&] { const TransformerEncoderLayer layer(o); });
+  };
+  EXPECT_EQ(refused_layer({.nhead = 2}), "d_model (0) must be at least 1");
+  EXPECT_EQ(refused_layer({.d_model = 8}), "nhead (0) must be at least 1");
+  EXPECT_EQ(refused_layer({.d_model = 8, .nhead = 2, .dim_feedforward = 0}), "dim_feedforward (0) must be at least 1");
+  EXPECT_EQ(refused_layer({.d_model = 8, .nhead = 2, .activation = static_cast<Activation>(9), .device = kDevice}),
             "activation (9) must be one of the values that have names");
 }
 
