@@ -118,10 +118,10 @@ TransformerEncoderLayer::Result TransformerEncoderLayer::compute(const Tensor& s
   Result result;
   if (o.norm_first) {
     s.normed2 = norm2.forward(s.attended.view(), &s.statistics2);
-    result.out = feed_forward(s.normed2.view(), s.attended.view(), s);
+    result.out = feed_forward(s.normed2, s.attended, s);
   } else {
     s.normed1 = norm1.forward(s.attended.view(), &s.statistics1);
-    s.summed = feed_forward(s.normed1.view(), s.normed1.view(), s);
+    s.summed = feed_forward(s.normed1, s.normed1, s);
     result.out = norm2.forward(s.summed.view(), &s.statistics2);
   }
   result.state = std::move(state);
@@ -129,20 +129,20 @@ TransformerEncoderLayer::Result TransformerEncoderLayer::compute(const Tensor& s
 }
 
 /// residual + dropout(linear2(dropout(activation(linear1(x))))).
-Array TransformerEncoderLayer::feed_forward(const Tensor& x, const Tensor& residual, State& s) const {
+Array TransformerEncoderLayer::feed_forward(const Array& x, const Array& residual, State& s) const {
   const Options& o = options_;
   const Ops& ops = ops_of(o.device);
-  s.before = like(x, o.dim_feedforward);
-  s.hidden = like(x, o.dim_feedforward);
-  Array memory, residual_memory, out = like(x, o.d_model);
+  s.before = like(x.view(), o.dim_feedforward);
+  s.hidden = like(x.view(), o.dim_feedforward);
+  Array out = like(x.view(), o.d_model);
   ops.linear(
-      as_rows(x, memory), linear1.weight.value.view(),
+      rows_of(x), linear1.weight.value.view(),
       {.bias = linear1.bias.value.view(), .activation = o.activation, .dropout = dropout_of(o, s.call, kWithinNetwork)},
       s.places.view(), rows_of(s.hidden), rows_of(s.before));
   ops.linear(rows_of(s.hidden), linear2.weight.value.view(),
              {.bias = linear2.bias.value.view(),
               .dropout = dropout_of(o, s.call, kAfterNetwork),
-              .residual = as_rows(residual, residual_memory)},
+              .residual = rows_of(residual)},
              s.places.view(), rows_of(out), {});
   return out;
 }

@@ -63,7 +63,7 @@ class FOVEA_API TransformerEncoderLayer : public Module {
 
  private:
   [[nodiscard]] Result compute(const Tensor& src, const AttentionCall& call) const;
-  [[nodiscard]] Array feed_forward(const Tensor& x, const Tensor& residual, State& s) const;
+  [[nodiscard]] Array feed_forward(const Array& x, const Array& residual, State& s) const;
   [[nodiscard]] Array feed_forward_backward(const State& s, const Tensor& dout);
 
   Options options_;
