@@ -1,8 +1,10 @@
 #include <algorithm>
 #include <list>
 #include <mutex>
+#include <tuple>
 
 #include "cpu/elements.h"
+#include "cpu/threads.h"
 #include "nn/ops.h"
 #include "problem/operands.h"
 
@@ -12,9 +14,8 @@ namespace {
 constexpr std::size_t kMostPlans = 64;
 
 struct Planned {
-  Problem problem{};
-  Device device{};
-  std::shared_ptr<const Plan> plan{};
+  std::tuple<Problem, Device, int> key;  // the last: threads
+  std::shared_ptr<const Plan> plan;
 };
 
 /// A plan out of those used last: steps of training ask for the same ones, each with another seed.
@@ -22,10 +23,10 @@ std::shared_ptr<const Plan> plan_of(Problem problem, const Device& device) {
   static std::mutex mutex;
   static auto& planned = *std::make_unique<std::list<Planned>>().release();  // threads may outlive what is static
   problem.dropout.seed = problem.dropout.offset = 0;
+  const std::tuple key{problem, device, cpu::worker_count(0)};  // as many as the caller may use now
   {
     const std::lock_guard lock(mutex);
-    const auto found = std::find_if(planned.begin(), planned.end(),
-                                    [&](const Planned& p) { return p.problem == problem && p.device == device; });
+    const auto found = std::ranges::find(planned, key, &Planned::key);
     if (found != planned.end()) {
       planned.splice(planned.begin(), planned, found);
       return planned.front().plan;
@@ -34,7 +35,7 @@ std::shared_ptr<const Plan> plan_of(Problem problem, const Device& device) {
   const auto make = problem.direction == Direction::kBackward ? plan_backward : plan_forward;
   auto plan = std::make_shared<const Plan>(make(problem, device, {}));
   const std::lock_guard lock(mutex);
-  planned.push_front({problem, device, plan});
+  planned.push_front({key, plan});
   if (planned.size() > kMostPlans) planned.pop_back();
   return plan;
 }
@@ -43,8 +44,7 @@ void execute(const Problem& problem, Inputs inputs, const Outputs& outputs) {
   const Device& device = inputs.q.device;
   const auto plan = plan_of(problem, device);
   inputs.dropout_draws = {problem.dropout.seed, problem.dropout.offset};
-  const auto workspace = ops_of(device).allocate(plan->workspace_bytes());
-  plan->execute(inputs, outputs, workspace.get());
+  plan->execute(inputs, outputs, ops_of(device).allocate(plan->workspace_bytes()).get());
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // GPU.
 #include <fovea/nn/nn.h>
 #include <gtest/gtest.h>
+#include <tbb/task_arena.h>
 
 #include <cmath>
 #include <cstdlib>
@@ -66,6 +67,23 @@ TEST(State, OutlivesItsLayer) {
   MultiheadAttention alike(options);
   const auto got = values(alike.backward(*result.state, dout.view()).query);
   for (std::size_t i = 0; i < got.size(); ++i) ASSERT_NEAR(got[i], expected[i], 1e-5F);
+}
+
+TEST(Threads, AreAsManyAsTheCallerMayUseNow) {
+  if (kDevice.kind != DeviceKind::kCpu) GTEST_SKIP() << "of the CPU's";
+  const MultiheadAttention layer({.embed_dim = 64, .num_heads = 2, .batch_first = true});
+  const Array x = waves({2, 333, 64});
+  // Every thread of attention has scratch of its own.
+  const auto peak_within = [&](int threads) {
+    return tbb::task_arena(threads).execute([&] {
+      (void)peak_bytes(kDevice, true);
+      (void)layer.forward(x.view(), x.view(), x.view());
+      return peak_bytes(kDevice);
+    });
+  };
+  const std::size_t of_many = peak_within(8), of_one = peak_within(1);
+  EXPECT_LT(of_one, of_many);
+  EXPECT_EQ(peak_within(8), of_many);
 }
 
 }  // namespace
