@@ -89,7 +89,7 @@ inline void store(const Tensor& t, std::int64_t offset, double x) {
       break;
     }
     case DType::kBool:
-      static_cast<std::uint8_t*>(t.data)[offset] = static_cast<std::uint8_t>(x);
+      static_cast<std::uint8_t*>(t.data)[offset] = x != 0.0 ? 1 : 0;
       break;
     case DType::kInt32:
       static_cast<std::int32_t*>(t.data)[offset] = static_cast<std::int32_t>(x);

@@ -43,6 +43,17 @@ Array waves(std::initializer_list<std::int64_t> shape, float first = 0.0F) {
   return a;
 }
 
+TEST(Copy, ToBoolTellsWhetherANumberIsNotZero) {
+  const float numbers[] = {0.0F, 0.5F, -1.0F, 2.0F, 256.0F, NAN};
+  const Array bools(DType::kBool, {6}, kDevice), on_device(DType::kFloat32, {6}, kDevice);
+  copy(Tensor::contiguous(numbers, DType::kFloat32, {6}), on_device.view());
+  copy(on_device.view(), bools.view());
+  Array host(DType::kBool, {6});
+  copy(bools.view(), host.view());
+  const auto* bytes = static_cast<const std::uint8_t*>(host.view().data);
+  EXPECT_EQ(std::vector<std::uint8_t>(bytes, bytes + 6), (std::vector<std::uint8_t>{0, 1, 1, 1, 1, 1}));
+}
+
 TEST(AdamWStep, OfAParameterIsTheFirstWhereItsFirstGradientIs) {
   Linear layer({.in_features = 1, .out_features = 1, .device = kDevice});
   AdamW optimiser(layer, {.lr = 0.125F, .weight_decay = 0.0F});
