@@ -135,7 +135,7 @@ void MultiheadAttention::visit(const std::string& prefix, const Visit& visit) {
   }
 }
 
-// ---- the projections, forward and backward
+// ---- the steps of forward and backward
 
 namespace {
 
@@ -189,8 +189,8 @@ struct Placed {
   Tensor q_rows{}, k_rows{};  // [rows, heads, head_dim], for the rotary embedding
 };
 
-Placed place(const MultiheadAttention::State& s, const MultiheadAttention::Options& o, const Tensor& q,
-             const Tensor& kv) {
+Placed place(const MultiheadAttention::State& s, const Tensor& q, const Tensor& kv) {
+  const MultiheadAttention::Options& o = s.options;
   const std::int64_t dim = *o.head_dim, heads = o.num_heads, kv_heads = *o.num_kv_heads;
   const Tensor& from = s.one_input ? q : kv;
   const std::int64_t k_at = s.one_input ? heads * dim : 0, v_at = k_at + kv_heads * dim;
@@ -242,7 +242,7 @@ void project(MultiheadAttention::State& s, const InputWeights& w) {
   for (const Projection& p : projections(s, w, s.projected.view(), s.projected_kv.view())) {
     ops.linear(p.input, p.weight, {.bias = p.bias}, {}, p.output, {});
   }
-  const Placed placed = place(s, o, s.projected.view(), s.projected_kv.view());
+  const Placed placed = place(s, s.projected.view(), s.projected_kv.view());
   s.q = placed.q, s.k = placed.k, s.v = placed.v;
   if (!o.rotary) return;
   ops.rotate(placed.q_rows, *o.rotary, s.q_places.view(), false);
@@ -275,10 +275,10 @@ void set_options(MultiheadAttention::State& s, const AttentionCall& call) {
 
 /// The attention weights themselves, tile of keys by tile of keys: with the columns of a unit matrix as values, out is
 /// the weights, masks, dropout and all.
-Array weights_of(const MultiheadAttention::State& s, const MultiheadAttention::Options& o, bool average) {
-  constexpr std::int64_t kMost = kLargestHeadDim;
+Array weights_of(const MultiheadAttention::State& s, bool average) {
+  const MultiheadAttention::Options& o = s.options;
   const std::int64_t batch = s.of_q.batch, rows = s.of_q.seqlen, keys = s.k.shape[1], heads = o.num_heads;
-  const std::int64_t all = keys + (o.add_zero_attn ? 1 : 0), tile = std::clamp<std::int64_t>(keys, 1, kMost);
+  const std::int64_t all = keys + (o.add_zero_attn ? 1 : 0), tile = std::clamp<std::int64_t>(keys, 1, kLargestHeadDim);
   const Ops& ops = ops_of(o.device);
   // Without the batch dimension where query has none, as torch's.
   std::vector<std::int64_t> shape{batch, heads, rows, all};
@@ -356,7 +356,7 @@ MultiheadAttention::Result MultiheadAttention::run(const Tensor& query, const Te
   ops_of(o.device).linear(s.out.view(), out_proj_weight.value.view(),
                           {.bias = out_proj_bias.value.view(), .dropout = tail.dropout, .residual = tail.residual},
                           s.q_places.view(), rows_of(result.out), {});
-  if (call.need_weights) result.weights = weights_of(s, o, call.average_attn_weights);
+  if (call.need_weights) result.weights = weights_of(s, call.average_attn_weights);
   result.state = std::move(state);
   return result;
 }
@@ -386,7 +386,7 @@ MultiheadAttention::InputGradients MultiheadAttention::gradients(const State& s,
   // Attention.
   const Array dprojected = like(s.projected.view(), s.projected.view().shape[1]);
   const Array dprojected_kv = s.one_input ? Array() : like(s.projected_kv.view(), 2 * kv_size);
-  const Placed d = place(s, o, dprojected.view(), dprojected_kv.view());
+  const Placed d = place(s, dprojected.view(), dprojected_kv.view());
   Array dk_longer, dv_longer;
   if (o.add_bias_kv) {
     dk_longer = like(s.k, s.k.shape[3]);
