@@ -65,7 +65,7 @@ class FOVEA_API MultiheadAttention : public Module {
 
   explicit MultiheadAttention(const Options& options);
 
-  /// What backward needs of a forward: copies of nothing, views of its inputs, which must live as long.
+  /// What backward needs of a forward.  Views of its inputs, masks and cu_seqlens are in it: these must live as long.
   struct State;
   struct Result {
     Array out;  ///< shape of query with embed_dim features

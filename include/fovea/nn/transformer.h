@@ -44,7 +44,7 @@ class FOVEA_API TransformerEncoderLayer : public Module {
   struct State;
   struct Result {
     Array out;                           ///< like src
-    std::shared_ptr<const State> state;  ///< of the forward, which src must outlive
+    std::shared_ptr<const State> state;  ///< src, masks and cu_seqlens must outlive it
   };
 
   /// src [B, S, d_model] where batch_first, [S, B, d_model] where not, [S, d_model], or packed [total, d_model].
