@@ -6,10 +6,10 @@
 namespace fovea::nn {
 
 void check_features(const char* name, const Tensor& x, std::int64_t features, DType dtype, const Device& device,
-                    int least) {
-  if (x.rank < least || x.rank > Tensor::kMaxRank || x.shape[x.rank - 1] != features) {
-    refuse(name, " is ", shape_text(x), " but must have ", features, " features in the last of ", least, " to ",
-           Tensor::kMaxRank, " dimensions");
+                    int least, int most) {
+  if (x.rank < least || x.rank > most || x.shape[x.rank - 1] != features) {
+    refuse(name, " is ", shape_text(x), " but must have ", features, " features in the last of ", least, " to ", most,
+           " dimensions");
   }
   if (x.dtype != dtype) refuse(name, " is ", fovea::name(x.dtype), " but the layer is ", fovea::name(dtype));
   check_device(name, x.device, "the layer is on", device);
@@ -104,7 +104,6 @@ Sequences Sequences::of(const char* name, const Tensor& x, const Tensor& cu_seql
     }
     return s;
   }
-  if (x.rank > 3) refuse(name, " is ", shape_text(x), " but must have 2 or 3 dimensions");
   const int length = batch_first ? 1 : 0;
   s.batch = x.rank == 2 ? 1 : x.shape[1 - length];
   s.seqlen = x.rank == 2 ? x.shape[0] : x.shape[length];

@@ -5,9 +5,9 @@
 // How layers see what they are given: rows of features, and rows as sequences of heads.
 namespace fovea::nn {
 
-/// Throws Error(kInvalidArgument) unless x has the features, dtype and device, in `least` to four dimensions.
+/// Throws Error(kInvalidArgument) unless x has the features, dtype and device, in `least` to `most` dimensions.
 void check_features(const char* name, const Tensor& x, std::int64_t features, DType dtype, const Device& device,
-                    int least = 1);
+                    int least = 1, int most = Tensor::kMaxRank);
 
 /// As many extents as x has dimensions.
 [[nodiscard]] inline std::span<const std::int64_t> shape_of(const Tensor& x) {

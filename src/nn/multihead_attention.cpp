@@ -205,9 +205,9 @@ Placed place(const MultiheadAttention::State& s, const Tensor& q, const Tensor& 
 void take_inputs(MultiheadAttention::State& s, const Tensor& query, const Tensor& key, const Tensor& value,
                  const AttentionCall& call, bool one_weight) {
   const MultiheadAttention::Options& o = s.options;
-  check_features("query", query, o.embed_dim, o.dtype, o.device, 2);
-  check_features("key", key, *o.kdim, o.dtype, o.device, 2);
-  check_features("value", value, *o.vdim, o.dtype, o.device, 2);
+  check_features("query", query, o.embed_dim, o.dtype, o.device, 2, 3);
+  check_features("key", key, *o.kdim, o.dtype, o.device, 2, 3);
+  check_features("value", value, *o.vdim, o.dtype, o.device, 2, 3);
   check_same_rows("key", key, "value", value);
   s.query = query, s.key = key, s.value = value;
   s.query_rows = as_rows(query, s.query_memory);
@@ -370,7 +370,7 @@ MultiheadAttention::InputGradients MultiheadAttention::gradients(const State& s,
   check_parameters(*this);
   const Options& o = options_;
   check_state(s.options, o);
-  check_features("dout", dout, o.embed_dim, o.dtype, o.device, 2);
+  check_features("dout", dout, o.embed_dim, o.dtype, o.device, 2, 3);
   check_same_rows("dout", dout, "query", s.query);
   const std::int64_t q_size = o.num_heads * *o.head_dim, kv_size = *o.num_kv_heads * *o.head_dim;
   const Ops& ops = ops_of(o.device);

@@ -99,7 +99,7 @@ TransformerEncoderLayer::Result TransformerEncoderLayer::forward(const Tensor& s
 TransformerEncoderLayer::Result TransformerEncoderLayer::compute(const Tensor& src, const AttentionCall& call) const {
   const Options& o = options_;
   check_parameters(*this);
-  check_features("src", src, o.d_model, o.dtype, o.device, 2);
+  check_features("src", src, o.d_model, o.dtype, o.device, 2, 3);
   if (call.need_weights) refuse("need_weights asks for what an encoder layer does not give; call its self_attn");
   auto state = std::make_shared<State>();
   State& s = *state;
@@ -151,7 +151,7 @@ Array TransformerEncoderLayer::backward(const State& state, const Tensor& dout) 
   return or_out_of_memory([&] {
     check_parameters(*this);
     check_state(state.options, options_);
-    check_features("dout", dout, options_.d_model, options_.dtype, options_.device, 2);
+    check_features("dout", dout, options_.d_model, options_.dtype, options_.device, 2, 3);
     check_same_rows("dout", dout, "src", state.src);
     const auto again = state.to_be_computed_again ? compute(state.src, state.call).state : nullptr;
     const State& s = again == nullptr ? state : *again;

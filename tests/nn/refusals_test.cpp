@@ -308,6 +308,15 @@ TEST(Tensors, OfEndsWhoseDifferencesOnly64BitsHoldAreRefused) {
       "query's cu_seqlens decreases at sequence 1"));
 }
 
+TEST(Tensors, OfFourDimensionsAreRefusedWhereTwoOrThreeAreMeant) {
+  const Array x(DType::kFloat32, {2, 3, 5, 8}, kDevice);
+  const MultiheadAttention attention({.embed_dim = 8, .num_heads = 2, .device = kDevice});
+  const TransformerEncoderLayer layer({.d_model = 8, .nhead = 2, .dim_feedforward = 6, .device = kDevice});
+  const std::string rest = " is [2, 3, 5, 8] but must have 8 features in the last of 2 to 3 dimensions";
+  EXPECT_EQ(refusal([&] { (void)attention.forward(x.view(), x.view(), x.view()); }), "query" + rest);
+  EXPECT_EQ(refusal([&] { (void)layer.forward(x.view()); }), "src" + rest);
+}
+
 TEST(Names, ThatAFileCannotHoldAreRefused) {
   const std::string path = testing::TempDir() + "names.safetensors";
   Linear layer({.in_features = 3, .out_features = 2, .device = kDevice});
