@@ -1,6 +1,5 @@
-#include <fovea/error.h>
-
 #include "command.h"
+#include "problem/refuse.h"
 
 namespace fovea::tools {
 
@@ -8,7 +7,7 @@ ExitCode command_check(const CheckArguments& arguments) {
   CheckRun run = arguments.run;
   if (!arguments.lines.empty()) run.problems = problems_of(arguments.lines);
   if (run.problems.empty() && run.random == 0) {
-    throw Error(ErrorCode::kInvalidArgument, "there is nothing to check; give a problem line, @FILE or --random N");
+    refuse("there is nothing to check; give a problem line, @FILE or --random N");
   }
   run.options.device = arguments.runner.parsed_device(false);
   run.options.backend = arguments.runner.options.backend;

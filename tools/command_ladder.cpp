@@ -18,6 +18,7 @@
 #include "files/tensor_data.h"
 #include "machine.h"
 #include "picture.h"
+#include "problem/refuse.h"
 #include "report.h"
 #include "terminal.h"
 #include "timing.h"
@@ -73,13 +74,11 @@ class LadderRun {
     if (asked_.heads == 0) asked_.heads = place_.on_gpu() ? 16 : 4;
     for (const std::string& dtype : asked_.dtypes) {
       if (std::ranges::find(kDTypes, dtype) == std::end(kDTypes))
-        throw Error(ErrorCode::kInvalidArgument,
-                    fmt::format("--dtype {} is unknown; use fp32, fp16 or bf16", files::in_quotes(dtype)));
+        refuse(fmt::format("--dtype {} is unknown; use fp32, fp16 or bf16", files::in_quotes(dtype)));
     }
     for (const std::string& mask : asked_.masks) {
       if (std::ranges::find(kMasks, mask) == std::end(kMasks))
-        throw Error(
-            ErrorCode::kInvalidArgument,
+        refuse(
             fmt::format("--mask {} is unknown; use full, causal or both, as in full,causal", files::in_quotes(mask)));
     }
   }

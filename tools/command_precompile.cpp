@@ -15,6 +15,7 @@
 #include "cuda/requests.h"
 #include "examples/ladder/ladder.h"
 #include "files/tensor_data.h"
+#include "problem/refuse.h"
 #include "terminal.h"
 
 namespace fovea::tools {
@@ -27,9 +28,8 @@ using cuda::jit::KernelRequest;
 int parsed_arch(const std::string& text) {
   const int arch = parsed_architecture(text).value_or(0);
   if (arch == 0 || cuda::jit::arch_of(arch) != arch) {
-    throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("--arch {} is no architecture that kernels are made for; use one of sm_{}",
-                            files::in_quotes(text), fmt::join(cuda::jit::kArchs, ", sm_")));
+    refuse(fmt::format("--arch {} is no architecture that kernels are made for; use one of sm_{}",
+                       files::in_quotes(text), fmt::join(cuda::jit::kArchs, ", sm_")));
   }
   return arch;
 }
@@ -91,8 +91,7 @@ std::map<std::string, int> known_spills(const std::string& file) {
     if (!(words >> kernel)) continue;
     const std::optional<int> number = words >> arch >> spilt ? parsed_architecture(arch) : std::nullopt;
     if (!number || spilt <= 0) {
-      throw Error(ErrorCode::kInvalidArgument,
-                  fmt::format("{} has a line {}; write KERNEL sm_NN BYTES", file, files::in_quotes(line)));
+      refuse(fmt::format("{} has a line {}; write KERNEL sm_NN BYTES", file, files::in_quotes(line)));
     }
     bytes[fmt::format("{} sm_{}", kernel, *number)] = spilt;
   }
@@ -283,12 +282,11 @@ void Precompile::write_pack() const {
 
 ExitCode command_precompile(const PrecompileArguments& arguments) {
   if (arguments.out.empty() && !arguments.check) {
-    throw Error(ErrorCode::kInvalidArgument, "there is nothing to do: name a pack with --out, or ask for --check");
+    refuse("there is nothing to do: name a pack with --out, or ask for --check");
   }
   for (const auto& [option, seconds] :
        {std::pair("--median-seconds", arguments.median_seconds), std::pair("--most-seconds", arguments.most_seconds)}) {
-    if (!(seconds >= 0))
-      throw Error(ErrorCode::kInvalidArgument, fmt::format("{} ({}) must be at least 0 (0: any)", option, seconds));
+    if (!(seconds >= 0)) refuse(fmt::format("{} ({}) must be at least 0 (0: any)", option, seconds));
   }
   std::vector<std::string> inputs = files_of(arguments.lines);
   inputs.push_back(arguments.known);

@@ -12,6 +12,7 @@
 #include "error_rule.h"
 #include "files/safetensors.h"
 #include "picture.h"
+#include "problem/refuse.h"
 #include "report.h"
 #include "timing.h"
 
@@ -190,14 +191,12 @@ ordered_json Run::to_json(const AttentionCall& call, const Summary& summary) con
 ExitCode Run::run() const {
   const int sources = !asked_.source.file.empty() + !asked_.source.arrays.empty() + !asked_.source.problem.empty();
   if (sources != 1) {
-    throw Error(
-        ErrorCode::kInvalidArgument,
-        sources == 0
-            ? "there are no tensors; give FILE.safetensors, --q --k --v, or --problem"
-            : "tensors come from one place; give FILE.safetensors, --q --k --v, or --problem, and only one of them");
+    refuse(sources == 0
+               ? "there are no tensors; give FILE.safetensors, --q --k --v, or --problem"
+               : "tensors come from one place; give FILE.safetensors, --q --k --v, or --problem, and only one of them");
   }
   if (!asked_.source.problem.empty() && !asked_.source.options.empty()) {
-    throw Error(ErrorCode::kInvalidArgument, "--options go with tensors; write the tokens into the --problem line");
+    refuse("--options go with tensors; write the tokens into the --problem line");
   }
   std::vector<std::string> inputs{asked_.source.file};
   for (const auto& [name, path] : asked_.source.arrays) inputs.push_back(path);

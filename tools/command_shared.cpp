@@ -1,5 +1,4 @@
 #include <fmt/format.h>
-#include <fovea/error.h>
 
 #include <algorithm>
 #include <charconv>
@@ -9,6 +8,7 @@
 #include "command.h"
 #include "cuda/driver.h"
 #include "files/tensor_data.h"
+#include "problem/refuse.h"
 
 namespace fovea::tools {
 namespace {
@@ -43,19 +43,16 @@ Device Runner::parsed_device(bool architectures) const {
   }
   if (const auto capability = parsed_architecture(device)) {
     if (architectures) return {.kind = DeviceKind::kCuda, .compute_capability = *capability};
-    throw Error(
-        ErrorCode::kInvalidArgument,
+    refuse(
         fmt::format("--device {} names an architecture, which only `fovea explain` takes; use cpu or cuda:N", device));
   }
-  throw Error(ErrorCode::kInvalidArgument,
-              fmt::format("--device {} is unknown; use cpu or cuda:N{}", files::in_quotes(device),
-                          architectures ? ", or an architecture such as sm_90" : ""));
+  refuse(fmt::format("--device {} is unknown; use cpu or cuda:N{}", files::in_quotes(device),
+                     architectures ? ", or an architecture such as sm_90" : ""));
 }
 
 void require_duration(const Effort& effort) {
   if (effort.seconds >= 0.001 && effort.seconds <= 3600) return;  // NaN is none
-  throw Error(ErrorCode::kInvalidArgument,
-              fmt::format("--seconds ({}) must lie between 0.001 and 3600", effort.seconds));
+  refuse(fmt::format("--seconds ({}) must lie between 0.001 and 3600", effort.seconds));
 }
 
 std::vector<std::string> files_of(const std::vector<std::string>& arguments) {
@@ -72,8 +69,7 @@ void require_output(const char* option, const std::string& path, const std::vect
   for (const std::string& input : inputs) {
     std::error_code absent;
     if (!std::filesystem::equivalent(path, input, absent)) continue;
-    throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("{} {} is a file that is read; name another file", option, files::in_quotes(path)));
+    refuse(fmt::format("{} {} is a file that is read; name another file", option, files::in_quotes(path)));
   }
 }
 
@@ -95,8 +91,7 @@ std::vector<Problem> problems_of(const std::vector<std::string>& arguments) {
       problems.push_back(files::in_context(fmt::format("{}:{}", path, number), [&] { return parse_problem(line); }));
     }
   }
-  if (problems.empty())
-    throw Error(ErrorCode::kInvalidArgument, "there is no problem line; give one, as in 'fwd fp32 b1 hq8 sq1024 d64'");
+  if (problems.empty()) refuse("there is no problem line; give one, as in 'fwd fp32 b1 hq8 sq1024 d64'");
   return problems;
 }
 

@@ -14,6 +14,7 @@
 #include "cuda/requests.h"
 #include "device_call.h"
 #include "files/tensor_data.h"
+#include "problem/refuse.h"
 #include "terminal.h"
 #include "timing.h"
 #include "workload.h"
@@ -60,7 +61,7 @@ class Tune {
   static Device gpu_of(const TuneArguments& asked) {
     const Device device = asked.runner.parsed_device(false);
     if (device.kind == DeviceKind::kCuda) return device;
-    throw Error(ErrorCode::kInvalidArgument, "--device cpu has no tiles to choose; name a GPU, as in cuda:0");
+    refuse("--device cpu has no tiles to choose; name a GPU, as in cuda:0");
   }
   void require_kept() const;
   void tell() const;
@@ -84,11 +85,9 @@ class Tune {
 void Tune::require_kept() const {
   const cuda::jit::Disk& disk = cuda::jit::Cache::shared().disk();
   if (!choices_.file().empty() && disk.usage().writable) return;
-  throw Error(
-      ErrorCode::kInvalidArgument,
-      choices_.file().empty()
-          ? "there is no folder to keep tiles in; set FOVEA_CACHE_DIR to one, and FOVEA_JIT to on"
-          : fmt::format("{} cannot be written; set FOVEA_CACHE_DIR to a folder that can", disk.folder().string()));
+  refuse(choices_.file().empty()
+             ? "there is no folder to keep tiles in; set FOVEA_CACHE_DIR to one, and FOVEA_JIT to on"
+             : fmt::format("{} cannot be written; set FOVEA_CACHE_DIR to a folder that can", disk.folder().string()));
 }
 
 void Tune::tell() const {
@@ -103,8 +102,7 @@ void Tune::tell() const {
 
 ExitCode Tune::forget() {
   for (const auto& [kind, tile] : choices_.all()) choices_.set(kind, "");
-  if (!choices_.save())
-    throw Error(ErrorCode::kInvalidArgument, fmt::format("{} cannot be written", choices_.file().string()));
+  if (!choices_.save()) refuse(fmt::format("{} cannot be written", choices_.file().string()));
   tell();
   return kDone;
 }
@@ -287,9 +285,8 @@ ExitCode Tune::run() {
 ExitCode command_tune(const TuneArguments& arguments) {
   require_duration(arguments.effort);
   if (arguments.forget && !arguments.lines.empty()) {
-    throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("--forget drops the tiles of all problems, not those of {} alone; leave the line out",
-                            files::in_quotes(arguments.lines.front())));
+    refuse(fmt::format("--forget drops the tiles of all problems, not those of {} alone; leave the line out",
+                       files::in_quotes(arguments.lines.front())));
   }
   return Tune(arguments).run();
 }

@@ -1,7 +1,5 @@
 #include "picture.h"
 
-#include <fovea/error.h>
-
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -12,6 +10,7 @@
 #include "embedded.h"
 #include "files/tensor_data.h"
 #include "math/fn.h"
+#include "problem/refuse.h"
 
 namespace fovea::tools {
 namespace {
@@ -174,15 +173,11 @@ void write_page(const std::string& path, std::string_view page, const nlohmann::
 
 void require_drawable(const Problem& problem, std::int64_t batch_index, const std::vector<std::int64_t>& heads) {
   if (batch_index < 0 || batch_index >= problem.batch) {
-    throw Error(ErrorCode::kInvalidArgument, "the picture's sequence (" + std::to_string(batch_index) +
-                                                 ") must be one of the batch: 0 to " +
-                                                 std::to_string(problem.batch - 1));
+    refuse("the picture's sequence (", batch_index, ") must be one of the batch: 0 to ", problem.batch - 1);
   }
   for (const std::int64_t head : heads) {
     if (head >= 0 && head < problem.num_q_heads) continue;
-    throw Error(ErrorCode::kInvalidArgument, "the picture's head (" + std::to_string(head) +
-                                                 ") must be a query head: 0 to " +
-                                                 std::to_string(problem.num_q_heads - 1));
+    refuse("the picture's head (", head, ") must be a query head: 0 to ", problem.num_q_heads - 1);
   }
 }
 
@@ -220,8 +215,7 @@ AttentionPicture make_attention_picture(const Problem& problem, const Inputs& in
 void write_attention_picture(const std::string& path, const AttentionPicture& picture) {
   const auto check = [](const char* name, std::size_t found, std::int64_t wanted) {
     if (found != 0 && static_cast<std::int64_t>(found) != wanted) {
-      throw Error(ErrorCode::kInvalidArgument, std::string(name) + " holds " + std::to_string(found) +
-                                                   " entries, but the picture needs " + std::to_string(wanted));
+      refuse(name, " holds ", found, " entries, but the picture needs ", wanted);
     }
   };
   check("tokens_q", picture.tokens_q.size(), picture.seqlen_q);

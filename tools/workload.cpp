@@ -1,7 +1,5 @@
 #include "workload.h"
 
-#include <fovea/error.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -14,6 +12,7 @@
 
 #include "cpu/elements.h"
 #include "cpu/threads.h"
+#include "problem/refuse.h"
 #include "random.h"
 
 namespace fovea::tools {
@@ -78,8 +77,7 @@ std::vector<std::int64_t> random_slots(std::vector<std::int64_t> least, std::int
   left -= longest - slots[full];
   slots[full] = longest;
   if (left < 0) {
-    throw Error(ErrorCode::kInvalidArgument, "packed sequences of " + std::to_string(total) +
-                                                 " rows cannot hold the lengths that the line states; state less");
+    refuse("packed sequences of ", total, " rows cannot hold the lengths that the line states; state less");
   }
   std::int64_t room = batch * longest - std::accumulate(slots.begin(), slots.end(), std::int64_t{0});
   for (std::int64_t& slot : slots) {
