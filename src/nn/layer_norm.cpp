@@ -20,7 +20,7 @@ Array LayerNorm::forward(const Tensor& x, Array* statistics) const {
   return or_out_of_memory([&] {
     check_parameters(*this);
     check_features("x", x, options_.features, options_.dtype, options_.device);
-    Array dense, y = like(x, options_.features);
+    Array dense, y = like(x);
     const Tensor rows = as_rows(x, dense);
     if (statistics != nullptr) *statistics = Array::unset(DType::kFloat32, {rows.shape[0], 2}, x.device);
     ops_of(x.device).norm(rows, weight.value.view(), bias.value.view(), options_.eps, rows_of(y),
@@ -35,7 +35,7 @@ Array LayerNorm::backward(const Tensor& x, const Array& statistics, const Tensor
     check_features("x", x, options_.features, options_.dtype, options_.device);
     check_features("dy", dy, options_.features, options_.dtype, options_.device);
     check_same_rows("dy", dy, "x", x);
-    Array dense_x, dense_dy, dense_plus, dx = like(x, options_.features);
+    Array dense_x, dense_dy, dense_plus, dx = like(x);
     const Tensor rows = as_rows(x, dense_x);
     const Tensor& known = statistics.view();
     if (known.dtype != DType::kFloat32 || known.rank != 2 || known.shape[0] != rows.shape[0] || known.shape[1] != 2) {

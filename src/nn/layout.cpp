@@ -41,7 +41,7 @@ Tensor as_rows(const Tensor& x, Array& owner) {
     rows.shape[0] *= x.shape[i];
   }
   if (even && rows.strides[0] >= rows.shape[1]) return rows;
-  owner = like(x, x.shape[x.rank - 1]);
+  owner = like(x);
   ops_of(x.device).copy(x, owner.view());
   return rows_of(owner);
 }

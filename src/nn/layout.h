@@ -26,8 +26,9 @@ void check_features(const char* name, const Tensor& x, std::int64_t features, DT
 /// Throws Error(kInvalidArgument) unless a and b differ in their last dimension at most.
 void check_same_rows(const char* a_name, const Tensor& a, const char* b_name, const Tensor& b);
 
-/// Another array of x's shape, with `features` in the last dimension.
+/// Another array of x's shape, or with `features` in the last dimension.
 [[nodiscard]] Array like(const Tensor& x, std::int64_t features);
+[[nodiscard]] inline Array like(const Tensor& x) { return like(x, x.shape[x.rank - 1]); }
 
 /// [first, first + count) along one dimension.
 [[nodiscard]] inline Tensor slice(const Tensor& x, int axis, std::int64_t first, std::int64_t count) {

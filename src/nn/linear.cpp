@@ -38,7 +38,7 @@ Array Linear::backward(const Tensor& x, const Tensor& dy) {
     check_features("x", x, options_.in_features, options_.dtype, options_.device);
     check_features("dy", dy, options_.out_features, options_.dtype, options_.device);
     check_same_rows("dy", dy, "x", x);
-    Array dense_x, dense_dy, dx = like(x, options_.in_features);
+    Array dense_x, dense_dy, dx = like(x);
     const Tensor rows = as_rows(dy, dense_dy);
     const Ops& ops = ops_of(x.device);
     ops.linear_weight_gradient(rows, as_rows(x, dense_x), weight.gradient_sum(), bias.gradient_sum());

@@ -352,7 +352,7 @@ MultiheadAttention::Result MultiheadAttention::run(const Tensor& query, const Te
   if (s.drops_all) ops_of(o.device).clear(s.out.view().data, s.out.size_bytes());
 
   Result result;
-  result.out = like(query, o.embed_dim);
+  result.out = like(query);
   ops_of(o.device).linear(s.out.view(), out_proj_weight.value.view(),
                           {.bias = out_proj_bias.value.view(), .dropout = tail.dropout, .residual = tail.residual},
                           s.q_places.view(), rows_of(result.out), {});
@@ -372,25 +372,24 @@ MultiheadAttention::InputGradients MultiheadAttention::gradients(const State& s,
   check_state(s.options, o);
   check_features("dout", dout, o.embed_dim, o.dtype, o.device, 2, 3);
   check_same_rows("dout", dout, "query", s.query);
-  const std::int64_t q_size = o.num_heads * *o.head_dim, kv_size = *o.num_kv_heads * *o.head_dim;
   const Ops& ops = ops_of(o.device);
 
   // Out projection.
   Array dout_memory;
   const Tensor dout_rows = as_rows(dout, dout_memory);
   ops.linear_weight_gradient(dout_rows, s.out.view(), out_proj_weight.gradient_sum(), out_proj_bias.gradient_sum());
-  const Array dattention = like(s.out.view(), q_size);
+  const Array dattention = like(s.out.view());
   ops.linear_input_gradient(dout_rows, out_proj_weight.value.view(), {}, dattention.view());
   if (s.drops_all) ops.clear(dattention.view().data, dattention.size_bytes());
 
   // Attention.
-  const Array dprojected = like(s.projected.view(), s.projected.view().shape[1]);
-  const Array dprojected_kv = s.one_input ? Array() : like(s.projected_kv.view(), 2 * kv_size);
+  const Array dprojected = like(s.projected.view());
+  const Array dprojected_kv = s.one_input ? Array() : like(s.projected_kv.view());
   const Placed d = place(s, dprojected.view(), dprojected_kv.view());
   Array dk_longer, dv_longer;
   if (o.add_bias_kv) {
-    dk_longer = like(s.k, s.k.shape[3]);
-    dv_longer = like(s.v, s.v.shape[3]);
+    dk_longer = like(s.k);
+    dv_longer = like(s.v);
   }
   attend_gradient(
       s.q, s.k, s.v, s.of_q.heads(s.out.view(), o.num_heads, *o.head_dim), s.lse.view(),
@@ -421,7 +420,7 @@ MultiheadAttention::InputGradients MultiheadAttention::gradients(const State& s,
     const Tensor& input = i == 0 ? s.query : i == 1 ? s.key : s.value;
     Array& into = i == 0 || same(input, s.query) ? result.query : i == 1 || s.key_is_value ? result.key : result.value;
     const Tensor before = into.defined() ? rows_of(into) : i == 0 ? plus : Tensor{};
-    Array sum_of_inputs = like(input, input.shape[input.rank - 1]);
+    Array sum_of_inputs = like(input);
     ops.linear_input_gradient(p.output, p.weight, before, rows_of(sum_of_inputs));
     into = sum_of_inputs;
   }

@@ -134,7 +134,7 @@ Array TransformerEncoderLayer::feed_forward(const Array& x, const Array& residua
   const Ops& ops = ops_of(o.device);
   s.before = like(x.view(), o.dim_feedforward);
   s.hidden = like(x.view(), o.dim_feedforward);
-  Array out = like(x.view(), o.d_model);
+  Array out = like(x.view());
   ops.linear(
       rows_of(x), linear1.weight.value.view(),
       {.bias = linear1.bias.value.view(), .activation = o.activation, .dropout = dropout_of(o, s.call, kWithinNetwork)},
@@ -170,7 +170,7 @@ Array TransformerEncoderLayer::backward(const State& state, const Tensor& dout) 
     const Finish finish{.dropout = dropout_of(options_, s.call, kAfterAttention)};
     Array dattention = dattended;
     if (finish.changes_gradient()) {
-      dattention = like(dattended.view(), options_.d_model);
+      dattention = like(dattended.view());
       ops.finish_gradient(rows_of(dattended), finish, s.places.view(), {}, rows_of(dattention));
     }
     if (!options_.norm_first) return self_attn.gradients(*s.attention, dattention.view(), rows_of(dattended)).query;
@@ -191,17 +191,17 @@ Array TransformerEncoderLayer::feed_forward_backward(const State& s, const Tenso
   Array after_dropout;
   Tensor dlast = dout_rows;
   if (last.changes_gradient()) {
-    after_dropout = like(s.attended.view(), o.d_model);
+    after_dropout = like(s.attended.view());
     dlast = rows_of(after_dropout);
     ops.finish_gradient(dout_rows, last, s.places.view(), {}, dlast);
   }
   ops.linear_weight_gradient(dlast, rows_of(s.hidden), linear2.weight.gradient_sum(), linear2.bias.gradient_sum());
-  const Array dhidden = like(s.hidden.view(), o.dim_feedforward);
+  const Array dhidden = like(s.hidden.view());
   ops.linear_input_gradient(dlast, linear2.weight.value.view(), {}, rows_of(dhidden));
   ops.finish_gradient(rows_of(dhidden), within, s.places.view(), rows_of(s.before), rows_of(dhidden));
   const Array& x = o.norm_first ? s.normed2 : s.normed1;
   ops.linear_weight_gradient(rows_of(dhidden), rows_of(x), linear1.weight.gradient_sum(), linear1.bias.gradient_sum());
-  Array dx = like(x.view(), o.d_model);
+  Array dx = like(x.view());
   ops.linear_input_gradient(rows_of(dhidden), linear1.weight.value.view(), o.norm_first ? Tensor{} : dout_rows,
                             rows_of(dx));
   return dx;
