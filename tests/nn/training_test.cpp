@@ -54,6 +54,18 @@ TEST(Copy, ToBoolTellsWhetherANumberIsNotZero) {
   EXPECT_EQ(std::vector<std::uint8_t>(bytes, bytes + 6), (std::vector<std::uint8_t>{0, 1, 1, 1, 1, 1}));
 }
 
+TEST(Copy, OfIntegersKeepsThoseThatNoFloatIs) {
+  std::vector<std::int32_t> numbers{16777217, 0, -16777219, 0, 2147483647, 0};
+  const Array every(DType::kInt32, {6}, kDevice), second(DType::kInt32, {3}, kDevice);
+  copy(Tensor::contiguous(numbers.data(), DType::kInt32, {6}), every.view());
+  Tensor strided = every.view();
+  strided.shape[0] = 3, strided.strides[0] = 2;
+  copy(strided, second.view());
+  std::vector<std::int32_t> got(3);
+  copy(second.view(), Tensor::contiguous(got.data(), DType::kInt32, {3}));
+  EXPECT_EQ(got, (std::vector<std::int32_t>{16777217, -16777219, 2147483647}));
+}
+
 TEST(AdamWStep, OfAParameterIsTheFirstWhereItsFirstGradientIs) {
   Linear layer({.in_features = 1, .out_features = 1, .device = kDevice});
   AdamW optimiser(layer, {.lr = 0.125F, .weight_decay = 0.0F});

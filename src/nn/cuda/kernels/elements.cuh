@@ -42,8 +42,7 @@ template <LayerSpec S>
 FOVEA_DEVICE void pointwise(const PointwiseParams& p) {
   const i64 index = i64{blockIdx.x} * kLayerThreads + threadIdx.x;
   if (index >= p.count) return;
-  i64 place[4], to = 0, a = 0, b = 0;
-  i64 rest = index;
+  i64 place[4], to = 0, a = 0, b = 0, rest = index;
   for (int axis = 3; axis >= 0; --axis) {
     place[axis] = rest % p.shape[axis];
     rest /= p.shape[axis];
@@ -54,6 +53,10 @@ FOVEA_DEVICE void pointwise(const PointwiseParams& p) {
   float x = 0.0F;
   switch (p.op) {
     case Pointwise::kCopy:
+      if (p.a.dtype == 4 && p.to.dtype == 4) {  // int32, of which fp32 has not all
+        reinterpret_cast<int*>(p.to.data)[to] = reinterpret_cast<const int*>(p.a.data)[a];
+        return;
+      }
       x = load(p.a, a);
       break;
     case Pointwise::kNot:
@@ -62,11 +65,10 @@ FOVEA_DEVICE void pointwise(const PointwiseParams& p) {
     case Pointwise::kHide:
       x = load(p.a, a) == 0.0F ? 0.0F : -infinity();
       break;
-    case Pointwise::kWeightOfZero: {
-      const float lse = load(p.a, a);
-      x = isinf(lse) ? 1.0F : expf(-lse);
+    case Pointwise::kWeightOfZero:
+      x = load(p.a, a);  // lse
+      x = isinf(x) ? 1.0F : expf(-x);
       break;
-    }
     case Pointwise::kAdd:
       x = load(p.a, a) + load(p.b, b);
       break;
