@@ -264,8 +264,10 @@ void print_pairs(const std::vector<Case>& cases) {
     }
     out.line(row);
   }
-  out.line(fmt::format("least: {} problems have both {} and {}; - marks what the contract excludes", least,
-                       options[first].name, options[second].name));
+  const std::string what =
+      first == second ? options[first].name : fmt::format("both {} and {}", options[first].name, options[second].name);
+  out.line(fmt::format("least: {} with {}; - marks what the contract excludes",
+                       count_text(least, "problem", "problems"), what));
 }
 
 }  // namespace
