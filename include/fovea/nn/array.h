@@ -42,9 +42,9 @@ class FOVEA_API Array {
   std::shared_ptr<const Held> held_;
 };
 
-/// to = from, in the dtype of `to` (bool: whether it is not 0), from and to any device; any strides.  Waits for a GPU
-/// where `to` or `from` is on the host: so results are read.  Throws Error(kInvalidArgument) where the shapes differ or
-/// there is no data.
+/// to = from, in the dtype of `to` (bool: whether it is not 0), from and to any device; strides are not negative.
+/// Waits for a GPU where `to` or `from` is on the host: so results are read.  Throws Error(kInvalidArgument) where the
+/// shapes differ, or a tensor has no data or cannot lie in memory as it says.
 FOVEA_API void copy(const Tensor& from, const Tensor& to);
 
 /// The most bytes that layers, their arrays and their attention's workspaces held on a device at once, since the start
