@@ -33,7 +33,7 @@ struct BackwardOwner {
   /// Whether S of the next tile is asked for before this one ends.  Where dq is held or columns are few, tiles without
   /// options wait for each product; others keep shared memory or their instructions busy, or have no registers for it.
   static constexpr bool kAsksAhead =
-      (S.holds_dq || (S.head_dim <= 48 && S.head_dim_v <= S.head_dim)) && is_bare(S) && !S.bias;
+      is_bare(S) && !S.bias && (S.holds_dq || (S.head_dim <= 48 && S.head_dim_v <= S.head_dim));
 
   /// Whether there is a tile, and whether all of it is seen; of one that was asked for, its scores, once they are
   /// there.

@@ -59,7 +59,6 @@ struct GradientColumns {
   FOVEA_DEVICE int key_of(int e) const { return key + e / 2 * 8; }
 
   FOVEA_DEVICE void see_all() {
-#pragma unroll
     for (u32& word : seen) word = ~0U;
   }
   /// What a mask leaves, from the warp's words in shared memory.
@@ -177,7 +176,7 @@ struct GradientColumns {
     for (int w = 0; w < kN / 8; ++w) hide(entries, w, seen[w]);
   }
 
-  /// What dropout drops.  Four entries share a draw: rows 8 apart and keys 8 apart.  Few at once: registers are full.
+  /// What dropout drops.  Four entries, rows and keys 8 apart, share a draw; many at once hide their multiplications.
   FOVEA_DEVICE void draw() {
     const u32 most = rules.p.keep_threshold - 1;  // of a draw kept
     const u32 patch = math::patch_of(static_cast<u32>(key));
@@ -186,7 +185,7 @@ struct GradientColumns {
 #pragma unroll
     for (int w = 0; w < kN / 8; ++w) {
       dropped[w] = 0;
-#pragma unroll 1
+#pragma unroll(S.softcap ? 1 : kN > 8 && S.head_dim > 48 ? 2 : 4)
       for (u32 at = 0; at < 32; at += 8) {  // two pieces, 16 rows, a turn
         const math::Draws draws[] = {math::draws_of_patch(rows, w * 32 + at, patch),
                                      math::draws_of_patch(rows, w * 32 + at + 1, patch)};
