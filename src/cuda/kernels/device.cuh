@@ -64,7 +64,7 @@ FOVEA_DEVICE float tanh_below_1(float x) {
   return p * z * x + x;
 }
 
-/// Likewise for any x, of absolute error 2e-7: enough beside scores that come from 16 bits.
+/// Likewise for any x, of absolute error 2e-7: enough beside what rounds sums of many products.
 FOVEA_DEVICE float tanh_beside_16_bits(float x) { return 1.0F - 2.0F * reciprocal(exp2(2.0F * kLog2E * x) + 1.0F); }
 
 /// Over the four lanes that share the rows of an accumulator.  The maximum ignores NaN.

@@ -304,7 +304,7 @@ struct ScoreRules {
     } else if (__all_sync(kAllLanes, most * fabsf(to_x) < 1.0F)) {
       for_each_entry<kM, kN>([&](int i, int j, int e) { s[i][j].x[e] = tanh_below_1(s[i][j].x[e] * to_x); });
     } else {
-      constexpr bool kRough = S.type != Type::kFloat32 && S.head_dim > 16;  // products of few terms are exact
+      constexpr bool kRough = S.type != Type::kFloat32 && S.head_dim > 16;  // sums of few are nearly exact
       for_each_entry<kM, kN>([&](int i, int j, int e) {
         s[i][j].x[e] = kRough ? tanh_beside_16_bits(s[i][j].x[e] * to_x) : tanh(s[i][j].x[e] * to_x);
       });

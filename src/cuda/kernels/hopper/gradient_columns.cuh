@@ -176,7 +176,7 @@ struct GradientColumns {
     for (int w = 0; w < kN / 8; ++w) hide(entries, w, seen[w]);
   }
 
-  /// What dropout drops.  Four entries, rows and keys 8 apart, share a draw; many at once hide their multiplications.
+  /// What dropout drops.  Four entries, rows and keys 8 apart, share a draw.  As many at once as registers allow.
   FOVEA_DEVICE void draw() {
     const u32 most = rules.p.keep_threshold - 1;  // of a draw kept
     const u32 patch = math::patch_of(static_cast<u32>(key));
