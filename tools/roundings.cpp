@@ -34,17 +34,25 @@ struct Rounded {
 /// digits of the numbers from `smallest`.
 struct Dot : Rounded {
   Dot(const double* x, const double* y, std::int64_t count, double smallest) {
-    double squares = 0.0, stored_squares = 0.0;
-    for (std::int64_t c = 0; c < count; ++c) {
-      value += x[c] * y[c];
-      squares += x[c] * y[c] * x[c] * y[c];
-      const double kept = x[c] * std::max(std::abs(y[c]), smallest);
-      stored_squares += kept * kept;
+    constexpr int kLanes = 4;  // partial sums that do not wait for each other
+    double values[kLanes] = {}, squares[kLanes] = {}, kept_squares[kLanes] = {};
+    const auto add = [&](int lane, std::int64_t c) {
+      const double term = x[c] * y[c], kept = x[c] * std::max(std::abs(y[c]), smallest);
+      values[lane] += term;
+      squares[lane] += term * term;
+      kept_squares[lane] += kept * kept;
+    };
+    const std::int64_t whole = count / kLanes * kLanes;
+    for (std::int64_t c = 0; c < whole; c += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) add(lane, c + lane);
     }
+    for (std::int64_t c = whole; c < count; ++c) add(0, c);
+    const auto sum = [](const double(&of)[kLanes]) { return (of[0] + of[1]) + (of[2] + of[3]); };
+    value = sum(values);
     // Each addition rounds a partial sum; the square of those, averaged over all orders of the terms.
-    computed = std::sqrt(static_cast<double>(count) * (squares / 6.0 + value * value / 3.0));
+    computed = std::sqrt(static_cast<double>(count) * (sum(squares) / 6.0 + value * value / 3.0));
     // Stored elements round at random, or all alike: v · 1.001 rounds back to v.
-    stored = std::sqrt(stored_squares + value * value);
+    stored = std::sqrt(sum(kept_squares) + value * value);
   }
 };
 
@@ -52,27 +60,34 @@ struct Dot : Rounded {
 /// round a sum as large as the final one or as the root of all squares.
 class Sums {
  public:
-  explicit Sums(const std::vector<double>& exact)
+  /// Of rows of `width` elements.
+  Sums(const std::vector<double>& exact, std::int64_t width)
       : exact_(exact),
+        width_(width),
         computed_(exact.size()),
         stored_(exact.size()),
         squares_(exact.size()),
         terms_(exact.size()),
-        touched_(exact.size()) {}
+        largest_(exact.size()) {}
 
-  /// The terms factor · x[c], independent of all others, of the elements from `at`.
-  void add(std::int64_t at, const Rounded& factor, const double* x, std::int64_t count) {
-    const double value = factor.value * factor.value, computed = factor.computed * factor.computed;
-    const double stored = factor.stored * factor.stored;
-    const double size = std::abs(factor.value) + factor.computed + factor.stored;
-    for (std::int64_t c = 0; c < count; ++c) {
-      const double square = x[c] * x[c];
-      squares_[at + c] += value * square;
-      computed_[at + c] += computed * square;
-      stored_[at + c] += stored * square;
-      terms_[at + c] += 1.0;
-      if (size * std::abs(x[c]) > 0.0) touched_[at + c] = 1;
+  /// The terms factor · x[c], independent of all others, of the row that begins at `at`; counted by `settle`.
+  void add(std::int64_t at, const Rounded& factor, const double* x) {
+    terms_of_rows_.push_back({at, factor.computed * factor.computed, factor.stored * factor.stored,
+                              factor.value * factor.value, std::abs(factor.value) + factor.computed + factor.stored,
+                              x});
+  }
+  /// Row by row, whose sums then are fetched and stored once for all of its terms.
+  void settle() {
+    const auto begin = terms_of_rows_.begin(), end = terms_of_rows_.end();
+    std::stable_sort(begin, end, [](const Term& a, const Term& b) { return a.at < b.at; });
+    for (auto first = begin; first != end;) {
+      const auto last = std::find_if(first, end, [&](const Term& term) { return term.at != first->at; });
+      std::int64_t c = 0;
+      for (; c + kLanes <= width_; c += kLanes) add_columns<kLanes>(&*first, last - first, c);
+      for (; c < width_; ++c) add_columns<1>(&*first, last - first, c);
+      first = last;
     }
+    terms_of_rows_.clear();
   }
 
   /// An error that many terms of one element share.
@@ -89,17 +104,48 @@ class Sums {
   Rounding finish() && {
     for (std::size_t i = 0; i < exact_.size(); ++i) {
       computed_[i] = computed(i);
-      if (touched_[i] != 0) computed_[i] = std::max(computed_[i], kLost);
+      if (largest_[i] > 0.0) computed_[i] = std::max(computed_[i], kLost);
       stored_[i] = std::sqrt(stored_[i]);
     }
     return {std::move(computed_), std::move(stored_)};
   }
 
  private:
+  static constexpr int kLanes = 4;
+  struct Term {
+    std::int64_t at;
+    double computed, stored, squares, size;  // the factors of a square, and of what is not one
+    const double* x;
+  };
+
+  template <int kColumns>
+  void add_columns(const Term* terms, std::int64_t count, std::int64_t c) {
+    double computed[kColumns] = {}, stored[kColumns] = {}, squares[kColumns] = {}, largest[kColumns] = {};
+    for (const Term* term = terms; term != terms + count; ++term) {
+      for (int lane = 0; lane < kColumns; ++lane) {
+        const double x = term->x[c + lane], square = x * x;
+        computed[lane] += term->computed * square;
+        stored[lane] += term->stored * square;
+        squares[lane] += term->squares * square;
+        largest[lane] = std::max(largest[lane], term->size * std::abs(x));  // not where it is NaN
+      }
+    }
+    for (int lane = 0; lane < kColumns; ++lane) {
+      const std::int64_t i = terms->at + c + lane;
+      computed_[i] += computed[lane];
+      stored_[i] += stored[lane];
+      squares_[i] += squares[lane];
+      terms_[i] += static_cast<double>(count);
+      largest_[i] = std::max(largest_[i], largest[lane]);
+    }
+  }
+
   const std::vector<double>& exact_;
+  const std::int64_t width_;
   std::vector<double> computed_, stored_;  // squares of the errors
   std::vector<double> squares_, terms_;    // of the terms, and their number
-  std::vector<char> touched_;              // by a term that is not 0, however small: where not, 0 is exact
+  std::vector<double> largest_;            // term with its errors: where that is 0, however small it may be, 0 is exact
+  std::vector<Term> terms_of_rows_;        // that are not settled yet
 };
 
 /// One visible entry of a row of the N×N matrix.
@@ -112,6 +158,9 @@ struct Entry {
 };
 
 class Bookkeeper {
+  static constexpr std::int64_t kTogether = 16;  // rows, whose terms of dk and dv are added while those are cached
+  static constexpr double kOne = 1.0;
+
  public:
   Bookkeeper(const cpu::Operands& operands, const cpu::Results& exact, bool own_out)
       : x_(operands),
@@ -119,19 +168,22 @@ class Bookkeeper {
         own_out_(own_out),
         p_(operands.problem),
         scale_(operands.scale()),
-        out_(exact.out),
-        dq_(exact.dq),
-        dk_(exact.dk),
-        dv_(exact.dv),
-        dbias_(exact.dbias),
-        dalibi_slopes_(exact.dalibi_slopes),
-        dsink_(exact.dsink),
+        out_(exact.out, p_.head_dim_v),
+        dq_(exact.dq, p_.head_dim),
+        dk_(exact.dk, p_.head_dim),
+        dv_(exact.dv, p_.head_dim_v),
+        dbias_(exact.dbias, 1),
+        dalibi_slopes_(exact.dalibi_slopes, 1),
+        dsink_(exact.dsink, 1),
         lse_{std::vector<double>(exact.lse.size()), std::vector<double>(exact.lse.size())} {}
 
   Roundings run() {
     for (std::int64_t b = 0; b < p_.batch; ++b) {
       for (std::int64_t h = 0; h < p_.num_q_heads; ++h) {
-        for (std::int64_t i = 0; i < x_.sequences[b].len_q; ++i) row(b, h, i);
+        for (std::int64_t i = 0; i < x_.sequences[b].len_q; ++i) {
+          row(b, h, i);
+          if (i % kTogether == kTogether - 1 || i + 1 == x_.sequences[b].len_q) settle();
+        }
       }
     }
     return {std::move(out_).finish(),
@@ -145,6 +197,10 @@ class Bookkeeper {
   }
 
  private:
+  void settle() {
+    for (Sums* sums : {&dq_, &dk_, &dv_, &dbias_, &dalibi_slopes_, &dsink_}) sums->settle();
+  }
+
   void row(std::int64_t b, std::int64_t h, std::int64_t i) {
     entries_.clear();
     for (std::int64_t j = 0; j < x_.sequences[b].len_kv; ++j) {
@@ -155,7 +211,8 @@ class Bookkeeper {
     if (entries_.empty()) return;
     softmax(b, h, i);
     const std::int64_t dv = p_.head_dim_v, at = x_.q_row(b, h, i) * dv;
-    for (const Entry& e : entries_) out_.add(at, dropped(e), &x_.v[e.kv_row * dv], dv);
+    for (const Entry& e : entries_) out_.add(at, dropped(e), &x_.v[e.kv_row * dv]);
+    out_.settle();
     for (std::int64_t c = at; c < at + dv; ++c) out_.share(c, lse_error_ * exact_.out[c], 0.0);
     if (p_.backward()) backward(b, h, i);
   }
@@ -210,7 +267,7 @@ class Bookkeeper {
 
   void backward(std::int64_t b, std::int64_t h, std::int64_t i) {
     const std::int64_t d = p_.head_dim, dv = p_.head_dim_v, row = x_.q_row(b, h, i);
-    const double one = 1.0, dlse = x_.dlse.empty() ? 0.0 : x_.dlse[x_.lse_at(b, h, i)];
+    const double dlse = x_.dlse.empty() ? 0.0 : x_.dlse[x_.lse_at(b, h, i)];
     const double* const dout = &x_.dout[row * dv];
     Dot delta(dout, &exact_.out[row * dv], dv, smallest_);
     delta.stored = std::max(delta.stored, moved_by_rounding(dout, &exact_.out[row * dv]));
@@ -225,7 +282,7 @@ class Bookkeeper {
 
     for (const Entry& e : entries_) {
       const Rounded weight = dropped(e);
-      dv_.add(e.kv_row * dv, weight.with(lse_error_ * weight.value, 0.0), dout, dv);
+      dv_.add(e.kv_row * dv, weight.with(lse_error_ * weight.value, 0.0), dout);
 
       const Dot dp(dout, &x_.v[e.kv_row * dv], dv, smallest_);  // before dropout
       const Rounded ds =
@@ -235,13 +292,13 @@ class Bookkeeper {
       };
       if (x_.bias.present) {
         const auto at = static_cast<std::int64_t>(x_.bias.at(b, h, i, e.key));
-        dbias_.add(at, one_bias ? ds : alone(ds, e.p.value), &one, 1);
+        dbias_.add(at, one_bias ? ds : alone(ds, e.p.value), &kOne);
         sum_p += e.p.value;
         sum_ds += ds.value;
       }
       if (p_.alibi != Alibi::kNone) {
         const double distance = x_.distance(b, i, e.key);
-        dalibi_slopes_.add(slope, ds, &distance, 1);
+        dalibi_slopes_.add(slope, ds.times(distance), &kOne);
         far_p += e.p.value * distance;
         far_ds += ds.value * distance;
       }
@@ -250,9 +307,9 @@ class Bookkeeper {
       Rounded dqk = ds.times(factor);
       dqk.computed =
           together({dqk.computed, dqk.value, dqk.value, ds.value * scale_ * e.derivative_error, lost(dqk.value)});
-      dk_.add(e.kv_row * d, alone(dqk, p), &x_.q[row * d], d);
+      dk_.add(e.kv_row * d, alone(dqk, p), &x_.q[row * d]);
       const double* const k = &x_.k[e.kv_row * d];
-      dq_.add(row * d, dqk, k, d);
+      dq_.add(row * d, dqk, k);
       for (std::int64_t c = 0; c < d; ++c) pulled_[c] += p * k[c];
     }
 
@@ -266,8 +323,8 @@ class Bookkeeper {
     if (p_.sink && !std::isinf(x_.sink[h])) {
       const Rounded p = weight(x_.sink[h], 0.0, exact_.lse[x_.lse_at(b, h, i)]);
       const Rounded ds = score_gradient(p, 0.0, 0.0, delta.value, dlse);
-      dsink_.add(h, ds.with(together({lse_error_ * ds.value, delta.computed * p.value}), delta.stored * p.value), &one,
-                 1);
+      dsink_.add(h, ds.with(together({lse_error_ * ds.value, delta.computed * p.value}), delta.stored * p.value),
+                 &kOne);
     }
   }
 
