@@ -241,9 +241,10 @@ def explore(rings, scripts, what, places=None):
     return len(seen)
 
 
-def bias_gradient(key_panels, panels, places, bias_places, sharers):
-    """bias_gradient.cuh: tiles with so many sharers each.  Who copies panels, who brings biases and has sums stored, who looks at a
-    bias, and two warpgroups, each with its half of a bias's place."""
+def bias_gradient(key_panels, panels, places, bias_places, at_once, sharers):
+    """bias_gradient.cuh: tiles with so many sharers each; at_once: both products are asked for before the first is awaited.  Who
+    copies panels, who brings biases and has sums stored, who looks at a bias, and two warpgroups, each with its half of a bias's
+    place."""
     steps = 2
     while steps * panels < places + key_panels:
         steps *= 2
@@ -252,7 +253,7 @@ def bias_gradient(key_panels, panels, places, bias_places, sharers):
     for t, count in enumerate([*sharers, 1]):
         for sharer in range(count):
             first = step * panels
-            for n in range(first, first + panels):
+            for n in range(first, first + (panels if t < len(sharers) else 1)):
                 load += [("wait", "panel", "empty", n), *([("write", "step", step)] if n == first else []), ("copy", "panel", "full", n, "panel")]
             for g, group in enumerate(groups):
                 leave = [("write", f"bias {g}", t - 1, ("sum", t - 1)), ("arrive", "bias", "empty", t - 1)] if t > 0 and sharer == 0 else []
@@ -262,9 +263,11 @@ def bias_gradient(key_panels, panels, places, bias_places, sharers):
                     continue
                 known = [("wait", "known", "full", t), ("read", "known", t)] if sharer == 0 else []
                 group += [*leave, *known]
-                group += [("wait", "panel", "full", n) for n in range(first + 1, first + panels)]
-                group += [("read", "panel", n) for n in range(first, first + key_panels)]
-                group += [("arrive", "panel", "empty", n) for n in range(first, first + key_panels)]
+                keys_end, end = first + key_panels, first + panels
+                group += [("wait", "panel", "full", n) for n in range(first + 1, end if at_once else keys_end)]
+                group += [("read", "panel", n) for n in range(first, keys_end)]
+                group += [("arrive", "panel", "empty", n) for n in range(first, keys_end)]
+                group += [("wait", "panel", "full", n) for n in range(keys_end, keys_end if at_once else end)]
                 group += [("read", "step", step), ("read", f"bias {g}", t)]
                 group += [("read", "panel", n) for n in range(first + key_panels, first + panels)]
                 group += [("arrive", "panel", "empty", n) for n in range(first + key_panels, first + panels)]
@@ -357,7 +360,8 @@ if __name__ == "__main__":
         raise AssertionError("with two places for turns and two steps between, a step should be overwritten")
     counts = [held(tiles) for tiles in itertools.chain.from_iterable(itertools.product(range(4 - keys // 2), repeat=keys) for keys in (1, 2, 3))]
     print(f"all keys of a block, dq held: {sum(counts)} states of {len(counts)} walks, nobody waits for ever")
-    for name, *of in (("d 128", 2, 4, 5, 2), ("d 128, an fp32 bias", 2, 4, 5, 1), ("d 64", 1, 2, 4, 2), ("d 64, dv 128", 1, 3, 5, 2)):
+    for name, *of in (("d 128", 2, 4, 5, 2, True), ("d 128, an fp32 bias", 2, 4, 5, 1, True), ("d 64", 1, 2, 4, 2, True),
+                      ("d 64, dv 128", 1, 3, 5, 2, True), ("d 128, a mask", 2, 4, 4, 2, False), ("d 256", 4, 8, 5, 2, False)):
         counts = [bias_gradient(*of, sharers) for sharers in ((1,), (3,), (1, 1), (2, 1), (1, 1, 1))]
         print(f"a bias's gradient, {name}: {sum(counts)} states of {len(counts)} walks, nobody waits for ever")
     own = [(f"keys of their own{', looking ahead' if ahead else ''}{bias}", own_keys(places, ahead), most) for ahead in (False, True)

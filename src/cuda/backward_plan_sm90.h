@@ -123,6 +123,7 @@ struct BiasGradientSm90Shared {
   int ring, places, place;
   int key_panels, panels;  // of a step: of K and q, and all
   int statistics, steps;   // log2_lse and delta of as many steps
+  int words, words_stage;  // a mask's, of 64 rows, twice a step
   int state, total;
 
   /// As many places as there is room for, at best two of the bias and five panels.
@@ -146,7 +147,9 @@ struct BiasGradientSm90Shared {
     at.statistics = at.ring + places * at.place;
     at.steps = 2;  // who has given back V of one has left it behind
     while (at.steps * at.panels < places + at.key_panels) at.steps *= 2;
-    at.state = at.statistics + at.steps * 2 * 4 * s.block_m;
+    at.words = at.statistics + at.steps * 2 * 4 * s.block_m;
+    at.words_stage = s.mask ? s.block_n * kGroupRows / 8 : 0;
+    at.state = at.words + at.steps * 2 * at.words_stage;
     at.total = at.state + kStateBytes;
     return at;
   }

@@ -240,8 +240,8 @@ std::optional<jit::KernelRequest> bias_gradient_sm90_request(const Problem& prob
   spec.block_m = spec.block_n = kBiasGradientTile;
   spec.deterministic = spec.holds_dq = spec.ends_dq = false;
   const auto shared = BiasGradientSm90Shared::of(spec);
-  if (!problem.bias || !problem.bias->queries || !problem.bias->keys || spec.mask || shared.total > kMostShared ||
-      shared.panels > shared.places || is_better_shared_out(problem))
+  if (!problem.bias || !problem.bias->queries || !problem.bias->keys || shared.total > kMostShared ||
+      is_better_shared_out(problem))
     return std::nullopt;
   return jit::render({.function = "bias_gradient_sm90",
                       .header = "cuda/kernels/hopper/bias_gradient.cuh",

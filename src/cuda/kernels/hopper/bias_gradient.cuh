@@ -58,6 +58,10 @@ struct BiasGradientSm90 {
     return base + kShared.statistics + step % kShared.steps * 2 * kStatistics;
   }
   FOVEA_DEVICE u32 delta_at(u32 step) const { return log2_lse_at(step) + kStatistics; }
+  /// A mask's words of 64 rows, then of the other ones.
+  FOVEA_DEVICE u32 words_at(u32 step, int half = 0) const {
+    return base + kShared.words + (step % kShared.steps * 2 + half) * kShared.words_stage;
+  }
 
   /// Tiles: of keys × rows × heads × batch; 1 where dbias is broadcast.
   FOVEA_DEVICE BiasTile tile(u32 number) const {
@@ -95,9 +99,11 @@ struct BiasGradientSm90 {
     }
     if (first != 0) load_nothing(step++, State::kFirst | State::kHidden);
   }
+  /// Behind the last tile nobody gives back more than the first panel.
   FOVEA_DEVICE void load_nothing(u32 step, u32 marks) const {
+    const u32 end = step * kPanels + ((marks & State::kEnd) != 0 ? 1 : kPanels);
 #pragma unroll 1
-    for (u32 n = step * kPanels; n < (step + 1) * kPanels; ++n) {
+    for (u32 n = step * kPanels; n < end; ++n) {
       state.ring.await_empty(n);
       if (n == step * kPanels) sharer(step).marks = marks;
       state.ring.full[state.ring.place(n)].arrive();
@@ -116,8 +122,22 @@ struct BiasGradientSm90 {
     const i64 slot = RowSlots(p, sequence, p.slot_rows).at(head, at.row / p.slot_rows) * p.slot_rows;
     load_bytes(log2_lse_at(step), p.log2_lse + slot, kStatistics, full);
     load_bytes(delta_at(step), p.delta + slot, kStatistics, full);
+    if constexpr (S.mask) load_words(step, at, head, full);
     load_factors(n, kKeyPanels, p.k_map, keys, p.q_map, rows);
     load_factors(n + kKeyPanels, kPanels - kKeyPanels, p.v_map, keys, p.dout_map, rows);
+  }
+  /// A mask's words, as far as there are rows.
+  FOVEA_DEVICE void load_words(u32 step, const BiasTile& at, int head, Barrier& full) const {
+    const WordView& view = p.mask_words;
+    const u32* const plane = view.data + state.sequence.batch * view.batch + head * view.head;
+#pragma unroll 1
+    for (int half = 0; half < kTile / kGroupRows; ++half) {
+      const int tile = (at.row / kGroupRows + half) * view.row;
+      if (tile * kGroupRows >= view.rows) break;
+      full.expect(kShared.words_stage);
+      load_bytes(words_at(step, half), plane + (i64{tile} * view.count + at.key / 32) * kGroupRows, kShared.words_stage,
+                 full);
+    }
   }
   FOVEA_DEVICE void load_factors(u32 n, u32 panels, const TensorMap& of_keys, const RowPlace& keys,
                                  const TensorMap& of_rows, const RowPlace& rows) const {
@@ -197,15 +217,15 @@ struct BiasGradientSm90 {
         state.known.await_full(t);
         checks = uniform(state.hides[state.bias.place(t)]);
       }
-      if (S.bias_type != Type::kFloat32 && !checks && marks <= State::kFirst) {
-        add<false, false>(sum, step, t);
-      } else if ((marks & State::kHidden) != 0) {
+      if ((marks & State::kHidden) != 0) {
 #pragma unroll
         for (u32 n = step * kPanels; n < (step + 1) * kPanels; ++n) state.ring.await_full(n), state.ring.release(n);
-      } else if ((marks & State::kPartial) != 0) {
+      } else if (S.mask || (marks & State::kPartial) != 0) {
         add<true, true>(sum, step, t);
-      } else {
+      } else if (S.bias_type == Type::kFloat32 || checks) {
         add<false, true>(sum, step, t);
+      } else {
+        add<false, false>(sum, step, t);
       }
     }
   }
@@ -255,11 +275,12 @@ struct BiasGradientSm90 {
     }
   }
 
-  /// dS of a sharer; kHides: band and ends may hide an entry; kChecks: these or the bias may.  Then entries are checked
-  /// one by one if something is not finite.  Otherwise dP is computed while S becomes P.
+  /// dS of a sharer; kHides: mask, band and ends may hide an entry; kChecks: these or the bias may.  Then entries are
+  /// checked one by one if something is not finite.  Otherwise dP is computed while S becomes P.
   template <bool kHides, bool kChecks>
   FOVEA_DEVICE void add(Entries& sum, u32 step, u32 t) const {
-    constexpr bool kAtOnce = !kChecks && Columns::kDeltaFirst && !S.softcap && !S.alibi;
+    constexpr bool kPlain = !kChecks && Columns::kDeltaFirst && !S.softcap && !S.alibi;
+    constexpr bool kAtOnce = kPlain && kPanels <= kShared.places;
     const BiasTile& at = tile_in(t);
     const Sharer& what = sharer(step);
     const RowMap<false> rows{at.row, what.sequence.q_rows, what.head, 1};
@@ -269,7 +290,11 @@ struct BiasGradientSm90 {
     Entries c, d;  // S and P, dP and dS
     if constexpr (kAtOnce) Columns::begin_with_delta(d, delta_at(step));
     multiply<S.head_dim>(c, step * kPanels, 0);
-    if constexpr (kHides) columns.see_all(), columns.keep_to_band();
+    if constexpr (kHides) {
+      columns.see_all();
+      if constexpr (S.mask) columns.look_up(words_at(step) + fresh(warp_key()) / 16 * (kWarp * 4), kShared.words_stage);
+      if (!S.mask || uniform(what.marks & State::kPartial) != 0) columns.keep_to_band();
+    }
     if constexpr (kAtOnce) multiply<S.head_dim_v>(d, step * kPanels + kKeyPanels, 1);
     await_products<kAtOnce ? 1 : 0>();
     pin(c[0]);
@@ -279,7 +304,9 @@ struct BiasGradientSm90 {
     columns.add_bias(c, bias_at(t), fresh(warp_key()), false);
     if constexpr (S.dropout) columns.draw();
     columns.weigh(c, log2_lse_at(step));
-    if constexpr (kAtOnce) {
+    if constexpr (kPlain) {
+      if constexpr (!kAtOnce)
+        Columns::begin_with_delta(d, delta_at(step)), multiply<S.head_dim_v>(d, step * kPanels + kKeyPanels, 1);
       state.ring.await_full(step * kPanels + kKeyPanels);  // known, but a branch: else dP is awaited before S is P
       await_products<0>();
       pin(d[0]);
@@ -308,7 +335,7 @@ struct BiasGradientSm90 {
   template <int kDim>
   FOVEA_DEVICE void multiply(Entries& c, u32 n, int add) const {
 #pragma unroll
-    for (u32 panel = 0; panel < panels_of(kDim); ++panel) state.ring.await_full(n + panel);
+    for (u32 panel = 0; panel < panels_of(kDim); ++panel) state.ring.await_full(fresh(n) + panel);
     pin(c[0]);
     fence_products();
 #pragma unroll

@@ -61,10 +61,10 @@ struct GradientColumns {
   FOVEA_DEVICE void see_all() {
     for (u32& word : seen) word = ~0U;
   }
-  /// What a mask leaves, from the warp's words in shared memory.
-  FOVEA_DEVICE void look_up(u32 words) {
-    static_assert(!S.mask || kN == 8);
-    seen[0] = load_shared(words + lane_id() * 4);
+  /// What a mask leaves, from the warp's words in shared memory, of 64 rows each `next` bytes further.
+  FOVEA_DEVICE void look_up(u32 words, u32 next = 0) {
+#pragma unroll
+    for (int w = 0; w < kN / 8; ++w) seen[w] = load_shared(words + w * next + lane_id() * 4);
   }
   /// And what the band leaves of that.
   FOVEA_DEVICE void keep_to_band() {
