@@ -50,8 +50,8 @@ bool CallMaps::of_entries(const EntryView& view, Type of, int rows, TensorMap& m
                        view.head % 16 == 0 && view.query % 16 == 0;
   return make_tensor_map(
       {view.data, view.batch, view.query, view.head, aligned}, of,
-      {p.seqlen_kv, extent(view.query, p.seqlen_q), extent(view.head, p.q_heads), extent(view.batch, p.batch)}, rows,
-      map);
+      {p.seqlen_kv, extent(view.query, p.seqlen_q), extent(view.head, p.q_heads), extent(view.batch, p.batch)},
+      view.query == 0 ? 1 : rows, map);
 }
 
 }  // namespace fovea::cuda

@@ -180,9 +180,9 @@ struct BackwardProducer {
       copy_bias(at.bias(place), row, key, step.head);
       state.bias.announce(n);  // by each warp for its part
     } else if (leads()) {
-      full.arrive_with(BackwardLayout<S>::kShared.bias_stage);
       load_bias_panels<S.block_m, keys_of_block(S), S.bias_type>(
           at.bias(place), p, full, key, {row, step.head, state.walk.sequence.batch}, Keep::kAwhile);
+      full.arrive();
     }
   }
   /// By threads.  Past the last row or key the last one is read: such entries are hidden anyway.

@@ -170,9 +170,9 @@ struct BiasGradientSm90 {
       }
       if (number >= p.bias_tiles) continue;
       const BiasTile at = tile_in(t) = tile(number);
-      state.bias.full[state.bias.place(t)].arrive_with(kShared.bias_stage);
-      load_bias_panels<kTile, kTile, S.bias_type>(bias_at(t), p, state.bias.full[state.bias.place(t)], at.key,
-                                                  {at.row, at.head, at.batch}, Keep::kNo);
+      Barrier& full = state.bias.full[state.bias.place(t)];
+      load_bias_panels<kTile, kTile, S.bias_type>(bias_at(t), p, full, at.key, {at.row, at.head, at.batch}, Keep::kNo);
+      full.arrive();
     }
   }
 

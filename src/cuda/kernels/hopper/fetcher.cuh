@@ -36,7 +36,6 @@ struct Fetcher {
     Barrier& full = ring.full[place];
     if constexpr (S.bias) {
       if (p.bias_by_engine && lane_id() == 0) {
-        full.expect(bias_bytes(S));
         load_bias_panels<kGroupRows, S.block_n, S.bias_type>(
             at.bias(group, place), p, full, key,
             {work.rows.first + group * kGroupRows, work.rows.first_head, work.sequence.batch}, Keep::kAwhile);

@@ -40,14 +40,15 @@ FOVEA_DEVICE void load_panels(u32 to, const TensorMap& map, Barrier& full, const
     load_panel(to + panel * kRows * kPanelRowBytes, map, full, first_column + panel * kPanelColumns, at, keep);
 }
 
-/// Loads a tile of a bias, kRows rows by kKeys keys, in panels, by one thread.  Broadcast dimensions have size 1.
+/// Loads a tile of a bias, kRows rows by kKeys keys, in panels, by one thread.  Broadcast dimensions have size 1: of
+/// rows that are one the first is loaded alone, for the engine takes its time to fill others with zeros.
 template <int kRows, int kKeys, Type kType, class Params>
-FOVEA_DEVICE void load_bias_panels(u32 to, const Params& p, const Barrier& full, int key, const RowPlace& at,
-                                   Keep keep) {
-  constexpr int kOfPanel = kPanelRowBytes / kBytes<kType>;
+FOVEA_DEVICE void load_bias_panels(u32 to, const Params& p, Barrier& full, int key, const RowPlace& at, Keep keep) {
+  constexpr int kOfPanel = kPanelRowBytes / kBytes<kType>, kPanels = (kKeys + kOfPanel - 1) / kOfPanel;
+  full.expect(kPanels * kPanelRowBytes * (p.bias.query == 0 ? 1 : kRows));
   const RowPlace from{p.bias.query == 0 ? 0 : at.row, p.bias.head == 0 ? 0 : at.head, p.bias.batch == 0 ? 0 : at.batch};
 #pragma unroll
-  for (int panel = 0; panel < (kKeys + kOfPanel - 1) / kOfPanel; ++panel)
+  for (int panel = 0; panel < kPanels; ++panel)
     load_panel(to + panel * kRows * kPanelRowBytes, p.bias_map, full, key + panel * kOfPanel, from, keep);
 }
 
