@@ -276,7 +276,7 @@ struct BiasGradientSm90 {
   }
 
   /// dS of a sharer; kHides: mask, band and ends may hide an entry; kChecks: these or the bias may.  Then entries are
-  /// checked one by one if something is not finite.  Otherwise dP is computed while S becomes P.
+  /// checked one by one if something is not finite.  Otherwise dP is made while S becomes P, if there is room.
   template <bool kHides, bool kChecks>
   FOVEA_DEVICE void add(Entries& sum, u32 step, u32 t) const {
     constexpr bool kPlain = !kChecks && Columns::kDeltaFirst && !S.softcap && !S.alibi;
