@@ -212,10 +212,13 @@ TEST(HopperBackward, HasAKernelForTheGradientOfABiasOfItsOwnRowsAndKeys) {
   ASSERT_TRUE(made.has_value());
   EXPECT_EQ(made->name, "bias_gradient_sm90_bf16_d128_m128_bias_bias_type_bf16_dropout");
   EXPECT_LE(made->shared_bytes, 227 * 1024);
-  EXPECT_TRUE(request("bwd bf16 b2 hq2 sq300 d128 bias=1hqk:fp32").has_value());
   for (const char* line :
-       {"bwd bf16 b2 hq2 sq300 d128", "bwd bf16 b2 hq2 sq300 d128 bias=1h1k", "bwd bf16 b2 hq2 sq300 d128 bias=1hq1",
-        "bwd bf16 b2 hq2 sq300 d64 bias=1hqk mask=b1qk", "bwd bf16 b2 hq2 sq300 d256 bias=1hqk"}) {
+       {"bwd bf16 b2 hq2 sq300 d128 bias=1hqk:fp32", "bwd bf16 b2 hq2 sq300 d128 bias=1hqk mask=b1qk",
+        "bwd bf16 b2 hq2 sq300 d256 bias=1hqk", "bwd fp16 b2 hq2 sq300 d256 bias=1hqk:fp32 mask=b1qk"}) {
+    EXPECT_TRUE(request(line).has_value()) << line;
+  }
+  for (const char* line :
+       {"bwd bf16 b2 hq2 sq300 d128", "bwd bf16 b2 hq2 sq300 d128 bias=1h1k", "bwd bf16 b2 hq2 sq300 d128 bias=1hq1"}) {
     EXPECT_FALSE(request(line).has_value()) << line;
   }
 }

@@ -217,15 +217,15 @@ struct BiasGradientSm90 {
         state.known.await_full(t);
         checks = uniform(state.hides[state.bias.place(t)]);
       }
-      if ((marks & State::kHidden) != 0) {
+      if (!S.mask && S.bias_type != Type::kFloat32 && !checks && marks <= State::kFirst) {
+        add<false, false>(sum, step, t);
+      } else if ((marks & State::kHidden) != 0) {
 #pragma unroll
         for (u32 n = step * kPanels; n < (step + 1) * kPanels; ++n) state.ring.await_full(n), state.ring.release(n);
       } else if (S.mask || (marks & State::kPartial) != 0) {
         add<true, true>(sum, step, t);
-      } else if (S.bias_type == Type::kFloat32 || checks) {
-        add<false, true>(sum, step, t);
       } else {
-        add<false, false>(sum, step, t);
+        add<false, true>(sum, step, t);
       }
     }
   }
