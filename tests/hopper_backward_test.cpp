@@ -4,6 +4,7 @@
 #include "cuda/backward_plan_sm90.h"
 #include "cuda/hopper_backend.h"
 #include "cuda/hopper_backward.h"
+#include "cuda/planned_call.h"
 #include "cuda/requests.h"
 #include "tests/support.h"
 
@@ -204,7 +205,7 @@ TEST(HopperBackward, SequencesThatShareABiasTakeTurnsInnermost) {
   EXPECT_EQ(shape_of("bwd bf16 b1 hq8 sq4096 d128 bias=11qk").heads_abreast, 4);
 }
 
-TEST(HopperBackward, HasAKernelForTheGradientOfABiasOfItsOwnRowsAndKeys) {
+TEST(HopperBackward, HasAKernelForTheGradientOfABiasOfItsOwnKeys) {
   const auto request = [](const std::string& line) {
     return bias_gradient_sm90_request(parse_problem(line), shape_of(line));
   };
@@ -214,27 +215,34 @@ TEST(HopperBackward, HasAKernelForTheGradientOfABiasOfItsOwnRowsAndKeys) {
   EXPECT_LE(made->shared_bytes, 227 * 1024);
   for (const char* line :
        {"bwd bf16 b2 hq2 sq300 d128 bias=1hqk:fp32", "bwd bf16 b2 hq2 sq300 d128 bias=1hqk mask=b1qk",
-        "bwd bf16 b2 hq2 sq300 d256 bias=1hqk", "bwd fp16 b2 hq2 sq300 d256 bias=1hqk:fp32 mask=b1qk"}) {
+        "bwd bf16 b2 hq2 sq300 d256 bias=1hqk", "bwd fp16 b2 hq2 sq300 d256 bias=1hqk:fp32 mask=b1qk",
+        "bwd bf16 b2 hq2 sq300 d128 bias=1h1k", "bwd fp16 b2 hq2 sq300 d64 bias=111k:fp32"}) {
     EXPECT_TRUE(request(line).has_value()) << line;
   }
-  for (const char* line :
-       {"bwd bf16 b2 hq2 sq300 d128", "bwd bf16 b2 hq2 sq300 d128 bias=1h1k", "bwd bf16 b2 hq2 sq300 d128 bias=1hq1"}) {
+  for (const char* line : {"bwd bf16 b2 hq2 sq300 d128", "bwd bf16 b2 hq2 sq300 d128 bias=1hq1"}) {
     EXPECT_FALSE(request(line).has_value()) << line;
   }
 }
 
-TEST(HopperBackward, LeavesLongWalksOfFewTilesToThePortableBiasGradientWhichSharesThemOut) {
-  const auto own = [](const std::string& line) {
-    return bias_gradient_sm90_request(parse_problem(line), shape_of(line)).has_value();
-  };
-  EXPECT_TRUE(own("bwd bf16 b15 hq4 sq64 d64 bias=1hqk"));
-  EXPECT_FALSE(own("bwd bf16 b16 hq4 sq64 d64 bias=1hqk")) << "4 tiles, of 16 sequences each";
-  EXPECT_FALSE(own("bwd bf16 b16 hq16 sq512 d128 bias=11qk")) << "16 tiles";
-  EXPECT_TRUE(own("bwd bf16 b16 hq66 sq128 d64 bias=1hqk")) << "66 tiles for 132 multiprocessors";
-  EXPECT_TRUE(own("bwd bf16 b16 hq16 sq512 d128 bias=1hqk"));
+TEST(HopperBackward, SharesOutLongWalksOfFewTilesOfABiasGradient) {
+  EXPECT_EQ(shape_of("bwd bf16 b16 hq16 sq512 d128 bias=1hqk").bias_parts, 1);
   for (const char* line : {"bwd bf16 b16 hq4 sq64 d64 bias=1hqk", "bwd bf16 b16 hq16 sq512 d128 bias=11qk",
-                           "bwd fp16 b64 hq2 sq1000 d64 bias=11qk"})
+                           "bwd fp16 b64 hq2 sq1000 d64 bias=11qk", "bwd bf16 b4 hq8 sq4096 d128 bias=b11k"})
     EXPECT_GT(shape_of(line).bias_parts, 1) << line;
+}
+
+TEST(HopperBackward, CopiesABiasThatTheCopyEngineCannotRead) {
+  const auto copies = [](const std::string& line) { return bias_rows_request(parse_problem(line)).has_value(); };
+  EXPECT_TRUE(copies("bwd bf16 b2 hq2 sq300 skv77 d64 bias=1hqk"));
+  EXPECT_TRUE(copies("fwd bf16 b2 hq2 sq300 skv84 d64 bias=b11k"));
+  EXPECT_TRUE(copies("fwd bf16 b2 hq2 sq300 skv82 d64 bias=11qk:fp32"));
+  EXPECT_FALSE(copies("fwd bf16 b2 hq2 sq300 skv84 d64 bias=11qk:fp32"));
+  EXPECT_FALSE(copies("bwd bf16 b2 hq2 sq300 skv80 d64 bias=1hqk"));
+  EXPECT_FALSE(copies("bwd bf16 b2 hq2 sq300 skv77 d64 bias=1hq1")) << "keys that are no neighbours";
+  EXPECT_FALSE(copies("bwd bf16 b2 hq2 sq300 skv77 d64"));
+  const AlignedBias copied(parse_problem("fwd bf16 b3 hq2 sq5 skv77 d64 bias=1hqk"), 100,
+                           Device{DeviceKind::kCuda, 0, kSm90});
+  EXPECT_EQ(copied.workspace_bytes(), 128 + 2 * 5 * 160) << "behind 100 bytes, rows of 154 bytes 160 apart";
 }
 
 TEST(HopperBackward, CompilesForRacecheckWhereItIsAskedTo) {

@@ -30,6 +30,7 @@ class ForwardSm90Plan final : public PlannedKernel {
         device_(device),
         multiprocessors_(model_of_device(device).multiprocessors),
         mask_words_(problem, kTicketBytes, device, kSm90, WordOrder::kLanes),
+        aligned_bias_(problem, mask_words_.workspace_bytes(), device),
         forward_(forward_sm90_request(shape), device) {
     describe_call(problem, params_);
     params_.row_blocks = static_cast<int>(shape.row_blocks);
@@ -38,17 +39,20 @@ class ForwardSm90Plan final : public PlannedKernel {
     params_.batch_inside = shape.batch_inside;
   }
 
-  [[nodiscard]] std::size_t workspace_bytes() const override { return mask_words_.workspace_bytes(); }
+  [[nodiscard]] std::size_t workspace_bytes() const override { return aligned_bias_.workspace_bytes(); }
 
   [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override {
     const ForwardSm90Spec& s = shape_.spec;
-    return {{"kernel", forward_.describe()},
-            {"tile", describe_tile(shape_)},
-            {"registers", std::to_string(s.warpgroups) + " warpgroups of " + std::to_string(consumer_registers(s)) +
-                              " and one of " + std::to_string(producer_registers(s))},
-            {"order", (packed_ ? "at most " : "") + std::to_string(shape_.tiles) + " tiles, " +
-                          std::to_string(shape_.heads_abreast) + (shape_.heads_abreast == 1 ? " head" : " heads") +
-                          " in turns"}};
+    std::vector<std::pair<std::string, std::string>> list{
+        {"kernel", forward_.describe()},
+        {"tile", describe_tile(shape_)},
+        {"registers", std::to_string(s.warpgroups) + " warpgroups of " + std::to_string(consumer_registers(s)) +
+                          " and one of " + std::to_string(producer_registers(s))},
+        {"order", (packed_ ? "at most " : "") + std::to_string(shape_.tiles) + " tiles, " +
+                      std::to_string(shape_.heads_abreast) + (shape_.heads_abreast == 1 ? " head" : " heads") +
+                      " in turns"}};
+    aligned_bias_.describe(list);
+    return list;
   }
 
   void execute(const Inputs& inputs, const Outputs& outputs, void* workspace, void* stream) const override {
@@ -58,6 +62,7 @@ class ForwardSm90Plan final : public PlannedKernel {
     attach_inputs(params, inputs);
     params.out = dispatch::row_view(outputs.out);
     params.lse = dispatch::stat_view(outputs.lse);
+    aligned_bias_.make(params, workspace, stream);
     make_maps(params);
     params.ticket = static_cast<u64*>(workspace);
     mask_words_.make(params, workspace, stream);
@@ -80,6 +85,7 @@ class ForwardSm90Plan final : public PlannedKernel {
   Device device_;
   int multiprocessors_;
   MaskWords mask_words_;
+  AlignedBias aligned_bias_;
   PlannedLaunch forward_;
   ForwardSm90Params params_{};
 };

@@ -20,7 +20,6 @@ constexpr std::int64_t kInL2 = 1 << 22;    // elements of q of those, beside whi
 constexpr std::int64_t kPartOfDq = 512 * 1024;  // bytes of sums that a block, or a cluster of two, turns into dq
 constexpr std::int64_t kFewHeads = 3;           // times dq_lag: with fewer heads no block ends dq
 constexpr int kBiasGradientTile = 128;          // rows, and keys
-constexpr std::int64_t kLongWalk = 16;          // heads and sequences that add to one tile of the bias gradient
 constexpr int kAtOnce = 128;                    // columns of dk and dv that one product makes
 constexpr std::int64_t kShortRows = 512;        // up to which small tiles that hold dq beat larger ones that add to it
 
@@ -68,18 +67,6 @@ void end_dq(const Problem& problem, BackwardShape& shape) {
       std::max(shape.most_blocks, (heads + lag) * (shape.key_blocks + shape.dq_parts) * blocks_of_cluster(spec));
 }
 
-/// Whether the portable bias gradient is faster.  It shares out what adds to one tile, which this family does not; that
-/// pays where much adds to each and tiles are too few for half of the GPU.
-bool is_better_shared_out(const Problem& problem) {
-  const auto& own = *problem.bias;
-  const auto count = [](bool counts, std::int64_t size) { return counts ? size : 1; };
-  const std::int64_t tiles = count(own.batch, problem.batch) * count(own.heads, problem.num_q_heads) *
-                             ceil_div(problem.seqlen_q, kBiasGradientTile) *
-                             ceil_div(problem.seqlen_kv, kBiasGradientTile);
-  const std::int64_t walk = count(!own.batch, problem.batch) * count(!own.heads, problem.num_q_heads);
-  return walk >= kLongWalk && 2 * tiles < multiprocessors();
-}
-
 // Measured on an H100 where nothing is hidden, else only run there (docs/notes).  The first that fits is taken.
 constexpr auto kTiles = std::to_array<Tile>({
     {.widest = 48, .block_m = 128, .block_n = 128, .holds_dq = true, .bare = true},
@@ -93,11 +80,12 @@ class BackwardSm90Plan final : public PlannedKernel {
   BackwardSm90Plan(const Problem& problem, const BackwardShape& shape, const Device& device)
       : device_(device),
         call_(problem, shape, device, kSm90, WordOrder::kColumns),
+        aligned_bias_(problem, call_.workspace_bytes(), device),
         main_(backward_sm90_request(shape), device) {
     if (const auto request = bias_gradient_sm90_request(problem, shape)) bias_gradient_.emplace(*request, device);
   }
 
-  [[nodiscard]] std::size_t workspace_bytes() const override { return call_.workspace_bytes(); }
+  [[nodiscard]] std::size_t workspace_bytes() const override { return aligned_bias_.workspace_bytes(); }
 
   [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override {
     const BackwardSpec& spec = call_.shape().spec;
@@ -109,6 +97,7 @@ class BackwardSm90Plan final : public PlannedKernel {
                           " for dq and one of " + std::to_string(producer_registers(spec))}};
     if (shares_keys(spec)) list.emplace_back("blocks", "in pairs, a cluster");
     std::ranges::copy(call_.details(), std::back_inserter(list));
+    aligned_bias_.describe(list);
     return list;
   }
 
@@ -117,23 +106,24 @@ class BackwardSm90Plan final : public PlannedKernel {
     const BackwardSpec& spec = call_.shape().spec;
     BackwardSm90Params p{};
     static_cast<BackwardParams&>(p) = call_.params(inputs, outputs, workspace);
+    aligned_bias_.make(p, workspace, stream);
     make_maps(p, spec.block_m, keys_of_block(spec));
     call_.before(p, workspace, stream);
     launch(main_, call_.main_blocks(p) * blocks_of_cluster(spec), p, stream);
-    const bool own_rows = p.bias.query != 0 || p.dbias.query == 0;  // a bias may be expanded by strides of 0
-    if (p.dbias.data != nullptr && bias_gradient_ && p.by_engine && p.bias_by_engine && own_rows) {
+    const bool bias_by_engine = p.dbias.data != nullptr && bias_gradient_ && p.by_engine && p.bias_by_engine;
+    if (bias_by_engine) {
       make_maps(p, kBiasGradientTile, kBiasGradientTile);
+      p.dbias_by_engine &= p.bias_parts == 1 && p.dbias.query != 0;
       const auto tiles = [](int of) { return ceil_div(of, kBiasGradientTile); };
       const auto count = [](std::int64_t stride, int size) { return stride == 0 ? 1 : size; };
       p.slot_rows = spec.block_m;
-      const std::int64_t all_tiles =
-          tiles(p.seqlen_q) * tiles(p.seqlen_kv) * count(p.dbias.batch, p.batch) * count(p.dbias.head, p.q_heads);
+      const std::int64_t all_tiles = count(p.dbias.query, tiles(p.seqlen_q)) * tiles(p.seqlen_kv) *
+                                     count(p.dbias.batch, p.batch) * count(p.dbias.head, p.q_heads) * p.bias_parts;
       p.bias_tiles = static_cast<u32>(all_tiles);  // of 32 KB each: no GPU's memory holds 2^32 of them
       launch(*bias_gradient_, static_cast<int>(std::min<std::int64_t>(all_tiles, multiprocessors_)), p, stream);
-      p.dbias.data = nullptr;
     }
     const BackwardParams& common = p;
-    call_.after(common, outputs, workspace, stream);
+    call_.after(common, outputs, workspace, stream, bias_by_engine);
   }
 
  private:
@@ -149,6 +139,7 @@ class BackwardSm90Plan final : public PlannedKernel {
   Device device_;
   int multiprocessors_ = model_of_device(device_).multiprocessors;
   BackwardCall call_;
+  AlignedBias aligned_bias_;
   PlannedLaunch main_;
   std::optional<PlannedLaunch> bias_gradient_;
 };
@@ -240,9 +231,7 @@ std::optional<jit::KernelRequest> bias_gradient_sm90_request(const Problem& prob
   spec.block_m = spec.block_n = kBiasGradientTile;
   spec.deterministic = spec.holds_dq = spec.ends_dq = false;
   const auto shared = BiasGradientSm90Shared::of(spec);
-  if (!problem.bias || !problem.bias->queries || !problem.bias->keys || shared.total > kMostShared ||
-      is_better_shared_out(problem))
-    return std::nullopt;
+  if (!problem.bias || !problem.bias->keys || shared.total > kMostShared) return std::nullopt;
   return jit::render({.function = "bias_gradient_sm90",
                       .header = "cuda/kernels/hopper/bias_gradient.cuh",
                       .spec = "BackwardSpec",

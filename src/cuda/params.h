@@ -30,6 +30,16 @@ struct WordView {
 
 inline constexpr int kMaskThreads = 256;  // of a block of `mask_words`
 
+/// A bias, and where its rows go: [plane][row][pitch], of as many planes, heads and rows as are its own.
+struct BiasRowsParams {
+  EntryView from;
+  char* to;
+  i64 pitch, planes;
+  int rows, heads, chunks;  // chunks: of a row
+  u32 row_bytes;
+};
+inline constexpr int kBiasRowsThreads = 256, kBiasRows = 32, kBiasRowBytes = 512;  // of a block
+
 /// int32 values on the device; data null: none.
 struct IndexView {
   const int* data;

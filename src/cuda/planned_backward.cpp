@@ -72,19 +72,22 @@ void BackwardCall::before(BackwardParams& p, void* workspace, void* stream) cons
   launch(rows_, p.row_slots * p.q_heads, p, stream);
 }
 
-void BackwardCall::after(BackwardParams p, const Outputs& outputs, void* workspace, void* stream) const {
+void BackwardCall::after(BackwardParams p, const Outputs& outputs, void* workspace, void* stream,
+                         bool has_bias_gradient) const {
   if (queries_) launch(*queries_, p.row_slots * p.q_heads, p, stream);
   if (p.dslopes.data != nullptr || p.dsink != nullptr)
     launch(*sums_, p.q_heads * (p.slopes.per_batch ? p.batch : 1), p, stream);
   if (p.dbias.data == nullptr) return;
-  if (bias_words_) bias_words_->make(p, workspace, stream);
   const Tensor& t = outputs.dbias;
   const BackwardSpec spec = bias_gradient_spec(shape_.spec);
   p.key_blocks = static_cast<int>(ceil_div(p.seqlen_kv, spec.block_n));
   const auto count = [](std::int64_t extent, int full) { return extent == 1 ? 1 : full; };
   const int tiles = count(t.shape[0], p.batch) * count(t.shape[1], p.q_heads) * count(t.shape[2], p.row_blocks) *
                     count(t.shape[3], p.key_blocks);
-  launch(*bias_, tiles * p.bias_parts, p, stream);
+  if (!has_bias_gradient) {
+    if (bias_words_) bias_words_->make(p, workspace, stream);
+    launch(*bias_, tiles * p.bias_parts, p, stream);
+  }
   if (bias_sums_) launch(*bias_sums_, tiles * bias_pieces(spec, p.dbias.query != 0, p.dbias.key != 0), p, stream);
 }
 

@@ -26,7 +26,9 @@ class BackwardCall {
 
   [[nodiscard]] BackwardParams params(const Inputs& inputs, const Outputs& outputs, void* workspace) const;
   void before(BackwardParams& p, void* workspace, void* stream) const;
-  void after(BackwardParams p, const Outputs& outputs, void* workspace, void* stream) const;
+  /// has_bias_gradient: the main kernel's family has made it, or its parts where there are several of each tile.
+  void after(BackwardParams p, const Outputs& outputs, void* workspace, void* stream,
+             bool has_bias_gradient = false) const;
   /// Blocks of the main kernel, which may be none.
   [[nodiscard]] int main_blocks(const BackwardParams& p) const {
     return (p.key_lines + p.dq_parts) * (shape_.turns + p.dq_lag);

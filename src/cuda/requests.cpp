@@ -49,14 +49,18 @@ Requests of_backward(const Problem& problem, const BackwardShape& shape, jit::Ke
 
 /// Of the Hopper family; none where it has no tile for the problem.
 Requests of_hopper(const Problem& problem, Direction direction, const GpuModel& model) {
+  Requests all;
   if (direction == Direction::kForward) {
     const auto shape = has_few_rows(problem) ? std::nullopt : choose_forward_sm90(problem, model);
-    return shape ? Requests{forward_sm90_request(*shape)} : Requests{};
+    if (!shape) return {};
+    all.push_back(forward_sm90_request(*shape));
+  } else {
+    const auto shape = choose_backward_sm90(problem, model);
+    if (!shape) return {};
+    all = of_backward(problem, *shape, backward_sm90_request(*shape), kSm90);
+    if (auto request = bias_gradient_sm90_request(problem, *shape)) all.push_back(*std::move(request));
   }
-  const auto shape = choose_backward_sm90(problem, model);
-  if (!shape) return {};
-  Requests all = of_backward(problem, *shape, backward_sm90_request(*shape), kSm90);
-  if (auto request = bias_gradient_sm90_request(problem, *shape)) all.push_back(*std::move(request));
+  if (auto request = bias_rows_request(problem)) all.push_back(*std::move(request));
   return all;
 }
 

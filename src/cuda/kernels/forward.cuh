@@ -14,7 +14,7 @@ struct Forward : ForwardEnd<S> {
   using Base::kM, Base::kN, Base::kD, Base::kK, Base::kThreads, Base::kUnseen;
   using Base::p, Base::block, Base::sequence, Base::rows, Base::rules;
   using Base::q_tile, Base::q_rests, Base::k_tile, Base::v_tile, Base::weight_tile;
-  using Base::slice, Base::warp_row, Base::warp_key, Base::warp_column, Base::each_row;
+  using Base::slice, Base::warp_row, Base::warp_key, Base::warp_column, Base::each_row, Base::entry_row;
   using Base::sync_slice, Base::sync_row_sharers, Base::share_rows;
   using typename Base::KTile, typename Base::Order, typename Base::Out, typename Base::QTile, typename Base::Running,
       typename Base::Scores, typename Base::Share, typename Base::VTile, typename Base::WeightTile;
@@ -74,6 +74,13 @@ struct Forward : ForwardEnd<S> {
     for (int x = 0; x < 2 * kM; ++x) fits &= running.sum[x / 2][x % 2] < most;
     float check[4] = {};
     for_each_entry<kM, kD>([&](int i, int c, int e) { check[e] += o[i][c].x[e] * 0.0F; });
+    if constexpr (S.alibi) {
+      constexpr float kLeast = S.type == Type::kFloat16 ? 0x1p-8F : 0x1p-20F;  // P of smaller ones has fewer digits
+      float sums[kM][2];
+      each_row([&](int i, int h, int) { sums[i][h] = quad_sum(running.sum[i][h]); });
+      share_rows(sums, [](float a, float b) { return a + b; });
+      each_row([&](int i, int h, int) { fits &= running.reference[i][h] <= kUnseen || sums[i][h] >= kLeast; });
+    }
     return fits && check[0] + check[1] + check[2] + check[3] == 0.0F;
   }
 
@@ -190,7 +197,7 @@ struct Forward : ForwardEnd<S> {
     rules.finish(s, warp_row(), key + warp_key(), sight, entries);
     if (!running.settled) {
       if (block.careful) rules.hide_by_bias(s, entries);
-      raise_references(s, running, o, unit);
+      raise_references(s, running, o, unit, tile);
     }
     return true;
   }
@@ -214,8 +221,12 @@ struct Forward : ForwardEnd<S> {
         [](int) { return Accumulator{}; }, between);
   }
 
-  /// Raises each row's reference to the largest score seen, and rescales sum and O.
-  FOVEA_DEVICE void raise_references(const Scores& s, Running& running, Out& o, float unit) const {
+  /// Raises each row's reference to the largest score seen, and rescales sum and O.  The first one is raised, too, by
+  /// what a slope adds on the way to the slice's other keys, most of which sums have room for.
+  FOVEA_DEVICE void raise_references(const Scores& s, Running& running, Out& o, float unit, int tile) const {
+    [[maybe_unused]] const int first = static_cast<int>(block.keys.begin) / S.block_n, key = tile * S.block_n,
+                               first_key = (first + (tile - first) % S.slices) * S.block_n;
+
     float tops[kM][2];
 #pragma unroll
     for (int x = 0; x < 2 * kM; ++x) {
@@ -231,7 +242,13 @@ struct Forward : ForwardEnd<S> {
 #pragma unroll
     for (int x = 0; x < 2 * kM; ++x) {
       float& reference = running.reference[x / 2][x % 2];
-      const float top = fmaxf(reference, tops[x / 2][x % 2] * unit);
+      float top = fmaxf(reference, tops[x / 2][x % 2] * unit);
+      if constexpr (S.alibi) {
+        constexpr float kRoom = 4.0F;
+        const int r = warp_row() + entry_row(x / 2, x % 2 * 2);
+        if (!block.careful && top > kUnseen && reference <= kUnseen)
+          top += fmaxf(rules.rise(r, {key, key + S.block_n}, {first_key, key + S.block_n}) * unit - kRoom, 0.0F);
+      }
       running.settled &= top > kUnseen;
       begun |= reference > kUnseen;
       rescale[x / 2][x % 2] = exp2(reference - top);

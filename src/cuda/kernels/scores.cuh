@@ -160,6 +160,17 @@ struct ScoreRules {
     return fabsf(static_cast<float>(rows.query(r) + static_cast<int>(sequence.band.offset) - j));
   }
 
+  /// By how much a slope may raise a row's scores from a tile of keys to `all`, which the tile is part of.
+  FOVEA_DEVICE float rise(int r, Interval tile, Interval all) const {
+    const i64 i = rows.query(r) + sequence.band.offset;
+    const auto near = [i](Interval keys) {
+      return math::larger(math::larger(keys.begin - i, i - keys.end + 1), i64{0});
+    };
+    const auto far = [i](Interval keys) { return math::larger(i - keys.begin, keys.end - 1 - i); };
+    const float steep = slope(r);
+    return steep * static_cast<float>(steep > 0.0F ? near(tile) - near(all) : far(tile) - far(all));
+  }
+
   /// One entry as `finish` leaves it: tanh(x / softcap) · softcap − slope · distance + bias, where the factor is left
   /// to the softmax if nothing is added.
   FOVEA_DEVICE float finished(float qk, int r, int j) const {

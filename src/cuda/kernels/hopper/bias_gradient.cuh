@@ -4,14 +4,16 @@
 #include "cuda/kernels/hopper/gradient_columns.cuh"
 #include "cuda/kernels/hopper/wgmma.cuh"
 
-// dbias where neither its rows nor its keys are summed.  A block takes tiles of 128 × 128 entries, whose bias is in
-// shared memory; the heads and sequences that share them are copied one after the other, and the sum of their dS stays
-// in registers until it is written through the bias's place.
+// dbias where its keys are not summed.  A block takes tiles of 128 × 128 entries, whose bias is in shared memory; the
+// heads, sequences and, where rows are summed, rows that share them are copied one after the other, and the sum of
+// their dS stays in registers until it is written through the bias's place.  Where tiles are few, several blocks share
+// out the walk of each, and leave their parts as the portable kernel does.
 namespace fovea::cuda {
 
 /// A tile of the bias and of dbias.
 struct BiasTile {
   int key, row, head, batch;  // 0 where it is shared
+  int part;                   // of its walk
 };
 
 template <BackwardSpec S>
@@ -23,13 +25,14 @@ struct BiasGradientState {
   struct Sharer {
     Sequence sequence;
     int head;
-    u32 marks;
+    u32 marks;  // and the first row, a multiple of kTile
   } sharers[kShared.steps];
   static constexpr u32 kFirst = 1, kEnd = 2;       // of its tile; behind the last one
   static constexpr u32 kHidden = 4, kPartial = 8;  // what is seen of the tile
   BiasTile tiles[kShared.bias_places];
   bool hides[kShared.bias_places];
-  BiasTile at;  // whose K, q, V and dout are being copied, and from which sequence
+  int of_part, longer_parts;  // sharers of each part; parts that have one more
+  BiasTile at;                // whose K, q, V and dout are being copied, and from which sequence
   Sequence sequence;
 };
 
@@ -63,18 +66,23 @@ struct BiasGradientSm90 {
     return base + kShared.words + (step % kShared.steps * 2 + half) * kShared.words_stage;
   }
 
-  /// Tiles: of keys × rows × heads × batch; 1 where dbias is broadcast.
+  FOVEA_DEVICE static int tiles(int of) { return (of + kTile - 1) / kTile; }
+  /// How many there are of what a stride of dbias leads along, or of what is summed there.
+  FOVEA_DEVICE static int own(i64 stride, int count) { return stride == 0 ? 1 : count; }
+  FOVEA_DEVICE static int shared(i64 stride, int count) { return stride == 0 ? count : 1; }
+
+  /// Tiles: of keys × rows × heads × batch, 1 where dbias is broadcast, part by part.
   FOVEA_DEVICE BiasTile tile(u32 number) const {
-    const auto take = [&number](u32 count) {
-      const int part = static_cast<int>(number % count);
-      number /= count;
-      return part;
+    const auto take = [&number](int count) {
+      if (count == 1) return 0;
+      const u32 at = number % static_cast<u32>(count);
+      number /= static_cast<u32>(count);
+      return static_cast<int>(at);
     };
-    const auto tiles = [](int of) { return (of + kTile - 1) / kTile; };
     BiasTile at{};
-    at.key = take(tiles(p.seqlen_kv)) * kTile, at.row = take(tiles(p.seqlen_q)) * kTile;
-    at.head = p.dbias.head == 0 ? 0 : take(p.q_heads);
-    at.batch = static_cast<int>(number);
+    at.key = take(tiles(p.seqlen_kv)) * kTile, at.row = take(own(p.dbias.query, tiles(p.seqlen_q))) * kTile;
+    at.head = take(own(p.dbias.head, p.q_heads)), at.batch = take(own(p.dbias.batch, p.batch));
+    at.part = static_cast<int>(number);
     return at;
   }
 
@@ -82,20 +90,39 @@ struct BiasGradientSm90 {
 
   FOVEA_DEVICE void load_all() const {
     u32 step = 0;
+    const int sharers =
+        shared(p.dbias.query, tiles(p.seqlen_q)) * shared(p.dbias.head, p.q_heads) * shared(p.dbias.batch, p.batch);
+    state.of_part = sharers / p.bias_parts, state.longer_parts = sharers % p.bias_parts;
 #pragma unroll 1
     for (u32 number = blockIdx.x; number < p.bias_tiles; number += gridDim.x) load_tile(state.at = tile(number), step);
     load_nothing(step, State::kFirst | State::kEnd);
   }
-  FOVEA_DEVICE void load_tile(const BiasTile& at, u32& step) const {
-    const auto end = [](i64 stride, int place, int count) { return stride == 0 ? count : place + 1; };
+  /// at: the tile, then each of its part's sharers.
+  FOVEA_DEVICE void load_tile(BiasTile& at, u32& step) const {
+    const int longer = state.longer_parts, begin = state.of_part * at.part + math::smaller(at.part, longer);
     u32 first = State::kFirst;
+    int left = state.of_part + (at.part < longer ? 1 : 0);
+    if (begin > 0) {
+      const int rows = shared(p.dbias.query, tiles(p.seqlen_q)), heads = shared(p.dbias.head, p.q_heads);
+      at.row += begin % rows * kTile, at.head += begin / rows % heads, at.batch += begin / rows / heads;
+    }
+    if (left > 0) state.sequence = Sequence::of(p, at.batch);
 #pragma unroll 1
-    for (int b = at.batch; b < end(p.dbias.batch, at.batch, p.batch); ++b) {
-      state.sequence = Sequence::of(p, b);
+    for (; left > 0; --left) {
       const TileState sight = state.sequence.band.tile({at.row, at.row + kTile}, {at.key, at.key + kTile});
-#pragma unroll 1
-      for (int h = at.head; h < end(p.dbias.head, at.head, p.q_heads) && sight != TileState::kHidden; ++h, first = 0)
-        load(step++, at, h, first | (sight == TileState::kPartial ? State::kPartial : 0));
+      if (sight != TileState::kHidden) {
+        load(step++, at, first | (sight == TileState::kPartial ? State::kPartial : 0));
+        first = 0;
+      }
+      if (p.dbias.query == 0) {
+        if ((at.row += kTile) < p.seqlen_q) continue;
+        at.row = 0;
+      }
+      if (p.dbias.head == 0) {
+        if (++at.head < p.q_heads) continue;
+        at.head = 0;
+      }
+      if (left > 1) state.sequence = Sequence::of(p, ++at.batch);
     }
     if (first != 0) load_nothing(step++, State::kFirst | State::kHidden);
   }
@@ -109,14 +136,15 @@ struct BiasGradientSm90 {
       state.ring.full[state.ring.place(n)].arrive();
     }
   }
-  FOVEA_DEVICE void load(u32 step, const BiasTile& at, int head, u32 marks) const {
+  FOVEA_DEVICE void load(u32 step, const BiasTile& at, u32 marks) const {
     const Sequence& sequence = state.sequence;
+    const int head = at.head;
     const int batch = p.cu_seqlens_q.data != nullptr ? 0 : sequence.batch;  // packed sequences are one to the engine
     const RowPlace keys{sequence.kv_begin + at.key, head / p.group, batch};
     const RowPlace rows{sequence.q_begin + at.row, head, batch};
     const u32 n = step * kPanels;
     state.ring.await_empty(n);
-    sharer(step) = {sequence, head, marks};
+    sharer(step) = {sequence, head, marks | static_cast<u32>(at.row)};
     Barrier& full = state.ring.full[state.ring.place(n)];
     full.expect(2 * kStatistics);
     const i64 slot = RowSlots(p, sequence, p.slot_rows).at(head, at.row / p.slot_rows) * p.slot_rows;
@@ -176,12 +204,13 @@ struct BiasGradientSm90 {
     }
   }
 
-  /// Whether a tile's bias hides something; by a warp.
+  /// Whether a tile's bias hides something; by a warp, which gives all rows the one that they share, too.
   FOVEA_DEVICE void look_all() const {
     u32 t = 0;
 #pragma unroll 1
     for (u32 number = blockIdx.x; number < p.bias_tiles; number += gridDim.x, ++t) {
       state.bias.await_full(t);
+      if (p.bias.query == 0) repeat_row(bias_at(t));
       u32 least = 0;
 #pragma unroll 4
       for (u32 at = lane_id() * 16; at < kShared.bias_stage && S.bias_type != Type::kFloat32; at += kWarp * 16) {
@@ -197,6 +226,18 @@ struct BiasGradientSm90 {
     }
   }
 
+  FOVEA_DEVICE static void repeat_row(u32 bias) {
+#pragma unroll 1
+    for (u32 piece = lane_id(); piece < kShared.bias_stage / kTile / 16; piece += kWarp) {
+      const u32 panel = bias + piece / 8 * (kTile * kPanelRowBytes);
+      const uint4 entries = load_shared_16(panel + piece % 8 * 16);
+#pragma unroll 1
+      for (int r = 1; r < kTile; ++r) store_shared_16(swizzled(panel, r, static_cast<int>(piece % 8)), entries);
+    }
+    fence_engine();  // which fills this place again
+    __syncwarp();
+  }
+
   // ---- by a warpgroup for its 64 keys
 
   FOVEA_DEVICE int warp_key() const { return first_key + warp_id() % 4 * 16; }
@@ -208,7 +249,7 @@ struct BiasGradientSm90 {
 #pragma unroll 1
     for (u32 step = 0;; ++step) {
       state.ring.await_full(step * kPanels);
-      const u32 marks = uniform(sharer(step).marks);
+      const u32 marks = uniform(sharer(step).marks) % kTile;
       if ((marks & State::kFirst) != 0) {
         if (step > 0) leave(sum, t);
         if ((marks & State::kEnd) != 0) break;
@@ -261,16 +302,52 @@ struct BiasGradientSm90 {
     }
   }
   FOVEA_DEVICE void store(const Entries& sum, const BiasTile& at) const {
-    const int row = at.row + fresh(Columns::row_of(0, 0)), key = at.key + fresh(warp_key() + lane_id() / 4);
     const EntryView& view = p.dbias;
-    char* to = view.data + at.batch * view.batch + at.head * view.head + row * view.query + key * view.key;
+    if (p.bias_parts > 1) {
+      const int rows = p.slot_rows;  // of the portable kernel's tiles; beyond 64 the next one of the same keys follows
+      const i64 skipped = rows < kTile ? i64{(p.seqlen_kv + kGroupRows - 1) / kGroupRows - 1} * rows * kPartRow : 0;
+      store_to<Type::kFloat32>(sum, at, part_at(at), kPartRow, 4, skipped);
+    } else {
+      const int key = at.key + first_key;
+      store_to<S.bias_type>(
+          sum, at, view.data + at.batch * view.batch + at.head * view.head + at.row * view.query + key * view.key,
+          view.query, view.key, 0);
+    }
+  }
+  static constexpr i64 kPartRow = 4 * kGroupRows;
+  /// Where the portable kernel leaves a part of this warpgroup's keys: [part][batch][head][row tile][key tile].
+  FOVEA_DEVICE char* part_at(const BiasTile& at) const {
+    const int rows = p.dbias.query == 0 ? 1 : p.slot_rows, keys = (p.seqlen_kv + kGroupRows - 1) / kGroupRows;
+    i64 number = i64{at.part} * own(p.dbias.batch, p.batch) + at.batch;
+    number = number * own(p.dbias.head, p.q_heads) + at.head;
+    if (p.dbias.query != 0) number = number * ((p.seqlen_q + rows - 1) / rows) + at.row / rows;
+    number = number * keys + (at.key + first_key) / kGroupRows;
+    return reinterpret_cast<char*>(p.bias_sums) + number * rows * kPartRow;
+  }
+  /// skipped: bytes between a row and the one behind it, of rows 63 and 64.
+  template <Type kType>
+  FOVEA_DEVICE void store_to(const Entries& sum, const BiasTile& at, char* to, i64 to_row, i64 to_key,
+                             i64 skipped) const {
+    const int mine = fresh(warp_id() % 4 * 16 + lane_id() / 4), keys = p.seqlen_kv - at.key - first_key - mine;
+    to += mine * to_key;
+    if (p.dbias.query == 0) {
+      float total[2] = {};
+      Columns::each([&](int j, int e) { total[e / 2] += sum[0][j].x[e]; });
+      total[0] = quad_sum(total[0]), total[1] = quad_sum(total[1]);
+      if (lane_id() % 4 == 0 && keys > 0) write<kType>(to, total[0]);
+      if (lane_id() % 4 == 0 && keys > 8) write<kType>(to + 8 * to_key, total[1]);
+      return;
+    }
+    const int row = fresh(Columns::row_of(0, 0)), rows = p.seqlen_q - at.row - row;
+    to += row * to_row;
 #pragma unroll
-    for (int j = 0; j < Columns::kN; ++j, to += 6 * view.query) {  // from row to row, for addresses take the most
+    for (int j = 0; j < Columns::kN; ++j, to += 6 * to_row) {  // from row to row, for addresses take the most
+      if (j == kGroupRows / 8) to += skipped;
 #pragma unroll
-      for (int e = 0; e < 2; ++e, to += view.query) {
-        const int keys = row + 8 * j + e < p.seqlen_q ? p.seqlen_kv - key : 0;
-        if (keys > 0) write<S.bias_type>(to, sum[0][j].x[e]);
-        if (keys > 8) write<S.bias_type>(to + 8 * view.key, sum[0][j].x[e + 2]);
+      for (int e = 0; e < 2; ++e, to += to_row) {
+        if (8 * j + e >= rows) continue;
+        if (keys > 0) write<kType>(to, sum[0][j].x[e]);
+        if (keys > 8) write<kType>(to + 8 * to_key, sum[0][j].x[e + 2]);
       }
     }
   }
@@ -283,7 +360,7 @@ struct BiasGradientSm90 {
     constexpr bool kAtOnce = kPlain && kPanels <= kShared.places;
     const BiasTile& at = tile_in(t);
     const Sharer& what = sharer(step);
-    const RowMap<false> rows{at.row, what.sequence.q_rows, what.head, 1};
+    const RowMap<false> rows{static_cast<int>(what.marks / kTile * kTile), what.sequence.q_rows, what.head, 1};
     const typename Columns::Rules rules{p, what.sequence, rows};
     Columns columns{rules, at.key + fresh(warp_key() + lane_id() / 4), {}, {}, {}, {}};
     if constexpr (S.dropout) columns.stream = uniform(rules.stream(what.head));
