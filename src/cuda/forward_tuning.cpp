@@ -323,10 +323,10 @@ jit::KernelRequest forward_request(const ForwardShape& shape, int arch) {
                      shape.spec, arch);
 }
 
-jit::KernelRequest combine_request(const ForwardShape& shape, int arch) {
+jit::KernelRequest combine_request(Type type, bool dropout, bool by_warps, int arch) {
   // All that combining depends on, so that one kernel serves every forward of a type.
-  const ForwardSpec spec{.type = shape.spec.type, .dropout = shape.spec.dropout};
-  return jit::render({.function = "combine",
+  const ForwardSpec spec{.type = type, .dropout = dropout};
+  return jit::render({.function = by_warps ? "combine_by_warps" : "combine",
                       .header = "cuda/kernels/combine.cuh",
                       .spec = "ForwardSpec",
                       .params = "ForwardParams",

@@ -72,7 +72,7 @@ inline constexpr std::int64_t kFewRows = 64;
 using math::ceil_div, math::round_up;
 
 [[nodiscard]] jit::KernelRequest forward_request(const ForwardShape& shape, int arch);
-[[nodiscard]] jit::KernelRequest combine_request(const ForwardShape& shape, int arch);
+[[nodiscard]] jit::KernelRequest combine_request(Type type, bool dropout, bool by_warps, int arch);
 [[nodiscard]] jit::KernelRequest mask_words_request(int arch);
 
 }  // namespace fovea::cuda

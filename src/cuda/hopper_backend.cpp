@@ -29,14 +29,16 @@ class ForwardSm90Plan final : public PlannedKernel {
         packed_(problem.packed()),
         device_(device),
         multiprocessors_(model_of_device(device).multiprocessors),
-        mask_words_(problem, kTicketBytes, device, kSm90, WordOrder::kLanes),
+        mask_words_(problem, kTicketBytes + shape.partial_bytes, device, kSm90, WordOrder::kLanes),
         aligned_bias_(problem, mask_words_.workspace_bytes(), device),
-        forward_(forward_sm90_request(shape), device) {
+        forward_(forward_sm90_request(shape), device),
+        combining_(shape.splits, shape.spec.type, shape.spec.dropout, true, device, kSm90) {
     describe_call(problem, params_);
     params_.row_blocks = static_cast<int>(shape.row_blocks);
     params_.tiles = static_cast<int>(shape.tiles);
     params_.heads_abreast = static_cast<int>(shape.heads_abreast);
     params_.batch_inside = shape.batch_inside;
+    params_.splits = static_cast<int>(shape.splits);
   }
 
   [[nodiscard]] std::size_t workspace_bytes() const override { return aligned_bias_.workspace_bytes(); }
@@ -51,6 +53,7 @@ class ForwardSm90Plan final : public PlannedKernel {
         {"order", (packed_ ? "at most " : "") + std::to_string(shape_.tiles) + " tiles, " +
                       std::to_string(shape_.heads_abreast) + (shape_.heads_abreast == 1 ? " head" : " heads") +
                       " in turns"}};
+    combining_.describe(list);
     aligned_bias_.describe(list);
     return list;
   }
@@ -65,9 +68,16 @@ class ForwardSm90Plan final : public PlannedKernel {
     aligned_bias_.make(params, workspace, stream);
     make_maps(params);
     params.ticket = static_cast<u64*>(workspace);
+    params.partials = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + kTicketBytes);
     mask_words_.make(params, workspace, stream);
     if (shape_.tiles >= kManyTiles * multiprocessors_) params.clocks_apart = kClocksApart / multiprocessors_;
     launch(forward_, static_cast<int>(std::min<std::int64_t>(shape_.tiles, multiprocessors_)), params, stream);
+    ForwardParams parts{};
+    static_cast<CallParams&>(parts) = params;
+    parts.out = params.out, parts.lse = params.lse;
+    parts.v_chunks = 1, parts.v_columns = params.head_dim_v;
+    parts.splits = params.splits, parts.partials = params.partials;
+    combining_.run(parts, stream);
   }
 
  private:
@@ -87,6 +97,7 @@ class ForwardSm90Plan final : public PlannedKernel {
   MaskWords mask_words_;
   AlignedBias aligned_bias_;
   PlannedLaunch forward_;
+  Combining combining_;
   ForwardSm90Params params_{};
 };
 
@@ -113,7 +124,7 @@ class HopperBackend final : public Backend {
     const bool backward = problem.direction == Direction::kBackward;
     if (!backward && has_few_rows(problem)) {
       reasons.emplace_back("seqlen_q (" + std::to_string(problem.seqlen_q) +
-                           ") is short, and it does not share out keys");
+                           ") is short, and its tiles do not pack the heads of a group");
     }
     if (!reasons.empty()) return verdict;
     const GpuModel model = model_of_device(device);

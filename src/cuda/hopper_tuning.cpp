@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <limits>
 #include <span>
 #include <string>
 
 #include "cuda/jit/wgmma_text.h"
+#include "cuda/params.h"
 #include "math/band.h"
 
 namespace fovea::cuda {
@@ -120,6 +122,37 @@ std::int64_t heads_abreast_sm90(const Problem& problem, std::int64_t keys_of_row
   return std::clamp<std::int64_t>(sharing, 1, heads_in_l2(problem, gpu));
 }
 
+/// Into how many parts the keys of each tile of rows are cut, where these leave much of the GPU idle: as many as take the
+/// least time, in microseconds measured on an H200 (docs/notes).
+std::int64_t splits_of(const ForwardSm90Shape& shape, std::int64_t keys_of_row, std::int64_t row_floats) {
+  constexpr double kEntries = 3.3e6, kOfBlock = 4.0, kOfCombining = 5.0, kFloats = 4e5;  // of a microsecond; in them
+  const ForwardSm90Spec& spec = shape.spec;
+  const std::int64_t at_once = model_of(kSm90).multiprocessors, key_tiles = ceil_div(keys_of_row, spec.block_n);
+  const double tile = block_m(spec) * spec.block_n * std::max(spec.head_dim + spec.head_dim_v, 160) / kEntries;
+  const auto cost = [&](std::int64_t splits) {
+    const auto waves = static_cast<double>(ceil_div(shape.tiles * splits, at_once));
+    const double once = waves * (static_cast<double>(ceil_div(key_tiles, splits)) * tile + kOfBlock);
+    return splits == 1 ? 0.95 * once : once + kOfCombining + static_cast<double>(row_floats * splits) / kFloats;
+  };
+  std::int64_t best = 1;
+  for (std::int64_t splits = 2; splits <= std::min<std::int64_t>(kWarpSplits, key_tiles) && shape.tiles < at_once;
+       ++splits) {
+    if (cost(splits) < cost(best)) best = splits;
+  }
+  return best;
+}
+
+/// Shares out the keys, unless rows are too many to be combined one by one.
+void split_keys(const Problem& problem, std::int64_t keys_of_row, ForwardSm90Shape& shape) {
+  ForwardSm90Spec& spec = shape.spec;
+  const std::int64_t rows = problem.batch * problem.num_q_heads * problem.seqlen_q, part = spec.head_dim_v + kPartFacts;
+  if (rows > std::numeric_limits<int>::max() - kMostSplits) return;
+  shape.splits = splits_of(shape, keys_of_row, rows * part);
+  spec.split = shape.splits > 1;
+  if (spec.split) shape.partial_bytes = static_cast<std::size_t>(rows * shape.splits * part) * sizeof(float);
+  shape.tiles *= shape.splits;
+}
+
 }  // namespace
 
 bool has_few_rows(const Problem& problem) {
@@ -172,6 +205,7 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem, cons
   shape.batch_inside = problem.bias && !problem.bias->batch;
   shape.heads_abreast = heads_abreast_sm90(problem, keys);
   if (problem.packed()) shape.heads_abreast = std::min(shape.heads_abreast, problem.num_q_heads);  // of one sequence
+  split_keys(problem, keys, shape);
   return shape;
 }
 

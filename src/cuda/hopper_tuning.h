@@ -16,7 +16,9 @@ namespace fovea::cuda {
 struct ForwardSm90Shape {
   ForwardSm90Spec spec;
   std::int64_t row_blocks = 1;     ///< of the longest sequence
-  std::int64_t tiles = 1;          ///< of rows, all heads together
+  std::int64_t tiles = 1;          ///< of rows, all heads together, times splits
+  std::int64_t splits = 1;         ///< parts of the keys of each
+  std::size_t partial_bytes = 0;   ///< of those, to be combined
   std::int64_t heads_abreast = 1;  ///< whose tiles take turns
   bool batch_inside = false;       ///< these are one head of all sequences, then the next head
   bool measured = false;           ///< the tile is `fovea tune`'s
@@ -28,7 +30,7 @@ struct ForwardSm90Shape {
 /// Nothing where the family has no tile: fp32, head dims above 256 or not a multiple of 8.
 [[nodiscard]] std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem, const GpuModel& gpu);
 
-/// Whether rows are so few that keys have to be shared out, which this family does not do.
+/// Whether all rows of a kv head's group fill no tile of this family, whose rows are of one head.
 [[nodiscard]] bool has_few_rows(const Problem& problem);
 
 [[nodiscard]] jit::KernelRequest forward_sm90_request(const ForwardSm90Shape& shape);

@@ -89,6 +89,7 @@ struct ForwardParams : CallParams {
 };
 
 inline constexpr int kMostSplits = 128;  // and threads of a block that combines a row
+inline constexpr int kWarpSplits = 32;   // up to which a warp may combine one
 inline constexpr int kPartFacts = 4;     // floats behind O in a part of a row: reference, sum, and up to 16 bytes
 
 struct BackwardParams : CallParams {

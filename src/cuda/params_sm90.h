@@ -20,11 +20,13 @@ struct ForwardSm90Params : CallParams {
   bool bias_by_engine;
   bool out_by_engine;
   int row_blocks;     // of the longest sequence
-  int tiles;          // of rows: row_blocks × q_heads × batch
+  int tiles;          // of rows: row_blocks × q_heads × batch; times `splits`
   int heads_abreast;  // heads, of any sequences, whose tiles take turns
   bool batch_inside;  // they are one head's of all sequences, then the next one's
   u32 clocks_apart;   // from a block's beginning to the next one's
   u64* ticket;        // `Tickets`
+  int splits;         // blocks that share out the keys of a tile of rows
+  float* partials;    // as in ForwardParams
 };
 
 struct BackwardSm90Params : BackwardParams {

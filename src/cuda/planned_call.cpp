@@ -162,6 +162,25 @@ void require_gpu(const PlannedLaunch& launch, const Device& device) {
               "this plan is for " + name(device) + ", a description; plan for cuda:0 to execute");
 }
 
+Combining::Combining(std::int64_t splits, Type type, bool dropout, bool by_warps, const Device& device, int arch)
+    : splits_(splits), rows_(by_warps ? kMostSplits / 32 : 1) {
+  if (splits > 1) launch_.emplace(combine_request(type, dropout, by_warps, arch), device);
+}
+
+void Combining::describe(std::vector<std::pair<std::string, std::string>>& details) const {
+  details.emplace_back("key splits", std::to_string(splits_));
+  if (launch_) details.emplace_back("combine", launch_->describe());
+}
+
+void Combining::run(const ForwardParams& p, void* stream) const {
+  if (!launch_) return;
+  launch_->kernel->launch({.x = static_cast<unsigned>(ceil_div(std::int64_t{p.batch} * p.q_heads * p.seqlen_q, rows_)),
+                           .y = static_cast<unsigned>(p.v_chunks),
+                           .threads = static_cast<unsigned>(launch_->request.threads),
+                           .early = launch_->request.early},
+                          p, stream);
+}
+
 MaskWords::MaskWords(const Problem& problem, std::size_t workspace_bytes, const Device& device, int arch,
                      WordOrder order)
     : begin_((workspace_bytes + 127) / 128 * 128), bytes_(workspace_bytes), order_(order) {

@@ -56,6 +56,19 @@ void launch(const PlannedLaunch& what, int blocks, const Params& params, void* s
                       params, stream);
 }
 
+/// Combines the parts of rows whose keys were split, where they were.  by_warps: of many rows, up to kWarpSplits parts.
+class Combining {
+ public:
+  Combining(std::int64_t splits, Type type, bool dropout, bool by_warps, const Device& device, int arch);
+  void describe(std::vector<std::pair<std::string, std::string>>& details) const;
+  void run(const ForwardParams& p, void* stream) const;
+
+ private:
+  std::int64_t splits_;
+  int rows_;  // of a block
+  std::optional<PlannedLaunch> launch_;
+};
+
 /// The bits of a boolean mask, 32 keys a word, made by a kernel of their own at the end of a pass's workspace.
 class MaskWords {
  public:

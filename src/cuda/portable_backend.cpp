@@ -19,8 +19,8 @@ class ForwardPlan final : public PlannedKernel {
       : shape_(shape),
         device_(device),
         mask_words_(problem, shape.partial_bytes, device, arch),
-        forward_(forward_request(shape, arch), device) {
-    if (shape.splits > 1) combine_.emplace(combine_request(shape, arch), device);
+        forward_(forward_request(shape, arch), device),
+        combining_(shape.splits, shape.spec.type, shape.spec.dropout, false, device, arch) {
     describe_call(problem, params_);
     params_.row_blocks = shape.row_blocks;
     params_.heads_abreast = static_cast<int>(shape.heads_abreast);
@@ -34,9 +34,8 @@ class ForwardPlan final : public PlannedKernel {
 
   [[nodiscard]] std::vector<std::pair<std::string, std::string>> details() const override {
     std::vector<std::pair<std::string, std::string>> list{{"kernel", forward_.describe()},
-                                                          {"tile", describe_tile(shape_)},
-                                                          {"key splits", std::to_string(shape_.splits)}};
-    if (combine_) list.emplace_back("combine", combine_->describe());
+                                                          {"tile", describe_tile(shape_)}};
+    combining_.describe(list);
     return list;
   }
 
@@ -50,12 +49,7 @@ class ForwardPlan final : public PlannedKernel {
     if (shape_.most_blocks == 0) return;
     mask_words_.make(params, workspace, stream);
     launch(forward_, static_cast<int>(shape_.most_blocks), params, stream, shape_.spec.slices);
-    if (!combine_) return;
-    combine_->kernel->launch({.x = static_cast<unsigned>(params.batch * params.q_heads * params.seqlen_q),
-                              .y = static_cast<unsigned>(params.v_chunks),
-                              .threads = static_cast<unsigned>(combine_->request.threads),
-                              .early = combine_->request.early},
-                             params, stream);
+    combining_.run(params, stream);
   }
 
  private:
@@ -63,7 +57,7 @@ class ForwardPlan final : public PlannedKernel {
   Device device_;
   MaskWords mask_words_;
   PlannedLaunch forward_;
-  std::optional<PlannedLaunch> combine_;
+  Combining combining_;
   ForwardParams params_{};
 };
 

@@ -32,7 +32,7 @@ std::vector<ForwardShape> forward_shapes(const Problem& problem, int arch) {
 
 Requests of_forward(const ForwardShape& shape, int arch) {
   Requests all{forward_request(shape, arch)};
-  if (shape.splits > 1) all.push_back(combine_request(shape, arch));
+  if (shape.splits > 1) all.push_back(combine_request(shape.spec.type, shape.spec.dropout, false, arch));
   return all;
 }
 
@@ -54,6 +54,7 @@ Requests of_hopper(const Problem& problem, Direction direction, const GpuModel& 
     const auto shape = has_few_rows(problem) ? std::nullopt : choose_forward_sm90(problem, model);
     if (!shape) return {};
     all.push_back(forward_sm90_request(*shape));
+    if (shape->splits > 1) all.push_back(combine_request(shape->spec.type, shape->spec.dropout, true, kSm90));
   } else {
     const auto shape = choose_backward_sm90(problem, model);
     if (!shape) return {};

@@ -21,6 +21,7 @@ struct ForwardSm90Spec {
   bool alibi = false;
   bool softcap = false;
   bool dropout = false;
+  bool split = false;  // blocks share out the keys of a tile of rows, and leave parts that are combined
 
   FOVEA_FN friend constexpr bool operator==(const ForwardSm90Spec&, const ForwardSm90Spec&) = default;
 };
@@ -32,7 +33,7 @@ FOVEA_FN constexpr void each_field(const ForwardSm90Spec& s, F&& f) {
   f("warpgroups", s.warpgroups), f("block_n", s.block_n), f("stages", s.stages), f("q_stages", s.q_stages);
   f("hold", s.hold), f("turns", s.turns);
   f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
-  f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);
+  f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout), f("split", s.split);
 }
 
 // A tile lies in panels of 64 columns: rows of 128 bytes, swizzled, a panel after the other.
@@ -53,8 +54,9 @@ FOVEA_FN constexpr int block_m(const ForwardSm90Spec& s) { return s.warpgroups *
 FOVEA_FN constexpr bool begins_with_slopes(const ForwardSm90Spec& s) { return s.alibi && !s.softcap && !s.mask; }
 FOVEA_FN constexpr int threads_of(const ForwardSm90Spec& s) { return (s.warpgroups + 1) * 128; }
 
-/// Where there is one place for Q, that is given back as soon as all scores are made, and O leaves registers otherwise.
-FOVEA_FN constexpr bool leaves_through_q(const ForwardSm90Spec& s) { return s.q_stages > 1; }
+/// Where there is one place for Q, that is given back as soon as all scores are made, and O leaves registers otherwise;
+/// so do parts, in fp32.
+FOVEA_FN constexpr bool leaves_through_q(const ForwardSm90Spec& s) { return s.q_stages > 1 && !s.split; }
 
 /// Where there is one place for Q, a warpgroup gives its rows back alone.
 FOVEA_FN constexpr int q_parts(const ForwardSm90Spec& s) { return s.q_stages == 1 ? s.warpgroups : 1; }

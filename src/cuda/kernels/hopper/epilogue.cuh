@@ -30,8 +30,9 @@ struct Epilogue {
   u32 q;    // address of its place in shared memory
   int row;  // the warp's first, of the block
 
-  /// Divides O by the sums and writes it.
+  /// Divides O by the sums and writes it, or a split's part as it is.
   FOVEA_DEVICE void finish(Out& o, const float (&reference)[2], const float (&factors)[2]) const {
+    if constexpr (S.split) return finish_part(o, reference);
     if (__any_sync(kAllLanes, factors[0] == 0.0F || factors[1] == 0.0F)) {  // NaN may stand where nothing was seen
 #pragma unroll
       for (int x = 0; x < 4 * kD; ++x) {
@@ -50,13 +51,44 @@ struct Epilogue {
     for (int h = 0; h < 2; ++h) mend(h, broken[h] != 0, reference[h], factors[h]);
   }
 
+  FOVEA_DEVICE void finish_part(const Out& o, const float (&reference)[2]) const {
+    const int lane = lane_id();
+    bool broken[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = row + lane / 4 + 8 * h;
+      float* const to = part_of(r) + lane % 4 * 2;
+      float check = 0.0F;
+#pragma unroll
+      for (int c = 0; c < kD; ++c) {
+        const float2 two{o[0][c].x[2 * h], o[0][c].x[2 * h + 1]};
+        if (r < work.rows.left()) *reinterpret_cast<float2*>(to + 8 * c) = two;
+        check += two.x * 0.0F + two.y * 0.0F;
+      }
+      broken[h] = r < work.rows.left() && !(check == 0.0F);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) mend(h, broken[h], reference[h], 1.0F);
+  }
+  FOVEA_DEVICE float* part_of(int r) const {
+    const i64 line = i64{work.sequence.batch} * p.q_heads + work.rows.first_head;
+    int split = 0;
+    if constexpr (S.split) split = work.split;
+    return p.partials + ((line * p.seqlen_q + work.rows.query(r)) * p.splits + split) * (S.head_dim_v + kPartFacts);
+  }
+
   /// Adds sinks, writes lse and gives the factors of O, whose last product may still be running.  Of the four lanes
   /// that share two rows two end one each; the others do the same in vain.
   FOVEA_DEVICE void end_rows(const float (&reference)[2], float (&sum)[2], float (&factors)[2]) const {
     sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
     const int lane = lane_id(), h = lane % 2, r = row + lane / 4 + 8 * h, head = work.rows.first_head;
     float factor = 0.0F;
-    if (r < work.rows.left()) {
+    if (S.split && r < work.rows.left() && lane % 4 == h) {
+      *reinterpret_cast<float2*>(part_of(r) + S.head_dim_v) = {h == 0 ? reference[0] : reference[1],
+                                                               h == 0 ? sum[0] : sum[1]};
+    }
+    if (!S.split && r < work.rows.left()) {
       const RowEnd end = end_of_row<S>(p, head, h == 0 ? reference[0] : reference[1], h == 0 ? sum[0] : sum[1]);
       factor = end.empty ? 0.0F : end.factor;
       if (p.lse.data != nullptr && lane % 4 == h) *work.sequence.statistic(p.lse, work.rows.query(r), head) = end.lse;
@@ -152,8 +184,13 @@ struct Epilogue {
       const int lane = __ffs(static_cast<int>(left)) - 1, r = row + lane / 4 + 8 * h;
       char* const to = work.sequence.q_row(p.out, work.rows.query(r), work.rows.first_head);
       mend_row<S, S.head_dim_v>(rules, keys, work.kv_head, r, __shfl_sync(kAllLanes, reference, lane),
-                                __shfl_sync(kAllLanes, factor, lane), 0, p.head_dim_v,
-                                [&](int column, float x) { write<S.type>(to + column * kBytes<S.type>, x); });
+                                __shfl_sync(kAllLanes, factor, lane), 0, p.head_dim_v, [&](int column, float x) {
+                                  if constexpr (S.split) {
+                                    part_of(r)[column] = x;
+                                  } else {
+                                    write<S.type>(to + column * kBytes<S.type>, x);
+                                  }
+                                });
     }
   }
 };

@@ -45,9 +45,17 @@ struct PackedTiles {
   }
 };
 
+/// Which of the parts of a tile's keys.
+template <bool kSplit>
+struct KeySplit {};
+template <>
+struct KeySplit<true> {
+  int split;
+};
+
 /// A tile of rows of one head.
 template <ForwardSm90Spec S>
-struct Work {
+struct Work : KeySplit<S.split> {
   Sequence sequence;
   RowMap<false> rows;
   int kv_head;
@@ -59,16 +67,20 @@ struct Work {
   FOVEA_DEVICE Interval tiles_of(int group) const {
     const Band::Reach& seen = reach[group];
     if (seen.any_end <= seen.any_begin) return {tiles.begin, tiles.begin};
-    return {seen.any_begin / S.block_n, (seen.any_end - 1) / S.block_n + 1};
+    const Interval own{seen.any_begin / S.block_n, (seen.any_end - 1) / S.block_n + 1};
+    if constexpr (!S.split) return own;
+    const Interval part{math::larger(own.begin, tiles.begin), math::smaller(own.end, tiles.end)};
+    return part.empty() ? Interval{tiles.begin, tiles.begin} : part;
   }
   FOVEA_DEVICE TileState band_of(int group, int tile) const {
     return reach[group].tile({tile * S.block_n, tile * S.block_n + S.block_n});
   }
 
   /// Becomes the tile of this number; false where there is none.  Rows that see the most come first.
-  FOVEA_DEVICE bool find(const ForwardSm90Params& p, int tile, PackedTiles& packed) {
+  FOVEA_DEVICE bool find(const ForwardSm90Params& p, int number, PackedTiles& packed) {
+    const int tile = S.split ? number / p.splits : number;
     const bool is_packed = p.cu_seqlens_q.data != nullptr, batch_inside = p.batch_inside && !is_packed;
-    if (is_packed ? !packed.find<S>(p, tile) : tile >= p.tiles) return false;
+    if (is_packed ? !packed.find<S>(p, tile) : number >= p.tiles) return false;
     const int inside = batch_inside ? p.batch : p.q_heads, outside = batch_inside ? p.q_heads : p.batch;
     const int row_blocks = is_packed ? packed.row_blocks : p.row_blocks;
     const auto [outer, inner, turn] =
@@ -81,6 +93,13 @@ struct Work {
     const Interval keys = sequence.band.keys_of_rows(rows.queries(0, block_m(S)));
     tiles.begin = keys.begin / S.block_n;
     tiles.end = keys.empty() ? tiles.begin : (keys.end - 1) / S.block_n + 1;
+    if constexpr (S.split) {
+      this->split = number - tile * p.splits;
+      const int first = tiles.begin;
+      const i64 all = tiles.end - first;
+      const auto part = [&](int split) { return first + static_cast<int>(all * split / p.splits); };
+      tiles = {part(this->split), part(this->split + 1)};
+    }
 #pragma unroll 1
     for (int g = 0; g < S.warpgroups; ++g) {
       const Interval queries = rows.queries(g * kGroupRows, (g + 1) * kGroupRows);

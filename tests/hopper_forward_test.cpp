@@ -1,0 +1,56 @@
+// How the Hopper family cuts up a forward pass.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <string>
+
+#include "cuda/hopper_tuning.h"
+#include "cuda/requests.h"
+#include "tests/support.h"
+
+namespace fovea::cuda {
+namespace {
+
+using test::contains;
+
+ForwardSm90Shape shape_of(const std::string& line) {
+  return *choose_forward_sm90(parse_problem(line), model_of(kSm90));
+}
+
+TEST(HopperForward, SharesOutTheKeysOfFewTiles) {
+  for (const char* line :
+       {"fwd bf16 b2 hq8 sq128 skv16384 d128", "fwd bf16 b1 hq32 hkv8 sq256 skv16384 d128 causal=bottom_right",
+        "fwd fp16 b1 hq8 sq512 skv8192 d256 mask=b1qk", "fwd bf16 b1 hq1 sq4096 d128"}) {
+    const auto shape = shape_of(line);
+    EXPECT_TRUE(shape.spec.split) << line;
+    EXPECT_LE(shape.tiles, 132) << line << ": one wave";
+    EXPECT_GT(shape.tiles, 66) << line << ": of most of the GPU";
+  }
+  const auto shape = shape_of("fwd bf16 b2 hq8 sq128 skv16384 d128");
+  EXPECT_EQ(shape.splits, 8);
+  EXPECT_EQ(shape.tiles, 16 * 8);
+  EXPECT_EQ(shape.partial_bytes, std::size_t{2} * 8 * 128 * 8 * (128 + 4) * 4) << "O, reference and sum, in fp32";
+}
+
+TEST(HopperForward, KeepsKeysTogetherWhereTilesFillTheGpuOrKeysAreFew) {
+  for (const char* line : {"fwd bf16 b4 hq16 sq4096 d128", "fwd bf16 b1 hq16 sq2048 d128", "fwd bf16 b1 hq2 sq600 d64",
+                           "fwd bf16 b1 hq8 sq512 skv512 d128", "fwd bf16 b1 hq2 sq128 skv0 d64"}) {
+    const auto shape = shape_of(line);
+    EXPECT_FALSE(shape.spec.split) << line;
+    EXPECT_EQ(shape.splits, 1) << line;
+    EXPECT_EQ(shape.partial_bytes, 0U) << line;
+  }
+}
+
+TEST(HopperForward, AsksForTheKernelThatCombinesParts) {
+  const auto names = [](const std::string& line) {
+    std::string all;
+    for (const auto& request : requests(parse_problem(line), Direction::kForward, kSm90)) all += request.name + " ";
+    return all;
+  };
+  EXPECT_TRUE(contains(names("fwd bf16 b2 hq8 sq128 skv16384 d128 dropout=0.1"), "combine_by_warps_bf16_d64_dropout"));
+  EXPECT_FALSE(contains(names("fwd bf16 b4 hq16 sq4096 d128"), "combine_by_warps"));
+}
+
+}  // namespace
+}  // namespace fovea::cuda
