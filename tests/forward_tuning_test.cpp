@@ -123,7 +123,7 @@ TEST(ForwardTuning, KernelsAreListedForAnyNumberOfMultiprocessors) {
       const auto shape = choose_forward(parse_problem(line), gpu);
       ASSERT_TRUE(shape);
       EXPECT_TRUE(names.contains(forward_request(*shape, 80).name)) << gpu.multiprocessors;
-      const auto combine = combine_request(shape->spec.type, shape->spec.dropout, false, 80);
+      const auto combine = combine_request(shape->spec.type, shape->spec.dropout, shape->by_warps, 80);
       EXPECT_TRUE(shape->splits == 1 || names.contains(combine.name)) << gpu.multiprocessors;
     }
   }

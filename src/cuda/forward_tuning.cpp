@@ -173,16 +173,21 @@ std::int64_t choose_splits(std::int64_t blocks, std::int64_t steps, std::int64_t
   return best;
 }
 
+constexpr std::int64_t kManyRows = 1024;  // that warps combine: fewer are blocks enough for the GPU
+
 /// Splits the keys of `blocks` blocks of rows where these are too few for the GPU.
 void split_keys(const Problem& problem, const GpuModel& gpu, std::int64_t blocks, ForwardShape& shape) {
   ForwardSpec& spec = shape.spec;
   const std::int64_t step = std::int64_t{spec.block_n} * spec.slices, steps = ceil_div(problem.seqlen_kv, step);
   // A sliced block keeps enough copies in flight for a multiprocessor of its own; of others all that fit run at once.
   const std::int64_t slots = gpu.multiprocessors * (spec.slices > 1 ? 1 : shape.min_blocks);
-  const std::int64_t most =
-      spec.slices > 1 ? steps / 2 : std::min(slots / std::max<std::int64_t>(1, blocks), steps / 4);
-  const std::int64_t rows = problem.batch * problem.num_q_heads * problem.seqlen_q;  // combined, each by a block
-  const std::int64_t splits = rows > std::numeric_limits<int>::max() ? 1 : choose_splits(blocks, steps, slots, most);
+  const std::int64_t rows = problem.batch * problem.num_q_heads * problem.seqlen_q;  // to be combined
+  shape.by_warps = rows >= kManyRows;
+  const std::int64_t most = std::min<std::int64_t>(
+      shape.by_warps ? kWarpSplits : kMostSplits,
+      spec.slices > 1 ? steps / 2 : std::min(slots / std::max<std::int64_t>(1, blocks), steps / 4));
+  const std::int64_t splits =
+      rows > std::numeric_limits<int>::max() - kMostSplits ? 1 : choose_splits(blocks, steps, slots, most);
   shape.keys_per_split = static_cast<int>(std::max<std::int64_t>(1, ceil_div(steps, splits)) * step);
   shape.splits = static_cast<int>(std::max<std::int64_t>(1, ceil_div(problem.seqlen_kv, shape.keys_per_split)));
   spec.split = shape.splits > 1;
@@ -223,6 +228,12 @@ std::int64_t heads_abreast(const Problem& problem, const GpuModel& gpu) {
   return see_alike(problem) ? 1 : heads_in_l2(problem, gpu);
 }
 
+bool packs_heads(const Problem& problem) {
+  constexpr std::int64_t kShort = 32;  // rows, a quarter of a block
+  const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
+  return group > 1 && (problem.seqlen_q * group <= kFewRows || problem.seqlen_q <= kShort);
+}
+
 Type type_of(DType dtype) {
   if (dtype == DType::kFloat16) return Type::kFloat16;
   return dtype == DType::kBFloat16 ? Type::kBFloat16 : Type::kFloat32;
@@ -261,7 +272,7 @@ std::optional<ForwardShape> choose_forward(const Problem& problem, const GpuMode
   take_options(problem, spec);
 
   const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
-  spec.pack_gqa = group > 1 && problem.seqlen_q * group <= kFewRows;
+  spec.pack_gqa = packs_heads(problem);
   const std::int64_t of_a_query = spec.pack_gqa ? group : 1, rows = problem.seqlen_q * of_a_query;
 
   const int widest = std::max(spec.head_dim, static_cast<int>(round_up(columns, 16)));

@@ -34,6 +34,7 @@ struct ForwardShape {
   int row_blocks = 1, v_chunks = 1, splits = 1, keys_per_split = 0;  ///< see ForwardParams
   std::int64_t heads_abreast = 1;                                    ///< likewise
   std::int64_t most_blocks = 0;                                      ///< a grid and an int hold 2^31 − 1
+  bool by_warps = false;                                             ///< who combines parts: each a row
   std::size_t partial_bytes = 0;
   bool measured = false;  ///< the tile is `fovea tune`'s
 };
@@ -68,6 +69,8 @@ void take_options(const Problem& problem, Spec& spec) {
 
 /// Rows of a kv head up to which a problem counts as decoding: tall blocks gain nothing.
 inline constexpr std::int64_t kFewRows = 64;
+/// Whether heads of a group share blocks: where all of them are few rows, or one would leave most of a block empty.
+[[nodiscard]] bool packs_heads(const Problem& problem);
 
 using math::ceil_div, math::round_up;
 

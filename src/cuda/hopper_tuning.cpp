@@ -122,8 +122,8 @@ std::int64_t heads_abreast_sm90(const Problem& problem, std::int64_t keys_of_row
   return std::clamp<std::int64_t>(sharing, 1, heads_in_l2(problem, gpu));
 }
 
-/// Into how many parts the keys of each tile of rows are cut, where these leave much of the GPU idle: as many as take the
-/// least time, in microseconds measured on an H200 (docs/notes).
+/// Into how many parts the keys of each tile of rows are cut, where these leave much of the GPU idle: as many as take
+/// the least time, in microseconds measured on an H200 (docs/notes).
 std::int64_t splits_of(const ForwardSm90Shape& shape, std::int64_t keys_of_row, std::int64_t row_floats) {
   constexpr double kEntries = 3.3e6, kOfBlock = 4.0, kOfCombining = 5.0, kFloats = 4e5;  // of a microsecond; in them
   const ForwardSm90Spec& spec = shape.spec;
@@ -156,7 +156,7 @@ void split_keys(const Problem& problem, std::int64_t keys_of_row, ForwardSm90Sha
 }  // namespace
 
 bool has_few_rows(const Problem& problem) {
-  return problem.seqlen_q * (problem.num_q_heads / problem.num_kv_heads) <= kFewRows;
+  return problem.seqlen_q * (problem.num_q_heads / problem.num_kv_heads) <= kFewRows || packs_heads(problem);
 }
 
 std::string name_of(const ForwardSm90Shape& shape) {

@@ -30,7 +30,7 @@ struct ForwardSm90Shape {
 /// Nothing where the family has no tile: fp32, head dims above 256 or not a multiple of 8.
 [[nodiscard]] std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem, const GpuModel& gpu);
 
-/// Whether all rows of a kv head's group fill no tile of this family, whose rows are of one head.
+/// Whether rows are few, of a head or of the heads that the portable family packs: tiles of this one have one head's.
 [[nodiscard]] bool has_few_rows(const Problem& problem);
 
 [[nodiscard]] jit::KernelRequest forward_sm90_request(const ForwardSm90Shape& shape);

@@ -20,7 +20,7 @@ class ForwardPlan final : public PlannedKernel {
         device_(device),
         mask_words_(problem, shape.partial_bytes, device, arch),
         forward_(forward_request(shape, arch), device),
-        combining_(shape.splits, shape.spec.type, shape.spec.dropout, false, device, arch) {
+        combining_(shape.splits, shape.spec.type, shape.spec.dropout, shape.by_warps, device, arch) {
     describe_call(problem, params_);
     params_.row_blocks = shape.row_blocks;
     params_.heads_abreast = static_cast<int>(shape.heads_abreast);

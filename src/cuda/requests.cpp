@@ -32,7 +32,7 @@ std::vector<ForwardShape> forward_shapes(const Problem& problem, int arch) {
 
 Requests of_forward(const ForwardShape& shape, int arch) {
   Requests all{forward_request(shape, arch)};
-  if (shape.splits > 1) all.push_back(combine_request(shape.spec.type, shape.spec.dropout, false, arch));
+  if (shape.splits > 1) all.push_back(combine_request(shape.spec.type, shape.spec.dropout, shape.by_warps, arch));
   return all;
 }
 

@@ -87,8 +87,7 @@ __device__ void combine_by_warps(const ForwardParams& p) {
     float o[4] = {};
 #pragma unroll 8
     for (int split = 0; split < p.splits; ++split) {
-      const float4 part =
-          *reinterpret_cast<const float4*>(parts + split * stride + math::smaller(column, width - 4));
+      const float4 part = *reinterpret_cast<const float4*>(parts + split * stride + math::smaller(column, width - 4));
       const float w = __shfl_sync(kAllLanes, weight, split);
       if (w < 0.0F) continue;
       o[0] += w * part.x, o[1] += w * part.y, o[2] += w * part.z, o[3] += w * part.w;

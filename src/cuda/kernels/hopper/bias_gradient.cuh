@@ -81,8 +81,12 @@ struct BiasGradientSm90 {
     };
     BiasTile at{};
     at.key = take(tiles(p.seqlen_kv)) * kTile, at.row = take(own(p.dbias.query, tiles(p.seqlen_q))) * kTile;
-    at.head = take(own(p.dbias.head, p.q_heads)), at.batch = take(own(p.dbias.batch, p.batch));
-    at.part = static_cast<int>(number);
+    at.head = take(own(p.dbias.head, p.q_heads));
+    if (p.bias_parts > 1) {
+      at.batch = take(own(p.dbias.batch, p.batch)), at.part = static_cast<int>(number);
+    } else {
+      at.batch = static_cast<int>(number);
+    }
     return at;
   }
 
@@ -97,7 +101,7 @@ struct BiasGradientSm90 {
     for (u32 number = blockIdx.x; number < p.bias_tiles; number += gridDim.x) load_tile(state.at = tile(number), step);
     load_nothing(step, State::kFirst | State::kEnd);
   }
-  /// at: the tile, then each of its part's sharers.
+  /// at: the tile, then the rows of each of its part's sharers.
   FOVEA_DEVICE void load_tile(BiasTile& at, u32& step) const {
     const int longer = state.longer_parts, begin = state.of_part * at.part + math::smaller(at.part, longer);
     u32 first = State::kFirst;
@@ -106,12 +110,13 @@ struct BiasGradientSm90 {
       const int rows = shared(p.dbias.query, tiles(p.seqlen_q)), heads = shared(p.dbias.head, p.q_heads);
       at.row += begin % rows * kTile, at.head += begin / rows % heads, at.batch += begin / rows / heads;
     }
-    if (left > 0) state.sequence = Sequence::of(p, at.batch);
+    int head = at.head, batch = at.batch;
+    if (left > 0) state.sequence = Sequence::of(p, batch);
 #pragma unroll 1
     for (; left > 0; --left) {
       const TileState sight = state.sequence.band.tile({at.row, at.row + kTile}, {at.key, at.key + kTile});
       if (sight != TileState::kHidden) {
-        load(step++, at, first | (sight == TileState::kPartial ? State::kPartial : 0));
+        load(step++, at, head, first | (sight == TileState::kPartial ? State::kPartial : 0));
         first = 0;
       }
       if (p.dbias.query == 0) {
@@ -119,10 +124,10 @@ struct BiasGradientSm90 {
         at.row = 0;
       }
       if (p.dbias.head == 0) {
-        if (++at.head < p.q_heads) continue;
-        at.head = 0;
+        if (++head < p.q_heads) continue;
+        head = 0;
       }
-      if (left > 1) state.sequence = Sequence::of(p, ++at.batch);
+      if (left > 1) state.sequence = Sequence::of(p, ++batch);
     }
     if (first != 0) load_nothing(step++, State::kFirst | State::kHidden);
   }
@@ -136,9 +141,8 @@ struct BiasGradientSm90 {
       state.ring.full[state.ring.place(n)].arrive();
     }
   }
-  FOVEA_DEVICE void load(u32 step, const BiasTile& at, u32 marks) const {
+  FOVEA_DEVICE void load(u32 step, const BiasTile& at, int head, u32 marks) const {
     const Sequence& sequence = state.sequence;
-    const int head = at.head;
     const int batch = p.cu_seqlens_q.data != nullptr ? 0 : sequence.batch;  // packed sequences are one to the engine
     const RowPlace keys{sequence.kv_begin + at.key, head / p.group, batch};
     const RowPlace rows{sequence.q_begin + at.row, head, batch};

@@ -42,8 +42,7 @@ struct Producer {
       if (n > 0) tile = Tickets::next(p, tile);
       if (!work.find(p, tile, state.packed)) {
         work.rows = {};
-        Tickets::end(p, tile,
-                     p.cu_seqlens_q.data == nullptr ? p.tiles : state.packed.first * (S.split ? p.splits : 1));
+        Tickets::end(p, tile, p.cu_seqlens_q.data == nullptr ? p.tiles : state.packed.first * (S.split ? p.splits : 1));
       }
       if constexpr (kByEngine) state.known.arrive();
     }
