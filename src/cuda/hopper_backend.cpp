@@ -73,7 +73,7 @@ class ForwardSm90Plan final : public PlannedKernel {
     if (shape_.tiles >= kManyTiles * multiprocessors_) params.clocks_apart = kClocksApart / multiprocessors_;
     launch(forward_, static_cast<int>(std::min<std::int64_t>(shape_.tiles, multiprocessors_)), params, stream);
     ForwardParams parts{};
-    static_cast<CallParams&>(parts) = params;
+    static_cast<CallParams&>(parts) = static_cast<const CallParams&>(params);
     parts.out = params.out, parts.lse = params.lse;
     parts.v_chunks = 1, parts.v_columns = params.head_dim_v;
     parts.splits = params.splits, parts.partials = params.partials;

@@ -115,7 +115,7 @@ class BackwardSm90Plan final : public PlannedKernel {
       make_maps(p, kBiasGradientTile, kBiasGradientTile);
       p.dbias_by_engine &= p.bias_parts == 1 && p.dbias.query != 0;
       const auto tiles = [](int of) { return ceil_div(of, kBiasGradientTile); };
-      const auto count = [](std::int64_t stride, int size) { return stride == 0 ? 1 : size; };
+      const auto count = [](std::int64_t stride, std::int64_t size) { return stride == 0 ? 1 : size; };
       p.slot_rows = spec.block_m;
       const std::int64_t all_tiles = count(p.dbias.query, tiles(p.seqlen_q)) * tiles(p.seqlen_kv) *
                                      count(p.dbias.batch, p.batch) * count(p.dbias.head, p.q_heads) * p.bias_parts;
