@@ -1,7 +1,6 @@
 // How the Hopper family cuts up a forward pass.
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <string>
 
 #include "cuda/hopper_tuning.h"

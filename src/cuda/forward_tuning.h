@@ -34,7 +34,7 @@ struct ForwardShape {
   int row_blocks = 1, v_chunks = 1, splits = 1, keys_per_split = 0;  ///< see ForwardParams
   std::int64_t heads_abreast = 1;                                    ///< likewise
   std::int64_t most_blocks = 0;                                      ///< a grid and an int hold 2^31 − 1
-  bool by_warps = false;                                             ///< who combines parts: each a row
+  bool by_warps = false;  ///< combine parts of rows, one each; else blocks do
   std::size_t partial_bytes = 0;
   bool measured = false;  ///< the tile is `fovea tune`'s
 };

@@ -125,7 +125,7 @@ std::int64_t heads_abreast_sm90(const Problem& problem, std::int64_t keys_of_row
 /// Into how many parts the keys of each tile of rows are cut, where these leave much of the GPU idle: as many as take
 /// the least time, in microseconds measured on an H200 (docs/notes).
 std::int64_t splits_of(const ForwardSm90Shape& shape, std::int64_t keys_of_row, std::int64_t row_floats) {
-  constexpr double kEntries = 3.3e6, kOfBlock = 4.0, kOfCombining = 5.0, kFloats = 4e5;  // of a microsecond; in them
+  constexpr double kEntries = 3.3e6, kFloats = 4e5, kOfBlock = 4.0, kOfCombining = 5.0;  // two rates, two times
   const ForwardSm90Spec& spec = shape.spec;
   const std::int64_t at_once = model_of(kSm90).multiprocessors, key_tiles = ceil_div(keys_of_row, spec.block_n);
   const double tile = block_m(spec) * spec.block_n * std::max(spec.head_dim + spec.head_dim_v, 160) / kEntries;

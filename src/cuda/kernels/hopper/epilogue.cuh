@@ -73,9 +73,8 @@ struct Epilogue {
   }
   FOVEA_DEVICE float* part_of(int r) const {
     const i64 line = i64{work.sequence.batch} * p.q_heads + work.rows.first_head;
-    int split = 0;
-    if constexpr (S.split) split = work.split;
-    return p.partials + ((line * p.seqlen_q + work.rows.query(r)) * p.splits + split) * (S.head_dim_v + kPartFacts);
+    return p.partials +
+           ((line * p.seqlen_q + work.rows.query(r)) * p.splits + work.split) * (S.head_dim_v + kPartFacts);
   }
 
   /// Adds sinks, writes lse and gives the factors of O, whose last product may still be running.  Of the four lanes
@@ -84,11 +83,11 @@ struct Epilogue {
     sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
     const int lane = lane_id(), h = lane % 2, r = row + lane / 4 + 8 * h, head = work.rows.first_head;
     float factor = 0.0F;
-    if (S.split && r < work.rows.left() && lane % 4 == h) {
-      *reinterpret_cast<float2*>(part_of(r) + S.head_dim_v) = {h == 0 ? reference[0] : reference[1],
-                                                               h == 0 ? sum[0] : sum[1]};
-    }
-    if (!S.split && r < work.rows.left()) {
+    if constexpr (S.split) {
+      if (r < work.rows.left() && lane % 4 == h)
+        *reinterpret_cast<float2*>(part_of(r) + S.head_dim_v) = {h == 0 ? reference[0] : reference[1],
+                                                                 h == 0 ? sum[0] : sum[1]};
+    } else if (r < work.rows.left()) {
       const RowEnd end = end_of_row<S>(p, head, h == 0 ? reference[0] : reference[1], h == 0 ? sum[0] : sum[1]);
       factor = end.empty ? 0.0F : end.factor;
       if (p.lse.data != nullptr && lane % 4 == h) *work.sequence.statistic(p.lse, work.rows.query(r), head) = end.lse;
