@@ -189,7 +189,7 @@ TEST(Dispatch, HopperHasKernelsOfItsOwnAndSaysWhatTheyDoNotRun) {
            std::pair{"fwd fp32 b1 hq1 sq512 d64", "not fp32"},
            std::pair{"fwd bf16 b1 hq1 sq512 d36 dv40", "head_dim (36) is no multiple of 8"},
            std::pair{"fwd bf16 b1 hq1 sq512 d40 dv264", "head_dim_v (264) is above 256"},
-           std::pair{"fwd bf16 b1 hq8 hkv2 sq16 skv4096 d128", "seqlen_q (16) is short"},
+           std::pair{"fwd bf16 b1 hq8 hkv2 sq4 skv4096 d256", "seqlen_q (4) is short"},
            std::pair{"bwd bf16 b1 hq1 sq512 d256 alibi softcap=30", "no tile of head_dim 256"},
            std::pair{"fwd bf16 b1 hq1 sq512 d64 alibi scale=2e-9", "softmax_scale (2e-09) is below 0.0001"},
        }) {

@@ -41,6 +41,35 @@ TEST(HopperForward, KeepsKeysTogetherWhereTilesFillTheGpuOrKeysAreFew) {
   }
 }
 
+TEST(HopperForward, PacksTheHeadsOfAGroupWhereTilesAreFullerSo) {
+  const auto heads = [](const std::string& line) { return shape_of(line).packed_heads; };
+  EXPECT_EQ(heads("fwd bf16 b8 hq32 hkv8 sq48 skv4096 d128"), 4);
+  EXPECT_EQ(heads("fwd bf16 b8 hq28 hkv4 sq48 skv4096 d128"), 7) << "of eight places one stays empty";
+  EXPECT_EQ(heads("fwd bf16 b8 hq32 hkv1 sq16 skv4096 d128"), 16) << "of 32 heads";
+  EXPECT_EQ(heads("fwd bf16 b64 hq32 hkv8 sq160 skv160 d128 causal=bottom_right"), 4);
+  EXPECT_EQ(heads("fwd bf16 b4 hq28 hkv4 sq4096 d128"), 1) << "an eighth of the rows would stay empty";
+  EXPECT_EQ(heads("fwd bf16 b8 hq12 hkv4 sq48 skv2048 d128"), 1)
+      << "tiles with one warpgroup's rows, on all of the GPU";
+  for (const char* option : {"alibi", "dropout=0.1", "bias=1h1k"})
+    EXPECT_EQ(heads("fwd bf16 b8 hq32 hkv8 sq48 skv4096 d128 " + std::string(option)), 1) << option;
+  const auto shape = shape_of("fwd bf16 b8 hq28 hkv4 sq48 skv4096 d128");
+  EXPECT_TRUE(shape.spec.pack_gqa);
+  EXPECT_EQ(shape.row_blocks, 3) << "48 queries of eight places each, in tiles of 128";
+}
+
+TEST(HopperForward, LeavesFewRowsToThePortableFamilyWhereItIsFaster) {
+  const auto left = [](const std::string& line) { return has_few_rows(parse_problem(line), shape_of(line)); };
+  EXPECT_FALSE(left("fwd bf16 b1 hq32 hkv8 sq1 skv8192 d128"));
+  EXPECT_TRUE(left("fwd bf16 b1 hq32 hkv8 sq1 skv8192 d256"));
+  EXPECT_TRUE(left("fwd bf16 b1 hq8 hkv8 sq16 skv4096 d128"));
+  EXPECT_FALSE(left("fwd bf16 b1 hq8 hkv8 sq17 skv4096 d128"));
+  EXPECT_TRUE(left("fwd bf16 b1 hq8 hkv8 sq32 skv4096 d128 alibi"));
+  EXPECT_FALSE(left("fwd bf16 b1 hq8 hkv8 sq33 skv4096 d128 alibi"));
+  EXPECT_TRUE(left("fwd bf16 b8 hq32 hkv8 sq32 skv4096 d128 alibi")) << "whose heads are not packed here";
+  EXPECT_FALSE(left("fwd bf16 b8 hq32 hkv8 sq16 skv4096 d128 dropout=0.1"));
+  EXPECT_TRUE(left("fwd bf16 b8 hq71 hkv1 sq16 skv2048 d128")) << "whose heads are no product of few";
+}
+
 TEST(HopperForward, AsksForTheKernelThatCombinesParts) {
   const auto names = [](const std::string& line) {
     std::string all;

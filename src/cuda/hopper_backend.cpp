@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <charconv>
 #include <limits>
 
@@ -39,6 +40,9 @@ class ForwardSm90Plan final : public PlannedKernel {
     params_.heads_abreast = static_cast<int>(shape.heads_abreast);
     params_.batch_inside = shape.batch_inside;
     params_.splits = static_cast<int>(shape.splits);
+    params_.packed_heads = static_cast<int>(shape.packed_heads);
+    params_.packed_bits = std::bit_width(static_cast<std::uint64_t>(shape.packed_heads - 1));
+    params_.heads = static_cast<int>(problem.num_q_heads / shape.packed_heads);
   }
 
   [[nodiscard]] std::size_t workspace_bytes() const override { return aligned_bias_.workspace_bytes(); }
@@ -53,6 +57,7 @@ class ForwardSm90Plan final : public PlannedKernel {
         {"order", (packed_ ? "at most " : "") + std::to_string(shape_.tiles) + " tiles, " +
                       std::to_string(shape_.heads_abreast) + (shape_.heads_abreast == 1 ? " head" : " heads") +
                       " in turns"}};
+    if (shape_.spec.pack_gqa) list.emplace_back("packed heads", std::to_string(shape_.packed_heads));
     combining_.describe(list);
     aligned_bias_.describe(list);
     return list;
@@ -84,9 +89,13 @@ class ForwardSm90Plan final : public PlannedKernel {
   void make_maps(ForwardSm90Params& p) const {
     const auto& s = shape_.spec;
     const CallMaps maps{p, CurrentGpu(device_.index), s.type, q_rows(s), s.block_n};
-    p.by_engine = maps.of_rows(p.q, p.head_dim, p.q_map) && maps.of_keys(p.k, p.head_dim, p.k_map) &&
+    const auto of_rows = [&](const RowView& view, int columns, int rows, TensorMap& map) {
+      return s.pack_gqa ? maps.of_packed_rows(view, columns, rows, p.packed_heads, p.packed_bits, map)
+                        : maps.of_rows(view, columns, rows, map);
+    };
+    p.by_engine = of_rows(p.q, p.head_dim, q_rows(s), p.q_map) && maps.of_keys(p.k, p.head_dim, p.k_map) &&
                   maps.of_keys(p.v, p.head_dim_v, p.v_map);
-    p.out_by_engine = leaves_through_q(s) && maps.of_rows(p.out, p.head_dim_v, kWarpRows, p.out_map);
+    p.out_by_engine = leaves_through_q(s) && of_rows(p.out, p.head_dim_v, kWarpRows, p.out_map);
     p.bias_by_engine = s.bias && maps.of_entries(p.bias, s.bias_type, kGroupRows, p.bias_map);
   }
 
@@ -122,10 +131,6 @@ class HopperBackend final : public Backend {
     refuse_dim("head_dim", problem.head_dim);
     refuse_dim("head_dim_v", problem.head_dim_v);
     const bool backward = problem.direction == Direction::kBackward;
-    if (!backward && has_few_rows(problem)) {
-      reasons.emplace_back("seqlen_q (" + std::to_string(problem.seqlen_q) +
-                           ") is short, and its tiles do not pack the heads of a group");
-    }
     if (!reasons.empty()) return verdict;
     const GpuModel model = model_of_device(device);
     const auto found = [&](const auto& shape) {
@@ -140,6 +145,10 @@ class HopperBackend final : public Backend {
       if (found(shape)) limit(verdict, "the number of blocks", shape->most_blocks, std::numeric_limits<int>::max());
     } else if (const auto shape = choose_forward_sm90(problem, model); found(shape)) {
       limit(verdict, "the number of tiles", shape->tiles, kMostTiles);
+      if (has_few_rows(problem, *shape)) {
+        reasons.emplace_back("seqlen_q (" + std::to_string(problem.seqlen_q) +
+                             ") is short, and portable blocks pack all heads of a group");
+      }
       if (begins_with_slopes(shape->spec) && problem.scale() < kLeastScale) {
         std::array<char, 32> digits{};
         const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), problem.scale()).ptr;

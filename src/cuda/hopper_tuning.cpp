@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cstdint>
 #include <limits>
 #include <span>
 #include <string>
@@ -96,11 +97,60 @@ std::int64_t most_keys_of_row(const Problem& problem) {
   return most;
 }
 
+std::int64_t group_of(const Problem& problem) { return problem.num_q_heads / problem.num_kv_heads; }
+
+/// Tiles of rows, and the rows of warpgroups in them.
+struct RowTiles {
+  std::int64_t of_head, all, groups;
+
+  [[nodiscard]] std::int64_t waves() const { return ceil_div(all, model_of(kSm90).multiprocessors); }
+  /// In the time that a warpgroup's rows take a multiprocessor.  Few tiles have their keys shared out, and uneven ones
+  /// end together.
+  [[nodiscard]] double cost(bool even) const {
+    const std::int64_t at_once = model_of(kSm90).multiprocessors;
+    const std::int64_t filled = all < at_once || !even ? all : waves() * at_once;
+    return static_cast<double>(groups) * static_cast<double>(filled) / static_cast<double>(at_once * all);
+  }
+};
+RowTiles row_tiles(const Problem& problem, int block_m, std::int64_t packed_heads) {
+  const auto packed = static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(packed_heads)));
+  const std::int64_t rows = problem.seqlen_q * packed, heads = problem.num_q_heads / packed_heads * problem.batch;
+  return {ceil_div(rows, block_m), ceil_div(rows, block_m) * heads, ceil_div(rows, kGroupRows) * heads};
+}
+
 /// The work lost to the last, incomplete wave of tiles and to rows past a sequence's end, in percent of the rows.
-std::int64_t idle(const Problem& problem, int block_m) {
-  const std::int64_t heads = problem.num_q_heads * problem.batch, at_once = model_of(kSm90).multiprocessors;
-  const std::int64_t waves = ceil_div(ceil_div(problem.seqlen_q, block_m) * heads, at_once);
-  return waves * at_once * block_m * 100 / std::max<std::int64_t>(1, problem.seqlen_q * heads) - 100;
+std::int64_t idle(const Problem& problem, const ForwardSm90Shape& shape) {
+  const std::int64_t rows = problem.seqlen_q * problem.num_q_heads * problem.batch, block = block_m(shape.spec);
+  const std::int64_t waves = row_tiles(problem, block_m(shape.spec), shape.packed_heads).waves();
+  return waves * model_of(kSm90).multiprocessors * block * 100 / std::max<std::int64_t>(1, rows) - 100;
+}
+
+/// Chooses how many heads share tiles of rows.  Slopes, biases and draws are made for rows of one head.
+std::int64_t heads_to_pack(const Problem& problem, const ForwardSm90Spec& spec) {
+  constexpr std::int64_t kMost = kWarpRows, kMostRows = std::int64_t{1} << 30;
+  if (spec.bias || spec.alibi || spec.dropout || problem.seqlen_q > kMostRows / kMost) return 1;
+  if (spec.softcap && std::max(spec.head_dim, spec.head_dim_v) > 192) return 1;  // for want of registers
+  const bool even = see_alike(problem) || problem.seqlen_q * 4 <= problem.seqlen_kv;
+  // Where nothing else tells: long rows gain, and those whose tiles of few keys then end nearer to the diagonal.
+  constexpr std::int64_t kLongRows = 4096;
+  const bool gains = problem.seqlen_kv >= kLongRows || (spec.block_n < 128 && !spec.mask && !see_alike(problem));
+  const auto better = [&](const RowTiles& a, const RowTiles& b) {
+    constexpr double kAlike = 1.01;
+    const double cost = a.cost(even) / b.cost(even);
+    if (cost > kAlike || cost * kAlike < 1) return cost < 1;
+    if (a.groups != b.groups) return a.groups < b.groups;
+    return a.all != b.all ? a.all < b.all : gains;
+  };
+  // Where tiles of one head keep most of the GPU busy, fewer ones would have their keys shared out.
+  constexpr std::int64_t kFewRowsOfHead = 32;
+  const std::int64_t alone = row_tiles(problem, block_m(spec), 1).all, at_once = model_of(kSm90).multiprocessors;
+  if (alone < at_once && 2 * alone > at_once && problem.seqlen_q > kFewRowsOfHead) return 1;
+  std::int64_t best = 1;
+  for (std::int64_t heads = 2; heads <= std::min(kMost, group_of(problem)); ++heads) {
+    if (group_of(problem) % heads != 0) continue;
+    if (better(row_tiles(problem, block_m(spec), heads), row_tiles(problem, block_m(spec), best))) best = heads;
+  }
+  return best;
 }
 
 /// A row sees a small part of the keys, so that small tiles compute fewer hidden entries.  The bound is measured.
@@ -155,8 +205,16 @@ void split_keys(const Problem& problem, std::int64_t keys_of_row, ForwardSm90Sha
 
 }  // namespace
 
-bool has_few_rows(const Problem& problem) {
-  return problem.seqlen_q * (problem.num_q_heads / problem.num_kv_heads) <= kFewRows || packs_heads(problem);
+bool has_few_rows(const Problem& problem, const ForwardSm90Shape& shape) {
+  // Measured on an H200 (docs/notes).
+  constexpr std::int64_t kDrawn = 16, kWithOptions = 32, kBare = 16, kMostTilesOfGroup = 4;
+  const ForwardSm90Spec& spec = shape.spec;
+  const std::int64_t group = group_of(problem), packed = shape.packed_heads;
+  if (packed == 1 ? group > 1 : group > kMostTilesOfGroup * packed)
+    return packs_heads(problem) && !(spec.dropout && problem.seqlen_q >= kDrawn);
+  if (spec.bias || spec.alibi || spec.dropout) return problem.seqlen_q <= kWithOptions;
+  const int widest = std::max(spec.head_dim, spec.head_dim_v);
+  return problem.seqlen_q * group <= kBare && (group == 1 || widest <= 64 || widest > 128);
 }
 
 std::string name_of(const ForwardSm90Shape& shape) {
@@ -183,6 +241,8 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem, cons
     spec.warpgroups = tile.warpgroups, spec.block_n = tile.block_n;
     spec.stages = tile.stages, spec.q_stages = tile.q_stages;
     spec.hold = tile.hold, spec.turns = tile.turns;
+    shape.packed_heads = heads_to_pack(problem, spec);
+    spec.pack_gqa = shape.packed_heads > 1;
   };
   const auto fits = [&](const Row& row) {
     take(row);
@@ -193,18 +253,19 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem, cons
     return serves.narrowest <= widest && weight_of(spec) <= serves.most_options && (serves.mask || !spec.mask) &&
            (serves.dropout || !spec.dropout) &&
            (serves.least_keys <= keys || (spec.block_n <= 64 && is_narrow(problem, keys))) &&
-           keys <= serves.most_keys && idle(problem, block_m(spec)) <= serves.most_idle;
+           keys <= serves.most_keys && idle(problem, shape) <= serves.most_idle;
   };
   TileReader reader(gpu.choices, gpu.names, kHopperName, problem);
   const Row* row = reader.read(std::span<const Row>(kTiles), fits, suits, [&] { return name_of(shape); });
   if (row == nullptr) return std::nullopt;
   take(*row);
   shape.measured = reader.measured();
-  shape.row_blocks = ceil_div(problem.seqlen_q, block_m(spec));
-  shape.tiles = shape.row_blocks * problem.num_q_heads * problem.batch;
+  const RowTiles tiles = row_tiles(problem, block_m(spec), shape.packed_heads);
+  shape.row_blocks = tiles.of_head, shape.tiles = tiles.all;
   shape.batch_inside = problem.bias && !problem.bias->batch;
   shape.heads_abreast = heads_abreast_sm90(problem, keys);
   if (problem.packed()) shape.heads_abreast = std::min(shape.heads_abreast, problem.num_q_heads);  // of one sequence
+  shape.heads_abreast = std::max<std::int64_t>(1, shape.heads_abreast / shape.packed_heads);
   split_keys(problem, keys, shape);
   return shape;
 }

@@ -18,6 +18,7 @@ struct ForwardSm90Shape {
   std::int64_t row_blocks = 1;     ///< of the longest sequence
   std::int64_t tiles = 1;          ///< of rows, all heads together, times splits
   std::int64_t splits = 1;         ///< parts of the keys of each
+  std::int64_t packed_heads = 1;   ///< whose rows a tile has together
   std::size_t partial_bytes = 0;   ///< of those, to be combined
   std::int64_t heads_abreast = 1;  ///< whose tiles take turns
   bool batch_inside = false;       ///< these are one head of all sequences, then the next head
@@ -30,8 +31,8 @@ struct ForwardSm90Shape {
 /// Nothing where the family has no tile: fp32, head dims above 256 or not a multiple of 8.
 [[nodiscard]] std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem, const GpuModel& gpu);
 
-/// Whether rows are few, of a head or of the heads that the portable family packs: tiles of this one have one head's.
-[[nodiscard]] bool has_few_rows(const Problem& problem);
+/// Whether a problem has so few rows that the portable family, which packs all heads of a group, is faster.
+[[nodiscard]] bool has_few_rows(const Problem& problem, const ForwardSm90Shape& shape);
 
 [[nodiscard]] jit::KernelRequest forward_sm90_request(const ForwardSm90Shape& shape);
 

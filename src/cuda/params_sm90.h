@@ -20,13 +20,16 @@ struct ForwardSm90Params : CallParams {
   bool bias_by_engine;
   bool out_by_engine;
   int row_blocks;     // of the longest sequence
-  int tiles;          // of rows: row_blocks × q_heads × batch; times `splits`
+  int tiles;          // of rows: row_blocks × heads × batch; times `splits`
   int heads_abreast;  // heads, of any sequences, whose tiles take turns
   bool batch_inside;  // they are one head's of all sequences, then the next one's
   u32 clocks_apart;   // from a block's beginning to the next one's
   u64* ticket;        // `Tickets`
   int splits;         // blocks that share out the keys of a tile of rows
   float* partials;    // as in ForwardParams
+  int packed_heads;   // whose rows a tile has together, as if they were 2^packed_bits
+  int packed_bits;
+  int heads;  // q_heads, or as many times fewer
 };
 
 struct BackwardSm90Params : BackwardParams {

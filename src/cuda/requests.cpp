@@ -51,8 +51,8 @@ Requests of_backward(const Problem& problem, const BackwardShape& shape, jit::Ke
 Requests of_hopper(const Problem& problem, Direction direction, const GpuModel& model) {
   Requests all;
   if (direction == Direction::kForward) {
-    const auto shape = has_few_rows(problem) ? std::nullopt : choose_forward_sm90(problem, model);
-    if (!shape) return {};
+    const auto shape = choose_forward_sm90(problem, model);
+    if (!shape || has_few_rows(problem, *shape)) return {};
     all.push_back(forward_sm90_request(*shape));
     if (shape->splits > 1) all.push_back(combine_request(shape->spec.type, shape->spec.dropout, true, kSm90));
   } else {

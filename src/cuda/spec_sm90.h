@@ -21,7 +21,8 @@ struct ForwardSm90Spec {
   bool alibi = false;
   bool softcap = false;
   bool dropout = false;
-  bool split = false;  // blocks share out the keys of a tile of rows, and leave parts that are combined
+  bool split = false;     // blocks share out the keys of a tile of rows, and leave parts that are combined
+  bool pack_gqa = false;  // a row is a query and one of up to 16 heads that share keys
 
   FOVEA_FN friend constexpr bool operator==(const ForwardSm90Spec&, const ForwardSm90Spec&) = default;
 };
@@ -34,6 +35,7 @@ FOVEA_FN constexpr void each_field(const ForwardSm90Spec& s, F&& f) {
   f("hold", s.hold), f("turns", s.turns);
   f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
   f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout), f("split", s.split);
+  f("pack_gqa", s.pack_gqa);
 }
 
 // A tile lies in panels of 64 columns: rows of 128 bytes, swizzled, a panel after the other.

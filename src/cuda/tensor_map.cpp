@@ -24,34 +24,38 @@ struct Encoder {
 
 }  // namespace
 
-bool make_tensor_map(const RowView& view, Type type, const TensorExtent& extent, int box_rows, TensorMap& map) {
+bool make_tensor_map(char* data, Type type, std::int64_t columns, std::span<const TensorAxis> axes, TensorMap& map) {
   static const auto& encoder = *std::make_unique<const Encoder>().release();  // kept: threads may call at exit
-  if (encoder.encode.address == nullptr || !view.aligned) return false;
+  if (encoder.encode.address == nullptr) return false;
+  constexpr std::size_t kMostAxes = 4;
   constexpr std::int64_t kSmallest = 16;  // a stride that is not asked for is any that the driver takes
-  const auto stride = [](std::int64_t bytes, std::int64_t count) { return count > 1 ? bytes : kSmallest; };
-  const std::array<std::int64_t, 3> wanted{stride(view.row, extent.rows), stride(view.head, extent.heads),
-                                           stride(view.batch, extent.batch)};
-  if (std::ranges::any_of(wanted, [](std::int64_t bytes) { return bytes < 0; })) return false;
-  const auto count = [](std::int64_t n) { return static_cast<U64>(std::max<std::int64_t>(n, 1)); };
-  const std::array<U64, 4> sizes{count(extent.columns), count(extent.rows), count(extent.heads), count(extent.batch)};
-  const std::array<U64, 3> strides{static_cast<U64>(wanted[0]), static_cast<U64>(wanted[1]),
-                                   static_cast<U64>(wanted[2])};
-  const std::array<U32, 4> box{static_cast<U32>(kPanelRowBytes / bytes_of(type)), static_cast<U32>(box_rows), 1, 1},
-      steps{1, 1, 1, 1};
-  return encoder.encode(&map, kDataTypes.at(static_cast<std::size_t>(type)), 4U, view.data, sizes.data(),
-                        strides.data(), box.data(), steps.data(), kNoInterleave, kSwizzle128, kPromote128,
+  std::array<U64, kMostAxes + 1> sizes{static_cast<U64>(std::max<std::int64_t>(columns, 1))};
+  std::array<U64, kMostAxes> strides{};
+  std::array<U32, kMostAxes + 1> box{static_cast<U32>(kPanelRowBytes / bytes_of(type))}, steps{1};
+  for (std::size_t x = 0; x < axes.size(); ++x) {
+    const TensorAxis& axis = axes[x];
+    const std::int64_t stride = axis.size > 1 ? axis.stride : kSmallest;
+    if (stride < 0) return false;
+    sizes.at(x + 1) = static_cast<U64>(std::max<std::int64_t>(axis.size, 1));
+    strides.at(x) = static_cast<U64>(stride);
+    box.at(x + 1) = static_cast<U32>(axis.box);
+    steps.at(x + 1) = 1;
+  }
+  return encoder.encode(&map, kDataTypes.at(static_cast<std::size_t>(type)), static_cast<U32>(axes.size() + 1), data,
+                        sizes.data(), strides.data(), box.data(), steps.data(), kNoInterleave, kSwizzle128, kPromote128,
                         kZeroFill) == 0;
 }
 
 bool CallMaps::of_entries(const EntryView& view, Type of, int rows, TensorMap& map) const {
   if (view.key != bytes_of(of)) return false;
-  const auto extent = [](std::int64_t stride, int n) { return stride == 0 ? std::int64_t{1} : n; };
+  const auto axis = [](std::int64_t stride, int n, int box) {
+    return TensorAxis{stride == 0 ? std::int64_t{1} : n, stride, box};
+  };
   const bool aligned = reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 && view.batch % 16 == 0 &&
                        view.head % 16 == 0 && view.query % 16 == 0;
-  return make_tensor_map(
-      {view.data, view.batch, view.query, view.head, aligned}, of,
-      {p.seqlen_kv, extent(view.query, p.seqlen_q), extent(view.head, p.q_heads), extent(view.batch, p.batch)},
-      view.query == 0 ? 1 : rows, map);
+  const std::array<TensorAxis, 3> axes{axis(view.query, p.seqlen_q, view.query == 0 ? 1 : rows),
+                                       axis(view.head, p.q_heads, 1), axis(view.batch, p.batch, 1)};
+  return aligned && make_tensor_map(view.data, of, p.seqlen_kv, axes, map);
 }
 
 }  // namespace fovea::cuda

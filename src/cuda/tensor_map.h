@@ -1,6 +1,8 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <span>
 
 #include "cuda/driver.h"
 #include "cuda/params_sm90.h"
@@ -8,14 +10,15 @@
 
 namespace fovea::cuda {
 
-/// The sizes of a tensor of rows, for Hopper's copy engine (TMA).
-struct TensorExtent {
-  std::int64_t columns, rows, heads, batch;
+/// A dimension of a tensor beside its columns: bytes from one to the next, and how many a box has.
+struct TensorAxis {
+  std::int64_t size, stride;
+  int box = 1;
 };
-/// Describes a tensor to the copy engine: boxes of `box_rows` rows by one swizzled panel of 128 bytes, 0 outside the
-/// tensor.  False where the engine cannot read it: base and strides must be multiples of 16 bytes.  The tensor's GPU
-/// must be the thread's current one.
-[[nodiscard]] bool make_tensor_map(const RowView& view, Type type, const TensorExtent& extent, int box_rows,
+/// Describes a tensor to Hopper's copy engine (TMA), innermost axes first: boxes by one swizzled panel of 128 bytes, 0
+/// outside the tensor.  False where the engine cannot read it: base and strides must be multiples of 16 bytes.  The
+/// tensor's GPU must be the thread's current one.
+[[nodiscard]] bool make_tensor_map(char* data, Type type, std::int64_t columns, std::span<const TensorAxis> axes,
                                    TensorMap& map);
 
 /// The maps of one call's tensors, rows in boxes of `box_rows` and keys in boxes of `box_keys`:
@@ -32,13 +35,28 @@ struct CallMaps {
     return of_rows(view, columns, box_rows, map);
   }
   [[nodiscard]] bool of_rows(const RowView& view, int columns, int rows, TensorMap& map) const {
-    return make_tensor_map(view, type, {columns, packed ? p.total_q : p.seqlen_q, p.q_heads, batch}, rows, map);
+    return of(view, columns, {packed ? p.total_q : p.seqlen_q, view.row, rows}, p.q_heads, map);
   }
   [[nodiscard]] bool of_keys(const RowView& view, int columns, TensorMap& map) const {
-    return make_tensor_map(view, type, {columns, packed ? p.total_kv : p.seqlen_kv, p.kv_heads, batch}, box_keys, map);
+    return of(view, columns, {packed ? p.total_kv : p.seqlen_kv, view.row, box_keys}, p.kv_heads, map);
+  }
+  /// Rows of `heads` heads in boxes, as if they were 2^bits: [batch][first of these heads][row][head][column].
+  [[nodiscard]] bool of_packed_rows(const RowView& view, int columns, int rows, int heads, int bits,
+                                    TensorMap& map) const {
+    const std::array<TensorAxis, 4> axes{{{heads, view.head, 1 << bits},
+                                          {packed ? p.total_q : p.seqlen_q, view.row, rows >> bits},
+                                          {p.q_heads - heads + 1, view.head},
+                                          {batch, view.batch}}};
+    return view.aligned && make_tensor_map(view.data, type, columns, axes, map);
   }
   /// Keys must be neighbours in memory.  A broadcast dimension has size 1.
   [[nodiscard]] bool of_entries(const EntryView& view, Type of, int rows, TensorMap& map) const;
+
+ private:
+  [[nodiscard]] bool of(const RowView& view, int columns, const TensorAxis& rows, int heads, TensorMap& map) const {
+    const std::array<TensorAxis, 3> axes{{rows, {heads, view.head}, {batch, view.batch}}};
+    return view.aligned && make_tensor_map(view.data, type, columns, axes, map);
+  }
 };
 
 }  // namespace fovea::cuda

@@ -194,12 +194,16 @@ EMULATED int cuTensorMapEncodeTiled(void* to, int type, unsigned rank, void* add
                                     const unsigned long long* strides, const unsigned* box, const unsigned*, int,
                                     int swizzle, int, int) {
   constexpr int kSwizzle128 = 3, kFloat32 = 7;
-  if (rank != 4 || swizzle != kSwizzle128 || reinterpret_cast<std::uintptr_t>(address) % 16 != 0) return kInvalid;
+  if (rank < 4 || rank > TensorMap::kMostDimensions || swizzle != kSwizzle128 ||
+      reinterpret_cast<std::uintptr_t>(address) % 16 != 0)
+    return kInvalid;
   TensorMap map{};
   map.magic = TensorMap::kMagic;
   map.address = reinterpret_cast<std::uint64_t>(address);
-  for (std::size_t n = 0; n < 4; ++n) map.sizes.at(n) = sizes[n], map.box.at(n) = box[n];
-  for (std::size_t n = 0; n < 3; ++n) {
+  map.rank = rank;
+  map.sizes.fill(1), map.box.fill(1);
+  for (std::size_t n = 0; n < rank; ++n) map.sizes.at(n) = sizes[n], map.box.at(n) = box[n];
+  for (std::size_t n = 0; n + 1 < rank; ++n) {
     if (strides[n] % 16 != 0) return kInvalid;
     map.strides.at(n) = strides[n];
   }

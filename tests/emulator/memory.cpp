@@ -223,34 +223,32 @@ void* swizzled(Block& block, u64 address, int bytes) {
   return block.shared_at(address ^ (address >> 7 & 7U) << 4, bytes);
 }
 
+using Coordinates = std::array<i32, TensorMap::kMostDimensions>;
+
 /// Calls f(shared address, global address) for every element of a box; outside of the tensor that is 0.
 template <class F>
-void each_piece(const TensorMap& map, u64 shared, const std::array<i32, 4>& at, F&& f) {
+void each_piece(const TensorMap& map, u64 shared, const Coordinates& at, F&& f) {
   if (map.magic != TensorMap::kMagic) throw Fault("a copy by what is no tensor map");
-  const int row_bytes = static_cast<int>(map.box[0]) * map.element;
-  u64 to = shared;
-  for (int b = 0; b < static_cast<int>(map.box[3]); ++b) {
-    for (int h = 0; h < static_cast<int>(map.box[2]); ++h) {
-      for (int r = 0; r < static_cast<int>(map.box[1]); ++r, to += static_cast<u64>(row_bytes)) {
-        for (int x = 0; x < row_bytes; x += map.element) {
-          const std::array<i64, 4> index{at[0] + x / map.element, at[1] + r, at[2] + h, at[3] + b};
-          bool inside = true;
-          u64 from = map.address;
-          for (std::size_t n = 0; n < 4; ++n) {
-            inside = inside && index.at(n) >= 0 && index.at(n) < static_cast<i64>(map.sizes.at(n));
-            from += static_cast<u64>(index.at(n)) * (n == 0 ? static_cast<u64>(map.element) : map.strides.at(n - 1));
-          }
-          f(to + static_cast<u64>(x), inside ? from : 0);
-        }
-      }
+  u32 elements = 1;
+  for (const u32 n : map.box) elements *= n;
+  for (u32 x = 0; x < elements; ++x) {
+    bool inside = true;
+    u64 from = map.address;
+    u32 rest = x;
+    for (std::size_t n = 0; n < at.size(); rest /= map.box.at(n++)) {
+      const i64 index = at.at(n) + static_cast<i64>(rest % map.box.at(n));
+      inside = inside && index >= 0 && index < static_cast<i64>(map.sizes.at(n));
+      from += static_cast<u64>(index) * (n == 0 ? static_cast<u64>(map.element) : map.strides.at(n - 1));
     }
+    f(shared + u64{x} * static_cast<u64>(map.element), inside ? from : 0);
   }
 }
 
-std::array<i32, 4> coordinates(Warp& w, std::span<const Operand> group, int lane) {
-  std::array<i32, 4> at{};
-  if (group.size() != 5) throw Fault("a tensor of other than four dimensions");
-  for (std::size_t n = 0; n < 4; ++n) at.at(n) = static_cast<i32>(w.number(group[n + 1], lane));
+/// Of an instruction that names as many dimensions as the map has.
+Coordinates coordinates(Warp& w, const TensorMap& map, std::span<const Operand> group, int lane) {
+  Coordinates at{};
+  if (group.size() != map.rank + 1) throw Fault("a tensor of other dimensions than its map's");
+  for (std::size_t n = 0; n < map.rank; ++n) at.at(n) = static_cast<i32>(w.number(group[n + 1], lane));
   return at;
 }
 
@@ -258,7 +256,7 @@ void load_box(Warp& w, const Instruction& i, u32 lanes) {
   each_lane(lanes, [&](int l) {
     const u64 to = address_of(w, i.operand(0), l), bar = address_of(w, i.operand(2), l);
     const auto* map = at_address<const TensorMap>(address_of(w, i.operand(1), l));
-    const std::array<i32, 4> at = coordinates(w, i.group(1), l);
+    const Coordinates at = coordinates(w, *map, i.group(1), l);
     Block* block = &w.block;
     block->later([=] {
       const auto bytes = static_cast<std::size_t>(map->element);
@@ -281,7 +279,7 @@ void store_box(Warp& w, const Instruction& i, u32 lanes) {
   each_lane(lanes, [&](int l) {
     const u64 from = address_of(w, i.operand(1), l);
     const auto* map = at_address<const TensorMap>(address_of(w, i.operand(0), l));
-    const std::array<i32, 4> at = coordinates(w, i.group(0), l);
+    const Coordinates at = coordinates(w, *map, i.group(0), l);
     Block* block = &w.block;
     block->later([=] {
       each_piece(*map, from, at, [&](u64 shared, u64 global) {
@@ -378,9 +376,9 @@ bool decode_memory(const std::string& name, Instruction& i) {
     i.run = expect_bytes;
   } else if (name.starts_with("mbarrier.try_wait.parity") || name.starts_with("mbarrier.test_wait.parity")) {
     i.run = test_mbarrier;
-  } else if (name.starts_with("cp.async.bulk.tensor.4d.shared")) {
+  } else if (name.starts_with("cp.async.bulk.tensor.") && has(name, "d.shared::cluster.")) {
     i.run = load_box;
-  } else if (name.starts_with("cp.async.bulk.tensor.4d.global")) {
+  } else if (name.starts_with("cp.async.bulk.tensor.") && has(name, "d.global.")) {
     i.run = store_box;
   } else if (name.starts_with("cp.async.bulk.shared::cluster.")) {
     i.space = has(name, "cluster.global") ? Space::kGlobal : Space::kShared;

@@ -259,7 +259,7 @@ struct Backward {
     if (!tile.works()) return false;
     const Step& at = step(fresh(n));  // else its address would take a register over the products
     const int stage = at.stage;
-    const RowMap<false> rows{at.tile * S.block_m, sequence.q_rows, at.head, 1};
+    const RowMap<Packing::kNone> rows{at.tile * S.block_m, sequence.q_rows, at.head, 1};
     const typename GradientTile<S>::Rules rules{p, sequence, rows};
     const math::DropoutStream stream = S.dropout ? uniform(at.stream) : math::DropoutStream{};
     const bool spoiled = tile.template compute<kHides>(

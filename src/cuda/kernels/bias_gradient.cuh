@@ -77,7 +77,7 @@ struct BiasGradient {
 
   /// Adds a step's dS.
   FOVEA_DEVICE void add(Scores& tile, float (&sum)[Scores::kM][Scores::kN][4], const BiasStep& at) const {
-    const RowMap<false> map{at.row_tile * S.block_m, at.sequence.q_rows, at.head, 1};
+    const RowMap<Packing::kNone> map{at.row_tile * S.block_m, at.sequence.q_rows, at.head, 1};
     const Rules rules{p, at.sequence, map};
     const math::DropoutStream stream = S.dropout ? uniform(rules.stream(at.head)) : math::DropoutStream{};
     tile.template compute<true>(q(at), k(at), dout(at), v(at), statistics(), rules, at.key_tile * S.block_n, at.sight,

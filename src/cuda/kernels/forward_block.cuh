@@ -33,9 +33,10 @@ struct ForwardBlock {
   using WeightTile = SharedTile<S.type, S.block_m, S.block_n>;  // P, where warps share rows
   using OutTile = SharedTile<S.type, S.block_m, S.head_dim_v>;  // in the place of Q
 
-  using Rows = RowMap<S.pack_gqa>;
+  static constexpr Packing kPacking = S.pack_gqa ? Packing::kHeads : Packing::kNone;
+  using Rows = RowMap<kPacking>;
   using Order = KeyOrder<S.block_n / S.across, S.bias>;
-  using Rules = ScoreRules<S, S.pack_gqa, Order>;
+  using Rules = ScoreRules<S, kPacking, Order>;
   using Scores = Accumulator[kM][kN];
   using Out = Accumulator[kM][kD];
   using Share = Accumulator[kM][kEnd];
@@ -206,7 +207,7 @@ struct ForwardBlock {
       for (int look = 0; look < kAtOnce; ++look) {
         const int mine = tile - (look * kTiles + lane / kDown) * S.slices;
         states[look] =
-            mask_tile<S.block_n>(p, sequence, {rows.first_head, rows.first_head + rows.group},
+            mask_tile<S.block_n>(p, sequence, {rows.first_head, rows.first_head + rows.group.heads},
                                  rows.queries(rows_at, rows_at + 16 * kM), math::larger(mine, 0) * S.block_n);
         if (mine < first) states[look] = TileState::kHidden;
       }

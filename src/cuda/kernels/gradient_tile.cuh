@@ -53,7 +53,7 @@ struct GradientTile {
   static constexpr WarpGrid kGrid = WarpGrid::of(S.block_m, S.block_n, S.warps);
   static constexpr int kM = kGrid.rows / 16, kN = kGrid.columns / 8;
   using Order = KeyOrder<kGrid.columns, S.bias>;
-  using Rules = ScoreRules<S, false, Order>;
+  using Rules = ScoreRules<S, Packing::kNone, Order>;
 
   /// The product for dP starts from −delta; not in fp32, which loses digits, nor with dropout, which scales dP.
   static constexpr bool kDeltaFirst = !S.dropout && S.type != Type::kFloat32;

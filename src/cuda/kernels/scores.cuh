@@ -6,18 +6,43 @@
 // What happens to scores between the product and the softmax, option by option, and to weights behind it.
 namespace fovea::cuda {
 
-/// Which query of which head a row of a block is.  Packed: the rows of a kv head's group are numbered query first, so
-/// that grouped heads share the keys and values they read.
-template <bool kPacked>
+/// Whether the rows of heads of a group are numbered together, query first, so that these share the keys and values
+/// they read.  As if heads were a power of 2, no divisions are needed.
+enum class Packing { kNone, kHeads, kPowerOf2 };
+
+/// Heads that are numbered together, 1 where it is not packed.
+template <Packing kPacking>
+struct Group {
+  int heads;
+
+  FOVEA_DEVICE int query_of(int row) const { return row / heads; }
+};
+template <>
+struct Group<Packing::kPowerOf2> {
+  int heads, bits;  // heads up to 2^bits have rows that are not there
+
+  FOVEA_DEVICE int query_of(int row) const { return row >> bits; }
+  FOVEA_DEVICE int head_of(int row) const { return row & ((1 << bits) - 1); }
+};
+
+/// Which query of which head a row of a block is.
+template <Packing kPacking>
 struct RowMap {
   int first;  // number of the block's row 0
   int rows;   // of the sequence, over all heads that share the numbering
   int first_head;
-  int group;  // heads that share it: 1 where it is not packed
+  Group<kPacking> group;  // that shares it
 
-  FOVEA_DEVICE int query(int r) const { return kPacked ? (first + r) / group : first + r; }
-  FOVEA_DEVICE int head(int r) const { return kPacked ? first_head + (first + r) % group : first_head; }
+  FOVEA_DEVICE int query(int r) const { return kPacking == Packing::kNone ? first + r : group.query_of(first + r); }
+  FOVEA_DEVICE int head(int r) const {
+    if constexpr (kPacking == Packing::kPowerOf2) return first_head + group.head_of(first + r);
+    return kPacking == Packing::kNone ? first_head : first_head + (first + r) % group.heads;
+  }
   FOVEA_DEVICE int left() const { return rows - first; }
+  FOVEA_DEVICE bool has(int r) const {
+    if constexpr (kPacking == Packing::kPowerOf2) return r < left() && group.head_of(first + r) < group.heads;
+    return r < left();
+  }
   /// The queries of rows [begin, end) of the block.
   FOVEA_DEVICE Interval queries(int begin, int end) const {
     end = math::smaller(end, left());
@@ -139,11 +164,11 @@ FOVEA_DEVICE math::DropoutStream uniform(const math::DropoutStream& stream) {
 }
 
 /// All that scores depend on but their position.  kOneSlope: whoever asks knows the slope, one for all rows.
-template <auto S, bool kPacked, class Order, bool kOneSlope = false>
+template <auto S, Packing kPacking, class Order, bool kOneSlope = false>
 struct ScoreRules {
   const CallParams& p;
   const Sequence& sequence;
-  const RowMap<kPacked>& rows;
+  const RowMap<kPacking>& rows;
   float one_slope = 0.0F;
 
   FOVEA_DEVICE float bias_at(int r, int j) const {
@@ -211,7 +236,8 @@ struct ScoreRules {
       for (int x = 0; x < 2 * kM; ++x) fetch_words<kN>(entries.mask[x / 2][x % 2], row_at(x), key);
     }
     if constexpr (S.bias) {
-      if (!kPacked && p.bias_in_runs && row + 16 * kM <= rows.left() && key + 8 * kN <= sequence.kv_rows) {
+      if (kPacking == Packing::kNone && p.bias_in_runs && row + 16 * kM <= rows.left() &&
+          key + 8 * kN <= sequence.kv_rows) {
         const int i = rows.first + row + row_of(0, 0), j = key + key_of(0, 0);
         fetch_runs<kBytes<S.bias_type>>(entries.bias, sequence.entry(p.bias, i, j, rows.first_head), p.bias.query);
       } else {
@@ -444,7 +470,7 @@ struct ScoreRules {
   FOVEA_DEVICE void for_each_draw(int i, int j, int e, int row, int key, const math::DropoutStream& stream,
                                   const F& f) const {
     constexpr int kPair = Order::kGroups;  // pieces from a key to the one 8 on
-    if constexpr (kPacked) {
+    if constexpr (kPacking != Packing::kNone) {
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
         const int piece = j + x % 2 * kPair, entry = x / 2 * 2 + e;

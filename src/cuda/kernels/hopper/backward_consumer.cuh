@@ -88,7 +88,7 @@ struct BackwardConsumer : BackwardOwner<S> {
     Entries own;
     if constexpr (!Owner::kAsksAhead) issue_scores(own, n);
     Entries& s = Owner::kAsksAhead ? ahead.scores : own;
-    const RowMap<false> rows = rows_of(step(n));
+    const RowMap<Packing::kNone> rows = rows_of(step(n));
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
     Columns columns{rules, lane_key(n), S.dropout ? uniform(step(n).stream) : math::DropoutStream{}, {}, {}, {}};
     if constexpr (S.bias) {

@@ -133,7 +133,7 @@ struct BackwardOwner {
 
   // ---- a tile
 
-  FOVEA_DEVICE RowMap<false> rows_of(const Step& at) const {
+  FOVEA_DEVICE RowMap<Packing::kNone> rows_of(const Step& at) const {
     return {at.tile * S.block_m, state.walk.sequence.q_rows, at.head, 1};
   }
   FOVEA_DEVICE int lane_key(u32 n) const { return key(n) + warp_key() + lane_id() / 4; }

@@ -130,7 +130,7 @@ struct BackwardProducer {
     const int key = first_key_of_block<S>(walk.key_block, rank);
     if constexpr (kByEngine) {
       if (leads())
-        load_panels<kKeys, kDim>(to, map, full, {sequence.kv_begin + key, walk.kv_head, batch()}, Keep::kNo, 0,
+        load_panels<kKeys, kDim>(to, map, full, RowPlace{sequence.kv_begin + key, walk.kv_head, batch()}, Keep::kNo, 0,
                                  first_column);
     } else {
       copy<kKeys, kDim>(to, sequence.band.seqlen_kv - key, dim - first_column, view,
@@ -149,7 +149,7 @@ struct BackwardProducer {
     const Sequence& sequence = state.walk.sequence;
     if constexpr (kByEngine) {
       if (!leads()) return;
-      load_panels<S.block_m, kDim>(to, map, full, {sequence.q_begin + row, step.head, batch()}, kKeepRows,
+      load_panels<S.block_m, kDim>(to, map, full, RowPlace{sequence.q_begin + row, step.head, batch()}, kKeepRows,
                                    kBytesOfStatistics + more);
     } else {
       copy<S.block_m, kDim>(to, sequence.band.seqlen_q - row, dim, view, sequence.q_row(view, row, step.head));
@@ -213,8 +213,9 @@ struct BackwardProducer {
 
   template <int kRows, int kDim>
   FOVEA_DEVICE void copy(u32 to, int rows, int dim, const RowView& view, const char* from) const {
-    load_by_hand<128, kRows, kDim>(to, static_cast<int>(threadIdx.x), rows, dim * kBytes<S.type>, view.aligned, from,
-                                   view.row);
+    load_by_hand<128, kRows, kDim>(
+        to, static_cast<int>(threadIdx.x), dim * kBytes<S.type>, view.aligned, [&](int r) { return r < rows; },
+        [&](int r) { return from + r * view.row; });
   }
 };
 

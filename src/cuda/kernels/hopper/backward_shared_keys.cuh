@@ -51,7 +51,7 @@ struct WeightsConsumer : BackwardOwner<S> {
     Entries s;
     Packed weights;
     issue_scores(s, n);
-    const RowMap<false> rows = rows_of(now);
+    const RowMap<Packing::kNone> rows = rows_of(now);
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
     Columns columns{rules, lane_key(n), S.dropout ? uniform(now.stream) : math::DropoutStream{}, {}, {}, {}};
     if constexpr (kHides) see(columns, n);
@@ -135,7 +135,7 @@ struct GradientConsumer : BackwardOwner<S> {
     Entries dp;
     Packed weights, ds;
     issue_dp(dp, n);
-    const RowMap<false> rows = rows_of(now);
+    const RowMap<Packing::kNone> rows = rows_of(now);
     const typename Columns::Rules rules{p, state.walk.sequence, rows};
     Columns columns{rules, lane_key(n), {}, {}, {}, {}};
     // A row that sees a NaN weighs by it what a bias hides from it, too, and only delta tells.

@@ -196,7 +196,7 @@ struct BiasGradientSm90 {
 #pragma unroll
         for (int panel = 0; panel < kTile / kColumns; ++panel)
           store_panel(p.dbias_map, bias_at(t) + panel * kTile * kPanelRowBytes, at.key + panel * kColumns,
-                      {at.row, at.head, at.batch});
+                      RowPlace{at.row, at.head, at.batch});
         close_additions();
         await_additions_read<0>();
       }
@@ -364,7 +364,7 @@ struct BiasGradientSm90 {
     constexpr bool kAtOnce = kPlain && kPanels <= kShared.places;
     const BiasTile& at = tile_in(t);
     const Sharer& what = sharer(step);
-    const RowMap<false> rows{static_cast<int>(what.marks / kTile * kTile), what.sequence.q_rows, what.head, 1};
+    const RowMap<Packing::kNone> rows{static_cast<int>(what.marks / kTile * kTile), what.sequence.q_rows, what.head, 1};
     const typename Columns::Rules rules{p, what.sequence, rows};
     Columns columns{rules, at.key + fresh(warp_key() + lane_id() / 4), {}, {}, {}, {}};
     if constexpr (S.dropout) columns.stream = uniform(rules.stream(what.head));

@@ -10,7 +10,7 @@ template <ForwardSm90Spec S>
 struct TileEntries {
   static constexpr int kN = S.block_n / 8, kPanel = kGroupRows * kPanelRowBytes;
   using Scores = Accumulator[1][kN];
-  using Rules = ScoreRules<S, false, AsTheyAre, true>;
+  using Rules = ScoreRules<S, kPacking<S>, AsTheyAre, true>;
 
   const ForwardSm90Params& p;
   const Rules& rules;

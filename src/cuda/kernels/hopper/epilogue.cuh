@@ -22,7 +22,7 @@ template <ForwardSm90Spec S>
 struct Epilogue {
   static constexpr int kD = S.head_dim_v / 8, kPanel = block_m(S) * kPanelRowBytes;
   using Out = Accumulator[1][kD];
-  using Rules = ScoreRules<S, false, AsTheyAre, true>;
+  using Rules = ScoreRules<S, kPacking<S>, AsTheyAre, true>;
 
   const ForwardSm90Params& p;
   const Work<S>& work;
@@ -62,32 +62,36 @@ struct Epilogue {
 #pragma unroll
       for (int c = 0; c < kD; ++c) {
         const float2 two{o[0][c].x[2 * h], o[0][c].x[2 * h + 1]};
-        if (r < work.rows.left()) *reinterpret_cast<float2*>(to + 8 * c) = two;
+        if (work.rows.has(r)) *reinterpret_cast<float2*>(to + 8 * c) = two;
         check += two.x * 0.0F + two.y * 0.0F;
       }
-      broken[h] = r < work.rows.left() && !(check == 0.0F);
+      broken[h] = work.rows.has(r) && !(check == 0.0F);
     }
     __syncwarp();
 #pragma unroll
     for (int h = 0; h < 2; ++h) mend(h, broken[h], reference[h], 1.0F);
   }
   FOVEA_DEVICE float* part_of(int r) const {
-    const i64 line = i64{work.sequence.batch} * p.q_heads + work.rows.first_head;
+    const i64 line = i64{work.sequence.batch} * p.q_heads + work.rows.head(r);
     return p.partials +
            ((line * p.seqlen_q + work.rows.query(r)) * p.splits + work.split) * (S.head_dim_v + kPartFacts);
+  }
+
+  FOVEA_DEVICE char* row_of_out(int r) const {
+    return work.sequence.q_row(p.out, work.rows.query(r), work.rows.head(r));
   }
 
   /// Adds sinks, writes lse and gives the factors of O, whose last product may still be running.  Of the four lanes
   /// that share two rows two end one each; the others do the same in vain.
   FOVEA_DEVICE void end_rows(const float (&reference)[2], float (&sum)[2], float (&factors)[2]) const {
     sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
-    const int lane = lane_id(), h = lane % 2, r = row + lane / 4 + 8 * h, head = work.rows.first_head;
+    const int lane = lane_id(), h = lane % 2, r = row + lane / 4 + 8 * h, head = work.rows.head(r);
     float factor = 0.0F;
     if constexpr (S.split) {
-      if (r < work.rows.left() && lane % 4 == h)
+      if (work.rows.has(r) && lane % 4 == h)
         *reinterpret_cast<float2*>(part_of(r) + S.head_dim_v) = {h == 0 ? reference[0] : reference[1],
                                                                  h == 0 ? sum[0] : sum[1]};
-    } else if (r < work.rows.left()) {
+    } else if (work.rows.has(r)) {
       const RowEnd end = end_of_row<S>(p, head, h == 0 ? reference[0] : reference[1], h == 0 ? sum[0] : sum[1]);
       factor = end.empty ? 0.0F : end.factor;
       if (p.lse.data != nullptr && lane % 4 == h) *work.sequence.statistic(p.lse, work.rows.query(r), head) = end.lse;
@@ -129,8 +133,7 @@ struct Epilogue {
 
   /// By the copy engine, which leaves out rows past the tensor, but would write past the end of a packed sequence.
   FOVEA_DEVICE void leave() const {
-    const RowPlace to{work.sequence.q_begin + work.rows.query(row), work.rows.first_head,
-                      p.cu_seqlens_q.data == nullptr ? work.sequence.batch : 0};
+    const auto to = place_of_rows<S>(work, row, p.cu_seqlens_q.data == nullptr ? work.sequence.batch : 0);
 #pragma unroll
     for (int panel = 0; panel < panels_of(S.head_dim_v); ++panel)
       store_panel(p.out_map, q + panel * kPanel + row * kPanelRowBytes, panel * kPanelColumns, to);
@@ -138,12 +141,11 @@ struct Epilogue {
   }
 
   FOVEA_DEVICE void write_out() const {
-    char* const to = work.sequence.q_row(p.out, work.rows.query(row), work.rows.first_head);
 #pragma unroll 1
     for (int n = 0; n < kWarpRows * kD; n += kWarp) {
       const int x = n + lane_id(), r = x / kD, piece = x % kD;
-      if (x < kWarpRows * kD && row + r < work.rows.left())
-        write_piece(to + r * p.out.row + piece * 16,
+      if (x < kWarpRows * kD && work.rows.has(row + r))
+        write_piece(row_of_out(row + r) + piece * 16,
                     load_shared_16(swizzled(q + piece / 8 * kPanel, row + r, piece % 8)), 16, p.out.aligned);
     }
   }
@@ -151,11 +153,11 @@ struct Epilogue {
   /// From registers: the four lanes of a row exchange words so that each has pieces of 16 bytes.
   FOVEA_DEVICE void store(const Out& o, const float (&factors)[2], u32 (&broken)[2]) const {
     const int lane = lane_id();
-    char* const to = work.sequence.q_row(p.out, work.rows.query(row) + lane / 4, work.rows.first_head) + lane % 4 * 16;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const bool there = row + lane / 4 + 8 * h < work.rows.left();
-      char* const mine = to + 8 * h * p.out.row;
+      const int r = row + lane / 4 + 8 * h;
+      const bool there = work.rows.has(r);
+      char* const mine = row_of_out(r) + lane % 4 * 16;
 #pragma unroll
       for (int c = 0; c < kD / 4 * 4; c += 4) {
         u32 w[4];
@@ -181,7 +183,7 @@ struct Epilogue {
     if (leaves_through_q(S) && left != 0) await_additions<0>(), __syncwarp();  // what is written now comes last
     for (; left != 0; left &= left - 1) {
       const int lane = __ffs(static_cast<int>(left)) - 1, r = row + lane / 4 + 8 * h;
-      char* const to = work.sequence.q_row(p.out, work.rows.query(r), work.rows.first_head);
+      char* const to = row_of_out(r);
       mend_row<S, S.head_dim_v>(rules, keys, work.kv_head, r, __shfl_sync(kAllLanes, reference, lane),
                                 __shfl_sync(kAllLanes, factor, lane), 0, p.head_dim_v, [&](int column, float x) {
                                   if constexpr (S.split) {

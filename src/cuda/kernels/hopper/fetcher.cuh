@@ -50,14 +50,16 @@ struct Fetcher {
   FOVEA_DEVICE void fetch_words(const Work<S>& work, u32 to, int key) const {
     constexpr int kGroups = mask_groups(S);
     const WordView& view = p.mask_words;
-    const u32* const from = view.data + work.sequence.batch * view.batch + work.rows.first_head * view.head;
+    const u32* const from = view.data + work.sequence.batch * view.batch;
 #pragma unroll
     for (int r = lane_id(); r < kGroupRows; r += kWarp) {
-      const int row = work.rows.query(math::smaller(group * kGroupRows + r, work.rows.left() - 1));
+      const int row = math::smaller(group * kGroupRows + r, work.rows.left() - 1);
+      const int head = math::smaller(work.rows.head(row), work.rows.first_head + work.rows.group.heads - 1);
+      const u32* const words = from + head * view.head + 4 * i64{work.rows.query(row)} * view.row;
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         const int keys = math::smaller(key / 128 + g, view.count / 4 - 1);
-        copy_four_words(to + (r * kGroups + g) * 16, from + 4 * (i64{keys} * view.rows + row * view.row));
+        copy_four_words(to + (r * kGroups + g) * 16, words + 4 * i64{keys} * view.rows);
       }
     }
   }

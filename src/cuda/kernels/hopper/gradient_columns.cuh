@@ -44,7 +44,7 @@ struct GradientColumns {
   static constexpr int kN = S.block_m / 8;
   using Entries = Accumulator[1][kN];
   using Packed = OperandA[S.block_m / 16];
-  using Rules = ScoreRules<S, false, AsTheyAre>;
+  using Rules = ScoreRules<S, Packing::kNone, AsTheyAre>;
   static constexpr bool kDeltaFirst = !S.dropout && S.block_m > 64;  // dP comes with delta taken off
   using Bits = u32[kN / 8];                                          // one an entry
 

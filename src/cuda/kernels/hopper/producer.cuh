@@ -62,10 +62,9 @@ struct Producer {
       const int down = part * q_rows(S);
       ring.await_empty(n);
       load_tile<q_rows(S), S.head_dim>(
-          at.q(place, part), ring.full[place], p.q_map,
-          {sequence.q_begin + work.rows.first + down, work.rows.first_head, sequence.batch}, Keep::kNo,
-          work.rows.left() - down, p.q,
-          [&] { return sequence.q_row(p.q, work.rows.first + down, work.rows.first_head); });
+          at.q(place, part), ring.full[place], p.q_map, place_of_rows(work, down, sequence.batch), Keep::kNo, p.q,
+          [&](int r) { return work.rows.has(down + r); },
+          [&](int r) { return sequence.q_row(p.q, work.rows.query(down + r), work.rows.head(down + r)); });
     }
     return true;
   }
@@ -123,20 +122,21 @@ struct Producer {
                               const RowView& view) const {
     const Sequence& sequence = work.sequence;
     const int key = tile * S.block_n;
-    load_tile<S.block_n, kDim>(to, full, map, {sequence.kv_begin + key, work.kv_head, sequence.batch}, Keep::kYes,
-                               sequence.band.seqlen_kv - key, view,
-                               [&] { return sequence.kv_row(view, key, work.kv_head); });
+    load_tile<S.block_n, kDim>(
+        to, full, map, RowPlace{sequence.kv_begin + key, work.kv_head, sequence.batch}, Keep::kYes, view,
+        [&](int j) { return key + j < sequence.band.seqlen_kv; },
+        [&](int j) { return sequence.kv_row(view, key + j, work.kv_head); });
   }
 
-  /// `rows`, `view` and `from` are for copies without the engine.
-  template <int kRows, int kDim, class From>
-  FOVEA_DEVICE void load_tile(u32 to, Barrier& full, const TensorMap& map, RowPlace place, Keep keep, int rows,
-                              const RowView& view, const From& from) const {
+  /// `view`, has(r) and row_at(r) are for copies without the engine.
+  template <int kRows, int kDim, class Place, class Has, class RowAt>
+  FOVEA_DEVICE void load_tile(u32 to, Barrier& full, const TensorMap& map, Place place, Keep keep, const RowView& view,
+                              const Has& has, const RowAt& row_at) const {
     if constexpr (kByEngine) {
       if (p.cu_seqlens_q.data != nullptr) place.batch = 0;  // packed sequences are one tensor to the engine
       if (leads()) load_panels<kRows, kDim>(to, map, full, place, keep);
     } else {
-      load_by_hand<kHands, kRows, kDim>(to, thread(), rows, kDim * bytes_of(S.type), view.aligned, from(), view.row);
+      load_by_hand<kHands, kRows, kDim>(to, thread(), kDim * bytes_of(S.type), view.aligned, has, row_at);
       fence_engine();
       share();
       if (leads()) full.arrive();

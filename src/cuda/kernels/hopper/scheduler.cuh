@@ -28,6 +28,14 @@ struct Tickets {
   }
 };
 
+template <ForwardSm90Spec S>
+inline constexpr Packing kPacking = S.pack_gqa ? Packing::kPowerOf2 : Packing::kNone;
+/// The logarithm of how many rows a query has in a tile.
+template <ForwardSm90Spec S>
+FOVEA_DEVICE int packed_bits(const ForwardSm90Params& p) {
+  return S.pack_gqa ? p.packed_bits : 0;
+}
+
 /// Packed sequences have their tiles one after the other, as many as their rows fill.  A search among them for tiles of
 /// growing numbers.
 struct PackedTiles {
@@ -37,9 +45,9 @@ struct PackedTiles {
   template <ForwardSm90Spec S>
   FOVEA_DEVICE bool find(const ForwardSm90Params& p, int tile) {
     for (; batch < p.batch; ++batch) {
-      row_blocks = (Sequence::of(p, batch).q_rows + block_m(S) - 1) / block_m(S);
-      if (tile < first + row_blocks * p.q_heads) return true;
-      first += row_blocks * p.q_heads;
+      row_blocks = ((Sequence::of(p, batch).q_rows << packed_bits<S>(p)) + block_m(S) - 1) / block_m(S);
+      if (tile < first + row_blocks * p.heads) return true;
+      first += row_blocks * p.heads;
     }
     return false;
   }
@@ -53,11 +61,11 @@ struct KeySplit<true> {
   int split;
 };
 
-/// A tile of rows of one head.
+/// A tile of rows of one head, or of several that share their keys.
 template <ForwardSm90Spec S>
 struct Work : KeySplit<S.split> {
   Sequence sequence;
-  RowMap<false> rows;
+  RowMap<kPacking<S>> rows;
   int kv_head;
   Interval tiles;                   // of keys, of which some row sees some
   Band::Reach reach[S.warpgroups];  // of each warpgroup's rows
@@ -81,23 +89,24 @@ struct Work : KeySplit<S.split> {
     const int tile = S.split ? number / p.splits : number;
     const bool is_packed = p.cu_seqlens_q.data != nullptr, batch_inside = p.batch_inside && !is_packed;
     if (is_packed ? !packed.find<S>(p, tile) : number >= p.tiles) return false;
-    const int inside = batch_inside ? p.batch : p.q_heads, outside = batch_inside ? p.q_heads : p.batch;
+    const int inside = batch_inside ? p.batch : p.heads, outside = batch_inside ? p.heads : p.batch;
     const int row_blocks = is_packed ? packed.row_blocks : p.row_blocks;
     const auto [outer, inner, turn] =
         HeadTurn::of(tile - packed.first, p.heads_abreast, row_blocks, inside, is_packed ? 1 : outside);
     const int batch = batch_inside ? inner : outer + packed.batch, head = batch_inside ? outer : inner;
     sequence = Sequence::of(p, batch);
-    rows = {(row_blocks - 1 - turn) * block_m(S), sequence.q_rows, head, 1};
+    rows = {(row_blocks - 1 - turn) * block_m(S), sequence.q_rows << packed_bits<S>(p), head, {1}};
+    if constexpr (S.pack_gqa) rows.first_head *= p.packed_heads, rows.group = {p.packed_heads, p.packed_bits};
     asm volatile("" ::: "memory");  // *this is in shared memory and is not to be kept in registers
-    kv_head = head / p.group;
+    kv_head = rows.first_head / p.group;
     const Interval keys = sequence.band.keys_of_rows(rows.queries(0, block_m(S)));
     tiles.begin = keys.begin / S.block_n;
     tiles.end = keys.empty() ? tiles.begin : (keys.end - 1) / S.block_n + 1;
     if constexpr (S.split) {
       this->split = number - tile * p.splits;
-      const int first = tiles.begin;
-      const i64 all = tiles.end - first;
-      const auto part = [&](int split) { return first + static_cast<int>(all * split / p.splits); };
+      const int begin = tiles.begin;
+      const i64 all = tiles.end - begin;
+      const auto part = [&](int split) { return begin + static_cast<int>(all * split / p.splits); };
       tiles = {part(this->split), part(this->split + 1)};
     }
 #pragma unroll 1
@@ -110,5 +119,16 @@ struct Work : KeySplit<S.split> {
     return true;
   }
 };
+
+/// Where the copy engine finds rows from r on of a tile.
+template <ForwardSm90Spec S>
+FOVEA_DEVICE auto place_of_rows(const Work<S>& work, int r, int batch) {
+  const RowPlace place{work.sequence.q_begin + work.rows.query(r), work.rows.first_head, batch};
+  if constexpr (S.pack_gqa) {
+    return PackedPlace{place};
+  } else {
+    return place;
+  }
+}
 
 }  // namespace fovea::cuda

@@ -12,6 +12,9 @@ struct RowPlace {
   int row, head, batch;
 };
 
+/// Of rows of packed heads, of which `head` is the first: a dimension of their own in the tensor's map.
+struct PackedPlace : RowPlace {};
+
 /// Loads one panel; what lies outside the tensor becomes 0.
 FOVEA_DEVICE void load_panel(u32 to, const TensorMap& map, const Barrier& barrier, int column, const RowPlace& at,
                              Keep keep) {
@@ -23,6 +26,16 @@ FOVEA_DEVICE void load_panel(u32 to, const TensorMap& map, const Barrier& barrie
       : "memory");
 }
 
+FOVEA_DEVICE void load_panel(u32 to, const TensorMap& map, const Barrier& barrier, int column, const PackedPlace& at,
+                             Keep keep) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(to),
+      "l"(&map), "r"(barrier.address()), "r"(column), "r"(0), "r"(at.row), "r"(at.head), "r"(at.batch),
+      "l"(static_cast<u64>(keep))
+      : "memory");
+}
+
 /// Stores one panel, without what lies outside the tensor; in the thread's open group, as `add_floats`.
 FOVEA_DEVICE void store_panel(const TensorMap& map, u32 from, int column, const RowPlace& at) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
@@ -30,9 +43,15 @@ FOVEA_DEVICE void store_panel(const TensorMap& map, u32 from, int column, const 
                : "memory");
 }
 
+FOVEA_DEVICE void store_panel(const TensorMap& map, u32 from, int column, const PackedPlace& at) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
+               "r"(from), "r"(column), "r"(0), "r"(at.row), "r"(at.head), "r"(at.batch)
+               : "memory");
+}
+
 /// Loads a tile of kRows rows, by one thread; `more`: bytes of other copies to the same barrier.
-template <int kRows, int kDim>
-FOVEA_DEVICE void load_panels(u32 to, const TensorMap& map, Barrier& full, const RowPlace& at, Keep keep, u32 more = 0,
+template <int kRows, int kDim, class Place>
+FOVEA_DEVICE void load_panels(u32 to, const TensorMap& map, Barrier& full, const Place& at, Keep keep, u32 more = 0,
                               int first_column = 0) {
   full.arrive_with(tile_bytes(kRows, kDim) + more);
 #pragma unroll
@@ -103,17 +122,17 @@ FOVEA_DEVICE u32 swizzled(u32 panel, int row, int piece) {
   return panel + static_cast<u32>(row * kPanelRowBytes + ((piece ^ row & 7) << 4));
 }
 
-/// Loads a tile of panels by kThreads threads from rows of `row_bytes`; rows from `rows` on become 0.
-template <int kThreads, int kRows, int kDim>
-FOVEA_DEVICE void load_by_hand(u32 to, int thread, int rows, int row_bytes, bool aligned, const char* from,
-                               i64 stride) {
+/// Loads a tile of panels by kThreads threads from rows of `row_bytes`, row r from row_at(r); where has(r) is false
+/// they become 0.
+template <int kThreads, int kRows, int kDim, class Has, class RowAt>
+FOVEA_DEVICE void load_by_hand(u32 to, int thread, int row_bytes, bool aligned, const Has& has, const RowAt& row_at) {
   constexpr int kPieces = panels_of(kDim) * 8;
 #pragma unroll 1
   for (int at = thread; at < kRows * kPieces; at += kThreads) {
     const int row = at / kPieces, piece = at % kPieces;
-    const bool there = row < rows && piece * 16 < row_bytes;
+    const bool there = has(row) && piece * 16 < row_bytes;
     store_shared_16(swizzled(to + piece / 8 * kRows * kPanelRowBytes, row, piece % 8),
-                    there ? read_piece(from + row * stride + piece * 16, 16, aligned) : uint4{0, 0, 0, 0});
+                    there ? read_piece(row_at(row) + piece * 16, 16, aligned) : uint4{0, 0, 0, 0});
   }
 }
 

@@ -85,9 +85,9 @@ struct Walk<S, true> {
 
   FOVEA_DEVICE void look() {
     const int lane = lane_id(), group = lane / kAhead, mine = looked - 1 - lane % kAhead;
-    const TileState state = mask_tile<S.block_n>(p, work.sequence, {work.rows.first_head, work.rows.first_head + 1},
-                                                 work.rows.queries(group * kGroupRows, (group + 1) * kGroupRows),
-                                                 math::larger(mine, 0) * S.block_n);
+    const TileState state = mask_tile<S.block_n>(
+        p, work.sequence, {work.rows.first_head, work.rows.first_head + work.rows.group.heads},
+        work.rows.queries(group * kGroupRows, (group + 1) * kGroupRows), math::larger(mine, 0) * S.block_n);
     const bool there = mine >= work.tiles.begin && group < S.warpgroups;
     some = __ballot_sync(kAllLanes, there && state != TileState::kHidden);
     all = __ballot_sync(kAllLanes, there && state == TileState::kFull);
