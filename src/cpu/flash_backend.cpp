@@ -209,9 +209,13 @@ BackwardShape shape_backward(const Problem& problem, int workers, const FlashKer
   shape.max_keys = problem.seqlen_kv;
   const i64 heads = problem.batch * problem.num_kv_heads, group = problem.num_q_heads / problem.num_kv_heads;
   shape.pairs = kernels.pairs && problem.dtype == DType::kBFloat16;
+  const Extent bias = problem.bias.value_or(Extent{});
+  if (bias.queries && bias.keys && (bias.heads || kernels.panel_rows % group == 0))  // no query in two panels
+    shape.bias_sharers = (bias.batch ? 1 : problem.batch) * (bias.heads ? 1 : problem.num_kv_heads);
   const i64 shared = ceil_div(heads * shape.max_keys, kEnoughTasks);
   const auto whole_tiles = [](i64 keys) { return std::max(kKeyTile, round_up(keys, kKeyTile)); };
-  shape.blocks = ceil_div(shape.max_keys, whole_tiles(std::min(most_rows(problem) / 2, shared)));
+  const i64 most = shape.bias_sharers > 1 ? kBiasKeys : shared;
+  shape.blocks = ceil_div(shape.max_keys, whole_tiles(std::min({most_rows(problem) / 2, shared, most})));
   shape.block_keys = whole_tiles(ceil_div(shape.max_keys, std::max<i64>(1, shape.blocks)));  // as even as can be
   shape.blocks = ceil_div(shape.max_keys, shape.block_keys);
   shape.max_groups = ceil_div(problem.seqlen_q * group, kGroupRows);

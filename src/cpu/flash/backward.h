@@ -55,8 +55,10 @@ class Backward {
     workspace_ = arena.take<std::byte>(scratch_ * shape.workers);
     dq_ = arena.take<float>(groups * dq_floats<kWord>(call));
     stats_ = {arena.take<float>(rows), arena.take<float>(rows), arena.take<float>(rows)};
-    tickets_ = arena.take<std::int32_t>(groups);
     dslopes_ = arena.take<double>(call.alibi ? call.batch * call.q_heads * shape.blocks : 0);
+    if (shape.bias_sharers > 1) bias_panels_ = shape.max_groups * shape.block_keys / kKeyTile * kGroupRows / kPanelRows;
+    bias_sums_ = arena.take<float>(bias_panels_ * kKeyTile * kPanelRows);
+    tickets_ = arena.take<std::int32_t>(groups + bias_panels_);
     bytes_ = arena.used();
   }
 
@@ -64,14 +66,14 @@ class Backward {
 
   void run() {
     const i64 heads = call_.batch * call_.kv_heads;
-    for (i64 t = 0; t < call_.kv_heads * shape_.total_groups; ++t) tickets_[t] = 0;
+    for (i64 t = 0; t < call_.kv_heads * shape_.total_groups + bias_panels_; ++t) tickets_[t] = 0;
     each<&Backward::row_statistics>(heads * shape_.max_groups);
-    if (bias_is_ds()) each<&Backward::clear_bias_gradient>(call_.batch * call_.q_heads);
+    if (takes_bias()) each<&Backward::clear_bias_gradient>(call_.batch * call_.q_heads);
     each<&Backward::key_block>(heads * shape_.blocks);
     if (call_.dslopes.data != nullptr)
       each<&Backward::sum_dslopes>((call_.slopes.per_batch ? call_.batch : 1) * call_.q_heads);
     if (call_.dsink != nullptr) each<&Backward::sum_dsink>(call_.q_heads);
-    if (call_.dbias.data != nullptr && !bias_is_ds()) each<&Backward::bias_block>(bias_tile(0).tiles);
+    if (call_.dbias.data != nullptr && !takes_bias()) each<&Backward::bias_block>(bias_tile(0).tiles);
   }
 
  private:
@@ -94,9 +96,11 @@ class Backward {
     const Interval queries{first_row / group_size(), (first_row + rows - 1) / group_size() + 1};
     return {batch, kv_head, index, first_row, rows, queries};
   }
-  [[nodiscard]] Group group_of_task(i64 index) const {
-    const i64 head = index / shape_.max_groups;
-    return group(head / call_.kv_heads, head % call_.kv_heads, index % shape_.max_groups);
+  /// A row group of a task's sequence and kv head.  Tasks that share entries of dbias follow each other.
+  [[nodiscard]] Group group_of_block(i64 task, i64 index) const {
+    const i64 head = task % (call_.batch * call_.kv_heads);
+    if (takes_bias() && call_.dbias.batch == 0) return group(head % call_.batch, head / call_.batch, index);
+    return group(head / call_.kv_heads, head % call_.kv_heads, index);
   }
   [[nodiscard]] i64 slot(i64 batch, i64 kv_head, i64 index) const {
     return kv_head * shape_.total_groups + call_.sequences[batch].first_group + index;
@@ -115,7 +119,7 @@ class Backward {
 
   /// delta = Σ dout·out − dlse, and lse in units of log2.
   void row_statistics(i64 task, int worker) {
-    const Group group = group_of_task(task);
+    const Group group = group_of_block(task / shape_.max_groups, task % shape_.max_groups);
     const Context context{call_, call_.sequences[group.batch], group.batch};
     const BackwardScratch<kWord> my = scratch(worker);
     const RowStats stats = this->stats(group.batch, group.kv_head);
@@ -145,8 +149,8 @@ class Backward {
 
   /// dk and dv of one block of keys, and its part of dq.
   void key_block(i64 task, int worker) {
-    const i64 heads = call_.batch * call_.kv_heads, block = task / heads;
-    const i64 batch = task % heads / call_.kv_heads, kv_head = task % call_.kv_heads;
+    const Group any = group_of_block(task, 0);
+    const i64 block = task / (call_.batch * call_.kv_heads), batch = any.batch, kv_head = any.kv_head;
     const Context context{call_, call_.sequences[batch], batch};
     const Sequence& sequence = context.sequence;
     const Interval all{block * shape_.block_keys, math::smaller((block + 1) * shape_.block_keys, sequence.kv_rows)};
@@ -165,7 +169,7 @@ class Backward {
     for (i64 g = rows.begin * group_size() / kGroupRows; g * kGroupRows < rows.end * group_size(); ++g) {
       const Group group = this->group(batch, kv_head, g);
       if (sequence.band.tile(group.queries, keys) != math::TileState::kHidden) {
-        add_group(my, context, group, keys, block);
+        add_group(my, context, group, keys, task);
       }
     }
 
@@ -202,7 +206,7 @@ class Backward {
   }
 
   /// A block of keys against one row group: dv += Pᵀ dout, dk += dSᵀ q, and dq's part dS k, which waits for its turn.
-  void add_group(BackwardScratch<kWord>& my, const Context& context, const Group& group, Interval keys, i64 block) {
+  void add_group(BackwardScratch<kWord>& my, const Context& context, const Group& group, Interval keys, i64 task) {
     my.rows.load_rows(context, {group_size(), group.kv_head * group_size(), group.first_row + group.rows},
                       group.first_row, stats(group.batch, group.kv_head));
     const i64 floats = dq_floats<kWord>(call_);
@@ -210,10 +214,11 @@ class Backward {
     for (i64 j = keys.begin; j < keys.end; j += kKeyTile) {
       const Interval tile{j, math::smaller(j + kKeyTile, keys.end)};
       if (context.sequence.band.tile(group.queries, tile) != math::TileState::kHidden)
-        add_tile(my, context, tile, j - keys.begin);
+        add_tile(my, context, group, tile, j - keys.begin, task);
     }
     std::int32_t* ticket = tickets_ + slot(group.batch, group.kv_head, group.index);
     const Interval seen = context.sequence.band.keys_of_rows(group.queries);
+    const i64 block = task / (call_.batch * call_.kv_heads);
     const auto turn = static_cast<std::int32_t>(block - seen.begin / shape_.block_keys);
     float* sum = dq_sum(group);
     await_turn(ticket, turn);
@@ -227,16 +232,17 @@ class Backward {
   }
 
   /// The same of one tile, whose keys are rows of k and v from `offset` on.
-  void add_tile(BackwardScratch<kWord>& my, const Context& context, Interval keys, i64 offset) {
+  void add_tile(BackwardScratch<kWord>& my, const Context& context, const Group& group, Interval keys, i64 offset,
+                i64 task) {
     RowGroup<kWord>& rows = my.rows;
     const i64 count = keys.end - keys.begin;
     const bool any_bad = rows.any_bad || my.k.any_bad,
-               floats = kWord == Word::kFloat || any_bad || call_.alibi || bias_is_ds();
+               floats = kWord == Word::kFloat || any_bad || call_.alibi || takes_bias();
     Interval seen[RowGroup<kWord>::kPanels];  // of the tile's keys
     for (i64 p = 0; p < rows.kPanels; ++p) {
       const Tile ds = rows.tile_of(rows.ds, p, keys);
       const auto [first, end] = seen[p] = rows.recompute(p, context, keys, my.k, my.v, offset, floats);
-      if (bias_is_ds()) store_bias_gradient(context, ds, rows.panels[p], my.tile_sum);
+      if (takes_bias()) add_to_bias(my, context, group, task, p, ds);
       if (seen[p].empty()) continue;
       if (call_.alibi) add_slope_gradient(my, context, ds, rows.panels[p]);
       if (call_.softcap > 0 && floats) {
@@ -359,19 +365,14 @@ class Backward {
     call_.dsink[head] = static_cast<float>(total);
   }
 
-  // ---- dbias where nothing is broadcast: it is dS
+  // ---- dbias of entries that only sequences or heads share: dS, which they add up in turns, in the order of tasks
 
-  [[nodiscard]] bool bias_rows_are_whole() const {
-    return call_.dbias.data != nullptr && call_.dbias.query != 0 && call_.dbias.key == bytes(call_.bias_type);
-  }
-  [[nodiscard]] bool bias_is_ds() const {
-    return bias_rows_are_whole() && (call_.dbias.head != 0 || call_.q_heads == 1) &&
-           (call_.dbias.batch != 0 || call_.batch == 1);
-  }
+  [[nodiscard]] bool takes_bias() const { return shape_.bias_sharers > 0 && call_.dbias.data != nullptr; }
 
-  /// Zeros for a head of a sequence, unless its rows see all keys: then every entry is written.
+  /// Zeros, unless rows of the first sequence that shares them see all keys: then every entry is written.
   void clear_bias_gradient(i64 task, int /*worker*/) {
     const i64 batch = task / call_.q_heads, head = task % call_.q_heads;
+    if ((call_.dbias.batch == 0 && batch > 0) || (call_.dbias.head == 0 && head > 0)) return;
     const Context context{call_, call_.sequences[batch], batch};
     if (context.sequence.band.tile({0, shape_.max_queries}, {0, shape_.max_keys}) == math::TileState::kFull) return;
     for (i64 i = 0; i < shape_.max_queries; ++i) {
@@ -380,14 +381,52 @@ class Backward {
     }
   }
 
-  /// Writes a panel's part of a tile, [key][lane], by way of room for [lane][key].
-  void store_bias_gradient(const Context& context, const Tile& tile, const Panel& panel, float* room) const {
-    const i64 count = tile.rows();
-    transpose_words<Word::kFloat>(room, kKeyTile, tile.data, tile.stride, whole(count, kWidth), kPanelRows, 1.0F);
-    for (i64 lane = 0; lane < panel.lanes; ++lane) {
-      const char* to = context.entry(call_.dbias, panel.query[lane], tile.keys.begin, panel.head[lane]);
-      narrow_row(const_cast<char*>(to), room + lane * kKeyTile, call_.bias_type, count);
+  /// Writes a tile, [key][lane], by way of room for [lane][key], and adds up rows that heads of a group share.
+  void store_bias_gradient(const Context& context, const Tile& tile, i64 lanes, const RowMap& map, i64 first_row,
+                           float* room) const {
+    const i64 count = tile.rows(), rows = math::smaller(lanes, map.rows - first_row);
+    transpose_words<Word::kFloat>(room, kKeyTile, tile.data, tile.stride, whole(count, kWidth), lanes, 1.0F);
+    for (i64 lane = 0, i = first_row / map.group, head = first_row % map.group; lane < rows; ++lane, ++head) {
+      if (head == map.group) ++i, head = 0;
+      float* row = room + lane * kKeyTile;
+      const bool shared = call_.dbias.head == 0 && head > 0;
+      for (i64 x = 0; shared && x < kKeyTile; x += kWidth) store(row + x, load(row + x) + load(row + x - kKeyTile));
+      char* to = const_cast<char*>(context.entry(call_.dbias, i, tile.keys.begin, map.first_head + head));
+      narrow_row(to, row, call_.bias_type, count);
     }
+  }
+
+  /// Adds a panel's part of a tile to the sum of the tasks that share its entries; the last of them writes it.  All
+  /// blocks of dbias use the same sums, one after the other.
+  void add_to_bias(const BackwardScratch<kWord>& my, const Context& context, const Group& group, i64 task, i64 p,
+                   const Tile& ds) const {
+    const i64 group_heads = group_size(), first_row = group.first_row + p * kPanelRows;
+    RowMap rows{group_heads, group.kv_head * group_heads, group.first_row + group.rows};
+    if (bias_panels_ == 0) return store_bias_gradient(context, ds, kPanelRows, rows, first_row, my.tile_sum);
+    const i64 heads = call_.batch * call_.kv_heads, first = task - task % shape_.bias_sharers;
+    const auto adds = [&](i64 other) {  // to this sum; not where it sees nothing
+      const Group its = group_of_block(other, group.index);
+      const i64 key = ds.keys.begin + (other / heads - task / heads) * shape_.block_keys;
+      return call_.sequences[its.batch].band.tile(its.queries, {key, key + kKeyTile}) != math::TileState::kHidden;
+    };
+    i64 before = task - 1, after = task + 1;
+    while (before >= 0 && !adds(before)) --before;
+    while (after < first + shape_.bias_sharers && !adds(after)) ++after;
+    const Interval keys{ds.keys.begin, math::smaller(ds.keys.begin + kKeyTile, shape_.max_keys)};
+    const i64 tile = (group.index * shape_.block_keys + keys.begin % shape_.block_keys) / kKeyTile;
+    const i64 at = tile * my.rows.kPanels + p;
+    const Tile sum{bias_sums_ + at * kKeyTile * kPanelRows, kPanelRows, keys};
+    std::int32_t* ticket = tickets_ + call_.kv_heads * shape_.total_groups + at;
+    await_turn(ticket, static_cast<std::int32_t>(before + 1));
+    for_each_vector(sum, [&](i64 r, int lane, float* to) {
+      const V x = r < ds.rows() ? load(ds.row(r) + lane) : V{};
+      store(to, before < first ? x : load(to) + x);
+    });
+    if (after == first + shape_.bias_sharers) {
+      rows.rows = shape_.max_queries * group_heads;  // of the longest sequence
+      store_bias_gradient(context, sum, kPanelRows, rows, first_row, my.tile_sum);
+    }
+    __atomic_store_n(ticket, static_cast<std::int32_t>(task + 1), __ATOMIC_RELEASE);
   }
 
   // ---- else each task owns a tile of it (one entry long where broadcast) and recomputes and sums its part of dS
@@ -429,18 +468,12 @@ class Backward {
       }
     }
     const Context context{call_, call_.sequences[batches.begin], batches.begin};
-    if (bias_rows_are_whole()) {
-      for (i64 p = 0; p < my.rows.kPanels; ++p) {
-        Panel& panel = my.rows.panels[p];
-        set_rows(panel, context, {1, heads.begin, rows.end}, rows.begin + p * kPanelRows);
-        for (i64 j = keys.begin; j < keys.end; j += kKeyTile) {
-          const Interval tile{j, math::smaller(j + kKeyTile, keys.end)};
-          store_bias_gradient(context, my.rows.tile_of(my.tile_sum + (j - keys.begin) * kGroupRows, p, tile), panel,
-                              my.rows.s);
-        }
-      }
-      return;
+    for (i64 j = keys.begin; own_row && own_key && j < keys.end; j += kKeyTile) {
+      const Interval tile{j, math::smaller(j + kKeyTile, keys.end)};
+      const Tile sum{my.tile_sum + (j - keys.begin) * kGroupRows, kGroupRows, tile};
+      store_bias_gradient(context, sum, kGroupRows, {1, heads.begin, rows.end}, rows.begin, my.rows.s);
     }
+    if (own_row && own_key) return;
     for (i64 i = 0; i < (own_row ? rows.end - rows.begin : 1); ++i) {
       for (i64 j = 0; j < (own_key ? keys.end - keys.begin : 1); ++j) {
         double total = 0.0;
@@ -485,8 +518,10 @@ class Backward {
   std::byte* workspace_;   // of all workers
   float* dq_;              // [kv head][row group][panel][dim][lane]
   RowStats stats_;         // [kv head][row group][lane]
-  std::int32_t* tickets_;  // [kv head][row group]
+  std::int32_t* tickets_;  // [kv head][row group], then of sums of dbias
   double* dslopes_;        // [batch][q head][key block]
+  i64 bias_panels_ = 0;    // where tasks share dbias
+  float* bias_sums_;       // [row group][tile of a block][panel][key][lane]
   std::size_t bytes_;
 };
 

@@ -55,7 +55,8 @@ struct ForwardShape {
 /// Sizes of one backward: tasks of block_keys keys walk row groups of kGroupRows.
 struct BackwardShape {
   i64 max_queries = 0, max_keys = 0, block_keys = 0, blocks = 0, max_groups = 0, total_groups = 0;
-  bool pairs = false;  // bf16 is multiplied as pairs
+  bool pairs = false;    // bf16 is multiplied as pairs
+  i64 bias_sharers = 0;  // tasks that add to an entry of dbias; 0: its gradient takes a pass of its own
   int workers = 1;
 };
 
@@ -90,7 +91,7 @@ extern const FlashKernels kernels;
 
 // Multiples of 16, the keys of a patch of dropout draws, and of the rows that a product holds in registers.
 inline constexpr i64 kKeyTile = 96;             // keys of one tile in the backward
-inline constexpr i64 kBiasKeys = 4 * kKeyTile;  // the most of a task of a bias's gradient, which packs its rows once
+inline constexpr i64 kBiasKeys = 4 * kKeyTile;  // the most of a task that sums dS of a bias
 inline constexpr i64 kForwardKeys = 96;         // keys of one tile in the forward
 inline constexpr i64 kGroupRows = 96;           // rows of one tile in the backward; a multiple of every panel's rows
 /// With few rows: keys whose scores are made before their values are read, of all heads of a task.
