@@ -3,6 +3,7 @@
 #include <fovea/c.h>
 #include <fovea/fovea.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <tbb/task_group.h>
 #include <unistd.h>
@@ -14,6 +15,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <stdexcept>
 #include <thread>
 
 #include "cpu/threads.h"
@@ -102,6 +104,49 @@ TEST(Threads, TakeNoTaskOfTheCallersWhileTheyWait) {  // it may want a lock that
   calls = false;
   others.wait();
   EXPECT_EQ(taken, 0);
+}
+
+/// Ends the process with 0 where attention comes out whole although the system gives it `most` threads.
+void attend_with_threads(rlim_t most, int asked) {
+  constexpr uid_t kNobodyElse = 54321;  // the system counts the threads of a user, and none of root's
+  if (geteuid() == 0 && setuid(kNobodyElse) != 0) _exit(77);
+  const rlimit limit{.rlim_cur = most, .rlim_max = most};
+  if (setrlimit(RLIMIT_NPROC, &limit) != 0) _exit(77);
+  const auto run = [](int threads) {
+    tools::Workload data(parse_problem("fwd fp32 b2 hq8 sq900 skv16 d8"), 1);
+    return attend(plan_forward(data.problem(), {}, {.num_threads = threads}), data);
+  };
+  _exit(run(asked) == run(1) ? 0 : 1);
+}
+
+bool done_or_skipped(int status) {
+  return WIFEXITED(status) && (WEXITSTATUS(status) == 0 || WEXITSTATUS(status) == 77);
+}
+
+TEST(Threads, AreFewerWhereTheSystemGivesNoMore) {
+#ifdef FOVEA_TSAN
+  GTEST_SKIP() << "the sanitizer needs a thread of its own";
+#endif
+  GTEST_FLAG_SET(death_test_style, "threadsafe");  // in a process that has no threads yet
+  EXPECT_EXIT(attend_with_threads(1, 0), done_or_skipped, "");
+  EXPECT_EXIT(attend_with_threads(1, 16), done_or_skipped, "");
+  EXPECT_EXIT(attend_with_threads(4, 16), done_or_skipped, "");
+}
+
+TEST(Threads, BeyondTheProcessorsHandOnWhatATaskThrows) {
+  const int workers = cpu::worker_count(0) + 2;
+  std::atomic<int> begun{0};
+  const auto fail = [](void* context, std::int64_t, int) {
+    ++*static_cast<std::atomic<int>*>(context);
+    throw std::domain_error("from a task");
+  };
+  EXPECT_THROW(cpu::run_tasks(1'000'000, workers, fail, &begun), std::domain_error);
+  EXPECT_LE(begun, workers);
+}
+
+TEST(Threads, AskedForBeyondAllSenseAreBounded) {
+  EXPECT_EQ(cpu::worker_count(7), 7);
+  EXPECT_EQ(cpu::worker_count(65536), std::max(cpu::worker_count(0), 256));
 }
 
 TEST(Fork, ChildComputesAfterTheParentDid) {

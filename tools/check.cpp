@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <system_error>
 #include <thread>
 
 #include "cpu/elements.h"
@@ -313,7 +314,10 @@ int run_check(const CheckRun& run) {
     }
   };
   std::vector<std::jthread> helpers;
-  for (int i = 1; i < cpu::worker_count(run.jobs); ++i) helpers.emplace_back(work);
+  try {
+    for (int i = 1; i < cpu::worker_count(run.jobs); ++i) helpers.emplace_back(work);
+  } catch (const std::system_error&) {  // the system gives no more threads: those that there are do it all
+  }
   work();
   helpers.clear();
   if (ended) std::rethrow_exception(ended);

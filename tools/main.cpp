@@ -127,7 +127,7 @@ struct Command {
     option("--device", said->runner.device, "DEVICE", devices)->capture_default_str();
     backend(said->runner.options.backend, "run this backend or refuse");
     number("--threads", said->runner.options.num_threads, 0, kMostThreads,
-           "CPU threads; 0: as many as the process may use");
+           "CPU threads; 0: as many as the process may use; never more than 256 or one a processor");
   }
   CLI::Option* backend(std::string& value, const char* help) const {
     return option("--backend", value, "NAME", help)

@@ -85,7 +85,7 @@ typedef struct fovea_options {
   int64_t max_seqlen_kv;
   const char* backend;  ///< run this backend or fail; NULL: the first that supports the problem
   int32_t strict;       ///< fail rather than pass over a backend this device has
-  int32_t num_threads;  ///< CPU threads; 0: as many as the process may use
+  int32_t num_threads;  ///< CPU threads; 0: as many as the process may use; at most 256 or one a processor
 } fovea_options;
 
 /// How a problem line is planned.

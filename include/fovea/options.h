@@ -37,7 +37,7 @@ struct Rules {
 struct PlanOptions {
   std::string backend{};  ///< run this one of Report::verdicts or fail; empty: the first that supports the problem
   bool strict = false;    ///< fail rather than pass over a backend this device has
-  int num_threads = 0;    ///< CPU threads; 0: as many as the process may use
+  int num_threads = 0;    ///< CPU threads; 0: as many as the process may use; at most 256 or one a processor
 };
 
 /// Everything an attention call may ask for besides q, k and v.  All options compose.
