@@ -63,6 +63,7 @@ def flash_attn_func(
 
     Raises:
         ValueError: in one sentence.
+        TypeError: a causal that is neither True nor False.
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     return _attend(q, k, v, None, None, None, None, *options)
@@ -232,7 +233,7 @@ def _attend(
         in_rows(k),
         in_rows(v),
         softmax_scale=softmax_scale,
-        causal="bottom_right" if causal else None,
+        causal="bottom_right" if _adapter.flag("causal", causal) else None,
         window_left=left,
         window_right=right,
         alibi_slopes=alibi_slopes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +118,11 @@ def test_refusals():
     for window in ((1, 2, 3), (1,), (1.5, 2), (None, 1), "ab", 3, None):
         with pytest.raises(ValueError, match="window_size .* must be .left, right., two whole numbers"):
             flash_attn.flash_attn_func(q, q, q, window_size=window)
+    for causal in ("top_left", "False", 2, 1.0, None):
+        with pytest.raises(TypeError, match="causal .* must be True or False"):
+            flash_attn.flash_attn_func(q, q, q, causal=causal)
+    lower = flash_attn.flash_attn_func(q, q, q, causal=True)
+    assert all(flash_attn.flash_attn_func(q, q, q, causal=causal).equal(lower) for causal in (1, np.True_))
     with pytest.raises(ValueError, match="k is a ndarray, which is no PyTorch tensor"):
         flash_attn.flash_attn_func(q, q.numpy(), q)
     with pytest.raises(ValueError, match="qkv is a ndarray, which is no PyTorch tensor"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -375,6 +376,21 @@ def test_decorating_what_runs_after_its_call_is_refused():
     for function in (steps, serve):
         with pytest.raises(ValueError, match=f"{function.__name__} runs when its call has returned"):
             replace_sdpa()(function)
+
+
+def test_is_causal_is_a_bool():
+    q = torch.randn(1, 2, 5, 8)
+    for causal in ("top_left", "False", 2, 1.0, None, torch.tensor(True)):
+        with pytest.raises(TypeError):
+            F.scaled_dot_product_attention(q, q, q, is_causal=causal)
+        with pytest.raises(TypeError, match="is_causal .* must be True or False"):
+            scaled_dot_product_attention(q, q, q, is_causal=causal)
+    lower = scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert all(scaled_dot_product_attention(q, q, q, is_causal=one).equal(lower) for one in (1, np.True_))
+    attend = torch.compile(
+        lambda q: scaled_dot_product_attention(q, q, q, is_causal=q.shape[2] > 1), dynamic=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(attend(q), lower)
 
 
 def test_what_torch_runs_runs_under_replacement():

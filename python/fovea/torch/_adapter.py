@@ -382,6 +382,14 @@ def cast_bias(others: tuple[Any, ...] | None, dtype: torch.dtype) -> tuple[Any, 
     return (mask, as_autocast(bias, dtype), *rest)
 
 
+def flag(name: str, value: Any) -> bool:
+    """A bool, NumPy's, 0 or 1: Python takes "False" and "top_left" for true as well."""
+    of_numpy = type(value).__module__ == "numpy" and str(getattr(value, "dtype", "")) == "bool" and value.ndim == 0
+    if not (isinstance(value, (bool, torch.SymBool)) or of_numpy or isinstance(value, int) and value in (0, 1)):
+        raise TypeError(f"{name} ({value!r}) must be True or False")
+    return bool(value)
+
+
 def _refuse_tangents(names: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> None:
     for name, tensor in zip(names, tensors):
         if tensor is not None and _has_tangent(tensor):

@@ -47,9 +47,12 @@ def scaled_dot_product_attention(
 
     Raises:
         ValueError: shapes or dtypes that Fovea does not take, in one sentence; fp64 among them.
+        TypeError: an is_causal that is neither True nor False, as in PyTorch.
         RuntimeError: an attn_mask together with is_causal, as in PyTorch.
     """
     try:
+        if is_causal is not False:
+            is_causal = _adapter.flag("is_causal", is_causal)
         corner = "top_left" if is_causal else None
         if dropout_p == 1.0:  # every weight is dropped, as in PyTorch
             value, dropout_p = value * 0, 0.0
