@@ -393,6 +393,37 @@ def test_is_causal_is_a_bool():
     torch.testing.assert_close(attend(q), lower)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_pytorch_s_formula_has_second_derivatives_under_replacement(compiled):
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+
+    def attend(q):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, q, q)
+
+    def second(attend):
+        (dq,) = torch.autograd.grad(attend(q).square().sum(), q, create_graph=True)
+        return torch.autograd.grad(dq.square().sum(), q)[0]
+
+    expected = second(attend)
+    with replace_sdpa() as report:
+        if compiled:  # whose derivatives are none of ours: what the graph calls tells
+            called = []
+
+            def spy(graph, _):
+                called.extend(str(node.target) for node in graph.graph.nodes)
+                return graph
+
+            torch.compile(attend, fullgraph=True, backend=spy)(q)
+            assert any("scaled_dot_product" in target for target in called)
+            assert not any("fovea" in target for target in called)
+        else:
+            torch.testing.assert_close(second(attend), expected)
+            with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
+                F.scaled_dot_product_attention(q, q, q)
+            assert report.replaced.total() == 1 and "formula alone" in str(report)
+
+
 def test_what_torch_runs_runs_under_replacement():
     attend = F.scaled_dot_product_attention
     q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))

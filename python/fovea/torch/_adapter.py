@@ -395,7 +395,8 @@ def _refuse_tangents(names: tuple[str, ...], tensors: tuple[Tensor | None, ...])
         if tensor is not None and _has_tangent(tensor):
             raise RuntimeError(
                 f"{name} has a tangent, and fovea.attention has no forward-mode derivatives; use torch.autograd.grad,"
-                " or compute this part by PyTorch's formula, under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+                " or compute this part by PyTorch's formula, scaled_dot_product_attention of torch.nn.functional under"
+                " torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
             )
 
 

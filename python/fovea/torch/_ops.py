@@ -26,8 +26,8 @@ _NUM_TENSORS, _NUM_EXTRAS = 3, 10  # q, k, v come first, then what belongs to `e
 #: What a gradient answers that is differentiated again.
 ONCE = (
     "fovea.attention has no second derivatives, and a gradient of it was differentiated again: do without"
-    " create_graph=True, or compute this part by PyTorch's formula, under"
-    " torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    " create_graph=True, or compute this part by PyTorch's formula, scaled_dot_product_attention of"
+    " torch.nn.functional under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 )
 
 _library = torch.library.Library("fovea", "DEF")

@@ -81,9 +81,9 @@ def replace_sdpa() -> Replacement:
     """Runs unmodified models on Fovea: `with replace_sdpa() as report: model(x)`, or as a decorator of a function.
 
     While it is active, torch.nn.functional.scaled_dot_product_attention is Fovea's, also where modules have imported it
-    by name. Calls that Fovea refuses (fp64, a device that is neither CPU nor CUDA, ...) go to PyTorch; nothing else
-    does. print() it afterwards: what was replaced, what was left, with reasons. Models that torch.compile has compiled
-    before keep what they were compiled with.
+    by name. Calls that Fovea refuses (fp64, a device that is neither CPU nor CUDA, ...) go to PyTorch, and so do those
+    under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); nothing else does. print() it afterwards: what was replaced,
+    what was left, with reasons. Models that torch.compile has compiled before keep what they were compiled with.
     """
     return Replacement()
 
@@ -149,7 +149,16 @@ def _why_not(query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool) 
         return "attn_mask stands beside is_causal, which some of PyTorch's kernels take"
     if any(tensor.is_nested and tensor.layout != torch.jagged for tensor in tensors):
         return "a nested tensor is of strided layout, and Fovea takes jagged ones"
+    if _formula_alone():
+        return "sdpa_kernel allows PyTorch's formula alone"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _formula_alone() -> bool:
+    """Whether sdpa_kernel(SDPBackend.MATH) is active, which is for CPUs too."""
+    cuda = torch.backends.cuda
+    return not (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled())
 
 
 def _count(arguments: tuple[Any, ...], reason: str | None) -> None:
