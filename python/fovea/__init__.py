@@ -272,7 +272,10 @@ def _find_adapter(array_type: type) -> Callable[..., Any]:
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
-        return importlib.import_module(f"fovea.{name}")
+        try:
+            return importlib.import_module(f"fovea.{name}")
+        except ModuleNotFoundError as error:  # hasattr and getattr with a default go by AttributeError
+            raise AttributeError(f"fovea.{name} needs the package {error.name}, which is not installed") from error
     raise AttributeError(f"module 'fovea' has no attribute {name!r}")
 
 

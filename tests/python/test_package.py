@@ -104,6 +104,27 @@ fovea.attention(*[numpy.ones((1, 3, 1, 8), numpy.float32)] * 3)
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 
+def test_without_pytorch_there_is_no_fovea_torch():
+    program = """
+import sys
+sys.modules["torch"] = None
+import fovea
+assert not hasattr(fovea, "torch") and getattr(fovea, "flash_attn", None) is None
+try:
+    fovea.nn
+except AttributeError as error:
+    assert "fovea.nn needs the package torch" in str(error)
+for words in ("import fovea.torch", "from fovea import torch"):
+    try:
+        exec(words)
+    except ModuleNotFoundError:
+        pass
+    else:
+        sys.exit(words)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
 def test_importing_everything_takes_nobody_s_name_and_needs_no_other_framework():
     program = """
 import sys
