@@ -43,7 +43,7 @@ def test_everyone_trains_to_the_same_losses(tmp_path, capsys):
     assert page.count('class="bar"') == len(cells) and "http" not in page
 
 
-@pytest.mark.parametrize("size", ["2,16,32", "3,40,32", "2,100,64"])
+@pytest.mark.parametrize("size", ["2,16,32", "3,40,32", "2,100,64", "3,5,32"])
 def test_nobody_is_told_in_red_for_another_draw(size, tmp_path, capsys):
     status, results, _ = run(tmp_path, "--size", size, "--steps", "4", "--heads", "4")
     assert status == 0 and all(cell["error"] <= 2 for cell in results["cells"]), capsys.readouterr().out
@@ -55,6 +55,13 @@ def test_a_locale_without_utf_8_ends_nothing_and_spoils_no_page(tmp_path):
     run = [sys.executable, "-W", "ignore", "-m", "fovea.minitest", *words]
     printed = subprocess.run(run, env=ascii_alone, capture_output=True, check=True).stdout
     assert b"N?N formula" in printed and "N×N formula" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_what_fovea_refuses_is_no_success(tmp_path, capsys):
+    status, results, _ = run(tmp_path, "--size", "2,16,1200")
+    printed = capsys.readouterr().out
+    assert status == 1 and "Fovea refused 5 of" in printed and "all losses agree" not in printed
+    assert all(cell["refused"] for cell in results["cells"] if cell["contestant"] == "Fovea Python")
 
 
 def test_one_who_computes_something_else_is_told_in_red(tmp_path, capsys, monkeypatch):
