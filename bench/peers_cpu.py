@@ -141,6 +141,9 @@ def main():
     parser.add_argument("--json", help="write the numbers to this file")
     parser.add_argument("--html", help="and a picture to this")
     said = parser.parse_args()
+    for option, make in ("program", "./dev build"), ("lib", "cmake --preset release -B build/shared -DBUILD_SHARED_LIBS=ON"):
+        if not Path(getattr(said, option)).is_file():
+            parser.error(f"--{option} ({getattr(said, option)}) is not there; begin with `{make}`")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: said.threads])
     torch.set_num_threads(said.threads)
 
@@ -177,6 +180,7 @@ def main():
         Path(said.json).write_text(json.dumps(page, indent=1) + "\n")
     if said.html:
         Path(said.html).write_text(picture(page))
+    return 1 if any("fovea" in row["refusals"] for row in page["rows"]) else 0
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fovea._observe import count_option, device_option
 from fovea.torch import replace_sdpa
 
 
@@ -75,9 +76,9 @@ def train(text: Tensor, vocabulary: int, options: Any, attention: Any) -> list[f
 def plot(curves: dict[str, list[float]], path: str) -> None:
     """The curves as a picture, later ones over earlier ones."""
     width, height, margin = 720, 400, 50
-    top = max(max(curve) for curve in curves.values())
-    bottom = min(min(curve) for curve in curves.values())
-    steps = max(len(curve) for curve in curves.values()) - 1
+    losses = [loss for curve in curves.values() for loss in curve]
+    steps = max(1, max(len(curve) for curve in curves.values()) - 1)  # one step makes a point
+    top, bottom = max(losses) + 1e-3, min(losses)
 
     def place(step: float, loss: float) -> str:
         x = margin + (width - 2 * margin) * step / steps
@@ -104,16 +105,18 @@ def plot(curves: dict[str, list[float]], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seqlen", type=int, default=128)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--device", type=lambda word: str(device_option(word)), default="cpu")
+    parser.add_argument("--steps", type=count_option, default=200)
+    parser.add_argument("--batch", type=count_option, default=16)
+    parser.add_argument("--seqlen", type=count_option, default=128)
+    parser.add_argument("--dim", type=count_option, default=128)
+    parser.add_argument("--heads", type=count_option, default=4)
+    parser.add_argument("--layers", type=count_option, default=4)
     parser.add_argument("--plot", metavar="FILE.svg")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
+    if options.dim % options.heads:
+        parser.error(f"--heads ({options.heads}) must divide --dim ({options.dim})")
 
     text = "\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
     letters = sorted(set(text))

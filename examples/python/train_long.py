@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fovea.nn
+from fovea._observe import count_option, device_option, program_option
 
 END = 12  # a form feed ends a document
 LIMITS = {"torch.nn": 32768, "Fovea, mask": 32768, "Fovea": 65536}  # lengths beyond are not tried: masks of gigabytes
@@ -210,20 +211,23 @@ def plot(results: list[dict[str, Any]], path: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--lengths", default="", help="default 2048 to 8192 on a CPU, to 65536 on a GPU")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--cpp", metavar="PROGRAM", help="the C++ example, train_long, besides")
+    parser.add_argument("--device", type=lambda word: str(device_option(word)), default="cpu")
+    lengths = "with commas between; default 2048 to 8192 on a CPU, to 65536 on a GPU"
+    parser.add_argument("--lengths", type=lambda words: [count_option(w) for w in words.split(",")], help=lengths)
+    parser.add_argument("--steps", type=count_option, default=4)
+    parser.add_argument("--layers", type=count_option, default=2)
+    parser.add_argument("--width", type=count_option, default=512)
+    parser.add_argument("--heads", type=count_option, default=8)
+    parser.add_argument("--cpp", type=program_option, metavar="PROGRAM", help="the C++ example, train_long, besides")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE.svg")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     longest = 8192 if options.device == "cpu" else 65536
     doubling = [2048 << i for i in range(6) if 2048 << i <= longest]
-    options.lengths = [int(word) for word in options.lengths.split(",")] if options.lengths else doubling
+    options.lengths = options.lengths or doubling
+    if options.width % options.heads or options.width % 2:
+        parser.error(f"--width ({options.width}) must be even, and --heads ({options.heads}) divide it")
     if options.one:
         print(json.dumps(measure(options.one, options.lengths[0], options)))
         return 0

@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,21 @@ def device_option(word: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise argparse.ArgumentTypeError(f"{word!r} is not there: PyTorch sees {count} GPUs; give cpu, or one of them")
     return device
+
+
+def count_option(word: str) -> int:
+    """A number of a command line: nothing is measured of none."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} must be a whole number above 0")
+    return int(word)
+
+
+def program_option(word: str) -> str:
+    """A program that a command line asks to run beside."""
+    found = shutil.which(word)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{word!r} is no program; name a file that is there and may be run")
+    return found
 
 
 def file_option(word: str) -> str:

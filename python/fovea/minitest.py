@@ -30,7 +30,15 @@ from torch import Tensor
 
 import fovea
 import fovea.nn
-from fovea._observe import device_name, device_option, file_option, print_everywhere, torch_kernel
+from fovea._observe import (
+    count_option,
+    device_name,
+    device_option,
+    file_option,
+    print_everywhere,
+    program_option,
+    torch_kernel,
+)
 
 CHECKED = 4  # steps whose losses are compared: later ones grow apart, however small the first difference is
 REDRAWN = 8  # trainings of the textbook's with other dropout, from which its spread is known
@@ -303,19 +311,19 @@ class Cell:
         """By the error rule."""
         return self.error is not None and self.error <= 2.0
 
-
-class Minitest:
-    """All contestants on one device."""
-
-    def __init__(
-        self, device: torch.device, steps: int, shape: tuple[int, int, int], heads: int = 8, cpp: str = ""
-    ) -> None:
-        self.device, self.steps, self.shape, self.heads = device, steps, shape, heads
     @property
     def fails(self) -> bool:
         """Whether it is wrong, or Fovea's and not there: others may refuse what they do not have."""
         return self.contestant.startswith("Fovea") if self.ms is None else not self.agrees
 
+
+class Minitest:
+    """All contestants on one device."""
+
+    def __init__(
+        self, device: torch.device, steps: int, shape: tuple[int, int, int], heads: int = 8, cpp: str | None = None
+    ) -> None:
+        self.device, self.steps, self.shape, self.heads = device, steps, shape, heads
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         torch.manual_seed(11)
         layer = torch.nn.MultiheadAttention(shape[2], heads)
@@ -511,19 +519,20 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fovea.minitest", description=__doc__.splitlines()[0])
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device_option, default=here, help="cpu, cuda or cuda:N")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=count_option, default=100)
     parser.add_argument("--size", default="32,500,128", help="batch, length and features; default 32,500,128")
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--cpp", metavar="PROGRAM", default="", help="the contestant in C++: fovea_minitest")
+    parser.add_argument("--heads", type=count_option, default=8)
+    cpp = "the contestant in C++: fovea_minitest"
+    parser.add_argument("--cpp", type=program_option, metavar="PROGRAM", help=cpp)
     parser.add_argument("--json", type=file_option, metavar="FILE", help="write everything there")
     chart = "the bar chart; default %(default)s"
     parser.add_argument("--html", type=file_option, metavar="FILE", default="minitest.html", help=chart)
     arguments = parser.parse_args(words)
     words_of_size = arguments.size.split(",")
     shape = tuple(int(word) for word in words_of_size if word.isdecimal())
-    if len(shape) != 3 or len(words_of_size) != 3 or min(shape) < 1 or arguments.steps < 1:
-        parser.error(f"--size ({arguments.size}) must be three numbers above 0, --steps ({arguments.steps}) one")
-    if arguments.heads < 1 or shape[2] % arguments.heads:
+    if len(shape) != 3 or len(words_of_size) != 3 or min(shape) < 1:
+        parser.error(f"--size ({arguments.size}) must be three numbers above 0")
+    if shape[2] % arguments.heads:
         parser.error(f"--heads ({arguments.heads}) must divide the features of --size ({shape[2]})")
     test = Minitest(arguments.device, arguments.steps, shape, arguments.heads, arguments.cpp)
     title = (

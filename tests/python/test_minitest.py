@@ -78,7 +78,8 @@ def test_one_who_computes_something_else_is_told_in_red(tmp_path, capsys, monkey
         (["--size", "3,40"], "--size (3,40) must be three numbers above 0"),
         (["--size", "3,40,x"], "--size (3,40,x) must be three numbers above 0"),
         (["--heads", "7"], "--heads (7) must divide the features of --size (128)"),
-        (["--heads", "0"], "--heads (0) must divide"),
+        (["--heads", "0"], "argument --heads: '0' must be a whole number above 0"),
+        (["--cpp", "/nofile"], "argument --cpp: '/nofile' is no program"),
     ],
 )
 def test_sizes_are_refused_in_one_line(words, sentence, capsys):

@@ -82,6 +82,14 @@ def test_what_cannot_be_measured_or_written_is_refused_before(option, word, sent
         assert left.value.code == 2 and f"argument {option}: {sentence}" in capsys.readouterr().err
 
 
+def test_the_benchmark_goes_on_where_fovea_refuses(monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", "fovea.bench --device cpu --batch 1 --heads 1 --seqlen 16 --dim 600 --repeats 1".split()
+    )
+    fovea.bench.main()
+    assert "plain: fovea refused: head_dim (600) must be at most 512" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("first, second", [("fovea", "torch"), ("torch", "fovea")])
 def test_the_first_call_may_be_compiled_whatever_was_imported_first(first, second):
     program = f"""
@@ -123,6 +131,24 @@ for words in ("import fovea.torch", "from fovea import torch"):
         sys.exit(words)
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    "script, words, sentence",
+    [
+        ("examples/python/train_long.py", "--lengths 0", "argument --lengths: '0' must be a whole number above 0"),
+        ("examples/python/train_long.py", "--heads 3 --width 16", "--width (16) must be even, and --heads (3) divide"),
+        ("examples/python/train_long.py", "--device cuda:99", "'cuda:99' is not there: PyTorch sees "),
+        ("examples/python/train_gpt.py", "--steps 0", "argument --steps: '0' must be a whole number above 0"),
+        ("examples/python/train_gpt.py", "--heads 3", "--heads (3) must divide --dim (128)"),
+        ("bench/peers_cpu.py", "--lib /nolib", "--lib (/nolib) is not there; begin with `"),
+        ("bench/peers_cpu.py", "--program /nothing", "--program (/nothing) is not there; begin with `./dev build`"),
+    ],
+)
+def test_programs_beside_the_package_refuse_in_one_sentence(script, words, sentence):
+    command = [sys.executable, "-W", "ignore", str(ROOT / script), *words.split()]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2 and sentence in run.stderr and "Traceback" not in run.stderr
 
 
 def test_importing_everything_takes_nobody_s_name_and_needs_no_other_framework():
