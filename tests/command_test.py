@@ -438,6 +438,9 @@ class Run(CommandTest):
         self.refuse("run", good, "--backend", "fastest", says="fastest")
         for options in ("causal", "causal=middle", "colour=red", "mask=b11k", "bias=1111", "alibi", "sink", "b4", "packed=3+4"):
             self.refuse("run", good, "--options", options, says="--options")
+        self.refuse("run", good, "--options", "causal=top_left mask=b11k", says="--options: token 'mask=b11k' says what the tensors say")
+        self.refuse("run", "some/q.npy", says="'some/q.npy' is a NumPy file; say whose it is, as in --q some/q.npy")
+        self.refuse("tune", LINE, "--device", "sm_90", says="only `fovea explain` takes; name what is here, as in cuda:0")
         self.refuse("run", good, "--options", "kvlen=9,9", says="good.safetensors")
         self.refuse("run", good, "--options", "kvlen=1,2,3", says="kv_lengths")
         self.refuse("run", good, "--options", "dropout=1.5", says="dropout")

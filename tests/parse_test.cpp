@@ -173,6 +173,15 @@ TEST(Refusal, NamesTheToken) {
       {"skv9223372036854775808", "'skv9223372036854775808'"},
       {"skv288230376151711744", "'skv288230376151711744'"},
       {"mask=\x01\x02", "'mask=?\?'"},
+      {"größe=1", "unknown token 'größe=1'"},
+      {"日本😀", "unknown token '日本😀'"},
+      {"a\xc3", "'a?'"},                    // cut short
+      {"a\xc0\xa0", "'a?\?'"},              // longer than it need be
+      {"a\xed\xa0\x80", "'a?\?\?'"},        // half of a pair
+      {"a\xf4\x90\x80\x80", "'a?\?\?\?'"},  // beyond the last
+      {"a\xc2\x9b", "'a?\?'"},              // a control character
+      {"a\xe2\x80\xae", "'a?\?\?'"},        // turns what follows it
+      {"ööööööööööööööööööööööööööööööööö", "'öööööööööööööööööööööööööööööö...'"},
   };
   for (const Refused& refused : padded) {
     EXPECT_TRUE(contains(why_not("fwd fp32 b1 hq1 sq4 d8 " + std::string(refused.tokens)), refused.named))
@@ -183,7 +192,7 @@ TEST(Refusal, NamesTheToken) {
       {"packed=1+-2", "'packed=1+-2'"},
       {"packed=1++2", "'packed=1++2'"},
       {"packed=1,2", "'packed=1,2'"},
-      {"packed=random", "'packed=random'"},
+      {"packed=random", "'packed=random' lacks the total; it is written like 'packed=random:2096'"},
       {"packed=9223372036854775807+9223372036854775807", "'packed=9223372036854775807+9223372036854775807'"},
       {"packed=144115188075855872+144115188075855872+144115188075855872", "'packed="},
       {"packed=1+2 packed_q=1+2", "'packed_q=1+2' contradicts"},

@@ -56,7 +56,7 @@ TEST(Problems, AreRefusedByTheRuleTheyBreak) {
       {[](Problem& p) { p.dropout.probability = 0.999999F; }, "one in 65536"},
       {[](Problem& p) { p.bias_dtype = DType::kBFloat16; }, "bias_dtype (bf16)"},
       {[](Problem& p) { p.bias.reset(), p.bias_dtype = DType::kFloat16; }, "where there is no bias"},
-      {[](Problem& p) { p.kv_lengths.values = {7}; }, "kv_lengths has 1 values but batch is 2"},
+      {[](Problem& p) { p.kv_lengths.values = {7}; }, "kv_lengths has the size 1 but batch is 2"},
       {[](Problem& p) { p.kv_lengths.values[1] = 9; }, "kv_lengths[1] (9) must be at most seqlen_kv (7)"},
       {[](Problem& p) { p.q_lengths.values[0] = -3; }, "q_lengths[0] (-3)"},
       {[](Problem& p) { p.q_lengths.present = false; }, "not present"},
@@ -74,7 +74,7 @@ TEST(Problems, AreRefusedByTheRuleTheyBreak) {
          p.packed_q.values = {5, 2, 0};
          p.packed_kv.values = {3, 7, 0};
        },
-       "packed_q has 3 lengths but batch is 2"},
+       "packed_q has the size 3 but batch is 2"},
       {[](Problem& p) { p.packed_kv.values = {10}; }, "packed_q has 2 sequences but packed_kv has 1"},
       {[](Problem& p) {
          p.packed_q.values = {5, -2};

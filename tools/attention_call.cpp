@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <sstream>
 
 #include "files/safetensors.h"
 #include "npy.h"
@@ -75,14 +76,17 @@ AttentionOptions read_options(const std::string& text, AttentionCall& call) {
   AttentionOptions options;
   static_cast<Rules&>(options) = static_cast<const Rules&>(said);
 
-  Problem rest = said;
-  rest.q_lengths = rest.kv_lengths = {};
-  rest.layout = Layout::kBshd;
-  static_cast<Rules&>(rest) = {};
-  if (rest != Problem{}) {
-    refuse(
-        "--options name what the tensors say: sizes, packed, mask, bias, alibi and sink come from them; leave these "
-        "out");
+  std::istringstream words(text);
+  for (std::string word; words >> word;) {
+    Problem rest;
+    parse_options(word, rest);
+    rest.q_lengths = rest.kv_lengths = {};
+    rest.layout = Layout::kBshd;
+    static_cast<Rules&>(rest) = {};
+    if (rest == Problem{}) continue;
+    refuse(fmt::format(
+        "--options: token {} says what the tensors say, as packed, mask, bias, alibi and sink do; leave it out",
+        files::in_quotes(word)));
   }
   if (said.layout == Layout::kQkvPacked) refuse("--options name layout=qkv_packed; give q, k and v as three tensors");
   return options;

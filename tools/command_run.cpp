@@ -198,6 +198,10 @@ ExitCode Run::run() const {
   if (!asked_.source.problem.empty() && !asked_.source.options.empty()) {
     refuse("--options go with tensors; write the tokens into the --problem line");
   }
+  if (asked_.source.file.ends_with(".npy")) {
+    refuse(fmt::format("{} is a NumPy file; say whose it is, as in --q {}", files::in_quotes(asked_.source.file),
+                       asked_.source.file));
+  }
   std::vector<std::string> inputs{asked_.source.file};
   for (const auto& [name, path] : asked_.source.arrays) inputs.push_back(path);
   require_output("--out", asked_.out, inputs);

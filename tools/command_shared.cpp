@@ -43,8 +43,9 @@ Device Runner::parsed_device(bool architectures) const {
   }
   if (const auto capability = parsed_architecture(device)) {
     if (architectures) return {.kind = DeviceKind::kCuda, .compute_capability = *capability};
-    refuse(
-        fmt::format("--device {} names an architecture, which only `fovea explain` takes; use cpu or cuda:N", device));
+    refuse(fmt::format(
+        "--device {} names an architecture, which only `fovea explain` takes; name what is here, as in cuda:0",
+        device));
   }
   refuse(fmt::format("--device {} is unknown; use cpu or cuda:N{}", files::in_quotes(device),
                      architectures ? ", or an architecture such as sm_90" : ""));

@@ -200,6 +200,9 @@ Value when(const Lengths& lengths) {
 void read_packed(Problem& p, Lengths& packed, std::int64_t& seqlen, std::int64_t& total, const Token& t) {
   std::string_view text = t.value;
   packed.present = true;
+  if (text == kRandom)
+    refuse("token ", quote(t.text), " lacks the total; it is written like ",
+           quote(std::string(t.row->name) + "=random:2096"));
   if (text.starts_with("random:")) {
     text.remove_prefix(kRandom.size() + 1);
     total = number<std::int64_t>(t, text);

@@ -61,12 +61,33 @@ inline void check_real(const char* field, float value, bool in_range, const char
   if (!std::isfinite(value) || !in_range) refuse(field, " (", shortest(value), ") must be ", rule);
 }
 
-/// The user's text, safe to print: short, and without control characters, the same in every locale.
+/// Bytes of the character of UTF-8 that the text begins with; 0 where there is none, or none to print.
+[[nodiscard]] inline std::size_t printable_bytes(std::string_view text) {
+  const auto first = static_cast<unsigned char>(text[0]);
+  if (first < 0x80) return first >= ' ' && first <= '~' ? 1 : 0;
+  const std::size_t count = first >= 0xF0 ? 4 : first >= 0xE0 ? 3 : 2;
+  if (first < 0xC2 || first > 0xF4 || text.size() < count) return 0;
+  std::uint32_t code = first & (0x7FU >> count);
+  for (const char c : text.substr(1, count - 1)) {
+    if ((static_cast<unsigned char>(c) & 0xC0U) != 0x80) return 0;
+    code = code << 6 | (static_cast<unsigned char>(c) & 0x3FU);
+  }
+  constexpr std::array<std::uint32_t, 3> kLeast = {0xA0, 0x800, 0x10000};  // 0x80 to 0x9F are control characters
+  const bool surrogate = code >= 0xD800 && code <= 0xDFFF;
+  const bool turns = (code >= 0x2028 && code <= 0x202E) || (code >= 0x2066 && code <= 0x2069);  // line or direction
+  return code >= kLeast[count - 2] && code <= 0x10FFFF && !surrogate && !turns ? count : 0;
+}
+
+/// The user's text, safe to print: short, UTF-8, and without control characters, the same in every locale.
 [[nodiscard]] inline std::string quote(std::string_view text) {
   constexpr std::size_t kLongest = 60;
   std::string quoted = "'";
-  for (const char c : text.substr(0, kLongest)) quoted += c >= ' ' && c <= '~' ? c : '?';
-  return quoted + (text.size() > kLongest ? "...'" : "'");
+  while (!text.empty() && quoted.size() <= kLongest) {
+    const std::size_t count = printable_bytes(text);
+    quoted += count > 0 ? text.substr(0, count) : "?";
+    text.remove_prefix(std::max<std::size_t>(count, 1));
+  }
+  return quoted + (text.empty() ? "'" : "...'");
 }
 
 /// Refuses what no enumerator has, as a cast of a wrong number gives it; `last`: the greatest.

@@ -70,7 +70,7 @@ void check_packed(const char* field, const Lengths& packed, std::int64_t batch, 
     }
     return;
   }
-  if (std::ssize(values) != batch) refuse(field, " has ", values.size(), " lengths but batch is ", batch);
+  if (std::ssize(values) != batch) refuse(field, " has the size ", values.size(), " but batch is ", batch);
   for (std::size_t i = 0; i < values.size(); ++i) check_length(field, i, values[i], "2^58", kMaxElements);
   if (longest(values) != seqlen.value) {
     refuse(seqlen.name, " (", seqlen.value, ") must be the longest sequence of ", field, " (", longest(values), ")");
@@ -85,8 +85,8 @@ void check_lengths(const char* field, const Lengths& lengths, std::int64_t batch
                    const Lengths& packed) {
   const auto& values = lengths.values;
   if (values.empty()) return;
-  if (!lengths.present) refuse(field, " has ", values.size(), " values although it is not present");
-  if (std::ssize(values) != batch) refuse(field, " has ", values.size(), " values but batch is ", batch);
+  if (!lengths.present) refuse(field, " has values although it is not present");
+  if (std::ssize(values) != batch) refuse(field, " has the size ", values.size(), " but batch is ", batch);
   for (std::size_t i = 0; i < values.size(); ++i) {
     if (packed.values.empty()) {
       check_length(field, i, values[i], seqlen.name, seqlen.value);
