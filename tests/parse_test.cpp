@@ -180,7 +180,7 @@ TEST(Refusal, NamesTheToken) {
       {"a\xed\xa0\x80", "'a?\?\?'"},        // half of a pair
       {"a\xf4\x90\x80\x80", "'a?\?\?\?'"},  // beyond the last
       {"a\xc2\x9b", "'a?\?'"},              // a control character
-      {"a\xe2\x80\xae", "'a?\?\?'"},        // turns what follows it
+      {"a\xe2\x80\xa8", "'a?\?\?'"},        // ends a line
       {"ööööööööööööööööööööööööööööööööö", "'öööööööööööööööööööööööööööööö...'"},
   };
   for (const Refused& refused : padded) {

@@ -41,7 +41,7 @@ class ForwardSm90Plan final : public PlannedKernel {
     params_.batch_inside = shape.batch_inside;
     params_.splits = static_cast<int>(shape.splits);
     params_.packed_heads = static_cast<int>(shape.packed_heads);
-    params_.packed_bits = std::bit_width(static_cast<std::uint64_t>(shape.packed_heads - 1));
+    params_.packed_bits = static_cast<int>(std::bit_width(static_cast<std::uint64_t>(shape.packed_heads - 1)));
     params_.heads = static_cast<int>(problem.num_q_heads / shape.packed_heads);
   }
 
