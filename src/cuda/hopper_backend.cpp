@@ -147,7 +147,7 @@ class HopperBackend final : public Backend {
       limit(verdict, "the number of tiles", shape->tiles, kMostTiles);
       if (has_few_rows(problem, *shape)) {
         reasons.emplace_back("seqlen_q (" + std::to_string(problem.seqlen_q) +
-                             ") is short, and portable blocks pack all heads of a group");
+                             ") is short, and the portable kernels are faster with so few rows");
       }
       if (begins_with_slopes(shape->spec) && problem.scale() < kLeastScale) {
         std::array<char, 32> digits{};

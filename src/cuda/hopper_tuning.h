@@ -31,7 +31,7 @@ struct ForwardSm90Shape {
 /// Nothing where the family has no tile: fp32, head dims above 256 or not a multiple of 8.
 [[nodiscard]] std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem, const GpuModel& gpu);
 
-/// Whether a problem has so few rows that the portable family, which packs all heads of a group, is faster.
+/// Whether a problem has so few rows that the portable family is faster, which packs all heads of a group.
 [[nodiscard]] bool has_few_rows(const Problem& problem, const ForwardSm90Shape& shape);
 
 [[nodiscard]] jit::KernelRequest forward_sm90_request(const ForwardSm90Shape& shape);
