@@ -4,8 +4,8 @@
 #include "cuda/backward_plan_sm90.h"
 #include "cuda/hopper_backend.h"
 #include "cuda/hopper_backward.h"
-#include "cuda/planned_call.h"
 #include "cuda/requests.h"
+#include "cuda/row_copies.h"
 #include "tests/support.h"
 
 namespace fovea::cuda {
@@ -131,14 +131,25 @@ TEST(HopperBackward, HeadsTakeTurnsUnderABandOrWhereDqDoesAndInWholeGroups) {
 }
 
 TEST(HopperBackward, PackedSequencesShareTheLinesOfAKvHead) {
-  const BackwardShape packed = shape_of("bwd bf16 hq8 hkv2 d128 packed=100+3000+0+7 causal=bottom_right");
+  const BackwardShape packed = shape_of("bwd bf16 hq2 d128 packed=100+3000+0+7 causal=bottom_right");
   EXPECT_EQ(packed.key_lines, 3107 / 128 + 4);
   EXPECT_EQ(packed.turns, 2) << "not one for each sequence";
   EXPECT_EQ(packed.heads_abreast, 2);
   EXPECT_EQ(packed.row_slots, 3107 / 64 + 4);
-  const BackwardShape batch = shape_of("bwd bf16 b3 hq8 hkv2 sq300 d128");
+  const BackwardShape batch = shape_of("bwd bf16 b3 hq2 sq300 d128");
   EXPECT_EQ(batch.key_lines, batch.key_blocks);
   EXPECT_EQ(batch.turns, 6);
+}
+
+TEST(HopperBackward, SharesOutGroupsOfHeadsWhereBlocksAreFew) {
+  const auto parts = [](const std::string& line) { return shape_of(line).group_parts; };
+  EXPECT_GT(parts("bwd bf16 b2 hq32 hkv1 sq2048 d128 causal=bottom_right"), 4);
+  EXPECT_EQ(parts("bwd bf16 b2 hq28 hkv4 sq2048 d128 causal=bottom_right"), 7);
+  EXPECT_EQ(parts("bwd bf16 b2 hq32 hkv8 sq8192 d128 causal=bottom_right"), 1) << "blocks are many";
+  EXPECT_EQ(parts("bwd bf16 b1 hq2 sq2048 d128"), 1) << "no group";
+  const BackwardShape split = shape_of("bwd bf16 b3 hq8 hkv2 sq300 d128");
+  EXPECT_TRUE(split.spec.split_gqa);
+  EXPECT_EQ(split.turns, 3 * 2 * split.group_parts) << "each part is a kv head to the kernel";
 }
 
 TEST(HopperBackward, HoldsDqWhereBlocksOfAllKeysFillTheGpu) {
@@ -232,7 +243,7 @@ TEST(HopperBackward, SharesOutLongWalksOfFewTilesOfABiasGradient) {
 }
 
 TEST(HopperBackward, CopiesABiasThatTheCopyEngineCannotRead) {
-  const auto copies = [](const std::string& line) { return bias_rows_request(parse_problem(line)).has_value(); };
+  const auto copies = [](const std::string& line) { return copies_bias(parse_problem(line)); };
   EXPECT_TRUE(copies("bwd bf16 b2 hq2 sq300 skv77 d64 bias=1hqk"));
   EXPECT_TRUE(copies("fwd bf16 b2 hq2 sq300 skv84 d64 bias=b11k"));
   EXPECT_TRUE(copies("fwd bf16 b2 hq2 sq300 skv82 d64 bias=11qk:fp32"));
@@ -243,6 +254,16 @@ TEST(HopperBackward, CopiesABiasThatTheCopyEngineCannotRead) {
   const AlignedBias copied(parse_problem("fwd bf16 b3 hq2 sq5 skv77 d64 bias=1hqk"), 100,
                            Device{DeviceKind::kCuda, 0, kSm90});
   EXPECT_EQ(copied.workspace_bytes(), 128 + 2 * 5 * 160) << "behind 100 bytes, rows of 154 bytes 160 apart";
+}
+
+TEST(HopperBackward, PadsHeadDimsThatAreNoWholePieces) {
+  const Problem wide = padded(parse_problem("bwd bf16 b4 hq8 sq2048 d100 dv33"));
+  EXPECT_EQ(wide.head_dim, 104);
+  EXPECT_EQ(wide.head_dim_v, 40);
+  EXPECT_FLOAT_EQ(wide.scale(), 0.1F) << "of the head dim as given";
+  EXPECT_EQ(padded(parse_problem("fwd fp32 b4 hq8 sq2048 d50")).head_dim, 52);
+  for (const char* line : {"fwd bf16 b4 hq8 sq2048 d40", "fwd fp32 b4 hq8 sq2048 d100", "fwd bf16 b1 hq2 sq64 d33"})
+    EXPECT_EQ(padded(parse_problem(line)), parse_problem(line)) << line;
 }
 
 TEST(HopperBackward, CompilesForRacecheckWhereItIsAskedTo) {

@@ -16,6 +16,15 @@ ForwardSm90Shape shape_of(const std::string& line) {
   return *choose_forward_sm90(parse_problem(line), model_of(kSm90));
 }
 
+TEST(HopperForward, GivesShortRowsTilesThatTheyFill) {
+  const auto tile = [](const std::string& line) { return name_of(shape_of(line)); };
+  EXPECT_EQ(tile("fwd bf16 b256 hq8 sq64 d64"), "64 rows × 64 keys, 2 stages, 2 of rows, 3 blocks");
+  EXPECT_EQ(tile("fwd bf16 b128 hq16 sq77 d64"), "128 rows × 80 keys, 2 stages, 2 of rows, P held, in turns");
+  EXPECT_EQ(tile("fwd bf16 b128 hq12 sq197 d64"), "256 rows × 64 keys, 6 stages, 2 of rows, in turns");
+  EXPECT_EQ(tile("fwd bf16 b64 hq16 sq64 d128"), "64 rows × 64 keys, 2 stages, 2 of rows, P held, 2 blocks");
+  EXPECT_EQ(tile("fwd bf16 b4 hq8 sq2048 d224"), "128 rows × 64 keys, 2 stages, 1 of rows, in turns");
+}
+
 TEST(HopperForward, SharesOutTheKeysOfFewTiles) {
   for (const char* line :
        {"fwd bf16 b2 hq8 sq128 skv16384 d128", "fwd bf16 b1 hq32 hkv8 sq256 skv16384 d128 causal=bottom_right",

@@ -7,6 +7,8 @@ namespace fovea::cuda {
 
 /// Threads of the kernels around the main one.
 inline constexpr int kSideThreads = 256;
+inline constexpr int kSumRows = 16;     // of a block of `group_sums`
+inline constexpr int kPartColumns = 8;  // rows of parts are whole multiples of
 /// Of them on a multiprocessor at once, for they wait for memory.
 inline constexpr int kSideBlocks = 4;
 
@@ -75,7 +77,7 @@ FOVEA_FN constexpr int shared_bytes(const BackwardSpec& s) { return BackwardShar
 /// What the portable bias gradient takes from a main kernel.
 FOVEA_FN constexpr BackwardSpec bias_gradient_spec(BackwardSpec s) {
   s.block_n = math::smaller(s.block_n, 64), s.stages = 1;
-  s.deterministic = s.holds_dq = s.ends_dq = false;
+  s.deterministic = s.holds_dq = s.ends_dq = s.split_gqa = false;
   return s;
 }
 /// Of that, which keeps P and dS in registers, and whose sums take the place of all else in the end.

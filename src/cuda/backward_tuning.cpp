@@ -149,7 +149,7 @@ jit::KernelRequest side_request(std::string_view function, std::string_view head
 
 /// A spec without options: the kernels around the main one do not depend on them, so that one serves many specs.
 BackwardSpec plain(BackwardSpec spec) {
-  spec.band = spec.mask = spec.bias = spec.alibi = spec.softcap = spec.dropout = false;
+  spec.band = spec.mask = spec.bias = spec.alibi = spec.softcap = spec.dropout = spec.split_gqa = false;
   spec.bias_type = BackwardSpec{}.bias_type;
   return spec;
 }
@@ -169,10 +169,11 @@ BackwardSpec backward_spec(const Problem& problem, int sm) {
   return spec;
 }
 
-std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuModel& gpu) {
+std::optional<BackwardShape> choose_backward(const Problem& given, const GpuModel& gpu) {
   BackwardShape shape;
   BackwardSpec& spec = shape.spec;
-  spec = backward_spec(problem, gpu.sm);
+  spec = backward_spec(given, gpu.sm);
+  const Problem problem = split_groups(given, gpu.multiprocessors, shape);
   const int widest = std::max(spec.head_dim, spec.head_dim_v);
   const auto take = [&](const Row& row) {
     const auto& tile = row.tile;
@@ -196,7 +197,7 @@ std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuMo
     return row.serves.least_options <= weight && weight <= row.serves.most_options &&
            problem.seqlen_kv <= row.serves.most_keys;
   };
-  TileReader reader(gpu.choices, gpu.names, kPortableName, problem);
+  TileReader reader(gpu.choices, gpu.names, kPortableName, given);
   const Row* row = reader.read(table_of(spec), fits, suits, [&] { return name_of(shape); });
   if (row == nullptr) return std::nullopt;
   take(*row);
@@ -219,6 +220,45 @@ std::string name_of(const BackwardShape& shape) {
 }
 
 int kv_heads_abreast(const BackwardShape& shape, std::int64_t most) { return largest_divisor(shape.turns, most); }
+
+Problem split_groups(const Problem& problem, std::int64_t at_once, BackwardShape& shape) {
+  // Microseconds of a tile of 64 rows and 128 keys, of a block's begin and end, of adding parts up, and a rate of that,
+  // measured on an H200 (docs/notes).
+  constexpr double kTile = 1.5, kEnds = 4.0, kAdding = 5.0, kRate = 3e6, kWorthwhile = 0.95;
+  constexpr std::int64_t kRows = 64, kKeys = 128, kSamples = 64;
+  const std::int64_t group = problem.num_q_heads / problem.num_kv_heads,
+                     columns = problem.head_dim + problem.head_dim_v;
+  const std::int64_t keys = problem.packed() ? problem.total_kv : problem.batch * problem.seqlen_kv,
+                     key_blocks = ceil_div(problem.seqlen_kv, kKeys);
+  if (group == 1 || key_blocks == 0) return problem;
+  const auto band = math::Band::of(math::BandRule::of(problem), problem.seqlen_q, problem.seqlen_kv);
+  std::int64_t longest = 0, all = 0, samples = 0;  // tiles of rows that see a block of keys
+  for (std::int64_t block = 0; block < key_blocks; block += ceil_div(key_blocks, kSamples), ++samples) {
+    const auto rows = band.rows_of_keys({block * kKeys, (block + 1) * kKeys});
+    const std::int64_t tiles = ceil_div(rows.end - rows.begin, kRows);
+    longest = std::max(longest, tiles), all += tiles;
+  }
+  const double tile = kTile * std::max<double>(static_cast<double>(columns) / 256.0, 0.5);
+  const auto cost = [&](std::int64_t parts) {
+    const auto heads = static_cast<double>(group) / static_cast<double>(parts);
+    const double most = static_cast<double>(longest) * heads * tile + kEnds,
+                 mean = static_cast<double>(all) / static_cast<double>(samples) * heads * tile + kEnds;
+    const std::int64_t blocks = ceil_div(keys, kKeys) * problem.num_kv_heads * parts;
+    const double added =
+        parts == 1 ? 0.0 : kAdding + static_cast<double>(keys * problem.num_kv_heads * parts * columns * 8) / kRate;
+    if (see_alike(problem)) return static_cast<double>(ceil_div(blocks, at_once)) * most + added;
+    return std::max(most, static_cast<double>(blocks) / static_cast<double>(at_once) * mean + mean / 2) + added;
+  };
+  std::int64_t best = 1;
+  for (std::int64_t parts = 2; parts <= group; ++parts) {
+    if (group % parts == 0 && cost(parts) < (best == 1 ? kWorthwhile : 1.0) * cost(best)) best = parts;
+  }
+  shape.group_parts = static_cast<int>(best);
+  shape.spec.split_gqa = best > 1;
+  Problem split = problem;
+  split.num_kv_heads *= best;
+  return split;
+}
 
 void cut_up(const Problem& problem, BackwardShape& shape) {
   const BackwardSpec& spec = shape.spec;
@@ -280,6 +320,11 @@ void share_out(const Problem& problem, const GpuModel& gpu, BackwardShape& shape
   const BiasParts bias = bias_parts(problem, spec, gpu);
   shape.bias_parts = bias.parts;
   shape.bias_sums = take(bias.words);
+  const std::int64_t keys = problem.packed() ? problem.total_kv : batch * problem.seqlen_kv;
+  const auto part = [&](std::int64_t dim) {
+    return take(spec.split_gqa ? keys * problem.num_kv_heads * round_up(dim, kPartColumns) : 0);
+  };
+  shape.dk_parts = part(problem.head_dim), shape.dv_parts = part(problem.head_dim_v);
 }
 
 jit::KernelRequest backward_rows_request(const BackwardShape& shape, int arch) {
@@ -287,6 +332,9 @@ jit::KernelRequest backward_rows_request(const BackwardShape& shape, int arch) {
 }
 jit::KernelRequest backward_queries_request(const BackwardShape& shape, int arch) {
   return side_request("backward_queries", "cuda/kernels/backward_queries.cuh", plain(shape.spec), arch);
+}
+jit::KernelRequest group_sums_request(const BackwardShape& shape, int arch) {
+  return side_request("group_sums", "cuda/kernels/group_sums.cuh", BackwardSpec{.type = shape.spec.type}, arch);
 }
 jit::KernelRequest backward_sums_request(const BackwardShape& shape, int arch) {
   return side_request("backward_sums", "cuda/kernels/sums.cuh", plain(shape.spec), arch);

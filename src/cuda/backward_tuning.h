@@ -23,15 +23,19 @@ struct BackwardShape {
   bool batch_inside = false;                    ///< likewise
   int dq_places = 0, dq_parts = 0, dq_lag = 0;  ///< likewise
   int bias_parts = 1;                           ///< likewise
+  int group_parts = 1;                          ///< likewise
   /// Offsets in bytes, in the order of BackwardParams.
   std::size_t log2_lse = 0, delta = 0, dq_sum = 0, tickets = 0, begun = 0, added = 0, sink_parts = 0, slope_parts = 0,
-              bias_sums = 0;
+              bias_sums = 0, dk_parts = 0, dv_parts = 0;
   std::size_t workspace_bytes = 0;
   bool measured = false;  ///< the tile is `fovea tune`'s
 };
 
 /// All of a spec but the tile sizes.
 [[nodiscard]] BackwardSpec backward_spec(const Problem& problem, int sm);
+/// Has blocks share out the heads of a group where that takes less time; returns the problem as kernels then see it,
+/// with a kv head for each part.  at_once: blocks, or clusters, that run at the same time.
+[[nodiscard]] Problem split_groups(const Problem& problem, std::int64_t at_once, BackwardShape& shape);
 /// Fills in the numbers of blocks, once the tile is chosen.
 void cut_up(const Problem& problem, BackwardShape& shape);
 /// Fills in the parts of each tile of the bias gradient and the layout of the workspace, once all else is known.
@@ -54,6 +58,7 @@ struct BiasParts {
 [[nodiscard]] jit::KernelRequest backward_rows_request(const BackwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest backward_request(const BackwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest backward_queries_request(const BackwardShape& shape, int arch);
+[[nodiscard]] jit::KernelRequest group_sums_request(const BackwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest backward_sums_request(const BackwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest bias_gradient_request(const BackwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest bias_sums_request(const BackwardShape& shape, int arch);

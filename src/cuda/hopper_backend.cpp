@@ -10,7 +10,7 @@
 #include "cuda/hopper_backward.h"
 #include "cuda/hopper_tuning.h"
 #include "cuda/params_sm90.h"
-#include "cuda/planned_call.h"
+#include "cuda/row_copies.h"
 #include "cuda/tensor_map.h"
 #include "dispatch/views.h"
 
@@ -75,8 +75,11 @@ class ForwardSm90Plan final : public PlannedKernel {
     params.ticket = static_cast<u64*>(workspace);
     params.partials = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + kTicketBytes);
     mask_words_.make(params, workspace, stream);
-    if (shape_.tiles >= kManyTiles * multiprocessors_) params.clocks_apart = kClocksApart / multiprocessors_;
-    launch(forward_, static_cast<int>(std::min<std::int64_t>(shape_.tiles, multiprocessors_)), params, stream);
+    if (shape_.spec.blocks == 1 && shape_.tiles >= kManyTiles * multiprocessors_)
+      params.clocks_apart = kClocksApart / multiprocessors_;
+    launch(forward_,
+           static_cast<int>(std::min<std::int64_t>(shape_.tiles, std::int64_t{multiprocessors_} * shape_.spec.blocks)),
+           params, stream);
     ForwardParams parts{};
     static_cast<CallParams&>(parts) = static_cast<const CallParams&>(params);
     parts.out = params.out, parts.lse = params.lse;
@@ -114,13 +117,14 @@ class HopperBackend final : public Backend {
  public:
   [[nodiscard]] std::string name() const override { return kHopperName; }
 
-  [[nodiscard]] Verdict judge(const Problem& problem, const Device& device) const override {
+  [[nodiscard]] Verdict judge(const Problem& given, const Device& device) const override {
     Verdict verdict{.backend = name()};
     auto& reasons = verdict.reasons;
     const auto runs_on = [](int capability) { return capability == kSm90; };
     refuse_device(device, runs_on, "compute capability 9.0 (Hopper)", verdict);
     if (!verdict.available) return verdict;
 
+    const Problem problem = padded(given);
     refuse_long(problem, verdict);
     if (problem.dtype == DType::kFloat32) reasons.emplace_back("it multiplies fp16 and bf16, not fp32");
     const auto refuse_dim = [&](const char* what, std::int64_t dim) {
@@ -159,10 +163,13 @@ class HopperBackend final : public Backend {
     return verdict;
   }
 
-  [[nodiscard]] std::shared_ptr<const PlannedKernel> plan(const Problem& problem, const Device& device,
+  [[nodiscard]] std::shared_ptr<const PlannedKernel> plan(const Problem& given, const Device& device,
                                                           const PlanOptions& /*options*/) const override {
-    if (problem.direction == Direction::kBackward) return plan_backward_sm90(problem, device);
-    return std::make_shared<ForwardSm90Plan>(problem, *choose_forward_sm90(problem, model_of_device(device)), device);
+    const Problem problem = padded(given);
+    if (problem.direction == Direction::kBackward)
+      return plan_by_padded(given, plan_backward_sm90(problem, device), device, kSm90);
+    const auto shape = choose_forward_sm90(problem, model_of_device(device));
+    return plan_by_padded(given, std::make_shared<ForwardSm90Plan>(problem, *shape, device), device, kSm90);
   }
 };
 

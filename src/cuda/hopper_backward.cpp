@@ -8,6 +8,7 @@
 #include "cuda/driver.h"
 #include "cuda/jit/wgmma_text.h"
 #include "cuda/planned_backward.h"
+#include "cuda/row_copies.h"
 #include "cuda/tensor_map.h"
 
 namespace fovea::cuda {
@@ -79,6 +80,7 @@ class BackwardSm90Plan final : public PlannedKernel {
  public:
   BackwardSm90Plan(const Problem& problem, const BackwardShape& shape, const Device& device)
       : device_(device),
+        kv_heads_(static_cast<int>(problem.num_kv_heads)),
         call_(problem, shape, device, kSm90, WordOrder::kColumns),
         aligned_bias_(problem, call_.workspace_bytes(), device),
         main_(backward_sm90_request(shape), device) {
@@ -110,6 +112,7 @@ class BackwardSm90Plan final : public PlannedKernel {
     make_maps(p, spec.block_m, keys_of_block(spec));
     call_.before(p, workspace, stream);
     launch(main_, call_.main_blocks(p) * blocks_of_cluster(spec), p, stream);
+    call_.add_parts(p, stream);
     const bool bias_by_engine = p.dbias.data != nullptr && bias_gradient_ && p.by_engine && p.bias_by_engine;
     if (bias_by_engine) {
       make_maps(p, kBiasGradientTile, kBiasGradientTile);
@@ -129,7 +132,8 @@ class BackwardSm90Plan final : public PlannedKernel {
  private:
   void make_maps(BackwardSm90Params& p, int box_rows, int box_keys) const {
     const auto& s = call_.shape().spec;
-    const CallMaps maps{p, CurrentGpu(device_.index), s.type, box_rows, box_keys};
+    CallMaps maps{p, CurrentGpu(device_.index), s.type, box_rows, box_keys};
+    maps.kv_heads = kv_heads_;
     p.by_engine = maps.of_rows(p.q, p.head_dim, p.q_map) && maps.of_rows(p.dout, p.head_dim_v, p.dout_map) &&
                   maps.of_keys(p.k, p.head_dim, p.k_map) && maps.of_keys(p.v, p.head_dim_v, p.v_map);
     p.bias_by_engine = s.bias && maps.of_entries(p.bias, s.bias_type, box_rows, p.bias_map);
@@ -137,7 +141,7 @@ class BackwardSm90Plan final : public PlannedKernel {
   }
 
   Device device_;
-  int multiprocessors_ = model_of_device(device_).multiprocessors;
+  int multiprocessors_ = model_of_device(device_).multiprocessors, kv_heads_;
   BackwardCall call_;
   AlignedBias aligned_bias_;
   PlannedLaunch main_;
@@ -166,11 +170,12 @@ void order_heads(const Problem& problem, BackwardShape& shape) {
 
 }  // namespace
 
-std::optional<BackwardShape> choose_backward_sm90(const Problem& problem, const GpuModel& gpu) {
-  if (problem.dtype == DType::kFloat32 || problem.head_dim % 8 != 0 || problem.head_dim_v % 8 != 0) return std::nullopt;
+std::optional<BackwardShape> choose_backward_sm90(const Problem& given, const GpuModel& gpu) {
+  if (given.dtype == DType::kFloat32 || given.head_dim % 8 != 0 || given.head_dim_v % 8 != 0) return std::nullopt;
   BackwardShape shape;
   BackwardSpec& spec = shape.spec;
-  spec = backward_spec(problem, kSm90);
+  spec = backward_spec(given, kSm90);
+  const Problem problem = split_groups(given, multiprocessors() / blocks_of_cluster(spec), shape);
   spec.warps = kWarps, spec.stages = kStages;
   const std::int64_t widest = std::max(problem.head_dim, problem.head_dim_v);
   const bool in_turns = spec.deterministic;
@@ -195,7 +200,7 @@ std::optional<BackwardShape> choose_backward_sm90(const Problem& problem, const 
   const auto suits = [&](const Tile& tile) {
     return has_registers(tile) && (!tile.holds_dq || (full && (short_rows || spec.block_m == adds->block_m)));
   };
-  TileReader reader(gpu.choices, gpu.names, kHopperName, problem);
+  TileReader reader(gpu.choices, gpu.names, kHopperName, given);
   take(*reader.read(std::span<const Tile>(kTiles), fits, suits, [&] { return name_of(shape); }));
   shape.measured = reader.measured();
   cut_up(problem, shape);
@@ -229,7 +234,7 @@ jit::KernelRequest backward_sm90_request(const BackwardShape& shape) {
 std::optional<jit::KernelRequest> bias_gradient_sm90_request(const Problem& problem, const BackwardShape& shape) {
   BackwardSpec spec = shape.spec;
   spec.block_m = spec.block_n = kBiasGradientTile;
-  spec.deterministic = spec.holds_dq = spec.ends_dq = false;
+  spec.deterministic = spec.holds_dq = spec.ends_dq = spec.split_gqa = false;
   const auto shared = BiasGradientSm90Shared::of(spec);
   if (!problem.bias || !problem.bias->keys || shared.total > kMostShared) return std::nullopt;
   return jit::render({.function = "bias_gradient_sm90",

@@ -23,10 +23,12 @@ struct Row {
     bool mask = true, dropout = true;      // may be there: what they skip and draw takes registers, too
     int most_idle = kAny;                  // see `idle`
     int least_keys = 0, most_keys = kAny;  // see `most_keys_of_row`
+    int pace = 0;                          // of those with one that serve, the one of the least `cost` is taken
   } serves;
   struct {
     int warpgroups = 2, block_n, stages = 2, q_stages = 2;  // see ForwardSm90Spec
     bool hold = false, turns = false;
+    int blocks = 1;  // likewise
   } tile;
 };
 
@@ -42,15 +44,28 @@ constexpr auto kTiles = std::to_array<Row>({
      {.warpgroups = 4, .block_n = 64, .stages = 6}},
     {{.narrowest = 128, .widest = 128, .most_options = 0, .most_idle = 10, .least_keys = kLong, .most_keys = kFew},
      {.warpgroups = 3, .block_n = 64, .stages = 4, .hold = true}},
-    {{.widest = 64, .most_options = 0, .most_idle = 10, .most_keys = kLong},
+    {{.widest = 64, .most_options = 0, .most_keys = kLong, .pace = 100},
      {.warpgroups = 4, .block_n = 64, .stages = 6, .turns = true}},
+    {{.widest = 64, .most_options = 0, .most_keys = kLong, .pace = 103},
+     {.warpgroups = 3, .block_n = 128, .stages = 4, .turns = true}},
+    {{.widest = 64, .most_options = 0, .most_keys = kLong, .pace = 110}, {.block_n = 128, .hold = true, .turns = true}},
+    {{.widest = 64, .most_options = 0, .most_keys = 80, .pace = 108}, {.block_n = 80, .hold = true, .turns = true}},
+    {{.widest = 64, .most_options = 0, .most_keys = 128, .pace = 109}, {.warpgroups = 1, .block_n = 64, .blocks = 3}},
     {{.widest = 64, .most_options = 0}, {.warpgroups = 3, .block_n = 128, .stages = 4, .turns = true}},
+    {{.narrowest = 72, .widest = 128, .most_options = 0, .most_keys = kLong, .pace = 100},
+     {.block_n = 128, .hold = true, .turns = true}},
+    {{.narrowest = 128, .widest = 128, .most_options = 0, .most_keys = kLong, .pace = 106},
+     {.warpgroups = 3, .block_n = 64, .stages = 4, .turns = true}},
+    {{.narrowest = 72, .widest = 128, .most_options = 0, .most_keys = 64, .pace = 150},
+     {.warpgroups = 1, .block_n = 64, .hold = true, .blocks = 2}},
     {{.widest = 96, .most_options = 0, .most_idle = 17, .least_keys = kLong},
      {.warpgroups = 3, .block_n = 96, .turns = true}},
     {{.narrowest = 128, .widest = 128, .most_options = 0, .most_idle = 10, .least_keys = kLong},
      {.warpgroups = 3, .block_n = 64, .stages = 4, .turns = true}},
     {{.widest = 128, .most_options = 0}, {.block_n = 128, .hold = true, .turns = true}},
     {{.widest = 192, .most_options = 0}, {.block_n = 80, .hold = true, .turns = true}},
+    {{.narrowest = 200, .widest = 224, .most_options = 3, .mask = false, .dropout = false},
+     {.block_n = 64, .q_stages = 1, .turns = true}},  // with 80 keys ptxas serialises products
     // With options.
     {{.widest = 64, .most_options = 3, .mask = false, .dropout = false, .least_keys = kLong},
      {.warpgroups = 3, .block_n = 128, .stages = 4, .turns = true}},
@@ -65,7 +80,9 @@ constexpr auto kTiles = std::to_array<Row>({
     {{.widest = 128, .most_options = 7}, {.block_n = 96}},
     {{.widest = 192, .most_options = 2, .dropout = false}, {.block_n = 96, .q_stages = 1, .turns = true}},
     {{.widest = 192, .most_options = 2}, {.block_n = 96, .q_stages = 1}},
-    {{.widest = 256, .most_options = 3, .mask = false, .dropout = false},
+    {{.widest = 256, .most_options = 2, .mask = false, .dropout = false},
+     {.block_n = 80, .q_stages = 1, .turns = true}},
+    {{.narrowest = 248, .widest = 256, .most_options = 3, .mask = false, .dropout = false},
      {.block_n = 80, .q_stages = 1, .turns = true}},
     {{.widest = 256, .most_options = 2, .dropout = false}, {.block_n = 64, .q_stages = 1, .turns = true}},
     {{.widest = 256, .most_options = 2}, {.block_n = 48, .q_stages = 1}},
@@ -97,6 +114,9 @@ std::int64_t most_keys_of_row(const Problem& problem) {
   return most;
 }
 
+/// Shared memory of one of so many blocks of a multiprocessor, which keeps 1 KB for each.
+int room_of_block(int blocks) { return (model_of(kSm90).shared_bytes + 1024) / blocks - 1024; }
+
 std::int64_t group_of(const Problem& problem) { return problem.num_q_heads / problem.num_kv_heads; }
 
 /// Tiles of rows, and the rows of warpgroups in them.
@@ -123,6 +143,15 @@ std::int64_t idle(const Problem& problem, const ForwardSm90Shape& shape) {
   const std::int64_t rows = problem.seqlen_q * problem.num_q_heads * problem.batch, block = block_m(shape.spec);
   const std::int64_t waves = row_tiles(problem, block_m(shape.spec), shape.packed_heads).waves();
   return waves * model_of(kSm90).multiprocessors * block * 100 / std::max<std::int64_t>(1, rows) - 100;
+}
+
+/// The time of a tile's rows, a hundredth of a row at the best pace: multiprocessors begin with tiles of their own, and
+/// share the others out.
+std::int64_t cost(const Problem& problem, const ForwardSm90Shape& shape, int pace) {
+  const ForwardSm90Spec& spec = shape.spec;
+  const std::int64_t tiles = row_tiles(problem, block_m(spec), shape.packed_heads).all,
+                     at_once = model_of(kSm90).multiprocessors, full = tiles / (at_once * spec.blocks);
+  return (full * spec.blocks + ceil_div(tiles - full * spec.blocks * at_once, at_once)) * block_m(spec) * pace;
 }
 
 /// Chooses how many heads share tiles of rows.  Slopes, biases and draws are made for rows of one head.
@@ -222,6 +251,7 @@ std::string name_of(const ForwardSm90Shape& shape) {
   std::string name = tile_text(block_m(s), s.block_n, s.stages) + ", " + std::to_string(s.q_stages) + " of rows";
   if (s.hold) name += ", P held";
   if (s.turns) name += ", in turns";
+  if (s.blocks > 1) name += ", " + std::to_string(s.blocks) + " blocks";
   return name;
 }
 
@@ -239,22 +269,30 @@ std::optional<ForwardSm90Shape> choose_forward_sm90(const Problem& problem, cons
   const auto take = [&](const Row& row) {
     const auto& tile = row.tile;
     spec.warpgroups = tile.warpgroups, spec.block_n = tile.block_n;
-    spec.stages = tile.stages, spec.q_stages = tile.q_stages;
+    spec.stages = tile.stages, spec.q_stages = tile.q_stages, spec.blocks = tile.blocks;
     spec.hold = tile.hold, spec.turns = tile.turns;
     shape.packed_heads = heads_to_pack(problem, spec);
     spec.pack_gqa = shape.packed_heads > 1;
   };
   const auto fits = [&](const Row& row) {
     take(row);
-    return widest <= row.serves.widest && shared_bytes(spec) <= model_of(kSm90).shared_bytes;
+    return widest <= row.serves.widest && shared_bytes(spec) <= room_of_block(spec.blocks);
   };
-  const auto suits = [&](const Row& row) {
+  const auto serves = [&](const Row& row) {
     const auto& serves = row.serves;
     return serves.narrowest <= widest && weight_of(spec) <= serves.most_options && (serves.mask || !spec.mask) &&
            (serves.dropout || !spec.dropout) &&
            (serves.least_keys <= keys || (spec.block_n <= 64 && is_narrow(problem, keys))) &&
            keys <= serves.most_keys && idle(problem, shape) <= serves.most_idle;
   };
+  const Row* quickest = nullptr;
+  std::int64_t least = 0;
+  for (const Row& row : kTiles) {
+    if (row.serves.pace == 0 || !fits(row) || !serves(row)) continue;
+    const std::int64_t time = cost(problem, shape, row.serves.pace);
+    if (quickest == nullptr || time < least) quickest = &row, least = time;
+  }
+  const auto suits = [&](const Row& row) { return serves(row) && (row.serves.pace == 0 || &row == quickest); };
   TileReader reader(gpu.choices, gpu.names, kHopperName, problem);
   const Row* row = reader.read(std::span<const Row>(kTiles), fits, suits, [&] { return name_of(shape); });
   if (row == nullptr) return std::nullopt;
@@ -278,6 +316,7 @@ jit::KernelRequest forward_sm90_request(const ForwardSm90Shape& shape) {
                       .spec = "ForwardSm90Spec",
                       .params = "ForwardSm90Params",
                       .threads = threads_of(spec),
+                      .min_blocks = spec.blocks,
                       .shared_bytes = shared_bytes(spec),
                       .text = products,
                       .arch_specific = true,

@@ -30,15 +30,19 @@ struct WordView {
 
 inline constexpr int kMaskThreads = 256;  // of a block of `mask_words`
 
-/// A bias, and where its rows go: [plane][row][pitch], of as many planes, heads and rows as are its own.
-struct BiasRowsParams {
-  EntryView from;
-  char* to;
-  i64 pitch, planes;
-  int rows, heads, chunks;  // chunks: of a row
-  u32 row_bytes;
+/// Rows, and where copies of them go: `written` bytes each, of which the first `bytes` are copied and the others 0.
+struct RowCopy {
+  RowView from, to;
+  int planes, heads;  // planes: heads × sequences
+  int rows, chunks;   // chunks: of a row
+  int bytes, written;
+  bool in_words;  // all rows begin, and end, at multiples of 4 bytes
 };
-inline constexpr int kBiasRowsThreads = 256, kBiasRows = 32, kBiasRowBytes = 512;  // of a block
+inline constexpr int kMostCopies = 5;
+struct CopyRowsParams {
+  RowCopy copies[kMostCopies];
+};
+inline constexpr int kCopyThreads = 256, kCopiedRows = 32, kCopiedBytes = 512;  // of a block
 
 /// int32 values on the device; data null: none.
 struct IndexView {
@@ -118,6 +122,10 @@ struct BackwardParams : CallParams {
   float* bias_sums;    // [part][tile of dbias][entry], as in `BiasTile`
   int bias_parts;      // blocks that share out what flows into a tile of dbias; 1: and write it
   bool batch_inside;   // those abreast are one head's of all sequences, then the next one's
+  // With split_gqa: blocks that share out the heads of a group, each as if these were a group with a kv head of their
+  // own.  `kv_heads` and `group` count so, and these are fp32, for each of those heads.
+  int group_parts;
+  RowView dk_parts, dv_parts;
 };
 
 }  // namespace fovea::cuda

@@ -15,6 +15,7 @@ BackwardCall::BackwardCall(const Problem& problem, const BackwardShape& shape, c
   if (problem.mask && problem.bias && order != WordOrder::kRows)
     bias_words_.emplace(problem, mask_words_.workspace_bytes(), device, arch);
   if (!shape.spec.holds_dq && !shape.spec.ends_dq) queries_.emplace(backward_queries_request(shape, arch), device);
+  if (shape.spec.split_gqa) group_sums_.emplace(group_sums_request(shape, arch), device);
   if (shape.spec.alibi || problem.sink) sums_.emplace(backward_sums_request(shape, arch), device);
   if (shape.spec.bias) bias_.emplace(bias_gradient_request(shape, arch), device);
   if (shape.bias_parts > 1) bias_sums_.emplace(bias_sums_request(shape, arch), device);
@@ -29,6 +30,9 @@ BackwardCall::BackwardCall(const Problem& problem, const BackwardShape& shape, c
   params_.dq_parts = shape.dq_parts;
   params_.dq_lag = shape.dq_lag;
   params_.bias_parts = shape.bias_parts;
+  params_.group_parts = shape.group_parts;
+  params_.kv_heads *= shape.group_parts;
+  params_.group /= shape.group_parts;
 }
 
 std::vector<std::pair<std::string, std::string>> BackwardCall::details() const {
@@ -37,6 +41,7 @@ std::vector<std::pair<std::string, std::string>> BackwardCall::details() const {
       {"queries", queries_               ? queries_->describe()
                   : shape_.spec.holds_dq ? "none: dq stays in shared memory"
                                          : "none: blocks of the main kernel end dq"}};
+  if (group_sums_) list.emplace_back("dk and dv", "of " + std::to_string(shape_.group_parts) + " parts of each group");
   if (bias_sums_) list.emplace_back("bias gradient", std::to_string(shape_.bias_parts) + " parts of each tile");
   return list;
 }
@@ -64,12 +69,27 @@ BackwardParams BackwardCall::params(const Inputs& inputs, const Outputs& outputs
   p.sink_parts = reinterpret_cast<float*>(memory + shape_.sink_parts);
   p.slope_parts = reinterpret_cast<float*>(memory + shape_.slope_parts);
   p.bias_sums = reinterpret_cast<float*>(memory + shape_.bias_sums);
+  const auto parts = [&](std::size_t at, int dim) {  // [batch][key][head, one for each part][column]
+    const std::int64_t head = math::round_up(std::int64_t{dim}, std::int64_t{kPartColumns}) * 4,
+                       row = p.kv_heads * head, batch = p.cu_seqlens_kv.data != nullptr ? 0 : p.seqlen_kv * row;
+    return RowView{reinterpret_cast<char*>(memory + at), batch, row, head, true};
+  };
+  p.dk_parts = parts(shape_.dk_parts, p.head_dim);
+  p.dv_parts = parts(shape_.dv_parts, p.head_dim_v);
   return p;
 }
 
 void BackwardCall::before(BackwardParams& p, void* workspace, void* stream) const {
   mask_words_.make(p, workspace, stream);
   launch(rows_, p.row_slots * p.q_heads, p, stream);
+}
+
+void BackwardCall::add_parts(BackwardParams& p, void* stream) const {
+  if (!group_sums_) return;
+  const int heads = p.kv_heads / p.group_parts;
+  launch(*group_sums_, static_cast<int>(ceil_div(p.seqlen_kv, kSumRows)) * heads * p.batch, p, stream);
+  p.kv_heads = heads;
+  p.group *= p.group_parts;
 }
 
 void BackwardCall::after(BackwardParams p, const Outputs& outputs, void* workspace, void* stream,

@@ -26,6 +26,8 @@ class BackwardCall {
 
   [[nodiscard]] BackwardParams params(const Inputs& inputs, const Outputs& outputs, void* workspace) const;
   void before(BackwardParams& p, void* workspace, void* stream) const;
+  /// Behind the main kernel, where groups of heads were shared out: dk and dv; from then on p has the groups as given.
+  void add_parts(BackwardParams& p, void* stream) const;
   /// has_bias_gradient: the main kernel's family has made it, or its parts where there are several of each tile.
   void after(BackwardParams p, const Outputs& outputs, void* workspace, void* stream,
              bool has_bias_gradient = false) const;
@@ -39,7 +41,7 @@ class BackwardCall {
   MaskWords mask_words_;
   std::optional<MaskWords> bias_words_;  // for the bias gradient, where the main kernel wants another order
   PlannedLaunch rows_;
-  std::optional<PlannedLaunch> queries_, sums_, bias_, bias_sums_;
+  std::optional<PlannedLaunch> queries_, group_sums_, sums_, bias_, bias_sums_;
   BackwardParams params_{};
 };
 

@@ -17,8 +17,6 @@ namespace {
 
 using dispatch::entry_view, dispatch::row_view, dispatch::head_view;
 
-constexpr std::int64_t kEnginePiece = 16;  // bytes: rows of a bias that the copy engine reads begin at multiples
-
 /// Whether keys 8n to 8n + 7 of a bias are neighbours in memory, aligned for loads of up to 16 bytes.
 bool in_runs(const Tensor& t) {
   if (!t.defined()) return true;
@@ -205,61 +203,6 @@ void MaskWords::make(CallParams& p, void* workspace, void* stream) const {
                            .shared_bytes = 0,
                            .early = launch_->request.early},
                           p, stream);
-}
-
-std::optional<jit::KernelRequest> bias_rows_request(const Problem& problem) {
-  if (!problem.bias || !problem.bias->keys) return std::nullopt;
-  if (problem.seqlen_kv * size_bytes(problem.bias_dtype) % kEnginePiece == 0) return std::nullopt;
-  return jit::render({.function = "bias_rows",
-                      .header = "cuda/kernels/bias_rows.cuh",
-                      .spec = "ForwardSpec",
-                      .params = "BiasRowsParams",
-                      .threads = kBiasRowsThreads},
-                     ForwardSpec{}, kSm90);
-}
-
-AlignedBias::AlignedBias(const Problem& problem, std::size_t workspace_bytes, const Device& device)
-    : begin_((workspace_bytes + 127) / 128 * 128), bytes_(workspace_bytes) {
-  const auto request = bias_rows_request(problem);
-  if (!request) return;
-  launch_.emplace(*request, device);
-  const auto& own = *problem.bias;
-  row_bytes_ = problem.seqlen_kv * size_bytes(problem.bias_dtype);
-  const std::int64_t rows =
-      (own.batch ? problem.batch : 1) * (own.heads ? problem.num_q_heads : 1) * (own.queries ? problem.seqlen_q : 1);
-  bytes_ = begin_ + static_cast<std::size_t>(rows * math::round_up(row_bytes_, kEnginePiece));
-}
-
-void AlignedBias::describe(std::vector<std::pair<std::string, std::string>>& details) const {
-  if (launch_) details.emplace_back("bias", "copied to aligned rows by " + launch_->describe());
-}
-
-void AlignedBias::make(CallParams& p, void* workspace, void* stream) const {
-  EntryView& view = p.bias;
-  if (!launch_ || view.key * p.seqlen_kv != row_bytes_) return;
-  const std::int64_t starts =
-      static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(view.data)) | view.batch | view.head | view.query;
-  if (starts % kEnginePiece == 0) return;
-  BiasRowsParams copy{};
-  copy.from = view;
-  copy.to = static_cast<char*>(workspace) + begin_;
-  copy.pitch = math::round_up(row_bytes_, kEnginePiece);
-  copy.heads = view.head != 0 ? p.q_heads : 1;
-  copy.planes = std::int64_t{copy.heads} * (view.batch != 0 ? p.batch : 1);
-  copy.rows = view.query != 0 ? p.seqlen_q : 1;
-  copy.row_bytes = static_cast<u32>(row_bytes_);
-  copy.chunks = static_cast<int>(ceil_div(row_bytes_, kBiasRowBytes));
-  if (copy.rows > 0)
-    launch_->kernel->launch({.x = static_cast<unsigned>(ceil_div(copy.rows, kBiasRows) * copy.chunks),
-                             .y = static_cast<unsigned>(std::min<std::int64_t>(copy.planes, kMostInGrid)),
-                             .z = static_cast<unsigned>(ceil_div(copy.planes, kMostInGrid)),
-                             .threads = kBiasRowsThreads,
-                             .shared_bytes = 0},
-                            copy, stream);
-  const std::int64_t plane = copy.rows * copy.pitch;
-  view = {copy.to, view.batch != 0 ? plane * copy.heads : 0, view.head != 0 ? plane : 0,
-          view.query != 0 ? copy.pitch : 0, view.key};
-  p.bias_in_runs = true;
 }
 
 void refuse_device(const Device& device, bool (*runs_on)(int capability), const char* made_for, Verdict& verdict) {

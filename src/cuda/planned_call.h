@@ -86,28 +86,6 @@ class MaskWords {
   std::optional<PlannedLaunch> launch_;
 };
 
-/// A bias that the copy engine cannot read where it lies, for its rows are no whole pieces of 16 bytes, copied by a
-/// kernel of its own to the end of a pass's workspace.
-class AlignedBias {
- public:
-  AlignedBias(const Problem& problem, std::size_t workspace_bytes, const Device& device);
-
-  /// Of the whole workspace, what comes before included.
-  [[nodiscard]] std::size_t workspace_bytes() const { return bytes_; }
-  /// For the plan's report.
-  void describe(std::vector<std::pair<std::string, std::string>>& details) const;
-
-  /// Has p.bias lead to the copy, unless it can be read as it is.
-  void make(CallParams& p, void* workspace, void* stream) const;
-
- private:
-  std::size_t begin_, bytes_;
-  std::int64_t row_bytes_ = 0;
-  std::optional<PlannedLaunch> launch_;
-};
-/// Of its kernel; nothing where rows without gaps can be read.
-[[nodiscard]] std::optional<jit::KernelRequest> bias_rows_request(const Problem& problem);
-
 // What a backend's `judge` asks; each adds its reasons to the verdict.
 /// Whether the device is a GPU that the backend runs on, `made_for` in words.  Sets `available`.
 void refuse_device(const Device& device, bool (*runs_on)(int capability), const char* made_for, Verdict& verdict);

@@ -6,6 +6,7 @@
 #include "cuda/backward_tuning.h"
 #include "cuda/forward_tuning.h"
 #include "cuda/planned_backward.h"
+#include "cuda/row_copies.h"
 #include "dispatch/views.h"
 
 namespace fovea::cuda {
@@ -80,6 +81,7 @@ class BackwardPlan final : public PlannedKernel {
     BackwardParams p = call_.params(inputs, outputs, workspace);
     call_.before(p, workspace, stream);
     launch(main_, call_.main_blocks(p), p, stream);
+    call_.add_parts(p, stream);
     call_.after(p, outputs, workspace, stream);
   }
 
@@ -93,12 +95,13 @@ class PortableBackend final : public Backend {
  public:
   [[nodiscard]] std::string name() const override { return kPortableName; }
 
-  [[nodiscard]] Verdict judge(const Problem& problem, const Device& device) const override {
+  [[nodiscard]] Verdict judge(const Problem& given, const Device& device) const override {
     Verdict verdict{.backend = name()};
     const auto runs_on = [](int capability) { return jit::arch_of(capability) != 0; };
     refuse_device(device, runs_on, "compute capabilities 7.5 (Turing) to 12.x (Blackwell)", verdict);
     if (!verdict.available) return verdict;
 
+    const Problem problem = padded(given);
     refuse_long(problem, verdict);
     if (!verdict.reasons.empty()) return verdict;
     const GpuModel model = model_of_device(device);
@@ -115,13 +118,18 @@ class PortableBackend final : public Backend {
     return verdict;
   }
 
-  [[nodiscard]] std::shared_ptr<const PlannedKernel> plan(const Problem& problem, const Device& device,
+  [[nodiscard]] std::shared_ptr<const PlannedKernel> plan(const Problem& given, const Device& device,
                                                           const PlanOptions& /*options*/) const override {
     const GpuModel model = model_of_device(device);
     const int arch = jit::arch_of(model.sm);
-    if (problem.direction == Direction::kBackward)
-      return std::make_shared<BackwardPlan>(problem, *choose_backward(problem, model), device, arch);
-    return std::make_shared<ForwardPlan>(problem, *choose_forward(problem, model), device, arch);
+    const Problem problem = padded(given);
+    std::shared_ptr<const PlannedKernel> plan;
+    if (problem.direction == Direction::kBackward) {
+      plan = std::make_shared<BackwardPlan>(problem, *choose_backward(problem, model), device, arch);
+    } else {
+      plan = std::make_shared<ForwardPlan>(problem, *choose_forward(problem, model), device, arch);
+    }
+    return plan_by_padded(given, std::move(plan), device, arch);
   }
 };
 

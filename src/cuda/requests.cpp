@@ -8,7 +8,7 @@
 #include "cuda/forward_tuning.h"
 #include "cuda/hopper_backward.h"
 #include "cuda/hopper_tuning.h"
-#include "cuda/planned_call.h"
+#include "cuda/row_copies.h"
 #include "cuda/tiles.h"
 
 namespace fovea::cuda {
@@ -18,13 +18,16 @@ using Requests = std::vector<jit::KernelRequest>;
 
 constexpr int kMostMultiprocessors = 192;
 
-/// With and without split keys, where the number of multiprocessors decides which of the two a GPU runs.
-std::vector<ForwardShape> forward_shapes(const Problem& problem, int arch) {
-  std::vector<ForwardShape> shapes;
+/// With and without split keys, or groups of heads, where the number of multiprocessors decides which of the two a GPU
+/// runs.
+template <class Shape>
+std::vector<Shape> shapes_of(std::optional<Shape> (&choose)(const Problem&, const GpuModel&),
+                             bool (*splits)(const Shape&), const Problem& problem, int arch) {
+  std::vector<Shape> shapes;
   GpuModel model = model_of(arch);
   for (model.multiprocessors = 1; model.multiprocessors <= kMostMultiprocessors; ++model.multiprocessors) {
-    const auto shape = choose_forward(problem, model);
-    if (shape && std::ranges::none_of(shapes, [&](const auto& s) { return s.spec.split == shape->spec.split; }))
+    const auto shape = choose(problem, model);
+    if (shape && std::ranges::none_of(shapes, [&](const auto& other) { return splits(other) == splits(*shape); }))
       shapes.push_back(*shape);
   }
   return shapes;
@@ -39,6 +42,7 @@ Requests of_forward(const ForwardShape& shape, int arch) {
 Requests of_backward(const Problem& problem, const BackwardShape& shape, jit::KernelRequest main, int arch) {
   Requests all{std::move(main), backward_rows_request(shape, arch)};
   if (!shape.spec.holds_dq && !shape.spec.ends_dq) all.push_back(backward_queries_request(shape, arch));
+  if (shape.spec.split_gqa) all.push_back(group_sums_request(shape, arch));
   if (shape.spec.alibi || problem.sink) all.push_back(backward_sums_request(shape, arch));
   if (shape.spec.bias) all.push_back(bias_gradient_request(shape, arch));
   GpuModel model = model_of(arch);  // the more multiprocessors, the more parts
@@ -61,7 +65,7 @@ Requests of_hopper(const Problem& problem, Direction direction, const GpuModel& 
     all = of_backward(problem, *shape, backward_sm90_request(*shape), kSm90);
     if (auto request = bias_gradient_sm90_request(problem, *shape)) all.push_back(*std::move(request));
   }
-  if (auto request = bias_rows_request(problem)) all.push_back(*std::move(request));
+  if (copies_bias(problem)) all.push_back(copy_rows_request(kSm90));
   return all;
 }
 
@@ -78,23 +82,33 @@ Requests of_portable(const Problem& problem, Direction direction, const GpuModel
 
 }  // namespace
 
-std::vector<jit::KernelRequest> requests(const Problem& problem, Direction direction, int arch) {
+std::vector<jit::KernelRequest> requests(const Problem& given, Direction direction, int arch) {
+  Problem problem = given;
+  problem.direction = direction;
+  problem = padded(problem);
   Verdict verdict;
   refuse_long(problem, verdict);
   if (!verdict.reasons.empty()) return {};  // shapes are cut in 32 bits
   Requests all;
   const auto add = [&](Requests more) { std::ranges::move(more, std::back_inserter(all)); };
   if (problem.mask) all.push_back(mask_words_request(arch));
+  if (problem.head_dim != given.head_dim || problem.head_dim_v != given.head_dim_v)
+    all.push_back(copy_rows_request(arch));
   if (arch == kSm90) add(of_hopper(problem, direction, model_of(arch)));
   if (direction == Direction::kForward) {
-    for (const ForwardShape& shape : forward_shapes(problem, arch)) add(of_forward(shape, arch));
+    constexpr auto kSplits = [](const ForwardShape& shape) { return shape.spec.split; };
+    for (const auto& shape : shapes_of<ForwardShape>(choose_forward, kSplits, problem, arch))
+      add(of_forward(shape, arch));
   } else {
-    add(of_portable(problem, direction, model_of(arch)));
+    constexpr auto kSplits = [](const BackwardShape& shape) { return shape.spec.split_gqa; };
+    for (const auto& shape : shapes_of<BackwardShape>(choose_backward, kSplits, problem, arch))
+      add(of_backward(problem, shape, backward_request(shape, arch), arch));
   }
   return all;
 }
 
-std::vector<OfferedTile> tiles_on_offer(const Problem& problem, const std::string& backend, const GpuModel& gpu) {
+std::vector<OfferedTile> tiles_on_offer(const Problem& given, const std::string& backend, const GpuModel& gpu) {
+  const Problem problem = padded(given);
   const auto kernels = [&](const GpuModel& model) {
     return backend == kHopperName ? of_hopper(problem, problem.direction, model)
                                   : of_portable(problem, problem.direction, model);

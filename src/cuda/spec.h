@@ -100,6 +100,7 @@ struct BackwardSpec {
   bool in_place = false;       // q, k, v and dout stay where they lie, and are read there
   bool deterministic = false;  // dq is added up in one order of the key blocks
   bool holds_dq = false;       // a block has all keys of its rows, and their dq in shared memory
+  bool split_gqa = false;      // several blocks share out the heads that read their keys, and leave parts of dk and dv
   bool ends_dq = false;        // some blocks turn the sums of dq into dq while others add those of later heads
   bool band = false;
   bool mask = false;
@@ -130,7 +131,8 @@ FOVEA_FN constexpr void each_field(const BackwardSpec& s, F&& f) {
   f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
   f("block_m", s.block_m), f("block_n", s.block_n), f("warps", s.warps), f("stages", s.stages);
   f("in_place", s.in_place);
-  f("deterministic", s.deterministic), f("holds_dq", s.holds_dq), f("ends_dq", s.ends_dq);
+  f("deterministic", s.deterministic), f("holds_dq", s.holds_dq), f("split_gqa", s.split_gqa);
+  f("ends_dq", s.ends_dq);
   f("band", s.band), f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
   f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);
 }

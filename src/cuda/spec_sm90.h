@@ -13,6 +13,7 @@ struct ForwardSm90Spec {
   int block_n = 128;     // keys
   int stages = 2;        // tiles of K, and of V, in flight
   int q_stages = 2;      // tiles of rows in flight
+  int blocks = 1;        // on a multiprocessor at once
   bool hold = true;      // weights wait in registers of their own until P V of the tile before is done
   bool turns = false;    // warpgroups take turns at the softmax
   bool mask = false;
@@ -32,6 +33,7 @@ template <class F>
 FOVEA_FN constexpr void each_field(const ForwardSm90Spec& s, F&& f) {
   f("type", s.type), f("head_dim", s.head_dim), f("head_dim_v", s.head_dim_v);
   f("warpgroups", s.warpgroups), f("block_n", s.block_n), f("stages", s.stages), f("q_stages", s.q_stages);
+  f("blocks", s.blocks);
   f("hold", s.hold), f("turns", s.turns);
   f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
   f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout), f("split", s.split);
@@ -88,7 +90,7 @@ FOVEA_FN constexpr int shared_bytes(const ForwardSm90Spec& s) {
 /// Registers of a thread that loads and of one that computes: together what the launch gave, in eights.
 FOVEA_FN constexpr int producer_registers(const ForwardSm90Spec& s) { return s.warpgroups > 2 ? 32 : s.mask ? 56 : 40; }
 FOVEA_FN constexpr int consumer_registers(const ForwardSm90Spec& s) {
-  return (65536 / threads_of(s) / 8 * 8 * (s.warpgroups + 1) - producer_registers(s)) / s.warpgroups / 8 * 8;
+  return (65536 / s.blocks / threads_of(s) / 8 * 8 * (s.warpgroups + 1) - producer_registers(s)) / s.warpgroups / 8 * 8;
 }
 
 }  // namespace fovea::cuda

@@ -29,7 +29,7 @@ struct CallMaps {
   Type type;
   int box_rows, box_keys;
   bool packed = p.cu_seqlens_q.data != nullptr;  // all sequences are then one tensor to the engine
-  int batch = packed ? 1 : p.batch;
+  int batch = packed ? 1 : p.batch, kv_heads = p.kv_heads;
 
   [[nodiscard]] bool of_rows(const RowView& view, int columns, TensorMap& map) const {
     return of_rows(view, columns, box_rows, map);
@@ -38,7 +38,7 @@ struct CallMaps {
     return of(view, columns, {packed ? p.total_q : p.seqlen_q, view.row, rows}, p.q_heads, map);
   }
   [[nodiscard]] bool of_keys(const RowView& view, int columns, TensorMap& map) const {
-    return of(view, columns, {packed ? p.total_kv : p.seqlen_kv, view.row, box_keys}, p.kv_heads, map);
+    return of(view, columns, {packed ? p.total_kv : p.seqlen_kv, view.row, box_keys}, kv_heads, map);
   }
   /// Rows of `heads` heads in boxes, as if they were 2^bits: [batch][first of these heads][row][head][column].
   [[nodiscard]] bool of_packed_rows(const RowView& view, int columns, int rows, int heads, int bits,

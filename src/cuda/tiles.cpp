@@ -6,6 +6,7 @@
 
 #include "cuda/jit/disk.h"
 #include "cuda/jit/record.h"
+#include "cuda/row_copies.h"
 
 namespace fovea::cuda {
 namespace {
@@ -79,6 +80,7 @@ std::string tile_text(int rows, int keys, int stages) {
 }
 
 std::string kind_of(std::string_view backend, Problem problem) {
+  problem = padded(problem);
   for (std::int64_t* size : {&problem.seqlen_q, &problem.seqlen_kv, &problem.total_q, &problem.total_kv})
     *size = nearest_power(*size);
   for (auto* window : {&problem.window_left, &problem.window_right})

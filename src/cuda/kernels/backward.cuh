@@ -114,7 +114,8 @@ struct Backward {
   }
   template <int kDim>
   FOVEA_DEVICE auto place_keys(const RowView& view, int keys, int columns) const {
-    return place_tile<S.type, kDim, Order>(sequence.kv_row(view, key(), walk.kv_head), view.row, keys - key(), columns);
+    return place_tile<S.type, kDim, Order>(sequence.kv_row(view, key(), walk.head_of_keys(p)), view.row, keys - key(),
+                                           columns);
   }
   template <int kDim>
   FOVEA_DEVICE auto place_rows(const char* first, i64 stride, int tile, int columns) const {
@@ -149,9 +150,9 @@ struct Backward {
   FOVEA_DEVICE void load_keys() const {
     const int keys = sequence.band.seqlen_kv - key();
     load_rows<S.async_copy, kThreads, Order>(k_tile(), keys, p.head_dim * kBytes<S.type>, p.k.aligned,
-                                             sequence.kv_row(p.k, key(), walk.kv_head), p.k.row);
+                                             sequence.kv_row(p.k, key(), walk.head_of_keys(p)), p.k.row);
     load_rows<S.async_copy, kThreads, Order>(v_tile(), keys, p.head_dim_v * kBytes<S.type>, p.v.aligned,
-                                             sequence.kv_row(p.v, key(), walk.kv_head), p.v.row);
+                                             sequence.kv_row(p.v, key(), walk.head_of_keys(p)), p.v.row);
   }
   /// Starts the copies of a tile of rows, if there is one, and writes the step after it.
   FOVEA_DEVICE void load(int n) const {
@@ -389,8 +390,19 @@ struct Backward {
     if constexpr (S.in_place) return place_keys<S.head_dim_v>(p.dv, sequence.kv_rows, p.head_dim_v);
     if constexpr (!S.in_place) return v_tile();
   }
-  /// Through shared memory.
+  /// Where this block leaves its part of dk, or dv.
+  template <int kDim>
+  FOVEA_DEVICE auto place_part(const RowView& view, int columns) const {
+    return place_tile<Type::kFloat32, kDim, Order>(sequence.kv_row(view, key(), walk.kv_head), view.row,
+                                                   sequence.kv_rows - key(), columns);
+  }
+  /// Through shared memory; parts from registers.
   FOVEA_DEVICE void store(Dk& dk, Dv& dv) const {
+    if constexpr (S.split_gqa) {
+      place(place_part<S.head_dim>(p.dk_parts, p.head_dim), dk, p.scale);
+      place(place_part<S.head_dim_v>(p.dv_parts, p.head_dim_v), dv, S.dropout ? p.keep_scale : 1.0F);
+      return;
+    }
     place(dk_tile(), dk, p.scale);
     place(dv_tile(), dv, S.dropout ? p.keep_scale : 1.0F);
     __syncthreads();

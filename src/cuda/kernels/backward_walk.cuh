@@ -78,6 +78,11 @@ struct Walk {
     if constexpr (S.ends_dq) first_dq_tile = DqPlaces{p}.first_tile(task.turn);
   }
 
+  /// Of k and v.
+  FOVEA_DEVICE int head_of_keys(const BackwardParams& p) const {
+    return S.split_gqa ? kv_head / p.group_parts : kv_head;
+  }
+
   /// Finds the tiles that see the block's keys.
   FOVEA_DEVICE void begin(const BackwardParams& p) {
     const Band& band = sequence.band;

@@ -18,6 +18,27 @@ FOVEA_DEVICE u32 seen_of_ones(const uint4& x) {
   const auto eight = [](u32 low, u32 high) { return __dp4a(high, 0x80402010U, __dp4a(low, 0x08040201U, 0U)); };
   return eight(x.x, x.y) | eight(x.z, x.w) << 8;
 }
+/// The same of keys that are neighbours in a row which begins anywhere: by words, but for those that leave [begin,
+/// end), memory that is there.
+FOVEA_DEVICE u32 seen_in_row(const char* row, int key, int keys, const char* begin, const char* end) {
+  if (key >= keys) return 0;
+  const int before = static_cast<int>(reinterpret_cast<u64>(row + key) % 4);
+  const char* const from = row + key - before;
+  u32 words[5];
+#pragma unroll
+  for (int w = 0; w < 5; ++w) {
+    words[w] = 0;
+    if (from + 4 * w >= begin && from + 4 * w + 4 <= end) {
+      words[w] = ones_of_bytes(*reinterpret_cast<const u32*>(from + 4 * w));
+    } else {
+      for (int x = 4 * w; x < 4 * w + 4; ++x)
+        if (from + x >= row && from + x < row + keys && from[x] != 0) words[w] |= 1U << 8 * (x - 4 * w);
+    }
+  }
+  const auto word = [&](int w) { return __funnelshift_r(words[w], words[w + 1], before * 8); };
+  const u32 exist = keys - key >= 16 ? 0xffff : (1U << (keys - key)) - 1;
+  return seen_of_ones({word(0), word(1), word(2), word(3)}) & exist;
+}
 /// Past the last one none.
 FOVEA_DEVICE u32 seen_one_by_one(const char* row, i64 stride, int key, int keys) {
   const char* const from = row + key * stride;
@@ -76,6 +97,7 @@ __device__ void mask_words(const CallParams& p) {
   if (threadIdx.x < 2) facts[threadIdx.x] = 0;
   const char* const from = p.mask.data + plane / to.heads * p.mask.batch + plane % to.heads * p.mask.head;
   const auto row_at = [&](int r) { return from + math::smaller(first_row + warp_row + r, last_row) * p.mask.query; };
+  const char* const all_end = from + last_row * p.mask.query + p.seqlen_kv;
   const auto key_of = [&](int piece) { return (first_word + piece * kWarp / 2) * 32 + lane * 16; };
   // Of two rows two lanes have half a word each: they leave with one of each row.
   const auto keep = [&](int r, int piece, u32 seen, u32 seen_below) {
@@ -114,7 +136,10 @@ __device__ void mask_words(const CallParams& p) {
 #pragma unroll 1
     for (int x = 0; x < kRows * kPieces / 2; ++x) {
       const int r = x / kPieces * 2, piece = x % kPieces;
-      const auto seen = [&](int row) { return seen_one_by_one(row_at(row), p.mask.key, key_of(piece), p.seqlen_kv); };
+      const auto seen = [&](int row) {
+        return p.mask.key == 1 ? seen_in_row(row_at(row), key_of(piece), p.seqlen_kv, from, all_end)
+                               : seen_one_by_one(row_at(row), p.mask.key, key_of(piece), p.seqlen_kv);
+      };
       keep(r, piece, seen(r), seen(r + 1));
     }
   }

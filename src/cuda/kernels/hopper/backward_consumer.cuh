@@ -188,10 +188,11 @@ struct BackwardConsumer : BackwardOwner<S> {
   // ---- the end, through shared memory that nobody still reads, by each warp for its keys
 
   FOVEA_DEVICE void store_dv(const Sums& sums, u32 by, u32 n = 0) const {
-    Owner::template store_sum<S.head_dim_v>(by, sums.dv[0], S.dropout ? p.keep_scale : 1.0F, p.head_dim_v, p.dv, n);
+    Owner::template store_sum<S.head_dim_v>(by, sums.dv[0], S.dropout ? p.keep_scale : 1.0F, p.head_dim_v, p.dv,
+                                            p.dv_parts, n);
   }
   FOVEA_DEVICE void store_dk(const Sums& sums, u32 by, u32 n = 0) const {
-    Owner::template store_sum<S.head_dim>(by, sums.dk[0], p.scale, p.head_dim, p.dk, n);
+    Owner::template store_sum<S.head_dim>(by, sums.dk[0], p.scale, p.head_dim, p.dk, p.dk_parts, n);
   }
 };
 

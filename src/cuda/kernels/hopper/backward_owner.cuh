@@ -225,11 +225,23 @@ struct BackwardOwner {
 
   // ---- the end
 
-  /// Through shared memory that is read no more, by each warp for its keys.
+  /// By each warp for its keys: through shared memory that is read no more, to `view`, or from registers to `parts`.
   template <int kDim>
   FOVEA_DEVICE void store_sum(u32 tile, const Accumulator (&sum)[kDim / 8], float factor, int dim, const RowView& view,
-                              u32 n = 0) const {
+                              const RowView& parts, u32 n = 0) const {
     const Sequence& sequence = state.walk.sequence;
+    if constexpr (S.split_gqa) {
+      const int row = key(n) + warp_key() + lane_id() / 4;
+      char* const to = sequence.kv_row(parts, row, state.walk.kv_head) + lane_id() % 4 * 8;
+#pragma unroll
+      for (int x = 0; x < kDim / 4; ++x) {
+        const int c = x / 2, h = x % 2;
+        if (row + 8 * h < sequence.kv_rows && c * 8 < dim)
+          *reinterpret_cast<float2*>(to + 8 * h * parts.row + c * 32) = {sum[c].x[2 * h] * factor,
+                                                                         sum[c].x[2 * h + 1] * factor};
+      }
+      return;
+    }
     place(tile, sum, factor);
     __syncwarp();
     const int first = key(n) + warp_key();

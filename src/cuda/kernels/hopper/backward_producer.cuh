@@ -130,11 +130,11 @@ struct BackwardProducer {
     const int key = first_key_of_block<S>(walk.key_block, rank);
     if constexpr (kByEngine) {
       if (leads())
-        load_panels<kKeys, kDim>(to, map, full, RowPlace{sequence.kv_begin + key, walk.kv_head, batch()}, Keep::kNo, 0,
-                                 first_column);
+        load_panels<kKeys, kDim>(to, map, full, RowPlace{sequence.kv_begin + key, walk.head_of_keys(p), batch()},
+                                 Keep::kNo, 0, first_column);
     } else {
       copy<kKeys, kDim>(to, sequence.band.seqlen_kv - key, dim - first_column, view,
-                        sequence.kv_row(view, key, walk.kv_head) + first_column * kBytes<S.type>);
+                        sequence.kv_row(view, key, walk.head_of_keys(p)) + first_column * kBytes<S.type>);
       fence_engine();
       share();
       if (leads()) full.arrive();

@@ -40,7 +40,8 @@ struct WeightsConsumer : BackwardOwner<S> {
     pin(dv[0]);
     state.k.wait(0), state.v.wait(0);
     this->gather(*this, dv);
-    Owner::template store_sum<S.head_dim_v>(at.v(), dv[0], S.dropout ? p.keep_scale : 1.0F, p.head_dim_v, p.dv);
+    Owner::template store_sum<S.head_dim_v>(at.v(), dv[0], S.dropout ? p.keep_scale : 1.0F, p.head_dim_v, p.dv,
+                                            p.dv_parts);
   }
 
   /// kHides: some entry may be hidden, as by a bias any; both warpgroups first agree on whether all is finite.
@@ -124,7 +125,7 @@ struct GradientConsumer : BackwardOwner<S> {
     const u32 tiles = this->gather(*this, sums);
     this->end_walk(tiles);
     this->await_end(tiles);
-    Owner::template store_sum<S.head_dim>(at.k(), sums.dk[0], p.scale, p.head_dim, p.dk);
+    Owner::template store_sum<S.head_dim>(at.k(), sums.dk[0], p.scale, p.head_dim, p.dk, p.dk_parts);
   }
 
   template <bool kHides>
