@@ -52,7 +52,7 @@ struct BiasParts {
 [[nodiscard]] int kv_heads_abreast(const BackwardShape& shape, std::int64_t most);
 
 /// Nothing where no tile fits this GPU's shared memory.
-[[nodiscard]] std::optional<BackwardShape> choose_backward(const Problem& problem, const GpuModel& gpu);
+[[nodiscard]] std::optional<BackwardShape> choose_backward(const Problem& given, const GpuModel& gpu);
 
 /// In the order in which they run; the last three only where their results are wanted.
 [[nodiscard]] jit::KernelRequest backward_rows_request(const BackwardShape& shape, int arch);

@@ -10,7 +10,7 @@
 namespace fovea::cuda {
 
 /// Nothing where the family has no tile for the problem.
-[[nodiscard]] std::optional<BackwardShape> choose_backward_sm90(const Problem& problem, const GpuModel& gpu);
+[[nodiscard]] std::optional<BackwardShape> choose_backward_sm90(const Problem& given, const GpuModel& gpu);
 [[nodiscard]] jit::KernelRequest backward_sm90_request(const BackwardShape& shape);
 /// The kernel of the bias gradient; nothing where the portable one computes it.
 [[nodiscard]] std::optional<jit::KernelRequest> bias_gradient_sm90_request(const Problem& problem,
