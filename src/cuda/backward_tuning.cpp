@@ -235,7 +235,7 @@ Problem split_groups(const Problem& problem, std::int64_t at_once, BackwardShape
   std::int64_t longest = 0, all = 0, samples = 0;  // tiles of rows that see a block of keys
   for (std::int64_t block = 0; block < key_blocks; block += ceil_div(key_blocks, kSamples), ++samples) {
     const auto rows = band.rows_of_keys({block * kKeys, (block + 1) * kKeys});
-    const std::int64_t tiles = ceil_div(rows.end - rows.begin, kRows);
+    const std::int64_t tiles = rows.empty() ? 0 : ceil_div(rows.end - rows.begin, kRows);
     longest = std::max(longest, tiles), all += tiles;
   }
   const double tile = kTile * std::max<double>(static_cast<double>(columns) / 256.0, 0.5);
@@ -244,8 +244,8 @@ Problem split_groups(const Problem& problem, std::int64_t at_once, BackwardShape
     const double most = static_cast<double>(longest) * heads * tile + kEnds,
                  mean = static_cast<double>(all) / static_cast<double>(samples) * heads * tile + kEnds;
     const std::int64_t blocks = ceil_div(keys, kKeys) * problem.num_kv_heads * parts;
-    const double added =
-        parts == 1 ? 0.0 : kAdding + static_cast<double>(keys * problem.num_kv_heads * parts * columns * 8) / kRate;
+    const double bytes = 8.0 * static_cast<double>(keys * problem.num_kv_heads) * static_cast<double>(parts * columns),
+                 added = parts == 1 ? 0.0 : kAdding + bytes / kRate;  // written and read as fp32
     if (see_alike(problem)) return static_cast<double>(ceil_div(blocks, at_once)) * most + added;
     return std::max(most, static_cast<double>(blocks) / static_cast<double>(at_once) * mean + mean / 2) + added;
   };

@@ -57,8 +57,8 @@ struct BiasParts {
 /// In the order in which they run; the last three only where their results are wanted.
 [[nodiscard]] jit::KernelRequest backward_rows_request(const BackwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest backward_request(const BackwardShape& shape, int arch);
-[[nodiscard]] jit::KernelRequest backward_queries_request(const BackwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest group_sums_request(const BackwardShape& shape, int arch);
+[[nodiscard]] jit::KernelRequest backward_queries_request(const BackwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest backward_sums_request(const BackwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest bias_gradient_request(const BackwardShape& shape, int arch);
 [[nodiscard]] jit::KernelRequest bias_sums_request(const BackwardShape& shape, int arch);

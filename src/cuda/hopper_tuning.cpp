@@ -145,8 +145,8 @@ std::int64_t idle(const Problem& problem, const ForwardSm90Shape& shape) {
   return waves * model_of(kSm90).multiprocessors * block * 100 / std::max<std::int64_t>(1, rows) - 100;
 }
 
-/// The time of a tile's rows, a hundredth of a row at the best pace: multiprocessors begin with tiles of their own, and
-/// share the others out.
+/// The time that the busiest multiprocessor takes, of which a row takes `pace`: it runs `blocks` tiles at once, but of
+/// those left over in the end no more than its share.
 std::int64_t cost(const Problem& problem, const ForwardSm90Shape& shape, int pace) {
   const ForwardSm90Spec& spec = shape.spec;
   const std::int64_t tiles = row_tiles(problem, block_m(spec), shape.packed_heads).all,

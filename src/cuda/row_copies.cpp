@@ -3,14 +3,15 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <limits>
 
 #include "dispatch/views.h"
 
 namespace fovea::cuda {
 namespace {
 
-constexpr std::int64_t kPiece = 16;            // bytes
-constexpr std::int64_t kWorthwhile = 1 << 20;  // elements of k and v from which on copies pay (docs/notes)
+constexpr std::int64_t kPiece = 16;      // bytes
+constexpr double kWorthwhile = 1 << 20;  // elements of k and v from which on copies pay (docs/notes)
 
 std::size_t aligned(std::size_t bytes) { return (bytes + 127) / 128 * 128; }
 
@@ -68,16 +69,13 @@ class PaddedPlan final : public PlannedKernel {
     for (const auto& place : given_) {
       Tensor& tensor = in.*place.of;
       const Tensor to = padded_tensor(tensor, place, workspace);
-      copies.at(count++) = copy(tensor, to, to.shape.at(static_cast<std::size_t>(to.rank) - 1));
+      copies.at(count++) = copy(tensor, to);
       tensor = to;
     }
     run();
     for (const auto& place : wanted_) out.*place.of = padded_tensor(outputs.*place.of, place, workspace);
     plan_->execute(in, out, static_cast<std::byte*>(workspace) + begin_, stream);
-    for (const auto& place : wanted_) {
-      const Tensor& to = outputs.*place.of;
-      copies.at(count++) = copy(out.*place.of, to, to.shape.at(static_cast<std::size_t>(to.rank) - 1));
-    }
+    for (const auto& place : wanted_) copies.at(count++) = copy(out.*place.of, outputs.*place.of);
     run();
   }
 
@@ -128,9 +126,11 @@ class PaddedPlan final : public PlannedKernel {
     return t;
   }
 
-  [[nodiscard]] static RowCopy copy(const Tensor& from, const Tensor& to, std::int64_t columns) {
+  /// All columns of `to`; those that `from` lacks become 0.
+  [[nodiscard]] static RowCopy copy(const Tensor& from, const Tensor& to) {
     const auto rank = static_cast<std::size_t>(from.rank);
-    const std::int64_t size = size_bytes(from.dtype), real = std::min(from.shape.at(rank - 1), to.shape.at(rank - 1));
+    const std::int64_t size = size_bytes(from.dtype), columns = to.shape.at(rank - 1),
+                       real = std::min(from.shape.at(rank - 1), columns);
     return row_copy(dispatch::row_view(from), dispatch::row_view(to),
                     from.rank == 4 ? static_cast<int>(from.shape[0]) : 1, static_cast<int>(from.shape.at(rank - 2)),
                     static_cast<int>(from.shape.at(rank - 3)), real * size, columns * size);
@@ -179,7 +179,9 @@ void CopyingRows::run(std::span<const RowCopy> copies, const Device& device, voi
 }
 
 bool copies_bias(const Problem& problem) {
-  return problem.bias && problem.bias->keys && problem.seqlen_kv * size_bytes(problem.bias_dtype) % kPiece != 0;
+  const std::int64_t row_bytes = problem.seqlen_kv * size_bytes(problem.bias_dtype);
+  return problem.bias && problem.bias->keys && row_bytes % kPiece != 0 &&
+         row_bytes <= std::numeric_limits<int>::max() - kCopiedBytes;  // the kernel counts them in 32 bits
 }
 
 AlignedBias::AlignedBias(const Problem& problem, std::size_t workspace_bytes, const Device& device)
@@ -221,8 +223,10 @@ void AlignedBias::make(CallParams& p, void* workspace, void* stream) const {
 Problem padded(const Problem& problem) {
   const std::int64_t head_dim = whole(problem.head_dim, problem.dtype),
                      head_dim_v = whole(problem.head_dim_v, problem.dtype);
-  const std::int64_t keys = problem.packed() ? problem.total_kv : problem.batch * problem.seqlen_kv;
-  const bool few = keys * problem.num_kv_heads * (problem.head_dim + problem.head_dim_v) < kWorthwhile;
+  const double keys = problem.packed() ? static_cast<double>(problem.total_kv)
+                                       : static_cast<double>(problem.batch) * static_cast<double>(problem.seqlen_kv);
+  const auto columns = static_cast<double>(problem.num_kv_heads * (problem.head_dim + problem.head_dim_v));
+  const bool few = keys * columns < kWorthwhile;
   if ((head_dim == problem.head_dim && head_dim_v == problem.head_dim_v) || few) return problem;
   Problem wide = problem;
   wide.softmax_scale = problem.scale();
