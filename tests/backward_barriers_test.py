@@ -12,6 +12,7 @@ import itertools
 import random
 
 STEPS = 8  # that the walk keeps
+TASKS = 4  # that a block knows
 ENDED = 9  # what the producer does behind the last tile
 #: actors: what each does next, and of which tile; copies: those under way, as the arrivals that end them.
 State = collections.namedtuple("State", "barriers producer actors copies")
@@ -152,26 +153,49 @@ def shared_keys(hides, broken=False, bias=0):
 
 def held(tiles_of_keys):
     """A block has one tile of keys after the other, each with so many tiles of rows, then a step without any, which has a place in
-    every ring.  Each actor is a list of what it does; how many states there are."""
-    rings = {"q": (2, 1, 2), "dout": (2, 1, 2), "dS": (2, 2, 1), "keys": (1, 1, 3)}
-    producer, owner, dq, n = [], [], [], 0
-    for k, tiles in enumerate(tiles_of_keys):
-        producer += [("wait", "keys", "empty", k), ("copy", "keys", "full", k)]
-        owner += [("wait", "keys", "full", k)]
-        for _ in range(tiles):
+    every ring.  How many states there are."""
+    return going_on(tiles_of_keys, 1, 1, held=True)
+
+
+def going_on(tasks, k_places, v_places, held=False):
+    """A block has one task after the other: so many tiles of rows, or None, to turn sums into dq, for which it takes the memory of
+    all rows; then a step without rows.  Its next task is known when a step without rows is announced.  held: tiles of keys of one
+    task.  Each actor is a list of what it does; how many states there are."""
+    rings = {"q": (2, 1, 2), "dout": (2, 1, 2), "dS": (2, 2, 1), "k": (k_places, 1, 3), "v": (v_places, 1, 2), "met": (1, 3, 3)}
+    producer, owner, dq, n, met = [], [], [], 0, 0
+    for k, tiles in enumerate(tasks):
+        keys = [("arrive", "k", "full", k), ("arrive", "v", "full", k)] if tiles is None else None
+        producer += [("write", "task", k)] if k == 0 else []
+        producer += [("wait", "k", "empty", k), *([] if keys else [("copy", "k", "full", k)]), ("wait", "v", "empty", k),
+                     *(keys or [("copy", "v", "full", k)])]
+        if k > 0 and tasks[k - 1] is None:
+            producer += [("wait", "q", "empty", n - 1 + 2)]
+        owner += [("read", "task", k)]
+        owner += [] if tiles is None else [("wait", "k", "full", k), ("wait", "v", "full", k)]
+        for _ in range(tiles or 0):
             producer += [("wait", "q", "empty", n), ("copy", "q", "full", n), ("wait", "dout", "empty", n), ("copy", "dout", "full", n)]
             owner += [("wait", "q", "full", n), ("wait", "dout", "full", n), ("wait", "dS", "empty", n), ("arrive", "dS", "full", n),
                       ("wait", "q", "full", n + 1), ("arrive", "dout", "empty", n), ("arrive", "q", "empty", n)]
             dq += [("wait", "dS", "full", n), ("arrive", "dS", "empty", n)]
             n += 1
-        producer += [("wait", "q", "empty", n), ("wait", "dout", "empty", n), ("arrive", "dout", "full", n), ("arrive", "q", "full", n)]
-        owner += [("wait", "q", "full", n), ("arrive", "keys", "empty", k), ("arrive", "q", "empty", n), ("wait", "dout", "full", n),
-                  ("arrive", "dout", "empty", n), ("wait", "dS", "empty", n), ("arrive", "dS", "full", n)]
-        dq += [("wait", "dS", "full", n)]
-        if k + 1 < len(tiles_of_keys):
-            dq += [("arrive", "keys", "empty", k), ("arrive", "dS", "empty", n)]
+        next_task = [("write", "task", k + 1)] if k + 1 < len(tasks) else []
+        producer += [*next_task, ("wait", "q", "empty", n), ("wait", "dout", "empty", n), ("arrive", "dout", "full", n),
+                     ("arrive", "q", "full", n)]
+        passed = [("arrive", "q", "empty", n), ("wait", "dout", "full", n), ("arrive", "dout", "empty", n)]
+        ended = [("wait", "dS", "empty", n), ("arrive", "dS", "full", n)]
+        owner += [("wait", "q", "full", n), ("arrive", "k", "empty", k)]
+        if tiles is None:
+            together = [("arrive", "met", "full", met), ("wait", "met", "full", met)]
+            owner += [("arrive", "v", "empty", k), *ended, *together, ("read", "task", k), *passed]
+            met += 1
+        else:
+            owner += [*passed, ("arrive", "v", "empty", k), *ended, ("read", "task", k)]
+        dq += [("read", "task", k), ("wait", "dS", "full", n)]
+        if not held or k + 1 < len(tasks):
+            dq += [("arrive", "k", "empty", k), ("arrive", "dS", "empty", n)]
+        dq += [("arrive", "met", "full", met - 1)] if tiles is None else [("read", "task", k)]
         n += 1
-    return explore(rings, (producer, owner, owner, dq), f"{tiles_of_keys} tiles")
+    return explore(rings, (producer, owner, owner, dq), f"tasks of {tasks} tiles", {"task": TASKS})
 
 
 def turns(tiles, lag, places=1):
@@ -360,6 +384,9 @@ if __name__ == "__main__":
         raise AssertionError("with two places for turns and two steps between, a step should be overwritten")
     counts = [held(tiles) for tiles in itertools.chain.from_iterable(itertools.product(range(4 - keys // 2), repeat=keys) for keys in (1, 2, 3))]
     print(f"all keys of a block, dq held: {sum(counts)} states of {len(counts)} walks, nobody waits for ever")
+    tasks = [[1, 1, 1, 1, 1], [2, None, 1, 1], [None, None, 1], [0, 1, None, 0, 1], [3, 1, None, 1], [1, None, 1, None, 1, 1]]
+    counts = [going_on(of, 2, v_places) for of in tasks for v_places in (1, 2)]
+    print(f"one task after the other: {sum(counts)} states of {len(counts)} walks, nobody waits for ever, no task is overwritten")
     for name, *of in (("d 128", 2, 4, 5, 2, True), ("d 128, an fp32 bias", 2, 4, 5, 1, True), ("d 64", 1, 2, 4, 2, True),
                       ("d 64, dv 128", 1, 3, 5, 2, True), ("d 128, a mask", 2, 4, 4, 2, False), ("d 256", 4, 8, 5, 2, False)):
         counts = [bias_gradient(*of, sharers) for sharers in ((1,), (3,), (1, 1), (2, 1), (1, 1, 1))]

@@ -173,10 +173,15 @@ TEST(HopperBackward, HoldsDqWhereBlocksOfAllKeysFillTheGpu) {
 TEST(HopperBackward, EndsDqInPlacesThatHeadsTakeOneAfterTheOther) {
   const BackwardShape many = shape_of("bwd bf16 b32 hq16 sq512 d128");
   EXPECT_TRUE(many.spec.ends_dq);
-  EXPECT_EQ(many.dq_lag, 34) << "132 blocks of 4 a head, and a head";
-  EXPECT_EQ(many.dq_places, 34 + 10);
+  EXPECT_TRUE(many.spec.goes_on);
+  EXPECT_EQ(many.dq_lag, 43) << "five quarters of 132 blocks of 4 a head, and a head";
+  EXPECT_EQ(many.dq_places, 43 + 34);
   EXPECT_EQ(many.dq_parts, 1);
-  EXPECT_LT(many.workspace_bytes, 16U << 20);
+  const BackwardShape longer = shape_of("bwd bf16 b16 hq16 sq1024 d128");
+  EXPECT_FALSE(longer.spec.goes_on) << "beginnings and ends are little of its time";
+  EXPECT_EQ(longer.dq_lag, 18) << "132 blocks of 8 a head, and a head";
+  EXPECT_EQ(longer.dq_places, 18 + 6);
+  EXPECT_LT(many.workspace_bytes, 24U << 20);
   EXPECT_EQ(shape_of("bwd bf16 b4 hq16 sq4096 d128").dq_parts, 4);
   EXPECT_EQ(shape_of("bwd bf16 b4 hq16 sq4096 d128 causal=top_left").dq_lag % 4, 0) << "whole groups of heads";
   EXPECT_TRUE(shape_of("bwd bf16 b102 hq1 sq512 d128").spec.ends_dq);
@@ -191,6 +196,24 @@ TEST(HopperBackward, EndsDqInPlacesThatHeadsTakeOneAfterTheOther) {
        {"bwd bf16 b40 hq4 sq9 skv260 d128", "bwd fp16 b50 hq4 sq9 skv260 d136 causal=bottom_right deterministic",
         "bwd fp16 b40 hq4 hkv4 sq9 skv260 d64 causal=bottom_right"}) {
     EXPECT_TRUE(shape_of(line).spec.ends_dq) << line << ", of the problem list";
+  }
+}
+
+TEST(HopperBackward, BlocksGoOnWhereRowsAreFewAndThereIsRoomForTheNextKeys) {
+  for (const char* line :
+       {"bwd bf16 b16 hq12 sq16 skv2048 d64", "bwd bf16 b16 hq32 sq1024 d64", "bwd bf16 b43 hq4 sq9 skv260 d128",
+        "bwd fp16 b16 hq12 hkv6 sq100 skv2048 d64 dropout=0.1 softcap=5 mask=b1qk"}) {
+    const BackwardShape shape = shape_of(line);
+    EXPECT_TRUE(shape.spec.goes_on) << line;
+    EXPECT_LE(BackwardSm90Shared::of(shape.spec).total, kMostShared) << line;
+    EXPECT_EQ(BackwardSm90Shared::of(shape.spec).k_places, 2) << line;
+  }
+  for (const char* line :
+       {"bwd bf16 b16 hq32 sq1025 d64", "bwd bf16 b32 hq16 sq512 d128 deterministic",
+        "bwd bf16 b32 hq16 sq512 d128 bias=1hqk", "bwd bf16 b32 hq16 sq512 d128 alibi", "bwd bf16 b32 hq16 sq512 d96",
+        "bwd bf16 b32 hq16 sq512 d160", "bwd bf16 b40 hq4 sq9 skv260 d128"}) {
+    EXPECT_FALSE(shape_of(line).spec.goes_on) << line;
+    EXPECT_EQ(BackwardSm90Shared::of(shape_of(line).spec).k_places, 1) << line;
   }
 }
 

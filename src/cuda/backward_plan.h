@@ -77,7 +77,7 @@ FOVEA_FN constexpr int shared_bytes(const BackwardSpec& s) { return BackwardShar
 /// What the portable bias gradient takes from a main kernel.
 FOVEA_FN constexpr BackwardSpec bias_gradient_spec(BackwardSpec s) {
   s.block_n = math::smaller(s.block_n, 64), s.stages = 1;
-  s.deterministic = s.holds_dq = s.ends_dq = s.split_gqa = false;
+  s.deterministic = s.holds_dq = s.ends_dq = s.goes_on = s.split_gqa = false;
   return s;
 }
 /// Of that, which keeps P and dS in registers, and whose sums take the place of all else in the end.

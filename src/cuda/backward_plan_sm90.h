@@ -56,7 +56,8 @@ inline constexpr int kDroppedBytes = 128 * 4;  // of what dropout drops of a til
 
 /// Where things lie in its shared memory, in bytes.
 struct BackwardSm90Shared {
-  int k, v;                // the block's keys
+  int k, v;  // the block's keys, of two tasks where there is room
+  int k_places, v_places;
   int other_k;             // in a pair, the panels of the other's that dq is made of
   int q, q_stage;          // rings of rows
   int dout, dout_stage;    // likewise
@@ -76,14 +77,17 @@ struct BackwardSm90Shared {
   /// Pairs of blocks add dq from registers, in turns one of two panels by the engine, where there is room for it.
   FOVEA_FN static constexpr BackwardSm90Shared of(const BackwardSpec& s) {
     if (s.holds_dq) return with(s, 0);
+    if (s.goes_on) return with(s, 2, 2, with(s, 2, 2, 2).total <= kMostShared ? 2 : 1);
     if (!shares_keys(s)) return with(s, 2);
     return with(s, s.deterministic && with(s, 1).total <= kMostShared ? 1 : 0);
   }
-  FOVEA_FN static constexpr BackwardSm90Shared with(const BackwardSpec& s, int dq_stages) {
+  FOVEA_FN static constexpr BackwardSm90Shared with(const BackwardSpec& s, int dq_stages, int k_places = 1,
+                                                    int v_places = 1) {
     BackwardSm90Shared at{};
     const int keys = keys_of_block(s);
-    at.v = at.k + tile_bytes(keys, s.head_dim);
-    at.other_k = at.v + tile_bytes(keys, s.head_dim_v);
+    at.k_places = k_places, at.v_places = v_places;
+    at.v = at.k + k_places * tile_bytes(keys, s.head_dim);
+    at.other_k = at.v + v_places * tile_bytes(keys, s.head_dim_v);
     at.q = at.other_k + (shares_keys(s) ? dq_panels(s) * keys * kPanelRowBytes : 0);
     at.q_stage = tile_bytes(s.block_m, s.head_dim);
     at.dout = at.q + s.stages * at.q_stage;
@@ -109,11 +113,18 @@ struct BackwardSm90Shared {
   }
 };
 
+/// Threads that turn sums into dq.
+FOVEA_FN constexpr int ending_threads(const BackwardSpec& s) {
+  return s.goes_on ? kBackwardConsumers * 128 : kBackwardThreads;
+}
+
 /// Where a block ends dq, each warp has some runs of so many pieces of 16 × 8 sums under way.  They lie in front of the
-/// state, behind the bytes of zeros that clear one, and the warps' barriers.
+/// state, behind the bytes of zeros that clear one, and the warps' barriers; and behind the next task's keys.
 inline constexpr int kDqRun = 8, kDqRunBytes = kDqRun * 512, kDqRunsBegin = kDqRunBytes + 1024;
+FOVEA_FN constexpr int ending_begin(const BackwardSpec& s) { return s.goes_on ? BackwardSm90Shared::of(s).q : 0; }
 FOVEA_FN constexpr int dq_runs_at_once(const BackwardSpec& s) {
-  return math::smaller((BackwardSm90Shared::of(s).state - kDqRunsBegin) / (kBackwardThreads / 32 * kDqRunBytes), 4);
+  const int room = BackwardSm90Shared::of(s).state - ending_begin(s) - kDqRunsBegin;
+  return math::smaller(room / (ending_threads(s) / 32 * kDqRunBytes), 4);
 }
 
 /// Where things lie in the shared memory of the bias's gradient, of which a block has 128 × 128 entries: places of

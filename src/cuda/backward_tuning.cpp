@@ -149,7 +149,7 @@ jit::KernelRequest side_request(std::string_view function, std::string_view head
 
 /// A spec without options: the kernels around the main one do not depend on them, so that one serves many specs.
 BackwardSpec plain(BackwardSpec spec) {
-  spec.band = spec.mask = spec.bias = spec.alibi = spec.softcap = spec.dropout = spec.split_gqa = false;
+  spec.band = spec.mask = spec.bias = spec.alibi = spec.softcap = spec.dropout = spec.split_gqa = spec.goes_on = false;
   spec.bias_type = BackwardSpec{}.bias_type;
   return spec;
 }

@@ -19,6 +19,7 @@ constexpr std::int64_t kMostAbreast = 4;   // kv heads; more do not fit into L2
 constexpr std::int64_t kMostInTurns = 32;  // where dq is added up in turns; half as many of pairs
 constexpr std::int64_t kInL2 = 1 << 22;    // elements of q of those, beside which L2 has room for dout and the sums
 constexpr std::int64_t kPartOfDq = 512 * 1024;  // bytes of sums that a block, or a cluster of two, turns into dq
+constexpr std::int64_t kShortTask = 1 << 16;    // elements of q of a kv head, see `may_go_on`
 constexpr std::int64_t kFewHeads = 3;           // times dq_lag: with fewer heads no block ends dq
 constexpr int kBiasGradientTile = 128;          // rows, and keys
 constexpr int kAtOnce = 128;                    // columns of dk and dv that one product makes
@@ -44,6 +45,15 @@ bool fill_the_gpu(std::int64_t blocks) {
   return blocks > 0 && blocks * 5 >= waves * multiprocessors() * 4;
 }
 
+/// Whether blocks go on to the next keys: where few rows see a block of keys, so that its beginning and its
+/// end are much of its time, and there is room for the next one's.  Of longer ones the tiles take longer, 1 to 4%.
+bool may_go_on(const Problem& problem, BackwardSpec spec) {
+  spec.goes_on = spec.ends_dq = true;
+  const std::int64_t rows = problem.num_q_heads / problem.num_kv_heads * problem.seqlen_q;
+  return rows * std::max({spec.head_dim, spec.head_dim_v, 64}) <= kShortTask && !shares_keys(spec) &&
+         !spec.deterministic && !spec.bias && !spec.alibi && BackwardSm90Shared::of(spec).total <= kMostShared;
+}
+
 /// Decides whether some blocks of the main kernel turn the sums of dq into dq, and which.  They start after as many
 /// others as run at once and a group of heads, so that they rarely wait; a place in dq_sum is used again soon after,
 /// while L2 still has it.  Not where lengths differ, because as many heads may then be little work, nor where heads are
@@ -57,10 +67,14 @@ void end_dq(const Problem& problem, BackwardShape& shape) {
   const auto heads_of = [&](std::int64_t blocks) {
     return abreast * (ceil_div(blocks, abreast * shape.key_blocks) + 1);
   };
-  const std::int64_t lag = heads_of(at_work), places = lag + heads_of(at_work / 4);
+  // A block that goes on asks for its next task before it has ended this one.
+  const std::int64_t lag_ahead = heads_of(at_work * 5 / 4);
+  const bool goes_on = heads >= kFewHeads * lag_ahead && may_go_on(problem, spec);
+  const std::int64_t lag = goes_on ? lag_ahead : heads_of(at_work),
+                     places = lag + heads_of(goes_on ? at_work : at_work / 4);
   if (heads < kFewHeads * lag) return;
   const std::int64_t tiles = problem.num_q_heads / problem.num_kv_heads * shape.row_blocks;
-  spec.ends_dq = true;
+  spec.ends_dq = true, spec.goes_on = goes_on;
   shape.dq_places = static_cast<int>(places);
   shape.dq_lag = static_cast<int>(lag);
   shape.dq_parts = static_cast<int>(ceil_div(tiles * spec.block_m * spec.head_dim * 4, kPartOfDq));
@@ -111,7 +125,8 @@ class BackwardSm90Plan final : public PlannedKernel {
     aligned_bias_.make(p, workspace, stream);
     make_maps(p, spec.block_m, keys_of_block(spec));
     call_.before(p, workspace, stream);
-    launch(main_, call_.main_blocks(p) * blocks_of_cluster(spec), p, stream);
+    p.tasks = call_.main_blocks(p);
+    launch(main_, spec.goes_on ? std::min(p.tasks, multiprocessors_) : p.tasks * blocks_of_cluster(spec), p, stream);
     call_.add_parts(p, stream);
     const bool bias_by_engine = p.dbias.data != nullptr && bias_gradient_ && p.by_engine && p.bias_by_engine;
     if (bias_by_engine) {
@@ -234,7 +249,7 @@ jit::KernelRequest backward_sm90_request(const BackwardShape& shape) {
 std::optional<jit::KernelRequest> bias_gradient_sm90_request(const Problem& problem, const BackwardShape& shape) {
   BackwardSpec spec = shape.spec;
   spec.block_m = spec.block_n = kBiasGradientTile;
-  spec.deterministic = spec.holds_dq = spec.ends_dq = spec.split_gqa = false;
+  spec.deterministic = spec.holds_dq = spec.ends_dq = spec.goes_on = spec.split_gqa = false;
   const auto shared = BiasGradientSm90Shared::of(spec);
   if (!problem.bias || !problem.bias->keys || shared.total > kMostShared) return std::nullopt;
   return jit::render({.function = "bias_gradient_sm90",

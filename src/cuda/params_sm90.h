@@ -41,6 +41,7 @@ struct BackwardSm90Params : BackwardParams {
   u32 bias_tiles;      // of dbias, which its gradient's blocks share out
   TensorMap dbias_map;
   bool dbias_by_engine;
+  int tasks;  // of blocks that go on
 };
 
 }  // namespace fovea::cuda

@@ -102,6 +102,7 @@ struct BackwardSpec {
   bool holds_dq = false;       // a block has all keys of its rows, and their dq in shared memory
   bool split_gqa = false;      // several blocks share out the heads that read their keys, and leave parts of dk and dv
   bool ends_dq = false;        // some blocks turn the sums of dq into dq while others add those of later heads
+  bool goes_on = false;        // a block takes one key block after the other, or part of dq, of any heads
   bool band = false;
   bool mask = false;
   bool bias = false;
@@ -133,6 +134,7 @@ FOVEA_FN constexpr void each_field(const BackwardSpec& s, F&& f) {
   f("in_place", s.in_place);
   f("deterministic", s.deterministic), f("holds_dq", s.holds_dq), f("split_gqa", s.split_gqa);
   f("ends_dq", s.ends_dq);
+  f("goes_on", s.goes_on);
   f("band", s.band), f("mask", s.mask), f("bias", s.bias), f("bias_type", s.bias_type);
   f("alibi", s.alibi), f("softcap", s.softcap), f("dropout", s.dropout);
 }

@@ -180,6 +180,13 @@ void begin_mbarrier(Warp& w, const Instruction& i, u32 lanes) {
         .missing = count, .expected = count, .bytes = kNone, .phase = 0};
   });
 }
+void end_mbarrier(Warp& w, const Instruction& i, u32 lanes) {
+  each_lane(lanes, [&](int l) {
+    Mbarrier& b = mbarrier(w.block, address_of(w, i.operand(0), l));
+    if (b.missing != b.expected || b.bytes != kNone) throw Fault("the end of an mbarrier in a phase that has begun");
+    b = {};
+  });
+}
 void arrive_at_mbarrier(Warp& w, const Instruction& i, u32 lanes) {
   each_lane(lanes, [&](int l) {
     const u64 bytes = i.groups > 2 ? w.number(i.operand(2), l) : 0;
@@ -370,6 +377,8 @@ bool decode_memory(const std::string& name, Instruction& i) {
     i.run = arrive_behind_copies;
   } else if (name.starts_with("mbarrier.init")) {
     i.run = begin_mbarrier;
+  } else if (name.starts_with("mbarrier.inval")) {
+    i.run = end_mbarrier;
   } else if (name.starts_with("mbarrier.arrive")) {
     i.run = arrive_at_mbarrier;
   } else if (name.starts_with("mbarrier.expect_tx")) {

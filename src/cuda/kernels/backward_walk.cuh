@@ -10,8 +10,8 @@ struct Step {
   const char *q, *dout;  // its first rows
   i64 slot;
   int head, tile;
-  int stage;  // its place in the ring
-  int turn;   // key blocks that add to its dq before this one, where their order matters; all, where dq is held
+  int stage;  // its place in the ring; without pointers, its block of keys
+  int turn;   // key blocks that add to its dq before this one, where their order matters
   TileState mask;
   bool exists, full_band;  // every row sees every key, as far as the band goes
   math::DropoutStream stream;
@@ -46,6 +46,7 @@ struct BlockTask {
             ends ? -1 : key_line, ends ? line + parts : -1};
   }
   FOVEA_DEVICE bool exists(const BackwardParams& p) const { return turn >= 0 && turn < p.batch * p.kv_heads; }
+  FOVEA_DEVICE bool has_part() const { return part >= 0; }
 };
 
 /// The number of this block, or of its cluster of kBlocks; where blocks wait for those of lower numbers, in the order
@@ -74,6 +75,11 @@ struct Walk {
 
   FOVEA_DEVICE void take(const BackwardParams& p, const BlockTask& task) {
     sequence = Sequence::of(p, task.batch);
+    go_on(p, task);
+  }
+  /// With another task, where sequences are as long.  Where it has no keys the walk has no steps.
+  FOVEA_DEVICE void go_on(const BackwardParams& p, const BlockTask& task) {
+    sequence.batch = task.batch;
     key_block = task.key_block, kv_head = task.kv_head;
     if constexpr (S.ends_dq) first_dq_tile = DqPlaces{p}.first_tile(task.turn);
   }
@@ -90,7 +96,7 @@ struct Walk {
     const Interval rows = band.rows_of_keys(keys), seers = band.rows_that_see_all(keys);
     if (!S.mask || lane_id() == 0) {
       first = rows.begin / S.block_m;
-      end = rows.empty() ? first : (rows.end - 1) / S.block_m + 1;
+      end = rows.empty() || (S.goes_on && key_block < 0) ? first : (rows.end - 1) / S.block_m + 1;
       first_full = (seers.begin + S.block_m - 1) / S.block_m;
       end_full = seers.end / S.block_m;
       first_head = kv_head * p.group;
@@ -140,7 +146,7 @@ struct Walk {
   FOVEA_DEVICE void put(const BackwardParams& p, int n, Step step) {
     step.full_band = step.tile >= first_full && step.tile < end_full;
     if (S.deterministic && step.exists) step.turn = turn_at(p, step.head, step.tile);
-    if constexpr (S.holds_dq) step.turn = key_block;
+    if constexpr (!kPoints) step.stage = key_block;
     if (writes()) {
       steps[n % kSteps] = step;
       if constexpr (S.ends_dq)

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cuda/kernels/hopper/backward_end.cuh"
 #include "cuda/kernels/hopper/backward_owner.cuh"
 
 // A warpgroup of the backward that owns 64 of the block's keys: their dk and dv stay in its registers, and dS goes to
@@ -10,7 +11,7 @@ template <BackwardSpec S>
 struct BackwardConsumer : BackwardOwner<S> {
   using Owner = BackwardOwner<S>;
   using Owner::clear_slope_parts, Owner::add_slope;
-  using Owner::p, Owner::state, Owner::at, Owner::step, Owner::meeting, Owner::warp_key, Owner::lane_key;
+  using Owner::p, Owner::state, Owner::at, Owner::task, Owner::step, Owner::meeting, Owner::warp_key, Owner::lane_key;
   using Owner::rows_of, Owner::see, Owner::issue_scores, Owner::issue_dp, Owner::put, Owner::add_bias,
       Owner::bias_hides;
   using typename Owner::Columns, typename Owner::Entries, typename Owner::Packed, typename Owner::Ahead;
@@ -30,12 +31,22 @@ struct BackwardConsumer : BackwardOwner<S> {
       u32 n = 0;
 #pragma unroll 1
       for (int block = 0;; ++block, ++n) {
-        n = gather_keys(block, n);
+        n = with(block).gather_keys(n);
         if (uniform(state.last_keys(block))) break;
+      }
+    } else if constexpr (S.goes_on) {
+      u32 n = 0;
+#pragma unroll 1
+      for (int i = 0; state.has_task(i); ++i, ++n) {
+        if (state.ends_dq(i)) {
+          with(i).end_dq(n);
+        } else {
+          n = with(i).gather_keys(n);
+        }
       }
     } else {
       Sums sums;
-      begin(sums, 0);
+      begin(sums);
       const u32 tiles = this->gather(*this, sums);
       this->end_walk(tiles);
       meet(meeting(), 128);
@@ -44,26 +55,44 @@ struct BackwardConsumer : BackwardOwner<S> {
       store_dk(sums, at.k());
     }
   }
+  FOVEA_DEVICE BackwardConsumer with(int task) const { return {{p, state, at, this->first_key, task}}; }
 
-  /// Of the block's tile of keys that has this number.
-  FOVEA_DEVICE void begin(Sums& sums, int block) const {
+  FOVEA_DEVICE void begin(Sums& sums) const {
     clear(sums.dk), clear(sums.dv);
     pin(sums.dk[0]), pin(sums.dv[0]);
     if constexpr (S.alibi && !S.holds_dq) clear_slope_parts();
-    state.k.wait(block & 1);
-    state.v.wait(block & 1);
+    state.k.await_full(task);
+    state.v.await_full(task);
   }
-  /// One tile of keys of many, from step n on; the step behind its last one.  dv and dk leave by way of its place for
-  /// dS, in which each warpgroup has a part of its own, while the next keys are copied.
-  FOVEA_DEVICE u32 gather_keys(int block, u32 n) const {
+  /// One task or tile of keys of many, from step n on; the step behind its last one.  dk, and where dq is held dv,
+  /// leave by way of that step's place for dS, in which each warpgroup has a part of its own, while the next keys are
+  /// copied.
+  FOVEA_DEVICE u32 gather_keys(u32 n) const {
     Sums sums;
-    begin(sums, block);
+    begin(sums);
     if constexpr (S.alibi) {
       state.q.await_full(n);
       clear_slope_parts(n);
     }
     n = this->gather(*this, sums, n);
-    state.leave_keys();
+    state.k.release(task);
+    pass_step(n);
+    if constexpr (S.goes_on) {
+      meet(meeting(), 128);
+      store_dv(sums, at.v(task), n);
+      fence_engine();
+    }
+    state.v.release(task);
+    this->end_walk(n);
+    const u32 mine = at.ds(n) + this->first_key / kPanelColumns * (Owner::kRowPanel - kGroupRows * kPanelRowBytes);
+    if constexpr (S.holds_dq) store_dv(sums, mine, n);
+    __syncwarp();
+    store_dk(sums, mine, n);
+    meet(meeting(), 128);  // the next dS there is everybody's
+    return n;
+  }
+  /// Step n, which has no rows.
+  FOVEA_DEVICE void pass_step(u32 n) const {
     state.q.release(n);
     state.dout.await_full(n);  // with nothing in it
     state.dout.release(n);
@@ -71,13 +100,15 @@ struct BackwardConsumer : BackwardOwner<S> {
       state.bias.await_full(n);
       state.bias.release(n);
     }
+  }
+  /// A task that has no keys, and step n; the rows' places are the producer's again when all is done.
+  FOVEA_DEVICE void end_dq(u32 n) const {
+    state.q.await_full(n);
+    state.k.release(task), state.v.release(task);
     this->end_walk(n);
-    const u32 mine = at.ds(n) + this->first_key / kPanelColumns * (Owner::kRowPanel - kGroupRows * kPanelRowBytes);
-    store_dv(sums, mine, n);
-    __syncwarp();
-    store_dk(sums, mine, n);
-    meet(meeting(), 128);  // the next dS there is everybody's
-    return n;
+    meet(BackwardEnd<S>::kMemoryIsFree, 3 * 128);
+    BackwardEnd<S>{p}.run(state.task(task));
+    pass_step(n);
   }
 
   // ---- a tile of rows
@@ -188,11 +219,12 @@ struct BackwardConsumer : BackwardOwner<S> {
   // ---- the end, through shared memory that nobody still reads, by each warp for its keys
 
   FOVEA_DEVICE void store_dv(const Sums& sums, u32 by, u32 n = 0) const {
-    Owner::template store_sum<S.head_dim_v>(by, sums.dv[0], S.dropout ? p.keep_scale : 1.0F, p.head_dim_v, p.dv,
-                                            p.dv_parts, n);
+    Owner::template store_sum<S.head_dim_v, !S.holds_dq>(by, sums.dv[0], S.dropout ? p.keep_scale : 1.0F, p.head_dim_v,
+                                                         p.dv, p.dv_parts, n);
   }
   FOVEA_DEVICE void store_dk(const Sums& sums, u32 by, u32 n = 0) const {
-    Owner::template store_sum<S.head_dim>(by, sums.dk[0], p.scale, p.head_dim, p.dk, p.dk_parts, n);
+    Owner::template store_sum<S.head_dim, !S.holds_dq && !S.goes_on>(by, sums.dk[0], p.scale, p.head_dim, p.dk,
+                                                                     p.dk_parts, n);
   }
 };
 

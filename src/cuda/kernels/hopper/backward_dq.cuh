@@ -36,6 +36,7 @@ struct BackwardDq {
   const BackwardSm90Params& p;
   BackwardState<S>& state;
   const BackwardLayout<S> at;
+  const int task = 0;  // of the block that goes on
 
   FOVEA_DEVICE static int warp() { return warp_id() % 4; }
   FOVEA_DEVICE const Step& step(u32 n) const { return state.step(n); }
@@ -43,17 +44,31 @@ struct BackwardDq {
   FOVEA_DEVICE void run() const {
     if constexpr (S.holds_dq) {
       hold();
+    } else if constexpr (S.goes_on) {
+      u32 n = 0, sent = 0;
+#pragma unroll 1
+      for (int i = 0; state.has_task(i); ++i, ++n) {
+        if (state.ends_dq(i)) {
+          state.ds.await_full(n);
+          state.k.release(i);
+          state.ds.release(n);
+          pass(BackwardEnd<S>::kMemoryIsFree, 3 * 128);
+        } else {
+          BackwardDq{p, state, at, i}.add_all(n, sent);
+        }
+      }
     } else {
-      add_all();
+      u32 n = 0, sent = 0;
+      add_all(n, sent);
     }
   }
 
  private:
   using Sum = Accumulator[1][kPieces];
 
-  FOVEA_DEVICE void add_all() const {
-    u32 n = 0, sent = 0;
-    if constexpr (S.ends_dq) BackwardEnd<S>{p}.await_place(state.task.turn);
+  /// From step n on, to the one behind the last; so many pieces have been sent before.
+  FOVEA_DEVICE void add_all(u32& n, u32& sent) const {
+    if constexpr (S.ends_dq) BackwardEnd<S>{p}.await_place(state.task(task).turn);
     if constexpr (kPairs) state.other_k.wait(0);
 #pragma unroll 1
     for (;; ++n) {
@@ -81,6 +96,7 @@ struct BackwardDq {
       }
       if constexpr (!kPairs) state.ds.release(n);
     }
+    if constexpr (S.goes_on) state.k.release(task), state.ds.release(n);
     if constexpr (S.deterministic) {
       for (u32 left = math::smaller(kLag, n) + 1; left > 0; --left) end_turn<0>(n + 1 - left);
     } else if (!kPairs && lane_id() == 0) {
@@ -88,7 +104,7 @@ struct BackwardDq {
     }
     if constexpr (S.ends_dq) {
       meet(kMeeting, 128);
-      if (threadIdx.x % 128 == 0) BackwardEnd<S>{p}.count(state.task.turn);
+      if (threadIdx.x % 128 == 0) BackwardEnd<S>{p}.count(state.task(task).turn);
     }
   }
 
@@ -100,8 +116,8 @@ struct BackwardDq {
     for (u32 n = 0;; ++n) {
       state.ds.await_full(n);
       if (!uniform(step(n).exists)) {
-        if (uniform(state.last_keys(step(n).turn))) break;
-        state.leave_keys();
+        if (uniform(state.last_keys(step(n).stage))) break;
+        state.k.release(step(n).stage);
         state.ds.release(n);
         continue;
       }
@@ -241,7 +257,7 @@ struct BackwardDq {
   FOVEA_DEVICE u32 ds(u32 n, int other) const { return other != 0 ? at.other_ds(n) : at.ds(n); }
   FOVEA_DEVICE u32 keys(int panel, int other) const {
     const int first = rank_of_block<S>() * (kPanels / 2);
-    return other != 0 ? at.other_k() + (panel - first) * kKeyPanel : at.k() + panel * kKeyPanel;
+    return other != 0 ? at.other_k() + (panel - first) * kKeyPanel : at.k(task) + panel * kKeyPanel;
   }
 
   /// In a pair, dq itself shows whether something hidden was not finite, for a block knows its own keys alone.

@@ -14,6 +14,7 @@ struct BackwardEnd {
   const BackwardSm90Params& p;
 
   static constexpr int kBlocks = blocks_of_cluster(S);
+  static constexpr u32 kMemoryIsFree = 5;  // of a block that goes on the barrier behind which its memory is
 
   /// Waits, by a whole warp, until so many of a turn's blocks are counted: its key blocks, then those that end its dq.
   FOVEA_DEVICE void await(int turn, int blocks) const {
@@ -34,18 +35,21 @@ struct BackwardEnd {
     asm volatile("fence.proxy.async.global;" ::: "memory");  // the copy engine adds to it, too
   }
 
-  /// Turns a part of a turn's sums into dq, by a whole block.  Each warp takes every kWarps-th run of pieces; the copy
-  /// engine loads kAtOnce of them at a time and writes zeros in their place.
-  FOVEA_DEVICE void run(const BlockTask& task, char* shared) const {
-    const int warp = static_cast<int>(uniform(threadIdx.x / kWarp)), lane = fresh(lane_id());
+  /// Turns a part of a turn's sums into dq, by a whole block or its last kThreads.  Each warp takes every kWarps-th run
+  /// of pieces; the copy engine loads kAtOnce of them at a time and writes zeros in their place.
+  FOVEA_DEVICE void run(const BlockTask& task) const {
+    extern __shared__ __align__(1024) char shared[];
+    char* const memory = shared + ending_begin(S);
+    const u32 thread = threadIdx.x - (kBackwardThreads - kThreads);
+    const int warp = static_cast<int>(uniform(thread / kWarp)), lane = fresh(lane_id());
     const Sequence sequence = Sequence::of(p, task.batch);
     const int parts = p.dq_parts * kBlocks, part = task.part * kBlocks + rank_of_block<S>();
     const int all = p.row_blocks * p.group;  // as lengths do not differ
     const int each = (all + parts - 1) / parts, first = math::smaller(part * each, all),
               runs = math::smaller(each, all - first) * kRuns;
     const bool leads = lane == 0, taken_again = task.turn + p.dq_places < p.batch * p.kv_heads;
-    Barrier* const arrived = reinterpret_cast<Barrier*>(shared + kDqRunBytes) + warp * kAtOnce;
-    const u32 zeros = shared_address(shared), places = zeros + kDqRunsBegin + warp * kAtOnce * kDqRunBytes;
+    Barrier* const arrived = reinterpret_cast<Barrier*>(memory + kDqRunBytes) + warp * kAtOnce;
+    const u32 zeros = shared_address(memory), places = zeros + kDqRunsBegin + warp * kAtOnce * kDqRunBytes;
     const auto sums = [&](int x) {
       return p.dq_sum + i64{DqPlaces{p}.first_tile(task.turn) + first + x / kRuns} * (kTileBytes / 4) +
              x % kRuns * (kDqRunBytes / 4);
@@ -59,11 +63,10 @@ struct BackwardEnd {
       for (int n = 0; n < kAtOnce; ++n) arrived[n].begin(1);
       fence_barriers();
     }
-    for (int x = static_cast<int>(threadIdx.x); x < kDqRunBytes / 16; x += kBackwardThreads)
-      store_shared_16(zeros + x * 16, {});
+    for (u32 x = thread; x < kDqRunBytes / 16; x += kThreads) store_shared_16(zeros + x * 16, {});
     fence_engine();
     if (warp == 0) await(task.turn, p.key_blocks);
-    __syncthreads();
+    share();
     if (leads) {
       asm volatile("fence.proxy.async.global;" ::: "memory");
       for (int n = 0; n < kAtOnce; ++n) {
@@ -85,17 +88,28 @@ struct BackwardEnd {
     if (leads) {
       close_additions();
       await_additions<0>();
+      for (int n = 0; n < kAtOnce && S.goes_on; ++n) arrived[n].end();
+      if constexpr (S.goes_on) fence_engine();
     }
-    __syncthreads();
-    if (threadIdx.x == 0) count(task.turn);
+    share();
+    if (thread == 0) count(task.turn);
   }
 
  private:
   using Pieces = typename Backward<S>::Dq;
-  static constexpr int kWarps = kBackwardThreads / kWarp;
+  static constexpr int kThreads = ending_threads(S), kWarps = kThreads / kWarp;
   static constexpr int kTileBytes = S.block_m * S.head_dim * 4, kPieces = kTileBytes / 512;  // of a tile
   static constexpr int kRuns = (kPieces + kDqRun - 1) / kDqRun, kAtOnce = dq_runs_at_once(S);
   static_assert(kAtOnce > 0 && kWarps * kAtOnce * static_cast<int>(sizeof(Barrier)) <= kDqRunsBegin - kDqRunBytes);
+
+  FOVEA_DEVICE static void share() {
+    constexpr u32 kMeeting = 6;
+    if constexpr (S.goes_on) {
+      meet(kMeeting, kThreads);
+    } else {
+      __syncthreads();
+    }
+  }
 
   /// Four pieces at a time, of which each lane has four numbers; lanes exchange words so that each has 16 bytes of a
   /// row.

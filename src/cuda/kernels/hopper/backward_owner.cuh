@@ -20,6 +20,7 @@ struct BackwardOwner {
   BackwardState<S>& state;
   const BackwardLayout<S> at;
   const int first_key;  // of the warpgroup, in the block
+  const int task = 0;   // the block's task, or tile of keys, at hand
 
   FOVEA_DEVICE const Step& step(u32 n) const { return state.step(n); }
   FOVEA_DEVICE int key(u32 n) const { return first_key_of_block<S>(state.key_block(n), rank_of_block<S>()); }
@@ -98,7 +99,7 @@ struct BackwardOwner {
   FOVEA_DEVICE void issue_scores(Entries& s, u32 n) const {
     pin(s[0]);
     fence_products();
-    multiply_by_rows<S.type, S.head_dim, kKeys, S.block_m>(s[0], keys_at(at.k()),
+    multiply_by_rows<S.type, S.head_dim, kKeys, S.block_m>(s[0], keys_at(at.k(task)),
                                                            matrix_at(at.q(state.q.place(n)), 16));
     close_products();
   }
@@ -109,7 +110,7 @@ struct BackwardOwner {
     pin(dp[0]);
     fence_products();
     multiply_by_rows<S.type, S.head_dim_v, kKeys, S.block_m>(
-        dp[0], keys_at(at.v()), matrix_at(at.dout(state.dout.place(n)), 16), Columns::kDeltaFirst ? 1 : 0);
+        dp[0], keys_at(at.v(task)), matrix_at(at.dout(state.dout.place(n)), 16), Columns::kDeltaFirst ? 1 : 0);
     close_products();
   }
   /// dv from Pᵀ and dout, dk from dSᵀ and q; 128 columns at a time, for ptxas takes no product of more registers than
@@ -226,13 +227,14 @@ struct BackwardOwner {
   // ---- the end
 
   /// By each warp for its keys: through shared memory that is read no more, to `view`, or from registers to `parts`.
-  template <int kDim>
+  /// kWhole: which has room for all columns of the block's keys, not just for a panel of the warpgroup's.
+  template <int kDim, bool kWhole = true>
   FOVEA_DEVICE void store_sum(u32 tile, const Accumulator (&sum)[kDim / 8], float factor, int dim, const RowView& view,
                               const RowView& parts, u32 n = 0) const {
     const Sequence& sequence = state.walk.sequence;
     if constexpr (S.split_gqa) {
       const int row = key(n) + warp_key() + lane_id() / 4;
-      char* const to = sequence.kv_row(parts, row, state.walk.kv_head) + lane_id() % 4 * 8;
+      char* const to = row_of_keys(parts, row) + lane_id() % 4 * 8;
 #pragma unroll
       for (int x = 0; x < kDim / 4; ++x) {
         const int c = x / 2, h = x % 2;
@@ -242,19 +244,36 @@ struct BackwardOwner {
       }
       return;
     }
-    place(tile, sum, factor);
-    __syncwarp();
     const int first = key(n) + warp_key();
-    write_rows<kDim>(tile, sequence.kv_rows - first, dim, view, sequence.kv_row(view, first, state.walk.kv_head));
+    leave<kDim, kWhole ? kDim : kPanelColumns>(tile, sum, factor, sequence.kv_rows - first, dim, view,
+                                               row_of_keys(view, first));
   }
-  template <int kPieces>
+  FOVEA_DEVICE char* row_of_keys(const RowView& view, int row) const {
+    if constexpr (!S.goes_on) return state.walk.sequence.kv_row(view, row, state.walk.kv_head);
+    const BlockTask& of = state.task(task);  // the walk may have left
+    return view.data + of.batch * view.batch + i64{row} * view.row + of.kv_head * view.head;
+  }
+  template <int kDim, int kAtOnce, int kFirst = 0>
+  FOVEA_DEVICE void leave(u32 tile, const Accumulator (&sum)[kDim / 8], float factor, int keys, int dim,
+                          const RowView& view, char* to) const {
+    constexpr int kColumns = math::smaller(kDim - kFirst, kAtOnce);
+    place<kFirst / 8, kColumns / 8>(tile, sum, factor);
+    __syncwarp();
+    write_rows<kColumns>(tile, keys, dim - kFirst, view, to + kFirst * kBytes<S.type>);
+    if constexpr (kFirst + kColumns < kDim) {
+      __syncwarp();
+      leave<kDim, kAtOnce, kFirst + kColumns>(tile, sum, factor, keys, dim, view, to);
+    }
+  }
+  /// kCount pieces of columns, from kFirst on.
+  template <int kFirst, int kCount, int kPieces>
   FOVEA_DEVICE void place(u32 tile, const Accumulator (&sum)[kPieces], float factor) const {
     const int lane = lane_id();
     const auto word = [&](int c, int h) {
-      return pack<S.type>(sum[c].x[2 * h] * factor, sum[c].x[2 * h + 1] * factor);
+      return pack<S.type>(sum[kFirst + c].x[2 * h] * factor, sum[kFirst + c].x[2 * h + 1] * factor);
     };
 #pragma unroll
-    for (int c = 0; c < kPieces; c += 2) {
+    for (int c = 0; c < kCount; c += 2) {
       store_matrices(swizzled(tile + c / 8 * kKeyPanel, warp_key() + lane % 16, c % 8 + lane / 16), word(c, 0),
                      word(c, 1), word(c + 1, 0), word(c + 1, 1));
     }

@@ -29,10 +29,12 @@ struct BackwardProducer {
       if (S.deterministic && warp_id() == 3) pass_turns();
       return;
     }
+    if (S.goes_on && !state.has_task(0)) return;
     HopperWalk<S>& walk = state.walk;
-    load_keys_of_block();
+    load_keys_of_block(0);
     if (walk.keeps()) walk.begin(p);  // meanwhile
     u32 first = 0;                    // step of the keys
+    int task = 0;
 #pragma unroll 1
     for (u32 n = 0;; ++n) {
       if (walk.keeps()) walk.write(p, static_cast<int>(n), state.step(n - 1), n == first);
@@ -40,11 +42,18 @@ struct BackwardProducer {
       const Step& step = state.step(n);
       const int place = state.q.place(n);
       Barrier& q = state.q.full[place];
+      const auto exists = [&] { return kByEngine && !S.mask && !S.bias ? step.exists : uniform(step.exists); };
+      if (S.goes_on && !exists() && walk.writes()) state.ask_for_task(p, task + 1);  // which takes a while
       state.q.await_empty(n);
       if (S.mask && walk.writes()) q.arrive();  // for the step; who leads arrives for the rest
-      if (!(kByEngine && !S.mask && !S.bias ? step.exists : uniform(step.exists))) {
-        if constexpr (S.holds_dq) pass_places(n);
+      if (!exists()) {
+        if constexpr (S.holds_dq || S.goes_on) pass_places(n);
         if (leads()) q.arrive();
+        if constexpr (S.goes_on) {
+          if (!go_on_to_task(++task, n)) return;
+          first = n + 1;
+          continue;
+        }
         if (!S.holds_dq || state.last_keys(walk.key_block)) return;
         go_on_to_next_keys();
         first = n + 1;
@@ -96,18 +105,39 @@ struct BackwardProducer {
   }
   FOVEA_DEVICE void go_on_to_next_keys() const {
     HopperWalk<S>& walk = state.walk;
-    state.keys_read.wait(walk.key_block & 1);
     share();
     if (leads()) ++walk.key_block;
     share();
-    load_keys_of_block();
+    load_keys_of_block(walk.key_block);
     if (walk.keeps()) walk.begin(p);
   }
 
-  FOVEA_DEVICE void load_keys_of_block() const {
+  /// False where there is none.
+  FOVEA_DEVICE bool go_on_to_task(int i, u32 n) const {
+    if (!state.has_task(i)) return false;
+    HopperWalk<S>& walk = state.walk;
+    share();
+    if (walk.writes()) walk.go_on(p, state.task(i));
+    share();
+    load_keys_of_block(i);
+    if (walk.keeps()) walk.begin(p);
+    if (state.ends_dq(i - 1)) state.q.await_empty(n + S.stages);  // behind the keys' places it has all memory
+    return true;
+  }
+
+  /// Of a task, which may have none, or of a tile of keys.
+  FOVEA_DEVICE void load_keys_of_block(int of) const {
     const int rank = rank_of_block<S>();
-    load_keys<S.head_dim>(rank, at.k(), state.k, p.k_map, p.k, p.head_dim);
-    load_keys<S.head_dim_v>(rank, at.v(), state.v, p.v_map, p.v, p.head_dim_v);
+    Barrier &k = state.k.full[state.k.place(of)], &v = state.v.full[state.v.place(of)];
+    if constexpr (S.holds_dq || S.goes_on) state.k.await_empty(of);
+    if (S.goes_on && state.walk.key_block < 0) {
+      state.v.await_empty(of);
+      if (leads()) k.arrive(), v.arrive();
+      return;
+    }
+    load_keys<S.head_dim>(rank, at.k(of), k, p.k_map, p.k, p.head_dim);
+    if constexpr (S.holds_dq || S.goes_on) state.v.await_empty(of);
+    load_keys<S.head_dim_v>(rank, at.v(of), v, p.v_map, p.v, p.head_dim_v);
     if constexpr (shares_keys(S))
       load_keys<dq_panels(S) * kPanelColumns>(1 - rank, at.other_k(), state.other_k, p.k_map, p.k, p.head_dim,
                                               rank * (panels_of(S.head_dim) / 2) * kPanelColumns);

@@ -38,7 +38,7 @@ struct WeightsConsumer : BackwardOwner<S> {
     Sum dv;
     clear(dv);
     pin(dv[0]);
-    state.k.wait(0), state.v.wait(0);
+    state.k.await_full(0), state.v.await_full(0);
     this->gather(*this, dv);
     Owner::template store_sum<S.head_dim_v>(at.v(), dv[0], S.dropout ? p.keep_scale : 1.0F, p.head_dim_v, p.dv,
                                             p.dv_parts);
@@ -121,7 +121,7 @@ struct GradientConsumer : BackwardOwner<S> {
     clear(sums.dk);
     pin(sums.dk[0]);
     if constexpr (S.alibi) clear_slope_parts();
-    state.k.wait(0), state.v.wait(0);
+    state.k.await_full(0), state.v.await_full(0);
     const u32 tiles = this->gather(*this, sums);
     this->end_walk(tiles);
     this->await_end(tiles);

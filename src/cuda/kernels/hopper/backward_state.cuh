@@ -13,41 +13,53 @@ using HopperWalk = Walk<S, 8, false>;
 
 template <BackwardSpec S>
 struct BackwardState {
-  Barrier k, v;
+  static constexpr BackwardSm90Shared kShared = BackwardSm90Shared::of(S);
+  Ring<kShared.k_places> k;  // of the block's tasks, or of its tiles of keys one after the other
+  Ring<kShared.v_places> v;
   Ring<S.stages> q;           // log2_lse comes with it, and the words of a mask
   Ring<dout_stages(S)> dout;  // and delta with this
   Ring<2> ds;                 // of all who make it, in a pair both blocks'; who makes dq gives it back, in both
   bool spoiled[2];            // of each: where something hidden was not finite
   // Where keys are shared:
-  Ring<2> weights;     // P in the place of dS, for who makes that; given back with it
-  Ring<2> looked;      // at dP, by who makes it; what the other one awaits gives dout back for both
-  u32 strange[2][2];   // of S and dP: n + 1 where something hidden was not finite in tile n
-  HopperWalk<S> walk;  // a step is written before its q is announced
-  Barrier other_k;     // of a pair
-  int number;          // likewise
-  Ring<BackwardSm90Shared::of(S).bias_places> bias;
-  Barrier keys_read;  // by all, where a block has one tile of keys after the other
-  BlockTask task;
-  bool has_keys;  // the block owns keys of the task's sequence
-  Ring<1> turns;  // of steps whose dq has been added
+  Ring<shares_keys(S) ? 2 : 1> weights;  // P in the place of dS, for who makes that; given back with it
+  Ring<shares_keys(S) ? 2 : 1> looked;   // at dP, by who makes it; what the other one awaits gives dout back for both
+  u32 strange[2][2];                     // of S and dP: n + 1 where something hidden was not finite in tile n
+  HopperWalk<S> walk;                    // a step is written before its q is announced
+  Barrier other_k;                       // of a pair
+  int number;                            // likewise
+  Ring<kShared.bias_places> bias;
+  static constexpr int kTasks = S.goes_on ? 4 : 1;
+  BlockTask tasks[kTasks];  // of which the last one is known when the one before ends
+  bool has_keys;            // the block owns keys of the task's sequence
+  Ring<1> turns;            // of steps whose dq has been added
 
   FOVEA_DEVICE const Step& step(u32 n) const { return walk.steps[n % 8]; }
+  FOVEA_DEVICE const BlockTask& task(int i = 0) const { return tasks[i % kTasks]; }
+  /// Whether a block that goes on has an i-th task.
+  FOVEA_DEVICE bool has_task(int i) const { return uniform(task(i).turn >= 0); }
+  FOVEA_DEVICE bool ends_dq(int i) const { return uniform(task(i).has_part()); }
+  /// Asks for it, by one thread, in the order of blocks.
+  FOVEA_DEVICE void ask_for_task(const BackwardSm90Params& p, int i) {
+    BlockTask next{-1, 0, 0, -1, -1};
+    for (int number = atomicAdd(p.begun, 1); number < p.tasks; number = atomicAdd(p.begun, 1)) {
+      next = BlockTask::of<S>(p, number);
+      if (next.exists(p)) break;
+      next.turn = -1;
+    }
+    tasks[i % kTasks] = next;
+  }
   FOVEA_DEVICE void begin(const BackwardParams& p, int block) {
-    task = BlockTask::of<S>(p, block);
-    has_keys = task.part < 0 && task.exists(p);
-    if (has_keys) walk.take(p, task);
+    const BlockTask mine = BlockTask::of<S>(p, block);
+    tasks[0] = mine;
+    has_keys = !mine.has_part() && mine.exists(p);
+    if (has_keys) walk.take(p, mine);
     has_keys = S.holds_dq || (has_keys && walk.key_block * S.block_n < walk.sequence.kv_rows);
   }
   /// The tile of dq_sum that step n adds to.
   FOVEA_DEVICE i64 dq_tile(u32 n) const { return S.ends_dq ? walk.dq_tiles[n % 8] : step(n).slot; }
   /// The block of keys of step n.
-  FOVEA_DEVICE int key_block(u32 n) const { return S.holds_dq ? step(n).turn : walk.key_block; }
+  FOVEA_DEVICE int key_block(u32 n) const { return S.holds_dq || S.goes_on ? step(n).stage : walk.key_block; }
   FOVEA_DEVICE bool last_keys(int key_block) const { return (key_block + 1) * S.block_n >= walk.sequence.kv_rows; }
-  /// By each warp, when it has read the last of these keys.
-  FOVEA_DEVICE void leave_keys() {
-    __syncwarp();
-    if (static_cast<u32>(lane_id()) < kArrivals) keys_read.arrive();
-  }
 };
 
 template <BackwardSpec S>
@@ -66,8 +78,13 @@ struct BackwardLayout {
   static constexpr BackwardSm90Shared kShared = BackwardSm90Shared::of(S);
   static constexpr u32 kDqStages = math::larger(kShared.dq_stages, 1);
   u32 base;
-  FOVEA_DEVICE u32 k() const { return base + kShared.k; }
-  FOVEA_DEVICE u32 v() const { return base + kShared.v; }
+  /// Of a task, or of a tile of keys.
+  FOVEA_DEVICE u32 k(int of = 0) const {
+    return base + kShared.k + of % kShared.k_places * tile_bytes(keys_of_block(S), S.head_dim);
+  }
+  FOVEA_DEVICE u32 v(int of = 0) const {
+    return base + kShared.v + of % kShared.v_places * tile_bytes(keys_of_block(S), S.head_dim_v);
+  }
   FOVEA_DEVICE u32 q(int place) const { return base + kShared.q + place * kShared.q_stage; }
   FOVEA_DEVICE u32 dout(int place) const { return base + kShared.dout + place * kShared.dout_stage; }
   FOVEA_DEVICE u32 bias(int place) const { return base + kShared.bias + place * kShared.bias_stage; }
