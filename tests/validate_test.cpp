@@ -289,6 +289,26 @@ TEST(Describe, LeavesLengthsOnAGpuToTheRun) {
             "fwd fp16 b2 hq4 hkv2 sq5 skv10 d8 packed_q=random:7 packed_kv=random:10 kvlen=random mask=bhqk");
 }
 
+TEST(Describe, TakesTheLongestSequenceThatIsGivenOnEveryDevice) {
+  const Problem p = parse_problem("fwd fp16 b2 hq4 hkv2 d8 packed_q=2+5 packed_kv=3+7 mask=bhqk");
+  const auto longest = [&](DeviceKind kind, std::int64_t q, std::int64_t kv) {
+    Call call(p);
+    for (Tensor* t : {&call.in.q, &call.in.k, &call.in.v, &call.in.cu_seqlens_q, &call.in.cu_seqlens_kv, &call.in.mask})
+      t->device.kind = kind;
+    AttentionOptions options = call.options(p);
+    options.max_seqlen_q = q;
+    options.max_seqlen_kv = kv;
+    const Problem found = describe(Direction::kForward, call.in.q, call.in.k, call.in.v, options);
+    return std::pair{found.seqlen_q, found.seqlen_kv};
+  };
+  for (const auto& [q, kv] : {std::pair{5, 7}, {6, 7}, {5, 9}, {7, 10}, {100, 100}}) {
+    const std::pair<std::int64_t, std::int64_t> given{std::min(q, 7), std::min(kv, 10)};
+    EXPECT_EQ(longest(DeviceKind::kCpu, q, kv), given);
+    EXPECT_EQ(longest(DeviceKind::kCuda, q, kv), given);
+  }
+  EXPECT_EQ(longest(DeviceKind::kCpu, 0, 0), (std::pair<std::int64_t, std::int64_t>{5, 7}));
+}
+
 TEST(Describe, RefusesTensorsThatDoNotFitTogether) {
   const Problem padded = parse_problem(kEverything), packed = parse_problem(kPacked);
   const auto why_not = [](const Problem& p, const std::function<void(Call&, AttentionOptions&)>& break_it) {

@@ -34,7 +34,7 @@ Lengths lengths_of(const char* name, const Tensor& t, std::int64_t batch) {
   return {true, read_lengths(name, t, batch)};
 }
 
-/// The slots of packed sequences and the longest of them, which must be given where the values are out of reach.
+/// The slots of packed sequences, and the longest: as given, which it must be where the values are out of reach.
 Lengths slots_of(const char* name, const Tensor& t, std::int64_t batch, std::int64_t total, const char* max_name,
                  std::int64_t max_seqlen, std::int64_t& seqlen) {
   if (t.device.kind != DeviceKind::kCpu) {
@@ -44,11 +44,11 @@ Lengths slots_of(const char* name, const Tensor& t, std::int64_t batch, std::int
     return {true, {}};
   }
   Lengths slots{true, read_cu_seqlens(name, t, batch, total)};
-  seqlen = longest(slots.values);
-  if (max_seqlen != 0 && max_seqlen < seqlen) {
-    refuse(max_name, " (", max_seqlen, ") is less than the longest sequence of ", name, " (", seqlen, ")");
-  }
-  return slots;
+  const std::int64_t found = longest(slots.values);
+  if (max_seqlen != 0 && max_seqlen < found)
+    refuse(max_name, " (", max_seqlen, ") is less than the longest sequence of ", name, " (", found, ")");
+  seqlen = max_seqlen == 0 ? found : std::min(max_seqlen, total);
+  return seqlen == found ? slots : Lengths{true, {}};
 }
 
 }  // namespace

@@ -250,6 +250,27 @@ def test_tensors_without_gradients_may_stand_beside_arrays():
         np.testing.assert_array_equal(fovea.attention(q, leaf, v), fovea.attention(q, k, v))
 
 
+def test_a_mask_of_packed_sequences_is_as_long_as_the_longest_length_given():
+    random = np.random.default_rng(5)
+    q, k, v = (random.standard_normal((9, 2, 8), np.float32) for _ in range(3))
+    ends, mask = np.array([0, 4, 9], np.int32), random.random((9, 9)) > 0.3
+
+    def attend(size, longest):
+        given = dict(cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+        return fovea.attention(q, k, v, mask=mask[:size, :size], causal="bottom_right", **given)
+
+    expected = attend(5, None)
+    for size, longest in ((5, 5), (8, 8), (9, 9), (9, 100)):  # as on a GPU, where nobody reads the ends
+        np.testing.assert_allclose(attend(size, longest), expected, rtol=1e-5, atol=1e-6)
+    for size, longest, wanted in ((5, 8, 8), (8, None, 5), (5, 100, 9)):
+        with pytest.raises(ValueError, match=rf"^mask has the shape .* but must have \[1, 1, {wanted}, {wanted}\]$"):
+            attend(size, longest)
+    with pytest.raises(
+        ValueError, match=r"^max_seqlen_q \(4\) is less than the longest sequence of cu_seqlens_q \(5\)$"
+    ):
+        attend(4, 4)
+
+
 def test_explain_takes_the_arguments_of_attention():
     named = inspect.signature(fovea.explain).parameters
     assert set(named) == {*inspect.signature(fovea.attention).parameters, "backward"}
