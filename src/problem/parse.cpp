@@ -98,9 +98,9 @@ template <typename T>
 T number(const Token& token, std::string_view text) {
   T value{};
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error == std::errc::result_out_of_range) {
-    refuse("token ", quote(token.text), ": ", quote(text), " is out of range");
-  }
+  if (error == std::errc::result_out_of_range)
+    refuse("token ", quote(token.text), ": ", quote(text), " is out of range; give ",
+           std::is_floating_point_v<T> ? "0, or 1e-45 to 3.4e38 in size" : "a whole number of 64 bits");
   if (error != std::errc{} || end != text.data() + text.size()) refuse_form(token);
   return value;
 }
