@@ -776,6 +776,18 @@ class Ladder(CommandTest):
         self.assertEqual(text.count("right in 6 problems"), 2)
         self.assertEqual(text.count("on a CPU the ladder takes fp32"), 4)
 
+    def test_what_is_not_run_is_said_once_and_not_measured(self):
+        numbers = self.path("ladder.json")
+        words = ("ladder", "--seqlen", "16,32", "--repeat", "1", "--dim", "8", "--json", numbers)
+        text = self.fovea(*words, "--dtype", "bf16")
+        self.assertEqual(text.count("on a CPU the ladder takes fp32"), 4)
+        page = json.loads(Path(numbers).read_text())
+        self.assertEqual({result["rung"] for result in page["results"]}, {4, 5})
+        self.assertEqual(sum("on a CPU the ladder takes fp32" in check.get("skipped", "") for check in page["checks"]), 4)
+        text = self.fovea(*words, "--dtype", "fp32,bf16", "--rungs", "0,5")
+        self.assertEqual(text.count("on a CPU the ladder takes fp32"), 1 + 2)  # of the checks, and of each length
+        self.assertNotIn(" 0 B ", text)
+
     def test_refusals(self):
         self.refuse("ladder", "--rungs", "0,3", "--dtype", "bf16", says="on a CPU the ladder takes fp32")
         self.refuse("ladder", "--mask", "diagonal", says="--mask 'diagonal' is unknown; use full, causal or both")

@@ -99,7 +99,7 @@ class LadderRun {
   }
 
   LadderArguments asked_;
-  std::vector<int> rungs_;  // that are asked for
+  std::vector<int> rungs_;  // that are asked for, and then that have run
   Place place_;
   ProgressBar bar_;
   std::size_t done_ = 0, all_ = 1;
@@ -221,6 +221,8 @@ bool LadderRun::check() {
   terminal.line("  " + terminal.paint(
                            Ink::kDim,
                            fmt::format("errors over those of their peers, at most {} (docs/contract.md)", kMostRatio)));
+  // What has just been told once is not told again for every length.
+  std::erase_if(rungs_, [&](int rung) { return verdicts[static_cast<std::size_t>(rung)].problems == 0; });
   return right;
 }
 
@@ -306,7 +308,9 @@ void LadderRun::print(const Problem& problem, std::size_t first_step) const {
       cells.push_back({run ? seconds_text(step->timing.median()) : "-", run ? Ink::kStrong : Ink::kDim});
       cells.push_back({run ? number_text(step->rate() / (place_.on_gpu() ? 1e12 : 1e9)) : "-"});
     }
-    cells.push_back({bytes_text(static_cast<double>(std::max(forward.extra_bytes, backward.extra_bytes)))});
+    const std::size_t extra_bytes = std::max(forward.extra_bytes, backward.extra_bytes);
+    const bool planned = !forward.backend.empty() || !backward.backend.empty();
+    cells.push_back({planned ? bytes_text(static_cast<double>(extra_bytes)) : "-"});
     const bool counted = forward.counted && backward.counted;
     cells.push_back({counted ? bytes_text(forward.counted->bytes + backward.counted->bytes) : "-"});
     cells.push_back({counted ? fmt::format("{} + {}", number_text(forward.counted->other_per_score),
@@ -316,7 +320,8 @@ void LadderRun::print(const Problem& problem, std::size_t first_step) const {
   }
   terminal.write(table.text(terminal));
   for (std::size_t i = first_step; i < steps_.size(); ++i) {
-    if (steps_[i].skipped.empty()) continue;
+    const bool told = i >= first_step + rungs_.size() && steps_[i].skipped == steps_[i - rungs_.size()].skipped;
+    if (steps_[i].skipped.empty() || told) continue;
     terminal.line("  " + terminal.paint(Ink::kDim, fmt::format("rung {}, {}: {}", steps_[i].rung,
                                                                name_of(steps_[i].pass), steps_[i].skipped)));
   }
