@@ -203,7 +203,8 @@ def _parts(name: str, packed: Tensor, rank: int, count: int) -> tuple[Tensor, ..
 def _sides(window_size: _Window) -> list[int | None]:
     """window_left and window_right of fovea.attention."""
     try:
-        left, right = (operator.index(side) for side in window_size)
+        # To torch.compile operator.index makes a constant of a number, for each of which it would compile again.
+        left, right = (side if type(side) is int else operator.index(side) for side in window_size)
     except (TypeError, ValueError):
         raise ValueError(f"window_size ({window_size!r}) must be (left, right), two whole numbers") from None
     return [None if side < 0 else side for side in (left, right)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fovea import flash_attn
 
@@ -109,6 +110,21 @@ def test_dense_packed_and_varlen_drop_the_same_entries():
         outs.append(form().reshape(batch, seqlen, 4, 16))
     for out in outs[1:]:
         torch.testing.assert_close(out, outs[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [tuple, list])
+def test_a_compiled_call_takes_windows_that_change(make):
+    torch._dynamo.reset()
+    q = torch.randn(2, 9, 4, 16)
+    seen = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda window: flash_attn.flash_attn_func(q, q, q, window_size=window), fullgraph=True, backend=seen
+    )
+    for window in ((3, 2), (4, 2), (5, 4), (6, 6), (2, 7), (8, 3), (7, 5)):
+        assert torch.equal(compiled(make(window)), flash_attn.flash_attn_func(q, q, q, window_size=window))
+    assert seen.frame_count <= 3  # once, and once for each side that turns out to change
+    for window in ((-1, 3), (0, 1), (-1, -1)):
+        assert torch.equal(compiled(make(window)), flash_attn.flash_attn_func(q, q, q, window_size=window))
 
 
 def test_refusals():
