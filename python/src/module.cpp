@@ -2,7 +2,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+
+#include <tuple>
 
 #include "layer.h"
 #include "pass.h"
@@ -12,30 +15,59 @@
 namespace fovea::python {
 namespace {
 
+/// A report in words, which can be pickled: a problem whose lengths are open has no line that reads back as it.
+struct Told {
+  std::string text, problem, device, backend;
+  std::vector<std::pair<std::string, std::string>> details;
+  std::size_t workspace_bytes = 0;
+  std::vector<std::pair<std::string, std::vector<std::string>>> reasons;
+
+  explicit Told(const Report& r)
+      : text(to_string(r)),
+        problem(to_string(r.problem)),
+        device(name(r.device)),
+        backend(r.backend),
+        details(r.details),
+        workspace_bytes(r.workspace_bytes) {
+    for (const Verdict& verdict : r.verdicts) reasons.emplace_back(verdict.backend, verdict.reasons);
+  }
+
+  using State =
+      std::tuple<std::string, std::string, std::string, std::string, decltype(details), std::size_t, decltype(reasons)>;
+  explicit Told(State state)
+      : text(std::get<0>(state)),
+        problem(std::get<1>(state)),
+        device(std::get<2>(state)),
+        backend(std::get<3>(state)),
+        details(std::get<4>(state)),
+        workspace_bytes(std::get<5>(state)),
+        reasons(std::get<6>(state)) {}
+  [[nodiscard]] State state() const { return {text, problem, device, backend, details, workspace_bytes, reasons}; }
+};
+
 void bind_report(nb::module_& module) {
-  nb::class_<Report>(module, "Report", "Who runs a call, how, and why the others do not; str() prints it.")
-      .def_prop_ro(
-          "problem", [](const Report& r) { return to_string(r.problem); }, "The problem as one line of text.")
-      .def_prop_ro(
-          "device", [](const Report& r) { return name(r.device); }, "'cpu', 'cuda:0'.")
-      .def_prop_ro(
-          "backend", [](const Report& r) { return r.backend; }, "Who runs it; '' where nobody does.")
-      .def_prop_ro(
-          "details", [](const Report& r) { return r.details; }, "Pairs: instruction set, tiles, threads, ...")
-      .def_prop_ro("workspace_bytes", [](const Report& r) { return r.workspace_bytes; })
+  nb::class_<Told>(module, "Report", "Who runs a call, how, and why the others do not; str() prints it.")
+      .def_ro("problem", &Told::problem, "The problem as one line of text.")
+      .def_ro("device", &Told::device, "'cpu', 'cuda:0'.")
+      .def_ro("backend", &Told::backend, "Who runs it; '' where nobody does.")
+      .def_ro("details", &Told::details, "Pairs: instruction set, tiles, threads, ...")
+      .def_ro("workspace_bytes", &Told::workspace_bytes)
       .def_prop_ro(
           "reasons",
-          [](const Report& r) {
+          [](const Told& told) {
             nb::dict reasons;
-            for (const Verdict& verdict : r.verdicts) reasons[nb::str(verdict.backend.c_str())] = verdict.reasons;
+            for (const auto& [backend, why] : told.reasons) reasons[nb::str(backend.c_str())] = why;
             return reasons;
           },
           "For every backend asked, in order of preference, why it would not run the call; [] if it would.")
-      .def("__str__", [](const Report& r) { return to_string(r); })
-      .def("__repr__", [](const Report& r) {
-        return "<fovea.Report: " + to_string(r.problem) + " on " + name(r.device) + ": " +
-               (r.backend.empty() ? "nobody" : r.backend) + ">";
-      });
+      .def("__str__", [](const Told& told) { return told.text; })
+      .def("__repr__",
+           [](const Told& told) {
+             return "<fovea.Report: " + told.problem + " on " + told.device + ": " +
+                    (told.backend.empty() ? "nobody" : told.backend) + ">";
+           })
+      .def("__getstate__", &Told::state)
+      .def("__setstate__", [](Told& told, Told::State state) { new (&told) Told(std::move(state)); });
 }
 
 }  // namespace
@@ -93,6 +125,10 @@ NB_MODULE(_core, module) {
     constexpr const char* kName = "xla._CUSTOM_CALL_TARGET";
     return nb::make_tuple(nb::capsule(xla_handler_cpu(), kName), nb::capsule(xla_handler_cuda(), kName));
   });
-  module.def("explain", &fovea::python::explain, nb::arg("backward"), any("q"), any("k"), any("v"), any("extras"),
-             nb::arg("rules"));
+  module.def(
+      "explain",
+      [](bool backward, handle q, handle k, handle v, handle extras, const CallRules& rules) {
+        return Told(explain(backward, q, k, v, extras, rules));
+      },
+      nb::arg("backward"), any("q"), any("k"), any("v"), any("extras"), nb::arg("rules"));
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import inspect
+import pickle
 
 import numpy as np
 import pytest
@@ -248,6 +250,21 @@ def test_tensors_without_gradients_may_stand_beside_arrays():
     leaf = torch.from_numpy(k.copy()).requires_grad_()
     with torch.no_grad():
         np.testing.assert_array_equal(fovea.attention(q, leaf, v), fovea.attention(q, k, v))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_report_may_be_copied_and_pickled(copied):
+    q, k, v = arrays()
+    ends = np.array([0, 2, 5], np.int32)
+    for report in (
+        fovea.explain(q, k, v, causal="bottom_right"),
+        fovea.explain(q, k, v, backward=True, backend="cpu_portable"),
+        fovea.explain(q[0], k[0, :5], v[0, :5], cu_seqlens_q=ends, cu_seqlens_kv=ends),  # whose lengths stay open
+    ):
+        other = copied(report)
+        assert type(other) is fovea.Report and (str(other), repr(other)) == (str(report), repr(report))
+        for name in ("problem", "device", "backend", "details", "workspace_bytes", "reasons"):
+            assert getattr(other, name) == getattr(report, name)
 
 
 def test_a_mask_of_packed_sequences_is_as_long_as_the_longest_length_given():
