@@ -103,7 +103,11 @@ class _Other:
         self.stream = self._numpy.stream
 
     def export(self, array: Any) -> Any:
-        device_type, _ = array.__dlpack_device__()
+        try:
+            device_type, _ = array.__dlpack_device__()
+        except AttributeError:  # JAX's that are being traced, whose types promise it
+            kind = type(array).__name__
+            raise BufferError(f"a {kind} has no memory yet; call outside of jit and other transforms") from None
         if device_type != 1:
             raise ValueError(f"{type(array).__name__} on a GPU is no array of PyTorch, CuPy or JAX; convert it to one")
         return array.__dlpack__()

@@ -169,5 +169,30 @@ def test_a_masked_array_of_numpy_is_refused():
         fovea.attention(*arrays(), mask=hidden)
 
 
+@pytest.mark.parametrize("way", [lambda call: call(), lambda call: jax.jit(call)()], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "name, given",
+    [("kv_lengths", [3, 9]), ("q_lengths", (3, 9)), ("mask", [[True] * 9] * 9), ("k", "key"), ("v", None)],
+)
+def test_what_is_no_array_is_refused_in_a_sentence(name, given, way):
+    arguments = dict(zip("qkv", arrays())) | {name: given}
+    with pytest.raises(
+        ValueError, match=rf"^{name} is a {type(given).__name__}, which is no array to JAX: give one of"
+    ):
+        way(lambda: fovea.attention(**arguments))
+    with pytest.raises(ValueError, match="^bias is a Tensor, which is no array to JAX"):
+        way(lambda: fovea.attention(*arrays(), bias=torch.zeros(9, 9)))
+
+
+def test_a_report_of_what_is_being_traced_is_refused_in_a_sentence():
+    q, k, v = arrays()
+    for transform, kind in ((jax.jit, "Jaxpr"), (jax.grad, "Linearize")):
+        with pytest.raises(ValueError) as refusal:
+            transform(lambda q: (fovea.explain(q, k, v), q.sum())[1])(q)
+        sentence = str(refusal.value)
+        assert sentence.startswith("q cannot be read by DLPack: a ") and "\n" not in sentence
+        assert kind in sentence and sentence.endswith("has no memory yet; call outside of jit and other transforms")
+
+
 def test_the_report_reads_jax_arrays():
     assert fovea.explain(*arrays()).problem == "fwd fp32 b2 hq4 hkv4 sq9 skv9 d16"

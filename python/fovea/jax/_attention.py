@@ -18,6 +18,8 @@ _TARGET = "fovea_attention"
 for _handler, _platform in zip(_core.xla_handlers(), ("cpu", "CUDA")):
     jax.ffi.register_ffi_target(_TARGET, _handler, platform=_platform)
 
+#: What JAX's functions take for an array; what a transform traces is a jax.Array.
+_ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float)
 #: In the order of arguments and of their gradients.
 _DIFFERENTIABLE = ("q", "k", "v", "bias", "alibi_slopes", "sink")
 
@@ -130,9 +132,13 @@ def attention(
         cu_seqlens_kv=cu_seqlens_kv,
     )
     for name, array in arrays.items():
+        if array is None and name not in ("q", "k", "v"):
+            continue
         refuse_masked(type(array))
+        if not (isinstance(array, _ARRAYS) or hasattr(array, "__jax_array__")):
+            raise ValueError(f"{name} is a {type(array).__name__}, which is no array to JAX: give one of jax.numpy")
         # To the library a tensor of no dimensions is one that is not there.
-        if name not in ("mask", "bias") and array is not None and jnp.ndim(array) == 0:
+        if name not in ("mask", "bias") and jnp.ndim(array) == 0:
             raise ValueError(f"{name} has no dimensions; give an array that has some")
     words = _words(softmax_scale, causal, window_left, window_right, softcap, deterministic)
     if dropout_p:
