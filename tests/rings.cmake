@@ -128,7 +128,7 @@ if(NOT FOVEA_SANITIZER)
       ENVIRONMENT "FOVEA_JUDGE=$<TARGET_FILE:fovea_judge>;OMP_NUM_THREADS=1;TORCHINDUCTOR_COMPILE_THREADS=1"
     )
   endfunction()
-  foreach(part arrays torch sdpa flash_attn jax nn minitest random_problems package)
+  foreach(part arrays torch refusals sdpa flash_attn jax nn minitest random_problems package)
     fovea_add_python(${part} -m pytest -q -c ${PROJECT_SOURCE_DIR}/pyproject.toml ${CMAKE_CURRENT_SOURCE_DIR}/python/test_${part}.py)
   endforeach()
   if(TARGET fovea_nn_internal)  # the contestant in C++

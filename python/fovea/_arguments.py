@@ -37,6 +37,9 @@ KEYWORDS = (
     "strict",
 )
 
+#: The arrays among them that are read, as `extras` has them.
+ARRAYS = ("mask", "bias", "alibi_slopes", "sink", "q_lengths", "kv_lengths", "cu_seqlens_q", "cu_seqlens_kv")
+
 #: What `rules` takes, in its order.
 RULES = (
     "softmax_scale",
@@ -50,6 +53,23 @@ RULES = (
     "backend",
     "strict",
 )
+
+#: Of what types each is, None among them where it may be left out; a bool is no number.
+_NUMBER, _WHOLE = (float, int), (int,)
+KINDS: dict[str, tuple[type, ...]] = {
+    "softmax_scale": (*_NUMBER, type(None)),
+    "causal": (str, type(None)),
+    "window_left": (*_WHOLE, type(None)),
+    "window_right": (*_WHOLE, type(None)),
+    "softcap": _NUMBER,
+    "dropout_p": _NUMBER,
+    "deterministic": (bool,),
+    "layout": (str,),
+    "backend": (str, type(None)),
+    "strict": (bool,),
+}
+#: What each is where it is left out.
+PLAINEST = dict(zip(RULES, (None, None, None, None, 0.0, 0.0, False, "bshd", None, False), strict=True))
 
 
 def rules(*options: Any) -> _core.Rules:
@@ -70,6 +90,22 @@ def _shared(*options: Any) -> _core.Rules:
 def numbers(*options: Any) -> tuple[Any, ...]:
     """What `rules` takes, with arrays replaced by their numbers."""
     return tuple(now(name, option) for name, option in zip(RULES, options, strict=True))
+
+
+def why_not(name: str, option: Any) -> str:
+    """The sentence in which the compiled half refuses this option, or ""."""
+    try:
+        rules(*(PLAINEST | {name: option}).values())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def longest(name: str, number: Any) -> Any:
+    """Checks a longest length as the compiled half would."""
+    if isinstance(number, bool) or not hasattr(number, "__index__") or not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} ({number!r}) must be a whole number of 64 bits")
+    return number
 
 
 def now(name: str, value: Any) -> Any:

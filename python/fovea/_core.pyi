@@ -1,5 +1,6 @@
 """The compiled half; what users call stands in fovea and its submodules."""
 
+from collections.abc import Sequence
 from typing import Any
 
 __version__: str
@@ -48,6 +49,20 @@ class Report:
     def reasons(self) -> dict[str, list[str]]:
         """For every backend asked, in order of preference, why it would not run the call; [] if it would."""
 
+class Outline:
+    """An array without data, by what DLPack would say of it."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        type_code: int,
+        type_bits: int,
+        device_type: int,
+        device_index: int,
+    ) -> None: ...
+
+def check(q: Any, k: Any, v: Any, extras: tuple[Any, ...] | None, rules: Rules, out: Any) -> None: ...
 def forward(
     q: Any,
     k: Any,

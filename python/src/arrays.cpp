@@ -200,7 +200,28 @@ class PythonFramework final : public Framework {
   nb::object adapter_;
 };
 
+/// Outlines: views whose data is null.
+class OutlineFramework final : public Framework {
+ public:
+  [[nodiscard]] Borrowed borrow(nb::handle array, const char* name, bool /*written*/) const override {
+    auto outline = nb::cast<Outline>(array);
+    dlpack::Tensor tensor{};
+    tensor.device = {static_cast<dlpack::DeviceType>(outline.device_type), outline.device_index};
+    tensor.rank = static_cast<std::int32_t>(outline.shape.size());
+    tensor.dtype = {static_cast<std::uint8_t>(outline.type_code), static_cast<std::uint8_t>(outline.type_bits), 1};
+    tensor.shape = outline.shape.data();
+    tensor.strides = outline.strides.data();
+    return {to_view(tensor, name), {}};
+  }
+  [[nodiscard]] Made make(std::span<const std::int64_t> /*shape*/, std::span<const int> /*order*/, DType /*dtype*/,
+                          const Device& /*device*/) const override {
+    refuse("an outline has no data to compute with");
+  }
+  [[nodiscard]] void* stream(const Device& /*device*/) const override { return nullptr; }
+};
+
 std::unique_ptr<const Framework> find_framework(nb::handle type, const char* name) {
+  if (type.is(nb::type<Outline>())) return std::make_unique<OutlineFramework>();
   if (nb::hasattr(type, "__dlpack_c_exchange_api__")) {
     const nb::object capsule = type.attr("__dlpack_c_exchange_api__");
     const auto* api =

@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "dlpack.h"
 
@@ -23,6 +24,13 @@ struct Borrowed {
 struct Made {
   nb::object object{};
   Tensor view{};
+};
+
+/// An array without data, such as those of graphs that are being traced: what DLPack would say of it.
+struct Outline {
+  std::vector<std::int64_t> shape, strides;
+  int type_code = 0, type_bits = 0;
+  int device_type = 0, device_index = 0;
 };
 
 /// How to read and make arrays of one Python type, and the stream in which their work is queued.

@@ -7,6 +7,7 @@
 
 #include <tuple>
 
+#include "arrays.h"
 #include "layer.h"
 #include "pass.h"
 #include "xla.h"
@@ -88,6 +89,16 @@ NB_MODULE(_core, module) {
   bind_report(module);
   module.def("forward", &forward, any("q"), any("k"), any("v"), any("extras"), nb::arg("rules"), any("seed"),
              any("offset"), nb::arg("want_lse"), any("out"));
+  nb::class_<Outline>(module, "Outline", "An array without data, by what DLPack would say of it.")
+      .def(
+          "__init__",
+          [](Outline* self, std::vector<std::int64_t> shape, std::vector<std::int64_t> strides, int type_code,
+             int type_bits, int device_type, int device_index) {
+            new (self) Outline{std::move(shape), std::move(strides), type_code, type_bits, device_type, device_index};
+          },
+          nb::arg("shape"), nb::arg("strides"), nb::arg("type_code"), nb::arg("type_bits"), nb::arg("device_type"),
+          nb::arg("device_index"));
+  module.def("check", &check, any("q"), any("k"), any("v"), any("extras"), nb::arg("rules"), any("out"));
   module.def("regular", &regular, any("q"), any("k"), any("v"));
   module.def("forward_regular", &forward_regular, any("q"), any("k"), any("v"), nb::arg("rules"));
   module.def("backward", &backward, any("dout"), any("dlse"), any("q"), any("k"), any("v"), any("out"), any("lse"),

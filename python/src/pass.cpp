@@ -4,6 +4,8 @@
 #include "call.h"
 #include "pass.h"
 #include "plans.h"
+#include "problem/refuse.h"
+#include "problem/validate.h"
 
 #include <algorithm>
 #include <array>
@@ -119,6 +121,52 @@ class Pass {
     return plan_of(call_, call_rules_, call_rules_);
   }
 
+  /// Whether there is anything to refuse in what `run` would read and write.
+  void check(const Problem& posed) const { validate_forward(posed, device(), call_.in, out); }
+
+  /// The arrays are outlines: they get an address, and lie where lengths and ends are out of reach.
+  void check_outlines() {
+    Inputs& in = call_.in;
+    const Device device = in.q.device;
+    for (const auto& [name, tensor] : {std::pair{"k", &in.k},
+                                       {"v", &in.v},
+                                       {"mask", &in.mask},
+                                       {"bias", &in.bias},
+                                       {"alibi_slopes", &in.alibi_slopes},
+                                       {"sink", &in.sink},
+                                       {"q_lengths", &in.q_lengths},
+                                       {"kv_lengths", &in.kv_lengths},
+                                       {"cu_seqlens_q", &in.cu_seqlens_q},
+                                       {"cu_seqlens_kv", &in.cu_seqlens_kv},
+                                       {"q", &in.q}}) {
+      if (!tensor->defined()) continue;
+      check_device(name, tensor->device, "the plan is for", device);
+      tensor->data = anywhere();
+      tensor->device = {DeviceKind::kCuda, device.index, 0};
+    }
+    if (call_.packed() && device.kind == DeviceKind::kCpu) {
+      if (call_.max_seqlen_q == 0 || call_.max_seqlen_kv == 0) in.mask = in.bias = {};  // as long as the longest is
+      for (const auto& [longest, rows] : {std::pair{&call_.max_seqlen_q, &in.q}, {&call_.max_seqlen_kv, &in.k}}) {
+        if (*longest == 0) *longest = rows->shape[0];
+      }
+    }
+    const Problem posed = problem();  // whose sentences come first
+    pretend_out();
+    check(posed);
+  }
+
+  /// An out as `make_out` gives it, without making one.
+  void pretend_out() {
+    out.out = call_.in.q;
+    out.out.data = anywhere();
+    out.out.shape[out.out.rank - 1] = call_.in.v.shape[std::max(0, call_.in.v.rank - 1)];
+    std::int64_t stride = 1;
+    for (int axis = out.out.rank - 1; axis >= 0; --axis) {
+      out.out.strides[axis] = stride;
+      stride *= std::max<std::int64_t>(out.out.shape[axis], 1);
+    }
+  }
+
   void run(const Plan& plan) {
     if (device().kind == DeviceKind::kCpu) {
       const nb::gil_scoped_release others_may_run;
@@ -136,6 +184,12 @@ class Pass {
   }
 
  private:
+  /// Where nobody looks, aligned to any element.
+  static void* anywhere() {
+    alignas(8) static std::byte place[8];
+    return place;
+  }
+
   Pass(Direction direction, nb::handle first, Extras extras, const CallRules& call_rules)
       : framework_(Framework::of(first, "q")), call_rules_(call_rules) {
     call_.direction = direction;
@@ -227,6 +281,23 @@ nb::object forward(nb::handle q, nb::handle k, nb::handle v, Extras extras, cons
     pass.run(*plan);
     if (!want_lse) return std::move(made.object);
     return nb::make_tuple(std::move(made.object), std::move(lse.object));
+  });
+}
+
+void check(nb::handle q, nb::handle k, nb::handle v, Extras extras, const CallRules& rules, nb::handle out) {
+  translated([&] {
+    Pass pass(Direction::kForward, q, k, v, extras, rules);
+    if (nb::isinstance<Outline>(q)) {
+      pass.check_outlines();
+      return;
+    }
+    const auto plan = pass.plan();
+    if (out.is_none()) {
+      pass.pretend_out();
+    } else {
+      pass.out.out = pass.take_tokens(out, "out", true);
+    }
+    pass.check(plan->problem());
   });
 }
 

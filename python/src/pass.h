@@ -19,6 +19,10 @@ enum Wanted : int { kBias = 1, kSlopes = 2, kSink = 4 };
 [[nodiscard]] nb::object forward(nb::handle q, nb::handle k, nb::handle v, Extras extras, const CallRules& rules,
                                  nb::handle seed, nb::handle offset, bool want_lse, nb::handle out);
 
+/// Refuses what `forward` would refuse, and does nothing else.  Outlines are looked at as far as they go: not at what
+/// lengths hold, nor at who would run the call.
+void check(nb::handle q, nb::handle k, nb::handle v, Extras extras, const CallRules& rules, nb::handle out);
+
 /// Whether these are 4-d, of equal batch and heads in layout "bhsd", without an extent 0 and with contiguous last
 /// dimensions: what scaled_dot_product_attention passes on as it is.
 [[nodiscard]] bool regular(nb::handle q, nb::handle k, nb::handle v);

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fovea import _core
-from fovea._arguments import rules, whole
+from fovea._arguments import longest, rules, whole
 from fovea._frameworks import refuse_masked
 
 _TARGET = "fovea_attention"
@@ -151,8 +151,8 @@ def attention(
         else:
             halves = jnp.array([offset % 2**32, offset // 2**32], jnp.uint32)
             arrays["seed"] = jnp.concatenate([_key_data(seed), halves])
-    longest = (_length("max_seqlen_q", max_seqlen_q), _length("max_seqlen_kv", max_seqlen_kv))
-    static = _Static(" ".join(words), layout, backend or "", *longest)
+    lengths = (_length("max_seqlen_q", max_seqlen_q), _length("max_seqlen_kv", max_seqlen_kv))
+    static = _Static(" ".join(words), layout, backend or "", *lengths)
     out, lse = _attend(static, {name: array for name, array in arrays.items() if array is not None})
     return (out, lse) if return_lse else out
 
@@ -169,11 +169,7 @@ def _key_data(seed: Any) -> jax.Array:
 
 def _length(name: str, number: Any) -> int:
     """A longest length as it travels; 0 is none."""
-    if number is None:
-        return 0
-    if isinstance(number, bool) or not hasattr(number, "__index__") or not -(2**63) <= number < 2**63:
-        raise ValueError(f"{name} ({number!r}) must be a whole number of 64 bits")
-    return operator.index(number)
+    return 0 if number is None else operator.index(longest(name, number))
 
 
 def _words(

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 
 from fovea import _core
-from fovea._arguments import RULES, now, rules, whole
+from fovea._arguments import ARRAYS, KINDS, RULES, longest, now, rules, whole, why_not
 from fovea._frameworks import refuse_masked
 from fovea.torch import _nested, _ops, _seeds
 
@@ -21,9 +21,11 @@ from fovea.torch import _nested, _ops, _seeds
 _PLAIN = (Tensor, torch.nn.Parameter)
 #: What autocast casts; float64 and integers stay.
 _CAST = (torch.float32, torch.float16, torch.bfloat16)
-_EXTRAS = ("mask", "bias", "alibi_slopes", "sink", "q_lengths", "kv_lengths", "cu_seqlens_q", "cu_seqlens_kv")
 _NO_EXTRAS = (None,) * 10
 any_autocast = torch._C._is_any_autocast_enabled
+_WHOLE = (int, torch.SymInt)
+_SYMBOLS = {int: (torch.SymInt,), float: (torch.SymFloat, torch.SymInt)}  # numbers that a graph leaves open
+_CONSTANTS = (bool, int, float, str, tuple, type(None))  # to torch.compile, which ends a graph at all else
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
 tracing = torch._C._get_tracing_state  # of torch.jit.trace, which makes a constant of what no operator returns
@@ -169,6 +171,9 @@ def attention(
         strict,
     )
     if torch.compiler.is_compiling() or _watched(q, k, v):
+        numbers = [_option(name, option) for name, option in zip(RULES, options, strict=True)]
+        if out is not None:
+            _check_out(out, q, k, v, *(others or ())[1:4])
         if not dropout_p:
             seed_tensor = None
         elif seed is None:
@@ -177,16 +182,7 @@ def attention(
             seed_tensor = seed.tensor
         else:
             seed_tensor = _seeds.to_tensor(whole("seed", seed), whole("offset", offset))
-        if out is not None:
-            _check_out(out, q, k, v, *(others or ())[1:4])
-        result, lse = _ops.attention(
-            q,
-            k,
-            v,
-            *(others or _NO_EXTRAS),
-            seed_tensor,
-            *[_number(name, option) for name, option in zip(RULES, options, strict=True)],
-        )
+        result, lse = _ops.attention(q, k, v, *(others or _NO_EXTRAS), seed_tensor, *numbers)
         if out is not None:
             _check_like(out, result)
             result = out.copy_(result)
@@ -317,13 +313,41 @@ def check_mask(name: str, mask: Tensor, query: Tensor) -> None:
 def _readable(*others: Any) -> tuple[Any, ...]:
     """What `extras` gives, with arrays of any framework as PyTorch tensors without a negation bit."""
     *arrays, max_seqlen_q, max_seqlen_kv = others
-    for place, array in enumerate(() if is_dynamo_compiling() else arrays):
-        if array is None or (type(array) in _PLAIN and not array.is_neg()):
+    for place, array in enumerate(arrays):
+        if array is None:
+            continue
+        if is_dynamo_compiling():  # to which arrays of NumPy are tensors, and no bit is known
+            if not hasattr(array, "__dlpack__"):
+                raise ValueError(_no_array(ARRAYS[place], array))
+            continue
+        if type(array) in _PLAIN and not array.is_neg():
             continue
         if not isinstance(array, Tensor):
-            array = _from_elsewhere(_EXTRAS[place], array)
+            array = _from_elsewhere(ARRAYS[place], array)
         arrays[place] = array.resolve_neg()
-    return (*arrays, _number("max_seqlen_q", max_seqlen_q), _number("max_seqlen_kv", max_seqlen_kv))
+    return (*arrays, _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_kv", max_seqlen_kv))
+
+
+def _longest(name: str, value: Any) -> Any:
+    number = _number(name, value)
+    return number if number is None or isinstance(number, _WHOLE) else longest(name, number)
+
+
+def _option(name: str, value: Any) -> Any:
+    """An option of `rules` as the operator takes it; of other types it refuses some in words of its own."""
+    number = _number(name, value)
+    kinds = KINDS[name]
+    if isinstance(number, bool) != (bool in kinds) or not isinstance(number, (*kinds, *_SYMBOLS.get(kinds[0], ()))):
+        refusal = (_why_not_constant if isinstance(number, _CONSTANTS) else why_not)(name, number)
+        if refusal:
+            raise ValueError(refusal)
+        return kinds[0](number)
+    return number
+
+
+@torch.compiler.assume_constant_result
+def _why_not_constant(name: str, option: Any) -> str:
+    return why_not(name, option)
 
 
 def _number(name: str, value: Any) -> Any:
@@ -333,13 +357,19 @@ def _number(name: str, value: Any) -> Any:
         return number.item() if hasattr(number, "item") else number  # NumPy's own, too, for a graph that goes on
     if isinstance(value, Tensor):
         return now(name, value)
-    return value if value is None or isinstance(value, (int, float, str, _seeds.Drawn)) else value.item()
+    if value is None or isinstance(value, (int, float, str, _seeds.Drawn)) or not hasattr(value, "item"):
+        return value
+    return value.item()
+
+
+def _no_array(name: str, array: Any) -> str:
+    return f"{name} is a {type(array).__name__}, which is no array: give a tensor, or what speaks DLPack"
 
 
 def _from_elsewhere(name: str, array: Any) -> Tensor:
     """A tensor in the memory of an array of another framework."""
     if not hasattr(array, "__dlpack__"):
-        raise ValueError(f"{name} is a {type(array).__name__}, which is no array: give a tensor, or what speaks DLPack")
+        raise ValueError(_no_array(name, array))
     refuse_masked(type(array))
     for dimension, stride in enumerate(getattr(array, "strides", None) or ()):
         if stride < 0:  # at which from_dlpack ends the process
@@ -359,7 +389,7 @@ def _prepared(
         only_tensors(q=q, k=k, v=v)
         _refuse_transforms()
         if forward_ad._current_level >= 0:
-            _refuse_tangents(("q", "k", "v", *_EXTRAS[1:4]), (q, k, v, *(others or ())[1:4]))
+            _refuse_tangents(("q", "k", "v", *ARRAYS[1:4]), (q, k, v, *(others or ())[1:4]))
         q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
     if autocasts(q):
         dtype = torch.get_autocast_dtype(q.device.type)

@@ -1,6 +1,7 @@
 """The operators `fovea::attention`, its backward pass and its seed: what torch.compile and torch.export see.
 
-Each has a fake implementation that knows shapes and strides alone, so that graphs are traced without running.
+Each has a fake implementation that knows shapes and strides alone, so that graphs are traced without running.  What a
+call would be refused for as far as they tell, that of `attention` refuses.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fovea import _core
-from fovea._arguments import extras, rules
+from fovea._arguments import ARRAYS, extras, rules
 from fovea.torch import _seeds
 
 _SHARED = (
@@ -21,7 +22,11 @@ _SHARED = (
     " float? softmax_scale, str? causal, SymInt? window_left, SymInt? window_right, float softcap, float dropout_p,"
     " bool deterministic, str layout, str? backend, bool strict"
 )
-_NUM_TENSORS, _NUM_EXTRAS = 3, 10  # q, k, v come first, then what belongs to `extras`
+_NUM_EXTRAS = 10  # what belongs to `extras` comes first, then the seed
+_TENSORS = ("q", "k", "v", *ARRAYS)
+_DLPACK_DEVICES = {"cpu": 1, "cuda": 2, "meta": 1, "mps": 8, "xpu": 14}  # a meta tensor passes for one on the CPU
+
+_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since PyTorch 2.7
 
 #: What a gradient answers that is differentiated again.
 ONCE = (
@@ -98,9 +103,66 @@ for _name, _run in (("attention", _attention), ("attention_backward", _attention
     _library.impl(_name, _run, "CompositeExplicitAutograd")
 
 
+class _Open(Exception):
+    """A size is not known before the call runs."""
+
+
+def _known(number: Any) -> Any:
+    """A number as it is while somebody traces, without a guard: another one is checked when the call runs."""
+    if not isinstance(number, (torch.SymInt, torch.SymFloat)):
+        return number
+    hint = getattr(number.node, "hint", None)
+    if hint is None:
+        raise _Open
+    return hint
+
+
+def outline(like: Tensor, shape: Sequence[Any], strides: Sequence[Any]) -> _core.Outline:
+    """A tensor of this shape with the dtype and device of another."""
+    dtype, device = like.dtype, like.device
+    if dtype == torch.bool:
+        code = 6
+    elif dtype == torch.bfloat16:
+        code = 4
+    elif dtype.is_complex:
+        code = 5
+    elif dtype.is_floating_point:
+        code = 2 if dtype.itemsize > 1 else 7
+    else:
+        code = 0 if dtype.is_signed else 1
+    return _core.Outline(
+        [_known(size) for size in shape],
+        [_known(stride) for stride in strides],
+        code,
+        8 * dtype.itemsize,
+        _DLPACK_DEVICES.get(device.type, 12),
+        device.index or 0,
+    )
+
+
+def _refusal(*given: Any) -> ValueError | None:
+    """What a call of tensors without data would be refused for, as far as it is known before it runs."""
+    meta = given[0].is_meta
+    tensors: list[Any] = []
+    try:
+        for name, tensor in zip(_TENSORS, given):
+            if tensor is not None and tensor.is_meta != meta:
+                return ValueError(f"{name} is on {tensor.device} but q on {given[0].device}; give both on one device")
+            tensors.append(None if tensor is None else outline(tensor, tensor.shape, tensor.stride()))
+        q, k, v, *arrays = tensors
+        max_seqlen_q, max_seqlen_kv, _, *scalars = given[len(_TENSORS) :]  # between them the seed, of any kind
+        others = extras(*arrays, _known(max_seqlen_q), _known(max_seqlen_kv))
+        _core.check(q, k, v, others, rules(*map(_known, scalars)), None)
+    except _Open:
+        return None
+    except ValueError as error:
+        return error
+    return None
+
+
 def _empty_tokens(like: Tensor, shape: Sequence[Any], layout: str) -> Tensor:
     """A token's heads lie side by side in either layout."""
-    if layout == "bshd":
+    if layout == "bshd" or len(shape) != 4:
         return like.new_empty(shape)
     batch, heads, seqlen, dim = shape
     return like.new_empty((batch, seqlen, heads, dim)).transpose(1, 2)
@@ -108,6 +170,13 @@ def _empty_tokens(like: Tensor, shape: Sequence[Any], layout: str) -> Tensor:
 
 @torch.library.register_fake("fovea::attention", lib=_library)
 def _(q: Tensor, k: Tensor, v: Tensor, *shared: Any) -> tuple[Tensor, Tensor]:
+    error = _refusal(q, k, v, *shared)
+    if error is not None:
+        if _exporting() or not torch.compiler.is_compiling():
+            raise error
+        # A compiled call raises it when it runs; here torch.compile would wrap it in pages of its own.
+        if q.dim() not in (3, 4) or v.dim() == 0:
+            return torch.empty_like(q), torch.empty_like(q, dtype=torch.float32)
     layout = shared[-3]
     out = _empty_tokens(q, (*q.shape[:-1], v.shape[-1]), layout)
     if q.dim() == 3:
