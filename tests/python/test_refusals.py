@@ -1,4 +1,4 @@
-"""What a call is refused for: in the same sentence whoever looks at it."""
+"""What a call is refused for: in the same sentence whoever looks at it, and before a seed is drawn."""
 
 from __future__ import annotations
 
@@ -198,3 +198,58 @@ def test_sizes_that_are_looked_at_stay_dynamic():
         q = torch.randn(2, 9, 4, 16)
         given = dict(mask=torch.ones(8, 9, dtype=torch.bool), kv_lengths=lengths[:2] - 30, window_left=3)
         compiled(q, q, q, **given)
+
+
+REFUSED = {
+    "attention": lambda q, k, v: fovea.attention(q, k[:, :5], v, dropout_p=0.5),
+    "no heads": lambda q, k, v: fovea.attention(q[:, :, :3], k, v, dropout_p=0.5),
+    "a bias": lambda q, k, v: fovea.attention(q, k, v, dropout_p=0.5, bias=torch.zeros(3, 3)),
+    "a wrong probability": lambda q, k, v: fovea.attention(q, k, v, dropout_p=1.5),
+    "lengths": lambda q, k, v: fovea.attention(
+        q, k, v, dropout_p=0.5, kv_lengths=torch.tensor([3, 99], dtype=torch.int32)
+    ),
+    "an option": lambda q, k, v: fovea.attention(q, k, v, dropout_p=0.5, causal="False"),
+    "a backend": lambda q, k, v: fovea.attention(q, k, v, dropout_p=0.5, backend="cpu_none"),
+    "an out": lambda q, k, v: fovea.attention(q, k, v, dropout_p=0.5, out=torch.empty(2, 9, 4, 16)),
+    "an out with a gradient": lambda q, k, v: fovea.attention(
+        q, k, v, dropout_p=0.5, out=torch.empty(2, 9, 4, 8, requires_grad=True)
+    ),
+    "gradients": lambda q, k, v: fovea.attention(q.requires_grad_(), k, v[:1], dropout_p=0.5),
+    "flash_attn": lambda q, k, v: fovea.flash_attn.flash_attn_func(q, k[:, :5], v, dropout_p=0.5),
+    "scaled_dot_product_attention": lambda q, k, v: fovea.torch.scaled_dot_product_attention(
+        q, q, q, torch.zeros(3, 3), 0.5
+    ),
+    "a scale": lambda q, k, v: fovea.torch.scaled_dot_product_attention(q, q, q, None, 0.5, scale=1e-50),
+}
+
+
+@pytest.mark.parametrize("way", [None, WAYS["a subclass"], WAYS["compiled"]], ids=["eager", "a subclass", "compiled"])
+@pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED)
+def test_a_call_that_is_refused_leaves_the_generator_alone(call, way):
+    given, before = tensors(), torch.get_rng_state()
+    with pytest.raises(ValueError):
+        call(*given) if way is None else way(call, *given)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("dropout, like", [(1.5, {}), (0.5, {"dtype": torch.float64})], ids=["probability", "float64"])
+def test_a_layer_that_refuses_leaves_the_generator_alone(dropout, like, need_weights):
+    layer, x = (
+        fovea.nn.MultiheadAttention(16, 2, dropout=dropout, batch_first=True, **like),
+        torch.randn(2, 3, 16, **like),
+    )
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError):
+        layer(x, x, x, need_weights=need_weights)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_layer_with_weights_takes_one_draw_for_all_of_its_calls():
+    layer, x = fovea.nn.MultiheadAttention(16, 2, dropout=0.5, batch_first=True), torch.randn(2, 3, 16)
+    bias = torch.zeros(3, 3, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.manual_seed(3)
+        first = layer(x, x, x, attn_mask=bias)
+        torch.manual_seed(3)
+        assert all(torch.equal(a, b) for a, b in zip(first, layer(x, x, x, attn_mask=bias)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from fovea._arguments import extras, rules
 from fovea.nn import _explain, _fused, _masks
 from fovea.nn._packing import Packing, Rows, can_pack
-from fovea.torch import _adapter, _ops, _seeds
+from fovea.torch import _adapter
 from fovea.torch._nested import check_lengths
 
 _LARGEST_HEAD_DIM = 512
@@ -93,7 +93,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             v = torch.cat([v, self.bias_v.view(more[1:]).expand(more)], 1)
         options |= self._options(q)
         if need_weights and options["dropout_p"]:
-            options["seed"] = _seeds.Drawn(_ops.draw_seed(q))
+            options["seed"] = _adapter.drawn(q, k, v, options)
         out, lse = self._attend(q, k, v, return_lse=True, **options)
         out = out.flatten(2)
         out = self.out_proj(out if self.batch_first else out.transpose(0, 1))  # contiguous, as torch.nn's

@@ -88,7 +88,6 @@ def attention(
         others: the arrays of the call besides q, k and v.
         packing: query, then [batch, seqlen, features] and the key as well, is to be packed so.
     """
-    draws = _seeds.draw(query.device) if dropout_p else (None, 0)
     out_proj = layer.out_proj
     tensors: tuple[Tensor | None, ...] = (
         query,
@@ -102,7 +101,11 @@ def attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         tensors = tuple(None if x is None else _adapter.as_autocast(x, dtype) for x in tensors)
         others = _adapter.cast_bias(others, dtype)
-    return _Attention.apply((layer.num_heads, batch_first, others, call_rules, draws, packing), *tensors)[0]
+    if not dropout_p:
+        return _Attention.apply((layer.num_heads, batch_first, others, call_rules, (None, 0), packing), *tensors)[0]
+    with _seeds.taken_back(query.device):  # what is refused shows only when the projections have been made
+        draws = _seeds.draw(query.device)
+        return _Attention.apply((layer.num_heads, batch_first, others, call_rules, draws, packing), *tensors)[0]
 
 
 class _Attention(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 
 from fovea import _core
-from fovea._arguments import ARRAYS, KINDS, RULES, longest, now, rules, whole, why_not
+from fovea._arguments import ARRAYS, KINDS, PLAINEST, RULES, extras, longest, now, rules, whole, why_not
 from fovea._frameworks import refuse_masked
 from fovea.torch import _nested, _ops, _seeds
 
@@ -177,7 +177,7 @@ def attention(
         if not dropout_p:
             seed_tensor = None
         elif seed is None:
-            seed_tensor = _ops.draw_seed(q)
+            seed_tensor = _ops.draw_seed(q, k, v, *(others or _NO_EXTRAS), None, *numbers, out)
         elif isinstance(seed, _seeds.Drawn):
             seed_tensor = seed.tensor
         else:
@@ -241,11 +241,12 @@ def run(
     out: Tensor | None = None,
 ) -> Any:
     """An eager call, with autograd where gradients are needed."""
-    if dropout_p and seed is None:
-        seed, offset = _seeds.draw(q.device)
     extra = () if others is None else others[1:4]  # bias, alibi_slopes, sink
     if out is not None:
         _check_out(out, q, k, v, *extra)
+    if dropout_p and seed is None:
+        _core.check(q, k, v, others, call_rules, out)  # a call that is refused draws nothing
+        seed, offset = _seeds.draw(q.device)
     if not torch.is_grad_enabled() or not (
         q.requires_grad or k.requires_grad or v.requires_grad or (extra and _any_needs_grad(extra))
     ):
@@ -254,6 +255,14 @@ def run(
             increment_version(out)  # so that a backward pass that has saved it raises
         return result
     return _Attention.apply(q, k, v, others, call_rules, seed, offset, return_lse, *extra)
+
+
+def drawn(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> _seeds.Drawn:
+    """A seed for several calls, of which this is one; a call that is refused draws nothing."""
+    others = extras(*[options.get(name) for name in (*ARRAYS, "max_seqlen_q", "max_seqlen_kv")])
+    numbers = [_option(name, options.get(name, default)) for name, default in PLAINEST.items()]
+    q, k, v, others, _, _ = _prepared(q, k, v, others, "bshd", None)
+    return _seeds.Drawn(_ops.draw_seed(q, k, v, *(others or _NO_EXTRAS), None, *numbers, None))
 
 
 def plainly_eager(q: Tensor, k: Tensor, v: Tensor) -> bool:

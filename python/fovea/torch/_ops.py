@@ -41,7 +41,11 @@ _library.define(
     "attention_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     f" {_SHARED}, bool dbias, bool dalibi_slopes, bool dsink) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define("draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+# With all that `attention` takes: for a call that is refused no seed is drawn.
+_library.define(
+    f"draw_seed(Tensor q, Tensor k, Tensor v, {_SHARED}, Tensor? out) -> Tensor",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
 
 attention = torch.ops.fovea.attention.default
 attention_backward = torch.ops.fovea.attention_backward.default
@@ -95,8 +99,11 @@ def _attention_backward(
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _draw_seed(like: Tensor) -> Tensor:
-    return _seeds.to_tensor(*_seeds.draw(like.device))
+def _draw_seed(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    *shared, out = rest
+    options = Options(shared)
+    _core.check(q, k, v, options.extras, options.rules, out)
+    return _seeds.to_tensor(*_seeds.draw(q.device))
 
 
 for _name, _run in (("attention", _attention), ("attention_backward", _attention_backward), ("draw_seed", _draw_seed)):
@@ -200,7 +207,7 @@ def _(
 
 
 @torch.library.register_fake("fovea::draw_seed", lib=_library)
-def _(like: Tensor) -> Tensor:
+def _(q: Tensor, *rest: Any) -> Tensor:
     return torch.empty(2, dtype=torch.int64, device="cpu")
 
 

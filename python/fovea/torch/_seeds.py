@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,26 @@ def draw(device: torch.device) -> tuple[int, int]:
     """
     if device.type != "cuda":
         return int(torch.empty((), dtype=torch.int64, device="cpu").random_().item()), 0
+    generator = _of_gpu(device)
+    offset = generator.get_offset()
+    generator.set_offset(offset + _OFFSET_STEP)
+    return generator.initial_seed() % 2**64, offset
+
+
+@contextmanager
+def taken_back(device: torch.device) -> Iterator[None]:
+    """Puts the generator of `draw` back to where it was if what runs inside raises."""
+    on_gpu = device.type == "cuda"
+    generator = _of_gpu(device) if on_gpu else torch.default_generator
+    state = generator.get_offset() if on_gpu else generator.get_state()
+    try:
+        yield
+    except BaseException:
+        (generator.set_offset if on_gpu else generator.set_state)(state)
+        raise
+
+
+def _of_gpu(device: torch.device) -> torch.Generator:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "dropout inside a CUDA graph would drop the same entries in every replay; give seed= to say that this is"
@@ -32,10 +54,7 @@ def draw(device: torch.device) -> tuple[int, int]:
         )
     torch.cuda.init()
     index = torch.cuda.current_device() if device.index is None else device.index
-    generator = torch.cuda.default_generators[index]
-    offset = generator.get_offset()
-    generator.set_offset(offset + _OFFSET_STEP)
-    return generator.initial_seed() % 2**64, offset
+    return torch.cuda.default_generators[index]
 
 
 def to_tensor(seed: int, offset: int) -> torch.Tensor:
