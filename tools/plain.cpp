@@ -1,5 +1,6 @@
 #include "plain.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -13,18 +14,18 @@ using cpu::Operands;
 std::vector<float> narrow(const std::vector<double>& values) { return {values.begin(), values.end()}; }
 std::vector<double> widen(const std::vector<float>& values) { return {values.begin(), values.end()}; }
 
-float dot(const float* x, const float* y, std::int64_t count) {
-  float sum = 0.0F;
-  for (std::int64_t c = 0; c < count; ++c) sum += x[c] * y[c];
-  return sum;
-}
-
 void accumulate(float* sum, float factor, const float* x, std::int64_t count) {
   for (std::int64_t c = 0; c < count; ++c) sum[c] += factor * x[c];
 }
 
 /// One head of one sequence at a time, its matrices [len_q, len_kv] in memory.
 class Plain {
+  /// Rows of a matrix side by side, so that the products of one vector with all of them need not wait for each other.
+  struct Columns {
+    std::int64_t rows = 0, width = 0;
+    std::vector<float> values;  // [width, rows]
+  };
+
  public:
   explicit Plain(const Operands& x)
       : x_(x),
@@ -83,6 +84,22 @@ class Plain {
     return s;
   }
 
+  /// The keys' rows of k or v, as the head at hand sees them.
+  [[nodiscard]] Columns columns(const std::vector<float>& rows, std::int64_t width) const {
+    Columns of{x_.sequences[b_].len_kv, width, {}};
+    of.values.resize(of.rows * width);
+    for (std::int64_t j = 0; j < of.rows; ++j) {
+      for (std::int64_t c = 0; c < width; ++c) of.values[c * of.rows + j] = rows[x_.kv_row(b_, h_, j) * width + c];
+    }
+    return of;
+  }
+
+  /// Products of x with all rows, each of which is summed from the first element to the last.
+  static void multiply(const float* x, const Columns& y, std::vector<float>& products) {
+    std::fill(products.begin(), products.end(), 0.0F);
+    for (std::int64_t c = 0; c < y.width; ++c) accumulate(products.data(), x[c], &y.values[c * y.rows], y.rows);
+  }
+
   void forward() {
     const cpu::SequenceRows& s = x_.sequences[b_];
     const std::int64_t d = p_.head_dim, dv = p_.head_dim_v, keys = s.len_kv;
@@ -91,17 +108,18 @@ class Plain {
     tanh_.assign(s.len_q * keys, 0.0F);
     weights_.assign(s.len_q * keys, 0.0F);
     p_sink_.assign(s.len_q, 0.0F);
-    std::vector<float> scores(keys), exact_scores(keys);
+    std::vector<float> scores(keys), exact_scores(keys), products(keys);
+    const Columns k = columns(k_, d);
     for (std::int64_t i = 0; i < s.len_q; ++i) {
       const std::int64_t row = i * keys, q_row = x_.q_row(b_, h_, i);
+      multiply(&q_[q_row * d], k, products);
       for (std::int64_t j = 0; j < keys; ++j) {
         if (!x_.visible(b_, h_, i, j)) continue;
         visible_[row + j] = 1;
         dropout_[row + j] = static_cast<float>(x_.dropout(b_, h_, i, j));
-        const float qk = dot(&q_[q_row * d], &k_[x_.kv_row(b_, h_, j) * d], d);
         float unused = 0.0F;
-        exact_scores[j] = logit(qk, i, j, unused, [](float x) { return x; });
-        scores[j] = logit(qk, i, j, tanh_[row + j], [this](float x) { return round(x); });
+        exact_scores[j] = logit(products[j], i, j, unused, [](float x) { return x; });
+        scores[j] = logit(products[j], i, j, tanh_[row + j], [this](float x) { return round(x); });
       }
       if (!any_visible(i)) continue;
       lse_[x_.lse_at(b_, h_, i)] = softmax(exact_scores, i, false);
@@ -148,15 +166,16 @@ class Plain {
     const cpu::SequenceRows& s = x_.sequences[b_];
     const std::int64_t d = p_.head_dim, dv = p_.head_dim_v, keys = s.len_kv;
     std::vector<float> dp(keys), dk(keys * d), dv_of_keys(keys * dv);
+    const Columns v = columns(v_, dv);
     for (std::int64_t i = 0; i < s.len_q; ++i) {
       if (!any_visible(i)) continue;
       const std::int64_t row = i * keys, q_row = x_.q_row(b_, h_, i);
       const float dlse = x_.dlse.empty() ? 0.0F : static_cast<float>(x_.dlse[x_.lse_at(b_, h_, i)]);
       float delta = 0.0F;
+      multiply(&dout_[q_row * dv], v, dp);
       for (std::int64_t j = 0; j < keys; ++j) {
         if (visible_[row + j] == 0) continue;
-        const std::int64_t kv_row = x_.kv_row(b_, h_, j);
-        dp[j] = round(round(dot(&dout_[q_row * dv], &v_[kv_row * dv], dv)) * dropout_[row + j]);
+        dp[j] = round(round(dp[j]) * dropout_[row + j]);
         delta += weights_[row + j] * dp[j];
         accumulate(&dv_of_keys[j * dv], round(weights_[row + j] * dropout_[row + j]), &dout_[q_row * dv], dv);
       }

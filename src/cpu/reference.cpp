@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "cpu/elements.h"
 
@@ -141,11 +142,7 @@ double Operands::dropout(std::int64_t b, std::int64_t h, std::int64_t i, std::in
 
 namespace {
 
-double dot(const double* x, const double* y, std::int64_t count) {
-  double sum = 0.0;
-  for (std::int64_t c = 0; c < count; ++c) sum += x[c] * y[c];
-  return sum;
-}
+double dot(const double* x, const double* y, std::int64_t count) { return std::transform_reduce(x, x + count, y, 0.0); }
 
 /// sum += factor · x
 void accumulate(double* sum, double factor, const double* x, std::int64_t count) {
