@@ -13,13 +13,86 @@ import random
 
 STEPS = 8  # that the walk keeps
 TASKS = 4  # that a block knows
-ENDED = 9  # what the producer does behind the last tile
-#: actors: what each does next, and of which tile; copies: those under way, as the arrivals that end them.
-State = collections.namedtuple("State", "barriers producer actors copies")
+#: Of a script: the barrier to pass; what nobody may be at: (who, the places in its script, what is wrong then), or of the copies
+#: under way (None, their bits, what is wrong); the same once it is passed; what has to lie where: (place, use, name); then what is
+#: done: an arrival, a copy, writes; and where the script goes on.
+Step = collections.namedtuple("Step", "wait never never_then lies arrive copy writes then", defaults=(None, (), (), (), None, 0, (), 0))
 #: Of a ring: places, arrivals that fill a place, arrivals that empty it.
 OWN_KEYS = {"q": (2, 1, 2), "dout": (2, 1, 2), "dS": (2, 2, 1)}
 #: A block's dS is there when it and the other one's are, and is given back by both; "other dS" is the other block's.
 SHARED_KEYS = {"q": (2, 1, 2), "dout": (1, 1, 1), "P": (2, 1, 1), "looked": (2, 1, 1), "dS": (2, 2, 2), "other dS": (2, 2, 2)}
+
+
+class Barriers:
+    """Rings of mbarriers in one number, four bits each: the parity of the phase, and how many have arrived."""
+
+    def __init__(self, rings):
+        self.rings = rings
+        names = [(ring, side, place) for ring in rings for side in ("full", "empty") for place in range(rings[ring][0])]
+        self.shifts = {name: 4 * at for at, name in enumerate(names)}
+
+    def arrival(self, ring, side, n):
+        """Where the barrier is, and from which state on an arrival is the last one."""
+        places, *arrivals = self.rings[ring]
+        return self.shifts[ring, side, n % places], 2 * (arrivals[side == "empty"] - 1)
+
+    def wait(self, ring, side, n):
+        """Where the barrier is, and the parity at which one waits."""
+        places = self.rings[ring][0]
+        return self.shifts[ring, side, n % places], n // places & 1 ^ (side == "empty")
+
+
+class Copies:
+    """Those under way, a bit each."""
+
+    def __init__(self, barriers):
+        self.barriers, self.bits, self.arrivals = barriers, {}, {}
+
+    def __call__(self, ring, side, n):
+        bit = 1 << self.bits.setdefault((ring, side, n), len(self.bits))
+        self.arrivals[bit] = self.barriers.arrival(ring, side, n)
+        return bit
+
+
+def arrived(barriers, shift, last):
+    state = barriers >> shift & 15
+    return barriers + ((state & 1 ^ 1) - state << shift if state >= last else 2 << shift)
+
+
+def walk(scripts, copies, lies, what):
+    """Each actor is a list of steps, the last of which is None; how many states there are."""
+    ends = tuple(len(script) - 1 for script in scripts)
+    start = (0, (0,) * len(scripts), 0, lies)
+    seen, todo = {start}, collections.deque([start])
+    while todo:
+        barriers, at, under_way, lies = state = todo.popleft()
+        following, left = [], under_way
+        while left:
+            copy = left & -left
+            left ^= copy
+            following.append((arrived(barriers, *copies.arrivals[copy]), at, under_way ^ copy, lies))
+        for who, script in enumerate(scripts):
+            step = script[at[who]]
+            if step is None:
+                continue
+            wait, never, never_then, lie, arrive, copy, writes, then = step
+            passes = wait is None or barriers >> wait[0] & 1 != wait[1]
+            for other, places, fault in (*never, *never_then) if passes else never:
+                assert not (under_way & places if other is None else at[other] in places), f"with {what} {fault}"
+            if not passes:
+                continue
+            for place, n, name in lie:
+                assert lies[place] == n, f"with {what} {name} is overwritten"
+            now = at[:who] + (then,) + at[who + 1:]
+            there = lies
+            for place, n in writes:
+                there = there[:place] + (n,) + there[place + 1:]
+            following.append((arrived(barriers, *arrive) if arrive else barriers, now, under_way | copy, there))
+        assert following or at == ends, f"with {what} all wait: {state}"
+        fresh = set(following) - seen
+        seen |= fresh
+        todo.extend(fresh)
+    return len(seen)
 
 
 class Model:
@@ -28,91 +101,66 @@ class Model:
 
     def __init__(self, rings, actors):
         self.rings = rings
-        self.tiles_of, self.ends = zip(*actors)
-        names = [(ring, side, place) for ring in rings for side in ("full", "empty") for place in range(rings[ring][0])]
-        self.index = {name: at for at, name in enumerate(names)}
-
-    def arrive(self, barriers, ring, side, n):
-        places, *arrivals = self.rings[ring]
-        at = self.index[ring, side, n % places]
-        phase, arrived = barriers[at]
-        over = arrived + 1 == arrivals[side == "empty"]
-        return barriers[:at] + (((phase + 1) % 4, 0) if over else (phase, arrived + 1),) + barriers[at + 1:]
-
-    def passes(self, barriers, ring, side, n):
-        places = self.rings[ring][0]
-        parity = n // places & 1 ^ (side == "empty")
-        return barriers[self.index[ring, side, n % places]][0] & 1 != parity
-
-    def reads(self, state, ring, n):
-        """Whether somebody may still read use n of a ring, or of another place of as many."""
-        for script, (does, at) in zip(self.tiles_of, state.actors):
-            last = [i for i, step in enumerate(script) if step in (("free", ring), ("read", ring))]
-            if at == n and last and 0 < does <= last[0]:
-                return True
-        return ring == "dS" and ("other dS", "full", n) in state.copies  # from there
-
-    def produce(self, s, tiles):
-        does, n = s.producer
-        loads = [ring for ring in ("q", "bias", "dout") if ring in self.rings]
-        ring = loads[does] if does < len(loads) else None
-        if ring and self.passes(s.barriers, ring, "empty", n):
-            assert not self.reads(s, ring, n - self.rings[ring][0]), f"{ring} is overwritten"
-            if n == tiles:
-                yield s._replace(barriers=self.arrive(s.barriers, "q", "full", n), producer=(ENDED, n))
-            else:
-                yield s._replace(producer=(does + 1, n), copies=s.copies | {(ring, "full", n)})
-        if does == len(loads):
-            here = [(what, at, script) for script, (what, at) in zip(self.tiles_of, s.actors) if script[0][1] in ("q", "dS")]
-            users = [at for what, at, script in here if 0 < what < len(script)]
-            users += [at - 1 for _, at, script in here if script[0][1] == "dS"]  # in turns it passes the last step's later than it adds
-            assert all(at == n + 1 or (at - n - 1) % STEPS for at in users), "a step is overwritten"
-            yield s._replace(producer=(0, n + 1))
-
-    def act(self, s, tiles, who):
-        does, n = s.actors[who]
-        script = self.tiles_of[who] + self.ends[who]
-        if does == len(script):
-            return
-
-        def then(what, at=n, **changed):
-            return s._replace(actors=s.actors[:who] + ((what, at),) + s.actors[who + 1:], **changed)
-
-        act, ring, *more = script[does]
-        while act in ("read", "write"):  # until the next thing is done: who reads for the last time, somebody else gives it back
-            assert act == "read" or not self.reads(s, ring, n - (more[0] if more else 2)), f"{ring} is overwritten"
-            does += 1
-            act, ring, *more = script[does]
-        tile = len(self.tiles_of[who])
-        following = (tile, n) if does == 0 and n == tiles else (0, n + 1) if does + 1 == tile else (does + 1, n)
-        if act == "wait" and self.passes(s.barriers, ring, more[0], n + (more[1] if len(more) > 1 else 0)):
-            yield then(*following)
-        if act == "fill":
-            yield then(*following, barriers=self.arrive(s.barriers, ring, "full", n))
-        if act == "send":  # by the copy engine
-            yield then(*following, copies=s.copies | {(ring, "full", n)})
-        if act == "add":  # of the tile that its step names
-            yield then(*following)
-        if act == "free":
-            yield then(*following, barriers=self.arrive(s.barriers, ring, "empty", n))
+        self.actors = actors
 
     def explore(self, tiles):
         """How many states there are."""
-        start = State(((0, 0),) * len(self.index), (0, 0), ((0, 0),) * len(self.tiles_of), frozenset())
-        seen, todo = {start}, collections.deque([start])
-        ends = [len(script) + len(end) for script, end in zip(self.tiles_of, self.ends)]
-        while todo:
-            s = todo.popleft()
-            following = [*self.produce(s, tiles)]
-            for who in range(len(s.actors)):
-                following += self.act(s, tiles, who)
-            following += [s._replace(barriers=self.arrive(s.barriers, *copy), copies=s.copies - {copy}) for copy in s.copies]
-            ended = s.producer[0] == ENDED and [does for does, _ in s.actors] == ends
-            assert following or ended, f"with {tiles} tiles all wait: {s}"
-            fresh = set(following) - seen
-            seen |= fresh
-            todo.extend(fresh)
-        return len(seen)
+        barriers = Barriers(self.rings)
+        copies = Copies(barriers)
+
+        def readers(ring, n):
+            """Who may still read use n of a ring, or of another place of as many."""
+            found = []
+            for who, (script, _) in enumerate(self.actors, start=1):
+                last = [i for i, does in enumerate(script) if does in (("free", ring), ("read", ring))]
+                if last and 0 <= n < tiles:
+                    found.append((who, range(n * len(script) + 1, n * len(script) + last[0] + 1), f"{ring} is overwritten"))
+            if ring == "dS" and "other dS" in self.rings:
+                found.append((None, copies("other dS", "full", n), f"{ring} is overwritten"))  # from there
+            return tuple(found)
+
+        def overwritten(n):
+            """Who is at the step that takes the place of step n."""
+            found = []
+            for who, (script, end) in enumerate(self.actors, start=1):
+                places = set()
+                for place in range(tiles * len(script) + len(end) + 2):
+                    at, does = divmod(min(place, tiles * len(script)), len(script))
+                    users = [at] if 0 < does else []
+                    users += [at - 1] if script[0][1] == "dS" else []  # in turns it passes the last step's later than it adds
+                    if not all(at == n + 1 or (at - n - 1) % STEPS for at in users):
+                        places.add(place)
+                if places and script[0][1] in ("q", "dS"):
+                    found.append((who, frozenset(places), "a step is overwritten"))
+            return tuple(found)
+
+        loads, producer = [ring for ring in ("q", "bias", "dout") if ring in self.rings], []
+        for n in range(tiles):
+            for ring in loads:
+                producer.append(Step(barriers.wait(ring, "empty", n), never_then=readers(ring, n - self.rings[ring][0]),
+                                     copy=copies(ring, "full", n), then=len(producer) + 1))
+            producer.append(Step(never=overwritten(n), then=len(producer) + 1))
+        producer.append(Step(barriers.wait("q", "empty", tiles), never_then=readers("q", tiles - self.rings["q"][0]),
+                             arrive=barriers.arrival("q", "full", tiles), then=len(producer) + 1))
+        scripts = [[*producer, None]]
+        for script, end in self.actors:
+            lines = [(n, does) for n in range(tiles) for does in range(len(script))]
+            lines += [(tiles, 0), *((tiles, len(script) + does) for does in range(len(end)))]
+            steps = []
+            for place, (n, does) in enumerate(lines):
+                never = ()
+                act, ring, *more = (script + end)[does]
+                while act in ("read", "write"):  # until the next thing is done: who reads for the last time, somebody else gives it back
+                    never += readers(ring, n - (more[0] if more else 2)) if act == "write" else ()
+                    place, does = place + 1, does + 1
+                    act, ring, *more = (script + end)[does]
+                steps.append(Step(
+                    barriers.wait(ring, more[0], n + (more[1] if len(more) > 1 else 0)) if act == "wait" else None, never,
+                    arrive=barriers.arrival(ring, {"fill": "full", "free": "empty"}[act], n) if act in ("fill", "free") else None,
+                    copy=copies(ring, "full", n) if act == "send" else 0,  # by the copy engine; what is added is of the tile that its step names
+                    then=place + 1))
+            scripts.append([*steps, None])
+        return walk(scripts, copies, (), f"{tiles} tiles")
 
 
 def with_bias(places, readers, tile):
@@ -221,48 +269,38 @@ def turns(tiles, lag, places=1):
     return explore(rings, (producer, owner, owner, dq, passing), f"{tiles} tiles, lag {lag}", {"step": STEPS})
 
 
-def explore(rings, scripts, what, places=None):
+def explore(rings, actors, what, places=None):
     """Each actor is a list of what it does; how many states there are.  places: of what is written and read as use n of it; a read
     is as late as it may be, a copy is there as soon as it is asked for."""
-    model, places = Model(rings, [([], [])]), places or {}
-    names = [(name, place) for name in places for place in range(places[name])]
-    index = {name: at for at, name in enumerate(names)}
-    start = (((0, 0),) * len(model.index), (0,) * len(scripts), frozenset(), (None,) * len(names))
-    seen, todo = {start}, collections.deque([start])
-    while todo:
-        barriers, at, copies, lies = state = todo.popleft()
-        following = [(model.arrive(barriers, *copy), at, copies - {copy}, lies) for copy in copies]
-        for who, script in enumerate(scripts):
-            does = at[who]
-            while does < len(script) and script[does][0] == "read":
-                does += 1
-            if does == len(script):
-                following += [(barriers, at[:who] + (does,) + at[who + 1:], copies, lies)] if does > at[who] else []
+    places = places or {}
+    barriers, names = Barriers(rings), [(name, place) for name in places for place in range(places[name])]
+    copies, index = Copies(barriers), {name: at for at, name in enumerate(names)}
+
+    def lies_at(name, n):
+        return index[name, n % places[name]]
+
+    scripts = []
+    for actor in actors:
+        script = []
+        for at in range(len(actor)):
+            does = next((i for i in range(at, len(actor)) if actor[i][0] != "read"), len(actor))
+            if does == len(actor):
+                script.append(Step(then=does))
                 continue
-            act, *of = script[does]
-            if act == "wait" and not model.passes(barriers, *of):
-                continue
-            for _, name, n in script[at[who]:does]:
-                assert lies[index[name, n % places[name]]] == n, f"with {what} {name} is overwritten"
-            then = at[:who] + (does + 1,) + at[who + 1:]
-            if act == "arrive":
-                following.append((model.arrive(barriers, *of), then, copies, lies))
-            elif act == "wait":
-                following.append((barriers, then, copies, lies))
+            act, *of = actor[does]
+            step = Step(lies=tuple((lies_at(name, n), n, name) for _, name, n in actor[at:does]), then=does + 1)
+            if act == "wait":
+                step = step._replace(wait=barriers.wait(*of))
+            elif act == "arrive":
+                step = step._replace(arrive=barriers.arrival(*of))
             elif act == "copy":
-                ring, side, n, *parts = of
-                for name in parts:
-                    lies = lies[:index[name, n % places[name]]] + (n,) + lies[index[name, n % places[name]] + 1:]
-                following.append((barriers, then, copies | {(ring, side, n)}, lies))
+                step = step._replace(copy=copies(*of[:3]), writes=tuple((lies_at(name, of[2]), of[2]) for name in of[3:]))
             elif act == "write":
                 name, n, *as_what = of
-                place = index[name, n % places[name]]
-                following.append((barriers, then, copies, lies[:place] + (as_what[0] if as_what else n,) + lies[place + 1:]))
-        assert following or at == tuple(map(len, scripts)), f"with {what} all wait: {state}"
-        fresh = set(following) - seen
-        seen |= fresh
-        todo.extend(fresh)
-    return len(seen)
+                step = step._replace(writes=((lies_at(name, n), as_what[0] if as_what else n),))
+            script.append(step)
+        scripts.append([*script, None])
+    return walk(scripts, copies, (None,) * len(names), what)
 
 
 def bias_gradient(key_panels, panels, places, bias_places, at_once, sharers):
