@@ -3,10 +3,10 @@ Python package: eager, and compiled with torch.compile(fullgraph=True)."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 
 import fovea
@@ -53,11 +53,14 @@ def compiled(**arguments: Any) -> Any:
     return torch.compile(eager, fullgraph=True, backend="aot_eager", dynamic=False)(**arguments)
 
 
-@pytest.mark.parametrize("attention", [eager, compiled])
-def test_random_problems_keep_the_error_rule(attention: Callable[..., Any]) -> None:
+def test_random_problems_keep_the_error_rule() -> None:
     failures = []
     for seed in range(COUNT):
         judged = Judged(seed)
         heads_first = seed % 2 == 1 and "cu_seqlens_q" not in judged.inputs
-        failures += judged.failures(solve(judged, attention, heads_first))
+        for attention in (eager, compiled):
+            faults = judged.failures(solve(judged, attention, heads_first))
+            failures += [f"{attention.__name__}: {fault}" for fault in faults]
+        if seed == 0:
+            gc.freeze()  # what the first graph has imported stays: no graph need search it for garbage
     assert not failures, "\n".join(failures)
