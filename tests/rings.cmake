@@ -128,14 +128,14 @@ if(NOT FOVEA_SANITIZER)
       ENVIRONMENT "FOVEA_JUDGE=$<TARGET_FILE:fovea_judge>;OMP_NUM_THREADS=1;TORCHINDUCTOR_COMPILE_THREADS=1"
     )
   endfunction()
-  foreach(part arrays torch refusals sdpa flash_attn jax nn minitest random_problems package)
+  foreach(part arrays torch refusals sdpa flash_attn jax nn minitest random_problems package time)
     fovea_add_python(${part} -m pytest -q -c ${PROJECT_SOURCE_DIR}/pyproject.toml ${CMAKE_CURRENT_SOURCE_DIR}/python/test_${part}.py)
   endforeach()
   if(TARGET fovea_nn_internal)  # the contestant in C++
     set_property(TEST python_minitest APPEND PROPERTY ENVIRONMENT FOVEA_MINITEST=${PROJECT_BINARY_DIR}/tests/fovea_minitest)
   endif()
   # What measures time wants the machine for itself.
-  set_tests_properties(python_package PROPERTIES RUN_SERIAL TRUE)
+  set_tests_properties(python_time PROPERTIES RUN_SERIAL TRUE)
   fovea_add_python(tutorial ${PROJECT_SOURCE_DIR}/examples/python/five_cliffs.py)
   fovea_add_python(minilm ${PROJECT_SOURCE_DIR}/examples/python/minilm.py)
   fovea_add_python(train_long ${PROJECT_SOURCE_DIR}/examples/python/train_long.py --lengths 512 --width 32 --heads 2 --steps 1)
