@@ -15,6 +15,12 @@ function(fovea_add_ring name labels)
   set_tests_properties(${name} PROPERTIES LABELS "${labels}" TIMEOUT ${timeout} SKIP_RETURN_CODE 77)
 endfunction()
 
+# Tests of one thread begin in the order of their COST, the seconds that they take; two processors are seldom free at once
+# before those end, so what takes all threads comes last, and no thread is without work.
+function(fovea_takes_threads name)
+  set_tests_properties(${name} PROPERTIES PROCESSORS 2)
+endfunction()
+
 # Every list of problems, and random ones, against the double reference.
 file(GLOB problem_lists CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/problems/*.txt)
 foreach(list IN LISTS problem_lists)
@@ -27,11 +33,10 @@ foreach(list IN LISTS problem_lists)
     list(APPEND labels long)  # shapes that matter to GPUs' tiles: left out by `./dev sanitize --short`
   endif()
   fovea_add_ring(check_${stem} "${labels}" fovea_command check @${list})
-  if(stem MATCHES "^hopper")
-    set_tests_properties(check_${stem} PROPERTIES COST 1000)  # the longest begin first
-  endif()
+  fovea_takes_threads(check_${stem})
 endforeach()
 fovea_add_ring(check_random ring fovea_command check --random ${FOVEA_RANDOM_CHECKS} --seed 1)
+fovea_takes_threads(check_random)
 
 # GPU kernels of the lists, some of every kind, compiled with no GPU: no spills, no warnings, in time.  Blackwell's, which
 # still spill here and there, are left to `./dev compile-ring`.
@@ -40,7 +45,7 @@ if(NOT FOVEA_SANITIZER)
     ${CMAKE_CURRENT_BINARY_DIR}/kernels.txt sm_75,sm_80,sm_90 --most 107 --median-seconds 2 --most-seconds 4
   )
   fovea_add_ring(ladder_kernels ring bash ${CMAKE_CURRENT_SOURCE_DIR}/ladder_kernels.sh $<TARGET_FILE:fovea_command>)
-  set_tests_properties(kernels ladder_kernels PROPERTIES PROCESSORS 2 RUN_SERIAL TRUE
+  set_tests_properties(kernels ladder_kernels PROPERTIES RUN_SERIAL TRUE COST 1000  # nothing has to end before they begin
     ENVIRONMENT FOVEA_CACHE_DIR=${CMAKE_BINARY_DIR}/kernels
   )
 endif()
@@ -90,9 +95,11 @@ fovea_add_ring(includes tree Python3::Interpreter ${CMAKE_CURRENT_SOURCE_DIR}/in
 
 # The barriers of Hopper's backward, in every order.
 fovea_add_ring(backward_barriers tree Python3::Interpreter ${CMAKE_CURRENT_SOURCE_DIR}/backward_barriers_test.py)
+set_tests_properties(backward_barriers PROPERTIES COST 20)
 
 # The installed tree serves find_package and pkg-config, static and shared.
 fovea_add_ring(install tree bash ${CMAKE_CURRENT_SOURCE_DIR}/install_test.sh ${PROJECT_SOURCE_DIR} ${PROJECT_BINARY_DIR})
+set_tests_properties(install PROPERTIES COST 150)
 
 # No object compiled for one instruction set may lend code to the others; without optimisation nothing is inlined, so
 # only an optimised build can tell.
@@ -135,7 +142,11 @@ if(NOT FOVEA_SANITIZER)
     set_property(TEST python_minitest APPEND PROPERTY ENVIRONMENT FOVEA_MINITEST=${PROJECT_BINARY_DIR}/tests/fovea_minitest)
   endif()
   # What measures time wants the machine for itself.
-  set_tests_properties(python_time PROPERTIES RUN_SERIAL TRUE)
+  set_tests_properties(python_time PROPERTIES RUN_SERIAL TRUE COST 1000)
+  foreach(part_and_cost random_problems:100 package:75 torch:50 nn:25 minitest:25 jax:15 sdpa:10)
+    string(REGEX MATCH "(.*):(.*)" unused ${part_and_cost})
+    set_tests_properties(python_${CMAKE_MATCH_1} PROPERTIES COST ${CMAKE_MATCH_2})
+  endforeach()
   fovea_add_python(tutorial ${PROJECT_SOURCE_DIR}/examples/python/five_cliffs.py)
   fovea_add_python(minilm ${PROJECT_SOURCE_DIR}/examples/python/minilm.py)
   fovea_add_python(train_long ${PROJECT_SOURCE_DIR}/examples/python/train_long.py --lengths 512 --width 32 --heads 2 --steps 1)
