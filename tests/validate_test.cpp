@@ -290,7 +290,7 @@ TEST(Describe, LeavesLengthsOnAGpuToTheRun) {
 }
 
 TEST(Describe, TakesTheLongestSequenceThatIsGivenOnEveryDevice) {
-  const Problem p = parse_problem("fwd fp16 b2 hq4 hkv2 d8 packed_q=2+5 packed_kv=3+7 mask=bhqk");
+  const Problem p = parse_problem("fwd fp16 hq4 hkv2 d8 packed_q=2+5 packed_kv=3+7 mask=bhqk");
   const auto longest = [&](DeviceKind kind, std::int64_t q, std::int64_t kv) {
     Call call(p);
     for (Tensor* t : {&call.in.q, &call.in.k, &call.in.v, &call.in.cu_seqlens_q, &call.in.cu_seqlens_kv, &call.in.mask})
