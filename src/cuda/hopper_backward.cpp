@@ -45,8 +45,8 @@ bool fill_the_gpu(std::int64_t blocks) {
   return blocks > 0 && blocks * 5 >= waves * multiprocessors() * 4;
 }
 
-/// Whether blocks go on to the next keys: where few rows see a block of keys, so that its beginning and its
-/// end are much of its time, and there is room for the next one's.  Of longer ones the tiles take longer, 1 to 4%.
+/// Whether blocks go on to the next keys: where few rows see a block of keys, so that its beginning and its end are
+/// much of its time, and there is room for the next one's.  With more rows all takes up to 13% longer (docs/notes).
 bool may_go_on(const Problem& problem, BackwardSpec spec) {
   spec.goes_on = spec.ends_dq = true;
   const std::int64_t rows = problem.num_q_heads / problem.num_kv_heads * problem.seqlen_q;

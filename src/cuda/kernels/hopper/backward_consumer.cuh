@@ -55,6 +55,7 @@ struct BackwardConsumer : BackwardOwner<S> {
       store_dk(sums, at.k());
     }
   }
+  /// The same at another task, or tile of keys.
   FOVEA_DEVICE BackwardConsumer with(int task) const { return {{p, state, at, this->first_key, task}}; }
 
   FOVEA_DEVICE void begin(Sums& sums) const {
@@ -64,9 +65,9 @@ struct BackwardConsumer : BackwardOwner<S> {
     state.k.await_full(task);
     state.v.await_full(task);
   }
-  /// One task or tile of keys of many, from step n on; the step behind its last one.  dk, and where dq is held dv,
-  /// leave by way of that step's place for dS, in which each warpgroup has a part of its own, while the next keys are
-  /// copied.
+  /// One task or tile of keys of many, from step n on; the step behind its last one.  dk leaves by way of that step's
+  /// place for dS, in which each warpgroup has a part of its own, while the next keys are copied; dv, too, where dq is
+  /// held, and else by way of V's place.
   FOVEA_DEVICE u32 gather_keys(u32 n) const {
     Sums sums;
     begin(sums);

@@ -29,7 +29,7 @@ struct BackwardState {
   int number;                            // likewise
   Ring<kShared.bias_places> bias;
   static constexpr int kTasks = S.goes_on ? 4 : 1;
-  BlockTask tasks[kTasks];  // of which the last one is known when the one before ends
+  BlockTask tasks[kTasks];  // who makes dq may be at one when the third one after it is written
   bool has_keys;            // the block owns keys of the task's sequence
   Ring<1> turns;            // of steps whose dq has been added
 
@@ -38,7 +38,7 @@ struct BackwardState {
   /// Whether a block that goes on has an i-th task.
   FOVEA_DEVICE bool has_task(int i) const { return uniform(task(i).turn >= 0); }
   FOVEA_DEVICE bool ends_dq(int i) const { return uniform(task(i).has_part()); }
-  /// Asks for it, by one thread, in the order of blocks.
+  /// Asks for it, by one thread, which passes over numbers without a task; a turn of −1: there is none left.
   FOVEA_DEVICE void ask_for_task(const BackwardSm90Params& p, int i) {
     BlockTask next{-1, 0, 0, -1, -1};
     for (int number = atomicAdd(p.begun, 1); number < p.tasks; number = atomicAdd(p.begun, 1)) {
