@@ -76,7 +76,7 @@ Tensor rows_of(const Tensor& x) {
 class Layer {
  public:
   Layer(nb::handle query, const LayerCall& call)
-      : call_(call), framework_(Framework::of(query, "query")), like_(framework_.borrow(query, "query", false).view) {
+      : framework_(Framework::of(query, "query")), like_(framework_.borrow(query, "query", false).view) {
     const bool half = like_.dtype == DType::kFloat16 || like_.dtype == DType::kBFloat16;
     if (like_.device.kind != DeviceKind::kCuda || !half) throw AnotherWay();
     machine_ = find_machine(like_.device.index).machine.get();
@@ -162,7 +162,6 @@ class Layer {
                              stream_);
   }
 
-  const LayerCall& call_;
   const Framework& framework_;
   Tensor like_{}, index_{};
   const Machine* machine_ = nullptr;
