@@ -97,7 +97,7 @@ class Plain {
   /// Products of x with all rows, each of which is summed from the first element to the last.
   static void multiply(const float* x, const Columns& y, std::vector<float>& products) {
     std::fill(products.begin(), products.end(), 0.0F);
-    for (std::int64_t c = 0; c < y.width; ++c) accumulate(products.data(), x[c], &y.values[c * y.rows], y.rows);
+    for (std::int64_t c = 0; c < y.width; ++c) accumulate(products.data(), x[c], y.values.data() + c * y.rows, y.rows);
   }
 
   void forward() {
