@@ -129,13 +129,19 @@ use_installed "$work/built"
 [[ $("$work/built/bin/fovea" --version) == *"$(sed -n "s,^Version: ,,p" "$(find "$work/built" -name fovea.pc)")"* ]] ||
   fail "fovea.pc and the command disagree on the version"
 
+echo "== whatever a packager's flags are, no number is computed by -ffast-math"
+cmake -S "$source_dir" -B "$work/fast" -G Ninja -DBUILD_TESTING=OFF -DCMAKE_CXX_FLAGS=-ffast-math \
+  -DCMAKE_EXPORT_COMPILE_COMMANDS=ON >"$work/log" || { cat "$work/log"; fail "configuring with -ffast-math failed"; }
+grep -q -e '-ffast-math ' "$work/fast/compile_commands.json" || fail "a packager's flags are ignored"
+! grep '"command"' "$work/fast/compile_commands.json" | grep "$source_dir/src/" | grep -v -e '-ffast-math .*-fno-fast-math ' ||
+  fail "these files are compiled with -ffast-math"
+
 shared=ON
 [[ -z $(find "$work/built" -name 'libfovea.so') ]] || shared=OFF
-echo "== the other kind: BUILD_SHARED_LIBS=$shared, not optimised since only its linking is new, and free of warnings;" \
-  "-ffast-math in a packager's flags does no harm"
-cmake -S "$source_dir" -B "$work/other_build" -G Ninja -DBUILD_SHARED_LIBS=$shared -DBUILD_TESTING=OFF \
-  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG='-O0 -Werror -ffast-math' >"$work/log" ||
-  { cat "$work/log"; fail "configuring failed"; }
+echo "== the other kind: BUILD_SHARED_LIBS=$shared, whose objects are the same: ccache has them"
+mapfile -t same < <(sed -nE 's/^(CMAKE_(BUILD_TYPE|CXX_FLAGS|COMPILE_WARNING_AS_ERROR):.*)$/-D\1/p' "$build_dir/CMakeCache.txt")
+cmake -S "$source_dir" -B "$work/other_build" -G Ninja -DBUILD_SHARED_LIBS=$shared -DBUILD_TESTING=OFF "${same[@]}" \
+  >"$work/log" || { cat "$work/log"; fail "configuring failed"; }
 cmake --build "$work/other_build" --target src/all >"$work/log" || { cat "$work/log"; fail "the library does not build"; }
 cmake --install "$work/other_build" --prefix "$work/other" --component library >/dev/null
 use_installed "$work/other"

@@ -10,7 +10,7 @@ if [[ -e $venv/done && $(<"$venv/done") == "$wanted" ]]; then exit 0; fi
 
 rm -rf "$venv"
 python3 -m venv "$venv"
-install() { "$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"; }
+install() { "$venv/bin/python" -m pip install -q --no-compile --disable-pip-version-check "$@"; }  # Python compiles what is imported
 works() { "$venv/bin/python" -c 'import torch, sentence_transformers' 2>"$venv/import.log"; }
 
 install -r "$here/requirements.txt"

@@ -344,8 +344,10 @@ def _longest(name: str, value: Any) -> Any:
 
 def _option(name: str, value: Any) -> Any:
     """An option of `rules` as the operator takes it; of other types it refuses some in words of its own."""
-    number = _number(name, value)
     kinds = KINDS[name]
+    if type(value) in kinds:  # a line, for torch.compile takes its time with each
+        return value
+    number = _number(name, value)
     if isinstance(number, bool) != (bool in kinds) or not isinstance(number, (*kinds, *_SYMBOLS.get(kinds[0], ()))):
         refusal = (_why_not_constant if isinstance(number, _CONSTANTS) else why_not)(name, number)
         if refusal:
