@@ -99,7 +99,7 @@ set_tests_properties(backward_barriers PROPERTIES COST 20)
 
 # The installed tree serves find_package and pkg-config, static and shared.
 fovea_add_ring(install tree bash ${CMAKE_CURRENT_SOURCE_DIR}/install_test.sh ${PROJECT_SOURCE_DIR} ${PROJECT_BINARY_DIR})
-set_tests_properties(install PROPERTIES COST 150)
+set_tests_properties(install PROPERTIES COST 20)
 
 # No object compiled for one instruction set may lend code to the others; without optimisation nothing is inlined, so
 # only an optimised build can tell.
@@ -143,7 +143,7 @@ if(NOT FOVEA_SANITIZER)
   endif()
   # What measures time wants the machine for itself.
   set_tests_properties(python_time PROPERTIES RUN_SERIAL TRUE COST 1000)
-  foreach(part_and_cost random_problems:100 package:75 torch:50 nn:25 minitest:25 jax:15 sdpa:10)
+  foreach(part_and_cost random_problems:75 package:70 refusals:55 torch:50 nn:25 minitest:25 jax:15 sdpa:10)
     string(REGEX MATCH "(.*):(.*)" unused ${part_and_cost})
     set_tests_properties(python_${CMAKE_MATCH_1} PROPERTIES COST ${CMAKE_MATCH_2})
   endforeach()
